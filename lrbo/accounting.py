@@ -1,0 +1,116 @@
+"""Parameters, bytes and MACs of dense, factored and pivoted storage; the one accountant."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from lrbo.model import LayerSpec, ModelMap
+
+Storage = Literal["factored", "pivoted"]
+STORAGES: tuple[Storage, ...] = ("factored", "pivoted")
+
+
+def low_rank_parameters(spec: LayerSpec, rank: int, *, bias: bool, storage: Storage) -> int:
+    """Count the parameters of a layer stored at a rank.
+
+    ``factored`` keeps ``left`` and ``right``: ``rank * (out + in)``. ``pivoted`` is the
+    lossless PIFA form (Zhao et al., ICML 2025), ``rank * (out + in) - rank**2``, which never
+    exceeds the dense weight.
+
+    Args:
+        spec: The layer.
+        rank: Inner dimension, at least 0.
+        bias: Whether the low-rank layer carries a bias vector of ``out`` numbers.
+        storage: The form that is counted.
+
+    Raises:
+        ValueError: If the rank is negative or above ``min(out, in)``.
+    """
+    if not 0 <= rank <= min(spec.out_features, spec.in_features):
+        raise ValueError(
+            f"{spec.name}: rank {rank} is outside 0..{min(spec.out_features, spec.in_features)}."
+        )
+    parameters = rank * (spec.out_features + spec.in_features)
+    if storage == "pivoted":
+        parameters -= rank * rank
+    return parameters + (spec.out_features if bias else 0)
+
+
+@dataclass(frozen=True)
+class ModelAccount:
+    """What a model holds and costs, before and after compression.
+
+    Attributes:
+        compressible_dense: Parameters of the layers that may be compressed, dense.
+        compressible: The same layers as allocated.
+        model_dense: Parameters of the whole dense model, tied tensors counted once.
+        model: The whole model as allocated.
+        bytes_dense: ``model_dense`` at the stored dtype.
+        bytes: ``model`` at the stored dtype.
+        macs_per_token_dense: Multiply-accumulates of all linear layers, the head included,
+            for one token; attention scores, norms and embeddings are not in it.
+        macs_per_token: The same as allocated (factored and pivoted forms both run
+            ``rank * (out + in)`` or fewer; the factored count is stated).
+    """
+
+    compressible_dense: int
+    compressible: int
+    model_dense: int
+    model: int
+    bytes_dense: int
+    bytes: int
+    macs_per_token_dense: int
+    macs_per_token: int
+
+    @property
+    def keep_ratio(self) -> float:
+        """Parameters kept divided by dense parameters, of the compressible layers."""
+        return self.compressible / self.compressible_dense
+
+
+def account(
+    model: ModelMap,
+    ranks: Mapping[str, int | None],
+    layer_parameters: Mapping[str, int],
+    *,
+    bytes_per_parameter: int,
+) -> ModelAccount:
+    """Count a whole model under an allocation.
+
+    Args:
+        model: The map of the dense model.
+        ranks: Rank of each compressible layer; ``None`` is dense.
+        layer_parameters: Stored parameters of each compressible layer, from the allocation's
+            own cost function.
+        bytes_per_parameter: Of the stored dtype.
+    """
+    compressible = [spec for spec in model.layers if spec.name in ranks]
+    dense = sum(spec.parameters for spec in compressible)
+    kept = sum(layer_parameters[spec.name] for spec in compressible)
+    macs_dense = sum(spec.out_features * spec.in_features for spec in model.layers)
+    macs = sum(_macs(spec, ranks.get(spec.name)) for spec in model.layers)
+    total = model.parameters - dense + kept
+    return ModelAccount(
+        compressible_dense=dense,
+        compressible=kept,
+        model_dense=model.parameters,
+        model=total,
+        bytes_dense=model.parameters * bytes_per_parameter,
+        bytes=total * bytes_per_parameter,
+        macs_per_token_dense=macs_dense,
+        macs_per_token=macs,
+    )
+
+
+def _macs(spec: LayerSpec, rank: int | None) -> int:
+    """Return the multiply-accumulates of one layer for one token."""
+    if rank is None:
+        return spec.out_features * spec.in_features
+    return rank * (spec.out_features + spec.in_features)
+
+
+def dense_parameters(layers: Iterable[LayerSpec]) -> int:
+    """Return the parameters of ``layers`` while they are dense, biases included."""
+    return sum(spec.parameters for spec in layers)

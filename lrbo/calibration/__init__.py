@@ -1,0 +1,1 @@
+"""One pass over text gives all moments that any method needs."""

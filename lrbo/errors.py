@@ -1,0 +1,90 @@
+"""The few exceptions, and the trial status each one leads to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+
+Outcome = Literal["completed", "failed", "abandoned"]
+
+
+class LrboError(Exception):
+    """Base of every error that a user can mend; its message says how."""
+
+
+class ConfigError(LrboError):
+    """The configuration cannot work; lists every problem at once.
+
+    Attributes:
+        problems: One sentence per problem.
+    """
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.problems = list(problems)
+        count = len(self.problems)
+        head = "1 problem" if count == 1 else f"{count} problems"
+        super().__init__(f"{head}:\n" + "\n".join(f"  - {problem}" for problem in self.problems))
+
+
+class BudgetError(LrboError):
+    """No allocation fits the budget."""
+
+
+class ModelError(LrboError):
+    """A model or one of its layers cannot be mapped."""
+
+
+class DataError(LrboError):
+    """A text is missing, too short, or shared between roles."""
+
+
+class StatisticsError(LrboError):
+    """A calibration statistic is missing or not finite."""
+
+
+class StudyError(LrboError):
+    """A study folder is locked, damaged, or was made with another configuration."""
+
+
+class CheckpointError(LrboError):
+    """A compressed checkpoint cannot be written or read."""
+
+
+class TrialError(LrboError):
+    """A trial has no value.
+
+    Attributes:
+        outcome: ``"failed"`` (transient: may be tried again) or ``"abandoned"``
+            (deterministic: the same request would end the same way).
+    """
+
+    def __init__(self, message: str, outcome: Literal["failed", "abandoned"]) -> None:
+        self.outcome: Literal["failed", "abandoned"] = outcome
+        super().__init__(message)
+
+
+def outcome_of(error: Exception) -> Literal["failed", "abandoned"]:
+    """Return how a trial that ended in ``error`` counts, in Ax's sense.
+
+    Running out of memory, and every other error of the machine, is transient
+    (``"failed"``). A budget that no allocation meets, or a loss that is not finite, would
+    come back (``"abandoned"``).
+
+    Args:
+        error: What the worker raised.
+
+    Raises:
+        Exception: ``error`` itself where it is neither: a defect must stop the search, not
+            be recorded as a property of the trial.
+    """
+    if isinstance(error, TrialError):
+        return error.outcome
+    if isinstance(error, BudgetError | StatisticsError):
+        return "abandoned"
+    if isinstance(error, torch.OutOfMemoryError | MemoryError | OSError | TimeoutError):
+        return "failed"
+    if isinstance(error, RuntimeError) and "memory" in str(error):  # the CPU allocator's own
+        return "failed"
+    raise error

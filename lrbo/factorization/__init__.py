@@ -1,0 +1,1 @@
+"""All methods answer one question: which factors, ordered by importance."""

@@ -1,0 +1,110 @@
+"""What each model family calls its blocks and layers, and which layers share an input."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from lrbo.errors import ModelError
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where the linear layers of a family are.
+
+    To add a family, add one entry to ``FAMILIES``; ``tests/test_model.py`` checks on a tiny
+    random model that the layers of a site really read the same tensor.
+
+    Attributes:
+        model_types: Values of ``config.model_type`` in Hugging Face's terms.
+        blocks: Path of the module list of blocks.
+        sites: Paths inside a block; one tuple per distinct input, in forward order.
+    """
+
+    model_types: tuple[str, ...]
+    blocks: str
+    sites: tuple[tuple[str, ...], ...]
+
+    @cached_property
+    def kinds(self) -> dict[str, str]:
+        """Map path to kind: the last name, with its parent where that alone is ambiguous."""
+        paths = [path for site in self.sites for path in site]
+        last = [path.rpartition(".")[2] for path in paths]
+        return {
+            path: name if last.count(name) == 1 else path.replace(".", "_")
+            for path, name in zip(paths, last, strict=True)
+        }
+
+
+FAMILIES = (
+    Family(
+        ("llama", "mistral", "qwen2", "qwen3", "smollm3"),
+        "model.layers",
+        (
+            ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+            ("self_attn.o_proj",),
+            ("mlp.gate_proj", "mlp.up_proj"),
+            ("mlp.down_proj",),
+        ),
+    ),
+    Family(
+        ("gpt2",),
+        "transformer.h",
+        (("attn.c_attn",), ("attn.c_proj",), ("mlp.c_fc",), ("mlp.c_proj",)),
+    ),
+    Family(
+        ("opt",),
+        "model.decoder.layers",
+        (
+            ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+            ("self_attn.out_proj",),
+            ("fc1",),
+            ("fc2",),
+        ),
+    ),
+    Family(
+        ("gpt_neox",),
+        "gpt_neox.layers",
+        (
+            ("attention.query_key_value",),
+            ("attention.dense",),
+            ("mlp.dense_h_to_4h",),
+            ("mlp.dense_4h_to_h",),
+        ),
+    ),
+    Family(  # attention and MLP run in parallel behind one norm: fc1 reads what q, k, v read
+        ("phi",),
+        "model.layers",
+        (
+            ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.fc1"),
+            ("self_attn.dense",),
+            ("mlp.fc2",),
+        ),
+    ),
+    Family(
+        ("phi3",),
+        "model.layers",
+        (
+            ("self_attn.qkv_proj",),
+            ("self_attn.o_proj",),
+            ("mlp.gate_up_proj",),
+            ("mlp.down_proj",),
+        ),
+    ),
+)
+
+
+def family_of(model_type: str) -> Family:
+    """Return the family of a model type.
+
+    Raises:
+        ModelError: If no family lists it; the message names those that exist.
+    """
+    for family in FAMILIES:
+        if model_type in family.model_types:
+            return family
+    known = sorted(name for family in FAMILIES for name in family.model_types)
+    raise ModelError(
+        f"model type {model_type!r} is not mapped; known types: {', '.join(known)}. "
+        "Describe it in lrbo/families.py."
+    )

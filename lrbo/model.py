@@ -1,0 +1,209 @@
+"""The map of a model: layers, kinds, shared inputs, ties, parameter counts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from lrbo.errors import ModelError
+from lrbo.families import family_of
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """A linear map of the model, without its weights.
+
+    Attributes:
+        name: Module path, ``"model.layers.3.self_attn.q_proj"``.
+        kind: Projection type, ``"q_proj"``.
+        block: Depth index; ``None`` for the head.
+        out_features: Rows of the weight (torch's orientation, also for GPT-2's ``Conv1D``).
+        in_features: Columns of the weight.
+        has_bias: Whether the dense layer carries a bias vector.
+        site: Name of the layer that stands for the shared input: layers of one site read the
+            same tensor, so they share calibration statistics.
+        tied_to: Name of the parameter that this weight is tied to.
+    """
+
+    name: str
+    kind: str
+    block: int | None
+    out_features: int
+    in_features: int
+    has_bias: bool
+    site: str
+    tied_to: str | None = None
+
+    @property
+    def parameters(self) -> int:
+        """Return the parameters of the dense layer, its bias included."""
+        return self.out_features * self.in_features + (self.out_features if self.has_bias else 0)
+
+
+@dataclass(frozen=True)
+class ModelMap:
+    """Every linear layer of a model, in the order of the forward pass.
+
+    Attributes:
+        layers: Layers of the blocks, then the head.
+        parameters: Of the whole model; tied tensors are counted once.
+        blocks: Number of blocks.
+    """
+
+    layers: tuple[LayerSpec, ...]
+    parameters: int
+    blocks: int
+
+    @property
+    def compressible(self) -> tuple[LayerSpec, ...]:
+        """Return the layers of the blocks: those that a budget covers."""
+        return tuple(spec for spec in self.layers if spec.block is not None)
+
+    @cached_property
+    def by_name(self) -> dict[str, LayerSpec]:
+        """Return the layers by name."""
+        return {spec.name: spec for spec in self.layers}
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Return the distinct inputs of the compressible layers, in order."""
+        return tuple(dict.fromkeys(spec.site for spec in self.compressible))
+
+
+def map_model(model: PreTrainedModel) -> ModelMap:
+    """Map a causal language model; works on the meta device, so no weights are needed.
+
+    Args:
+        model: One of the families in :mod:`lrbo.families`.
+
+    Raises:
+        ModelError: If the family is unknown, a layer that the family promises is missing, or
+            a matrix inside a block is not mapped; the message names it.
+    """
+    family = family_of(model.config.model_type)
+    try:
+        blocks = model.get_submodule(family.blocks)
+    except AttributeError as error:
+        raise ModelError(
+            f"{type(model).__name__} has no blocks at {family.blocks!r}, where models of type "
+            f"{model.config.model_type!r} keep them."
+        ) from error
+    assert isinstance(blocks, nn.ModuleList)
+    layers: list[LayerSpec] = []
+    for index, block in enumerate(blocks):
+        prefix = f"{family.blocks}.{index}"
+        found = {path: module for path, module in block.named_modules() if is_linear(module)}
+        missing = sorted(set(family.kinds) - set(found))
+        strange = sorted(
+            path
+            for path, module in block.named_modules()
+            if path not in family.kinds and _holds_matrix(module)
+        )
+        if missing or strange:
+            raise ModelError(
+                f"{prefix} of {type(model).__name__} does not look like a "
+                f"{model.config.model_type!r} block: missing {missing or 'nothing'}, "
+                f"not mapped {[f'{prefix}.{path}' for path in strange] or 'nothing'}. "
+                "Describe the layer in lrbo/families.py, or load the model without "
+                "quantization and adapters."
+            )
+        for site in family.sites:
+            layers.extend(
+                _spec(found[path], f"{prefix}.{path}", family.kinds[path], index, site[0], prefix)
+                for path in site
+            )
+    head = model.get_output_embeddings()
+    if head is not None and is_linear(head):
+        layers.append(_head_spec(model, head))
+    return ModelMap(tuple(layers), sum(p.numel() for p in model.parameters()), len(blocks))
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Return whether ``module`` is exactly ``nn.Linear`` or GPT-2's ``Conv1D``.
+
+    Subclasses are refused: quantized and adapted layers do not hold a plain weight.
+    """
+    return type(module) in (nn.Linear, Conv1D)
+
+
+def linear_weight(module: nn.Module) -> Float[Tensor, "out in"]:
+    """Return the weight of a dense layer as ``(out, in)``; a view, detached."""
+    weight = module.get_parameter("weight").detach()
+    return weight.T if isinstance(module, Conv1D) else weight
+
+
+def linear_bias(module: nn.Module) -> Float[Tensor, " out"] | None:
+    """Return the bias of a dense layer, detached, or ``None``."""
+    bias = getattr(module, "bias", None)
+    return None if bias is None else bias.detach()
+
+
+def _holds_matrix(module: nn.Module) -> bool:
+    """Return whether ``module`` itself owns a matrix: something that someone might compress."""
+    return any(parameter.dim() >= 2 for parameter in module.parameters(recurse=False))
+
+
+def _spec(module: nn.Module, name: str, kind: str, block: int, site: str, prefix: str) -> LayerSpec:
+    """Describe one layer of a block."""
+    out_features, in_features = linear_weight(module).shape
+    has_bias = linear_bias(module) is not None
+    return LayerSpec(
+        name, kind, block, out_features, in_features, has_bias, site=f"{prefix}.{site}"
+    )
+
+
+def _head_spec(model: PreTrainedModel, head: nn.Module) -> LayerSpec:
+    """Describe the head, with the embedding that it is tied to."""
+    name = next(path for path, module in model.named_modules() if module is head)
+    out_features, in_features = linear_weight(head).shape
+    tied = getattr(model.config, "tie_word_embeddings", False)
+    embedding = model.get_input_embeddings()
+    tied_to = next(path for path, module in model.named_modules() if module is embedding)
+    return LayerSpec(
+        name,
+        name.rpartition(".")[2],
+        None,
+        out_features,
+        in_features,
+        linear_bias(head) is not None,
+        site=name,
+        tied_to=f"{tied_to}.weight" if tied else None,
+    )
+
+
+def body_and_head(model: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
+    """Split a causal language model into hidden states and the map to logits.
+
+    Returns:
+        The body, whose output has ``last_hidden_state``, and the head, so that
+        ``head(body(x).last_hidden_state)`` are the logits (a test holds this per family).
+    """
+    head = model.get_output_embeddings()
+    assert head is not None
+    return model.base_model, head
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """Return a short digest of architecture and weights.
+
+    Hashes the configuration and, for each parameter, its name, shape and at most 4,096 evenly
+    spaced values: milliseconds where a full hash of a 7B model takes a minute, and any training,
+    merging or requantization changes it. The compute dtype does not enter except through the
+    values that it rounds.
+    """
+    ignored = {"_name_or_path", "transformers_version", "dtype", "torch_dtype"}
+    config = {k: v for k, v in model.config.to_dict().items() if k not in ignored}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().reshape(-1)
+        sample = flat[:: max(1, flat.numel() // 4096)][:4096].float().cpu()
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        digest.update(sample.numpy().tobytes())
+    return digest.hexdigest()[:16]

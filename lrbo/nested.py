@@ -1,0 +1,114 @@
+"""Factored once, every rank is a prefix."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from lrbo.layers import LowRankLinear
+
+
+class NestedFactors(Protocol):
+    """A layer factored once; each rank uses a prefix of the same tensors."""
+
+    @property
+    def max_rank(self) -> int:
+        """Return the largest rank at hand."""
+        ...
+
+    def at_rank(self, rank: int) -> nn.Module:
+        """Return the layer at a rank, from views of the factors."""
+        ...
+
+    def error_at(self, rank: int) -> float:
+        """Return the error of a rank, in the method's own metric."""
+        ...
+
+
+@dataclass(frozen=True)
+class LowRankFactors:
+    """A linear layer factored once, from which every rank is a prefix.
+
+    The rank-``r`` layer is ``x -> left[:, :r] @ (right[:r] @ x) + bias_at(r)``.
+
+    Attributes:
+        left: ``(out, k)``, columns in order of decreasing importance.
+        right: ``(k, in)``, rows in the same order.
+        tail: ``(k + 1,)``, error left at rank 0, 1, ..., ``k``, float64: squared, and summed over
+            outputs; per token where the method weighs by a covariance.
+        offset: ``(out,)``, the bias that the layer falls back to at rank 0, or ``None`` for a
+            layer without bias.
+        coordinates: ``(k,)``, what each direction takes off ``offset``; ``None`` where the bias
+            does not depend on the rank.
+    """
+
+    left: Float[Tensor, "out k"]
+    right: Float[Tensor, "k in"]
+    tail: Float[Tensor, " k_plus_1"]
+    offset: Float[Tensor, " out"] | None = None
+    coordinates: Float[Tensor, " k"] | None = None
+
+    @property
+    def max_rank(self) -> int:
+        """Return the number of directions at hand."""
+        return self.right.shape[0]
+
+    def bias_at(self, rank: int) -> Float[Tensor, " out"] | None:
+        """Return the bias of the rank-``rank`` layer, shape ``(out,)``, or ``None``."""
+        if self.offset is None or self.coordinates is None:
+            return self.offset
+        return self.offset - self.left[:, :rank] @ self.coordinates[:rank]
+
+    def at_rank(self, rank: int) -> LowRankLinear:
+        """Return the rank-``rank`` layer; its matrices are views, so this copies only a bias.
+
+        Raises:
+            ValueError: If the rank is not in ``0..max_rank``.
+        """
+        self._check(rank)
+        return LowRankLinear.from_tensors(
+            self.left[:, :rank], self.right[:rank], self.bias_at(rank)
+        )
+
+    def error_at(self, rank: int) -> float:
+        """Return the error of the rank-``rank`` layer in the method's own metric.
+
+        Raises:
+            ValueError: If the rank is not in ``0..max_rank``.
+        """
+        self._check(rank)
+        return float(self.tail[rank])
+
+    def to(
+        self,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+        max_rank: int | None = None,
+    ) -> LowRankFactors:
+        """Return a copy for running: other dtype or device, only the leading directions.
+
+        ``left`` is laid out by direction, so that a prefix of it is contiguous in memory.
+        """
+        count = self.max_rank if max_rank is None else min(max_rank, self.max_rank)
+
+        def move(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(device=device, dtype=dtype)
+
+        left = move(self.left[:, :count].T.contiguous())
+        right = move(self.right[:count].contiguous())
+        assert left is not None
+        assert right is not None
+        coordinates = None if self.coordinates is None else self.coordinates[:count]
+        return LowRankFactors(
+            left.T, right, self.tail[: count + 1], move(self.offset), move(coordinates)
+        )
+
+    def _check(self, rank: int) -> None:
+        """Refuse a rank that no prefix has."""
+        if not 0 <= rank <= self.max_rank:
+            raise ValueError(f"rank {rank} is outside 0..{self.max_rank}.")

@@ -1,0 +1,32 @@
+"""Write beside, then rename: a file is either the old one or the whole new one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a path beside ``path`` to write to, and move it into place if all went well.
+
+    The content reaches the disk before the new name does, so that a crash or a full disk
+    leaves either what was there or the whole new file.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.new")
+    try:
+        yield beside
+        with beside.open("rb+") as file:
+            os.fsync(file.fileno())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small text file so that it is never seen half written."""
+    with replacing(path) as beside:
+        beside.write_text(text, encoding="utf-8")
