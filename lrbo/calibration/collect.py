@@ -229,7 +229,7 @@ class CalibrationFile:
         Raises:
             StatisticsError: If it was made with other data, model or settings.
         """
-        self._file = safe_open(str(path), framework="pt")
+        self._file: Any = safe_open(str(path), framework="pt")
         metadata: dict[str, Any] = self._file.metadata() or {}
         if metadata.get("fingerprint") != fingerprint:
             raise StatisticsError(
@@ -257,7 +257,7 @@ class CalibrationFile:
 
     def _keys(self, site: str) -> Iterator[str]:
         """List what is stored of a site."""
-        return (key for key in self._file.keys() if key.rpartition("|")[0] == site)  # noqa: SIM118
+        return (key for key in self._file.keys() if key.rpartition("|")[0] == site)
 
 
 def _pack(matrix: Float[Tensor, "d d"]) -> Float[Tensor, " packed"]:

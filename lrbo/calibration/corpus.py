@@ -266,9 +266,8 @@ def _packaged_documents(name: str) -> Iterator[str]:
         raise DataError(f"the installed {PACKAGE} carries no {PACKAGED[name]}.")
     text = Path(str(match[0].locate())).read_text(encoding="utf-8")
     if name == "wiki":  # articles in <doc ...> tags, which no model should see
-        yield from (
-            article.strip() for article in re.split(r"</?doc[^>]*>", text) if article.strip()
-        )
+        articles = (article.strip() for article in re.split(r"</?doc[^>]*>", text))
+        yield from (article for article in articles if article)
     else:
         yield from (line for line in text.splitlines() if line.strip())
 
@@ -295,18 +294,10 @@ def _hub_documents(path: str) -> Iterator[str]:
     """Stream ``dataset:config:split[:column]`` through the datasets library."""
     import datasets  # costs a second, and only this source needs it
 
-    name, config, split, column = (
-        ([*path.split(":"), "text"])[:4]
-        if path.count(":") >= 2
-        else (
-            "",
-            "",
-            "",
-            "",
-        )
-    )
-    if not name:
+    fields = [*path.split(":"), "text"]
+    if not 4 <= len(fields) <= 5:
         raise DataError(f"hub text {path!r} must be written as dataset:config:split[:column].")
+    name, config, split, column = fields[:4]
     try:
         rows = datasets.load_dataset(name, config or None, split=split, streaming=True)
         for row in rows:
@@ -317,7 +308,7 @@ def _hub_documents(path: str) -> Iterator[str]:
 
 def _generated_documents(name: str) -> Iterator[str]:
     """Yield pseudo-text that is the same everywhere: words of a random chain, for tests."""
-    chooser = random.Random(name)  # noqa: S311
+    chooser = random.Random(name)
     letters = "etaoinshrdlu"
     words = ["".join(chooser.choices(letters, k=chooser.randint(2, 7))) for _ in range(200)]
     follows = {word: chooser.choices(words, k=5) for word in words}
