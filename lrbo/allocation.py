@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Self
+from fractions import Fraction
 
 from lrbo.accounting import dense_parameters
 from lrbo.errors import BudgetError
@@ -27,7 +27,7 @@ class Budget:
     parameters: int
 
     @classmethod
-    def from_keep_ratio(cls, layers: Sequence[LayerSpec], keep_ratio: float) -> Self:
+    def from_keep_ratio(cls, layers: Sequence[LayerSpec], keep_ratio: float) -> Budget:
         """Return the budget that keeps a share of the dense parameters, rounded down.
 
         Args:
@@ -39,7 +39,8 @@ class Budget:
         """
         if not 0.0 < keep_ratio <= 1.0:
             raise ValueError(f"keep_ratio={keep_ratio} is outside (0, 1].")
-        return cls(math.floor(keep_ratio * dense_parameters(layers)))
+        exact = Fraction(str(float(keep_ratio)))  # 0.57 of 100 is 57; in binary it is 56.99...
+        return cls(math.floor(exact * dense_parameters(layers)))
 
 
 @dataclass(frozen=True)
@@ -61,12 +62,12 @@ class Allocation:
         return json.dumps(asdict(self))
 
     @classmethod
-    def from_json(cls, text: str) -> Self:
+    def from_json(cls, text: str) -> Allocation:
         """Return the allocation that :meth:`to_json` wrote."""
         return cls.from_dict(json.loads(text))
 
     @classmethod
-    def from_dict(cls, fields: Mapping[str, object]) -> Self:
+    def from_dict(cls, fields: Mapping[str, object]) -> Allocation:
         """Return the allocation from the fields of its JSON.
 
         Raises:
@@ -77,9 +78,13 @@ class Allocation:
         except KeyError as error:
             raise ValueError(f"the allocation has no field {error}.") from error
         if not (
-            isinstance(ranks, dict) and isinstance(parameters, int) and isinstance(budget, dict)
+            isinstance(ranks, dict)
+            and all(rank is None or isinstance(rank, int) for rank in ranks.values())
+            and isinstance(parameters, int)
+            and isinstance(budget, dict)
+            and isinstance(budget.get("parameters"), int)
         ):
-            raise ValueError(f"the allocation has fields of wrong types: {sorted(fields)}.")
+            raise ValueError(f"the allocation has fields of wrong types: {dict(fields)}.")
         return cls(dict(ranks), parameters, Budget(budget["parameters"]))
 
 
@@ -167,12 +172,12 @@ def allocate(
     smallest = fixed + sum(ladder[0][1] for ladder in ladders.values())
     room = budget.parameters - smallest
     if room < 0:
-        total = dense_parameters(layers)
+        needed = -(-smallest * 10_000 // dense_parameters(layers)) / 10_000  # rounded up
         raise BudgetError(
             f"budget of {budget.parameters:_} parameters is below the {smallest:_} that "
             f"{len(layers)} layers need at their smallest ranks ({len(layers) - len(searched)} "
             f"of them fixed dense); raise keep_ratio to at least "
-            f"{math.ceil(smallest / total * 1e4) / 1e4:.4f} or lower rank_multiple "
+            f"{needed:.4f} or lower rank_multiple "
             f"({rank_multiple})."
         )
     wishes = {spec.name: ratios[spec.name] * spec.parameters for spec in searched}

@@ -44,6 +44,10 @@ class StatisticsError(LrboError):
     """A calibration statistic is missing or not finite."""
 
 
+class NonFiniteError(LrboError):
+    """A loss is NaN or infinite."""
+
+
 class StudyError(LrboError):
     """A study folder is locked, damaged, or was made with another configuration."""
 
@@ -81,7 +85,7 @@ def outcome_of(error: Exception) -> Literal["failed", "abandoned"]:
     """
     if isinstance(error, TrialError):
         return error.outcome
-    if isinstance(error, BudgetError | StatisticsError):
+    if isinstance(error, BudgetError | StatisticsError | NonFiniteError):
         return "abandoned"
     if isinstance(error, torch.OutOfMemoryError | MemoryError | OSError | TimeoutError):
         return "failed"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lrbo.layers import LowRankLinear
 
 
+@runtime_checkable
 class NestedFactors(Protocol):
     """A layer factored once; each rank uses a prefix of the same tensors."""
 

@@ -229,8 +229,8 @@ class CalibrationFile:
         Raises:
             StatisticsError: If it was made with other data, model or settings.
         """
-        self._file: Any = safe_open(str(path), framework="pt")
-        metadata: dict[str, Any] = self._file.metadata() or {}
+        self._file = _open(path)
+        metadata = dict(self._file.metadata() or {})
         if metadata.get("fingerprint") != fingerprint:
             raise StatisticsError(
                 f"{path} has fingerprint {metadata.get('fingerprint')}, expected {fingerprint}. "
@@ -257,7 +257,13 @@ class CalibrationFile:
 
     def _keys(self, site: str) -> Iterator[str]:
         """List what is stored of a site."""
-        return (key for key in self._file.keys() if key.rpartition("|")[0] == site)
+        names = self._file.keys()
+        return (name for name in names if name.rpartition("|")[0] == site)
+
+
+def _open(path: Path) -> Any:
+    """Open a safetensors file; its reader carries no types."""
+    return safe_open(str(path), framework="pt")
 
 
 def _pack(matrix: Float[Tensor, "d d"]) -> Float[Tensor, " packed"]:

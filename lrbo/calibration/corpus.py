@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -33,6 +33,7 @@ PACKAGED = {"c4": "c4.utf8", "wiki": "wiki.utf8"}
 JOIN = "\n\n"  # between documents, as in the literature's WikiText protocol
 
 
+@runtime_checkable
 class TextTokenizer(Protocol):
     """The part of a Hugging Face tokenizer that is used here."""
 

@@ -152,8 +152,9 @@ class PooledMoments:
                 f"cannot merge while a group is open ({self.open.tokens} and "
                 f"{other.open.tokens} tokens): close the groups first."
             )
+        none_open = Moments.empty(len(self.mean), self.mean.device)
         merged = PooledMoments(
-            self.groups, self.tokens, self.mean.clone(), self.upper + other.upper, self.open
+            self.groups, self.tokens, self.mean.clone(), self.upper + other.upper, none_open
         )
         if other.tokens:
             merged._count(other.tokens, other.mean, groups=other.groups)

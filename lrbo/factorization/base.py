@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from enum import StrEnum
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
@@ -27,6 +27,7 @@ class Statistic(StrEnum):
     POOLED_INPUT_COVARIANCE = "pooled_covariance"
 
 
+@runtime_checkable
 class FactorizationMethod(Protocol):
     """The whole obligation of a new method."""
 

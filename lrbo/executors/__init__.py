@@ -1,0 +1,1 @@
+"""Where a trial runs is not the search's business."""

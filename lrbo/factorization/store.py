@@ -1,0 +1,130 @@
+"""Factor every layer of a model once, and keep the factors on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lrbo.allocation import rungs
+from lrbo.errors import StatisticsError
+from lrbo.factorization.base import FactorizationMethod, Statistic
+from lrbo.model import ModelMap, linear_bias, linear_weight
+from lrbo.nested import LowRankFactors
+from lrbo.storage import replacing
+
+PARTS = ("left", "right", "tail", "offset", "coordinates")
+
+
+@runtime_checkable
+class SiteStatistics(Protocol):
+    """Where a layer's statistics come from: memory or a file."""
+
+    def at(self, site: str) -> Mapping[Statistic, Tensor]:
+        """Return the statistics of a site."""
+        ...
+
+
+def factor_model(
+    model: PreTrainedModel,
+    layers: ModelMap,
+    method: FactorizationMethod,
+    statistics: SiteStatistics,
+    *,
+    on_layer: Callable[[str], None] | None = None,
+) -> dict[str, LowRankFactors]:
+    """Factor every compressible layer, for every rank that is smaller than dense.
+
+    Args:
+        model: The dense model; its weights are read at the precision that they have.
+        layers: Its map.
+        method: How.
+        statistics: Of the inputs; not read by methods that need none.
+        on_layer: Told the name of each finished layer.
+
+    Returns:
+        Factors by layer name, float32 on the CPU: factored in float64, then rounded at 2^-24,
+        far below the precision of the weights they stand for.
+
+    Raises:
+        StatisticsError: Naming the layer.
+    """
+    factors = {}
+    for spec in layers.compressible:
+        module = model.get_submodule(spec.name)
+        useful = [rank for rank, _ in rungs(spec, method.parameters, 1) if rank is not None]
+        if useful:  # else dense is smaller at every rank
+            try:
+                full = method.factor(
+                    linear_weight(module),
+                    linear_bias(module),
+                    statistics.at(spec.site) if method.needs else {},
+                )
+            except StatisticsError as error:
+                raise StatisticsError(f"{spec.name}: {error}") from error
+            factors[spec.name] = full.to(
+                dtype=torch.float32, device=torch.device("cpu"), max_rank=useful[-1]
+            )
+        if on_layer is not None:
+            on_layer(spec.name)
+    return factors
+
+
+def factors_fingerprint(
+    model_fingerprint: str, calibration_fingerprint: str, method: FactorizationMethod
+) -> str:
+    """Return the digest of everything that the factors depend on."""
+    settings = {
+        "format": 1,
+        "model": model_fingerprint,
+        "calibration": calibration_fingerprint if method.needs else None,
+        "method": repr(method),
+    }
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def save_factors(path: Path, factors: Mapping[str, LowRankFactors], fingerprint: str) -> None:
+    """Write factors as safetensors; ``left`` by direction, so that a prefix is contiguous."""
+    tensors: dict[str, Tensor] = {}
+    for name, found in factors.items():
+        for part in PARTS:
+            tensor = getattr(found, part)
+            if tensor is not None:
+                stored = tensor.T if part == "left" else tensor
+                tensors[f"{name}|{part}"] = stored.contiguous()
+    with replacing(path) as beside:
+        save_file(tensors, beside, metadata={"fingerprint": fingerprint})
+
+
+def load_factors(
+    path: Path, fingerprint: str, *, dtype: torch.dtype, device: torch.device
+) -> dict[str, LowRankFactors]:
+    """Read factors into the dtype and onto the device that will run them.
+
+    Raises:
+        StatisticsError: If the file was made for another model, calibration or method.
+    """
+    with safe_open(str(path), framework="pt") as opened:
+        file: Any = opened
+        found = (file.metadata() or {}).get("fingerprint")
+        if found != fingerprint:
+            raise StatisticsError(
+                f"{path} has fingerprint {found}, expected {fingerprint}. Delete it; it will be "
+                "made again."
+            )
+        parts: dict[str, dict[str, Tensor]] = {}
+        for key in file.keys():  # noqa: SIM118 (not a mapping)
+            name, _, part = key.rpartition("|")
+            tensor = file.get_tensor(key)
+            if part != "tail":
+                tensor = tensor.to(device=device, dtype=dtype)
+            parts.setdefault(name, {})[part] = tensor.T if part == "left" else tensor
+    return {name: LowRankFactors(**found) for name, found in parts.items()}

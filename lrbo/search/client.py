@@ -1,0 +1,192 @@
+"""The only file that imports ax: what was seen in, the next point out."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+import torch
+from ax.adapter.registry import Generators
+from ax.api.client import Client
+from ax.core.arm import Arm
+from ax.core.data import Data
+from ax.core.experiment import Experiment
+from ax.core.generator_run import GeneratorRun
+from ax.core.parameter import ParameterType, RangeParameter
+from ax.core.parameter_constraint import ParameterConstraint
+from ax.core.search_space import SearchSpace as AxSearchSpace
+from ax.generation_strategy.generation_node import GenerationNode
+from ax.generation_strategy.generation_strategy import GenerationStrategy
+from ax.generation_strategy.generator_spec import GeneratorSpec
+from ax.generators.torch.botorch_modular.surrogate import ModelConfig, SurrogateSpec
+from ax.utils.common.logger import set_ax_logger_levels
+from botorch.fit import _fit_fallback
+from botorch.models import SingleTaskGP
+
+from lrbo.search.space import SearchSpace
+
+METRIC = "loss"
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What the surrogate is told about a trial.
+
+    Attributes:
+        point: The point that was evaluated.
+        loss: The objective, to be minimised; ``None`` while the trial runs.
+    """
+
+    point: Mapping[str, float]
+    loss: float | None
+
+
+class CappedSingleTaskGP(SingleTaskGP):  # type: ignore[misc]
+    """Ax's default Gaussian process with the number of fitting steps capped.
+
+    L-BFGS runs on for over a thousand steps at 20 variables and 200 trials without a better
+    model (held-out R^2 0.9962 after 100 steps, 0.9972 after 1318, for 20 times the seconds).
+    Ax has no option for the cap; ``botorch.fit`` calls ``custom_fit`` where a model has one.
+    """
+
+    STEPS = 75
+
+    def custom_fit(
+        self,
+        mll: Any,
+        closure: Any = None,
+        closure_kwargs: Any = None,
+        optimizer_kwargs: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Fit as botorch does, with at most ``STEPS`` steps of L-BFGS."""
+        capped = dict(optimizer_kwargs or {})
+        capped["options"] = {"maxiter": self.STEPS, **capped.get("options", {})}
+        return _fit_fallback(
+            mll,
+            closure=closure,
+            closure_kwargs=closure_kwargs,
+            optimizer_kwargs=capped,
+            **kwargs,
+        )
+
+
+class SearchClient:
+    """Proposes the next point from everything that was seen, and keeps no state of its own.
+
+    Ax is rebuilt from the observations for every proposal (10 ms), so a proposal is a function
+    of observations, seed and trial number alone: a search that was killed and continued
+    proposes what the uninterrupted one would have, to rounding (4e-10 measured).
+    """
+
+    def __init__(self, space: SearchSpace, *, seed: int) -> None:
+        """Take the space to search and the seed of the study."""
+        self.space = space
+        self.seed = seed
+        # Ax wants plain identifiers: a dot in a constrained name is an error there.
+        self._ids = {name: f"r_{i:03d}" for i, name in enumerate(space.names)}
+
+    def ask(self, trial_index: int, observations: Sequence[Observation]) -> dict[str, float]:
+        """Return the point that Ax proposes for a trial.
+
+        The budget is a linear constraint of the search space, so the point keeps it.
+
+        Args:
+            trial_index: Seeds this proposal, together with the seed of the study.
+            observations: All that is known; at least one must have a loss.
+
+        Raises:
+            ValueError: If no observation has a loss.
+        """
+        if not any(observation.loss is not None for observation in observations):
+            raise ValueError("the surrogate needs at least one trial with a value.")
+        seed = self.seed * 100_003 + trial_index
+        set_ax_logger_levels(logging.ERROR)
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+            warnings.simplefilter("ignore")  # numerical chatter of gpytorch and ax
+            torch.manual_seed(seed)
+            client = self._rebuild(observations, seed)
+            (parameters,) = client.get_next_trials(max_trials=1).values()
+        return {name: float(parameters[identifier]) for name, identifier in self._ids.items()}
+
+    def _rebuild(self, observations: Sequence[Observation], seed: int) -> Client:
+        """Return an Ax client that holds exactly these observations."""
+        space = self.space
+        terms = (
+            f"{share:.12f} * {self._ids[name]}"
+            for name, share in zip(space.names, space.shares, strict=True)
+        )
+        constraint = f"{' + '.join(terms)} <= {space.room:.12f}"
+        experiment = Experiment(
+            name="lrbo",
+            search_space=AxSearchSpace(
+                parameters=[
+                    RangeParameter(
+                        name=identifier,
+                        parameter_type=ParameterType.FLOAT,
+                        lower=space.lower,
+                        upper=space.upper,
+                    )
+                    for identifier in self._ids.values()
+                ],
+                parameter_constraints=[ParameterConstraint(inequality=constraint)],
+            ),
+        )
+        rows = []
+        for observation in observations:
+            point = {self._ids[name]: value for name, value in observation.point.items()}
+            trial = experiment.new_trial(generator_run=GeneratorRun(arms=[Arm(parameters=point)]))
+            trial.mark_running(no_runner_required=True)
+            if observation.loss is not None:
+                rows.append(
+                    {
+                        "trial_index": trial.index,
+                        "arm_name": trial.arm.name,
+                        "metric_name": METRIC,
+                        "metric_signature": METRIC,
+                        "mean": observation.loss,
+                        "sem": 0.0,  # the loss is deterministic; also what makes Ax repeatable
+                    }
+                )
+        client = Client(random_seed=seed)
+        client.set_experiment(experiment)
+        client.configure_optimization(objective=f"-{METRIC}")
+        experiment.attach_data(Data(df=pd.DataFrame(rows)))
+        for trial, observation in zip(experiment.trials.values(), observations, strict=True):
+            if observation.loss is not None:
+                trial.mark_completed()
+        client.set_generation_strategy(_strategy())
+        return client
+
+
+def _strategy() -> GenerationStrategy:
+    """Return one node: a Gaussian process and log-noisy expected improvement, kept lean.
+
+    Restarts, raw samples and the hit-and-run burn-in under a linear constraint are cut to what
+    a trial of seconds can afford; Ax's defaults take 6 to 90 seconds per proposal here.
+    """
+    surrogate = SurrogateSpec(
+        model_configs=[ModelConfig(botorch_model_class=CappedSingleTaskGP, name="capped")]
+    )
+    options = {"maxiter": 100, "n_burnin": 500, "n_thinning": 4}
+    optimizer = {"num_restarts": 4, "raw_samples": 128, "options": options}
+    node = GenerationNode(
+        name="bayesian",
+        should_deduplicate=True,
+        generator_specs=[
+            GeneratorSpec(
+                generator_enum=Generators.BOTORCH_MODULAR,
+                generator_kwargs={
+                    "surrogate_spec": surrogate,
+                    "warm_start_refit": False,
+                    "fit_tracking_metrics": False,
+                },
+                generator_gen_kwargs={"model_gen_options": {"optimizer_kwargs": optimizer}},
+            )
+        ],
+    )
+    return GenerationStrategy(name="lean", nodes=[node])

@@ -1,0 +1,222 @@
+"""Ask, submit, tell, save; continue after an interruption."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from lrbo.allocation import Allocation
+from lrbo.errors import StudyError
+from lrbo.executors.base import Evaluate, Executor, Job
+from lrbo.search.client import Observation, SearchClient
+from lrbo.search.study import Study
+from lrbo.tracking import Tracker
+from lrbo.trial import Origin, TrialRecord, TrialRequest, TrialResult
+
+log = logging.getLogger(__name__)
+
+MAX_FAILURES_IN_A_ROW = 5
+
+
+@dataclass(frozen=True)
+class SearchSettings:
+    """How long to search and for what.
+
+    Attributes:
+        trials: Trials in all, those of earlier runs included.
+        initial: Trials before the surrogate takes over: baseline, start values, Sobol points.
+        kl_weight: Weight of the divergence in ``nll + kl_weight * kl_dense_to_compressed``.
+        seed: Of the study.
+    """
+
+    trials: int
+    initial: int
+    kl_weight: float
+    seed: int
+
+    def objective(self, metrics: Mapping[str, float]) -> float:
+        """Return what is minimised, nats per token."""
+        return metrics["nll"] + self.kl_weight * metrics["kl_dense_to_compressed"]
+
+
+@dataclass
+class SearchLoop:
+    """Runs trials until the study has as many as wanted.
+
+    Every step is in the journal before the next one begins, and the state is only what the
+    journal says, so a loop that is killed anywhere continues as if nothing had happened: a
+    trial without an end is run again, and proposals depend on nothing else.
+
+    Attributes:
+        study: Locked by the caller.
+        client: Proposes points.
+        worker: Evaluates a request.
+        executor: Where.
+        tracker: Gets every trial; losing it loses nothing.
+        settings: How long and for what.
+        on_trial: Told each trial that ended.
+    """
+
+    study: Study
+    client: SearchClient
+    worker: Evaluate
+    executor: Executor
+    tracker: Tracker
+    settings: SearchSettings
+    on_trial: Callable[[TrialRecord], None] = lambda record: None
+    poll_s: float = 0.05
+    jobs: dict[int, Job] = field(default_factory=dict)
+
+    def run(self) -> None:
+        """Search until the study has ``settings.trials`` trials that ended.
+
+        Raises:
+            StudyError: If five trials in a row end without a value: something is wrong that
+                more trials will not mend.
+        """
+        while True:
+            while len(self.jobs) < self.executor.capacity:
+                request = self._next_request()
+                if request is None:
+                    break
+                self._start(request)
+            if not self.jobs:
+                return
+            finished = [index for index, job in self.jobs.items() if job.done()]
+            for index in finished:
+                self._end(self.jobs.pop(index).result())
+            if not finished:
+                time.sleep(self.poll_s)
+
+    def _next_request(self) -> TrialRequest | None:
+        """Return what to run next: first what an interruption left open."""
+        for record in self.study.state.open:
+            if record.request.trial_index not in self.jobs:
+                return record.request
+        if len(self.study.state.trials) >= self.settings.trials:
+            return None
+        return self._suggest(len(self.study.state.trials))
+
+    def _suggest(self, index: int) -> TrialRequest:
+        """Choose the next allocation and write it down."""
+        space, seed = self.client.space, self.settings.seed
+        taken = {
+            tuple(record.request.allocation.ranks.values()) for record in self.study.state.records
+        }
+        origin: Origin
+        allocation_s = 0.0
+        start = time.perf_counter()
+
+        def allocate(point: Mapping[str, float]) -> Allocation:
+            nonlocal allocation_s
+            begin = time.perf_counter()
+            allocation = space.allocate(point)
+            allocation_s += time.perf_counter() - begin
+            return allocation
+
+        first_sobol = 1
+        if index == 0:
+            origin, allocation = "uniform", space.uniform()
+        elif index == 1 and (point := space.start_point()) is not None:
+            origin, allocation = "start", allocate(point)
+        else:
+            observations = self._observations()
+            known = any(observation.loss is not None for observation in observations)
+            if index < self.settings.initial or not known:
+                origin, point = "sobol", space.sobol_point(index - first_sobol, seed)
+            else:
+                origin, point = "model", self.client.ask(index, observations)
+            allocation = self._new_allocation(point, allocate, taken, seed + index)
+        variables = space.realised(allocation) or {}
+        seconds = {
+            "suggestion": time.perf_counter() - start - allocation_s,
+            "allocation": allocation_s,
+        }
+        request = TrialRequest(index, origin, variables, allocation, seed * 100_003 + index)
+        self.study.record_suggestion(request, seconds)
+        return request
+
+    def _new_allocation(
+        self,
+        point: Mapping[str, float],
+        allocate: Callable[[Mapping[str, float]], Allocation],
+        taken: set[tuple[int | None, ...]],
+        seed: int,
+    ) -> Allocation:
+        """Return the allocation of a point, moved a little if its ranks were tried already.
+
+        Ranks are coarse on small layers, so different points can round to the same ranks, whose
+        value is known. Steps grow until the ranks differ; after 20 the known ones are accepted,
+        because the space may have no others left.
+        """
+        space = self.client.space
+        generator = torch.Generator().manual_seed(seed)
+        allocation = allocate(point)
+        for attempt in range(20):
+            if tuple(allocation.ranks.values()) not in taken:
+                break
+            noise = torch.randn(len(space.names), generator=generator, dtype=torch.float64)
+            moved = [
+                point[name] + 0.01 * (attempt + 1) * float(step)
+                for name, step in zip(space.names, noise, strict=True)
+            ]
+            allocation = allocate(dict(zip(space.names, space.project(moved), strict=True)))
+        return allocation
+
+    def _observations(self) -> list[Observation]:
+        """Return what the surrogate may know: ended trials with a value, and running ones."""
+        seen = []
+        for record in self.study.state.records:
+            if not record.request.variables:
+                continue  # the baseline compresses layers that the space keeps dense
+            if record.is_completed:
+                loss = self.settings.objective(record.metrics)
+                seen.append(Observation(record.request.variables, loss))
+            elif record.result is None:
+                seen.append(Observation(record.request.variables, None))
+        return seen
+
+    def _start(self, request: TrialRequest) -> None:
+        """Write down that a trial runs, and hand it out."""
+        self.study.record("started", trial=request.trial_index)
+        self.jobs[request.trial_index] = self.executor.submit(self.worker, request)
+
+    def _end(self, result: TrialResult) -> None:
+        """Write down what came of a trial, then show it to everybody else."""
+        metrics = dict(result.metrics)
+        outcome, error = result.outcome, result.error
+        if outcome == "completed":
+            metrics["objective"] = self.settings.objective(metrics)
+            bad = sorted(name for name, value in metrics.items() if not math.isfinite(value))
+            if bad:
+                outcome, error, metrics = "abandoned", f"not finite: {', '.join(bad)}", {}
+        self.study.record(
+            "ended",
+            trial=result.trial_index,
+            outcome=outcome,
+            metrics=metrics,
+            error=error,
+            seconds={"scoring": result.seconds},
+        )
+        record = self.study.state.trials[result.trial_index]
+        start = time.perf_counter()
+        self.tracker.trial(record)
+        self.study.record("logged", trial=result.trial_index, seconds=time.perf_counter() - start)
+        self.on_trial(self.study.state.trials[result.trial_index])
+        self._refuse_hopeless()
+
+    def _refuse_hopeless(self) -> None:
+        """Stop where every trial fails."""
+        last = self.study.state.ended[-MAX_FAILURES_IN_A_ROW:]
+        if len(last) == MAX_FAILURES_IN_A_ROW and not any(r.is_completed for r in last):
+            assert last[-1].result is not None
+            raise StudyError(
+                f"the last {len(last)} trials ended without a value, the last one with: "
+                f"{last[-1].result.error}. Nothing is lost; mend the cause and run the same "
+                "command again."
+            )

@@ -1,0 +1,276 @@
+"""The study folder: an append-only journal as the only truth, and what was fixed at the start."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from lrbo.allocation import Allocation
+from lrbo.errors import StudyError
+from lrbo.storage import write_text
+from lrbo.trial import TrialRecord, TrialRequest, TrialResult
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+Event = Mapping[str, Any]
+
+
+@dataclass
+class StudyState:
+    """What the journal says.
+
+    Attributes:
+        dense: Metrics of the dense model on the validation text; empty before it is measured.
+        trials: By number.
+        tests: Scores on the test text by label (``dense``, ``uniform``, ``best``).
+    """
+
+    dense: dict[str, float] = field(default_factory=dict)
+    trials: dict[int, TrialRecord] = field(default_factory=dict)
+    tests: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def records(self) -> list[TrialRecord]:
+        """Return the trials by number."""
+        return [self.trials[index] for index in sorted(self.trials)]
+
+    @property
+    def completed(self) -> list[TrialRecord]:
+        """Return the trials that have a value."""
+        return [record for record in self.records if record.is_completed]
+
+    @property
+    def ended(self) -> list[TrialRecord]:
+        """Return the trials that are over, with or without a value."""
+        return [record for record in self.records if record.result is not None]
+
+    @property
+    def open(self) -> list[TrialRecord]:
+        """Return the trials that were suggested and have not ended."""
+        return [record for record in self.records if record.result is None]
+
+    @property
+    def uniform(self) -> TrialRecord | None:
+        """Return the uniform baseline, if it has a value."""
+        return next((r for r in self.completed if r.request.origin == "uniform"), None)
+
+    def best(self) -> TrialRecord | None:
+        """Return the completed trial with the lowest objective, the first of equals."""
+        return min(self.completed, key=lambda r: r.metrics["objective"], default=None)
+
+    def apply(self, event: Event) -> None:
+        """Take in one event of the journal.
+
+        Raises:
+            KeyError: If the event refers to a trial that was never suggested, or lacks a field.
+        """
+        kind = event["event"]
+        if kind == "dense":
+            self.dense = dict(event["metrics"])
+        elif kind == "tested":
+            self.tests[event["label"]] = {k: event[k] for k in ("trial", "text", "metrics")}
+        elif kind == "suggested":
+            request = TrialRequest(
+                event["trial"],
+                event["origin"],
+                event["variables"],
+                Allocation.from_dict(event["allocation"]),
+                event["seed"],
+            )
+            self.trials[event["trial"]] = TrialRecord(request, seconds=dict(event["seconds"]))
+        else:
+            record = self.trials[event["trial"]]
+            if kind == "started":
+                self.trials[event["trial"]] = dataclasses.replace(
+                    record, started=event["time"], attempts=record.attempts + 1
+                )
+            elif kind == "ended" and record.result is None:
+                result = TrialResult(
+                    event["trial"],
+                    event["outcome"],
+                    event["metrics"],
+                    event["seconds"]["scoring"],
+                    event["error"],
+                )
+                self.trials[event["trial"]] = dataclasses.replace(
+                    record,
+                    result=result,
+                    ended=event["time"],
+                    seconds={**record.seconds, **event["seconds"]},
+                )
+            elif kind == "logged":
+                seconds = {**record.seconds, "logging": event["seconds"]}
+                self.trials[event["trial"]] = dataclasses.replace(record, seconds=seconds)
+
+
+class Study:
+    """A folder that holds everything about one search.
+
+    ==================== ===========================================================
+    ``journal.jsonl``    one JSON line per event, flushed to disk; the only truth
+    ``study.json``       name, fingerprints, versions, device and dtype
+    ``config.yaml``      the resolved configuration
+    ``tokens.safetensors``  the token windows
+    ``dense.safetensors``   what the dense model says about the validation tokens
+    ``figures/``         pictures, made anew from the journal
+    ==================== ===========================================================
+
+    Attributes:
+        folder: Where it is.
+        state: What the journal says, kept up to date by :meth:`record`.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Open a study folder, which need not exist yet, and read its journal."""
+        self.folder = folder
+        self.state = StudyState()
+        for event in self._read():
+            self.state.apply(event)
+
+    @property
+    def name(self) -> str:
+        """Return the name of the study: that of its folder."""
+        return self.folder.name
+
+    @property
+    def journal(self) -> Path:
+        """Return the path of the journal."""
+        return self.folder / "journal.jsonl"
+
+    @property
+    def exists(self) -> bool:
+        """Return whether the study was begun."""
+        return (self.folder / "study.json").is_file()
+
+    def begin(self, about: Mapping[str, Any], config_yaml: str) -> None:
+        """Write what is fixed from now on; ``study.json`` last, because it marks a study."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_text(self.folder / "config.yaml", config_yaml)
+        whole = {"format": FORMAT, "study": self.name, **about}
+        write_text(self.folder / "study.json", json.dumps(whole, indent=2) + "\n")
+
+    def about(self) -> dict[str, Any]:
+        """Return what was fixed at the start.
+
+        Raises:
+            StudyError: If there is no study here, or of another format.
+        """
+        path = self.folder / "study.json"
+        try:
+            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise StudyError(
+                f"there is no study at {self.folder}; start one with: lrbo search study={self.name}"
+            ) from error
+        except ValueError as error:
+            raise StudyError(f"{path} is not JSON: {error}") from error
+        if found.get("format") != FORMAT:
+            raise StudyError(
+                f"{path} has format {found.get('format')}, this lrbo reads {FORMAT}; use the "
+                "version that made it"
+            )
+        return found
+
+    def config_yaml(self) -> str:
+        """Return the resolved configuration that the study was begun with."""
+        return (self.folder / "config.yaml").read_text(encoding="utf-8")
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the study for this process; the system releases it if the process dies.
+
+        Raises:
+            StudyError: If another process holds it.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.folder / "lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise StudyError(
+                f"another process is working on study {self.name} ({self.folder}); wait for it, "
+                "stop it, or choose another study=NAME"
+            ) from error
+        try:
+            self._repair()
+            self.state = StudyState()
+            for event in self._read():
+                self.state.apply(event)
+            yield
+        finally:
+            lock.release()
+
+    def record(self, event: str, **fields: Any) -> None:
+        """Append an event to the journal, wait until it is on disk, and take it in.
+
+        A record that could not be written whole (a full disk) is taken out again, so that the
+        next one does not follow half a line.
+        """
+        whole = {"event": event, "time": time.time(), **fields}
+        line = (json.dumps(whole, allow_nan=False) + "\n").encode()
+        with self.journal.open("ab") as file:
+            before = file.tell()
+            try:
+                file.write(line)
+                file.flush()
+                os.fsync(file.fileno())
+            except OSError:
+                os.ftruncate(file.fileno(), before)
+                raise
+        self.state.apply(whole)
+
+    def record_suggestion(self, request: TrialRequest, seconds: Mapping[str, float]) -> None:
+        """Append that a trial was suggested."""
+        fields = asdict(request)
+        fields["trial"] = fields.pop("trial_index")
+        self.record("suggested", **fields, seconds=dict(seconds))
+
+    def _read(self) -> Iterator[Event]:
+        """Yield the events of the journal; a torn last line is passed over.
+
+        Raises:
+            StudyError: If any other line is damaged, with its number.
+        """
+        try:
+            content = self.journal.read_bytes()
+        except FileNotFoundError:
+            return
+        *lines, rest = content.split(b"\n")
+        if rest:
+            log.warning("%s ends in half a line (an interrupted write); ignored", self.journal)
+        for number, line in enumerate(lines, start=1):
+            try:
+                event = json.loads(line)
+                if not isinstance(event, dict) or "event" not in event:
+                    raise ValueError("not an event")
+            except ValueError as error:
+                raise StudyError(
+                    f"{self.journal}, line {number} is damaged ({error}); it was not written by "
+                    "an interrupted lrbo, which damages only the last line. Restore the file, "
+                    "or remove the line: its trial is then run again."
+                ) from error
+            yield event
+
+    def _repair(self) -> None:
+        """Cut off a torn last line; its bytes are kept beside the journal."""
+        if not self.journal.exists():
+            return
+        content = self.journal.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            with (self.folder / "journal.torn").open("ab") as torn:
+                torn.write(content[whole:] + b"\n")
+            with self.journal.open("rb+") as file:
+                file.truncate(whole)
+                os.fsync(file.fileno())
