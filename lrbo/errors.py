@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-import torch
-
 Outcome = Literal["completed", "failed", "abandoned"]
 
 
@@ -37,7 +35,15 @@ class ModelError(LrboError):
 
 
 class DataError(LrboError):
-    """A text is missing, too short, or shared between roles."""
+    """A text is missing, too short, or shared between roles.
+
+    Attributes:
+        problems: One sentence per problem.
+    """
+
+    def __init__(self, *problems: str) -> None:
+        self.problems = list(problems)
+        super().__init__("; ".join(self.problems))
 
 
 class StatisticsError(LrboError):
@@ -54,6 +60,10 @@ class StudyError(LrboError):
 
 class CheckpointError(LrboError):
     """A compressed checkpoint cannot be written or read."""
+
+
+class TrackingError(LrboError):
+    """MLflow does not take what it was asked to show."""
 
 
 class TrialError(LrboError):
@@ -87,8 +97,9 @@ def outcome_of(error: Exception) -> Literal["failed", "abandoned"]:
         return error.outcome
     if isinstance(error, BudgetError | StatisticsError | NonFiniteError):
         return "abandoned"
-    if isinstance(error, torch.OutOfMemoryError | MemoryError | OSError | TimeoutError):
+    if isinstance(error, MemoryError | OSError | TimeoutError):
         return "failed"
-    if isinstance(error, RuntimeError) and "memory" in str(error):  # the CPU allocator's own
+    # torch's OutOfMemoryError, and what its CPU allocator says, are RuntimeErrors.
+    if isinstance(error, RuntimeError) and "memory" in str(error).lower():
         return "failed"
     raise error

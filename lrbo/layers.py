@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -38,7 +40,9 @@ class LowRankLinear(nn.Module):
     @classmethod
     def empty(cls, out_features: int, in_features: int, rank: int, *, bias: bool) -> LowRankLinear:
         """Return a layer on the meta device, for weights to be loaded into."""
-        with torch.device("meta"):
+        with torch.device("meta"), warnings.catch_warnings():
+            # Rank 0 is a layer too: the one that answers its bias.
+            warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
             right = nn.Linear(in_features, rank, bias=False)
             left = nn.Linear(rank, out_features, bias=bias)
         return cls(right, left)

@@ -118,8 +118,15 @@ def _matmul_seconds(dtype: torch.dtype, device: torch.device) -> float:
     return best
 
 
-def load_model(source: ModelSource, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+def load_model(
+    source: ModelSource, *, dtype: torch.dtype | None, device: torch.device
+) -> PreTrainedModel:
     """Load a causal language model for inference: no gradients, no dropout.
+
+    Args:
+        source: Which model.
+        dtype: Of the weights; ``None`` is that of the checkpoint.
+        device: Where to.
 
     Raises:
         ModelError: If the hub or folder does not have it.
@@ -130,7 +137,7 @@ def load_model(source: ModelSource, *, dtype: torch.dtype, device: torch.device)
         folder = str(_folder(source))
         try:
             model = AutoModelForCausalLM.from_pretrained(
-                folder, revision=source.revision, dtype=dtype, low_cpu_mem_usage=True
+                folder, revision=source.revision, dtype=dtype or "auto"
             )
         except (OSError, ValueError) as error:
             raise ModelError(f"cannot load model {source.path!r}: {error}") from error

@@ -7,6 +7,7 @@ import json
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -136,7 +137,12 @@ def is_linear(module: nn.Module) -> bool:
 def linear_weight(module: nn.Module) -> Float[Tensor, "out in"]:
     """Return the weight of a dense layer as ``(out, in)``; a view, detached."""
     weight = module.get_parameter("weight").detach()
-    return weight.T if isinstance(module, Conv1D) else weight
+    return weight.T if is_transposed(module) else weight
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Return whether the layer stores its weight as ``(in, out)``, as GPT-2 does."""
+    return type(module) is Conv1D
 
 
 def linear_bias(module: nn.Module) -> Float[Tensor, " out"] | None:
@@ -203,7 +209,9 @@ def fingerprint(model: PreTrainedModel) -> str:
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, parameter in model.named_parameters():
         flat = parameter.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // 4096)][:4096].float().cpu()
+        count = min(flat.numel(), 4096)  # spread from the first value to the last
+        places = torch.arange(count, device=flat.device) * (flat.numel() - 1) // max(count - 1, 1)
+        sample = flat[places].float().cpu()
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
         digest.update(sample.numpy().tobytes())
     return digest.hexdigest()[:16]

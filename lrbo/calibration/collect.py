@@ -35,6 +35,12 @@ class SiteMoments:
     plain: Moments | None = None
     pooled: PooledMoments | None = None
 
+    @property
+    def tokens(self) -> int:
+        """Return how many vectors entered."""
+        seen = self.pooled if self.plain is None else self.plain
+        return 0 if seen is None else seen.tokens
+
     def statistics(self) -> dict[Statistic, Tensor]:
         """Return the finished statistics, float64."""
         found: dict[Statistic, Tensor] = {}
@@ -155,7 +161,14 @@ def calibrate(
             handle.remove()
     result = Calibration(tokens=windows.numel(), groups=membership[-1] + 1)
     for site in list(collected):
-        found = collected.pop(site).statistics()
+        moments = collected.pop(site)
+        if moments.tokens != windows.numel():
+            raise StatisticsError(
+                f"{site}: its input was seen for {moments.tokens} of {windows.numel()} tokens; "
+                "every mapped layer must run once per token. Correct the family's sites in "
+                "lrbo/families.py."
+            )
+        found = moments.statistics()
         result.sites[site] = {key: value.cpu() for key, value in found.items()}
         _require_healthy(site, result.sites[site], windows.numel())
     return result

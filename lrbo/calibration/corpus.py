@@ -7,7 +7,7 @@ import importlib.metadata
 import json
 import random
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -104,13 +104,20 @@ class TokenWindows:
         return self.ids.shape[0] * (self.ids.shape[1] - 1)
 
 
-def make_windows(spec: CorpusSpec, tokenizer: TextTokenizer) -> dict[Role, TokenWindows]:
+def make_windows(
+    spec: CorpusSpec, tokenizer: TextTokenizer, only: Collection[Role] = ROLES
+) -> dict[Role, TokenWindows]:
     """Cut token windows for each role.
 
     A text is tokenized whole and cut into consecutive windows. If several roles name the same
     text, it is divided among them, 1 : 1 : 2 for test, validation and calibration, so that
     changing the size of one role does not change another. Test takes the first windows of its
     part, as the literature does; the others draw theirs by seed.
+
+    Args:
+        spec: What to cut.
+        tokenizer: Of the model.
+        only: Roles to make; the others still take their part of a shared text.
 
     Raises:
         DataError: Listing every role whose text is missing or too short, or roles that share
@@ -121,7 +128,7 @@ def make_windows(spec: CorpusSpec, tokenizer: TextTokenizer) -> dict[Role, Token
     cut: dict[str, Tensor] = {}
     bos = _bos_token(spec, tokenizer)
     for role in ROLES:
-        if role not in spec.roles:
+        if role not in spec.roles or role not in only:
             continue
         wanted = spec.roles[role]
         pieces: list[Tensor] = []
@@ -138,7 +145,7 @@ def make_windows(spec: CorpusSpec, tokenizer: TextTokenizer) -> dict[Role, Token
     if not problems:
         problems = overlaps(windows)
     if problems:
-        raise DataError("; ".join(problems))
+        raise DataError(*problems)
     return windows
 
 

@@ -58,6 +58,7 @@ class FactorizationMethod(Protocol):
 def require_statistics(
     method: FactorizationMethod,
     weight: Tensor,
+    bias: Tensor | None,
     statistics: Mapping[Statistic, Tensor],
 ) -> None:
     """Refuse missing or non-finite input before any work is done.
@@ -73,5 +74,7 @@ def require_statistics(
             "with this method's needs."
         )
     require_finite("weight", weight)
+    if bias is not None:
+        require_finite("bias", bias)
     for need in sorted(method.needs):
         require_finite(need.value, statistics[need])

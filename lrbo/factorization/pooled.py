@@ -68,7 +68,7 @@ class Bolaco:
             the outputs lie in the column space of ``W``, and the covariance is decomposed in
             an orthonormal basis of that space.
         """
-        require_statistics(self, weight, statistics)
+        require_statistics(self, weight, bias, statistics)
         dense = weight.to(torch.float64)
         mean_in = statistics[Statistic.INPUT_MEAN].to(dense)
         covariance_in = statistics[Statistic.POOLED_INPUT_COVARIANCE].to(dense)

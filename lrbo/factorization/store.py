@@ -104,10 +104,8 @@ def save_factors(path: Path, factors: Mapping[str, LowRankFactors], fingerprint:
         save_file(tensors, beside, metadata={"fingerprint": fingerprint})
 
 
-def load_factors(
-    path: Path, fingerprint: str, *, dtype: torch.dtype, device: torch.device
-) -> dict[str, LowRankFactors]:
-    """Read factors into the dtype and onto the device that will run them.
+def load_factors(path: Path, fingerprint: str) -> dict[str, LowRankFactors]:
+    """Open factors; the tensors are memory-mapped and read where they are used.
 
     Raises:
         StatisticsError: If the file was made for another model, calibration or method.
@@ -124,7 +122,5 @@ def load_factors(
         for key in file.keys():  # noqa: SIM118 (not a mapping)
             name, _, part = key.rpartition("|")
             tensor = file.get_tensor(key)
-            if part != "tail":
-                tensor = tensor.to(device=device, dtype=dtype)
             parts.setdefault(name, {})[part] = tensor.T if part == "left" else tensor
     return {name: LowRankFactors(**found) for name, found in parts.items()}

@@ -50,9 +50,9 @@ class Svd:
             Frobenius norm of what is left.
 
         Raises:
-            StatisticsError: If the weight is not finite.
+            StatisticsError: If the weight or the bias is not finite.
         """
-        require_statistics(self, weight, statistics)
+        require_statistics(self, weight, bias, statistics)
         left, values, right = weighted_svd(weight)
         root = values.sqrt()  # even split: both factors stay in the range of half precision
         return LowRankFactors(

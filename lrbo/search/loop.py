@@ -68,7 +68,7 @@ class SearchLoop:
     executor: Executor
     tracker: Tracker
     settings: SearchSettings
-    on_trial: Callable[[TrialRecord], None] = lambda record: None
+    on_trial: Callable[[TrialRecord], None] = lambda _: None
     poll_s: float = 0.05
     jobs: dict[int, Job] = field(default_factory=dict)
 

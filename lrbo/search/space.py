@@ -6,7 +6,7 @@ import fnmatch
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -178,7 +178,8 @@ class SearchSpace:
         The point depends on ``index`` and ``seed`` only, so that a resumed search finds the
         same one. Ax's own initial design collapses to near copies under a tight constraint.
         """
-        engine = torch.quasirandom.SobolEngine(len(self.variables), scramble=True, seed=seed)
+        make: Any = torch.quasirandom.SobolEngine  # untyped in torch
+        engine = make(len(self.variables), scramble=True, seed=seed)
         unit = engine.fast_forward(index).draw(1, dtype=torch.float64)[0]
         values = self.lower + (self.upper - self.lower) * unit
         return dict(zip(self.names, self.project(values.tolist()), strict=True))

@@ -1,0 +1,370 @@
+"""Turn values into objects: first all that needs no model, then the model and its factors."""
+
+from __future__ import annotations
+
+import platform
+import uuid
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lrbo.allocation import Budget
+from lrbo.calibration import corpus
+from lrbo.calibration.collect import (
+    Calibration,
+    CalibrationFile,
+    calibrate,
+    calibration_fingerprint,
+    save_calibration,
+)
+from lrbo.calibration.corpus import CorpusSpec, Role, RoleText, TokenWindows
+from lrbo.checks import role_paths
+from lrbo.config import to_yaml
+from lrbo.errors import BudgetError, ConfigError, DataError, ModelError, StudyError
+from lrbo.evaluation.divergence import DenseReference, measure_dense
+from lrbo.factorization.base import FactorizationMethod
+from lrbo.factorization.registry import method_named
+from lrbo.factorization.store import (
+    SiteStatistics,
+    factor_model,
+    factors_fingerprint,
+    load_factors,
+    save_factors,
+)
+from lrbo.loading import (
+    ModelSource,
+    cache_folder,
+    load_model,
+    load_skeleton,
+    load_tokenizer,
+    missing_package,
+    resolve_device,
+    resolve_dtype,
+)
+from lrbo.model import ModelMap, fingerprint, map_model
+from lrbo.nested import LowRankFactors
+from lrbo.progress import Reporter
+from lrbo.schema import DataConfig, EvaluateConfig, ModelConfig, SearchConfig
+from lrbo.search.space import SearchSpace, build_space
+from lrbo.search.study import Study
+from lrbo.worker import Worker
+
+TEST: Role = "test"
+PACKAGES = ("lrbo", "torch", "transformers", "ax-platform", "botorch", "gpytorch", "mlflow")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that a search needs and that can be known before a model is loaded.
+
+    Attributes:
+        config: The values.
+        source: Of the model.
+        layers: The map of the model.
+        method: The factorization.
+        space: What is searched, under which budget.
+        windows: Token windows of each role.
+    """
+
+    config: SearchConfig
+    source: ModelSource
+    layers: ModelMap
+    method: FactorizationMethod
+    space: SearchSpace
+    windows: Mapping[Role, TokenWindows]
+
+
+def model_source(config: ModelConfig) -> ModelSource:
+    """Return where the model comes from."""
+    source = cast(Any, config.source)
+    return ModelSource(source, config.path, config.revision)
+
+
+def corpus_spec(config: DataConfig, seed: int) -> CorpusSpec:
+    """Return what decides the token windows; roles without a text are left out."""
+    roles = {
+        role: RoleText(role_paths(found), found.tokens)
+        for role in corpus.ROLES
+        if role_paths(found := getattr(config, role))
+    }
+    return CorpusSpec(config.source, roles, config.window, config.max_windows, seed, config.bos)
+
+
+def plan_search(config: SearchConfig, study: Study, problems: list[str]) -> Plan:
+    """Check everything that can be checked without the weights, and keep what it made.
+
+    Args:
+        config: Checked values.
+        study: If it exists, its token windows are used.
+        problems: Found so far; not changed.
+
+    Raises:
+        ConfigError: Listing these problems and every further one.
+    """
+    problems = list(problems)
+    source = model_source(config.model)
+    problems += _missing_packages(config, source)
+    try:
+        resolve_device(config.model.device)
+    except ConfigError as error:
+        problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+    method = method_named(config.method.name)
+    layers, space, windows = None, None, None
+    try:
+        layers = map_model(load_skeleton(source))
+        space = _build_space(config, layers, method)
+    except ConfigError as error:
+        problems += error.problems
+    except (ModelError, BudgetError) as error:
+        problems.append(str(error))
+    try:
+        windows = _token_windows(config, source, study)
+    except DataError as error:
+        problems += error.problems
+    except ModelError as error:
+        if str(error) not in problems:
+            problems.append(str(error))
+    if layers is None or space is None or windows is None or problems:
+        raise ConfigError(problems)
+    return Plan(config, source, layers, method, space, windows)
+
+
+def _missing_packages(config: SearchConfig, source: ModelSource) -> list[str]:
+    """Return what must be installed first, with the command."""
+    found = [missing_package(source)]
+    if config.data.source == "packaged":
+        found.append(corpus.missing_package())
+    return [problem for problem in found if problem]
+
+
+def _build_space(
+    config: SearchConfig, layers: ModelMap, method: FactorizationMethod
+) -> SearchSpace:
+    """Build the search space under the budget."""
+    space = config.space
+    return build_space(
+        layers.compressible,
+        Budget.from_keep_ratio(layers.compressible, config.budget.keep_ratio),
+        groups=space.groups,
+        dense=space.dense,
+        granularity=cast(Any, space.granularity),
+        depth_groups=space.depth_groups,
+        bounds=(space.bounds[0], space.bounds[1]),
+        start=space.start,
+        cost=method.parameters,
+        rank_multiple=space.rank_multiple,
+    )
+
+
+def _token_windows(
+    config: SearchConfig, source: ModelSource, study: Study
+) -> Mapping[Role, TokenWindows]:
+    """Return the token windows: those of the study, or newly cut ones."""
+    stored = tokens_file(study)
+    if stored.is_file():
+        return corpus.load_windows(stored)
+    return corpus.make_windows(corpus_spec(config.data, config.seed), load_tokenizer(source))
+
+
+def tokens_file(study: Study) -> Path:
+    """Return where the token windows of a study are."""
+    return study.folder / "tokens.safetensors"
+
+
+def build_worker(plan: Plan, study: Study, reporter: Reporter) -> Worker:
+    """Load the model, gather statistics, factor it and score it dense; all of it only once.
+
+    What was made before is reused: statistics and factors from the cache, where fingerprints
+    of model, tokens and settings name them; tokens and dense scores from the study.
+
+    Args:
+        plan: What to build.
+        study: Locked; begun here if it is new.
+        reporter: Shows progress.
+
+    Raises:
+        StudyError: If the study was begun with another model.
+    """
+    config = plan.config
+    device = resolve_device(config.model.device)
+    if study.exists:
+        about = study.about()
+        dtype = getattr(torch, about["dtype"])
+    else:
+        about = {}
+        dtype = resolve_dtype(config.model.dtype, device)
+    model = load_model(plan.source, dtype=dtype, device=device)
+    reporter.say(
+        f"Model {config.model.name}: {plan.layers.parameters:,} parameters, {dtype} on {device}"
+    )
+    digest = fingerprint(model)
+    if not study.exists:
+        corpus.save_windows(tokens_file(study), plan.windows)
+        study.begin(_about(plan, digest, dtype, device), to_yaml(config))
+    elif about["model_fingerprint"] != digest:
+        raise StudyError(
+            f"study {study.name} was begun with a model of fingerprint "
+            f"{about['model_fingerprint']}, {config.model.path} now has {digest}: its weights "
+            "changed. Restore them, or start another study=NAME."
+        )
+    factors = {
+        name: found.to(dtype=dtype, device=device)
+        for name, found in load_or_make_factors(plan, digest, dtype, reporter, model).items()
+    }
+    dense = _dense_reference(plan, model, study, reporter)
+    return Worker(
+        model=model,
+        layers=plan.layers,
+        factors=factors,
+        cost=plan.method.parameters,
+        windows=plan.windows["validation"].ids,
+        dense=dense,
+        batch_windows=config.evaluation.batch_windows,
+        chunk_tokens=config.evaluation.chunk_tokens,
+    )
+
+
+def load_or_make_factors(
+    plan: Plan,
+    digest: str,
+    dtype: torch.dtype,
+    reporter: Reporter,
+    model: PreTrainedModel | None = None,
+) -> dict[str, LowRankFactors]:
+    """Return the factors of a model, float32 on the CPU, from the cache or newly made.
+
+    A file that is read back stays memory-mapped, so it costs memory only where it is used.
+
+    Args:
+        plan: What to factor.
+        digest: Fingerprint of the model.
+        dtype: That the model runs in while statistics are gathered.
+        reporter: Shows progress.
+        model: If it is loaded already.
+    """
+    config, method = plan.config, plan.method
+    windows = plan.windows["calibration"].ids
+    groups = config.calibration.groups
+    statistics_name = calibration_fingerprint(
+        digest, windows, method.needs, groups=groups, dtype=dtype
+    )
+    name = factors_fingerprint(digest, statistics_name, method)
+    file = cache_folder() / "factors" / f"{name}.safetensors"
+    if not file.is_file():
+        if model is None:
+            device = resolve_device(config.model.device)
+            model = load_model(plan.source, dtype=dtype, device=device)
+        statistics_file = cache_folder() / "calibration" / f"{statistics_name}.safetensors"
+        if method.needs and not statistics_file.is_file():
+            with reporter.step("Calibration", windows.numel(), "tokens") as advance:
+                found = calibrate(
+                    model,
+                    plan.layers,
+                    windows,
+                    method.needs,
+                    groups=groups,
+                    batch_windows=config.calibration.batch_windows,
+                    on_tokens=advance,
+                )
+            save_calibration(statistics_file, found, statistics_name)
+            del found
+        statistics: SiteStatistics = Calibration()
+        if method.needs:
+            statistics = CalibrationFile(statistics_file, statistics_name)
+        with reporter.step("Factorization", len(plan.layers.compressible), "layers") as advance:
+            made = factor_model(
+                _source_weights(plan.source, model),
+                plan.layers,
+                method,
+                statistics,
+                on_layer=lambda _: advance(1),
+            )
+        save_factors(file, made, name)
+    return load_factors(file, name)
+
+
+def _source_weights(source: ModelSource, model: PreTrainedModel) -> PreTrainedModel:
+    """Return the model at the precision of its checkpoint, which may be finer than it runs at."""
+    own = load_model(source, dtype=None, device=torch.device("cpu"))
+    return model if own.dtype == model.dtype else own
+
+
+def _dense_reference(
+    plan: Plan, model: PreTrainedModel, study: Study, reporter: Reporter
+) -> DenseReference:
+    """Return what the dense model says about the validation tokens, from the study or new."""
+    file = study.folder / "dense.safetensors"
+    if file.is_file():
+        dense = DenseReference.load(file)
+    else:
+        windows = plan.windows["validation"]
+        with reporter.step("Dense model on validation text", windows.scored_tokens, "tokens") as on:
+            dense = measure_dense(
+                model,
+                windows.ids,
+                top=plan.config.evaluation.kl_top,
+                batch_windows=plan.config.evaluation.batch_windows,
+                chunk_tokens=plan.config.evaluation.chunk_tokens,
+                on_tokens=on,
+            )
+        dense.save(file)
+        reporter.say(f"Dense distributions kept: {dense.bytes / 2**20:.1f} MiB")
+    if not study.state.dense:
+        score = dense.perplexity
+        metrics = {"nll": score.mean, "perplexity": score.value, "tokens": score.tokens}
+        study.record("dense", metrics=metrics)
+    return dense
+
+
+def _about(plan: Plan, digest: str, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """Return what is fixed when a study begins."""
+    method = plan.method
+    first = plan.layers.compressible[0]
+    return {
+        "study_id": uuid.uuid4().hex,
+        "seed": plan.config.seed,
+        "model_fingerprint": digest,
+        "model_parameters": plan.layers.parameters,
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": str(device),
+        "data": {
+            role: {"text": w.text, "windows": len(w.ids), "digest": w.digest}
+            for role, w in plan.windows.items()
+        },
+        "budget_parameters": plan.space.budget.parameters,
+        "storage": plan.config.budget.storage,
+        "adds_bias": method.parameters(first, 1) > first.out_features + first.in_features,
+        "layers": [asdict(spec) for spec in plan.layers.layers],
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that results depend on."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def test_windows(config: EvaluateConfig, tokenizer: PreTrainedTokenizerBase) -> TokenWindows:
+    """Cut the windows of the test text.
+
+    Raises:
+        ConfigError: If the text is missing or too short.
+    """
+    try:
+        spec = corpus_spec(config.data, config.seed)
+        return corpus.make_windows(spec, tokenizer, only=[TEST])["test"]
+    except DataError as error:
+        raise ConfigError(error.problems) from error

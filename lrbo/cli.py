@@ -1,0 +1,226 @@
+"""`lrbo search | report | compress | evaluate | dashboard`."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.logging import RichHandler
+
+from lrbo import __version__, config
+from lrbo.errors import ConfigError, LrboError
+from lrbo.progress import Reporter
+from lrbo.schema import (
+    CompressConfig,
+    DashboardConfig,
+    EvaluateConfig,
+    ReportConfig,
+    SearchConfig,
+)
+
+USAGE = """\
+lrbo: compress language models by low-rank factorization, with ranks chosen by
+Bayesian optimization.
+
+  lrbo search      find the best low-rank model at a parameter budget, or continue
+  lrbo report      what a study found: baseline, best, Pareto front, figures
+  lrbo compress    write a model of a study as a checkpoint
+  lrbo evaluate    perplexity of a checkpoint or a dense model on a named text
+  lrbo dashboard   review the trials of all studies in the MLflow UI
+
+  lrbo COMMAND --help            what a command takes
+  lrbo --completion bash         tab completion: eval "$(lrbo --completion bash)"
+  lrbo --version
+"""
+INTERRUPTED = 130
+COMPLETION = """\
+_lrbo_complete() {
+  local choices
+  choices=$(COMP_LINE="${COMP_LINE:0:$COMP_POINT}" "${COMP_WORDS[0]}" -sc query=bash 2>/dev/null)
+  COMPREPLY=($(compgen -o nospace -W "$choices" -- "${COMP_WORDS[COMP_CWORD]}"))
+}
+COMP_WORDBREAKS=${COMP_WORDBREAKS//=}
+complete -o nospace -o default -F _lrbo_complete lrbo"""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command that the arguments name, and leave with its exit status."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if "COMP_LINE" in os.environ and arguments[:1] == ["-sc"]:
+        complete(os.environ["COMP_LINE"])
+        return
+    command = arguments[0] if arguments else "--help"
+    if command in ("-h", "--help"):
+        print(USAGE, end="")
+    elif command == "--version":
+        print(f"lrbo {__version__}")
+    elif command == "--completion":
+        print_completion(arguments[1] if len(arguments) > 1 else "bash")
+    elif command in COMMANDS:
+        run(command, arguments[1:])
+    else:
+        print(f"error: no command {command!r}; known: {', '.join(COMMANDS)}", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def run(command: str, arguments: Sequence[str]) -> None:
+    """Run one command as a Hydra application."""
+    overrides = [argument for argument in arguments if not argument.startswith("-")]
+    if not {"--multirun", "-m"} & set(arguments):
+        problems = config.find_problems(command, overrides)
+        if problems:
+            fail(ConfigError(problems))
+    sys.argv = [f"lrbo {command}", *arguments]
+    _application(command)()
+
+
+def _application(command: str) -> Callable[[], None]:
+    """Return a command as a Hydra application, which reads ``sys.argv``."""
+    config.register()
+    decorate = hydra.main(
+        version_base="1.3", config_path=str(config.conf_folder()), config_name=command
+    )
+    application: Callable[[], None] = decorate(_guarded(COMMANDS[command]))
+    return application
+
+
+def _guarded(command: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
+    """Turn errors that a user can mend into messages without a traceback."""
+
+    def guarded(values: DictConfig) -> None:
+        _set_up_logging()
+        try:
+            command(values)
+        except LrboError as error:
+            fail(error)
+        except BrokenPipeError:  # the reader of our output left, as `head` does
+            sys.stderr.close()
+
+    return guarded
+
+
+def fail(error: LrboError) -> None:
+    """Print an error and leave with status 2."""
+    print(f"error: {error}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def _set_up_logging() -> None:
+    """Send our own log to stderr, and keep the chatter of libraries down."""
+    handler = RichHandler(
+        console=Console(stderr=True), show_path=False, show_time=False, markup=False
+    )
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    logging.getLogger("lrbo").setLevel(logging.INFO)
+    for chatty in ("alembic", "mlflow", "ax", "transformers", "httpx"):
+        logging.getLogger(chatty).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers.utils import logging as transformers_logging  # after the command is known
+
+    transformers_logging.disable_progress_bar()
+
+
+def _search(values: DictConfig) -> None:
+    """Find the best low-rank model at a budget, or continue a study."""
+    chosen = config.to_object(values)
+    assert isinstance(chosen, SearchConfig)
+    typed = list(HydraConfig.get().overrides.task)
+    try:
+        result = _commands().search(chosen, typed, Reporter())
+    except KeyboardInterrupt:
+        print(
+            f"interrupted; nothing is lost. Continue with: lrbo search study={chosen.study}",
+            file=sys.stderr,
+        )
+        raise SystemExit(INTERRUPTED) from None
+    _print_result(result, chosen.output)
+
+
+def _report(values: DictConfig) -> None:
+    """Show what a study found."""
+    chosen = config.to_object(values)
+    assert isinstance(chosen, ReportConfig)
+    _print_result(_commands().report(chosen, Reporter()), chosen.output)
+
+
+def _compress(values: DictConfig) -> None:
+    """Write a model of a study as a checkpoint."""
+    chosen = config.to_object(values)
+    assert isinstance(chosen, CompressConfig)
+    _print_result(_commands().compress(chosen, Reporter()), chosen.output)
+
+
+def _evaluate(values: DictConfig) -> None:
+    """Score a checkpoint or a dense model on a text."""
+    chosen = config.to_object(values)
+    assert isinstance(chosen, EvaluateConfig)
+    _print_result(_commands().evaluate(chosen, Reporter()), chosen.output)
+
+
+def _dashboard(values: DictConfig) -> None:
+    """Start the MLflow UI on the store of the studies."""
+    chosen = config.to_object(values)
+    assert isinstance(chosen, DashboardConfig)
+    _commands().dashboard(chosen, Reporter())
+
+
+COMMANDS: dict[str, Callable[[DictConfig], None]] = {
+    "search": _search,
+    "report": _report,
+    "compress": _compress,
+    "evaluate": _evaluate,
+    "dashboard": _dashboard,
+}
+
+
+def _commands() -> Any:
+    """Import what does the work: Ax and torch take seconds that --help and TAB must not cost."""
+    return importlib.import_module("lrbo.commands")
+
+
+def _print_result(result: dict[str, Any], output: str) -> None:
+    """Print the machine-readable last line if it is asked for."""
+    if output == "json":
+        print(json.dumps(result, allow_nan=False), flush=True)
+
+
+def complete(line: str) -> None:
+    """Print what can follow a half-typed command line, for the shell's tab completion.
+
+    Hydra completes the keys and groups of one application; the command in front of them is
+    taken off the line first.
+
+    Args:
+        line: As typed, from the name of the program up to the cursor.
+    """
+    program, _, rest = line.partition(" ")
+    command, typed, keys = rest.partition(" ")
+    if not typed:
+        print(" ".join(COMMANDS))
+    elif command in COMMANDS:
+        os.environ["COMP_LINE"] = f"{Path(program).name} {keys}"
+        sys.argv = [Path(program).name, "-sc", "query=bash"]
+        _application(command)()
+
+
+def print_completion(shell: str) -> None:
+    """Print the shell code that switches tab completion on.
+
+    Raises:
+        SystemExit: If the shell is not known.
+    """
+    if shell != "bash":
+        fail(ConfigError([f"tab completion is there for bash only, not for {shell!r}"]))
+    print(COMPLETION)

@@ -1,0 +1,173 @@
+"""Compose conf/ into values; what the command line cannot mean is refused, all at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from lrbo.errors import ConfigError
+from lrbo.schema import (
+    SCHEMAS,
+    CompressConfig,
+    Config,
+    DashboardConfig,
+    EvaluateConfig,
+    ReportConfig,
+    SearchConfig,
+)
+
+# What may differ when a study is continued: where and how long it runs, not what it measures.
+FREE_KEYS = ("search.trials", "tracking", "model.device", "output", "study", "studies")
+
+
+def register() -> None:
+    """Give Hydra the schemas and the one resolver that conf/ uses; may be called twice."""
+    store = ConfigStore.instance()
+    for name, schema in SCHEMAS.items():
+        store.store(name=f"{name}_schema", node=schema)
+    OmegaConf.register_new_resolver(
+        "basename", lambda path: Path(str(path)).name or str(path), replace=True
+    )
+
+
+def conf_folder() -> Path:
+    """Return the folder of the configuration: beside the package in a checkout, inside a wheel.
+
+    Raises:
+        ConfigError: If neither is there: a broken installation.
+    """
+    package = Path(__file__).resolve().parent
+    for folder in (package / "conf", package.parent / "conf"):
+        if (folder / "search.yaml").is_file():
+            return folder
+    raise ConfigError([f"no conf/ in or beside {package}; install lrbo again"])
+
+
+def find_problems(command: str, overrides: Sequence[str]) -> list[str]:
+    """Return every override that Hydra does not take, in one go.
+
+    Hydra stops at the first one, so each is tried alone where all together fail.
+
+    Args:
+        command: Name of the command, which is that of its primary file.
+        overrides: As typed.
+    """
+    register()
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        if _compose_error(command, overrides) is None:
+            return []
+        alone = [(override, _compose_error(command, [override])) for override in overrides]
+        problems = [f"{override}: {error}" for override, error in alone if error]
+        return problems or [str(_compose_error(command, overrides))]
+
+
+def _compose_error(command: str, overrides: Sequence[str]) -> str | None:
+    """Return why the overrides cannot be composed, or ``None``."""
+    try:
+        compose(command, list(overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        return " ".join(line for line in lines if not line.startswith("object_type="))
+    return None
+
+
+def to_object(config: DictConfig) -> Config:
+    """Turn a composed configuration into plain dataclasses.
+
+    Raises:
+        ConfigError: Listing required values that are missing and keys that are no fields
+            (``+key=value`` passes Hydra's schema and would be carried along unread).
+    """
+    missing = sorted(OmegaConf.missing_keys(config))
+    if missing:
+        raise ConfigError([f"{key} is required; give {key}=VALUE" for key in missing])
+    try:
+        found = OmegaConf.to_object(config)
+    except OmegaConfBaseException as error:
+        raise ConfigError([" ".join(str(error).split())]) from error
+    assert isinstance(
+        found, SearchConfig | ReportConfig | CompressConfig | EvaluateConfig | DashboardConfig
+    )
+    strays = list(_strays(found))
+    if strays:
+        raise ConfigError(
+            [f"{key} is no key of this configuration; remove +{key}=" for key in strays]
+        )
+    return found
+
+
+def _strays(node: object, prefix: str = "") -> Iterable[str]:
+    """Yield attributes that are no fields of their dataclass."""
+    if not is_dataclass(node):
+        return
+    known = {f.name for f in fields(node)}
+    yield from (f"{prefix}{name}" for name in vars(node) if name not in known)
+    for name in known:
+        yield from _strays(getattr(node, name), f"{prefix}{name}.")
+
+
+def differences(stored_yaml: str, config: SearchConfig) -> list[str]:
+    """Return what differs between a study's configuration and another one, key by key.
+
+    Where it runs, how long it runs and how it is shown may differ.
+    """
+    stored = _flatten(OmegaConf.to_container(OmegaConf.create(stored_yaml)))
+    given = flat(config)
+    keys = [key for key in dict.fromkeys([*stored, *given]) if not is_free(key)]
+    return [
+        f"{key}: the study has {stored.get(key)!r}, the command has {given.get(key)!r}"
+        for key in keys
+        if stored.get(key) != given.get(key)
+    ]
+
+
+def is_free(key: str) -> bool:
+    """Return whether a key may differ when a study is continued."""
+    return any(key == free or key.startswith(f"{free}.") for free in FREE_KEYS)
+
+
+def stored_config(stored_yaml: str, overrides: Sequence[str]) -> SearchConfig:
+    """Return the configuration of a study with some free keys changed.
+
+    Args:
+        stored_yaml: What :func:`to_yaml` wrote.
+        overrides: ``key=value``, as typed; only free keys.
+    """
+    merged = OmegaConf.merge(OmegaConf.structured(SearchConfig), OmegaConf.create(stored_yaml))
+    for override in overrides:
+        key, _, value = override.partition("=")
+        OmegaConf.update(merged, key, OmegaConf.create(f"x: {value}").x)
+    assert isinstance(merged, DictConfig)
+    found = to_object(merged)
+    assert isinstance(found, SearchConfig)
+    return found
+
+
+def to_yaml(config: Config) -> str:
+    """Return a configuration as YAML."""
+    text: str = OmegaConf.to_yaml(OmegaConf.structured(config))
+    return text
+
+
+def flat(config: Config) -> dict[str, Any]:
+    """Return a configuration as one level of dotted keys."""
+    return _flatten(asdict(config))
+
+
+def _flatten(node: Any, prefix: str = "") -> dict[str, Any]:
+    """Flatten nested mappings into dotted keys."""
+    if not isinstance(node, Mapping) or not node:
+        return {prefix.rstrip("."): node}
+    return {
+        key: value
+        for name, child in node.items()
+        for key, value in _flatten(child, f"{prefix}{name}.").items()
+    }

@@ -1,0 +1,253 @@
+"""Write and read a compressed Hugging Face checkpoint."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from lrbo.allocation import Allocation
+from lrbo.compression import replace_module
+from lrbo.errors import CheckpointError
+from lrbo.layers import LowRankLinear
+from lrbo.model import is_linear, is_transposed, map_model
+
+FORMAT = 1
+ABOUT = "lrbo.json"
+ALLOCATION = "allocation.json"
+# Not model.safetensors: a loader that does not know low-rank layers would find that name, leave
+# out what it does not know and start those layers at random. So it says that nothing is there.
+WEIGHTS = "lrbo_model.safetensors"
+
+
+def is_checkpoint(folder: str | Path) -> bool:
+    """Return whether a folder holds a factored checkpoint of this package."""
+    return (Path(folder) / ABOUT).is_file()
+
+
+def save(
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    allocation: Allocation,
+    about: Mapping[str, Any],
+    *,
+    parameters: int,
+) -> int:
+    """Write a compressed model as a checkpoint that :func:`load` opens.
+
+    The folder is written beside its place and renamed, so that it is never half there.
+
+    Args:
+        folder: Must not exist.
+        model: With its low-rank layers in place.
+        tokenizer: Of the dense model.
+        allocation: What was decided, kept beside the weights.
+        about: Method, storage form, base model and whatever else should be remembered.
+        parameters: What the accountant says that the model holds.
+
+    Returns:
+        Parameters in the file.
+
+    Raises:
+        CheckpointError: If the folder exists, or file and accountant disagree.
+    """
+    with _new_folder(folder) as beside:
+        tensors = {
+            name: tensor.detach().contiguous().cpu() for name, tensor in model.named_parameters()
+        }
+        save_file(tensors, beside / WEIGHTS, metadata={"format": "pt"})
+        in_file = count_parameters(beside / WEIGHTS)
+        _require_equal(in_file, parameters, folder)
+        model.config.save_pretrained(beside)
+        if model.generation_config is not None:
+            model.generation_config.save_pretrained(beside)
+        tokenizer.save_pretrained(beside)
+        (beside / ALLOCATION).write_text(allocation.to_json() + "\n", encoding="utf-8")
+        whole = {"format": FORMAT, "parameters": parameters, **about}
+        (beside / ABOUT).write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
+    return in_file
+
+
+def load(
+    folder: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> PreTrainedModel:
+    """Open a compressed checkpoint as a normal ``PreTrainedModel``.
+
+    No code of the folder is executed and nothing is unpickled.
+
+    Args:
+        folder: What ``lrbo compress`` wrote.
+        dtype: Of the weights in memory; ``None`` is that of the file.
+        device: Where to.
+
+    Returns:
+        The model in evaluation mode, without gradients.
+
+    Raises:
+        CheckpointError: If a file is missing, of another format, or does not hold exactly the
+            tensors and the number of parameters that it states.
+    """
+    folder = Path(folder)
+    about = _read_json(folder, ABOUT)
+    if about.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{folder / ABOUT} has format {about.get('format')!r}, this lrbo reads {FORMAT}; "
+            "use the version that wrote it."
+        )
+    try:
+        allocation = Allocation.from_dict(_read_json(folder, ALLOCATION))
+        tensors = load_file(folder / WEIGHTS)
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder} is not a whole checkpoint: {error}") from error
+    with init_empty_weights(include_buffers=False):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    specs = map_model(model).by_name
+    for name, rank in allocation.ranks.items():
+        if name not in specs:
+            raise CheckpointError(f"{folder}: {name} in {ALLOCATION} is no layer of the model.")
+        if rank is not None:
+            spec = specs[name]
+            bias = f"{name}.left.bias" in tensors
+            module = LowRankLinear.empty(spec.out_features, spec.in_features, rank, bias=bias)
+            replace_module(model, name, module)
+    try:
+        # Tied parameters are stored once, so some may be missing; tie_weights brings them back.
+        _, strange = model.load_state_dict(tensors, strict=False, assign=True)
+    except RuntimeError as error:
+        raise CheckpointError(f"{folder / WEIGHTS}: {error}") from error
+    model.tie_weights()
+    empty = [name for name, p in model.named_parameters() if p.is_meta]
+    if empty or strange:
+        raise CheckpointError(
+            f"{folder / WEIGHTS} does not fit its {ALLOCATION}: missing {empty or 'nothing'}, "
+            f"not expected {strange or 'nothing'}."
+        )
+    _require_equal(count_parameters(folder / WEIGHTS), about.get("parameters"), folder)
+    return model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+
+
+def save_merged(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Write dense weights that any loader opens; nothing is saved that way.
+
+    Each low-rank layer is multiplied out in float64. A bias that the method added needs a place:
+    the configuration's ``attention_bias`` and ``mlp_bias`` are switched on where the family has
+    them, and every layer that gets a bias that way starts from zero.
+
+    Returns:
+        Parameters in the files.
+
+    Raises:
+        CheckpointError: If the folder exists, or the architecture has no place for a bias.
+    """
+    values = model.config.to_dict()
+    low_rank = {name: m for name, m in model.named_modules() if isinstance(m, LowRankLinear)}
+    if any(module.left.bias is not None for module in low_rank.values()):
+        values |= {key: True for key in ("attention_bias", "mlp_bias") if key in values}
+    config = type(model.config).from_dict(values)
+    with init_empty_weights(include_buffers=False):
+        merged: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    tensors = {
+        name: tensor
+        for name, tensor in model.named_parameters()
+        if not any(name.startswith(f"{layer}.") for layer in low_rank)
+    }
+    homeless = []
+    for name, layer in low_rank.items():
+        target = merged.get_submodule(name)
+        assert is_linear(target)
+        weight = (layer.left.weight.double() @ layer.right.weight.double()).to(layer.left.weight)
+        tensors[f"{name}.weight"] = weight.T if is_transposed(target) else weight
+        if layer.left.bias is None:
+            continue
+        if getattr(target, "bias", None) is None:
+            homeless.append(name)
+        else:
+            tensors[f"{name}.bias"] = layer.left.bias
+    if homeless:
+        raise CheckpointError(
+            f"{type(model).__name__} has no place for the bias of {len(homeless)} layers "
+            f"({homeless[0]} first), which the method added; use merged=false, or a method "
+            "without bias."
+        )
+    for name, parameter in merged.named_parameters():
+        if name not in tensors and name.endswith(".bias"):
+            tensors[name] = torch.zeros(parameter.shape, dtype=model.dtype, device=model.device)
+    merged.load_state_dict(
+        {name: tensor.contiguous() for name, tensor in tensors.items()}, strict=False, assign=True
+    )
+    merged.tie_weights()
+    empty = [name for name, p in merged.named_parameters() if p.is_meta]
+    assert not empty, empty
+    with _new_folder(folder) as beside:
+        merged.save_pretrained(beside)
+        if model.generation_config is not None:
+            model.generation_config.save_pretrained(beside)
+        tokenizer.save_pretrained(beside)
+        return sum(count_parameters(path) for path in beside.glob("*.safetensors"))
+
+
+def count_parameters(file: Path) -> int:
+    """Return the numbers that a safetensors file holds; reads its header only."""
+    total = 0
+    with safe_open(str(file), framework="pt") as opened:
+        reader: Any = opened
+        for name in reader.keys():  # noqa: SIM118 (not a mapping)
+            size = 1
+            for length in reader.get_slice(name).get_shape():
+                size *= length
+            total += size
+    return total
+
+
+def _require_equal(in_file: int, stated: object, folder: Path) -> None:
+    """Refuse a checkpoint whose file holds another number of parameters than it states."""
+    if in_file != stated:
+        raise CheckpointError(
+            f"{folder}: the file holds {in_file:_} parameters, {stated} are stated."
+        )
+
+
+def _read_json(folder: Path, name: str) -> dict[str, Any]:
+    """Read a JSON object of a checkpoint."""
+    try:
+        found = json.loads((folder / name).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder} is not a compressed checkpoint: {error}") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{folder / name} holds no JSON object.")
+    return found
+
+
+@contextmanager
+def _new_folder(folder: Path) -> Iterator[Path]:
+    """Give a folder beside ``folder`` to write to, and rename it if all went well."""
+    if folder.exists():
+        raise CheckpointError(f"{folder} exists already; nothing is overwritten.")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    try:
+        yield beside
+        beside.chmod(0o755)
+        beside.rename(folder)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)

@@ -1,0 +1,72 @@
+"""What a person sees while it runs: bars on a terminal, one line per step elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+Advance = Callable[[int], None]
+
+
+class _Rate(ProgressColumn):
+    """Done of total, and units per second."""
+
+    def render(self, task: Task) -> Text:
+        """Return for example ``8,192/32,768 tokens  1,210 tokens/s``."""
+        unit = task.fields["unit"]
+        speed = task.finished_speed or task.speed
+        rate = f"  {speed:,.0f} {unit}/s" if speed else ""
+        return Text(f"{task.completed:,.0f}/{task.total or 0:,.0f} {unit}{rate}")
+
+
+class Reporter:
+    """Writes to stderr, so that stdout holds results only."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        """Take the console to write to; the default is stderr."""
+        self.console = console or Console(stderr=True, highlight=False)
+
+    def say(self, message: str) -> None:
+        """Write one line."""
+        self.console.print(message, markup=False, soft_wrap=True)
+
+    @contextmanager
+    def step(self, description: str, total: int, unit: str) -> Iterator[Advance]:
+        """Show a step of known length; what it took stays as one line.
+
+        Args:
+            description: What is done.
+            total: How much there is to do.
+            unit: Of ``total``, in the plural.
+
+        Yields:
+            A function to call with the amount that was done.
+        """
+        start = time.perf_counter()
+        if self.console.is_terminal:
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                _Rate(),
+                TimeRemainingColumn(),
+            )
+            with Progress(*columns, console=self.console, transient=True) as bar:
+                task = bar.add_task(description, total=total, unit=unit)
+                yield lambda amount: bar.advance(task, amount)
+        else:
+            yield lambda _: None
+        seconds = time.perf_counter() - start
+        rate = total / seconds if seconds else 0.0
+        self.say(f"{description}: {total:,} {unit} in {seconds:.1f} s ({rate:,.0f} {unit}/s)")

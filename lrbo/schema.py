@@ -1,0 +1,183 @@
+"""Schema of conf/: one dataclass per file and group, values only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+# A required value; the string that OmegaConf's MISSING stands for.
+MISSING: Any = "???"
+
+
+@dataclass
+class ModelConfig:
+    """conf/model."""
+
+    name: str = MISSING
+    source: str = MISSING
+    path: str = MISSING
+    revision: str | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+
+
+@dataclass
+class RoleConfig:
+    """The text of one role."""
+
+    path: Any = None
+    tokens: int | None = None
+
+
+@dataclass
+class DataConfig:
+    """conf/data."""
+
+    name: str = MISSING
+    source: str = MISSING
+    window: int = 512
+    max_windows: int | None = None
+    bos: bool | None = None
+    calibration: RoleConfig = field(default_factory=RoleConfig)
+    validation: RoleConfig = field(default_factory=RoleConfig)
+    test: RoleConfig = field(default_factory=RoleConfig)
+
+
+@dataclass
+class MethodConfig:
+    """conf/method."""
+
+    name: str = MISSING
+
+
+@dataclass
+class SpaceConfig:
+    """conf/space."""
+
+    name: str = MISSING
+    granularity: str = "kind"
+    depth_groups: int = 1
+    groups: dict[str, list[str]] = field(default_factory=dict)
+    dense: list[str] = field(default_factory=list)
+    bounds: list[float] = field(default_factory=lambda: [0.2, 1.0])
+    rank_multiple: int = 8
+    start: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class BudgetConfig:
+    """conf/budget."""
+
+    keep_ratio: float = 0.8
+    storage: str = "factored"
+
+
+@dataclass
+class SearchSection:
+    """How long to search, and for what."""
+
+    trials: int = 30
+    initial: int = 7
+    kl_weight: float = 0.0
+
+
+@dataclass
+class CalibrationConfig:
+    """How statistics are gathered."""
+
+    groups: int = 32
+    batch_windows: int = 4
+
+
+@dataclass
+class EvaluationConfig:
+    """How trials are scored."""
+
+    batch_windows: int = 4
+    chunk_tokens: int = 256
+    kl_top: int = 128
+
+
+@dataclass
+class TrackingConfig:
+    """Where MLflow is."""
+
+    enabled: bool = True
+    uri: str = "sqlite:///${studies}/mlflow.db"
+    experiment: str = "lrbo"
+
+
+@dataclass
+class SearchConfig:
+    """conf/search.yaml."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    space: SpaceConfig = field(default_factory=SpaceConfig)
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
+    search: SearchSection = field(default_factory=SearchSection)
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    study: str = MISSING
+    studies: str = "studies"
+    seed: int = 0
+    output: str = "text"
+
+
+@dataclass
+class ReportConfig:
+    """conf/report.yaml."""
+
+    study: str = MISSING
+    studies: str = "studies"
+    sync: bool = False
+    figures: bool = True
+    output: str = "text"
+
+
+@dataclass
+class CompressConfig:
+    """conf/compress.yaml."""
+
+    study: str = MISSING
+    studies: str = "studies"
+    point: Any = "best"
+    out: str = MISSING
+    merged: bool = False
+    dtype: str = "auto"
+    output: str = "text"
+
+
+@dataclass
+class EvaluateConfig:
+    """conf/evaluate.yaml."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    checkpoint: str | None = None
+    seed: int = 0
+    batch_windows: int = 4
+    chunk_tokens: int = 256
+    output: str = "text"
+
+
+@dataclass
+class DashboardConfig:
+    """conf/dashboard.yaml."""
+
+    studies: str = "studies"
+    uri: str = "sqlite:///${studies}/mlflow.db"
+    host: str = "127.0.0.1"
+    port: int = 5000
+
+
+Config = SearchConfig | ReportConfig | CompressConfig | EvaluateConfig | DashboardConfig
+SCHEMAS: dict[str, type[Config]] = {
+    "search": SearchConfig,
+    "report": ReportConfig,
+    "compress": CompressConfig,
+    "evaluate": EvaluateConfig,
+    "dashboard": DashboardConfig,
+}

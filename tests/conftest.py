@@ -1,0 +1,61 @@
+"""Settings of the whole set: offline, two threads, a cache of its own; and tiny models."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: it reads this once
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from hypothesis import settings
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from lrbo.loading import byte_tokenizer, tiny_model
+from lrbo.model import ModelMap, map_model
+from tests.tiny import build
+
+# deadline=None: the machines that run this are shared. derandomize: a failure is the same for
+# everybody who runs the same commit.
+settings.register_profile("lrbo", deadline=None, derandomize=True, max_examples=50)
+settings.load_profile("lrbo")
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep what the tests cache out of the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LRBO_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture
+def family_model() -> Callable[[str], PreTrainedModel]:
+    """Build a fresh tiny model of a case in ``tests.tiny.CASES``; a test may change it."""
+    return build
+
+
+@pytest.fixture
+def model() -> PreTrainedModel:
+    """Build a fresh tiny Llama model in float64, in evaluation mode."""
+    return tiny_model().double().eval().requires_grad_(False)
+
+
+@pytest.fixture
+def layers(model: PreTrainedModel) -> ModelMap:
+    """Map the tiny Llama model."""
+    return map_model(model)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Return the byte tokenizer."""
+    return byte_tokenizer()
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    """Return a seeded generator."""
+    return torch.Generator().manual_seed(20240915)

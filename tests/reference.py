@@ -1,0 +1,164 @@
+"""Slow, plain versions to compare with: loops, dense matrices, formulas as printed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+Matrix = NDArray[np.float64]
+Affine = tuple[Matrix, Matrix]
+"""``(W, b)`` of the map ``x -> W x + b``."""
+
+
+# --- moments -----------------------------------------------------------------------------------
+
+
+def mean(rows: Matrix) -> Matrix:
+    """``1/n sum_i x_i``, each sum correctly rounded."""
+    return np.array([math.fsum(column) / len(rows) for column in rows.T])
+
+
+def covariance(rows: Matrix) -> Matrix:
+    """``1/n sum_i (x_i - mean)(x_i - mean)^T``, one token at a time."""
+    centre = mean(rows)
+    total = np.zeros((rows.shape[1], rows.shape[1]))
+    for row in rows:
+        total += np.outer(row - centre, row - centre)
+    return total / len(rows)
+
+
+def pooled_covariance(groups: Sequence[Matrix]) -> Matrix:
+    """``1/g sum_j cov(group_j)``: equation 3 of Bolaco."""
+    total = np.zeros((groups[0].shape[1], groups[0].shape[1]))
+    for group in groups:
+        total += covariance(group)
+    return total / len(groups)
+
+
+def numpy_of(tensor: torch.Tensor) -> Matrix:
+    """Copy a tensor of any dtype into float64."""
+    return tensor.detach().to(torch.float64).numpy().copy()
+
+
+# --- factorization -----------------------------------------------------------------------------
+
+
+def truncated_svd(weight: Matrix, rank: int) -> Matrix:
+    """``sum_{i<r} s_i u_i v_i^T`` (Eckart and Young)."""
+    left, values, right = np.linalg.svd(weight)
+    total = np.zeros_like(weight)
+    for i in range(rank):
+        total += values[i] * np.outer(left[:, i], right[i])
+    return total
+
+
+def whitened_svd(weight: Matrix, second_moment: Matrix, rank: int) -> Matrix:
+    """``SVD_r(W L) L^-1`` with the Cholesky root ``L L^T`` of a full-rank second moment."""
+    root = np.linalg.cholesky(second_moment)
+    return truncated_svd(weight @ root, rank) @ np.linalg.inv(root)
+
+
+def bolaco(weight: Matrix, bias: Matrix, groups: Sequence[Matrix], rank: int) -> Affine:
+    """Equations 3 to 6 of Bolaco, on outputs: ``Q Q^T W`` and ``mu - Q Q^T (mu - b)``."""
+    outputs = [group @ weight.T + bias for group in groups]
+    _, vectors = np.linalg.eigh(pooled_covariance(outputs))
+    leading = vectors[:, ::-1][:, :rank]
+    projector = leading @ leading.T
+    centre = mean(np.concatenate(outputs))
+    return projector @ weight, centre - projector @ (centre - bias)
+
+
+def mean_squared_output_error(dense: Affine, other: Affine, rows: Matrix) -> float:
+    """``1/n sum_i ||y_i - y'_i||^2``, one token at a time."""
+    total = 0.0
+    for row in rows:
+        difference = (dense[0] @ row + dense[1]) - (other[0] @ row + other[1])
+        total += float(difference @ difference)
+    return total / len(rows)
+
+
+def pooled_output_error(dense: Affine, other: Affine, groups: Sequence[Matrix]) -> float:
+    """Mean over groups of the mean squared output error around the group's own mean error."""
+    total = 0.0
+    for group in groups:
+        errors = np.array(
+            [(dense[0] @ row + dense[1]) - (other[0] @ row + other[1]) for row in group]
+        )
+        centred = errors - mean(errors)
+        total += float((centred * centred).sum()) / len(group)
+    return total / len(groups)
+
+
+def affine_of(module: nn.Module, in_features: int) -> Affine:
+    """Read ``(W, b)`` off a layer by feeding it zero and the unit vectors."""
+    dtype = next(module.parameters()).dtype
+    with torch.no_grad():
+        bias = module(torch.zeros(in_features, dtype=dtype))
+        weight = module(torch.eye(in_features, dtype=dtype)) - bias
+    return numpy_of(weight.T), numpy_of(bias)
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Count numbers, a tensor that is reached by two names once."""
+    seen: dict[int, int] = {}
+    for tensor in module.state_dict(keep_vars=True).values():
+        if isinstance(tensor, nn.Parameter):
+            seen[id(tensor)] = math.prod(tensor.shape)
+    return sum(seen.values())
+
+
+# --- allocation --------------------------------------------------------------------------------
+
+
+def ladder(
+    spec: object, cost: Callable[[object, int], int], multiple: int
+) -> list[tuple[int | None, int]]:
+    """All ranks whose form is smaller than the dense layer, then dense."""
+    full = min(spec.out_features, spec.in_features)  # type: ignore[attr-defined]
+    dense = spec.parameters  # type: ignore[attr-defined]
+    low = [(r, cost(spec, r)) for r in range(1, full + 1) if r % multiple == 0]
+    return [(r, c) for r, c in low if c < dense] + [(None, dense)]
+
+
+def allocate(
+    ratios: Mapping[str, float],
+    layers: Sequence[object],
+    ceiling: int,
+    cost: Callable[[object, int], int],
+    multiple: int,
+    dense: Collection[str] = (),
+) -> dict[str, int | None]:
+    """Raise one common scale; each layer steps up as its wish is reached, if the step fits.
+
+    Every round looks at every layer again: which wants its next step at the lowest scale? A
+    layer whose step did not fit is out.
+    """
+    names = [spec.name for spec in layers]  # type: ignore[attr-defined]
+    steps = {
+        name: [(None, spec.parameters)] if name in dense else ladder(spec, cost, multiple)  # type: ignore[attr-defined]
+        for name, spec in zip(names, layers, strict=True)
+    }
+    size = {name: spec.parameters for name, spec in zip(names, layers, strict=True)}  # type: ignore[attr-defined]
+    at = dict.fromkeys(names, 0)
+    out: set[str] = set()
+    while True:
+        best: tuple[float, str] | None = None
+        for name in names:
+            if name in out or at[name] + 1 == len(steps[name]):
+                continue
+            scale = steps[name][at[name] + 1][1] / (ratios[name] * size[name])
+            if best is None or (scale, name) < best:
+                best = (scale, name)
+        if best is None:
+            return {name: steps[name][at[name]][0] for name in names}
+        name = best[1]
+        used = sum(steps[n][at[n]][1] for n in names)
+        if used - steps[name][at[name]][1] + steps[name][at[name] + 1][1] <= ceiling:
+            at[name] += 1
+        else:
+            out.add(name)

@@ -1,0 +1,341 @@
+"""The map of a model equals what the running model does: inputs, shapes, biases, counts."""
+
+import re
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import BertConfig, BertLMHeadModel, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from lrbo.errors import ModelError
+from lrbo.families import FAMILIES
+from lrbo.loading import tiny_model
+from lrbo.model import (
+    LayerSpec,
+    body_and_head,
+    fingerprint,
+    linear_bias,
+    linear_weight,
+    map_model,
+)
+from tests import reference
+from tests.tiny import BLOCKS, CASES, HIDDEN, INNER, VOCABULARY, build, build_on_meta, token_ids
+
+# Logits are compared to the bit: body and head run the same kernels on the same numbers.
+
+LLAMA_KINDS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+KINDS = {
+    **dict.fromkeys(
+        [
+            "llama_untied",
+            "llama_tied",
+            "llama_biased",
+            "mistral",
+            "qwen2",
+            "qwen3",
+            "smollm3",
+        ],
+        LLAMA_KINDS,
+    ),
+    "gpt2": ["c_attn", "attn_c_proj", "c_fc", "mlp_c_proj"],
+    "opt": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
+    "gpt_neox": ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"],
+    "phi": ["q_proj", "k_proj", "v_proj", "fc1", "dense", "fc2"],
+    "phi3": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"],
+}
+BIASED = {
+    **{case: set() for case in KINDS},
+    "llama_biased": set(LLAMA_KINDS),
+    "qwen2": {"q_proj", "k_proj", "v_proj"},
+    **{case: set(KINDS[case]) for case in ("gpt2", "opt", "gpt_neox", "phi")},
+}
+TIED = {
+    "llama_tied": "model.embed_tokens.weight",
+    "qwen2": "model.embed_tokens.weight",
+    "smollm3": "model.embed_tokens.weight",
+    "gpt2": "transformer.wte.weight",
+    "opt": "model.decoder.embed_tokens.weight",
+}
+
+every_case = pytest.mark.parametrize("case", CASES)
+
+
+def test_every_family_has_a_case() -> None:
+    listed = {name for family in FAMILIES for name in family.model_types}
+    assert {config.model_type for config in CASES.values()} == listed
+    assert set(KINDS) == set(BIASED) == set(CASES)
+
+
+def seen_by_layers(model: PreTrainedModel, names: list[str]) -> list[tuple[str, Tensor, Tensor]]:
+    """Return (name, input, output) of each call, in the order of the calls."""
+    calls: list[tuple[str, Tensor, Tensor]] = []
+    for name in names:
+
+        def keep(module: nn.Module, inputs: tuple[Tensor], output: Tensor, name=name) -> None:
+            calls.append((name, inputs[0], output))
+
+        model.get_submodule(name).register_forward_hook(keep)
+    with torch.no_grad():
+        model(token_ids(2, 5))
+    return calls
+
+
+def linear_names(model: PreTrainedModel) -> list[str]:
+    """Name every linear map inside a numbered block, whatever the family table says."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and re.search(r"\.\d+\.", name)
+    ]
+
+
+@every_case
+def test_every_linear_layer_of_the_blocks_is_mapped_once(case: str) -> None:
+    model = build(case)
+    found = map_model(model)
+    names = [spec.name for spec in found.compressible]
+    assert sorted(names) == sorted(linear_names(model))
+    assert len(names) == len(set(names)) == BLOCKS * len(KINDS[case])
+    assert found.blocks == BLOCKS
+    assert found.by_name == {spec.name: spec for spec in found.layers}
+
+
+@every_case
+def test_kind_block_and_order(case: str) -> None:
+    found = map_model(build(case))
+    expected = [(block, kind) for block in range(BLOCKS) for kind in KINDS[case]]
+    assert [(spec.block, spec.kind) for spec in found.compressible] == expected
+    for spec in found.compressible:
+        assert f".{spec.block}." in spec.name
+
+
+@every_case
+def test_layers_of_a_site_read_the_identical_tensor_and_others_do_not(case: str) -> None:
+    model = build(case)
+    found = map_model(model)
+    calls = seen_by_layers(model, [spec.name for spec in found.compressible])
+    assert len(calls) == len(found.compressible)
+    inputs = {name: x for name, x, _ in calls}
+    site_of = {spec.name: spec.site for spec in found.compressible}
+    for first in inputs:
+        for second in inputs:
+            # Every input is still referenced, so one address means one tensor.
+            same = inputs[first].data_ptr() == inputs[second].data_ptr()
+            assert same == (site_of[first] == site_of[second]), (first, second)
+            if same:
+                assert torch.equal(inputs[first], inputs[second])
+    # A site is named after one of its layers, and sites come in the order of the forward pass.
+    assert all(site_of[site] == site for site in site_of.values())
+    assert list(found.sites) == list(dict.fromkeys(site_of[name] for name, _, _ in calls))
+
+
+@every_case
+def test_shapes_and_biases_are_those_of_the_running_layers(case: str) -> None:
+    model = build(case)
+    found = map_model(model)
+    for name, x, y in seen_by_layers(model, [spec.name for spec in found.layers]):
+        spec = found.by_name[name]
+        assert (spec.in_features, spec.out_features) == (x.shape[-1], y.shape[-1]), name
+        module = model.get_submodule(name)
+        at_zero = module(torch.zeros(spec.in_features))
+        assert spec.has_bias == bool(at_zero.any()), name
+        if spec.block is not None:
+            assert spec.has_bias == (spec.kind in BIASED[case])
+        assert spec.parameters == reference.count_parameters(module)
+        # Weight and bias as the map hands them out are those of the layer, in (out, in).
+        weight, bias = linear_weight(module), linear_bias(module)
+        assert weight.shape == (spec.out_features, spec.in_features)
+        by_hand = x @ weight.T + (0 if bias is None else bias)
+        torch.testing.assert_close(by_hand, y, rtol=1e-5, atol=1e-5)
+
+
+@every_case
+def test_parameters_count_tied_tensors_once(case: str) -> None:
+    model = build(case)
+    assert map_model(model).parameters == reference.count_parameters(model)
+
+
+def test_a_tie_saves_exactly_the_head() -> None:
+    tied, untied = map_model(build("llama_tied")), map_model(build("llama_untied"))
+    assert untied.parameters - tied.parameters == VOCABULARY * HIDDEN
+
+
+@every_case
+def test_head_and_tie(case: str) -> None:
+    model = build(case)
+    head = map_model(model).layers[-1]
+    assert head.block is None
+    assert model.get_submodule(head.name) is model.get_output_embeddings()
+    assert (head.out_features, head.in_features) == (VOCABULARY, HIDDEN)
+    assert head.has_bias == (case == "phi")
+    assert head.tied_to == TIED.get(case)
+    if head.tied_to is not None:
+        shared = model.get_parameter(head.tied_to)
+        assert shared is model.get_submodule(head.name).weight
+    else:
+        embedding = model.get_input_embeddings().weight
+        assert embedding is not model.get_submodule(head.name).weight
+
+
+@every_case
+def test_head_of_body_gives_the_logits(case: str) -> None:
+    model = build(case)
+    body, head = body_and_head(model)
+    ids = token_ids(2, 6)
+    with torch.no_grad():
+        logits = model(ids).logits
+        again = head(body(ids, use_cache=False).last_hidden_state)
+    assert logits.shape == (2, 6, VOCABULARY)
+    assert torch.equal(again, logits)
+    assert not torch.equal(logits[0, 0], logits[0, 1])  # so equality says something
+
+
+@every_case
+def test_the_map_needs_no_weights(case: str) -> None:
+    model = build_on_meta(case)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert map_model(model) == map_model(build(case))
+
+
+def test_grouped_queries_have_narrow_keys() -> None:
+    found = map_model(build("llama_untied")).by_name
+    widths = {
+        kind: found[f"model.layers.1.self_attn.{kind}"].out_features for kind in LLAMA_KINDS[:3]
+    }
+    assert widths == {"q_proj": HIDDEN, "k_proj": HIDDEN // 2, "v_proj": HIDDEN // 2}
+    assert found["model.layers.0.mlp.down_proj"].in_features == INNER
+
+
+def test_parameters_of_a_spec_are_weight_and_bias() -> None:
+    plain = LayerSpec("a", "a", 0, 5, 3, False, "a")
+    biased = LayerSpec("a", "a", 0, 5, 3, True, "a")
+    assert (plain.parameters, biased.parameters) == (15, 20)
+
+
+# --- what is refused ---------------------------------------------------------------------------
+
+
+def test_unknown_family_lists_the_known_types() -> None:
+    config = BertConfig(
+        vocab_size=8,
+        hidden_size=4,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        intermediate_size=4,
+        is_decoder=True,
+    )
+    with pytest.raises(ModelError) as caught:
+        map_model(BertLMHeadModel(config))
+    message = str(caught.value)
+    assert "'bert'" in message
+    assert "lrbo/families.py" in message
+    listed = {name for family in FAMILIES for name in family.model_types}
+    assert all(name in message for name in listed)
+
+
+class QuantizedLinear(nn.Linear):
+    """Looks like a linear layer, but its weight need not be what it multiplies with."""
+
+
+class PackedLinear(nn.Module):
+    """Holds its weight as an integer buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("packed", torch.zeros(4, 4, dtype=torch.int8))
+
+
+class Adapted(nn.Module):
+    """Wraps a linear layer, as adapters do."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base_layer = base
+        self.lora = nn.Linear(4, 4)
+
+
+@pytest.mark.parametrize(
+    ("replace", "named"),
+    [
+        (lambda old: QuantizedLinear(old.in_features, old.out_features), ["mlp.up_proj"]),
+        (lambda old: PackedLinear(), ["mlp.up_proj"]),
+        (Adapted, ["'mlp.up_proj'", "mlp.up_proj.base_layer", "mlp.up_proj.lora"]),
+    ],
+    ids=["subclass", "packed", "adapted"],
+)
+def test_a_layer_that_is_not_plain_is_refused_by_name(
+    replace: Callable[[nn.Linear], nn.Module], named: list[str]
+) -> None:
+    model = build("llama_untied")
+    mlp = model.model.layers[1].mlp
+    mlp.up_proj = replace(mlp.up_proj)
+    with pytest.raises(ModelError) as caught:
+        map_model(model)
+    assert "model.layers.1 of LlamaForCausalLM" in str(caught.value)
+    assert all(name in str(caught.value) for name in named)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [nn.Linear(4, 4), nn.Embedding(4, 4), nn.Conv1d(2, 2, 3)],
+    ids=lambda module: type(module).__name__,
+)
+def test_a_matrix_that_is_not_mapped_is_refused_by_name(extra: nn.Module) -> None:
+    model = build("llama_untied")
+    model.model.layers[1].self_attn.router = extra
+    with pytest.raises(ModelError, match=r"model\.layers\.1\.self_attn\.router"):
+        map_model(model)
+
+
+def test_norms_and_other_vectors_are_no_matrices() -> None:
+    model = build("llama_untied")
+    model.model.layers[1].extra_norm = nn.LayerNorm(4)
+    assert len(map_model(model).compressible) == BLOCKS * len(LLAMA_KINDS)
+
+
+# --- fingerprint -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", [0, -1])
+def test_fingerprint_changes_with_any_one_tensor(place: int) -> None:
+    model = tiny_model()  # its embedding is larger than the sample that is hashed
+    assert max(parameter.numel() for parameter in model.parameters()) > 2 * 4096
+    whole = fingerprint(model)
+    assert fingerprint(tiny_model()) == whole
+    seen = {whole}
+    for parameter in model.parameters():
+        flat = parameter.detach().view(-1)
+        kept = flat[place].item()
+        flat[place] += 1.0
+        seen.add(fingerprint(model))
+        flat[place] = kept
+    assert len(seen) == 1 + len(list(model.parameters()))
+    assert fingerprint(model) == whole
+
+
+def test_fingerprint_sees_a_change_anywhere_in_a_large_tensor() -> None:
+    model = tiny_model()
+    whole = fingerprint(model)
+    flat = model.lm_head.weight.detach().view(-1)
+    for start in range(0, flat.numel() - 64, 64):  # 1/129 of it, as a fine-tuned row would be
+        flat[start : start + 64] += 1.0
+        assert fingerprint(model) != whole, start
+        flat[start : start + 64] -= 1.0
+
+
+def test_fingerprint_does_not_know_the_name_of_a_dtype() -> None:
+    rounded = build("qwen2").to(torch.bfloat16)
+    in_bfloat16 = fingerprint(rounded)
+    rounded.config.dtype = "bfloat16"
+    rounded.config._name_or_path = "elsewhere"
+    assert fingerprint(rounded) == in_bfloat16
+    assert fingerprint(rounded.float()) == in_bfloat16  # the same values in float32
+    assert fingerprint(build("qwen2")) != in_bfloat16  # values that rounding changed
+
+
+def test_fingerprint_knows_the_architecture() -> None:
+    one, other = build("llama_untied"), build("llama_untied")
+    other.config.rms_norm_eps *= 2
+    assert fingerprint(one) != fingerprint(other)
