@@ -164,7 +164,9 @@ def front(frame: pd.DataFrame, dense: float | None, *, about: str = "") -> Figur
 
 def _front_of_one_size(done: pd.DataFrame, dense: float | None, about: str) -> Figure:
     """Draw trials of one size as a strip."""
-    figure, (axes,) = _figure("Perplexity at one size", about, 3.3, left=0.13)
+    figure, (axes,) = _figure(
+        f"Perplexity of {_trials(len(done))} within one budget", about, 3.3, left=0.13
+    )
     _perplexity_axis(axes, [*done["perplexity"], *([] if dense is None else [dense])], along="x")
     smallest, largest = float(done["keep_ratio"].min()), float(done["keep_ratio"].max())
     rows = [f"{_share(smallest, largest)}\nkept"] + ([] if dense is None else ["dense\n100%"])
@@ -465,6 +467,7 @@ def _label(
         ha=align,
         fontsize=TEXT_PT,
         color=colour,
+        path_effects=[withStroke(linewidth=3.0, foreground="white")],
         annotation_clip=False,
     )
 

@@ -1,0 +1,323 @@
+"""Figures hold what the tables say: data of the lines, labels, places."""
+
+import itertools
+import math
+
+import pandas as pd
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from lrbo import plots
+
+COLUMNS = [
+    "trial",
+    "origin",
+    "outcome",
+    "perplexity",
+    "keep_ratio",
+    "best_perplexity",
+    "on_front",
+]
+
+
+@pytest.fixture
+def trials() -> pd.DataFrame:
+    """Seven trials of one budget, one of which has no value."""
+    return pd.DataFrame(
+        [
+            (0, "uniform", "completed", 30.0, 0.6995, 30.0, True),
+            (1, "start", "completed", 35.0, 0.6999, 30.0, False),
+            (2, "sobol", "completed", 28.0, 0.6998, 28.0, True),
+            (3, "sobol", "failed", math.nan, math.nan, 28.0, False),
+            (4, "model", "completed", 29.0, 0.7000, 28.0, False),
+            (5, "model", "completed", 26.0, 0.6999, 26.0, True),
+            (6, "model", "completed", 27.0, 0.6999, 26.0, False),
+        ],
+        columns=COLUMNS,
+    )
+
+
+@pytest.fixture
+def ranks() -> pd.DataFrame:
+    """Three kinds over four blocks; ``v_proj`` is dense in block 2."""
+    rows = [
+        (f"{kind}.{block}", kind, block, 8 * (block + 1), 0.1 * (block + 1) + place / 20)
+        for block in range(4)
+        for place, kind in enumerate(("q_proj", "v_proj", "down_proj"))
+    ]
+    table = pd.DataFrame(rows, columns=["name", "kind", "block", "rank", "kept"])
+    table = table.astype({"rank": "Int64", "block": "Int64"})
+    is_dense = (table["kind"] == "v_proj") & (table["block"] == 2)
+    table.loc[is_dense, "rank"] = pd.NA
+    table.loc[is_dense, "kept"] = 1.0
+    return table
+
+
+def lines(axes: Axes) -> dict[str, Line2D]:
+    return {str(line.get_label()): line for line in axes.lines}
+
+
+def points(line: Line2D) -> list[tuple[float, float]]:
+    return [(float(x), float(y)) for x, y in zip(*line.get_data(), strict=True)]
+
+
+def texts(axes: Axes) -> list[str]:
+    return [text.get_text() for text in axes.texts]
+
+
+def legend(figure: Figure) -> list[str]:
+    assert len(figure.legends) == 1
+    return [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+def headings(figure: Figure) -> list[str]:
+    return [text.get_text() for text in figure.texts]
+
+
+def assert_inside(figure: Figure) -> None:
+    """No text is cut off at the border, and none of the annotations lies over another."""
+    figure.canvas.draw()
+    written = [text for axes in figure.axes if axes.get_visible() for text in axes.texts]
+    labels = [
+        label for axes in figure.axes if axes.get_visible() for label in (axes.xaxis.label, axes.yaxis.label)
+    ]
+    everything = [*figure.texts, *figure.legends, *written, *(x for x in labels if x.get_text())]
+    assert len(everything) > 3
+    for each in everything:
+        box = each.get_window_extent()
+        assert box.x0 >= 0, each
+        assert box.x1 <= figure.bbox.x1, each
+        assert box.y0 >= 0, each
+        assert box.y1 <= figure.bbox.y1, each
+    for one, other in itertools.combinations(written, 2):
+        assert not one.get_window_extent().overlaps(other.get_window_extent()), (one, other)
+
+
+def test_convergence_shows_every_trial_in_the_colour_of_its_origin(trials: pd.DataFrame) -> None:
+    figure = plots.convergence(trials, 17.0, 30.0, about="a study")
+    (axes,) = figure.axes
+    drawn = lines(axes)
+    assert points(drawn["uniform baseline"]) == [(0, 30.0)]
+    assert points(drawn["paper's ratios"]) == [(1, 35.0)]
+    assert points(drawn["Sobol"]) == [(2, 28.0)]
+    assert points(drawn["surrogate model"]) == [(4, 29.0), (5, 26.0), (6, 27.0)]
+    assert [x for x, _ in points(drawn["no value"])] == [3]
+    looks = {(drawn[s.label].get_marker(), drawn[s.label].get_color()) for s in plots.ORIGINS.values()}
+    assert len(looks) == len({marker for marker, _ in looks}) == len({c for _, c in looks}) == 4
+    assert headings(figure) == ["Perplexity over 7 trials", "a study"]
+    assert axes.get_xlabel() == "trial"
+    assert axes.get_ylabel() == "validation perplexity"
+    assert_inside(figure)
+
+
+def test_convergence_running_best_is_a_step_line_to_the_edge(trials: pd.DataFrame) -> None:
+    (axes,) = plots.convergence(trials, None, None).axes
+    best = lines(axes)["best so far"]
+    assert best.get_drawstyle() == "steps-post"
+    values = points(best)
+    assert values[:-1] == [(0, 30.0), (1, 30.0), (2, 28.0), (4, 28.0), (5, 26.0), (6, 26.0)]
+    assert values[-1] == (axes.get_xlim()[1], 26.0)
+
+
+def test_convergence_labels_the_lines_themselves(trials: pd.DataFrame) -> None:
+    figure = plots.convergence(trials, 17.0, 30.0)
+    (axes,) = figure.axes
+    level = [line.get_ydata()[0] for line in axes.lines if line.get_linestyle() == "--"]
+    assert level == [17.0, 30.0]
+    assert texts(axes) == ["dense 17.00", "uniform 30.00", "best 26.00"]
+    names = legend(figure)
+    assert names == [
+        "best so far",
+        "uniform baseline",
+        "paper's ratios",
+        "Sobol",
+        "surrogate model",
+        "no value",
+    ]
+    top_of_data = axes.get_window_extent().y1
+    figure.canvas.draw()
+    assert figure.legends[0].get_window_extent().y0 > top_of_data
+
+
+def test_convergence_leaves_out_what_is_not_known(trials: pd.DataFrame) -> None:
+    first = trials.iloc[:1]
+    figure = plots.convergence(first, None, 30.0)
+    (axes,) = figure.axes
+    assert headings(figure)[0] == "Perplexity over 1 trial"
+    assert texts(axes) == ["uniform 30.00"]  # the best is the baseline: one label, not two
+    assert legend(figure) == ["best so far", "uniform baseline"]
+    assert_inside(figure)
+
+
+@pytest.mark.parametrize(
+    ("worst", "scale", "label"),
+    [
+        (67.0, "linear", "validation perplexity"),
+        (69.0, "log", "validation perplexity (log scale)"),
+        (400_000.0, "log", "validation perplexity (log scale)"),
+    ],
+)
+def test_convergence_takes_a_log_axis_where_the_range_asks_for_it(
+    trials: pd.DataFrame, worst: float, scale: str, label: str
+) -> None:
+    trials.loc[1, "perplexity"] = worst
+    figure = plots.convergence(trials, 17.0, 30.0)
+    (axes,) = figure.axes
+    assert axes.get_yscale() == scale
+    assert axes.get_ylabel() == label
+    low, high = axes.get_ylim()
+    assert low < 17.0
+    assert high > worst
+    assert sum(low <= tick <= high for tick in axes.get_yticks()) >= 3
+    assert_inside(figure)
+
+
+def test_labels_of_lines_that_lie_close_do_not_overlap(trials: pd.DataFrame) -> None:
+    trials.loc[5, ["perplexity", "best_perplexity"]] = 29.99
+    trials.loc[6, "best_perplexity"] = 29.99
+    figure = plots.convergence(trials, 29.98, 30.0)
+    assert len(figure.axes[0].texts) == 3
+    assert_inside(figure)
+
+
+def test_front_of_one_budget_is_a_strip_with_the_dense_model_apart(trials: pd.DataFrame) -> None:
+    figure = plots.front(trials, 17.0, about="a study")
+    (axes,) = figure.axes
+    drawn = lines(axes)
+    assert points(drawn["trial"]) == [(35.0, 0), (27.0, 0), (29.0, 0)]
+    assert points(drawn["Pareto front"]) == [(30.0, 0), (28.0, 0), (26.0, 0)]
+    assert points(drawn["uniform baseline"]) == [(30.0, 0)]
+    assert points(drawn["dense model"]) == [(17.0, 1)]
+    assert drawn["uniform baseline"].zorder > drawn["Pareto front"].zorder
+    assert texts(axes) == ["uniform 30.00", "26.00 in trial 5", "dense 17.00"]
+    assert [t.get_text() for t in axes.get_yticklabels()] == ["70.0%\nkept", "dense\n100%"] or [
+        t.get_text() for t in axes.get_yticklabels()
+    ] == ["69.9% to 70.0%\nkept", "dense\n100%"]
+    assert headings(figure) == ["Perplexity of 6 trials within one budget", "a study"]
+    assert axes.get_xlabel() == "validation perplexity"
+    assert_inside(figure)
+
+
+def test_front_of_one_budget_without_dense_model_or_search(trials: pd.DataFrame) -> None:
+    figure = plots.front(trials.iloc[:1], None)
+    (axes,) = figure.axes
+    assert "dense model" not in lines(axes)
+    assert texts(axes) == ["uniform 30.00"]
+    assert len(axes.get_yticks()) == 1
+    assert_inside(figure)
+
+
+def test_front_over_budgets_reaches_to_the_dense_model(trials: pd.DataFrame) -> None:
+    smaller = trials.assign(
+        keep_ratio=trials["keep_ratio"] - 0.2, perplexity=trials["perplexity"] * 2
+    )
+    figure = plots.front(pd.concat([trials, smaller]), 17.0)
+    (axes,) = figure.axes
+    drawn = lines(axes)
+    low, high = axes.get_xlim()
+    assert 0.4 < low < 0.4995
+    assert 1.0 < high < 1.1
+    assert points(drawn["Pareto front"]) == [
+        (pytest.approx(0.4995), 60.0),
+        (pytest.approx(0.4998), 56.0),
+        (pytest.approx(0.4999), 52.0),
+        (0.6995, 30.0),
+        (0.6998, 28.0),
+        (0.6999, 26.0),
+    ]
+    assert points(drawn["uniform baseline"]) == [(pytest.approx(0.4995), 60.0), (0.6995, 30.0)]
+    assert points(drawn["dense model"]) == [(1.0, 17.0)]
+    assert len(points(drawn["trial"])) == 6
+    assert "compressible layers" in axes.get_xlabel()
+    assert headings(figure)[0] == "Perplexity against size"
+    assert_inside(figure)
+
+
+def test_ranks_over_depth_has_a_panel_per_kind(ranks: pd.DataFrame) -> None:
+    uniform = ranks.assign(kept=0.7)
+    figure = plots.ranks_over_depth(ranks, uniform, about="a study, best trial 5")
+    panels = [axes for axes in figure.axes if axes.get_visible()]
+    assert [axes.get_title(loc="left") for axes in panels] == ["q_proj", "v_proj", "down_proj"]
+    heights = [[bar.get_height() for bar in axes.patches] for axes in panels]
+    assert heights[0] == pytest.approx([0.1, 0.2, 0.3, 0.4])
+    assert heights[1] == pytest.approx([0.15, 0.25, 1.0, 0.45])
+    centres = [bar.get_x() + bar.get_width() / 2 for bar in panels[2].patches]
+    assert centres == pytest.approx([0, 1, 2, 3])
+    colours = [to_hex(bar.get_facecolor()).upper() for bar in panels[1].patches]
+    assert colours == [plots.SKY, plots.SKY, plots.GREEN, plots.SKY]
+    for axes in panels:
+        (dashed,) = axes.lines
+        assert points(dashed) == [(block, 0.7) for block in range(4)]
+        assert dashed.is_dashed()
+        assert axes.get_ylim()[0] == 0.0
+        assert axes.get_ylim()[1] > 1.0
+        assert axes.get_xlabel() == "block"
+    assert legend(figure) == ["low rank", "kept dense", "uniform baseline"]
+    assert headings(figure)[:2] == ["Parameters kept in each layer, by depth", "a study, best trial 5"]
+    assert_inside(figure)
+
+
+def test_ranks_over_depth_names_only_what_is_there(ranks: pd.DataFrame) -> None:
+    figure = plots.ranks_over_depth(ranks[ranks["kind"] == "q_proj"])
+    assert legend(figure) == ["low rank"]
+    assert_inside(figure)
+
+
+def test_seven_kinds_take_two_rows_and_hide_the_spare_panel(ranks: pd.DataFrame) -> None:
+    kinds = [f"kind_{index}" for index in range(7)]
+    figure = plots.ranks_over_depth(
+        pd.concat([ranks[ranks["kind"] == "q_proj"].assign(kind=kind) for kind in kinds])
+    )
+    assert [axes.get_visible() for axes in figure.axes] == [True] * 7 + [False]
+    named = [axes.get_xlabel() for axes in figure.axes[:7]]
+    assert named == ["", "", "", *["block"] * 4]
+    assert_inside(figure)
+
+
+def test_figures_are_1200_pixels_wide(trials: pd.DataFrame, ranks: pd.DataFrame) -> None:
+    figures = [
+        plots.convergence(trials, 17.0, 30.0),
+        plots.front(trials, 17.0),
+        plots.ranks_over_depth(ranks),
+    ]
+    assert [figure.bbox.width for figure in figures] == [1200.0] * 3
+
+
+def test_a_long_or_mathematical_name_stays_within_the_figure(trials: pd.DataFrame) -> None:
+    figure = plots.convergence(trials, 17.0, 30.0, about="costs_$1_and_$2 " * 20)
+    assert headings(figure)[1].startswith("costs_$1_and_$2 costs")
+    assert headings(figure)[1].endswith("…")
+    assert_inside(figure)
+
+
+@pytest.mark.parametrize(
+    ("values", "gap", "moved"),
+    [
+        ([], 1.0, []),
+        ([3.0], 1.0, [3.0]),
+        ([0.0, 5.0], 1.0, [0.0, 5.0]),
+        ([1.0, 1.0], 2.0, [0.0, 2.0]),
+        ([5.0, 1.0, 4.5], 2.0, [5.75, 1.0, 3.75]),
+        ([0.0, 0.1, 1.0], 1.0, [pytest.approx(-19 / 30), pytest.approx(11 / 30), pytest.approx(41 / 30)]),
+    ],
+)
+def test_spread_moves_as_little_as_needed(
+    values: list[float], gap: float, moved: list[float]
+) -> None:
+    assert plots.spread(values, gap) == moved
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(7.0, "7"), (1000.0, "1000"), (20_000.0, "20k"), (5e6, "5M"), (1e10, "1e+10")],
+)
+def test_ticks_of_a_log_axis_are_short(value: float, text: str) -> None:
+    assert plots._tick(value) == text
+
+
+def test_share_is_one_number_where_the_ends_print_the_same() -> None:
+    assert plots._share(0.69996, 0.7) == "70.0%"
+    assert plots._share(0.695, 0.7) == "69.5% to 70.0%"
