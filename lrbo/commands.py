@@ -29,7 +29,8 @@ from lrbo.loading import (
     resolve_dtype,
 )
 from lrbo.progress import Reporter
-from lrbo.report import draw_figures, print_report, summary
+from lrbo.report import print_report
+from lrbo.results import draw_figures, summary
 from lrbo.schema import (
     CompressConfig,
     DashboardConfig,

@@ -25,7 +25,7 @@ from lrbo.allocation import Allocation
 from lrbo.compression import replace_module
 from lrbo.errors import CheckpointError
 from lrbo.layers import LowRankLinear
-from lrbo.model import is_linear, is_transposed, map_model
+from lrbo.model import is_linear, is_transposed, linear_bias, map_model
 
 FORMAT = 1
 ABOUT = "lrbo.json"
@@ -161,7 +161,7 @@ def save_merged(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedToken
     """
     values = model.config.to_dict()
     low_rank = {name: m for name, m in model.named_modules() if isinstance(m, LowRankLinear)}
-    if any(module.left.bias is not None for module in low_rank.values()):
+    if any(linear_bias(module.left) is not None for module in low_rank.values()):
         values |= {key: True for key in ("attention_bias", "mlp_bias") if key in values}
     config = type(model.config).from_dict(values)
     with init_empty_weights(include_buffers=False):
@@ -177,12 +177,11 @@ def save_merged(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedToken
         assert is_linear(target)
         weight = (layer.left.weight.double() @ layer.right.weight.double()).to(layer.left.weight)
         tensors[f"{name}.weight"] = weight.T if is_transposed(target) else weight
-        if layer.left.bias is None:
-            continue
-        if getattr(target, "bias", None) is None:
+        bias = linear_bias(layer.left)
+        if bias is not None and linear_bias(target) is None:
             homeless.append(name)
-        else:
-            tensors[f"{name}.bias"] = layer.left.bias
+        elif bias is not None:
+            tensors[f"{name}.bias"] = bias
     if homeless:
         raise CheckpointError(
             f"{type(model).__name__} has no place for the bias of {len(homeless)} layers "

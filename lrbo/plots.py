@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-# Okabe and Ito's palette, which people with any form of colour blindness can tell apart.
-BLUE, SKY, GREEN = "#0072B2", "#56B4E9", "#009E73"
-VERMILLION, PURPLE = "#D55E00", "#CC79A7"
-INK, GREY, FAINT, GRID = "#222222", "#666666", "#B8B8B8", "#E6E6E6"
+from lrbo.drawing import (
+    BLUE,
+    GREEN,
+    GREY,
+    GRID,
+    INK,
+    PURPLE,
+    SKY,
+    TEXT_PT,
+    VERMILLION,
+    label,
+    label_right,
+    legend,
+    new_figure,
+    perplexity_axis,
+    perplexity_text,
+)
 
-DPI = 150
-WIDTH_IN = 8.0  # 1200 pixels
-TITLE_PT, TEXT_PT = 13.0, 10.5
-ABOUT_CHARACTERS = 98  # what fits in one line
-LOG_FROM = 4.0  # a log axis where the largest perplexity is this many times the smallest
 ONE_SIZE = 0.01  # keep ratios closer together than this differ only by the rounding of ranks
 
 
@@ -73,9 +80,9 @@ def convergence(
     """
     done = frame[frame["outcome"] == "completed"]
     lost = frame[frame["outcome"] != "completed"]
-    figure, (axes,) = _figure(f"Perplexity over {_trials(len(frame))}", about, 4.6, right=0.83)
+    figure, (axes,) = new_figure(f"Perplexity over {_trials(len(frame))}", about, 4.6, right=0.83)
     known = [value for value in (dense, uniform) if value is not None]
-    _perplexity_axis(axes, [*done["perplexity"], *known])
+    perplexity_axis(axes, [*done["perplexity"], *known])
     axes.set_xlim(-0.7, max(float(frame["trial"].max()), 1.0) + 0.7)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     axes.set_xlabel("trial", fontsize=TEXT_PT)
@@ -123,8 +130,8 @@ def convergence(
             label="no value",
             zorder=3,
         )
-    _label_right(axes, labels)
-    _legend(figure, axes)
+    label_right(axes, labels)
+    legend(figure, axes)
     return figure
 
 
@@ -144,8 +151,8 @@ def front(frame: pd.DataFrame, dense: float | None, *, about: str = "") -> Figur
     done = frame[frame["outcome"] == "completed"]
     if done["keep_ratio"].max() - done["keep_ratio"].min() < ONE_SIZE:
         return _front_of_one_size(done, dense, about)
-    figure, (axes,) = _figure("Perplexity against size", about, 4.6)
-    _perplexity_axis(axes, [*done["perplexity"], *([] if dense is None else [dense])])
+    figure, (axes,) = new_figure("Perplexity against size", about, 4.6)
+    perplexity_axis(axes, [*done["perplexity"], *([] if dense is None else [dense])])
     smallest = float(done["keep_ratio"].min())
     reach = max(1.0 - smallest, 0.08)
     axes.set_xlim(smallest - 0.12 * reach, 1.0 + 0.12 * reach)
@@ -157,17 +164,17 @@ def front(frame: pd.DataFrame, dense: float | None, *, about: str = "") -> Figur
     if dense is not None:
         axes.axhline(dense, color=GREEN, linewidth=1.0, alpha=0.5, zorder=1)
         axes.plot([1.0], [dense], **DENSE_POINT)
-        _label(axes, (1.0, dense), (0, 9), f"dense {perplexity_text(dense)}", GREEN)
-    _legend(figure, axes)
+        label(axes, (1.0, dense), (0, 9), f"dense {perplexity_text(dense)}", GREEN)
+    legend(figure, axes)
     return figure
 
 
 def _front_of_one_size(done: pd.DataFrame, dense: float | None, about: str) -> Figure:
     """Draw trials of one size as a strip."""
-    figure, (axes,) = _figure(
+    figure, (axes,) = new_figure(
         f"Perplexity of {_trials(len(done))} within one budget", about, 3.3, left=0.13
     )
-    _perplexity_axis(axes, [*done["perplexity"], *([] if dense is None else [dense])], along="x")
+    perplexity_axis(axes, [*done["perplexity"], *([] if dense is None else [dense])], along="x")
     smallest, largest = float(done["keep_ratio"].min()), float(done["keep_ratio"].max())
     rows = [f"{_share(smallest, largest)}\nkept"] + ([] if dense is None else ["dense\n100%"])
     axes.set_yticks(range(len(rows)), rows)
@@ -178,16 +185,16 @@ def _front_of_one_size(done: pd.DataFrame, dense: float | None, about: str) -> F
     for some, look in _front_series(done):
         axes.plot(some["perplexity"], [0.0] * len(some), **look)
     for value in done.loc[done["origin"] == "uniform", "perplexity"]:
-        _label(axes, (value, 0.0), (0, 10), f"uniform {perplexity_text(value)}", VERMILLION)
+        label(axes, (value, 0.0), (0, 10), f"uniform {perplexity_text(value)}", VERMILLION)
     lowest = done[done["on_front"]].sort_values("keep_ratio", kind="stable").iloc[-1]
     if lowest["origin"] != "uniform":
         text = f"{perplexity_text(lowest['perplexity'])} in trial {lowest['trial']}"
-        _label(axes, (lowest["perplexity"], 0.0), (0, -19), text, BLUE)
+        label(axes, (lowest["perplexity"], 0.0), (0, -19), text, BLUE)
     if dense is not None:
         axes.axvline(dense, color=GREEN, linewidth=1.0, alpha=0.5, zorder=1)
         axes.plot([dense], [1.0], **DENSE_POINT)
-        _label(axes, (dense, 1.0), (10, -4), f"dense {perplexity_text(dense)}", GREEN, "left")
-    _legend(figure, axes)
+        label(axes, (dense, 1.0), (10, -4), f"dense {perplexity_text(dense)}", GREEN, "left")
+    legend(figure, axes)
     return figure
 
 
@@ -253,7 +260,7 @@ def ranks_over_depth(
     kinds = list(dict.fromkeys(ranks["kind"]))
     columns = min(4, len(kinds))
     rows = -(-len(kinds) // columns)
-    figure, panels = _figure(
+    figure, panels = new_figure(
         "Parameters kept in each layer, by depth",
         about,
         2.0 + 1.75 * rows,
@@ -297,53 +304,8 @@ def ranks_over_depth(
     figure.supylabel("parameters kept", fontsize=TEXT_PT, x=0.008, color=INK)
     patches = [Patch(color=SKY, label="low rank")]
     patches += [Patch(color=GREEN, label="kept dense")] if ranks["rank"].isna().any() else []
-    _legend(figure, panels[0], patches)
+    legend(figure, panels[0], patches)
     return figure
-
-
-def perplexity_text(value: float) -> str:
-    """Return a perplexity with as many digits as matter.
-
-    Example:
-        >>> perplexity_text(17.2345), perplexity_text(1234.5), perplexity_text(3.2e9)
-        ('17.23', '1,234', '3.2e+09')
-    """
-    if value < 1_000:
-        return f"{value:.2f}"
-    return f"{value:,.0f}" if value < 1_000_000 else f"{value:.1e}"
-
-
-def spread(values: Sequence[float], gap: float) -> list[float]:
-    """Move numbers apart until neighbours are ``gap`` from each other, as little as possible.
-
-    Numbers that come too close form a cluster, which is laid out evenly around its mean; the
-    order stays.
-
-    Example:
-        >>> spread([10.0, 0.0, 1.0], 4.0)
-        [10.0, -1.5, 2.5]
-    """
-    order = sorted(range(len(values)), key=lambda index: values[index])
-    clusters: list[list[int]] = []
-    for index in order:
-        clusters.append([index])
-        while len(clusters) > 1:
-            below, above = (_laid_out(cluster, values, gap) for cluster in clusters[-2:])
-            if above[0] - below[-1] >= gap:
-                break
-            clusters[-2:] = [clusters[-2] + clusters[-1]]
-    moved = list(values)
-    for cluster in clusters:
-        for index, value in zip(cluster, _laid_out(cluster, values, gap), strict=True):
-            moved[index] = value
-    return moved
-
-
-def _laid_out(cluster: Sequence[int], values: Sequence[float], gap: float) -> list[float]:
-    """Return the places of a cluster, ``gap`` apart around the mean of its values."""
-    middle = sum(values[index] for index in cluster) / len(cluster)
-    first = middle - gap * (len(cluster) - 1) / 2
-    return [first + gap * step for step in range(len(cluster))]
 
 
 def _trials(count: int) -> str:
@@ -351,139 +313,7 @@ def _trials(count: int) -> str:
     return "1 trial" if count == 1 else f"{count} trials"
 
 
-def _figure(
-    title: str,
-    about: str,
-    height_in: float,
-    *,
-    grid: tuple[int, int] = (1, 1),
-    left: float = 0.1,
-    right: float = 0.96,
-    head_in: float = 1.0,
-) -> tuple[Figure, list[Axes]]:
-    """Return a figure with room for title and legend above its axes, and the axes in order."""
-    figure = Figure(figsize=(WIDTH_IN, height_in), dpi=DPI, facecolor="white")
-    figure.subplots_adjust(
-        left=left,
-        right=right,
-        top=1 - head_in / height_in,
-        bottom=0.55 / height_in,
-        hspace=0.32,
-        wspace=0.12,
-    )
-    axes = list(figure.subplots(*grid, squeeze=False).flat)
-    figure.text(
-        0.012, 1 - 0.16 / height_in, title, fontsize=TITLE_PT, weight="bold", color=INK, va="top"
-    )
-    line = about if len(about) <= ABOUT_CHARACTERS else about[: ABOUT_CHARACTERS - 1] + "…"
-    place = (0.012, 1 - 0.42 / height_in)
-    figure.text(*place, line, fontsize=TEXT_PT - 1, color=GREY, va="top", parse_math=False)
-    for each in axes:
-        each.spines[["top", "right"]].set_visible(False)
-        each.spines[["left", "bottom"]].set_color(FAINT)
-        each.tick_params(labelsize=TEXT_PT - 0.5, color=FAINT, labelcolor=INK)
-        each.grid(axis="y", color=GRID, linewidth=0.8)
-        each.set_axisbelow(True)
-    return figure, axes
-
-
-def _perplexity_axis(
-    axes: Axes, values: Sequence[float], *, along: Literal["x", "y"] = "y"
-) -> None:
-    """Set scale, limits and ticks of a perplexity axis that holds ``values``."""
-    low, high = min(values), max(values)
-    is_log = high / low >= LOG_FROM
-    if is_log:
-        factor = (high / low) ** 0.08
-        limits = low / factor, high * factor
-    else:
-        margin = max(0.1 * (high - low), 0.01 * high)
-        limits = low - margin, high + margin
-    scale = "log" if is_log else "linear"
-    label = "validation perplexity (log scale)" if is_log else "validation perplexity"
-    axes.set(**{f"{along}scale": scale, f"{along}lim": limits})
-    axis = axes.xaxis if along == "x" else axes.yaxis
-    axis.set_label_text(label, fontsize=TEXT_PT)
-    if is_log:
-        steps = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0) if high / low < 10 else (1.0, 2.0, 5.0)
-        axis.set_major_locator(LogLocator(subs=steps if high / low < 1_000 else (1.0,)))
-        axis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value)))
-        axis.minorticks_off()
-
-
-def _tick(value: float) -> str:
-    """Return the label of a tick on a log axis, short enough for the margin."""
-    if value < 10_000:
-        return f"{value:g}"
-    if value < 1_000_000:
-        return f"{value / 1_000:g}k"
-    return f"{value / 1_000_000:g}M" if value < 1_000_000_000 else f"{value:.0e}"
-
-
 def _share(smallest: float, largest: float) -> str:
     """Return a range of keep ratios in percent; one number where they print the same."""
     first, last = f"{smallest:.1%}", f"{largest:.1%}"
     return first if first == last else f"{first} to {last}"
-
-
-def _label_right(axes: Axes, labels: Sequence[tuple[float, str, str]]) -> None:
-    """Write (height, text, colour) right of the axes, each at its height, none over another.
-
-    The limits of the axes must be final.
-    """
-    points_per_pixel = 72.0 / DPI
-    heights = [
-        float(axes.transData.transform((0.0, y))[1]) * points_per_pixel for y, _, _ in labels
-    ]
-    places = spread(heights, TEXT_PT * 1.35)
-    for (y, text, colour), height, place in zip(labels, heights, places, strict=True):
-        axes.annotate(
-            text,
-            (1.0, y),
-            xycoords=("axes fraction", "data"),
-            xytext=(5, place - height),
-            textcoords="offset points",
-            va="center",
-            fontsize=TEXT_PT,
-            color=colour,
-            annotation_clip=False,
-        )
-
-
-def _label(
-    axes: Axes,
-    point: tuple[float, float],
-    offset_pt: tuple[float, float],
-    text: str,
-    colour: str,
-    align: str = "center",
-) -> None:
-    """Write a text beside a point."""
-    axes.annotate(
-        text,
-        point,
-        xytext=offset_pt,
-        textcoords="offset points",
-        ha=align,
-        fontsize=TEXT_PT,
-        color=colour,
-        path_effects=[withStroke(linewidth=3.0, foreground="white")],
-        annotation_clip=False,
-    )
-
-
-def _legend(figure: Figure, axes: Axes, more: Sequence[Patch] = ()) -> None:
-    """Put the legend in one line between title and data, where it covers nothing."""
-    handles = [*more, *axes.get_legend_handles_labels()[0]]
-    figure.legend(
-        handles=handles,
-        loc="upper left",
-        bbox_to_anchor=(0.004, 1 - 0.6 / figure.get_figheight()),
-        ncols=len(handles),
-        frameon=False,
-        fontsize=TEXT_PT - 1,
-        handlelength=1.6,
-        handletextpad=0.5,
-        columnspacing=1.4,
-        borderpad=0.2,
-    )

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager, redirect_stdout
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from filelock import FileLock
 
@@ -33,6 +33,7 @@ _TAG_LENGTH = 5000
 _KEY_LENGTH = 250
 
 
+@runtime_checkable
 class Tracker(Protocol):
     """Shows a study to people; never decides, delays or loses anything."""
 

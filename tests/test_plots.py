@@ -10,7 +10,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from lrbo import plots
+from lrbo import drawing, plots
 
 COLUMNS = [
     "trial",
@@ -82,7 +82,10 @@ def assert_inside(figure: Figure) -> None:
     figure.canvas.draw()
     written = [text for axes in figure.axes if axes.get_visible() for text in axes.texts]
     labels = [
-        label for axes in figure.axes if axes.get_visible() for label in (axes.xaxis.label, axes.yaxis.label)
+        label
+        for axes in figure.axes
+        if axes.get_visible()
+        for label in (axes.xaxis.label, axes.yaxis.label)
     ]
     everything = [*figure.texts, *figure.legends, *written, *(x for x in labels if x.get_text())]
     assert len(everything) > 3
@@ -105,7 +108,9 @@ def test_convergence_shows_every_trial_in_the_colour_of_its_origin(trials: pd.Da
     assert points(drawn["Sobol"]) == [(2, 28.0)]
     assert points(drawn["surrogate model"]) == [(4, 29.0), (5, 26.0), (6, 27.0)]
     assert [x for x, _ in points(drawn["no value"])] == [3]
-    looks = {(drawn[s.label].get_marker(), drawn[s.label].get_color()) for s in plots.ORIGINS.values()}
+    looks = {
+        (drawn[s.label].get_marker(), drawn[s.label].get_color()) for s in plots.ORIGINS.values()
+    }
     assert len(looks) == len({marker for marker, _ in looks}) == len({c for _, c in looks}) == 4
     assert headings(figure) == ["Perplexity over 7 trials", "a study"]
     assert axes.get_xlabel() == "trial"
@@ -256,7 +261,10 @@ def test_ranks_over_depth_has_a_panel_per_kind(ranks: pd.DataFrame) -> None:
         assert axes.get_ylim()[1] > 1.0
         assert axes.get_xlabel() == "block"
     assert legend(figure) == ["low rank", "kept dense", "uniform baseline"]
-    assert headings(figure)[:2] == ["Parameters kept in each layer, by depth", "a study, best trial 5"]
+    assert headings(figure)[:2] == [
+        "Parameters kept in each layer, by depth",
+        "a study, best trial 5",
+    ]
     assert_inside(figure)
 
 
@@ -301,13 +309,17 @@ def test_a_long_or_mathematical_name_stays_within_the_figure(trials: pd.DataFram
         ([0.0, 5.0], 1.0, [0.0, 5.0]),
         ([1.0, 1.0], 2.0, [0.0, 2.0]),
         ([5.0, 1.0, 4.5], 2.0, [5.75, 1.0, 3.75]),
-        ([0.0, 0.1, 1.0], 1.0, [pytest.approx(-19 / 30), pytest.approx(11 / 30), pytest.approx(41 / 30)]),
+        (
+            [0.0, 0.1, 1.0],
+            1.0,
+            [pytest.approx(-19 / 30), pytest.approx(11 / 30), pytest.approx(41 / 30)],
+        ),
     ],
 )
 def test_spread_moves_as_little_as_needed(
     values: list[float], gap: float, moved: list[float]
 ) -> None:
-    assert plots.spread(values, gap) == moved
+    assert drawing.spread(values, gap) == moved
 
 
 @pytest.mark.parametrize(
@@ -315,7 +327,7 @@ def test_spread_moves_as_little_as_needed(
     [(7.0, "7"), (1000.0, "1000"), (20_000.0, "20k"), (5e6, "5M"), (1e10, "1e+10")],
 )
 def test_ticks_of_a_log_axis_are_short(value: float, text: str) -> None:
-    assert plots._tick(value) == text
+    assert drawing._tick(value) == text
 
 
 def test_share_is_one_number_where_the_ends_print_the_same() -> None:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from jaxtyping import Int
 from numpy.lib.stride_tricks import sliding_window_view
+from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -354,14 +355,14 @@ def overlaps(windows: Mapping[Role, TokenWindows], run: int = 32) -> list[str]:
     return problems
 
 
-def _run_hashes(ids: Int[Tensor, "windows tokens"], run: int) -> np.ndarray[Any, Any]:
+def _run_hashes(ids: Int[Tensor, "windows tokens"], run: int) -> NDArray[np.uint64]:
     """Hash each run of tokens inside each window, ``(windows, tokens - run + 1)``, uint64."""
     run = min(run, ids.shape[1])
     powers = np.full(run, 0x9E3779B97F4A7C15, dtype=np.uint64)
     with np.errstate(over="ignore"):
         powers = np.cumprod(powers)
         runs = sliding_window_view(ids.numpy().astype(np.uint64) + np.uint64(1), run, axis=1)
-        hashed: np.ndarray[Any, Any] = (runs * powers).sum(axis=-1, dtype=np.uint64)
+        hashed: NDArray[np.uint64] = (runs * powers).sum(axis=-1, dtype=np.uint64)
     return hashed
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from lrbo.trial import TrialRequest, TrialResult
 
 Evaluate = Callable[[TrialRequest], TrialResult]
 
 
+@runtime_checkable
 class Job(Protocol):
     """A trial that was handed out."""
 
@@ -31,6 +32,7 @@ class Job(Protocol):
         ...
 
 
+@runtime_checkable
 class Executor(Protocol):
     """A place to run trials."""
 

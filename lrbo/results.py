@@ -1,0 +1,295 @@
+"""What came of a study: one dict, data frames, figures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml  # type: ignore[import-untyped]  # comes with omegaconf, without types
+
+from lrbo import plots
+from lrbo.accounting import dense_parameters, low_rank_parameters
+from lrbo.model import LayerSpec
+from lrbo.search.front import pareto_front
+from lrbo.search.study import Study
+from lrbo.storage import replacing
+from lrbo.trial import TrialRecord
+
+MAX_DEPTHS = 6  # columns of depth groups that fit beside each other
+STAGES = ("suggestion", "allocation", "scoring", "logging")
+METRICS = {  # column of the frame: metric
+    "nll": "nll",
+    "perplexity": "perplexity",
+    "objective": "objective",
+    "kl": "kl_dense_to_compressed",
+    "keep_ratio": "keep_ratio",
+    "parameters": "parameters",
+    "model_parameters": "model_parameters",
+    "model_bytes": "model_bytes",
+    "macs_per_token": "macs_per_token",
+    "tokens": "tokens",
+    "peak_memory_gib": "peak_memory_gib",
+}
+COLUMNS = (
+    "trial",
+    "origin",
+    "outcome",
+    "error",
+    *METRICS,
+    "seconds",
+    *(f"{stage}_s" for stage in STAGES),
+    "best_perplexity",
+    "is_best",
+    "on_front",
+)
+
+
+def summary(study: Study) -> dict[str, Any]:
+    """Return the results of a study as plain values that go to JSON.
+
+    Every key is always there. What is not known yet is ``None``, or an empty list or dict
+    where there may be several.
+
+    Returns:
+        - ``study``: its name;
+        - ``trials_completed``, and ``trials_failed``: those that ended without a value;
+        - ``tokens_scored``: over all completed trials;
+        - ``dense``: ``nll`` (nats per token) and ``perplexity`` on the validation text;
+        - ``uniform``: the same, and ``keep_ratio``;
+        - ``best``: ``trial``, ``nll``, ``perplexity``, ``keep_ratio``, ``parameters`` (of the
+          compressible layers) of the trial with the lowest objective;
+        - ``front``: ``trial``, ``nll``, ``keep_ratio`` of each trial on it, from small to large;
+        - ``seconds``: sums over all trials, by stage;
+        - ``test``: by label, ``trial``, ``text``, ``nll`` and ``perplexity`` on the test text.
+    """
+    state = study.state
+    best = state.best()
+    return {
+        "study": study.name,
+        "trials_completed": len(state.completed),
+        "trials_failed": len(state.ended) - len(state.completed),
+        "tokens_scored": int(sum(record.metrics.get("tokens", 0) for record in state.completed)),
+        "dense": _pick(state.dense, "nll", "perplexity") if state.dense else None,
+        "uniform": _pick(state.uniform.metrics, "nll", "perplexity", "keep_ratio")
+        if state.uniform
+        else None,
+        "best": {
+            "trial": best.request.trial_index,
+            **_pick(best.metrics, "nll", "perplexity", "keep_ratio", "parameters"),
+        }
+        if best
+        else None,
+        "front": [
+            {"trial": record.request.trial_index, **_pick(record.metrics, "nll", "keep_ratio")}
+            for record in pareto_front(state.completed)
+        ],
+        "seconds": {
+            stage: math.fsum(record.seconds.get(stage, 0.0) for record in state.records)
+            for stage in STAGES
+        },
+        "test": {
+            label: {
+                "trial": test["trial"],
+                "text": test["text"],
+                **_pick(test["metrics"], "nll", "perplexity"),
+            }
+            for label, test in state.tests.items()
+        },
+    }
+
+
+def frame(study: Study) -> pd.DataFrame:
+    """Return a table with one row per trial that ended, in the order of their numbers.
+
+    Returns:
+        The columns in ``COLUMNS``. ``seconds`` is the sum of the four stages after it;
+        ``best_perplexity`` is the perplexity of the best trial up to this one, the best being
+        the one with the lowest objective; ``is_best`` marks the best of all and ``on_front``
+        the Pareto front. Metrics of trials without a value are missing.
+    """
+    best = study.state.best()
+    front = {record.request.trial_index for record in pareto_front(study.state.completed)}
+    rows = []
+    lowest, best_perplexity = math.inf, math.nan
+    for record in study.state.ended:
+        result, index = record.result, record.request.trial_index
+        assert result is not None
+        if record.is_completed and record.metrics["objective"] < lowest:
+            lowest, best_perplexity = record.metrics["objective"], record.metrics["perplexity"]
+        rows.append(
+            {
+                "trial": index,
+                "origin": record.request.origin,
+                "outcome": result.outcome,
+                "error": result.error,
+                **{column: record.metrics.get(name) for column, name in METRICS.items()},
+                "seconds": math.fsum(record.seconds.get(stage, 0.0) for stage in STAGES),
+                **{f"{stage}_s": record.seconds.get(stage) for stage in STAGES},
+                "best_perplexity": best_perplexity,
+                "is_best": best is not None and index == best.request.trial_index,
+                "on_front": index in front,
+            }
+        )
+    table = pd.DataFrame(rows, columns=list(COLUMNS))
+    numbers = [*METRICS, "seconds", *(f"{stage}_s" for stage in STAGES), "best_perplexity"]
+    types = {"trial": int, "is_best": bool, "on_front": bool, **dict.fromkeys(numbers, float)}
+    return table.astype(types)
+
+
+def ranks_frame(study: Study, record: TrialRecord) -> pd.DataFrame:
+    """Return a table with one row per layer of a trial's allocation.
+
+    Returns:
+        ``name``, ``kind``, ``block``, ``rank`` (missing where the layer is dense), ``stored``
+        and ``dense`` (parameters), and ``kept``, their ratio.
+    """
+    about = study.about()
+    specs = _specs(about)
+    rows = []
+    for name, rank in record.request.allocation.ranks.items():
+        spec = specs[name]
+        stored = _stored(spec, rank, about)
+        rows.append((name, spec.kind, spec.block, rank, stored, spec.parameters))
+    table = pd.DataFrame(rows, columns=["name", "kind", "block", "rank", "stored", "dense"])
+    table = table.astype({"rank": "Int64", "block": "Int64"})
+    table["kept"] = table["stored"] / table["dense"]
+    return table
+
+
+def draw_figures(study: Study) -> list[Path]:
+    """Draw what there is to draw into the study's ``figures/``, in place of older pictures.
+
+    Returns:
+        Paths of ``convergence.png``, ``front.png`` and ``ranks.png``; those whose data do not
+        exist yet are left out.
+    """
+    state = study.state
+    best, uniform = state.best(), state.uniform
+    if best is None:
+        return []
+    table = frame(study)
+    dense = state.dense.get("perplexity")
+    title = _subtitle(study)
+    figures = {
+        "convergence": plots.convergence(
+            table,
+            dense,
+            None if uniform is None else uniform.metrics["perplexity"],
+            about=title,
+        ),
+        "front": plots.front(table, dense, about=title),
+        "ranks": plots.ranks_over_depth(
+            ranks_frame(study, best),
+            None if uniform is None else ranks_frame(study, uniform),
+            about=f"{title}, best trial {best.request.trial_index}",
+        ),
+    }
+    paths = []
+    for name, figure in figures.items():
+        path = study.folder / "figures" / f"{name}.png"
+        with replacing(path) as beside:
+            figure.savefig(beside, format="png")
+        paths.append(path)
+    return paths
+
+
+def _pick(metrics: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    """Return some of the metrics; ``None`` for one that is not there."""
+    return {name: metrics.get(name) for name in names}
+
+
+def _specs(about: Mapping[str, Any]) -> dict[str, LayerSpec]:
+    """Return the layers that ``study.json`` describes, by name."""
+    return {layer["name"]: LayerSpec(**layer) for layer in about["layers"]}
+
+
+def _stored(spec: LayerSpec, rank: int | None, about: Mapping[str, Any]) -> int:
+    """Return the parameters of a layer at a rank, counted as the study's budget counts them."""
+    if rank is None:
+        return spec.parameters
+    bias = about["adds_bias"] or spec.has_bias
+    return low_rank_parameters(spec, rank, bias=bias, storage=about["storage"])
+
+
+def dense_size(study: Study) -> dict[str, float]:
+    """Return size and cost of the dense model: those of a trial plus what it left out.
+
+    Empty while there is no completed trial.
+    """
+    if not study.state.completed:
+        return {}
+    record, specs = study.state.completed[0], _specs(study.about())
+    metrics, ranks = record.metrics, record.request.allocation.ranks
+    layers = [specs[name] for name in ranks]
+    parameters = metrics["model_parameters"] - metrics["parameters"] + dense_parameters(layers)
+    macs = metrics["macs_per_token"]
+    for spec in layers:
+        rank = ranks[spec.name]
+        if rank is not None:
+            macs += spec.out_features * spec.in_features
+            macs -= rank * (spec.out_features + spec.in_features)
+    return {
+        "model_parameters": parameters,
+        "model_bytes": parameters * metrics["model_bytes"] / metrics["model_parameters"],
+        "macs_per_token": macs,
+    }
+
+
+def group_ratios(study: Study, record: TrialRecord) -> dict[str, list[float | None]]:
+    """Return the keep ratios of a trial by group, one per depth group.
+
+    A variable ``"qk.2"`` is the third depth group of ``"qk"``. Variables that are single
+    layers, more depth groups than fit beside each other, and allocations that no point stands
+    for, are summed up by kind instead.
+    """
+    variables, ranks = record.request.variables, record.request.allocation.ranks
+    if variables and not any(name in ranks for name in variables):
+        found: dict[str, dict[int, float]] = {}
+        for name, value in variables.items():
+            group, _, depth = name.rpartition(".")
+            if group and depth.isdecimal():
+                found.setdefault(group, {})[int(depth)] = value
+            else:
+                found.setdefault(name, {})[0] = value
+        depths = 1 + max(max(row) for row in found.values())
+        if depths <= MAX_DEPTHS:
+            return {group: [row.get(d) for d in range(depths)] for group, row in found.items()}
+    sums = ranks_frame(study, record).groupby("kind", sort=False)[["stored", "dense"]].sum()
+    return {str(kind): [float(row["stored"] / row["dense"])] for kind, row in sums.iterrows()}
+
+
+def dense_kinds(study: Study, record: TrialRecord) -> list[str]:
+    """Return the kinds of which every layer of a trial is dense."""
+    is_dense = ranks_frame(study, record).set_index("kind")["rank"].isna()
+    return [
+        str(kind) for kind, every in is_dense.groupby("kind", sort=False).all().items() if every
+    ]
+
+
+def _config(study: Study) -> Mapping[str, Any]:
+    """Return the configuration that the study was begun with."""
+    found: Mapping[str, Any] = yaml.safe_load(study.config_yaml())
+    return found
+
+
+def described(study: Study) -> dict[str, str]:
+    """Return what was searched, under which budget, as lines by name."""
+    about, config = study.about(), _config(study)
+    keep = config["budget"]["keep_ratio"]
+    return {
+        "Study": study.name,
+        "Model": f"{config['model']['name']} ({about['dtype']} on {about['device']})",
+        "Method": f"{config['method']['name']}, space {config['space']['name']}",
+        "Budget": f"{about['budget_parameters']:,} parameters, {keep:.4g} of the compressible ones",
+    }
+
+
+def _subtitle(study: Study) -> str:
+    """Return study, model, method and budget in one line under a figure's title."""
+    config = _config(study)
+    keep = 100 * config["budget"]["keep_ratio"]
+    names = [config[section]["name"] for section in ("model", "method")]
+    return ", ".join([study.name, *names, f"budget {keep:.4g}%"])
