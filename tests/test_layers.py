@@ -1,0 +1,111 @@
+"""The low-rank layer equals a dense product, and behaves like any other module."""
+
+from itertools import product
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lrbo.layers import LowRankLinear
+from tests import reference
+
+TOLERANCE = {
+    torch.float64: 1e-12,  # sums of ten products of numbers around 1
+    torch.float32: 1e-5,  # the same in single precision
+    torch.bfloat16: 0.1,  # three digits, rounded after each of the two products
+}
+
+OUT, IN = 5, 7
+both_biases = pytest.mark.parametrize("bias", [False, True])
+
+
+def parts(rank: int, *, bias: bool, dtype: torch.dtype = torch.float64):
+    generator = torch.Generator().manual_seed(rank)
+
+    def draw(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator, dtype=torch.float64).to(dtype)
+
+    return draw(OUT, rank), draw(rank, IN), draw(OUT) if bias else None
+
+
+@both_biases
+@pytest.mark.parametrize("rank", [0, 1, 3, 5])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_forward_is_the_dense_product(rank: int, bias: bool, dtype: torch.dtype) -> None:
+    left, right, offset = parts(rank, bias=bias, dtype=dtype)
+    layer = LowRankLinear.from_tensors(left, right, offset)
+    x = torch.randn(2, 3, IN, generator=torch.Generator().manual_seed(9)).to(dtype)
+    weight = left.double() @ right.double()
+    expected = x.double() @ weight.T + (0 if offset is None else offset.double())
+    found = layer(x)
+    assert found.dtype == dtype
+    assert found.shape == (2, 3, OUT)
+    assert float((found.double() - expected).abs().max()) <= TOLERANCE[dtype]
+
+
+@both_biases
+def test_rank_0_answers_its_bias(bias: bool) -> None:
+    left, right, offset = parts(0, bias=bias)
+    found = LowRankLinear.from_tensors(left, right, offset)(torch.ones(4, IN, dtype=torch.float64))
+    expected = torch.zeros(OUT, dtype=torch.float64) if offset is None else offset
+    assert torch.equal(found, expected.expand(4, OUT))
+
+
+@both_biases
+def test_tensors_are_wrapped_and_not_copied(bias: bool) -> None:
+    left, right, offset = parts(3, bias=bias)
+    layer = LowRankLinear.from_tensors(left[:, :2], right[:2], offset)
+    assert layer.left.weight.data_ptr() == left.data_ptr()
+    assert layer.right.weight.data_ptr() == right.data_ptr()
+    if offset is not None:
+        assert layer.left.bias.data_ptr() == offset.data_ptr()
+    left[0, 0] = 123.0
+    assert layer.left.weight[0, 0] == 123.0
+    assert not any(parameter.requires_grad for parameter in layer.parameters())
+
+
+@both_biases
+@pytest.mark.parametrize("rank", [0, 1, 5])
+def test_counts_and_names_are_those_of_two_linear_layers(rank: int, bias: bool) -> None:
+    layer = LowRankLinear.from_tensors(*parts(rank, bias=bias))
+    names = ["right.weight", "left.weight"] + (["left.bias"] if bias else [])
+    assert sorted(layer.state_dict()) == sorted(names)
+    assert reference.count_parameters(layer) == rank * (OUT + IN) + (OUT if bias else 0)
+    assert layer.rank == rank
+
+
+@both_biases
+@pytest.mark.parametrize("rank", [0, 2])
+def test_an_empty_layer_takes_the_weights_of_another(rank: int, bias: bool) -> None:
+    full = LowRankLinear.from_tensors(*parts(rank, bias=bias))
+    empty = LowRankLinear.empty(OUT, IN, rank, bias=bias)
+    assert all(parameter.is_meta for parameter in empty.parameters())
+    assert empty.rank == rank
+    empty.load_state_dict(full.state_dict(), strict=True, assign=True)
+    x = torch.randn(3, IN, dtype=torch.float64)
+    assert torch.equal(empty(x), full(x))
+
+
+def test_an_empty_layer_leaves_the_random_state_as_it_was() -> None:
+    before = torch.get_rng_state()
+    LowRankLinear.empty(OUT, IN, 3, bias=True)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_dtype_and_device_move_as_in_any_module() -> None:
+    layer = LowRankLinear.from_tensors(*parts(2, bias=True))
+    for dtype, device in product((torch.float32, torch.bfloat16), ("cpu", "meta")):
+        moved = nn.Sequential(LowRankLinear.from_tensors(*parts(2, bias=True)))
+        moved = moved.to(dtype=dtype, device=device)
+        assert {(p.dtype, p.device.type) for p in moved.parameters()} == {(dtype, device)}
+    assert {parameter.dtype for parameter in layer.parameters()} == {torch.float64}
+
+
+def test_gradients_reach_the_input() -> None:
+    """Factors do not learn, but what lies before them may be asked for gradients."""
+    left, right, offset = parts(2, bias=True)
+    x = torch.randn(1, IN, dtype=torch.float64, requires_grad=True)
+    LowRankLinear.from_tensors(left, right, offset)(x).sum().backward()
+    assert x.grad is not None
+    expected = (left @ right).sum(0)
+    assert float((x.grad[0] - expected).abs().max()) <= TOLERANCE[torch.float64]

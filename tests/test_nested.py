@@ -1,0 +1,136 @@
+"""Factored once: every rank is a prefix of the same memory, with the bias that belongs to it."""
+
+import dataclasses
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lrbo.nested import LowRankFactors, NestedFactors
+
+TOLERANCE = {
+    "map": 1e-12,  # sums of a few products of numbers around 1, float64
+    "float32": 1e-5,  # the same after rounding to single precision
+}
+
+OUT, IN, COUNT = 6, 8, 5
+BIASES = ("none", "fixed", "with rank")
+
+every_bias = pytest.mark.parametrize("bias", BIASES)
+
+
+def make(bias: str, seed: int = 0) -> LowRankFactors:
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator, dtype=torch.float64)
+
+    tail = draw(COUNT + 1).abs().sort(descending=True).values
+    return LowRankFactors(
+        draw(OUT, COUNT),
+        draw(COUNT, IN),
+        tail,
+        None if bias == "none" else draw(OUT),
+        draw(COUNT) if bias == "with rank" else None,
+    )
+
+
+def by_loops(factors: LowRankFactors, rank: int) -> tuple[Tensor, Tensor]:
+    """Add up one direction after the other, as the definition says."""
+    weight = torch.zeros(OUT, IN, dtype=torch.float64)
+    bias = torch.zeros(OUT, dtype=torch.float64) if factors.offset is None else factors.offset
+    for i in range(rank):
+        weight = weight + torch.outer(factors.left[:, i], factors.right[i])
+        if factors.coordinates is not None:
+            bias = bias - factors.left[:, i] * factors.coordinates[i]
+    return weight, bias
+
+
+@every_bias
+def test_each_rank_is_the_sum_of_its_leading_directions(bias: str) -> None:
+    factors = make(bias)
+    x = torch.randn(4, IN, dtype=torch.float64)
+    assert factors.max_rank == COUNT
+    for rank in range(COUNT + 1):
+        weight, offset = by_loops(factors, rank)
+        layer = factors.at_rank(rank)
+        assert layer.rank == rank
+        assert float((layer(x) - (x @ weight.T + offset)).abs().max()) <= TOLERANCE["map"]
+        assert (layer.left.bias is None) == (bias == "none")
+
+
+@every_bias
+def test_the_matrices_of_every_rank_are_the_same_memory(bias: str) -> None:
+    factors = make(bias)
+    for rank in range(1, COUNT + 1):
+        layer = factors.at_rank(rank)
+        assert layer.left.weight.data_ptr() == factors.left.data_ptr()
+        assert layer.right.weight.data_ptr() == factors.right.data_ptr()
+
+
+def test_a_bias_that_moves_with_the_rank_leaves_the_offset_as_it_was() -> None:
+    factors = make("with rank")
+    assert factors.offset is not None
+    before = factors.offset.clone()
+    layers = [factors.at_rank(rank) for rank in range(COUNT + 1)]
+    assert torch.equal(factors.offset, before)
+    assert torch.equal(layers[0].left.bias, before)
+    assert not torch.equal(layers[1].left.bias, layers[2].left.bias)
+
+
+@pytest.mark.parametrize("rank", [-1, COUNT + 1, 99])
+@pytest.mark.parametrize("question", [LowRankFactors.at_rank, LowRankFactors.error_at])
+def test_a_rank_that_no_prefix_has_is_refused(
+    question: Callable[[LowRankFactors, int], object], rank: int
+) -> None:
+    with pytest.raises(ValueError, match=rf"rank {rank} is outside 0\.\.{COUNT}"):
+        question(make("fixed"), rank)
+
+
+def test_error_is_read_off_the_tail_as_a_plain_number() -> None:
+    factors = make("none")
+    errors = [factors.error_at(rank) for rank in range(COUNT + 1)]
+    assert errors == factors.tail.tolist()
+    assert all(type(error) is float for error in errors)
+
+
+@every_bias
+@pytest.mark.parametrize("limit", [None, 0, 2, COUNT, COUNT + 3])
+def test_a_copy_for_running_has_the_leading_directions_in_the_new_dtype(
+    bias: str, limit: int | None
+) -> None:
+    factors = make(bias)
+    copy = factors.to(dtype=torch.float32, device=torch.device("cpu"), max_rank=limit)
+    assert copy.max_rank == (COUNT if limit is None else min(limit, COUNT))
+    x = torch.randn(3, IN, dtype=torch.float64)
+    for rank in range(copy.max_rank + 1):
+        layer, exact = copy.at_rank(rank), factors.at_rank(rank)
+        assert {p.dtype for p in layer.parameters()} == {torch.float32}
+        difference = float((layer(x.float()).double() - exact(x)).abs().max())
+        assert difference <= TOLERANCE["float32"]
+        assert copy.error_at(rank) == factors.error_at(rank)  # the tail stays in float64
+    assert len(copy.tail) == copy.max_rank + 1
+
+
+@every_bias
+def test_a_copy_for_running_keeps_each_prefix_contiguous(bias: str) -> None:
+    copy = make(bias).to(dtype=torch.float32)
+    for rank in range(1, COUNT + 1):
+        assert copy.left[:, :rank].T.is_contiguous()
+        assert copy.right[:rank].is_contiguous()
+
+
+def test_a_copy_without_a_dtype_keeps_the_numbers() -> None:
+    factors = make("with rank")
+    copy = factors.to()
+    for field in dataclasses.fields(LowRankFactors):
+        assert torch.equal(getattr(copy, field.name), getattr(factors, field.name)), field.name
+
+
+def test_low_rank_factors_keep_the_protocol() -> None:
+    factors = make("fixed")
+    assert isinstance(factors, NestedFactors)
+    assert isinstance(factors.at_rank(1), nn.Module)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        factors.left = factors.right  # type: ignore[misc]
