@@ -1,0 +1,291 @@
+"""Stand-ins for the slow and the outside parts of a search: they die, fail and answer late."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lrbo.accounting import low_rank_parameters
+from lrbo.allocation import Budget
+from lrbo.errors import Outcome
+from lrbo.model import LayerSpec
+from lrbo.search.client import Observation, SearchClient
+from lrbo.search.space import SearchSpace, build_space
+from lrbo.search.study import Study
+from lrbo.trial import TrialRecord, TrialRequest, TrialResult
+
+GROUPS = {"qk": ["q_proj", "k_proj"], "o": ["o_proj"], "up": ["up_proj"], "down": ["down_proj"]}
+SHAPES = {
+    "q_proj": (24, 24),
+    "k_proj": (12, 24),
+    "v_proj": (12, 24),
+    "o_proj": (24, 24),
+    "up_proj": (40, 24),
+    "down_proj": (24, 40),
+}
+
+
+class Killed(BaseException):
+    """The process is gone. Not an ``Exception``: nothing may catch it and carry on."""
+
+
+@dataclass
+class Fuse:
+    """Dies at one chosen moment out of all that are reported to it.
+
+    Attributes:
+        at: Number of the moment, from 0; ``None`` never dies.
+        moments: What was reported, in order.
+    """
+
+    at: int | None = None
+    moments: list[str] = field(default_factory=list)
+
+    def reaches(self, moment: str) -> bool:
+        """Note a moment and return whether it is the one to die at."""
+        self.moments.append(moment)
+        return self.at == len(self.moments) - 1
+
+    def burn(self, moment: str) -> None:
+        """Note a moment and die if it is the one."""
+        if self.reaches(moment):
+            raise Killed(moment)
+
+
+def factored(layer: LayerSpec, rank: int) -> int:
+    """Count a low-rank layer with a bias, as Bolaco stores it."""
+    return low_rank_parameters(layer, rank, bias=True, storage="factored")
+
+
+def make_layers(blocks: int = 2, shapes: Mapping[str, tuple[int, int]] = SHAPES) -> list[LayerSpec]:
+    """Describe the layers of a model that does not exist."""
+    return [
+        LayerSpec(f"layers.{block}.{kind}", kind, block, *shape, has_bias=False, site="x")
+        for block in range(blocks)
+        for kind, shape in shapes.items()
+    ]
+
+
+def make_space(
+    keep_ratio: float = 0.7,
+    layers: Sequence[LayerSpec] | None = None,
+    **changes: Any,
+) -> SearchSpace:
+    """Build a small search space: four variables, values stay dense, ranks one by one."""
+    layers = make_layers() if layers is None else layers
+    options: dict[str, Any] = {
+        "groups": GROUPS,
+        "dense": ["v_proj"],
+        "granularity": "kind",
+        "depth_groups": 1,
+        "bounds": (0.2, 1.0),
+        "start": {"qk": 0.4, "down": 0.9},
+        "cost": factored,
+        "rank_multiple": 1,
+    }
+    return build_space(layers, Budget.from_keep_ratio(layers, keep_ratio), **(options | changes))
+
+
+class DyingStudy(Study):
+    """A study whose process may die before, in the middle of, or after each journal write."""
+
+    def __init__(self, folder: Path, fuse: Fuse) -> None:
+        self.fuse = fuse
+        super().__init__(folder)
+
+    def record(self, event: str, **fields: Any) -> None:
+        """Append, and die on the way where the fuse says so."""
+        self.fuse.burn(f"before {event}")
+        before = self.journal.stat().st_size if self.journal.exists() else 0
+        super().record(event, **fields)
+        if self.fuse.reaches(f"inside {event}"):
+            written = self.journal.stat().st_size - before
+            with self.journal.open("rb+") as file:
+                file.truncate(before + written // 2)
+            raise Killed(f"inside {event}")
+        self.fuse.burn(f"after {event}")
+
+
+class FakeClient(SearchClient):
+    """Proposes a feasible point that depends on seed and trial number alone."""
+
+    def __init__(self, space: SearchSpace, *, seed: int, fuse: Fuse | None = None) -> None:
+        super().__init__(space, seed=seed)
+        self.fuse = fuse or Fuse()
+        self.asked: dict[int, list[Observation]] = {}
+
+    def ask(self, trial_index: int, observations: Sequence[Observation]) -> dict[str, float]:
+        """Return a random point; keeps what it was told."""
+        self.fuse.burn("before ask")
+        self.asked[trial_index] = list(observations)
+        chooser = random.Random(f"{self.seed} {trial_index}")
+        values = [chooser.uniform(self.space.lower, self.space.upper) for _ in self.space.names]
+        point = dict(zip(self.space.names, self.space.project(values), strict=True))
+        self.fuse.burn("after ask")
+        return point
+
+
+@dataclass
+class FakeWorker:
+    """Evaluates an analytic loss: each layer costs ``weight * (1 - kept share)^2`` nats.
+
+    Attributes:
+        space: Says what the layers are.
+        fuse: May die in the middle of an evaluation.
+        outcomes: Trials that end otherwise: an outcome, or metrics that replace the real ones.
+        calls: Trial numbers in the order of evaluation.
+    """
+
+    space: SearchSpace
+    fuse: Fuse = field(default_factory=Fuse)
+    outcomes: Mapping[int, Outcome | Mapping[str, float]] = field(default_factory=dict)
+    calls: list[int] = field(default_factory=list)
+
+    def __call__(self, request: TrialRequest) -> TrialResult:
+        """Return the result of a request."""
+        index = request.trial_index
+        self.calls.append(index)
+        self.fuse.burn("in the worker")
+        planned = self.outcomes.get(index, {})
+        if isinstance(planned, str) and planned != "completed":
+            return TrialResult(index, planned, {}, 0.5, f"planned to be {planned}")
+        metrics = self.metrics(request) | (planned if isinstance(planned, Mapping) else {})
+        return TrialResult(index, "completed", metrics, 0.5)
+
+    def metrics(self, request: TrialRequest) -> dict[str, float]:
+        """Return the numbers of an allocation."""
+        loss = 0.0
+        for number, spec in enumerate(self.space.layers):
+            rank = request.allocation.ranks[spec.name]
+            kept = 1.0 if rank is None else self.space.cost(spec, rank) / spec.parameters
+            loss += (1 + number % 3) * (1 - kept) ** 2
+        nll = 2.0 + loss
+        return {
+            "nll": nll,
+            "perplexity": math.exp(nll),
+            "kl_dense_to_compressed": loss / 2,
+            "parameters": float(request.allocation.parameters),
+            "tokens": 100.0,
+        }
+
+
+@dataclass
+class FakeJob:
+    """A trial that is evaluated when it is submitted and answers after some polls."""
+
+    finished: TrialResult
+    polls: int
+    fuse: Fuse
+
+    @property
+    def job_id(self) -> str:
+        """Return a name."""
+        return f"fake-{self.finished.trial_index}"
+
+    def done(self) -> bool:
+        """Return whether enough polls went by."""
+        self.polls -= 1
+        return self.polls < 0
+
+    def result(self) -> TrialResult:
+        """Return the result, or die."""
+        self.fuse.burn("before result")
+        return self.finished
+
+    def cancel(self) -> None:
+        """Do nothing."""
+
+
+@dataclass
+class FakeExecutor:
+    """Runs several trials at once and lets them end in another order than they began.
+
+    Attributes:
+        capacity: How many at once.
+        delays: Polls until the nth submitted job is done, repeated; unequal ones mix the order.
+        fuse: May die before or after a submission, or when a result is fetched.
+        running: The largest number of trials that were out at the same time.
+        ends: Trial numbers in the order of their ends.
+    """
+
+    capacity: int = 1
+    delays: Sequence[int] = (0,)
+    fuse: Fuse = field(default_factory=Fuse)
+    running: int = 0
+    ends: list[int] = field(default_factory=list)
+    jobs: list[FakeJob] = field(default_factory=list)
+
+    def submit(
+        self, worker: Callable[[TrialRequest], TrialResult], request: TrialRequest
+    ) -> FakeJob:
+        """Evaluate now, answer later."""
+        self.fuse.burn("before submit")
+        delay = self.delays[len(self.jobs) % len(self.delays)]
+        job = FakeJob(worker(request), delay, self.fuse)
+        self.jobs.append(job)
+        self.running = max(self.running, sum(one.polls >= 0 for one in self.jobs))
+        self.fuse.burn("after submit")
+        return job
+
+
+@dataclass
+class FakeTracker:
+    """Keeps what it is shown in a store that outlives it, as a database does.
+
+    Attributes:
+        store: Trial number to the records shown under it; several would be a double entry.
+        fuse: May die before or after a trial is stored.
+        calls: Names of the methods that were called.
+    """
+
+    store: dict[int, list[TrialRecord]] = field(default_factory=dict)
+    fuse: Fuse = field(default_factory=Fuse)
+    calls: list[str] = field(default_factory=list)
+
+    def start(self, config: Mapping[str, Any]) -> None:
+        """Note the call."""
+        self.calls.append("start")
+
+    def trial(self, record: TrialRecord) -> None:
+        """Store a trial."""
+        self.calls.append("trial")
+        self.fuse.burn("tracker before storing")
+        self.store.setdefault(record.request.trial_index, []).append(record)
+        self.fuse.burn("tracker after storing")
+
+    def sync(self, records: Iterable[TrialRecord]) -> int:
+        """Store what is missing."""
+        self.calls.append("sync")
+        missing = [
+            record
+            for record in records
+            if record.result is not None and record.request.trial_index not in self.store
+        ]
+        for record in missing:
+            self.store[record.request.trial_index] = [record]
+        return len(missing)
+
+    def summary(self, metrics: Mapping[str, float], artifacts: Iterable[Path]) -> None:
+        """Note the call."""
+        self.calls.append("summary")
+
+    def finish(self, *, completed: bool) -> None:
+        """Note the call."""
+        self.calls.append("finish")
+
+
+def fixed_clock(start: float = 1_700_000_000.0, step: float = 1.0) -> Callable[[], float]:
+    """Return a clock that moves by ``step`` each time it is read."""
+
+    def times() -> Iterator[float]:
+        now = start
+        while True:
+            yield now
+            now += step
+
+    source = times()
+    return lambda: next(source)

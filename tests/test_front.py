@@ -1,0 +1,93 @@
+"""The front is what no other trial beats, found in any order and among failures."""
+
+import dataclasses
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lrbo.allocation import Allocation, Budget
+from lrbo.search.front import pareto_front
+from lrbo.trial import TrialRecord, TrialRequest, TrialResult
+
+# No tolerances: only comparisons of the numbers that were given.
+
+
+def trial(index: int, nll: float, parameters: int) -> TrialRecord:
+    request = TrialRequest(index, "sobol", {}, Allocation({}, parameters, Budget(99)), index)
+    metrics = {"nll": nll, "parameters": float(parameters)}
+    return TrialRecord(request, TrialResult(index, "completed", metrics))
+
+
+def without_value(index: int, outcome: str | None) -> TrialRecord:
+    record = trial(index, -1.0, 0)  # would beat all others if it counted
+    if outcome is None:
+        return dataclasses.replace(record, result=None)
+    return dataclasses.replace(record, result=TrialResult(index, outcome, {}, 1.0, "why"))
+
+
+def beats(one: TrialRecord, other: TrialRecord) -> bool:
+    mine = (one.metrics["nll"], one.metrics["parameters"])
+    theirs = (other.metrics["nll"], other.metrics["parameters"])
+    return mine[0] <= theirs[0] and mine[1] <= theirs[1] and mine != theirs
+
+
+def front_by_pairs(trials: list[TrialRecord]) -> list[int]:
+    """Compare every pair; of equal ones keep the lowest number."""
+    kept = []
+    for one in trials:
+        values = one.metrics
+        earlier = [
+            other
+            for other in trials
+            if other.metrics == values and other.request.trial_index < one.request.trial_index
+        ]
+        if not earlier and not any(beats(other, one) for other in trials):
+            kept.append(one.request.trial_index)
+    return kept
+
+
+# Few values, so that ties in one number and in both are common.
+VALUES = st.lists(
+    st.tuples(st.sampled_from([1.0, 1.5, 2.0, 2.5, 3.0]), st.integers(1, 6)), max_size=14
+)
+
+
+@given(VALUES, st.randoms(use_true_random=False))
+def test_equals_the_comparison_of_all_pairs_in_any_order(values, chooser) -> None:
+    trials = [trial(index, *value) for index, value in enumerate(values)]
+    shuffled = chooser.sample(trials, len(trials))
+    front = pareto_front(iter(shuffled))
+    assert sorted(t.request.trial_index for t in front) == front_by_pairs(trials)
+
+
+@given(VALUES)
+def test_runs_from_small_to_large_and_from_high_loss_to_low(values) -> None:
+    front = pareto_front(trial(index, *value) for index, value in enumerate(values))
+    sizes = [t.metrics["parameters"] for t in front]
+    losses = [t.metrics["nll"] for t in front]
+    assert sizes == sorted(set(sizes))
+    assert losses == sorted(set(losses), reverse=True)
+    assert bool(front) == bool(values)
+
+
+@given(VALUES)
+def test_every_trial_is_matched_or_beaten_by_the_front(values) -> None:
+    trials = [trial(index, *value) for index, value in enumerate(values)]
+    front = pareto_front(trials)
+    for one in trials:
+        assert any(beats(best, one) or best.metrics == one.metrics for best in front)
+
+
+@given(VALUES, st.data())
+def test_trials_without_a_value_change_nothing(values, data) -> None:
+    trials = [trial(index, *value) for index, value in enumerate(values)]
+    mixed = list(trials)
+    for number, outcome in enumerate(["failed", "abandoned", None, "failed"]):
+        place = data.draw(st.integers(0, len(mixed)))
+        mixed.insert(place, without_value(100 + number, outcome))
+    assert pareto_front(mixed) == pareto_front(trials)
+
+
+def test_of_equal_trials_the_first_is_kept() -> None:
+    equal = [trial(index, 2.0, 3) for index in (5, 1, 4)]
+    assert [t.request.trial_index for t in pareto_front(equal)] == [1]
