@@ -263,6 +263,17 @@ def test_an_infeasible_budget_names_the_smallest_keep_ratio(case: Case) -> None:
         case.build(below)
 
 
+@pytest.mark.parametrize("percent", [7, 14, 28, 29, 55, 57])
+def test_the_border_is_computed_without_binary_rounding(percent: int) -> None:
+    """0.07 * 100 is 7.000000000000001 in binary, and 7 / 100 * 10000 is 700.0000000000001."""
+    layers = make_layers(1, {"q_proj": (10, 10)})
+    changes = {"dense": [], "bounds": (percent / 100, 1.0), "start": {}}
+    changes["cost"] = lambda layer, rank: rank  # fine steps, so that the bound decides
+    assert make_space(percent / 100, layers, **changes).budget.parameters == percent
+    with pytest.raises(BudgetError, match=rf"budget.keep_ratio is 0\.{percent:02d}00;"):
+        make_space((percent - 1) / 100, layers, **changes)
+
+
 @given(cases())
 def test_the_smallest_budget_of_all_can_be_searched(case: Case) -> None:
     space = case.build(case.smallest)

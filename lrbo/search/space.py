@@ -6,6 +6,7 @@ import fnmatch
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, Literal
 
 import torch
@@ -269,14 +270,16 @@ def _require_feasible(space: SearchSpace) -> None:
     smallest = smallest_parameters(
         space.layers, cost=space.cost, rank_multiple=space.rank_multiple, dense=space.dense
     )
-    needed = max(smallest, pinned + math.ceil(space.lower * (total - pinned)))
+    # Of the decimal that was typed: in binary, 0.07 of 100 is 7.000000000000001.
+    at_bounds = pinned + math.ceil(Fraction(str(float(space.lower))) * (total - pinned))
+    needed = max(smallest, at_bounds)
     if needed > space.budget.parameters:
         raise BudgetError(
             f"budget of {space.budget.parameters:_} parameters (keep_ratio "
             f"{space.budget.parameters / total:.4f}) cannot be met: {len(space.dense)} layers "
             f"stay dense with {pinned:_} parameters and the others need at least "
             f"{needed - pinned:_} at ratio {space.lower} or rank {space.rank_multiple}. The "
-            f"smallest feasible budget.keep_ratio is {math.ceil(needed / total * 1e4) / 1e4:.4f}; "
+            f"smallest feasible budget.keep_ratio is {-(-needed * 10_000 // total) / 10_000:.4f}; "
             "or lower space.bounds[0] or space.rank_multiple."
         )
 
