@@ -90,6 +90,8 @@ class StudyState:
             )
             self.trials[event["trial"]] = TrialRecord(request, seconds=dict(event["seconds"]))
         else:
+            if event["trial"] not in self.trials:
+                raise KeyError(f"suggestion of trial {event['trial']} before it")
             record = self.trials[event["trial"]]
             if kind == "started":
                 self.trials[event["trial"]] = dataclasses.replace(
@@ -134,9 +136,7 @@ class Study:
     def __init__(self, folder: Path) -> None:
         """Open a study folder, which need not exist yet, and read its journal."""
         self.folder = folder
-        self.state = StudyState()
-        for event in self._read():
-            self.state.apply(event)
+        self.state = self._read()
 
     @property
     def name(self) -> str:
@@ -168,19 +168,20 @@ class Study:
         """
         path = self.folder / "study.json"
         try:
-            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            found = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError as error:
             raise StudyError(
                 f"there is no study at {self.folder}; start one with: lrbo search study={self.name}"
             ) from error
         except ValueError as error:
             raise StudyError(f"{path} is not JSON: {error}") from error
-        if found.get("format") != FORMAT:
+        about: dict[str, Any] = found if isinstance(found, dict) else {}
+        if about.get("format") != FORMAT:
             raise StudyError(
-                f"{path} has format {found.get('format')}, this lrbo reads {FORMAT}; use the "
+                f"{path} has format {about.get('format')}, this lrbo reads {FORMAT}; use the "
                 "version that made it"
             )
-        return found
+        return about
 
     def config_yaml(self) -> str:
         """Return the resolved configuration that the study was begun with."""
@@ -204,9 +205,7 @@ class Study:
             ) from error
         try:
             self._repair()
-            self.state = StudyState()
-            for event in self._read():
-                self.state.apply(event)
+            self.state = self._read()
             yield
         finally:
             lock.release()
@@ -219,11 +218,12 @@ class Study:
         """
         whole = {"event": event, "time": time.time(), **fields}
         line = (json.dumps(whole, allow_nan=False) + "\n").encode()
-        with self.journal.open("ab") as file:
+        # Unbuffered: a buffer would write its rest after the repair, when the file is closed.
+        with self.journal.open("ab", buffering=0) as file:
             before = file.tell()
             try:
-                file.write(line)
-                file.flush()
+                while line:
+                    line = line[file.write(line) :]
                 os.fsync(file.fileno())
             except OSError:
                 os.ftruncate(file.fileno(), before)
@@ -236,16 +236,17 @@ class Study:
         fields["trial"] = fields.pop("trial_index")
         self.record("suggested", **fields, seconds=dict(seconds))
 
-    def _read(self) -> Iterator[Event]:
-        """Yield the events of the journal; a torn last line is passed over.
+    def _read(self) -> StudyState:
+        """Return what the journal says; a torn last line is passed over.
 
         Raises:
             StudyError: If any other line is damaged, with its number.
         """
+        state = StudyState()
         try:
             content = self.journal.read_bytes()
         except FileNotFoundError:
-            return
+            return state
         *lines, rest = content.split(b"\n")
         if rest:
             log.warning("%s ends in half a line (an interrupted write); ignored", self.journal)
@@ -254,13 +255,16 @@ class Study:
                 event = json.loads(line)
                 if not isinstance(event, dict) or "event" not in event:
                     raise ValueError("not an event")
-            except ValueError as error:
+                state.apply(event)
+            except (ValueError, KeyError, TypeError) as error:
+                reason = f"no {error}" if isinstance(error, KeyError) else error
                 raise StudyError(
-                    f"{self.journal}, line {number} is damaged ({error}); it was not written by "
-                    "an interrupted lrbo, which damages only the last line. Restore the file, "
-                    "or remove the line: its trial is then run again."
+                    f"{self.journal}, line {number} is damaged ({reason}); it was not written by "
+                    "an interrupted lrbo, which damages only the last line. Restore the file, or "
+                    "remove the line, and with a line that suggests a trial every later line of "
+                    "that trial: it is then run again."
                 ) from error
-            yield event
+        return state
 
     def _repair(self) -> None:
         """Cut off a torn last line; its bytes are kept beside the journal."""
