@@ -162,3 +162,37 @@ def allocate(
             at[name] += 1
         else:
             out.add(name)
+
+
+# --- evaluation --------------------------------------------------------------------------------
+
+
+def log_probabilities(logits: torch.Tensor) -> list[float]:
+    """``l_i - log sum_j exp(l_j)``, each sum correctly rounded."""
+    values = [float(value) for value in logits.double()]
+    largest = max(values)
+    normalizer = largest + math.log(math.fsum(math.exp(value - largest) for value in values))
+    return [value - normalizer for value in values]
+
+
+def negative_log_likelihood(logits: torch.Tensor, token: int) -> float:
+    """``-log p(token)``, nats."""
+    return -log_probabilities(logits)[token]
+
+
+def divergence(dense: torch.Tensor, other: torch.Tensor) -> float:
+    """``sum_i p_i (log p_i - log q_i)`` of two rows of logits, nats."""
+    p, q = log_probabilities(dense), log_probabilities(other)
+    return math.fsum(math.exp(a) * (a - b) for a, b in zip(p, q, strict=True))
+
+
+def coarse_divergence(dense: torch.Tensor, other: torch.Tensor, top: int) -> float:
+    """The divergence over the ``top`` most probable tokens of ``dense`` and one bucket."""
+    p, q = log_probabilities(dense), log_probabilities(other)
+    order = sorted(range(len(p)), key=lambda i: -p[i])
+    terms = [math.exp(p[i]) * (p[i] - q[i]) for i in order[:top]]
+    if order[top:]:
+        rest_p = math.fsum(math.exp(p[i]) for i in order[top:])
+        rest_q = math.fsum(math.exp(q[i]) for i in order[top:])
+        terms.append(rest_p * (math.log(rest_p) - math.log(rest_q)))
+    return math.fsum(terms)

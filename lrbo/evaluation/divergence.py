@@ -15,8 +15,9 @@ from transformers import PreTrainedModel
 from lrbo.evaluation.perplexity import Chunk, OnTokens, Perplexity, predictions
 from lrbo.storage import replacing
 
-# Probability that rounding may leave for everything outside the top: smaller is called this.
-SMALLEST_REST = 1e-12
+# Log-probabilities in float32 are off by about 1e-6, so that 1 minus the top is a good measure of
+# the rest only while the rest is well above that. Below this it is summed token by token.
+CANCELLED = 1e-3
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class DenseReference:
         dense = self.log_probs[place].to(device)
         rest = self.log_rest[place].to(device)
         compressed = chunk.logits.gather(1, ids) - chunk.log_normalizer[:, None]
-        compressed_rest = _log_rest(compressed)
+        compressed_rest = _log_rest(chunk, ids, compressed)
         inside = (dense.exp() * (dense - compressed)).sum(-1)
         outside = torch.where(
             rest.isneginf(), torch.zeros_like(rest), rest.exp() * (rest - compressed_rest)
@@ -111,24 +112,31 @@ def measure_dense(
     total = Perplexity(0.0, 0)
     ids: list[Tensor] = []
     log_probs: list[Tensor] = []
-    vocabulary = 0
+    log_rest: list[Tensor] = []
     for chunk in predictions(
         model, windows, batch_windows=batch_windows, chunk_tokens=chunk_tokens
     ):
         total += Perplexity(float(chunk.nll.double().sum()), len(chunk.nll))
         best = chunk.logits.topk(min(top, chunk.logits.shape[1]), sorted=False)
         ids.append(best.indices.to(torch.int32).cpu())
-        log_probs.append((best.values - chunk.log_normalizer[:, None]).cpu())
+        kept = best.values - chunk.log_normalizer[:, None]
+        log_probs.append(kept.cpu())
+        log_rest.append(_log_rest(chunk, best.indices, kept).cpu())
         if on_tokens is not None:
             on_tokens(len(chunk.nll))
-        vocabulary = chunk.logits.shape[1]
-    kept = torch.cat(log_probs)
-    whole = kept.shape[1] == vocabulary
-    rest = torch.full((len(kept),), -torch.inf) if whole else _log_rest(kept)
-    return DenseReference(total, torch.cat(ids), kept, rest)
+    return DenseReference(total, torch.cat(ids), torch.cat(log_probs), torch.cat(log_rest))
 
 
-def _log_rest(log_probs: Float[Tensor, "n k"]) -> Float[Tensor, " n"]:
-    """Return the log-probability of everything that is not in the top."""
+def _log_rest(
+    chunk: Chunk, ids: Int[Tensor, "n k"], log_probs: Float[Tensor, "n k"]
+) -> Float[Tensor, " n"]:
+    """Return the log-probability of everything but ``ids``; ``-inf`` if there is nothing else.
+
+    One minus the top is known already and costs nothing; only the rows that put nearly
+    everything on ``ids`` are summed over the vocabulary again.
+    """
     rest = 1.0 - log_probs.double().exp().sum(-1)
-    return rest.clamp_min(SMALLEST_REST).log().to(log_probs.dtype)
+    log_rest = rest.clamp_min(CANCELLED).log().to(log_probs.dtype)
+    rows = (rest < CANCELLED).nonzero().squeeze(1)
+    others = chunk.logits[rows].scatter(1, ids[rows], -torch.inf).logsumexp(-1)
+    return log_rest.index_copy(0, rows, others - chunk.log_normalizer[rows])

@@ -88,25 +88,26 @@ def predictions(
     body, head = body_and_head(model)
     device = next(model.parameters()).device
     first = 0
-    with torch.inference_mode():
-        for batch in torch.split(windows, batch_windows):
-            ids = batch.to(device)
+    for batch in torch.split(windows, batch_windows):
+        ids = batch.to(device)
+        with torch.inference_mode():  # not around the yields: it would hold for the caller too
             hidden = body(ids, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
-            targets = ids[:, 1:].flatten()
-            for rows, true in zip(
-                torch.split(hidden, chunk_tokens), torch.split(targets, chunk_tokens), strict=True
-            ):
+        targets = ids[:, 1:].flatten()
+        for rows, true in zip(
+            torch.split(hidden, chunk_tokens), torch.split(targets, chunk_tokens), strict=True
+        ):
+            with torch.inference_mode():
                 logits = head(rows).float()
                 log_normalizer = logits.logsumexp(-1)
                 nll = log_normalizer - logits.gather(1, true[:, None]).squeeze(1)
-                bad = int((~torch.isfinite(nll)).sum())
-                if bad:
-                    raise NonFiniteError(
-                        f"the loss of {bad} tokens is not finite among the {len(nll)} tokens "
-                        f"from number {first} on; the model overflows in {rows.dtype}"
-                    )
-                yield Chunk(first, logits, log_normalizer, nll)
-                first += len(nll)
+            bad = int((~torch.isfinite(nll)).sum())
+            if bad:
+                raise NonFiniteError(
+                    f"the loss of {bad} tokens is not finite among the {len(nll)} tokens "
+                    f"from number {first} on; the model overflows in {rows.dtype}"
+                )
+            yield Chunk(first, logits, log_normalizer, nll)
+            first += len(nll)
 
 
 def score(
