@@ -164,7 +164,7 @@ def front(frame: pd.DataFrame, dense: float | None, *, about: str = "") -> Figur
     if dense is not None:
         axes.axhline(dense, color=GREEN, linewidth=1.0, alpha=0.5, zorder=1)
         axes.plot([1.0], [dense], **DENSE_POINT)
-        label(axes, (1.0, dense), (0, 9), f"dense {perplexity_text(dense)}", GREEN)
+        label(axes, (1.0, dense), (0.0, 9.0), f"dense {perplexity_text(dense)}", GREEN)
     legend(figure, axes)
     return figure
 
@@ -185,15 +185,15 @@ def _front_of_one_size(done: pd.DataFrame, dense: float | None, about: str) -> F
     for some, look in _front_series(done):
         axes.plot(some["perplexity"], [0.0] * len(some), **look)
     for value in done.loc[done["origin"] == "uniform", "perplexity"]:
-        label(axes, (value, 0.0), (0, 10), f"uniform {perplexity_text(value)}", VERMILLION)
+        label(axes, (value, 0.0), (0.0, 10.0), f"uniform {perplexity_text(value)}", VERMILLION)
     lowest = done[done["on_front"]].sort_values("keep_ratio", kind="stable").iloc[-1]
     if lowest["origin"] != "uniform":
         text = f"{perplexity_text(lowest['perplexity'])} in trial {lowest['trial']}"
-        label(axes, (lowest["perplexity"], 0.0), (0, -19), text, BLUE)
+        label(axes, (lowest["perplexity"], 0.0), (0.0, -19.0), text, BLUE)
     if dense is not None:
         axes.axvline(dense, color=GREEN, linewidth=1.0, alpha=0.5, zorder=1)
         axes.plot([dense], [1.0], **DENSE_POINT)
-        label(axes, (dense, 1.0), (10, -4), f"dense {perplexity_text(dense)}", GREEN, "left")
+        label(axes, (dense, 1.0), (10.0, -4.0), f"dense {perplexity_text(dense)}", GREEN, "left")
     legend(figure, axes)
     return figure
 

@@ -71,14 +71,17 @@ def test_every_family_has_a_case() -> None:
 def seen_by_layers(model: PreTrainedModel, names: list[str]) -> list[tuple[str, Tensor, Tensor]]:
     """Return (name, input, output) of each call, in the order of the calls."""
     calls: list[tuple[str, Tensor, Tensor]] = []
+    hooks = []
     for name in names:
 
         def keep(module: nn.Module, inputs: tuple[Tensor], output: Tensor, name=name) -> None:
             calls.append((name, inputs[0], output))
 
-        model.get_submodule(name).register_forward_hook(keep)
+        hooks.append(model.get_submodule(name).register_forward_hook(keep))
     with torch.no_grad():
         model(token_ids(2, 5))
+    for hook in hooks:
+        hook.remove()
     return calls
 
 

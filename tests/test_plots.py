@@ -6,6 +6,7 @@ import math
 import pandas as pd
 import pytest
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -79,7 +80,7 @@ def headings(figure: Figure) -> list[str]:
 
 def assert_inside(figure: Figure) -> None:
     """No text is cut off at the border, and none of the annotations lies over another."""
-    figure.canvas.draw()
+    FigureCanvasAgg(figure).draw()
     written = [text for axes in figure.axes if axes.get_visible() for text in axes.texts]
     labels = [
         label
@@ -143,7 +144,7 @@ def test_convergence_labels_the_lines_themselves(trials: pd.DataFrame) -> None:
         "no value",
     ]
     top_of_data = axes.get_window_extent().y1
-    figure.canvas.draw()
+    FigureCanvasAgg(figure).draw()
     assert figure.legends[0].get_window_extent().y0 > top_of_data
 
 

@@ -1,5 +1,7 @@
 """Tiny random models of each family, made from configurations."""
 
+import copy
+
 import torch
 from transformers import (
     AutoModelForCausalLM,
@@ -73,7 +75,8 @@ def build(case: str) -> PreTrainedModel:
     """Build a model in float32 whose every number is random: biases and norms too."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(CASES[case], attn_implementation="eager")
+        config = copy.deepcopy(CASES[case])  # a model keeps its configuration, a test may change it
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.normal_(0.0, 0.3)
