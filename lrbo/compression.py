@@ -26,12 +26,15 @@ def compress_(
 
     Raises:
         KeyError: If a layer with a rank has no factors. The model is then unchanged.
+        AttributeError: If the model has no such layer. The model is then unchanged.
     """
     chosen = {name: rank for name, rank in allocation.ranks.items() if rank is not None}
     missing = sorted(set(chosen) - set(factors))
     if missing:
         raise KeyError(f"{len(missing)} layers have a rank but no factors: {missing[0]} first")
     modules = {name: factors[name].at_rank(rank) for name, rank in chosen.items()}
+    for name in modules:
+        model.get_submodule(name)  # all are looked up before the first is replaced
     return {name: replace_module(model, name, module) for name, module in modules.items()}
 
 

@@ -212,3 +212,12 @@ def test_a_broken_dense_model_is_refused(model: PreTrainedModel, windows: Tensor
     model.lm_head.weight[0, 0] = torch.nan
     with pytest.raises(NonFiniteError, match=r"loss of 24 tokens is not finite"):
         measure_dense(model, windows)
+
+
+def test_an_impossible_token_is_an_error_with_a_count() -> None:
+    """A compressed model that overflows to minus infinity where the truth never is."""
+    generator = torch.Generator().manual_seed(0)
+    dense, other = (torch.randn(12, 64, generator=generator) for _ in "12")
+    other[:5] = other[:5].scatter(1, dense.topk(1).indices[:5], -torch.inf)
+    with pytest.raises(NonFiniteError, match=r"divergence of 5 tokens is not finite among the 12"):
+        heads_of(dense, 4).kl_dense_to_compressed(chunk_of(other))

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lrbo.errors import NonFiniteError
 from lrbo.evaluation.perplexity import Chunk, OnTokens, Perplexity, predictions
 from lrbo.storage import replacing
 
@@ -53,6 +54,9 @@ class DenseReference:
 
         Args:
             chunk: Predictions of the compressed model for the same tokens in the same order.
+
+        Raises:
+            NonFiniteError: With the count, if a token's divergence is not finite.
         """
         place = slice(chunk.first, chunk.first + len(chunk.nll))
         device = chunk.logits.device
@@ -65,7 +69,14 @@ class DenseReference:
         outside = torch.where(
             rest.isneginf(), torch.zeros_like(rest), rest.exp() * (rest - compressed_rest)
         )
-        return (inside + outside).clamp_min(0.0)
+        divergence = (inside + outside).clamp_min(0.0)
+        bad = int((~torch.isfinite(divergence)).sum())
+        if bad:
+            raise NonFiniteError(
+                f"the divergence of {bad} tokens is not finite among the {len(divergence)} tokens "
+                f"from number {chunk.first} on; the compressed model calls a token impossible"
+            )
+        return divergence
 
     def save(self, path: Path) -> None:
         """Store the reference, so that the dense model is scored only once per study."""

@@ -1,0 +1,222 @@
+"""Compressing equals multiplying the truncated factors out; afterwards every module is back."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lrbo.allocation import Allocation, Budget
+from lrbo.compression import compress_, compressed, replace_module
+from lrbo.factorization.registry import method_named
+from lrbo.layers import LowRankLinear
+from lrbo.model import linear_bias, linear_weight, map_model
+from lrbo.nested import LowRankFactors
+from tests.tiny import CASES, build, token_ids
+
+TOLERANCE = {
+    "logits": 1e-9,  # float64, two blocks deep, relative to the largest logit
+}
+
+every_case = pytest.mark.parametrize("case", CASES)
+
+
+def factors_of(model: PreTrainedModel, *, shift: bool = False) -> dict[str, LowRankFactors]:
+    """Factor every layer by plain SVD; with ``shift`` give each a bias that moves with the rank."""
+    factors = {}
+    generator = torch.Generator().manual_seed(0)
+    for spec in map_model(model).compressible:
+        module = model.get_submodule(spec.name)
+        found = method_named("svd").factor(linear_weight(module), linear_bias(module), {})
+        if shift:
+            offset = torch.randn(spec.out_features, generator=generator, dtype=torch.float64)
+            coordinates = torch.randn(found.max_rank, generator=generator, dtype=torch.float64)
+            found = LowRankFactors(found.left, found.right, found.tail, offset, coordinates)
+        factors[spec.name] = found.to(dtype=model.dtype)
+    return factors
+
+
+def allocation_of(factors: dict[str, LowRankFactors]) -> Allocation:
+    """Give each layer another rank, from 0 up; every fourth stays dense."""
+    names = list(factors)
+    ranks = {
+        name: None if i % 4 == 3 else i % factors[name].max_rank for i, name in enumerate(names)
+    }
+    return Allocation(ranks, 0, Budget(0))
+
+
+def multiplied_out(
+    model: PreTrainedModel, factors: dict[str, LowRankFactors], allocation: Allocation
+) -> PreTrainedModel:
+    """Write each truncated product into the dense weight."""
+    for name, rank in allocation.ranks.items():
+        if rank is None:
+            continue
+        found, module = factors[name], model.get_submodule(name)
+        linear_weight(module).copy_(found.left[:, :rank] @ found.right[:rank])
+        bias = found.bias_at(rank)
+        if bias is not None:
+            module.bias = nn.Parameter(bias, requires_grad=False)
+    return model
+
+
+def logits(model: PreTrainedModel) -> Tensor:
+    with torch.no_grad():
+        return model(token_ids(2, 7)).logits
+
+
+def state(model: nn.Module) -> dict[str, object]:
+    """Return every module and the place of every parameter in memory."""
+    modules = dict(model.named_modules())
+    places = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
+    return {"modules": modules, "places": places, "training": model.training}
+
+
+@every_case
+@pytest.mark.parametrize("shift", [False, True])
+def test_compressed_is_the_model_with_the_products_written_in(case: str, shift: bool) -> None:
+    model = build(case).double()
+    dense = logits(model)
+    factors = factors_of(model, shift=shift)
+    allocation = allocation_of(factors)
+    with compressed(model, allocation, factors) as running:
+        found = logits(running)
+    expected = logits(multiplied_out(model, factors, allocation))
+    unit = float(expected.abs().max())
+    assert float((found - expected).abs().max()) <= TOLERANCE["logits"] * unit
+    assert float((found - dense).abs().max()) > 1e-3 * unit, "the case must change something"
+
+
+@every_case
+def test_at_full_rank_the_model_says_what_it_said(case: str) -> None:
+    model = build(case).double()
+    dense = logits(model)
+    factors = factors_of(model)
+    full = Allocation({name: f.max_rank for name, f in factors.items()}, 0, Budget(0))
+    with compressed(model, full, factors):
+        found = logits(model)
+    unit = float(dense.abs().max())
+    assert float((found - dense).abs().max()) <= TOLERANCE["logits"] * unit
+
+
+@every_case
+def test_every_module_comes_back_and_nothing_was_copied(case: str) -> None:
+    model = build(case)
+    factors = factors_of(model)
+    allocation = allocation_of(factors)
+    before, said = state(model), logits(model)
+    with compressed(model, allocation, factors) as running:
+        assert running is model
+        replaced = {n for n, m in model.named_modules() if isinstance(m, LowRankLinear)}
+        assert replaced == {name for name, rank in allocation.ranks.items() if rank is not None}
+        for name in replaced:
+            module = model.get_submodule(name)
+            if module.rank:
+                assert module.left.weight.data_ptr() == factors[name].left.data_ptr()
+                assert module.right.weight.data_ptr() == factors[name].right.data_ptr()
+    assert state(model) == before
+    assert torch.equal(logits(model), said)
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, torch.OutOfMemoryError])
+def test_every_module_comes_back_after_an_error_inside(error: type[BaseException]) -> None:
+    model = build("gpt2")
+    factors = factors_of(model)
+    before = state(model)
+
+    def fail_inside() -> None:
+        with compressed(model, allocation_of(factors), factors):
+            raise error("inside")
+
+    with pytest.raises(error, match="inside"):
+        fail_inside()
+    assert state(model) == before
+
+
+def test_one_allocation_after_another_leaves_no_trace() -> None:
+    model = build("llama_tied").double()
+    factors = factors_of(model)
+    before = state(model)
+    said = []
+    for rank in (2, 5, 2):
+        ranks = dict.fromkeys(factors, rank)
+        with compressed(model, Allocation(ranks, 0, Budget(0)), factors):
+            said.append(logits(model))
+    assert torch.equal(said[0], said[2])
+    assert not torch.equal(said[0], said[1])
+    assert state(model) == before
+
+
+def test_compressing_for_good_stays_and_gives_the_dense_modules_back() -> None:
+    model = build("gpt2").double()
+    factors = factors_of(model)
+    allocation = allocation_of(factors)
+    before = state(model)["modules"]
+    with compressed(model, allocation, factors):
+        expected = logits(model)
+    taken = compress_(model, allocation, factors)
+    assert torch.equal(logits(model), expected)
+    assert set(taken) == {name for name, rank in allocation.ranks.items() if rank is not None}
+    assert all(module is before[name] for name, module in taken.items())
+    held = {id(module) for module in model.modules()}
+    assert not any(id(module) in held for module in taken.values())
+
+
+def test_the_mode_of_the_model_is_kept() -> None:
+    model = build("llama_untied")
+    factors = factors_of(model)
+    for training in (True, False):
+        model.train(training)
+        with compressed(model, allocation_of(factors), factors):
+            assert {module.training for module in model.modules()} == {training}
+        assert {module.training for module in model.modules()} == {training}
+
+
+# --- refusals leave the model as it was --------------------------------------------------------
+
+
+def test_a_layer_without_factors_is_refused_by_name() -> None:
+    model = build("llama_tied")
+    factors = factors_of(model)
+    before = state(model)
+    *others, missing = factors
+    some = {name: factors[name] for name in others}
+    allocation = Allocation(dict.fromkeys(factors, 1), 0, Budget(0))
+    with pytest.raises(KeyError, match=rf"1 layers have a rank but no factors: {missing}"):
+        compress_(model, allocation, some)
+    assert state(model) == before
+    # A dense layer needs none.
+    compress_(model, Allocation({**dict.fromkeys(others, 1), missing: None}, 0, Budget(0)), some)
+
+
+def test_a_rank_that_the_factors_do_not_have_is_refused() -> None:
+    model = build("llama_tied")
+    factors = factors_of(model)
+    before = state(model)
+    ranks = {**dict.fromkeys(factors, 1), list(factors)[-1]: 99}
+    with pytest.raises(ValueError, match="rank 99 is outside"):
+        compress_(model, Allocation(ranks, 0, Budget(0)), factors)
+    assert state(model) == before
+
+
+def test_a_layer_that_the_model_does_not_have_is_refused() -> None:
+    model = build("llama_tied")
+    factors = factors_of(model)
+    before = state(model)
+    factors["model.layers.7.mlp.up_proj"] = next(iter(factors.values()))
+    allocation = Allocation(dict.fromkeys(factors, 1), 0, Budget(0))
+    with (
+        pytest.raises(AttributeError, match="7"),
+        compressed(model, allocation, factors),
+    ):
+        pytest.fail("the model lacks this layer")
+    assert state(model) == before
+
+
+def test_replacing_a_module_returns_what_was_there() -> None:
+    model = nn.Sequential(nn.Linear(2, 3), nn.Sequential(nn.Linear(3, 4)))
+    inner, new = model[1][0], nn.Identity()
+    assert replace_module(model, "1.0", new) is inner
+    assert model[1][0] is new
+    outer, other = model[0], nn.Identity()
+    assert replace_module(model, "0", other) is outer  # a child of the model itself
+    assert model[0] is other
