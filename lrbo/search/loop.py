@@ -98,9 +98,10 @@ class SearchLoop:
         for record in self.study.state.open:
             if record.request.trial_index not in self.jobs:
                 return record.request
-        if len(self.study.state.trials) >= self.settings.trials:
-            return None
-        return self._suggest(len(self.study.state.trials))
+        # Not their count: a damaged trial may have been taken out of the journal by hand.
+        unused = (i for i in range(self.settings.trials) if i not in self.study.state.trials)
+        index = next(unused, None)
+        return None if index is None else self._suggest(index)
 
     def _suggest(self, index: int) -> TrialRequest:
         """Choose the next allocation and write it down."""
