@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
@@ -117,8 +117,10 @@ def load(
         allocation = Allocation.from_dict(_read_json(folder, ALLOCATION))
         tensors = load_file(folder / WEIGHTS)
         config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{folder} is not a whole checkpoint: {error}") from error
+    # Here and not by model.to(dtype): that would round the rotary frequencies too.
+    tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
     with init_empty_weights(include_buffers=False):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     specs = map_model(model).by_name
@@ -127,6 +129,8 @@ def load(
             raise CheckpointError(f"{folder}: {name} in {ALLOCATION} is no layer of the model.")
         if rank is not None:
             spec = specs[name]
+            if not 0 <= rank <= min(spec.out_features, spec.in_features):
+                raise CheckpointError(f"{folder}: {name} cannot have rank {rank}.")
             bias = f"{name}.left.bias" in tensors
             module = LowRankLinear.empty(spec.out_features, spec.in_features, rank, bias=bias)
             replace_module(model, name, module)
@@ -143,7 +147,7 @@ def load(
             f"not expected {strange or 'nothing'}."
         )
     _require_equal(count_parameters(folder / WEIGHTS), about.get("parameters"), folder)
-    return model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+    return model.to(device=device).eval().requires_grad_(False)
 
 
 def save_merged(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:

@@ -134,6 +134,10 @@ def load_model(
     """
     if source.source == "tiny":
         model: PreTrainedModel = tiny_model()
+        # Not model.to(dtype): it rounds the rotary frequencies too, and in bfloat16 they are then
+        # wrong by radians at a distance of 1,000 tokens. from_pretrained leaves them alone.
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)
     else:
         folder = str(_folder(source))
         try:
@@ -142,7 +146,7 @@ def load_model(
             )
         except (OSError, ValueError, SafetensorError) as error:
             raise ModelError(f"cannot load model {source.path!r}: {error}") from error
-    return model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+    return model.to(device).eval().requires_grad_(False)
 
 
 def load_skeleton(source: ModelSource) -> PreTrainedModel:

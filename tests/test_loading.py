@@ -98,6 +98,18 @@ def test_the_tokenizer_of_the_tiny_model_fits_its_vocabulary() -> None:
     assert tokenizer.eos_token_id == model.config.eos_token_id
 
 
+def floating_buffers(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    return {name: b for name, b in model.named_buffers() if b.is_floating_point()}
+
+
+def test_the_tiny_model_keeps_its_rotary_frequencies_in_half_precision() -> None:
+    exact = floating_buffers(tiny_model())
+    found = floating_buffers(load_model(TINY, dtype=torch.bfloat16, device=CPU))
+    assert found.keys() == exact.keys()
+    assert len(exact) > 0
+    assert all(torch.equal(found[name], exact[name]) for name in exact)
+
+
 # --- from a folder -----------------------------------------------------------------------------
 
 
@@ -123,6 +135,10 @@ def test_a_saved_model_comes_back(saved: tuple[PreTrainedModel, ModelSource]) ->
     assert map_model(loaded) == map_model(model)
     half = load_model(source, dtype=torch.bfloat16, device=CPU)
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    # Rotary frequencies in bfloat16 would be wrong by radians at a distance of 1,000 tokens.
+    exact, found = floating_buffers(model), floating_buffers(half)
+    assert found.keys() == exact.keys()
+    assert all(torch.equal(found[name], exact[name]) for name in exact)
 
 
 def test_a_skeleton_has_the_map_of_the_model_and_no_weights(

@@ -1,0 +1,380 @@
+"""What is saved loads with the same logits and count, or is refused by name; never half there."""
+
+import copy
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from lrbo.accounting import account
+from lrbo.allocation import Allocation, Budget
+from lrbo.compression import compress_
+from lrbo.errors import CheckpointError
+from lrbo.export import ABOUT, ALLOCATION, WEIGHTS, is_checkpoint, load, save, save_merged
+from lrbo.factorization.registry import method_named
+from lrbo.layers import LowRankLinear
+from lrbo.loading import byte_tokenizer
+from lrbo.model import linear_bias, linear_weight, map_model
+from lrbo.nested import LowRankFactors
+from lrbo.worker import allocation_parameters
+from tests import reference
+from tests.tiny import CASES, build, token_ids
+
+TOLERANCE = {
+    "loaded": 1e-6,  # relative to the largest logit: the same float32 weights, and kernels that
+    # may differ in attention only (a loaded model takes the default implementation)
+    "merged": 1e-4,  # relative: a float32 product of factors, rounded once more, two blocks deep
+}
+
+TOKENIZER = byte_tokenizer()
+TIED = {case for case in CASES if map_model(build(case)).layers[-1].tied_to}
+every_case = pytest.mark.parametrize("case", CASES)
+
+
+class Compressed:
+    """A model with low-rank layers in place, and what should be true of it."""
+
+    def __init__(self, case: str, *, moving_bias: bool = False) -> None:
+        self.model = build(case)
+        layers = map_model(self.model)
+        method = method_named("bolaco" if moving_bias else "svd")
+        factors: dict[str, LowRankFactors] = {}
+        for i, spec in enumerate(layers.compressible):
+            module = self.model.get_submodule(spec.name)
+            found = method_named("svd").factor(linear_weight(module), linear_bias(module), {})
+            if moving_bias:
+                offset, coordinates = torch.ones(spec.out_features), torch.ones(found.max_rank)
+                found = LowRankFactors(
+                    found.left, found.right, found.tail, offset.double() * i, coordinates.double()
+                )
+            factors[spec.name] = found.to(dtype=self.model.dtype)
+        ranks = {name: None if i % 4 == 3 else 1 + i % 5 for i, name in enumerate(factors)}
+        decided = Allocation(ranks, 0, Budget(0))
+        held = allocation_parameters(layers, decided, method.parameters)
+        total = sum(held.values())
+        self.allocation = Allocation(ranks, total, Budget(total))
+        self.parameters = account(layers, ranks, held, bytes_per_parameter=4).model
+        compress_(self.model, self.allocation, factors)
+
+    def save(self, folder: Path, **changes: object) -> int:
+        about = {"method": "svd", "base": "tiny"}
+        parameters = changes.pop("parameters", self.parameters)
+        return save(
+            folder, self.model, TOKENIZER, self.allocation, about | changes, parameters=parameters
+        )
+
+    def write(self, folder: Path, *, merged: bool) -> None:
+        if merged:
+            save_merged(folder, self.model, TOKENIZER)
+        else:
+            self.save(folder)
+
+
+def logits(model: PreTrainedModel) -> Tensor:
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        return model(token_ids(2, 7)).logits.float()
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Return every file below a folder, hidden ones too."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """Return a good checkpoint, for a test to damage."""
+    Compressed("llama_tied").save(tmp_path / "model")
+    return tmp_path / "model"
+
+
+# --- save, load --------------------------------------------------------------------------------
+
+
+@every_case
+@pytest.mark.parametrize("moving_bias", [False, True])
+def test_a_loaded_model_says_what_the_saved_one_said(
+    case: str, moving_bias: bool, tmp_path: Path
+) -> None:
+    compressed = Compressed(case, moving_bias=moving_bias)
+    in_file = compressed.save(tmp_path / "model")
+    loaded = load(tmp_path / "model")
+    assert type(loaded) is type(compressed.model)
+    assert relative(logits(loaded), logits(compressed.model)) <= TOLERANCE["loaded"]
+    counts = {
+        in_file,
+        compressed.parameters,
+        reference.count_parameters(loaded),
+        sum(tensor.numel() for tensor in load_file(tmp_path / "model" / WEIGHTS).values()),
+    }
+    assert len(counts) == 1
+    before = dict(compressed.model.named_parameters())
+    after = dict(loaded.named_parameters())
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert not loaded.training
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+
+
+@pytest.mark.parametrize("case", sorted(TIED))
+def test_tied_embeddings_are_stored_once_and_tied_again(case: str, tmp_path: Path) -> None:
+    Compressed(case).save(tmp_path / "model")
+    embedding = build(case).get_input_embeddings().weight
+    tensors = load_file(tmp_path / "model" / WEIGHTS)
+    assert sum(torch.equal(tensor, embedding) for tensor in tensors.values()) == 1
+    loaded = load(tmp_path / "model")
+    assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
+
+
+def test_some_cases_are_tied_and_some_are_not() -> None:
+    assert 3 <= len(TIED) < len(CASES)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_dtype_is_that_of_the_file_unless_another_is_asked_for(
+    checkpoint: Path, dtype: torch.dtype
+) -> None:
+    assert {p.dtype for p in load(checkpoint).parameters()} == {torch.float32}
+    loaded = load(checkpoint, dtype=dtype)
+    assert {p.dtype for p in loaded.parameters()} == {dtype}
+    # Rotary frequencies in bfloat16 would be wrong by radians at a distance of 1,000 tokens.
+    exact, found = dict(build("llama_tied").named_buffers()), dict(loaded.named_buffers())
+    assert found.keys() == exact.keys()
+    assert all(torch.equal(found[name], exact[name]) for name in exact)
+
+
+def test_a_model_in_half_precision_comes_back_with_exact_positions(tmp_path: Path) -> None:
+    compressed = Compressed("llama_tied")
+    compressed.model.config = copy.deepcopy(compressed.model.config)
+    compressed.model.config.dtype = torch.bfloat16
+    for parameter in compressed.model.parameters():
+        parameter.data = parameter.data.bfloat16()
+    compressed.save(tmp_path / "model")
+    loaded = load(tmp_path / "model")
+    assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
+    assert torch.equal(logits(loaded), logits(compressed.model))
+
+
+def test_the_tokenizer_and_what_was_decided_lie_beside_the_weights(checkpoint: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    assert tokenizer("grün").input_ids == TOKENIZER("grün").input_ids
+    compressed = Compressed("llama_tied")
+    decided = Allocation.from_json((checkpoint / ALLOCATION).read_text(encoding="utf-8"))
+    assert decided == compressed.allocation
+    about = json.loads((checkpoint / ABOUT).read_text(encoding="utf-8"))
+    assert about["method"] == "svd"
+    assert about["parameters"] == compressed.parameters
+    assert is_checkpoint(checkpoint)
+    assert not is_checkpoint(checkpoint.parent)
+
+
+def test_a_plain_loader_does_not_open_it_by_mistake(checkpoint: Path) -> None:
+    """It would start the layers that it does not know at random."""
+    with pytest.raises(OSError, match=r"no file named"):
+        AutoModelForCausalLM.from_pretrained(checkpoint)
+
+
+def test_a_loaded_model_can_be_saved_again(checkpoint: Path, tmp_path: Path) -> None:
+    compressed = Compressed("llama_tied")
+    compressed.model = load(checkpoint)
+    compressed.save(tmp_path / "again")
+    assert relative(logits(load(tmp_path / "again")), logits(load(checkpoint))) == 0.0
+
+
+def test_loading_executes_no_pickle(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even where the folder offers one."""
+
+    class Trap:
+        def __reduce__(self) -> tuple[Callable[..., object], tuple[str]]:
+            return pytest.fail, ("a pickle was executed",)
+
+    def refuse(*arguments: object, **options: object) -> None:
+        raise AssertionError("a pickle was opened")
+
+    for name in ("pytorch_model.bin", "lrbo_model.bin", "model.pt", "training_args.bin"):
+        (checkpoint / name).write_bytes(pickle.dumps(Trap()))
+    (checkpoint / "modeling_tiny.py").write_text("raise SystemExit('code was executed')")
+    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    config["auto_map"] = {"AutoModelForCausalLM": "modeling_tiny.Model"}
+    (checkpoint / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    monkeypatch.setattr(pickle, "load", refuse)
+    monkeypatch.setattr(pickle, "loads", refuse)
+    monkeypatch.setattr(torch, "load", refuse)
+    expected = Compressed("llama_tied").model
+    assert relative(logits(load(checkpoint)), logits(expected)) <= TOLERANCE["loaded"]
+
+
+# --- merged ------------------------------------------------------------------------------------
+
+
+@every_case
+def test_a_merged_model_opens_anywhere(case: str, tmp_path: Path) -> None:
+    compressed = Compressed(case)
+    count = save_merged(tmp_path / "merged", compressed.model, TOKENIZER)
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    assert not any(isinstance(module, LowRankLinear) for module in opened.modules())
+    assert count == reference.count_parameters(opened) == reference.count_parameters(build(case))
+    assert relative(logits(opened), logits(compressed.model)) <= TOLERANCE["merged"]
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    assert tokenizer("grün").input_ids == TOKENIZER("grün").input_ids
+
+
+HAS_PLACE = {"llama_untied", "llama_tied", "llama_biased", "gpt2", "opt", "gpt_neox", "phi"}
+HAS_PLACE |= {"smollm3"}
+
+
+@every_case
+def test_an_added_bias_finds_its_place_or_is_refused(case: str, tmp_path: Path) -> None:
+    compressed = Compressed(case, moving_bias=True)
+    folder = tmp_path / "merged"
+    if case in HAS_PLACE:
+        save_merged(folder, compressed.model, TOKENIZER)
+        opened = AutoModelForCausalLM.from_pretrained(folder).eval()
+        assert relative(logits(opened), logits(compressed.model)) <= TOLERANCE["merged"]
+    else:
+        kind = type(compressed.model).__name__
+        with pytest.raises(CheckpointError, match=rf"{kind} has no place for the bias of \d+ lay"):
+            save_merged(folder, compressed.model, TOKENIZER)
+        assert files(tmp_path) == {}
+
+
+def test_merging_leaves_the_model_as_it_was(tmp_path: Path) -> None:
+    compressed = Compressed("llama_tied", moving_bias=True)
+    before = dict(compressed.model.named_parameters())
+    said, config = logits(compressed.model), compressed.model.config.to_dict()
+    save_merged(tmp_path / "merged", compressed.model, TOKENIZER)
+    after = dict(compressed.model.named_parameters())
+    assert all(after[name] is tensor for name, tensor in before.items())
+    assert torch.equal(logits(compressed.model), said)
+    assert compressed.model.config.to_dict() == config
+
+
+# --- whole or not at all -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_an_existing_folder_is_refused_and_untouched(merged: bool, tmp_path: Path) -> None:
+    compressed = Compressed("llama_tied")
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "precious.txt").write_text("mine", encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"model exists already"):
+        compressed.write(folder, merged=merged)
+    assert files(tmp_path) == {"model/precious.txt": b"mine"}
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left"), KeyboardInterrupt("by hand")])
+@pytest.mark.parametrize("merged", [False, True])
+def test_an_interrupted_save_leaves_nothing(
+    error: BaseException, merged: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compressed = Compressed("llama_tied")
+
+    def fail(*arguments: object, **options: object) -> None:
+        raise error
+
+    monkeypatch.setattr(type(TOKENIZER), "save_pretrained", fail)  # after the weights
+    with pytest.raises(type(error)):
+        compressed.write(tmp_path / "model", merged=merged)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_count_that_the_accountant_does_not_confirm_is_refused(tmp_path: Path) -> None:
+    compressed = Compressed("llama_tied")
+    with pytest.raises(CheckpointError, match=r"model: the file holds [\d_]+ parameters, 1234 "):
+        compressed.save(tmp_path / "model", parameters=1234)
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- damaged -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [ABOUT, ALLOCATION, WEIGHTS, "config.json"])
+@pytest.mark.parametrize("damage", ["missing", "empty", "cut", "binary"])
+def test_a_damaged_file_is_refused_by_name(checkpoint: Path, name: str, damage: str) -> None:
+    path = checkpoint / name
+    content = path.read_bytes()
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes({"empty": b"", "cut": content[:-30], "binary": b"\xff\xfe\x00"}[damage])
+    with pytest.raises(CheckpointError) as caught:
+        load(checkpoint)
+    assert str(checkpoint) in str(caught.value)
+
+
+def rewrite(path: Path, **changes: object) -> None:
+    fields = json.loads(path.read_text(encoding="utf-8")) | changes
+    path.write_text(json.dumps(fields), encoding="utf-8")
+
+
+@pytest.mark.parametrize("found", [2, None, "1"])
+def test_another_format_is_refused(checkpoint: Path, found: object) -> None:
+    rewrite(checkpoint / ABOUT, format=found)
+    with pytest.raises(CheckpointError, match=rf"{ABOUT} has format {found!r}, this lrbo reads 1"):
+        load(checkpoint)
+
+
+def test_another_count_is_refused(checkpoint: Path) -> None:
+    rewrite(checkpoint / ABOUT, parameters=1234)
+    with pytest.raises(CheckpointError, match=r"holds [\d_]+ parameters, 1234 are stated"):
+        load(checkpoint)
+
+
+@pytest.mark.parametrize("text", ["[]", "3", '"text"', "null"])
+@pytest.mark.parametrize("name", [ABOUT, ALLOCATION])
+def test_json_of_another_kind_is_refused(checkpoint: Path, name: str, text: str) -> None:
+    (checkpoint / name).write_text(text, encoding="utf-8")
+    with pytest.raises(CheckpointError, match=rf"{name} holds no JSON object"):
+        load(checkpoint)
+
+
+LAYER = "model.layers.0.self_attn.q_proj"
+
+
+@pytest.mark.parametrize(
+    ("ranks", "message"),
+    [
+        ({"model.layers.9.mlp.up_proj": 2}, r"model\.layers\.9\.mlp\.up_proj in allocation\.json"),
+        ({LAYER: 3}, "size mismatch"),
+        ({LAYER: None}, rf"missing \['{LAYER}\.weight'\]"),
+        ({LAYER: "2"}, "wrong types"),
+        ({LAYER: -1}, "rank -1"),
+    ],
+)
+def test_ranks_that_do_not_fit_the_weights_are_refused(
+    checkpoint: Path, ranks: dict[str, object], message: str
+) -> None:
+    before = json.loads((checkpoint / ALLOCATION).read_text(encoding="utf-8"))["ranks"]
+    assert before[LAYER] == 1
+    rewrite(checkpoint / ALLOCATION, ranks=before | ranks)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load(checkpoint)
+    assert str(checkpoint) in str(caught.value)
+
+
+@pytest.mark.parametrize("change", ["missing", "strange"])
+def test_tensors_that_do_not_fit_are_named(checkpoint: Path, change: str) -> None:
+    tensors = load_file(checkpoint / WEIGHTS)
+    if change == "missing":
+        del tensors["model.norm.weight"]
+    else:
+        tensors["model.extra.weight"] = torch.ones(3)
+    save_file(tensors, checkpoint / WEIGHTS)
+    name = "model.norm.weight" if change == "missing" else "model.extra.weight"
+    with pytest.raises(CheckpointError, match=rf"{WEIGHTS} does not fit .*{name}"):
+        load(checkpoint)
