@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -62,14 +64,12 @@ def factor_model(
         module = model.get_submodule(spec.name)
         useful = [rank for rank, _ in rungs(spec, method.parameters, 1) if rank is not None]
         if useful:  # else dense is smaller at every rank
-            try:
+            with _naming(spec.name):
                 full = method.factor(
                     linear_weight(module),
                     linear_bias(module),
                     statistics.at(spec.site) if method.needs else {},
                 )
-            except StatisticsError as error:
-                raise StatisticsError(f"{spec.name}: {error}") from error
             factors[spec.name] = full.to(
                 dtype=torch.float32, device=torch.device("cpu"), max_rank=useful[-1]
             )
@@ -78,15 +78,32 @@ def factor_model(
     return factors
 
 
+@contextmanager
+def _naming(layer: str) -> Iterator[None]:
+    """Put the name of a layer before each warning and statistics error; a method knows none."""
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            yield
+    except StatisticsError as error:
+        raise StatisticsError(f"{layer}: {error}") from error
+    for warning in caught:
+        warnings.warn(f"{layer}: {warning.message}", warning.category, stacklevel=3)
+
+
 def factors_fingerprint(
     model_fingerprint: str, calibration_fingerprint: str, method: FactorizationMethod
 ) -> str:
     """Return the digest of everything that the factors depend on."""
+    options = {  # sets have another order in every process
+        name: sorted(value) if isinstance(value, frozenset) else repr(value)
+        for name, value in vars(method).items()
+    }
     settings = {
         "format": 1,
         "model": model_fingerprint,
         "calibration": calibration_fingerprint if method.needs else None,
-        "method": repr(method),
+        "method": {"type": type(method).__name__, **options},
     }
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
