@@ -204,16 +204,13 @@ def build_worker(plan: Plan, study: Study, reporter: Reporter) -> Worker:
     reporter.say(
         f"Model {config.model.name}: {plan.layers.parameters:,} parameters, {dtype} on {device}"
     )
-    digest = fingerprint(model)
-    if not study.exists:
+    if study.exists:
+        require_same_model(study, model)
+        digest = about["model_fingerprint"]
+    else:
+        digest = fingerprint(model)
         corpus.save_windows(tokens_file(study), plan.windows)
         study.begin(_about(plan, digest, dtype, device), to_yaml(config))
-    elif about["model_fingerprint"] != digest:
-        raise StudyError(
-            f"study {study.name} was begun with a model of fingerprint "
-            f"{about['model_fingerprint']}, {config.model.path} now has {digest}: its weights "
-            "changed. Restore them, or start another study=NAME."
-        )
     factors = {
         name: found.to(dtype=dtype, device=device)
         for name, found in load_or_make_factors(plan, digest, dtype, reporter, model).items()
@@ -229,6 +226,23 @@ def build_worker(plan: Plan, study: Study, reporter: Reporter) -> Worker:
         batch_windows=config.evaluation.batch_windows,
         chunk_tokens=config.evaluation.chunk_tokens,
     )
+
+
+def require_same_model(study: Study, model: PreTrainedModel) -> None:
+    """Refuse a model that is not the one that the study was begun with.
+
+    Raises:
+        StudyError: With both fingerprints.
+    """
+    about = study.about()
+    begun = about["model_fingerprint"]
+    found = fingerprint(model, getattr(torch, about["dtype"]))
+    if found != begun:
+        raise StudyError(
+            f"study {study.name} was begun with a model of fingerprint {begun}, "
+            f"{model.name_or_path or 'the model'} now has {found}: its weights changed. Restore "
+            "them, or start another study=NAME."
+        )
 
 
 def load_or_make_factors(

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from lrbo.calibration.corpus import SOURCES
+from lrbo.errors import ConfigError
 from lrbo.factorization.registry import METHODS
 from lrbo.schema import (
     CompressConfig,
@@ -60,6 +61,17 @@ def check(config: Config) -> list[str]:
     if isinstance(config, SearchConfig):
         problems += _check_search(config)
     return problems
+
+
+def require_valid(config: Config) -> None:
+    """Refuse values that cannot work.
+
+    Raises:
+        ConfigError: Listing every problem.
+    """
+    problems = check(config)
+    if problems:
+        raise ConfigError(problems)
 
 
 def _check_search(config: SearchConfig) -> list[str]:

@@ -10,7 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -28,6 +28,8 @@ from lrbo.schema import (
     ReportConfig,
     SearchConfig,
 )
+
+log = logging.getLogger(__name__)
 
 USAGE = """\
 lrbo: compress language models by low-rank factorization, with ranks chosen by
@@ -123,13 +125,21 @@ def _set_up_logging() -> None:
     )
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("lrbo").setLevel(logging.INFO)
-    for chatty in ("alembic", "mlflow", "ax", "transformers", "httpx"):
+    ax_database = "ax.storage.sqa_store.with_db_settings_base"  # ax sets the level of its parents
+    for chatty in ("alembic", "mlflow", "ax", ax_database, "transformers", "httpx"):
         logging.getLogger(chatty).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.showwarning = cast(Any, _log_warning)
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")  # it sets its own level on import
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from transformers.utils import logging as transformers_logging  # after the command is known
 
     transformers_logging.disable_progress_bar()
+
+
+def _log_warning(message: Warning | str, *_: Any) -> None:
+    """Show a warning as its message; which line of ours it came from helps no user."""
+    log.warning("%s", message)
 
 
 def _search(values: DictConfig) -> None:
@@ -138,7 +148,7 @@ def _search(values: DictConfig) -> None:
     assert isinstance(chosen, SearchConfig)
     typed = list(HydraConfig.get().overrides.task)
     try:
-        result = _commands().search(chosen, typed, Reporter())
+        result = _command("search").run(chosen, typed, Reporter())
     except KeyboardInterrupt:
         print(
             f"interrupted; nothing is lost. Continue with: lrbo search study={chosen.study}",
@@ -152,28 +162,28 @@ def _report(values: DictConfig) -> None:
     """Show what a study found."""
     chosen = config.to_object(values)
     assert isinstance(chosen, ReportConfig)
-    _print_result(_commands().report(chosen, Reporter()), chosen.output)
+    _print_result(_command("report").run(chosen, Reporter()), chosen.output)
 
 
 def _compress(values: DictConfig) -> None:
     """Write a model of a study as a checkpoint."""
     chosen = config.to_object(values)
     assert isinstance(chosen, CompressConfig)
-    _print_result(_commands().compress(chosen, Reporter()), chosen.output)
+    _print_result(_command("compress").run(chosen, Reporter()), chosen.output)
 
 
 def _evaluate(values: DictConfig) -> None:
     """Score a checkpoint or a dense model on a text."""
     chosen = config.to_object(values)
     assert isinstance(chosen, EvaluateConfig)
-    _print_result(_commands().evaluate(chosen, Reporter()), chosen.output)
+    _print_result(_command("evaluate").run(chosen, Reporter()), chosen.output)
 
 
 def _dashboard(values: DictConfig) -> None:
     """Start the MLflow UI on the store of the studies."""
     chosen = config.to_object(values)
     assert isinstance(chosen, DashboardConfig)
-    _commands().dashboard(chosen, Reporter())
+    _command("dashboard").run(chosen, Reporter())
 
 
 COMMANDS: dict[str, Callable[[DictConfig], None]] = {
@@ -185,9 +195,9 @@ COMMANDS: dict[str, Callable[[DictConfig], None]] = {
 }
 
 
-def _commands() -> Any:
-    """Import what does the work: Ax and torch take seconds that --help and TAB must not cost."""
-    return importlib.import_module("lrbo.commands")
+def _command(name: str) -> Any:
+    """Import what does the work: torch and Ax take seconds that --help and TAB must not cost."""
+    return importlib.import_module(f"lrbo.commands.{name}")
 
 
 def _print_result(result: dict[str, Any], output: str) -> None:

@@ -196,13 +196,17 @@ def body_and_head(model: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
     return model.base_model, head
 
 
-def fingerprint(model: PreTrainedModel) -> str:
+def fingerprint(model: PreTrainedModel, dtype: torch.dtype | None = None) -> str:
     """Return a short digest of architecture and weights.
 
     Hashes the configuration and, for each parameter, its name, shape and at most 4,096 evenly
     spaced values: milliseconds where a full hash of a 7B model takes a minute, and any training,
     merging or requantization changes it. The compute dtype does not enter except through the
     values that it rounds.
+
+    Args:
+        model: On any device but meta.
+        dtype: What to round the values to first: the digest that the model has in that dtype.
     """
     ignored = {"_name_or_path", "transformers_version", "dtype", "torch_dtype"}
     config = {k: v for k, v in model.config.to_dict().items() if k not in ignored}
@@ -211,7 +215,7 @@ def fingerprint(model: PreTrainedModel) -> str:
         flat = parameter.detach().reshape(-1)
         count = min(flat.numel(), 4096)  # spread from the first value to the last
         places = torch.arange(count, device=flat.device) * (flat.numel() - 1) // max(count - 1, 1)
-        sample = flat[places].float().cpu()
+        sample = flat[places].to(dtype).float().cpu()
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
         digest.update(sample.numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -1,0 +1,33 @@
+"""Serve the MLflow UI on the store of the studies."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from lrbo.commands.view import absolute_uri
+from lrbo.errors import StudyError
+from lrbo.progress import Reporter
+from lrbo.schema import DashboardConfig
+
+
+def run(chosen: DashboardConfig, reporter: Reporter) -> None:
+    """Serve the MLflow UI until it is interrupted.
+
+    Raises:
+        StudyError: If no study was tracked there yet.
+    """
+    uri = absolute_uri(chosen.uri)
+    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
+        raise StudyError(
+            f"there is no MLflow store at {uri} yet; run lrbo search first, or rebuild it with: "
+            "lrbo report study=NAME sync=true"
+        )
+    command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri]
+    command += ["--host", chosen.host, "--port", str(chosen.port)]
+    reporter.say(f"MLflow UI on http://{chosen.host}:{chosen.port} (Ctrl-C stops it)")
+    try:
+        raise SystemExit(subprocess.run(command, check=False).returncode)
+    except KeyboardInterrupt:
+        raise SystemExit(0) from None

@@ -1,0 +1,148 @@
+"""Run a search to its end, continuing what exists of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+
+from lrbo import builders, checks, config
+from lrbo.commands.view import digests, make_tracker, show
+from lrbo.compression import compressed
+from lrbo.evaluation.perplexity import score
+from lrbo.executors.inline import InlineExecutor
+from lrbo.progress import Reporter
+from lrbo.report import print_report
+from lrbo.results import summary
+from lrbo.schema import SearchConfig
+from lrbo.search.client import SearchClient
+from lrbo.search.loop import SearchLoop, SearchSettings
+from lrbo.search.study import Study
+from lrbo.trial import TrialRecord
+from lrbo.worker import Worker
+
+
+def run(chosen: SearchConfig, typed: Sequence[str], reporter: Reporter) -> dict[str, Any]:
+    """Run a search to its end, continuing what exists of it.
+
+    Args:
+        chosen: The composed values.
+        typed: Overrides as typed. If none of them changes what is measured, an existing study
+            is continued with its own values, so that its name is all one needs to type.
+        reporter: Shows progress.
+
+    Returns:
+        The summary of the study.
+
+    Raises:
+        ConfigError: Listing every problem, before any model is loaded.
+        StudyError: If the study is locked, damaged or stuck.
+    """
+    study = Study(checks.study_folder(chosen.studies, chosen.study))
+    problems: list[str] = []
+    if study.exists:
+        study.about()
+        if all(config.is_free(override.lstrip("+~").partition("=")[0]) for override in typed):
+            chosen = config.stored_config(study.config_yaml(), typed)
+        else:
+            problems += [
+                f"study {study.name} was begun with another configuration; {difference}"
+                for difference in config.differences(study.config_yaml(), chosen)
+            ]
+            if problems:
+                problems.append(
+                    f"to continue it: lrbo search study={chosen.study}; to begin another: "
+                    "study=NEWNAME"
+                )
+    problems += checks.check(chosen)
+    with study.locked():
+        plan = builders.plan_search(chosen, study, problems)
+        return _search(plan, study, reporter)
+
+
+def _search(plan: builders.Plan, study: Study, reporter: Reporter) -> dict[str, Any]:
+    """Search, test and report, with the study locked."""
+    chosen = plan.config
+    settings = SearchSettings(
+        trials=chosen.search.trials,
+        initial=chosen.search.initial,
+        kl_weight=chosen.search.kl_weight,
+        seed=chosen.seed,
+    )
+    if study.state.trials:
+        reporter.say(
+            f"Continuing study {study.name}: {len(study.state.ended)} of {settings.trials} "
+            "trials are done"
+        )
+    worker = builders.build_worker(plan, study, reporter)
+    tracker = make_tracker(chosen, study)
+    tracker.start(config.flat(chosen) | digests(study))
+    tracker.sync(study.state.records)
+    loop = SearchLoop(
+        study=study,
+        client=SearchClient(plan.space, seed=chosen.seed),
+        worker=worker,
+        executor=InlineExecutor(),
+        tracker=tracker,
+        settings=settings,
+        on_trial=lambda record: reporter.say(_trial_line(record, study, settings.trials)),
+    )
+    completed = False
+    try:
+        loop.run()
+        _test(plan, study, worker, reporter)
+        completed = True
+    finally:
+        if study.state.dense:
+            show(study, tracker)
+        tracker.finish(completed=completed)
+    print_report(study, Console(highlight=False))
+    reporter.say(f"Figures: {study.folder / 'figures'}")
+    reporter.say(f"Next: lrbo compress study={chosen.study} out=FOLDER, or: lrbo dashboard")
+    return summary(study)
+
+
+def _trial_line(record: TrialRecord, study: Study, trials: int) -> str:
+    """Return one line about a trial that ended."""
+    index, origin = record.request.trial_index, record.request.origin
+    head = f"Trial {index + 1:>3}/{trials} {origin:<7}"
+    if not record.is_completed:
+        assert record.result is not None
+        return f"{head} {record.result.outcome}: {record.result.error}"
+    best = study.state.best()
+    assert best is not None
+    mark = " *" if best.request.trial_index == index else ""
+    seconds = record.seconds
+    return (
+        f"{head} perplexity {record.metrics['perplexity']:9.3f}  "
+        f"best {best.metrics['perplexity']:9.3f}  {seconds['scoring']:5.1f} s "
+        f"(+ {seconds['suggestion'] + seconds['allocation']:.1f} s to suggest){mark}"
+    )
+
+
+def _test(plan: builders.Plan, study: Study, worker: Worker, reporter: Reporter) -> None:
+    """Score dense, uniform and best on the test text, once each."""
+    windows = plan.windows["test"]
+    best, uniform = study.state.best(), study.state.uniform
+    wanted: dict[str, TrialRecord | None] = {"dense": None}
+    if uniform is not None:
+        wanted["uniform"] = uniform
+    if best is not None:
+        wanted["best"] = best
+    for label, record in wanted.items():
+        trial = None if record is None else record.request.trial_index
+        if label in study.state.tests and study.state.tests[label]["trial"] == trial:
+            continue
+        with reporter.step(f"Test text, {label}", windows.scored_tokens, "tokens") as advance:
+            sizes = {
+                "batch_windows": plan.config.evaluation.batch_windows,
+                "chunk_tokens": plan.config.evaluation.chunk_tokens,
+            }
+            if record is None:
+                found = score(worker.model, windows.ids, **sizes, on_tokens=advance)
+            else:
+                with compressed(worker.model, record.request.allocation, worker.factors):
+                    found = score(worker.model, windows.ids, **sizes, on_tokens=advance)
+        metrics = {"nll": found.mean, "perplexity": found.value, "tokens": found.tokens}
+        study.record("tested", label=label, trial=trial, text=windows.text, metrics=metrics)

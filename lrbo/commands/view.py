@@ -1,0 +1,63 @@
+"""The view of a study that MLflow shows: which store, what stands on the parent run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lrbo.results import draw_figures, summary
+from lrbo.schema import SearchConfig
+from lrbo.search.study import Study
+from lrbo.storage import write_text
+from lrbo.tracking import MlflowTracker, NullTracker, Tracker
+
+
+def make_tracker(chosen: SearchConfig, study: Study, *, strict: bool = False) -> Tracker:
+    """Return the tracker that the configuration asks for."""
+    if not chosen.tracking.enabled:
+        return NullTracker()
+    return MlflowTracker(
+        uri=absolute_uri(chosen.tracking.uri),
+        experiment=chosen.tracking.experiment,
+        study_id=study.about()["study_id"],
+        study_name=study.name,
+        artifact_root=Path(chosen.studies).absolute() / "mlflow-artifacts",
+        strict=strict,
+    )
+
+
+def absolute_uri(uri: str) -> str:
+    """Return a SQLite address that does not depend on the working folder, its folder made."""
+    scheme = "sqlite:///"
+    if not uri.startswith(scheme) or uri == scheme:
+        return uri
+    path = Path(uri.removeprefix(scheme)).absolute()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return f"{scheme}{path}"
+
+
+def digests(study: Study) -> dict[str, Any]:
+    """Return the digests of model and data, for tracking."""
+    about = study.about()
+    digests = {f"data.{role}.digest": found["digest"] for role, found in about["data"].items()}
+    versions = {f"version.{name}": found for name, found in about["versions"].items()}
+    return digests | versions | {"model.fingerprint": about["model_fingerprint"]}
+
+
+def show(study: Study, tracker: Tracker) -> None:
+    """Draw the figures and put them, the front and the configuration on the parent run."""
+    figures = draw_figures(study)
+    found = summary(study)
+    front = study.folder / "front.json"
+    write_text(front, json.dumps(found["front"], indent=2) + "\n")
+    numbers = {"dense_nll": found["dense"]["nll"], "dense_perplexity": found["dense"]["perplexity"]}
+    for label in ("uniform", "best"):
+        if found[label] is not None:
+            numbers |= {
+                f"{label}_{k}": found[label][k] for k in ("nll", "perplexity", "keep_ratio")
+            }
+    for label, tested in found["test"].items():
+        numbers |= {f"test_{label}_{key}": tested[key] for key in ("nll", "perplexity")}
+    artifacts = [*figures, front, study.folder / "config.yaml", study.folder / "study.json"]
+    tracker.summary(numbers, artifacts)
