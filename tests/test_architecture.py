@@ -1,0 +1,191 @@
+"""The house: who imports whom, which library stands behind which border, what a file says."""
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parent.parent / "lrbo"
+
+# From top to bottom. A module imports only from further down.
+ROOMS = """
+    cli
+    commands.search commands.report commands.compress commands.evaluate commands.dashboard
+    commands.view
+    builders checks config schema progress
+    report results plots drawing
+    export
+    search.loop search.client search.study search.space search.front
+    tracking
+    executors.inline executors.base
+    worker trial
+    evaluation.divergence evaluation.perplexity
+    compression
+    factorization.store allocation
+    calibration.collect
+    factorization.registry factorization.pooled factorization.weighted factorization.base
+    accounting nested layers
+    calibration.corpus calibration.moments
+    loading model families linalg storage errors
+""".split()  # noqa: SIM905
+
+# Library: the modules that may import it.
+BORDERS = {
+    "ax": {"search.client"},
+    "botorch": {"search.client"},
+    "gpytorch": set[str](),
+    "mlflow": {"tracking"},
+    "hydra": {"config", "cli"},
+    "omegaconf": {"config", "cli"},
+    "datasets": {"calibration.corpus"},
+    "matplotlib": {"plots", "drawing"},
+    "pandas": {"results", "plots", "search.client"},
+    "accelerate": {"export"},
+    "tokenizers": {"loading"},
+    "lm_eval": set[str](),
+    "ray": set[str](),
+}
+# Of transformers everybody may name these types, and only these modules do more.
+TRANSFORMERS_TYPES = {"PreTrainedModel", "PreTrainedTokenizerBase"}
+TRANSFORMERS = {"model", "loading", "export", "cli"}
+
+
+def sources() -> dict[str, ast.Module]:
+    """Parse every file of the package, by dotted name without the package's own."""
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+        found[name] = ast.parse(path.read_text(encoding="utf-8"))
+    return found
+
+
+def imports(tree: ast.AST) -> Iterator[tuple[str, set[str]]]:
+    """Yield (module, imported names) of every import statement below a node."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, set[str]()) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative imports hide the direction"
+            yield node.module or "", {alias.name for alias in node.names}
+
+
+def own_imports(tree: ast.AST) -> set[str]:
+    """Return the modules of the package that are imported, without the package's own name."""
+    found = set()
+    for module, names in imports(tree):
+        if module == "lrbo":  # `from lrbo import config` imports a module, or the version
+            found |= names - {"__version__"}
+        elif module == "lrbo.calibration":
+            found |= {f"calibration.{name}" for name in names}
+        elif module.startswith("lrbo."):
+            found.add(module.removeprefix("lrbo."))
+    return found
+
+
+def rooms() -> dict[str, ast.Module]:
+    """Return the modules that are not the front of a package."""
+    return {name: tree for name, tree in sources().items() if not name.endswith("__init__")}
+
+
+def test_every_module_has_its_place() -> None:
+    assert sorted(rooms()) == sorted(ROOMS)
+    assert len(ROOMS) >= 30
+
+
+def test_imports_point_downwards() -> None:
+    seen = 0
+    for name, tree in rooms().items():
+        for other in own_imports(tree):
+            assert ROOMS.index(other) > ROOMS.index(name), f"{name} imports {other}"
+            seen += 1
+    assert seen >= 100
+
+
+def test_no_function_imports_the_package() -> None:
+    for name, tree in sources().items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                assert not own_imports(node), f"{name}.{node.name}"
+
+
+def test_fronts_of_packages_import_nothing() -> None:
+    fronts = [name for name in sources() if name.endswith("__init__")]
+    assert len(fronts) >= 6
+    for name in fronts:
+        loaded = {module for module, _ in imports(sources()[name])}
+        assert loaded <= {"importlib", "typing", "lrbo.export"}, name
+
+
+@pytest.mark.parametrize("library", BORDERS)
+def test_libraries_stay_behind_their_borders(library: str) -> None:
+    users = {
+        name
+        for name, tree in rooms().items()
+        if any(module.split(".")[0] == library for module, _ in imports(tree))
+    }
+    assert users == BORDERS[library]
+
+
+def test_transformers_is_used_in_few_places() -> None:
+    for name, tree in rooms().items():
+        for module, names in imports(tree):
+            if module.split(".")[0] == "transformers" and name not in TRANSFORMERS:
+                assert names, name
+                assert names <= TRANSFORMERS_TYPES, name
+
+
+def test_every_module_says_in_one_line_what_it_is() -> None:
+    for name, tree in sources().items():
+        docstring = ast.get_docstring(tree)
+        assert docstring, name
+        assert len(docstring.splitlines()[0]) <= 96, name
+        if name != "allocation":  # which explains its one algorithm there
+            assert len(docstring.splitlines()) <= 12, name
+
+
+def test_public_functions_name_every_argument() -> None:
+    """A docstring with an Args section must have all of the arguments, under their names."""
+    seen = 0
+    for name, tree in sources().items():
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.FunctionDef):
+                continue
+            docstring = ast.get_docstring(node) or ""
+            section = re.search(r"^Args:\n((?:    .*\n?|\n)+)", docstring, re.MULTILINE)
+            if section is None:
+                continue
+            described = set(re.findall(r"^    (\w+):", section.group(1), re.MULTILINE))
+            taken = {a.arg for a in [*node.args.args, *node.args.kwonlyargs]} - {"self", "cls"}
+            assert described == taken, f"{name}.{node.name}"
+            seen += 1
+    assert seen >= 30
+
+
+def test_importing_the_package_is_light() -> None:
+    code = (
+        "import sys, lrbo; heavy = {'torch', 'transformers', 'ax', 'mlflow', 'hydra'};"
+        "print(sorted(heavy & set(sys.modules)), lrbo.__version__, callable(lrbo.load))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split("]")[0] == "["
+    assert done.stdout.strip().endswith("True")
+
+
+def test_the_command_line_starts_without_what_does_the_work() -> None:
+    code = (
+        "import sys, lrbo.cli; heavy = {'torch', 'transformers', 'ax', 'mlflow', 'pandas'};"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_an_unknown_name_of_the_package_is_an_attribute_error() -> None:
+    import lrbo
+
+    with pytest.raises(AttributeError, match="no attribute 'lode'; it has"):
+        _ = lrbo.lode
