@@ -309,6 +309,16 @@ def test_a_phrase_that_recurs_is_no_overlap(
     assert set(make_windows(spec_of(paths), tokenizer)) == set(ROLES)
 
 
+@pytest.mark.parametrize(("shared", "refused"), [(40, False), (61, False), (62, True), (93, True)])
+def test_a_window_is_shared_if_half_of_its_runs_are(shared: int, refused: bool) -> None:
+    """A window of 93 tokens has 62 runs of 32; 31 of them lie in 62 consecutive tokens."""
+    generator = torch.Generator().manual_seed(0)
+    one, two = torch.randint(0, 50_000, (2, 1, 93), generator=generator)
+    two[0, :shared] = one[0, :shared]
+    found = overlaps({"test": TokenWindows(one, "a"), "calibration": TokenWindows(two, "b")}, 32)
+    assert len(found) == refused
+
+
 def test_windows_shorter_than_a_run_are_compared_whole() -> None:
     ids = torch.arange(40).reshape(4, 10)
     apart = {"test": TokenWindows(ids, "a"), "validation": TokenWindows(ids + 40, "b")}

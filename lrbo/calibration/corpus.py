@@ -112,8 +112,9 @@ def make_windows(
 
     A text is tokenized whole and cut into consecutive windows. If several roles name the same
     text, it is divided among them, 1 : 1 : 2 for test, validation and calibration, so that
-    changing the size of one role does not change another. Test takes the first windows of its
-    part, as the literature does; the others draw theirs by seed.
+    changing the size of one role does not change another. (A hub text is read only as far as its
+    largest role needs, so there that one's size decides where the parts lie.) Test takes the
+    first windows of its part, as the literature does; the others draw theirs by seed.
 
     Args:
         spec: What to cut.
