@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 
@@ -57,7 +58,10 @@ def check(config: Config) -> list[str]:
                 tokens,
                 f"at least one window of {data.window} tokens per text",
             )
+        problems += _check_folder("model.path", model.path if model.source == "hf" else None)
         expect(config.seed >= 0, "seed", config.seed, "a whole number from 0 on")
+    if isinstance(config, EvaluateConfig):
+        problems += _check_folder("checkpoint", config.checkpoint)
     if isinstance(config, SearchConfig):
         problems += _check_search(config)
     return problems
@@ -118,7 +122,8 @@ def _check_search(config: SearchConfig) -> list[str]:
     search = config.search
     expect(search.trials >= 1, "search.trials", search.trials, "at least 1")
     expect(search.initial >= 2, "search.initial", search.initial, "at least 2: baseline and start")
-    expect(search.kl_weight >= 0, "search.kl_weight", search.kl_weight, "0 or more")
+    weight = search.kl_weight
+    expect(0 <= weight < math.inf, "search.kl_weight", weight, "a number from 0 on")
     for section, keys in (
         ("calibration", ("groups", "batch_windows")),
         ("evaluation", ("batch_windows", "chunk_tokens", "kl_top")),
@@ -135,6 +140,12 @@ def check_new_folder(key: str, folder: Path) -> list[str]:
     if folder.exists():
         return [f"{key}={str(folder)!r} exists already; lrbo overwrites nothing, choose another"]
     return check_writable(key, folder)
+
+
+def _check_folder(key: str, path: str | None) -> list[str]:
+    """Return the problem if a path that cannot be a hub id is no folder."""
+    is_local = path is not None and (path[:1] in ("/", ".", "~") or path.count("/") > 1)
+    return [f"{key}={path!r}: no such folder"] if is_local and not Path(str(path)).is_dir() else []
 
 
 def check_writable(key: str, folder: Path) -> list[str]:

@@ -82,9 +82,20 @@ def run(command: str, arguments: Sequence[str]) -> None:
     if not {"--multirun", "-m"} & set(arguments):
         problems = config.find_problems(command, overrides)
         if problems:
-            fail(ConfigError(problems))
+            rest = [override for override in overrides if override not in problems]
+            fail(ConfigError([*problems.values(), *_value_problems(command, rest)]))
     sys.argv = [f"lrbo {command}", *arguments]
     _application(command)()
+
+
+def _value_problems(command: str, overrides: Sequence[str]) -> list[str]:
+    """Return what else is wrong, so that one message says everything."""
+    try:
+        chosen = config.composed(command, overrides)
+    except ConfigError as error:
+        return error.problems
+    found: list[str] = importlib.import_module("lrbo.checks").check(chosen)
+    return found
 
 
 def _application(command: str) -> Callable[[], None]:
@@ -125,8 +136,7 @@ def _set_up_logging() -> None:
     )
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("lrbo").setLevel(logging.INFO)
-    ax_database = "ax.storage.sqa_store.with_db_settings_base"  # ax sets the level of its parents
-    for chatty in ("alembic", "mlflow", "ax", ax_database, "transformers", "httpx"):
+    for chatty in ("alembic", "mlflow", "ax", "transformers", "httpx", "huggingface_hub"):
         logging.getLogger(chatty).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.showwarning = cast(Any, _log_warning)
@@ -197,7 +207,11 @@ COMMANDS: dict[str, Callable[[DictConfig], None]] = {
 
 def _command(name: str) -> Any:
     """Import what does the work: torch and Ax take seconds that --help and TAB must not cost."""
-    return importlib.import_module(f"lrbo.commands.{name}")
+    logging.disable(logging.INFO)  # ax reports on its database while it is imported
+    try:
+        return importlib.import_module(f"lrbo.commands.{name}")
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def _print_result(result: dict[str, Any], output: str) -> None:

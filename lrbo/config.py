@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
@@ -51,8 +52,8 @@ def conf_folder() -> Path:
     raise ConfigError([f"no conf/ in or beside {package}; install lrbo again"])
 
 
-def find_problems(command: str, overrides: Sequence[str]) -> list[str]:
-    """Return every override that Hydra does not take, in one go.
+def find_problems(command: str, overrides: Sequence[str]) -> dict[str, str]:
+    """Return every override that cannot be taken, with the reason, in one go.
 
     Hydra stops at the first one, so each is tried alone where all together fail.
 
@@ -61,22 +62,64 @@ def find_problems(command: str, overrides: Sequence[str]) -> list[str]:
         overrides: As typed.
     """
     register()
+    problems = {}
+    for override in overrides:
+        key = override.lstrip("+~").partition("=")[0].partition("@")[0]
+        if not _is_key(command, key):
+            close = difflib.get_close_matches(key, _keys(command), n=1)
+            hint = f"; did you mean {close[0]}?" if close else f"; see lrbo {command} --help"
+            problems[override] = f"{override}: {key} is no key{hint}"
+    known = [override for override in overrides if override not in problems]
+    if _compose_error(command, known) is not None:
+        alone = {override: _compose_error(command, [override]) for override in known}
+        found = {override: f"{override}: {error}" for override, error in alone.items() if error}
+        together = {" ".join(known): str(_compose_error(command, known))}
+        problems |= found or together
+    return problems
+
+
+def composed(command: str, overrides: Sequence[str]) -> Config:
+    """Compose the values of a command.
+
+    Raises:
+        ConfigError: Listing required values that are missing.
+    """
+    register()
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        if _compose_error(command, overrides) is None:
-            return []
-        alone = [(override, _compose_error(command, [override])) for override in overrides]
-        problems = [f"{override}: {error}" for override, error in alone if error]
-        return problems or [str(_compose_error(command, overrides))]
+        return to_object(compose(command, list(overrides)))
+
+
+def _keys(command: str) -> list[str]:
+    """Return every dotted key and every group that a command takes."""
+    keys = list(_flatten(asdict(SCHEMAS[command]())))
+    sections = {key.partition(".")[0] for key in keys if "." in key}
+    groups = {folder.name for folder in conf_folder().iterdir() if folder.is_dir()}
+    return [*keys, *sections, *groups]
+
+
+def _is_key(command: str, key: str) -> bool:
+    """Return whether a command takes a key; below a free mapping every key is taken."""
+    free = [name for name in ("space.groups", "space.start") if name in _keys(command)]
+    below = any(key.startswith(f"{name}.") for name in [*free, "hydra"])
+    return below or key in _keys(command)
 
 
 def _compose_error(command: str, overrides: Sequence[str]) -> str | None:
     """Return why the overrides cannot be composed, or ``None``."""
     try:
-        compose(command, list(overrides))
+        with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+            compose(command, list(overrides))
     except (HydraException, OmegaConfBaseException) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        return " ".join(line for line in lines if not line.startswith("object_type="))
+        return _plain(error)
     return None
+
+
+def _plain(error: Exception) -> str:
+    """Return the first cause of an error in one line, without the names of classes."""
+    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    internal = ("object_type=", "full_key:", "reference_type=")
+    return " ".join(line for line in lines if not line.startswith(internal))
 
 
 def to_object(config: DictConfig) -> Config:
@@ -86,13 +129,13 @@ def to_object(config: DictConfig) -> Config:
         ConfigError: Listing required values that are missing and keys that are no fields
             (``+key=value`` passes Hydra's schema and would be carried along unread).
     """
-    missing = sorted(OmegaConf.missing_keys(config))
-    if missing:
-        raise ConfigError([f"{key} is required; give {key}=VALUE" for key in missing])
     try:
+        missing = sorted(OmegaConf.missing_keys(config))
+        if missing:
+            raise ConfigError([f"{key} is required; give {key}=VALUE" for key in missing])
         found = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
-        raise ConfigError([" ".join(str(error).split())]) from error
+        raise ConfigError([_plain(error)]) from error
     assert isinstance(
         found, SearchConfig | ReportConfig | CompressConfig | EvaluateConfig | DashboardConfig
     )

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import os
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -208,6 +209,8 @@ class Study:
             self.state = self._read()
             yield
         finally:
+            if [path.name for path in self.folder.iterdir()] == ["lock"]:  # nothing was begun
+                shutil.rmtree(self.folder)
             lock.release()
 
     def record(self, event: str, **fields: Any) -> None:
