@@ -73,6 +73,9 @@ def find_problems(command: str, overrides: Sequence[str]) -> dict[str, str]:
     if _compose_error(command, known) is not None:
         alone = {override: _compose_error(command, [override]) for override in known}
         found = {override: f"{override}: {error}" for override, error in alone.items() if error}
+        for override in found:
+            if "is not in struct" in found[override]:  # a key below a free mapping
+                found[override] = f"{override}: to add an entry, type +{override}"
         together = {" ".join(known): str(_compose_error(command, known))}
         problems |= found or together
     return problems

@@ -1,0 +1,307 @@
+"""conf/ composes, values are checked before anything is loaded, problems come all at once."""
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from lrbo import config
+from lrbo.checks import check, require_valid, study_folder
+from lrbo.errors import ConfigError
+from lrbo.schema import SCHEMAS, CompressConfig, EvaluateConfig, ReportConfig, SearchConfig
+
+CONF = config.conf_folder()
+COMMANDS = sorted(SCHEMAS)
+GROUPS = {
+    folder.name: sorted(path.stem for path in folder.glob("*.yaml"))
+    for folder in CONF.iterdir()
+    if folder.is_dir()
+}
+OPTIONS = [(group, option) for group, options in GROUPS.items() for option in options]
+# What an option leaves to the user.
+REQUIRED = {
+    ("model", "hf"): ["model.path=organisation/name"],
+    ("data", "files"): [f"data.{r}.path=a.txt" for r in ("calibration", "validation", "test")],
+    ("data", "hf"): [f"data.{r}.path=name" for r in ("calibration", "validation", "test")],
+}
+
+
+def search(*overrides: str) -> SearchConfig:
+    found = config.composed("search", overrides)
+    assert isinstance(found, SearchConfig)
+    return found
+
+
+# --- files -------------------------------------------------------------------------------------
+
+
+def test_conf_holds_what_the_tests_look_at() -> None:
+    assert len(list(CONF.rglob("*.yaml"))) == len(COMMANDS) + len(OPTIONS)
+    assert COMMANDS == ["compress", "dashboard", "evaluate", "report", "search"]
+    assert len(OPTIONS) >= 22
+    assert set(GROUPS) == {"model", "data", "method", "space", "budget", "experiment"}
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
+def test_every_option_composes_into_valid_values(
+    group: str, option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    overrides = [f"{group}={option}", *REQUIRED.get((group, option), [])]
+    assert config.find_problems("search", overrides) == {}
+    assert check(search(*overrides)) == []
+
+
+@pytest.mark.parametrize("path", sorted(CONF.rglob("*.yaml")), ids=lambda path: path.stem)
+def test_every_file_begins_with_the_command_that_uses_it(path: Path) -> None:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    comments = [line for line in lines[:4] if line.startswith("# lrbo ")]
+    assert comments, path
+    command, *overrides = comments[0].split("   ")[0].removeprefix("# lrbo ").split()
+    assert command in COMMANDS
+    typed = [o.replace("...", "x") for o in overrides]
+    problems = config.find_problems(command, typed)
+    assert problems == {}, path
+
+
+def test_values_of_every_command_have_the_schema_s_keys() -> None:
+    required = {
+        "report": ["study=x"],
+        "compress": ["study=x", "out=y"],
+        "evaluate": [],
+        "dashboard": [],
+        "search": [],
+    }
+    for command, overrides in required.items():
+        assert type(config.composed(command, overrides)) is SCHEMAS[command]
+
+
+def test_the_default_search_is_the_paper_s() -> None:
+    found = search()
+    assert found.method.name == "bolaco"
+    assert found.budget.keep_ratio == 0.8
+    assert found.space.dense == ["v_proj"]
+    assert found.space.start == {"qk": 0.363, "o": 0.789, "gate": 0.841, "up": 0.807, "down": 1.0}
+
+
+def test_the_quickstart_is_a_study_of_at_least_12_trials_on_a_real_model() -> None:
+    found = search("experiment=quickstart")
+    assert (found.study, found.studies) == ("quickstart", "studies")
+    assert found.search.trials >= 12
+    assert found.model.source == found.data.source == "packaged"
+
+
+def test_the_name_of_a_hub_model_is_the_last_part_of_its_path() -> None:
+    assert search("model=hf", "model.path=Qwen/Qwen3-0.6B").model.name == "Qwen3-0.6B"
+    assert search("model=hf", "model.path=/a/b/c/").model.name == "c"
+
+
+def test_the_name_of_a_study_tells_different_settings_apart() -> None:
+    names = {
+        search(*overrides).study
+        for overrides in ([], ["budget=keep_60"], ["method=svd"], ["seed=1"], ["space=per_layer"])
+    }
+    assert len(names) == 5
+
+
+# --- what the command line cannot mean ---------------------------------------------------------
+
+
+def test_unknown_keys_are_named_all_at_once_with_the_nearest_one() -> None:
+    problems = config.find_problems(
+        "search", ["trials=5", "+bar=1", "++model.z=2", "search.trials=5", "data.windw=3"]
+    )
+    assert list(problems) == ["trials=5", "+bar=1", "++model.z=2", "data.windw=3"]
+    assert "did you mean search.trials?" in problems["trials=5"]
+    assert "did you mean data.window?" in problems["data.windw=3"]
+    assert "bar is no key" in problems["+bar=1"]
+
+
+def test_a_value_of_the_wrong_type_and_an_option_that_is_not_there_are_named() -> None:
+    problems = config.find_problems("search", ["budget.keep_ratio=much", "method=magic", "seed=1"])
+    assert list(problems) == ["budget.keep_ratio=much", "method=magic"]
+    assert (
+        "'much' of type 'str' could not be converted to Float" in problems["budget.keep_ratio=much"]
+    )
+    assert "bolaco svd" in problems["method=magic"]
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["space.start.qk=0.5", "+space.groups.mine=[q_proj]", "space.start={qk: 0.5}", "~experiment"],
+)
+def test_free_mappings_and_hydra_s_grammar_are_taken(override: str) -> None:
+    assert config.find_problems("search", [override]) == {}
+
+
+def test_a_new_entry_of_a_free_mapping_is_added_with_a_plus() -> None:
+    (problem,) = config.find_problems("search", ["space.groups.mine=[q_proj]"]).values()
+    assert "type +space.groups.mine=[q_proj]" in problem
+
+
+def test_required_values_that_are_missing_are_named_all_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        config.composed("compress", [])
+    assert [p.split()[0] for p in caught.value.problems] == ["out", "study"]
+
+
+def test_a_key_that_hydra_let_through_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"model\.z is no key"):
+        config.composed("search", ["+model.z=2"])
+
+
+# --- values ------------------------------------------------------------------------------------
+
+BAD_SEARCH: dict[str, Any] = {
+    "budget.keep_ratio": [0.0, -0.1, 1.01, math.nan],
+    "budget.storage": ["pivoted", "sparse"],
+    "search.trials": [0],
+    "search.initial": [1],
+    "search.kl_weight": [-0.1, math.inf, math.nan],
+    "seed": [-1],
+    "data.window": [1],
+    "data.max_windows": [0],
+    "data.source": ["nowhere"],
+    "data.validation.tokens": [511],
+    "data.test.path": [None],
+    "model.source": ["nowhere"],
+    "model.dtype": ["int8"],
+    "model.path": ["/no/such/folder", "./none"],
+    "method.name": ["magic"],
+    "space.granularity": ["block"],
+    "space.depth_groups": [0],
+    "space.rank_multiple": [0],
+    "space.bounds": [[0.9, 0.2], [0.0, 1.0], [0.5], [0.2, 1.1]],
+    "space.start": [{"qk": 0.0}, {"qk": [0.5, 1.5]}, {"qk": []}, {"qk": "much"}],
+    "calibration.groups": [0],
+    "calibration.batch_windows": [0],
+    "evaluation.batch_windows": [0],
+    "evaluation.chunk_tokens": [0],
+    "evaluation.kl_top": [0],
+    "output": ["yaml"],
+}
+
+
+def changed(found: Any, key: str, value: Any) -> Any:
+    """Return a copy of a dataclass with one nested value replaced."""
+    name, _, rest = key.partition(".")
+    inner = changed(getattr(found, name), rest, value) if rest else value
+    return dataclasses.replace(found, **{name: inner})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [(key, value) for key, values in BAD_SEARCH.items() for value in values]
+)
+def test_a_value_that_cannot_work_is_named_with_what_was_expected(
+    key: str, value: Any, tmp_path: Path
+) -> None:
+    good = changed(search("model=hf", "model.path=organisation/name"), "studies", str(tmp_path))
+    assert check(good) == []
+    (problem,) = check(changed(good, key, value))
+    assert problem.startswith(key)
+    if not isinstance(value, dict | list):
+        assert repr(value) in problem
+
+
+def test_all_bad_values_are_named_in_one_error(tmp_path: Path) -> None:
+    bad = changed(search("model=hf", "model.path=organisation/name"), "studies", str(tmp_path))
+    # Those two are judged by others: by the source of the model, and by the length of a window.
+    names = sorted(set(BAD_SEARCH) - {"model.path", "data.validation.tokens"})
+    for key in names:
+        bad = changed(bad, key, BAD_SEARCH[key][0])
+    with pytest.raises(ConfigError) as caught:
+        require_valid(bad)
+    assert len(caught.value.problems) == len(names)
+    for problem in caught.value.problems:
+        assert problem in str(caught.value)
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("mine", encoding="utf-8")
+    (problem,) = check(changed(search(), "studies", str(file / "studies")))
+    assert "is a file, not a folder" in problem
+    existing = CompressConfig(study="s", out=str(tmp_path))
+    (problem,) = check(existing)
+    assert "exists already; lrbo overwrites nothing" in problem
+
+
+def test_no_permission_to_write_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The superuser may write anywhere, so the answer of the system is replaced.
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    (problem,) = check(changed(search(), "studies", str(tmp_path / "studies")))
+    assert f"no permission to write in {tmp_path}" in problem
+    (problem,) = check(CompressConfig(study="s", out=str(tmp_path / "new" / "folder")))
+    assert f"no permission to write in {tmp_path}" in problem
+
+
+@pytest.mark.parametrize("point", ["best", 7, "7", "keep=0.75", "keep=1"])
+def test_a_point_is_best_a_number_or_a_ratio(point: Any, tmp_path: Path) -> None:
+    assert check(CompressConfig(study="s", out=str(tmp_path / "new"), point=point)) == []
+
+
+@pytest.mark.parametrize("point", ["worst", -1, "keep=0", "keep=1.5", "keep=much", "0.75"])
+def test_any_other_point_is_refused(point: Any, tmp_path: Path) -> None:
+    (problem,) = check(CompressConfig(study="s", out=str(tmp_path / "new"), point=point))
+    assert "expected best, a trial number or keep=RATIO" in problem
+
+
+def test_evaluate_needs_only_the_test_text_and_a_checkpoint_that_is_there(tmp_path: Path) -> None:
+    found = config.composed("evaluate", ["data=files", "data.test.path=a.txt"])
+    assert isinstance(found, EvaluateConfig)
+    assert check(found) == []
+    found.checkpoint = str(tmp_path)
+    assert check(found) == []
+    found.checkpoint = str(tmp_path / "none")
+    assert check(found) == [f"checkpoint={found.checkpoint!r}: no such folder"]
+
+
+def test_a_study_is_a_name_or_a_path(tmp_path: Path) -> None:
+    assert study_folder("studies", "mine") == Path("studies/mine")
+    assert study_folder("studies", str(tmp_path / "mine")) == tmp_path / "mine"
+
+
+# --- a study that is continued -----------------------------------------------------------------
+
+
+def test_a_stored_configuration_comes_back_as_it_was() -> None:
+    found = search("space=per_kind_and_depth", "data.window=256", "seed=3", "search.trials=9")
+    text = config.to_yaml(found)
+    assert config.stored_config(text, []) == found
+    assert yaml.safe_load(text)["space"]["start"]["qk"] == [0.332, 0.473, 0.199, 0.320]
+
+
+def test_free_keys_may_change_when_a_study_is_continued() -> None:
+    text = config.to_yaml(search())
+    found = config.stored_config(
+        text, ["search.trials=99", "tracking.uri=http://elsewhere:5000", "tracking.enabled=false"]
+    )
+    assert found.search.trials == 99
+    assert found.tracking.uri == "http://elsewhere:5000"
+    assert found.tracking.enabled is False
+    assert config.differences(text, found) == []
+
+
+def test_every_other_difference_is_listed_with_both_values() -> None:
+    text = config.to_yaml(search())
+    other = search("budget.keep_ratio=0.7", "seed=2", "search.trials=99", "data.window=256")
+    assert config.differences(text, other) == [
+        "data.window: the study has 512, the command has 256",
+        "budget.keep_ratio: the study has 0.8, the command has 0.7",
+        "seed: the study has 0, the command has 2",
+    ]
+
+
+def test_flat_has_every_value_under_its_dotted_key() -> None:
+    flat = config.flat(ReportConfig(study="s"))
+    assert flat == {
+        "study": "s",
+        "studies": "studies",
+        "sync": False,
+        "figures": True,
+        "output": "text",
+    }
+    assert config.flat(search())["data.calibration.tokens"] == 65536
