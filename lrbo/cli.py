@@ -6,6 +6,7 @@ import importlib
 import json
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -78,6 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(command: str, arguments: Sequence[str]) -> None:
     """Run one command as a Hydra application."""
+    arguments = [_quoted(argument) for argument in arguments]
     overrides = [argument for argument in arguments if not argument.startswith("-")]
     if not {"--multirun", "-m"} & set(arguments):
         problems = config.find_problems(command, overrides)
@@ -86,6 +88,11 @@ def run(command: str, arguments: Sequence[str]) -> None:
             fail(ConfigError([*problems.values(), *_value_problems(command, rest)]))
     sys.argv = [f"lrbo {command}", *arguments]
     _application(command)()
+
+
+def _quoted(argument: str) -> str:
+    """Quote a value like that of ``point=keep=0.75``, which Hydra's grammar has no place for."""
+    return re.sub(r"^([\w.]+)=(\w+=[\w.]+)$", r"\1='\2'", argument)
 
 
 def _value_problems(command: str, overrides: Sequence[str]) -> list[str]:
