@@ -141,7 +141,7 @@ def _set_up_logging() -> None:
     handler = RichHandler(
         console=Console(stderr=True), show_path=False, show_time=False, markup=False
     )
-    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler], force=True)
     logging.getLogger("lrbo").setLevel(logging.INFO)
     for chatty in ("alembic", "mlflow", "ax", "transformers", "httpx", "huggingface_hub"):
         logging.getLogger(chatty).setLevel(logging.ERROR)

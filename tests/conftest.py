@@ -5,6 +5,8 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: it reads this once
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -59,3 +61,17 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def generator() -> torch.Generator:
     """Return a seeded generator."""
     return torch.Generator().manual_seed(20240915)
+
+
+@pytest.fixture(scope="session")
+def mlflow_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of the MLflow store."""
+    return tmp_path_factory.mktemp("mlflow store")
+
+
+@pytest.fixture
+def store(mlflow_folder: Path) -> Any:
+    """Return a study of its own in a store that all tests share: its tables take seconds."""
+    from tests.mlflow_runs import Store  # which imports mlflow: two seconds for those who need it
+
+    return Store(mlflow_folder)

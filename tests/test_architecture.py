@@ -20,7 +20,7 @@ ROOMS = """
     report results plots drawing
     export
     search.loop search.client search.study search.space search.front
-    tracking
+    tracking mlflow_store
     executors.inline executors.base
     worker trial
     evaluation.divergence evaluation.perplexity
@@ -38,7 +38,7 @@ BORDERS = {
     "ax": {"search.client"},
     "botorch": {"search.client"},
     "gpytorch": set[str](),
-    "mlflow": {"tracking"},
+    "mlflow": {"mlflow_store"},
     "hydra": {"config", "cli"},
     "omegaconf": {"config", "cli"},
     "datasets": {"calibration.corpus"},

@@ -1,140 +1,20 @@
 """MLflow shows what the journal says, whatever happens to either of them."""
 
 import dataclasses
-import logging
 import math
 import os
-import socket
-import sqlite3
-import time
-import uuid
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
 import pytest
 from mlflow import MlflowClient
-from mlflow.entities import Run, ViewType
+from mlflow.entities import ViewType
 
-from lrbo import tracking
-from lrbo.allocation import Allocation, Budget
-from lrbo.errors import LrboError, TrackingError
+from lrbo import mlflow_store, tracking
+from lrbo.allocation import Allocation
 from lrbo.tracking import MlflowTracker, NullTracker
-from lrbo.trial import TrialRecord, TrialRequest, TrialResult
-
-# Seconds. The first is the promise for a store that is lost, with room for a busy machine; the
-# second replaces BUSY_SECONDS where a test waits for a lock.
-SOON = 8.0
-BUSY = 0.2
-
-STARTED = 1_700_000_000.25
-NLL = [3.5, 3.25, 3.75, 3.0]
-BEST = [3.5, 3.25, 3.25, 3.0]
-
-
-def record(index: int, nll: float | None = None, **changes: Any) -> TrialRecord:
-    """Build a completed trial with names as a real one has them."""
-    name = f"model.layers.{index}.self_attn.q_proj"
-    allocation = Allocation({name: 8 + index, "lm_head": None}, 1000 + index, Budget(2000))
-    variables = {name: 0.25 + index / 64, "group:attention": 1 / 3}
-    request = TrialRequest(index, "sobol", variables, allocation, seed=index)
-    value = NLL[index % len(NLL)] if nll is None else nll
-    metrics = {"nll": value, "keep_ratio": 0.5 + index / 100, "objective": value}
-    return dataclasses.replace(
-        TrialRecord(
-            request,
-            TrialResult(index, "completed", metrics, 2.0),
-            started=STARTED + 10 * index,
-            ended=STARTED + 10 * index + 2,
-            attempts=1,
-            seconds={"suggestion": 0.5, "scoring": 2.0},
-        ),
-        **changes,
-    )
-
-
-def failed(index: int, outcome: str, error: str) -> TrialRecord:
-    return record(index, result=TrialResult(index, outcome, {}, 1.0, error))  # type: ignore[arg-type]
-
-
-class Store:
-    """One SQLite store for the whole file (its tables take seconds), and a study of its own."""
-
-    experiment = "with space & more"
-
-    def __init__(self, folder: Path) -> None:
-        self.file = folder / "mlflow.db"
-        self.uri = f"sqlite:///{self.file}"
-        self.artifacts = folder / "all artifacts"
-        self.study_id = uuid.uuid4().hex
-        self.client = MlflowClient(tracking_uri=self.uri)
-
-    def tracker(self, **options: Any) -> MlflowTracker:
-        options = {"artifact_root": self.artifacts, **options}
-        return MlflowTracker(self.uri, self.experiment, self.study_id, "my-study", **options)
-
-    def runs(self, view: int = ViewType.ACTIVE_ONLY) -> list[Run]:
-        experiment = self.client.get_experiment_by_name(self.experiment)
-        if experiment is None:
-            return []
-        condition = f"tags.`lrbo.study_id` = '{self.study_id}'"
-        return list(self.client.search_runs([experiment.experiment_id], condition, view))
-
-    @property
-    def parent(self) -> Run:
-        (parent,) = [run for run in self.runs() if run.data.tags["lrbo.role"] == "study"]
-        return parent
-
-    @property
-    def children(self) -> dict[str, Run]:
-        found = [run for run in self.runs() if run.data.tags["lrbo.role"] == "trial"]
-        assert {run.data.tags["mlflow.parentRunId"] for run in found} <= {self.parent.info.run_id}
-        names = [run.info.run_name for run in found]
-        assert len(set(names)) == len(names)
-        return {run.info.run_name: run for run in sorted(found, key=lambda r: r.info.run_name)}
-
-    def history(self, name: str) -> dict[int, float]:
-        points = self.client.get_metric_history(self.parent.info.run_id, name)
-        assert len({point.step for point in points}) == len(points)
-        return {point.step: point.value for point in points}
-
-    def artifact(self, run: Run, name: str) -> Path:
-        return Path(unquote(urlsplit(run.info.artifact_uri).path)) / name
-
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        with closing(sqlite3.connect(self.file, isolation_level=None)) as connection:
-            connection.execute("BEGIN EXCLUSIVE")
-            yield
-            connection.execute("ROLLBACK")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("mlflow store")
-
-
-@pytest.fixture
-def store(folder: Path) -> Store:
-    return Store(folder)
-
-
-@pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wait a moment for a lock, and try again with every trial."""
-    monkeypatch.setattr(tracking, "BUSY_SECONDS", BUSY)
-    monkeypatch.setattr(tracking, "RETRY_SECONDS", 0.0)
-
-
-def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [
-        entry.getMessage()
-        for entry in caplog.records
-        if entry.name == "lrbo.tracking" and entry.levelno >= logging.WARNING
-    ]
-
+from lrbo.trial import TrialResult
+from tests.mlflow_runs import BEST, NLL, STARTED, Store, failed, record
 
 # What is shown.
 
@@ -286,8 +166,8 @@ def test_a_resumed_search_continues_the_same_parent(store: Store) -> None:
     assert store.history("best_nll") == {0: BEST[0], 1: BEST[1]}
 
 
-def test_studies_in_one_experiment_are_kept_apart(store: Store, folder: Path) -> None:
-    other = Store(folder)
+def test_studies_in_one_experiment_are_kept_apart(store: Store, mlflow_folder: Path) -> None:
+    other = Store(mlflow_folder)
     for each in (store, other):
         tracker = each.tracker(strict=True)
         tracker.start({})
@@ -345,7 +225,7 @@ def test_a_search_killed_while_it_shows_a_trial_shows_it_once(
 def test_a_search_killed_between_journal_and_tracker_is_made_up_for(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tracking, "PAGE", 2)  # existing runs come in several pages
+    monkeypatch.setattr(mlflow_store, "PAGE", 2)  # existing runs come in several pages
     records = [record(index) for index in range(7)]
     tracker = store.tracker()
     tracker.start({})
@@ -394,164 +274,6 @@ def test_another_process_may_make_the_experiment_first(
 # Losing the store.
 
 
-@pytest.mark.usefixtures("impatient")
-def test_a_locked_store_loses_nothing(store: Store, caplog: pytest.LogCaptureFixture) -> None:
-    records = [record(index) for index in range(4)]
-    tracker = store.tracker()
-    tracker.start({})
-    tracker.trial(records[0])
-    with store.locked():
-        for each in records[1:3]:
-            begun = time.monotonic()
-            tracker.trial(each)
-            assert time.monotonic() - begun < SOON
-    (warning,) = warnings_of(caplog)
-    for part in ("locked", "No trial is lost", "lrbo report study=my-study sync=true"):
-        assert part in warning
-    assert list(store.children) == ["trial-000"]
-    tracker.trial(records[3])  # brings the others with it
-    assert list(store.children) == ["trial-000", "trial-001", "trial-002", "trial-003"]
-    assert store.history("best_nll") == dict(enumerate(BEST))
-    assert len(warnings_of(caplog)) == 1
-
-
-@pytest.mark.usefixtures("impatient")
-def test_a_store_locked_at_the_start_is_used_later(
-    store: Store, caplog: pytest.LogCaptureFixture
-) -> None:
-    tracker = store.tracker()
-    with store.locked():
-        tracker.start({"seed": 0})
-        assert tracker.sync([record(0)]) == 0
-    tracker.trial(record(1))
-    assert len(warnings_of(caplog)) == 1
-    assert store.parent.data.params == {"seed": "0"}
-    assert list(store.children) == ["trial-000", "trial-001"]
-
-
-@pytest.mark.usefixtures("impatient")
-def test_a_lock_in_the_middle_of_a_trial_is_no_long_wait(
-    store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    tracker = store.tracker()
-    tracker.start({})
-    with store.locked(), monkeypatch.context() as patch:
-        patch.setattr(tracking._View, "_check_free", lambda self: None)
-        begun = time.monotonic()
-        tracker.trial(record(0))
-        assert time.monotonic() - begun < SOON
-    assert len(warnings_of(caplog)) == 1
-    tracker.trial(record(1))
-    assert list(store.children) == ["trial-000", "trial-001"]
-
-
-def test_a_lost_store_is_asked_again_once_a_minute(
-    store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(tracking, "BUSY_SECONDS", BUSY)
-    tracker = store.tracker()
-    tracker.start({})
-    with store.locked():
-        tracker.trial(record(0))
-        attempts = 0
-        original = MlflowTracker._connected
-
-        def counting(self: MlflowTracker) -> Any:
-            nonlocal attempts
-            attempts += 1
-            return original(self)
-
-        monkeypatch.setattr(MlflowTracker, "_connected", counting)
-        tracker.trial(record(1))
-        assert tracker.sync([record(2)]) == 0
-        tracker.summary({"improvement": 0.5}, [])
-        tracker.finish(completed=True)
-        assert attempts == 0  # all of them returned at once
-        now = time.monotonic()
-        monkeypatch.setattr(time, "monotonic", lambda: now + 61)
-        tracker.trial(record(3))
-        assert attempts == 1
-        tracker.trial(record(4))
-        assert attempts == 1
-    assert len(warnings_of(caplog)) == 1
-    monkeypatch.setattr(time, "monotonic", lambda: now + 122)
-    tracker.trial(record(5))
-    assert list(store.children) == [f"trial-{index:03d}" for index in range(6)]
-
-
-@pytest.fixture
-def dead_server() -> str:
-    """Return an address on this machine where nothing listens."""
-    with closing(socket.socket()) as listener:
-        listener.bind(("127.0.0.1", 0))
-        return f"http://somebody:secret@127.0.0.1:{listener.getsockname()[1]}"
-
-
-def test_a_server_that_is_down_stops_nothing(
-    dead_server: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    tracker = MlflowTracker(dead_server, "lrbo", uuid.uuid4().hex, "my-study")
-    begun = time.monotonic()
-    tracker.start({"seed": 0})
-    tracker.trial(record(0))
-    assert tracker.sync([record(0), record(1)]) == 0
-    tracker.summary({"best": 1.0}, [])
-    tracker.finish(completed=True)
-    assert time.monotonic() - begun < SOON
-    (warning,) = warnings_of(caplog)
-    assert "127.0.0.1" in warning
-    assert "lrbo report study=my-study sync=true" in warning
-    assert "secret" not in warning
-
-
-def test_a_file_that_is_no_store_stops_nothing(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    (tmp_path / "mlflow.db").write_text("not a database " * 100, encoding="utf-8")
-    for place in ("mlflow.db", "mlflow.db/below/a/file.db"):
-        caplog.clear()
-        tracker = MlflowTracker(f"sqlite:///{tmp_path / place}", "lrbo", "0", "my-study")
-        begun = time.monotonic()
-        tracker.start({})
-        assert time.monotonic() - begun < SOON
-        assert len(warnings_of(caplog)) == 1
-
-
-def test_a_defect_is_not_taken_for_a_lost_store(
-    store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def defective(self: MlflowClient, *args: Any, **kwargs: Any) -> None:
-        raise TypeError("a defect")
-
-    tracker = store.tracker()
-    tracker.start({})
-    monkeypatch.setattr(MlflowClient, "log_batch", defective)
-    with pytest.raises(TypeError, match="a defect"):
-        tracker.trial(record(0))
-
-
-@pytest.mark.usefixtures("impatient")
-def test_strict_mode_says_what_failed_and_what_to_do(store: Store, dead_server: str) -> None:
-    tracker = store.tracker(strict=True)
-    tracker.start({})
-    command = r"lrbo report study=my-study sync=true"
-    with store.locked():
-        with pytest.raises(TrackingError, match=rf"locked.*{command}"):
-            tracker.sync([record(0)])
-        with pytest.raises(TrackingError, match=command):
-            tracker.summary({"improvement": 0.5}, [])
-        with pytest.raises(TrackingError, match=command):
-            tracker.finish(completed=True)
-        with pytest.raises(TrackingError, match=command):
-            store.tracker(strict=True).start({})
-    assert tracker.sync([record(0)]) == 1
-    down = MlflowTracker(dead_server, "lrbo", store.study_id, "my-study", strict=True)
-    with pytest.raises(TrackingError, match=r"127\.0\.0\.1") as caught:
-        down.start({})
-    assert "secret" not in str(caught.value)
-    assert isinstance(caught.value, LrboError)
-
-
 # Manners.
 
 
@@ -560,8 +282,9 @@ def test_nothing_is_imported_or_opened_before_the_first_use(store: Store, tmp_pa
     MlflowTracker(f"sqlite:///{tmp_path}/new/mlflow.db", "lrbo", "0", "my-study")
     assert list(tmp_path.iterdir()) == []
     assert dict(os.environ) == before
-    origins = {str(getattr(value, "__module__", "")) for value in vars(tracking).values()}
-    assert "lrbo.tracking" in origins
+    names = [*vars(tracking).values(), *vars(mlflow_store).values()]
+    origins = {str(getattr(value, "__module__", "")) for value in names}
+    assert {"lrbo.tracking", "lrbo.mlflow_store"} <= origins
     assert not any(origin.startswith("mlflow") for origin in origins)
 
 

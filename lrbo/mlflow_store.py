@@ -1,0 +1,296 @@
+"""The only file that imports mlflow: the runs of one study in one store."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import sqlite3
+import time
+from collections.abc import Iterable, Mapping
+from contextlib import closing, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from lrbo.trial import TrialRecord
+
+# mlflow is imported where it is first used, not here: it takes 1.5 to 2.5 s, which a search that
+# tracks nothing, and every command but search, resume and report, would pay for nothing.
+
+BUSY_SECONDS = 3.0  # that an SQLite file may stay locked before it counts as lost
+MIGRATION_SECONDS = 15.0  # that another process may take to make the tables of a new store
+PAGE = 1000  # runs per answer to a search
+
+_PARAM_LENGTH = 6000  # of a value, in characters; mlflow refuses longer ones
+_TAG_LENGTH = 5000
+_KEY_LENGTH = 250
+
+
+class StudyRuns:
+    """The runs of one study in one store; passes on whatever the store raises."""
+
+    def __init__(
+        self,
+        uri: str,
+        experiment: str,
+        study_id: str,
+        study_name: str,
+        artifact_root: Path | None,
+    ) -> None:
+        """Connect to the store, and make its tables and the experiment if it has none."""
+        # mlflow's own 7 retries of 120 s would hold up a search for minutes.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+        from mlflow import MlflowClient
+
+        self._study_id = study_id
+        self._study_name = study_name
+        self._database = _sqlite_file(uri)
+        self._client: Any
+        location = None
+        if self._database is None:
+            self._client = MlflowClient(tracking_uri=uri)
+        else:
+            self._database.parent.mkdir(parents=True, exist_ok=True)
+            # The lock, because two searches that begin at once would both make the tables.
+            with FileLock(f"{self._database}.lock", timeout=MIGRATION_SECONDS):
+                if not self._database.exists():
+                    _make_store(self._database)
+                self._check_free()
+                self._client = MlflowClient(tracking_uri=uri)
+            _shorten_waits(self._client)
+            root = artifact_root or self._database.parent / "mlartifacts"
+            location = (root.resolve() / experiment).as_uri()
+        self._experiment_id = self._find_experiment(experiment, location)
+        self._parent_id = ""
+        self._shown: set[int] = set()
+        self._half_written: dict[int, str] = {}
+        self._nll: dict[int, float] = {}
+
+    def begin(self, config: Mapping[str, Any]) -> None:
+        """Find or make the parent run, and look up which trials have their child run."""
+        found = self._search(
+            f"tags.`lrbo.study_id` = '{self._study_id}' and tags.`lrbo.role` = 'study'"
+        )
+        if found:
+            parent = min(found, key=lambda run: (run.info.start_time, run.info.run_id))
+            self._client.update_run(parent.info.run_id, status="RUNNING")
+        else:
+            tags = {"lrbo.study_id": self._study_id, "lrbo.role": "study"}
+            parent = self._client.create_run(
+                self._experiment_id, tags=tags, run_name=self._study_name
+            )
+        self._parent_id = parent.info.run_id
+        known = parent.data.params
+        params = {key: value for key, value in config.items() if _key(key) not in known}
+        self._client.log_batch(self._parent_id, params=_params(params))
+        for run in self._search(f"tags.`mlflow.parentRunId` = '{self._parent_id}'"):
+            number = run.data.tags.get("lrbo.trial", "")
+            if not number.isdecimal():  # a run that somebody else put there
+                continue
+            index = int(number)
+            if run.info.status in ("FINISHED", "FAILED"):
+                self._shown.add(index)
+                if "nll" in run.data.metrics:
+                    self._nll[index] = run.data.metrics["nll"]
+            else:
+                self._half_written[index] = run.info.run_id
+
+    def show(self, record: TrialRecord) -> bool:
+        """Write the child run of a trial that ended, unless it is there; return whether it was.
+
+        The run is closed last, so one that is closed is whole and its numbers are on the parent.
+        """
+        request, result = record.request, record.result
+        index = request.trial_index
+        if result is None or index in self._shown:
+            return False
+        self._check_free()
+        if index in self._half_written:
+            self._client.delete_run(self._half_written.pop(index))
+        tags = {
+            "mlflow.parentRunId": self._parent_id,
+            "lrbo.study_id": self._study_id,
+            "lrbo.role": "trial",
+            "lrbo.trial": str(index),
+            "lrbo.origin": request.origin,
+            "lrbo.outcome": result.outcome,
+        }
+        if result.error is not None:
+            tags["lrbo.error"] = cut(result.error, _TAG_LENGTH)
+        ended = _milliseconds(time.time() if record.ended is None else record.ended)
+        started = ended if record.started is None else _milliseconds(record.started)
+        run = self._client.create_run(
+            self._experiment_id, start_time=started, tags=tags, run_name=f"trial-{index:03d}"
+        )
+        run_id = run.info.run_id
+        self._client.log_text(run_id, request.allocation.to_json(), "allocation.json")
+        seconds = {f"seconds.{name}": value for name, value in record.seconds.items()}
+        self._client.log_batch(
+            run_id,
+            metrics=_metrics({**record.metrics, **seconds}, ended, index),
+            params=_params(request.variables),
+        )
+        # With the time of the trial, not of the writing: MLflow then drops a second copy, as
+        # one left by a process that was killed before it closed the child run.
+        self._client.log_batch(
+            self._parent_id, metrics=_metrics(self._progress(record), ended, index)
+        )
+        self._close(run_id, "FINISHED" if record.is_completed else "FAILED", ended)
+        self._shown.add(index)
+        return True
+
+    def summarize(self, metrics: Mapping[str, float], artifacts: Iterable[Path]) -> None:
+        """Put numbers, at the step of the last trial, and files on the parent run."""
+        self._check_free()
+        last = max(self._shown, default=0)
+        now = _milliseconds(time.time())
+        self._client.log_batch(self._parent_id, metrics=_metrics(metrics, now, last))
+        for path in artifacts:
+            folder = "figures" if path.suffix == ".png" else None
+            self._client.log_artifact(self._parent_id, str(path), folder)
+
+    def finish(self, status: str) -> None:
+        """Close the parent run."""
+        self._check_free()
+        self._close(self._parent_id, status, _milliseconds(time.time()))
+
+    def _progress(self, record: TrialRecord) -> dict[str, float]:
+        """Return what the parent shows over the trials; the best is of those up to this one."""
+        index, metrics = record.request.trial_index, record.metrics
+        progress = {name: metrics[name] for name in ("nll", "keep_ratio") if name in metrics}
+        if "nll" in metrics:
+            self._nll[index] = metrics["nll"]
+            progress["best_nll"] = min(nll for other, nll in self._nll.items() if other <= index)
+        return progress
+
+    def _close(self, run_id: str, status: str, ended: int) -> None:
+        """Set the last status of a run."""
+        with redirect_stdout(io.StringIO()):  # a server's client prints two lines for every run
+            self._client.set_terminated(run_id, status=status, end_time=ended)
+
+    def _find_experiment(self, name: str, location: str | None) -> str:
+        """Return the id of the experiment, which is made if there is none."""
+        from mlflow.exceptions import MlflowException
+
+        found = self._client.get_experiment_by_name(name)
+        if found is None:
+            try:
+                made: str = self._client.create_experiment(name, artifact_location=location)
+                return made
+            except MlflowException:
+                found = self._client.get_experiment_by_name(name)
+                if found is None:  # it was not that another process was quicker
+                    raise
+        identity: str = found.experiment_id
+        return identity
+
+    def _search(self, condition: str) -> list[Any]:
+        """Return all runs of the experiment that meet a condition."""
+        runs: list[Any] = []
+        token: str | None = None
+        while True:
+            page = self._client.search_runs(
+                [self._experiment_id], condition, max_results=PAGE, page_token=token
+            )
+            runs += page
+            token = page.token
+            if not token:
+                return runs
+
+    def _check_free(self) -> None:
+        """Raise soon if an SQLite file cannot be written now.
+
+        Without this, mlflow would try to open a file that it cannot read ten times, for 100 s.
+        """
+        if self._database is None:
+            return
+        connection = sqlite3.connect(self._database, timeout=BUSY_SECONDS, isolation_level=None)
+        with closing(connection):
+            connection.execute("BEGIN IMMEDIATE")
+            connection.execute("ROLLBACK")
+
+
+def store_errors() -> tuple[type[Exception], ...]:
+    """Return what a store raises when it fails; those of requests and filelock are OSErrors."""
+    from alembic.util import CommandError  # tables that another version of mlflow made
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    return (MlflowException, SQLAlchemyError, CommandError, sqlite3.Error, OSError)
+
+
+def _sqlite_file(uri: str) -> Path | None:
+    """Return the file of an SQLite store, ``None`` for any other."""
+    path = uri.removeprefix("sqlite:///")
+    return None if path in (uri, "", ":memory:") else Path(path)
+
+
+def _make_store(database: Path) -> None:
+    """Make an SQLite store beside its place and rename it.
+
+    A process that is killed while mlflow makes its tables leaves a file that mlflow can never
+    open again.
+    """
+    from mlflow import MlflowClient
+
+    beside = database.with_name(f".{database.name}.new")
+    beside.unlink(missing_ok=True)  # of a process that was killed in here
+    MlflowClient(tracking_uri=f"sqlite:///{beside}")
+    beside.rename(database)
+
+
+def _shorten_waits(client: Any) -> None:
+    """Make a session wait :data:`BUSY_SECONDS` for a locked file, not the 20 s of mlflow.
+
+    mlflow sets its own in each session and has no option for it. Its engine is not public: where
+    another version keeps it elsewhere, a lock that comes up in the middle of a call costs 20 s.
+    """
+    from sqlalchemy import event
+
+    store = getattr(getattr(client, "_tracking_client", None), "store", None)
+    engine = getattr(store, "engine", None)
+    name = "before_cursor_execute"
+    if engine is not None and not event.contains(engine, name, _set_busy_timeout):
+        event.listen(engine, name, _set_busy_timeout, retval=True)
+
+
+def _set_busy_timeout(
+    connection: Any, cursor: Any, statement: str, parameters: Any, context: Any, many: bool
+) -> tuple[str, Any]:
+    """Replace the time in mlflow's statement; a hook of SQLAlchemy."""
+    del connection, cursor, context, many
+    if statement.startswith("PRAGMA busy_timeout"):
+        statement = f"PRAGMA busy_timeout = {round(1000 * BUSY_SECONDS)}"
+    return statement, parameters
+
+
+def _metrics(values: Mapping[str, float], timestamp: int, step: int) -> list[Any]:
+    """Return numbers as mlflow takes them."""
+    from mlflow.entities import Metric
+
+    return [Metric(_key(name), float(value), timestamp, step) for name, value in values.items()]
+
+
+def _params(values: Mapping[str, Any]) -> list[Any]:
+    """Return settings as mlflow takes them."""
+    from mlflow.entities import Param
+
+    return [Param(_key(name), cut(str(value), _PARAM_LENGTH)) for name, value in values.items()]
+
+
+def _key(name: str) -> str:
+    """Return a name that mlflow accepts; lm-eval, for one, has commas in its own."""
+    return re.sub(r"[^\w\-. :/]", "_", name)[:_KEY_LENGTH]
+
+
+def cut(text: str, length: int) -> str:
+    """Return a text that is no longer than mlflow accepts."""
+    return text if len(text) <= length else text[: length - 3] + "..."
+
+
+def _milliseconds(seconds: float) -> int:
+    """Return a Unix time as mlflow counts it."""
+    return round(1000 * seconds)

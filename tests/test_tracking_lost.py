@@ -1,0 +1,225 @@
+"""A store that is locked, lost or broken costs a search nothing but a warning."""
+
+import logging
+import signal
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+
+from lrbo import mlflow_store, tracking
+from lrbo.errors import LrboError, TrackingError
+from lrbo.tracking import MlflowTracker
+from tests.mlflow_runs import BEST, Store, record
+
+# Seconds. The first is the promise for a store that is lost, with room for a busy machine; the
+# second replaces BUSY_SECONDS where a test waits for a lock.
+SOON = 8.0
+BUSY = 0.2
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wait a moment for a lock, and try again with every trial."""
+    monkeypatch.setattr(mlflow_store, "BUSY_SECONDS", BUSY)
+    monkeypatch.setattr(tracking, "RETRY_SECONDS", 0.0)
+
+
+def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [
+        entry.getMessage()
+        for entry in caplog.records
+        if entry.name == "lrbo.tracking" and entry.levelno >= logging.WARNING
+    ]
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_locked_store_loses_nothing(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    records = [record(index) for index in range(4)]
+    tracker = store.tracker()
+    tracker.start({})
+    tracker.trial(records[0])
+    with store.locked():
+        for each in records[1:3]:
+            begun = time.monotonic()
+            tracker.trial(each)
+            assert time.monotonic() - begun < SOON
+    (warning,) = warnings_of(caplog)
+    for part in ("locked", "No trial is lost", "lrbo report study=my-study sync=true"):
+        assert part in warning
+    assert list(store.children) == ["trial-000"]
+    tracker.trial(records[3])  # brings the others with it
+    assert list(store.children) == ["trial-000", "trial-001", "trial-002", "trial-003"]
+    assert store.history("best_nll") == dict(enumerate(BEST))
+    assert len(warnings_of(caplog)) == 1
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_store_locked_at_the_start_is_used_later(
+    store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    tracker = store.tracker()
+    with store.locked():
+        tracker.start({"seed": 0})
+        assert tracker.sync([record(0)]) == 0
+    tracker.trial(record(1))
+    assert len(warnings_of(caplog)) == 1
+    assert store.parent.data.params == {"seed": "0"}
+    assert list(store.children) == ["trial-000", "trial-001"]
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_lock_in_the_middle_of_a_trial_is_no_long_wait(
+    store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tracker = store.tracker()
+    tracker.start({})
+    with store.locked(), monkeypatch.context() as patch:
+        patch.setattr(mlflow_store.StudyRuns, "_check_free", lambda self: None)
+        begun = time.monotonic()
+        tracker.trial(record(0))
+        assert time.monotonic() - begun < SOON
+    assert len(warnings_of(caplog)) == 1
+    tracker.trial(record(1))
+    assert list(store.children) == ["trial-000", "trial-001"]
+
+
+def test_a_lost_store_is_asked_again_once_a_minute(
+    store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(mlflow_store, "BUSY_SECONDS", BUSY)
+    tracker = store.tracker()
+    tracker.start({})
+    with store.locked():
+        tracker.trial(record(0))
+        attempts = 0
+        original = MlflowTracker._connected
+
+        def counting(self: MlflowTracker) -> Any:
+            nonlocal attempts
+            attempts += 1
+            return original(self)
+
+        monkeypatch.setattr(MlflowTracker, "_connected", counting)
+        tracker.trial(record(1))
+        assert tracker.sync([record(2)]) == 0
+        tracker.summary({"improvement": 0.5}, [])
+        tracker.finish(completed=True)
+        assert attempts == 0  # all of them returned at once
+        now = time.monotonic()
+        monkeypatch.setattr(time, "monotonic", lambda: now + 61)
+        tracker.trial(record(3))
+        assert attempts == 1
+        tracker.trial(record(4))
+        assert attempts == 1
+    assert len(warnings_of(caplog)) == 1
+    monkeypatch.setattr(time, "monotonic", lambda: now + 122)
+    tracker.trial(record(5))
+    assert list(store.children) == [f"trial-{index:03d}" for index in range(6)]
+
+
+@pytest.fixture
+def dead_server() -> str:
+    """Return an address on this machine where nothing listens."""
+    with closing(socket.socket()) as listener:
+        listener.bind(("127.0.0.1", 0))
+        return f"http://somebody:secret@127.0.0.1:{listener.getsockname()[1]}"
+
+
+def test_a_server_that_is_down_stops_nothing(
+    dead_server: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    tracker = MlflowTracker(dead_server, "lrbo", uuid.uuid4().hex, "my-study")
+    begun = time.monotonic()
+    tracker.start({"seed": 0})
+    tracker.trial(record(0))
+    assert tracker.sync([record(0), record(1)]) == 0
+    tracker.summary({"best": 1.0}, [])
+    tracker.finish(completed=True)
+    assert time.monotonic() - begun < SOON
+    (warning,) = warnings_of(caplog)
+    assert "127.0.0.1" in warning
+    assert "lrbo report study=my-study sync=true" in warning
+    assert "secret" not in warning
+
+
+def test_a_file_that_is_no_store_stops_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "mlflow.db").write_text("not a database " * 100, encoding="utf-8")
+    for place in ("mlflow.db", "mlflow.db/below/a/file.db"):
+        caplog.clear()
+        tracker = MlflowTracker(f"sqlite:///{tmp_path / place}", "lrbo", "0", "my-study")
+        begun = time.monotonic()
+        tracker.start({})
+        assert time.monotonic() - begun < SOON
+        assert len(warnings_of(caplog)) == 1
+
+
+def test_a_defect_is_not_taken_for_a_lost_store(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def defective(self: MlflowClient, *args: Any, **kwargs: Any) -> None:
+        raise TypeError("a defect")
+
+    tracker = store.tracker()
+    tracker.start({})
+    monkeypatch.setattr(MlflowClient, "log_batch", defective)
+    with pytest.raises(TypeError, match="a defect"):
+        tracker.trial(record(0))
+
+
+@pytest.mark.usefixtures("impatient")
+def test_strict_mode_says_what_failed_and_what_to_do(store: Store, dead_server: str) -> None:
+    tracker = store.tracker(strict=True)
+    tracker.start({})
+    command = r"lrbo report study=my-study sync=true"
+    with store.locked():
+        with pytest.raises(TrackingError, match=rf"locked.*{command}"):
+            tracker.sync([record(0)])
+        with pytest.raises(TrackingError, match=command):
+            tracker.summary({"improvement": 0.5}, [])
+        with pytest.raises(TrackingError, match=command):
+            tracker.finish(completed=True)
+        with pytest.raises(TrackingError, match=command):
+            store.tracker(strict=True).start({})
+    assert tracker.sync([record(0)]) == 1
+    down = MlflowTracker(dead_server, "lrbo", store.study_id, "my-study", strict=True)
+    with pytest.raises(TrackingError, match=r"127\.0\.0\.1") as caught:
+        down.start({})
+    assert "secret" not in str(caught.value)
+    assert isinstance(caught.value, LrboError)
+
+
+def test_a_process_killed_while_the_tables_are_made_leaves_no_broken_store(tmp_path: Path) -> None:
+    """mlflow can never open a file again in which its migrations were cut off."""
+    database = tmp_path / "mlflow.db"
+    code = f"""
+import os, threading, time
+from pathlib import Path
+from lrbo.tracking import MlflowTracker
+
+def kill_when_some_tables_are_there():
+    beside = Path({str(tmp_path)!r}) / ".mlflow.db.new"
+    while not (beside.exists() and beside.stat().st_size > 20_000):
+        time.sleep(0.001)
+    os.kill(os.getpid(), 9)
+
+threading.Thread(target=kill_when_some_tables_are_there, daemon=True).start()
+MlflowTracker("sqlite:///{database}", "lrbo", "0", "my-study", strict=True).start({{}})
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert not database.exists()
+    assert (tmp_path / ".mlflow.db.new").exists()
+    tracker = MlflowTracker(f"sqlite:///{database}", "lrbo", "0", "my-study", strict=True)
+    tracker.start({})
+    assert tracker.sync([record(0)]) == 1
+    assert not (tmp_path / ".mlflow.db.new").exists()
