@@ -16,7 +16,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import ViewType
 
-TRIALS, INITIAL = 17, 11
+TRIALS, INITIAL = 24, 11
 SEED = 20
 # Seconds that a single run may take at most before the test gives up, on a busy machine.
 PATIENCE = 180.0
@@ -112,8 +112,8 @@ def moments(chooser: random.Random) -> Iterator[tuple[int, bytes, float]]:
         yield 0, b"", chooser.uniform(0.0, 2.0)
     for _ in range(11):  # among the trials of the initial design, some in the middle of a line
         yield chooser.randint(1, 7), b"", chooser.choice([0.0, chooser.uniform(0.0, 0.1)])
-    for _ in range(3):  # while the surrogate proposes, which takes seconds
-        yield 1, b'"origin": "model"', chooser.uniform(0.0, 2.0)
+    for _ in range(3):  # while the surrogate proposes, which takes some tenths of a second
+        yield 1, b'"origin": "model"', chooser.uniform(0.0, 0.5)
     for _ in range(2):  # after the last trial: test text, figures, the parent run
         yield 1, b'"event": "tested"', chooser.uniform(0.0, 0.5)
 
