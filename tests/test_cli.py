@@ -3,11 +3,13 @@
 import contextlib
 import io
 import json
+import logging
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,12 +56,23 @@ def lrbo_command(*arguments: str) -> Ran:
     """Run a command line in this process, in the current folder."""
     out, err = io.StringIO(), io.StringIO()
     status = 0
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), same_logging():
         try:
             cli.main(arguments)
         except SystemExit as exit_:
             status = exit_.code if isinstance(exit_.code, int) else 0
     return Ran(status, out.getvalue(), err.getvalue())
+
+
+@contextlib.contextmanager
+def same_logging() -> Iterator[None]:
+    """Take back what a command line sets for its whole process."""
+    handlers, level, show = logging.root.handlers[:], logging.root.level, warnings.showwarning
+    try:
+        yield
+    finally:
+        logging.root.handlers[:], warnings.showwarning = handlers, show
+        logging.root.setLevel(level)
 
 
 def in_folder(folder: Path, action: Callable[[], Ran]) -> Ran:
@@ -207,6 +220,18 @@ def test_report_rebuilds_a_lost_mlflow_store(
     again = lrbo_command("report", "study=tiny", "sync=true", "output=json")
     assert "0 trials were missing" in again.err
     assert again.json == first.json
+
+
+def test_a_warning_of_ours_reaches_the_user(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(project / "studies" / "tiny", tmp_path / "studies" / "tiny")
+    monkeypatch.chdir(tmp_path)
+    with Path("studies/tiny/journal.jsonl").open("ab") as journal:
+        journal.write(b'{"event": "sugg')
+    ran = lrbo_command("report", "study=tiny", "figures=false")
+    assert ran.status == 0, ran.err
+    assert "ends in half a line" in " ".join(ran.err.split())
 
 
 def test_a_study_that_is_not_there_is_named(project: Path) -> None:
