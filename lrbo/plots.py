@@ -139,9 +139,9 @@ def front(frame: pd.DataFrame, dense: float | None, *, about: str = "") -> Figur
     """Draw perplexity against size: all trials, the Pareto front, baseline and dense model.
 
     The trials of one budget differ in size only by the rounding of ranks, which must not look
-    like a trade-off. They are drawn as a strip along the perplexity axis, with the dense model
-    in a row of its own. Where the sizes do differ (frames of studies with different budgets,
-    concatenated), the axis of sizes reaches to the dense model.
+    like a trade-off. They are drawn as a strip along the perplexity axis, the best one marked,
+    with the dense model in a row of its own. Where the sizes do differ (frames of studies with
+    different budgets, concatenated), the axis of sizes reaches to the dense model.
 
     Args:
         frame: Trials that ended, from :func:`lrbo.report.frame`; at least one has a value.
@@ -159,7 +159,7 @@ def front(frame: pd.DataFrame, dense: float | None, *, about: str = "") -> Figur
     axes.xaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 5, 10]))
     axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.set_xlabel("parameters kept in the compressible layers (dense = 100%)", fontsize=TEXT_PT)
-    for some, look in _front_series(done):
+    for some, look in _front_series(done, "Pareto front"):
         axes.plot(some["keep_ratio"], some["perplexity"], **look)
     if dense is not None:
         axes.axhline(dense, color=GREEN, linewidth=1.0, alpha=0.5, zorder=1)
@@ -182,11 +182,12 @@ def _front_of_one_size(done: pd.DataFrame, dense: float | None, about: str) -> F
     axes.set_ylim(-0.7, len(rows) - 0.5)
     axes.grid(visible=False, axis="y")
     axes.grid(axis="x", color=GRID, linewidth=0.8)
-    for some, look in _front_series(done):
+    lowest = done.sort_values("perplexity", kind="stable").iloc[0]
+    alone = done.assign(on_front=done["trial"] == lowest["trial"])
+    for some, look in _front_series(alone, "best trial"):
         axes.plot(some["perplexity"], [0.0] * len(some), **look)
     for value in done.loc[done["origin"] == "uniform", "perplexity"]:
         label(axes, (value, 0.0), (0.0, 10.0), f"uniform {perplexity_text(value)}", VERMILLION)
-    lowest = done[done["on_front"]].sort_values("keep_ratio", kind="stable").iloc[-1]
     if lowest["origin"] != "uniform":
         text = f"{perplexity_text(lowest['perplexity'])} in trial {lowest['trial']}"
         label(axes, (lowest["perplexity"], 0.0), (0.0, -19.0), text, BLUE)
@@ -198,8 +199,8 @@ def _front_of_one_size(done: pd.DataFrame, dense: float | None, about: str) -> F
     return figure
 
 
-def _front_series(done: pd.DataFrame) -> list[tuple[pd.DataFrame, dict[str, Any]]]:
-    """Return what a front figure shows, with its look: other trials, front, baseline.
+def _front_series(done: pd.DataFrame, label: str) -> list[tuple[pd.DataFrame, dict[str, Any]]]:
+    """Return what a front figure shows, with its look: other trials, front (labelled), baseline.
 
     The baseline comes last and is the smaller mark: it stays visible where it is on the front.
     """
@@ -227,7 +228,7 @@ def _front_series(done: pd.DataFrame) -> list[tuple[pd.DataFrame, dict[str, Any]
                 "color": BLUE,
                 "linewidth": 1.8,
                 "marker": "o",
-                "label": "Pareto front",
+                "label": label,
                 "zorder": 4,
             },
         ),

@@ -1,0 +1,142 @@
+"""What calibration, a trial, an allocation and a suggestion cost, in units of a forward pass.
+
+Everything is measured in one process and in alternation, so that what else the machine does
+touches both sides of a ratio.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from lrbo import builders, checks, config
+from lrbo.calibration.collect import calibrate
+from lrbo.evaluation.perplexity import score
+from lrbo.progress import Reporter
+from lrbo.schema import SearchConfig
+from lrbo.search.client import Observation, SearchClient
+from lrbo.search.study import Study
+from lrbo.trial import TrialRequest
+from lrbo.worker import peak_memory_gib
+
+SMOKE = bool(os.environ.get("LRBO_SMOKE"))
+REPEATS = 1 if SMOKE else 3
+OBSERVATIONS = 5 if SMOKE else 20
+LIMITS = {"trial / dense scoring": 1.3, "calibration / forward": 2.0}
+
+
+def seconds(action: Callable[[], object]) -> float:
+    """Return how long an action takes."""
+    start = time.perf_counter()
+    action()
+    return time.perf_counter() - start
+
+
+def configured(studies: str) -> SearchConfig:
+    """Return the configuration: the quickstart's with fewer tokens, or the tiny one."""
+    overrides = ["experiment=tiny"] if SMOKE else [
+        "experiment=quickstart", "data.calibration.tokens=8192"
+    ]  # fmt: skip
+    found = config.composed("search", [*overrides, f"studies={studies}"])
+    assert isinstance(found, SearchConfig)
+    return found
+
+
+def main() -> None:
+    """Measure, print the table, and fail if a promise is broken."""
+    with tempfile.TemporaryDirectory() as studies:
+        chosen = configured(studies)
+        study = Study(Path(studies) / "bench")
+        with study.locked():
+            plan = builders.plan_search(chosen, study, checks.check(chosen))
+            worker = builders.build_worker(plan, study, Reporter())
+            measure(plan, worker, chosen)
+
+
+def measure(plan: builders.Plan, worker: builders.Worker, chosen: SearchConfig) -> None:
+    """Print one row per quantity."""
+    sizes = {
+        "batch_windows": chosen.evaluation.batch_windows,
+        "chunk_tokens": chosen.evaluation.chunk_tokens,
+    }
+    model, space = worker.model, plan.space
+    calibration, validation = plan.windows["calibration"].ids, worker.windows
+
+    def forward_only() -> None:
+        with torch.inference_mode():
+            for batch in torch.split(calibration, chosen.calibration.batch_windows):
+                model(batch.to(model.device), use_cache=False, logits_to_keep=1)
+
+    def gather() -> None:
+        calibrate(
+            model,
+            plan.layers,
+            calibration,
+            plan.method.needs,
+            groups=chosen.calibration.groups,
+            batch_windows=chosen.calibration.batch_windows,
+        )
+
+    def dense() -> None:
+        score(model, validation, **sizes)
+
+    point = space.start_point() or space.sobol_point(0, 0)
+    request = TrialRequest(0, "start", point, space.allocate(point), 0)
+    names = ("forward", "calibration", "dense scoring", "trial")
+    taken: dict[str, list[float]] = {name: [] for name in names}
+    dense()  # warm
+    for _ in range(REPEATS):
+        taken["forward"].append(seconds(forward_only))
+        taken["calibration"].append(seconds(gather))
+        taken["dense scoring"].append(seconds(dense))
+        taken["trial"].append(seconds(lambda: worker(request)))
+
+    client = SearchClient(space, seed=0)
+    points = [space.sobol_point(index, 0) for index in range(OBSERVATIONS)]
+    known = [Observation(p, sum((1 - x) ** 2 for x in p.values())) for p in points]
+    median = {name: statistics.median(values) for name, values in taken.items()}
+    # Of the repeats, so that what slows one repeat down slows both sides of its ratio down.
+    ratios = {
+        "trial / dense scoring": _ratio(taken["trial"], taken["dense scoring"]),
+        "calibration / forward": _ratio(taken["calibration"], taken["forward"]),
+    }
+    allocation_s = seconds(lambda: [space.allocate(p) for p in points]) / len(points)
+    suggestion_s = seconds(lambda: client.ask(len(known), known))
+    tokens = {"forward": calibration.numel(), "calibration": calibration.numel()}
+
+    print(
+        f"{chosen.model.name}, {model.dtype} on {model.device}, {torch.get_num_threads()} threads"
+    )
+    print("| quantity | seconds | tokens |")
+    print("|---|---:|---:|")
+    for name, value in median.items():
+        print(f"| {name} | {value:.2f} | {tokens.get(name, validation.numel()):,} |")
+    print(f"| allocation | {allocation_s:.4f} | |")
+    print(f"| suggestion after {len(known)} trials | {suggestion_s:.2f} | |")
+    print()
+    print("| ratio | measured | promised |")
+    print("|---|---:|---:|")
+    for name, value in ratios.items():
+        print(f"| {name} | {value:.2f} | {LIMITS[name]:.1f} |")
+    print(f"\npeak memory of the process: {peak_memory_gib(torch.device('cpu')):.2f} GiB")
+    broken = [name for name, value in ratios.items() if value > LIMITS[name]]
+    if broken and not SMOKE:  # milliseconds of a tiny model say nothing
+        raise SystemExit(f"promise broken: {', '.join(broken)}")
+
+
+def _ratio(above: list[float], below: list[float]) -> float:
+    """Return the median of the ratios of the repeats."""
+    found = statistics.median(a / b for a, b in zip(above, below, strict=True))
+    assert math.isfinite(found)
+    return found
+
+
+if __name__ == "__main__":
+    main()
