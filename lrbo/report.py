@@ -163,8 +163,8 @@ def _print_failures(study: Study, report: _Report) -> None:
     reasons: dict[tuple[str, str], list[int]] = {}
     for record in study.state.ended:
         if record.result is not None and not record.is_completed:
-            first_line = (record.result.error or "no reason given").strip().splitlines()[0]
-            key = (record.result.outcome, first_line)
+            reason = (record.result.error or "").strip() or "no reason given"
+            key = (record.result.outcome, reason.splitlines()[0])
             reasons.setdefault(key, []).append(record.request.trial_index)
     if not reasons:
         return

@@ -1,0 +1,344 @@
+"""The report fits a terminal of 80 columns, shows the right numbers and leaves nothing unsaid."""
+
+import io
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from lrbo.accounting import ModelAccount, account
+from lrbo.allocation import Allocation, Budget
+from lrbo.config import composed, to_yaml
+from lrbo.factorization.registry import method_named
+from lrbo.model import ModelMap, map_model
+from lrbo.report import print_report
+from lrbo.schema import SearchConfig
+from lrbo.search.space import build_space
+from lrbo.search.study import Study
+from lrbo.trial import TrialRecord, TrialRequest
+from lrbo.worker import allocation_parameters
+from tests.tiny import build_on_meta
+
+# Exact in binary, so that their sums are exact too.
+SECONDS = {"suggestion": 0.5, "allocation": 0.25, "scoring": 2.0, "logging": 0.125}
+TOKENS = 960
+BYTES = 4
+
+
+class Journal:
+    """A study of a tiny model that exists on the meta device only; its trials are made by hand."""
+
+    def __init__(self, folder: Path, *overrides: str, case: str = "llama_untied") -> None:
+        config = composed("search", ["experiment=tiny", *overrides])
+        assert isinstance(config, SearchConfig)
+        self.layers: ModelMap = map_model(build_on_meta(case))
+        self.method = method_named(config.method.name)
+        compressible, space = self.layers.compressible, config.space
+        self.budget = Budget.from_keep_ratio(compressible, config.budget.keep_ratio)
+        self.space = build_space(
+            compressible,
+            self.budget,
+            groups=space.groups,
+            dense=space.dense,
+            granularity=space.granularity,  # type: ignore[arg-type]
+            depth_groups=space.depth_groups,
+            bounds=(space.bounds[0], space.bounds[1]),
+            start=space.start,
+            cost=self.method.parameters,
+            rank_multiple=space.rank_multiple,
+        )
+        about = {
+            "study_id": "an id",
+            "dtype": "float32",
+            "device": "cpu",
+            "budget_parameters": self.budget.parameters,
+            "storage": "factored",
+            "adds_bias": config.method.name == "bolaco",
+            "layers": [asdict(spec) for spec in self.layers.layers],
+        }
+        self.study = Study(folder)
+        self.study.begin(about, to_yaml(config))
+
+    def counted(self, allocation: Allocation) -> ModelAccount:
+        """Count an allocation as a worker does."""
+        return account(
+            self.layers,
+            allocation.ranks,
+            allocation_parameters(self.layers, allocation, self.method.parameters),
+            bytes_per_parameter=BYTES,
+        )
+
+    def suggest(self, index: int, origin: str, allocation: Allocation | None = None) -> None:
+        """Write that a trial was suggested: the baseline or a point of the space."""
+        if allocation is None and origin == "uniform":
+            allocation = self.space.uniform()
+        elif allocation is None:
+            allocation = self.space.allocate(self.space.sobol_point(index, 0))
+        variables = self.space.realised(allocation) or {}
+        request = TrialRequest(index, origin, variables, allocation, index)  # type: ignore[arg-type]
+        self.study.record_suggestion(
+            request, {name: SECONDS[name] for name in ("suggestion", "allocation")}
+        )
+
+    def complete(
+        self,
+        index: int,
+        nll: float,
+        origin: str = "sobol",
+        allocation: Allocation | None = None,
+        **metrics: float,
+    ) -> TrialRecord:
+        """Write all of a trial with a value."""
+        self.suggest(index, origin, allocation)
+        counted = self.counted(self.study.state.trials[index].request.allocation)
+        whole = {
+            "nll": nll,
+            "perplexity": math.exp(nll),
+            "kl_dense_to_compressed": nll / 8,
+            "tokens": TOKENS,
+            "peak_memory_gib": 0.5,
+            "keep_ratio": counted.keep_ratio,
+            "parameters": counted.compressible,
+            "model_parameters": counted.model,
+            "model_bytes": counted.bytes,
+            "macs_per_token": counted.macs_per_token,
+            "objective": nll,
+        }
+        return self._end(index, "completed", None, whole | metrics)
+
+    def fail(self, index: int, error: str | None, outcome: str = "abandoned") -> TrialRecord:
+        """Write all of a trial without a value."""
+        self.suggest(index, "sobol")
+        return self._end(index, outcome, error, {})
+
+    def _end(
+        self, index: int, outcome: str, error: str | None, metrics: Mapping[str, float]
+    ) -> TrialRecord:
+        self.study.record("started", trial=index)
+        self.study.record(
+            "ended",
+            trial=index,
+            outcome=outcome,
+            metrics=metrics,
+            error=error,
+            seconds={"scoring": SECONDS["scoring"]},
+        )
+        self.study.record("logged", trial=index, seconds=SECONDS["logging"])
+        return self.study.state.trials[index]
+
+    def score_dense(self, nll: float) -> None:
+        """Write what the dense model scored."""
+        metrics = {"nll": nll, "perplexity": math.exp(nll), "tokens": TOKENS}
+        self.study.record("dense", metrics=metrics)
+
+    def tested(self, label: str, trial: int | None, nll: float) -> None:
+        """Write a score on the test text."""
+        metrics = {"nll": nll, "perplexity": math.exp(nll), "tokens": TOKENS}
+        self.study.record("tested", label=label, trial=trial, text="words[test]", metrics=metrics)
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> Journal:
+    return Journal(tmp_path / "mine")
+
+
+def printed(study: Study, width: int = 80) -> str:
+    out = io.StringIO()
+    print_report(study, Console(width=width, file=out, highlight=False))
+    return out.getvalue()
+
+
+def part(text: str, title: str) -> list[list[str]]:
+    """Return the cells of the part below a title."""
+    lines = text.splitlines()
+    (start,) = [number for number, line in enumerate(lines) if line.startswith(title)]
+    body = lines[start + 1 :]
+    end = next((number for number, line in enumerate(body) if not line.strip()), len(body))
+    return [re.split(r"\s{1,}", line.strip()) for line in body[:end] if "──" not in line]
+
+
+def row(text: str, title: str, first: str) -> list[str]:
+    """Return the one row of a part that begins with a cell."""
+    (found,) = [cells for cells in part(text, title) if cells[0] == first]
+    return found
+
+
+def with_everything(journal: Journal) -> Study:
+    journal.score_dense(2.0)
+    journal.complete(0, 3.0, "uniform")
+    journal.complete(1, 2.75, "start")
+    journal.fail(2, "NonFiniteError: loss is nan")
+    journal.complete(3, 2.25, kl_dense_to_compressed=0.375)
+    journal.complete(4, 2.5, "model")
+    journal.suggest(5, "model")
+    journal.tested("dense", None, 2.125)
+    journal.tested("best", 3, 2.375)
+    return journal.study
+
+
+def test_results_show_dense_baseline_start_and_best_with_their_numbers(journal: Journal) -> None:
+    text = printed(with_everything(journal))
+    title = "Results"
+    # Sizes of the whole model: counted from the layers by hand, head and embeddings included.
+    counted = {
+        index: journal.counted(record.request.allocation)
+        for index, record in journal.study.state.trials.items()
+    }
+    best, uniform, start = counted[3], counted[0], counted[1]
+    sizes = {
+        "dense": (best.model_dense, best.bytes_dense, best.macs_per_token_dense),
+        "uniform": (uniform.model, uniform.bytes, uniform.macs_per_token),
+        "start": (start.model, start.bytes, start.macs_per_token),
+        "best": (best.model, best.bytes, best.macs_per_token),
+    }
+    measured = {
+        "dense": ["2.0000", "7.39", "0.0000", "100.0%"],
+        "uniform": ["0", "3.0000", "20.09", "0.3750", f"{100 * uniform.keep_ratio:.1f}%"],
+        "start": ["1", "2.7500", "15.64", "0.3438", f"{100 * start.keep_ratio:.1f}%"],
+        "best": ["3", "2.2500", "9.49", "0.3750", f"{100 * best.keep_ratio:.1f}%"],
+    }
+    tested = {"dense": "8.37", "uniform": "-", "start": "-", "best": "10.75"}
+    for name, (parameters, size, macs) in sizes.items():
+        cells = row(text, title, name)
+        head, (shown_parameters, shown_size, unit, shown_macs, test) = cells[1:-5], cells[-5:]
+        assert head == measured[name]
+        assert shown_parameters.endswith("k")
+        assert float(shown_parameters[:-1]) == round(parameters / 1000, 3)
+        assert (float(shown_size), unit) == (round(size / 1024, 1), "KiB")
+        assert float(shown_macs[:-1]) == round(macs / 1000, 3)
+        assert test == tested[name]
+    assert "test: words[test]" in text  # brackets are text, not markup
+
+
+def test_the_header_counts_the_trials_by_their_ends(journal: Journal) -> None:
+    text = printed(with_everything(journal))
+    head = text.split("Results")[0]
+    assert "4 completed, 1 without a value, 1 not ended, 3.84k tokens scored" in head
+    for name in ("mine", "tiny (float32 on cpu)", "bolaco, space per_kind", "0.8 of the"):
+        assert name in head
+    assert f"{journal.budget.parameters:,} parameters" in head
+
+
+def test_time_is_shared_out_over_the_stages(journal: Journal) -> None:
+    text = printed(with_everything(journal))
+    # Six trials were suggested, five of them scored and logged.
+    assert row(text, "Time", "suggestion") == ["suggestion", "3.0", "0.50", "20%"]
+    assert row(text, "Time", "allocation") == ["allocation", "1.5", "0.25", "10%"]
+    assert row(text, "Time", "scoring") == ["scoring", "10.0", "2.00", "66%"]
+    assert row(text, "Time", "logging") == ["logging", "0.6", "0.12", "4%"]
+
+
+def test_failures_are_told_by_reason_with_their_trials(journal: Journal) -> None:
+    journal.complete(0, 2.0)
+    for index, reason in enumerate(["loss is nan", "no memory", "loss is nan"], start=1):
+        journal.fail(index, reason + "\nand a traceback nobody wants here")
+    journal.fail(4, "loss is nan", outcome="failed")
+    journal.fail(5, None)
+    journal.fail(6, " \n ")
+    found = part(printed(journal.study), "Trials without a value")
+    assert [" ".join(cells) for cells in found] == [
+        "1, 3 abandoned loss is nan",
+        "2 abandoned no memory",
+        "4 failed loss is nan",
+        "5, 6 abandoned no reason given",
+    ]
+
+
+def test_a_long_reason_wraps_and_loses_nothing(journal: Journal) -> None:
+    reason = "StatisticsError: " + " ".join(f"layer[{number}] is [bad]" for number in range(30))
+    unbroken = "x" * 200
+    journal.fail(0, reason)
+    journal.fail(1, unbroken)
+    text = printed(journal.study)
+    assert max(map(len, text.splitlines())) <= 80
+    cells = [cell for line in part(text, "Trials without a value") for cell in line]
+    assert " ".join(cells).startswith(f"0 abandoned {reason} 1 abandoned x")
+    assert "".join(cells).endswith(unbroken)
+
+
+def test_many_trials_with_one_reason_wrap_too(journal: Journal) -> None:
+    for index in range(40):
+        journal.fail(index, "loss is nan")
+    text = printed(journal.study)
+    assert max(map(len, text.splitlines())) <= 80
+    numbers = re.findall(r"\d+(?=,|$|\s)", text.split("Trials without a value")[1].split("Time")[0])
+    assert [int(number) for number in numbers] == list(range(40))
+
+
+def test_a_study_that_only_began_says_so(journal: Journal) -> None:
+    text = printed(journal.study)
+    assert "0 completed" in text
+    assert "No trial has a value yet." in text
+    for title in ("Results", "Front", "Mean keep ratios", "Trials without a value", "Time"):
+        assert title not in text
+
+
+def test_a_study_with_failures_only_shows_why(journal: Journal) -> None:
+    journal.score_dense(2.0)
+    journal.fail(0, "loss is nan")
+    text = printed(journal.study)
+    # Sizes come from trials, so those of the dense model are not known yet.
+    assert row(text, "Results", "dense") == [
+        "dense", "2.0000", "7.39", "0.0000", "100.0%", "-", "-", "-", "-",
+    ]  # fmt: skip
+    assert [cells[0] for cells in part(text, "Results")][:2] == ["trial", "dense"]
+    assert "0 completed, 1 without a value" in text
+    assert part(text, "Trials without a value") == [["0", "abandoned", "loss", "is", "nan"]]
+    assert "Front" not in text
+    assert row(text, "Time", "scoring") == ["scoring", "2.0", "2.00", "70%"]
+
+
+@pytest.mark.parametrize(("points", "left"), [(10, 0), (11, 1), (14, 4)])
+def test_a_long_front_says_how_many_were_left_out(journal: Journal, points: int, left: int) -> None:
+    for index in range(points):  # each one larger and better than the one before
+        journal.complete(index, 3.0 - index / 8, parameters=1000 + index, keep_ratio=0.5)
+    found = part(printed(journal.study), "Front")
+    shown = [cells for cells in found[1:] if cells[0].isdecimal()]
+    assert [int(cells[0]) for cells in shown] == list(range(min(points, 10)))
+    assert shown[1] == ["1", f"{math.exp(2.875):.2f}", "2.8750", "50.000%", "1,001"]
+    assert found[11:] == ([["and", str(left), "larger"]] if left else [])
+
+
+def test_the_allocation_shows_groups_by_depth(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "mine", "space=per_kind_and_depth")
+    record = journal.complete(7, 2.0)
+    text = printed(journal.study)
+    title = "Mean keep ratios of the best trial, 7"
+    assert part(text, title)[0] == ["group", "depth", "0", "depth", "1"]
+    for group in ("qk", "o", "gate", "up", "down"):
+        values = [record.request.variables[f"{group}.{depth}"] for depth in (0, 1)]
+        assert row(text, title, group) == [group, *(f"{100 * value:.1f}%" for value in values)]
+    assert any(line.strip().startswith("dense in every block: v_proj") for line in text.split("\n"))
+
+
+@pytest.mark.parametrize("width", [80, 200, 50])
+def test_no_line_is_wider_than_80_columns_or_the_terminal(journal: Journal, width: int) -> None:
+    text = printed(with_everything(journal), width)
+    assert max(map(len, text.splitlines())) <= min(width, 80)
+
+
+def test_the_numbers_of_a_large_and_bad_model_fit(journal: Journal) -> None:
+    journal.score_dense(17.5)
+    large = {
+        "model_parameters": 69_123_456_789,
+        "model_bytes": 138_246_913_578,
+        "macs_per_token": 68_123_456_789,
+    }
+    for index in range(101):
+        journal.complete(index, 25.0, kl_dense_to_compressed=23.4567, **large)
+    journal.complete(101, 24.5, kl_dense_to_compressed=23.4567, **large)
+    journal.tested("best", 101, 25.5)
+    text = printed(journal.study)
+    assert row(text, "Results", "best")[:5] == ["best", "101", "24.5000", "4.4e+10", "23.4567"]
+    assert row(text, "Results", "best")[-5:] == ["69.12B", "129", "GiB", "68.12B", "1.2e+11"]
+    assert "…" not in text
+
+
+def test_a_name_in_brackets_is_no_markup(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "[red]mine[")
+    journal.complete(0, 2.0)
+    assert "[red]mine[" in printed(journal.study)

@@ -1,0 +1,390 @@
+"""What is reported is what the journal says: counted again by other means, nothing made up."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from matplotlib.figure import Figure
+
+from lrbo import results
+from lrbo.allocation import Allocation, Budget
+from lrbo.trial import TrialRecord, TrialRequest
+from lrbo.worker import allocation_parameters
+from tests.test_report import SECONDS, TOKENS, Journal
+
+# Ratios are divided once here and once there, in another order of the same sums.
+RATIO = {"rel": 1e-12}
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> Journal:
+    return Journal(tmp_path / "mine")
+
+
+@pytest.fixture
+def full(journal: Journal) -> Journal:
+    """Six trials: one without a value, one that still runs, the best neither first nor last."""
+    journal.score_dense(2.0)
+    journal.complete(0, 3.0, "uniform")
+    journal.complete(1, 2.75, "start")
+    journal.fail(2, "NonFiniteError: loss is nan")
+    journal.complete(3, 2.25)
+    journal.complete(4, 2.5, "model")
+    journal.suggest(5, "model")
+    journal.tested("dense", None, 2.125)
+    journal.tested("best", 3, 2.375)
+    return journal
+
+
+# --- summary -----------------------------------------------------------------------------------
+
+
+def test_a_study_that_only_began_has_every_key_and_no_value(journal: Journal) -> None:
+    assert results.summary(journal.study) == {
+        "study": "mine",
+        "trials_completed": 0,
+        "trials_failed": 0,
+        "tokens_scored": 0,
+        "dense": None,
+        "uniform": None,
+        "best": None,
+        "front": [],
+        "seconds": dict.fromkeys(SECONDS, 0.0),
+        "test": {},
+    }
+
+
+def test_summary_says_what_was_written(full: Journal) -> None:
+    records = full.study.state.trials
+    kept = {index: records[index].request.allocation.parameters for index in records}
+    total = sum(spec.parameters for spec in full.layers.compressible)
+    # By definition: nobody else is at most as large and better, or smaller and as good.
+    losses = {0: 3.0, 1: 2.75, 3: 2.25, 4: 2.5}
+    front = [
+        index
+        for index, loss in losses.items()
+        if not any(
+            kept[other] <= kept[index] and losses[other] < loss
+            for other in losses
+            if other != index
+        )
+    ]
+    assert results.summary(full.study) == {
+        "study": "mine",
+        "trials_completed": 4,
+        "trials_failed": 1,
+        "tokens_scored": 4 * TOKENS,
+        "dense": {"nll": 2.0, "perplexity": math.exp(2.0)},
+        "uniform": {"nll": 3.0, "perplexity": math.exp(3.0), "keep_ratio": kept[0] / total},
+        "best": {
+            "trial": 3,
+            "nll": 2.25,
+            "perplexity": math.exp(2.25),
+            "keep_ratio": kept[3] / total,
+            "parameters": kept[3],
+        },
+        "front": [
+            {"trial": index, "nll": losses[index], "keep_ratio": kept[index] / total}
+            for index in sorted(front, key=lambda index: kept[index])
+        ],
+        # The trial that runs was suggested and allocated, so its seconds count too.
+        "seconds": {"suggestion": 3.0, "allocation": 1.5, "scoring": 10.0, "logging": 0.625},
+        "test": {
+            "dense": {
+                "trial": None,
+                "text": "words[test]",
+                "nll": 2.125,
+                "perplexity": math.exp(2.125),
+            },
+            "best": {
+                "trial": 3,
+                "text": "words[test]",
+                "nll": 2.375,
+                "perplexity": math.exp(2.375),
+            },
+        },
+    }
+
+
+def test_summary_comes_back_from_json_unchanged(full: Journal) -> None:
+    found = results.summary(full.study)
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+
+
+def test_the_best_trial_has_the_lowest_objective_not_the_lowest_loss(journal: Journal) -> None:
+    journal.complete(0, 2.0, objective=3.0)
+    journal.complete(1, 2.5, objective=2.75)
+    assert results.summary(journal.study)["best"]["trial"] == 1
+    table = results.frame(journal.study)
+    assert list(table["is_best"]) == [False, True]
+    assert list(table["best_perplexity"]) == [math.exp(2.0), math.exp(2.5)]
+
+
+def test_a_baseline_without_a_value_is_none(journal: Journal) -> None:
+    journal.suggest(0, "uniform")
+    journal.study.record(
+        "ended", trial=0, outcome="failed", metrics={}, error="gone", seconds={"scoring": 1.0}
+    )
+    found = results.summary(journal.study)
+    assert found["uniform"] is None
+    assert found["best"] is None
+    assert (found["trials_completed"], found["trials_failed"]) == (0, 1)
+
+
+def test_a_metric_that_was_never_measured_is_none(journal: Journal) -> None:
+    journal.study.record("dense", metrics={"nll": 2.0})
+    assert results.summary(journal.study)["dense"] == {"nll": 2.0, "perplexity": None}
+
+
+# --- frame -------------------------------------------------------------------------------------
+
+
+def test_frame_has_a_row_per_ended_trial_in_the_order_of_numbers(journal: Journal) -> None:
+    for index in (2, 0, 1):
+        journal.complete(index, 3.0 - index / 4)
+    journal.suggest(3, "model")
+    table = results.frame(journal.study)
+    assert list(table["trial"]) == [0, 1, 2]
+    assert list(table["nll"]) == [3.0, 2.75, 2.5]
+
+
+def test_frame_has_the_same_columns_and_types_with_and_without_trials(
+    journal: Journal, tmp_path: Path
+) -> None:
+    empty = results.frame(journal.study)
+    assert len(empty) == 0
+    assert tuple(empty.columns) == results.COLUMNS
+    journal.fail(0, "why")
+    only_failed = results.frame(journal.study)
+    journal.complete(1, 2.0)
+    some = results.frame(journal.study)
+    numbers = set(results.COLUMNS) - {
+        "trial", "origin", "outcome", "error", "is_best", "on_front"
+    }  # fmt: skip
+    for table in (empty, only_failed, some):
+        assert tuple(table.columns) == results.COLUMNS
+        assert table["trial"].dtype == "int64"
+        assert {str(table[name].dtype) for name in numbers} == {"float64"}
+        assert {str(table[name].dtype) for name in ("is_best", "on_front")} == {"bool"}
+
+
+def test_frame_marks_the_best_so_far_and_misses_what_failed_trials_lack(full: Journal) -> None:
+    table = results.frame(full.study).set_index("trial")
+    assert list(table.index) == [0, 1, 2, 3, 4]
+    assert list(table["best_perplexity"]) == [math.exp(n) for n in (3.0, 2.75, 2.75, 2.25, 2.25)]
+    assert list(table["is_best"]) == [False, False, False, True, False]
+    on_front = {point["trial"] for point in results.summary(full.study)["front"]}
+    assert set(table.index[table["on_front"]]) == on_front
+    assert table.loc[2, list(results.METRICS)].isna().all()
+    assert table.loc[2, "outcome"] == "abandoned"
+    assert table.loc[2, "error"] == "NonFiniteError: loss is nan"
+    for index in (0, 1, 3, 4):
+        metrics = full.study.state.trials[index].metrics
+        assert {c: table.loc[index, c] for c in results.METRICS} == {
+            c: metrics[name] for c, name in results.METRICS.items()
+        }
+        assert pd.isna(table.loc[index, "error"])
+    assert list(table["seconds"]) == [sum(SECONDS.values())] * 5
+    assert table.loc[0, "origin"] == "uniform"
+    assert {stage: table.loc[0, f"{stage}_s"] for stage in SECONDS} == SECONDS
+
+
+def test_before_the_first_value_there_is_no_best_so_far(journal: Journal) -> None:
+    journal.fail(0, "why")
+    journal.complete(1, 2.0)
+    assert list(results.frame(journal.study)["best_perplexity"].isna()) == [True, False]
+
+
+# --- sizes -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", ["llama_untied", "llama_tied", "llama_biased"])
+@pytest.mark.parametrize("method", ["bolaco", "svd"])
+def test_sizes_agree_with_the_accountant(case: str, method: str, tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "mine", f"method={method}", case=case)
+    record = journal.complete(0, 2.0)
+    allocation = record.request.allocation
+    counted = journal.counted(allocation)
+    stored = allocation_parameters(journal.layers, allocation, journal.method.parameters)
+    table = results.ranks_frame(journal.study, record).set_index("name")
+    assert table["stored"].to_dict() == stored
+    assert table["stored"].sum() == allocation.parameters == counted.compressible
+    assert table["dense"].sum() == counted.compressible_dense
+    assert results.dense_size(journal.study) == {
+        "model_parameters": counted.model_dense,
+        "model_bytes": pytest.approx(counted.bytes_dense, rel=1e-12),
+        "macs_per_token": counted.macs_per_token_dense,
+    }
+
+
+def test_ranks_frame_has_a_row_per_layer_with_no_rank_where_dense(journal: Journal) -> None:
+    record = journal.complete(0, 2.0)
+    table = results.ranks_frame(journal.study, record)
+    assert list(table.columns) == ["name", "kind", "block", "rank", "stored", "dense", "kept"]
+    assert list(table["name"]) == [spec.name for spec in journal.layers.compressible]
+    assert list(table["kind"]) == [spec.kind for spec in journal.layers.compressible]
+    assert list(table["block"]) == [spec.block for spec in journal.layers.compressible]
+    ranks = record.request.allocation.ranks
+    for row in table.itertuples():
+        assert (None if pd.isna(row.rank) else row.rank) == ranks[row.name]
+        assert row.kept == row.stored / row.dense
+        assert row.kept == 1.0 if ranks[row.name] is None else row.kept < 1.0
+    assert None in ranks.values()
+    assert any(rank is not None for rank in ranks.values())
+
+
+def test_without_a_trial_the_dense_size_is_not_known(journal: Journal) -> None:
+    journal.fail(0, "why")
+    assert results.dense_size(journal.study) == {}
+
+
+def test_dense_kinds_are_dense_in_every_block(journal: Journal) -> None:
+    record = journal.complete(0, 2.0)
+    ranks = dict.fromkeys(record.request.allocation.ranks, 3) | {
+        "model.layers.0.self_attn.v_proj": None,
+        "model.layers.1.self_attn.v_proj": None,
+        "model.layers.1.mlp.up_proj": None,
+    }
+    other = journal.complete(1, 2.0, allocation=Allocation(ranks, 1, Budget(1)))
+    assert results.dense_kinds(journal.study, other) == ["v_proj"]
+
+
+# --- ratios ------------------------------------------------------------------------------------
+
+
+def kept(journal: Journal, record: TrialRecord, names: list[str]) -> float:
+    """Return the share of their dense parameters that layers keep."""
+    stored = allocation_parameters(
+        journal.layers, record.request.allocation, journal.method.parameters
+    )
+    dense = sum(journal.layers.by_name[name].parameters for name in names)
+    return sum(stored[name] for name in names) / dense
+
+
+def names_of(journal: Journal, *kinds: str, block: int | None = None) -> list[str]:
+    return [
+        spec.name
+        for spec in journal.layers.compressible
+        if spec.kind in kinds and block in (None, spec.block)
+    ]
+
+
+GROUPS = {
+    "qk": ("q_proj", "k_proj"),
+    "o": ("o_proj",),
+    "gate": ("gate_proj",),
+    "up": ("up_proj",),
+    "down": ("down_proj",),
+}
+
+
+def test_ratios_per_kind_have_one_value_per_group(journal: Journal) -> None:
+    record = journal.complete(0, 2.0)
+    assert results.group_ratios(journal.study, record) == {
+        group: [pytest.approx(kept(journal, record, names_of(journal, *kinds)), **RATIO)]
+        for group, kinds in GROUPS.items()
+    }
+
+
+def test_ratios_per_depth_stand_beside_each_other(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "mine", "space=per_kind_and_depth")
+    record = journal.complete(0, 2.0)
+    assert results.group_ratios(journal.study, record) == {
+        group: [
+            pytest.approx(kept(journal, record, names_of(journal, *kinds, block=block)), **RATIO)
+            for block in (0, 1)
+        ]
+        for group, kinds in GROUPS.items()
+    }
+
+
+def by_kind(journal: Journal, record: TrialRecord) -> dict[str, list[Any]]:
+    kinds = dict.fromkeys(spec.kind for spec in journal.layers.compressible)
+    return {
+        kind: [pytest.approx(kept(journal, record, names_of(journal, kind)), **RATIO)]
+        for kind in kinds
+    }
+
+
+def test_ratios_per_layer_are_summed_up_by_kind(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "mine", "space=per_layer")
+    record = journal.complete(0, 2.0)
+    assert len(record.request.variables) == 2 * 6
+    assert results.group_ratios(journal.study, record) == by_kind(journal, record)
+
+
+def test_ratios_of_the_uniform_baseline_are_summed_up_by_kind(journal: Journal) -> None:
+    record = journal.complete(0, 3.0, "uniform")
+    assert not record.request.variables  # it compresses v_proj, which no point can
+    found = results.group_ratios(journal.study, record)
+    assert found == by_kind(journal, record)
+    assert found["v_proj"][0] < 1.0
+
+
+@pytest.mark.parametrize(("depths", "fits"), [(6, True), (7, False)])
+def test_more_depths_than_fit_are_summed_up_by_kind(
+    journal: Journal, depths: int, fits: bool
+) -> None:
+    record = journal.complete(0, 2.0)
+    values = {f"qk.{depth}": 0.25 + depth / 64 for depth in range(depths)} | {"down.1": 0.5}
+    request = TrialRequest(0, "sobol", values, record.request.allocation, 0)
+    found = results.group_ratios(journal.study, TrialRecord(request, record.result))
+    if fits:
+        assert found == {
+            "qk": [0.25 + depth / 64 for depth in range(depths)],
+            "down": [None, 0.5, *[None] * (depths - 2)],
+        }
+    else:
+        assert found == by_kind(journal, record)
+
+
+# --- figures and header ------------------------------------------------------------------------
+
+
+def test_without_a_value_nothing_is_drawn(journal: Journal) -> None:
+    journal.score_dense(2.0)
+    journal.fail(0, "why")
+    assert results.draw_figures(journal.study) == []
+    assert not (journal.study.folder / "figures").exists()
+
+
+def test_one_value_is_enough_to_draw_without_baseline_and_dense(journal: Journal) -> None:
+    journal.complete(0, 2.0)
+    paths = results.draw_figures(journal.study)
+    assert [path.name for path in paths] == ["convergence.png", "front.png", "ranks.png"]
+    for path in paths:
+        assert path.parent == journal.study.folder / "figures"
+        assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_figures_replace_the_older_ones_whole_or_not_at_all(
+    full: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = results.draw_figures(full.study)
+    before = [path.read_bytes() for path in paths]
+
+    def dying(self: Figure, target: Path, **_: object) -> None:
+        target.write_bytes(b"half a picture")
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Figure, "savefig", dying)
+        with pytest.raises(OSError, match="No space left"):
+            results.draw_figures(full.study)
+    assert [path.read_bytes() for path in paths] == before
+    assert sorted(p.name for p in paths[0].parent.iterdir()) == sorted(p.name for p in paths)
+    full.complete(6, 2.0)
+    assert results.draw_figures(full.study) == paths
+    assert all(path.read_bytes() != old for path, old in zip(paths, before, strict=True))
+
+
+def test_the_header_names_model_method_space_and_budget(journal: Journal) -> None:
+    assert results.described(journal.study) == {
+        "Study": "mine",
+        "Model": "tiny (float32 on cpu)",
+        "Method": "bolaco, space per_kind",
+        "Budget": f"{journal.budget.parameters:,} parameters, 0.8 of the compressible ones",
+    }
