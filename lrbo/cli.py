@@ -79,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(command: str, arguments: Sequence[str]) -> None:
     """Run one command as a Hydra application."""
-    arguments = [_quoted(argument) for argument in arguments]
+    arguments = [quoted(argument) for argument in arguments]
     overrides = [argument for argument in arguments if not argument.startswith("-")]
     if not {"--multirun", "-m"} & set(arguments):
         problems = config.find_problems(command, overrides)
@@ -90,7 +90,7 @@ def run(command: str, arguments: Sequence[str]) -> None:
     _application(command)()
 
 
-def _quoted(argument: str) -> str:
+def quoted(argument: str) -> str:
     """Quote a value like that of ``point=keep=0.75``, which Hydra's grammar has no place for."""
     return re.sub(r"^([\w.]+)=(\w+=[\w.]+)$", r"\1='\2'", argument)
 

@@ -1,0 +1,56 @@
+"""What the quickstart finds, as the table and the picture of the README.
+
+Runs the search (or continues it), writes the best model and scores it again from its folder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+SMOKE = bool(os.environ.get("LRBO_SMOKE"))
+STUDY, EXPERIMENT = ("tiny", "tiny") if SMOKE else ("quickstart", "quickstart")
+MODEL = ["model=tiny"] if SMOKE else []
+DATA = ["data=generated"] if SMOKE else ["data.test.tokens=8192"]
+
+
+def lrbo(*arguments: str) -> dict[str, Any]:
+    """Run a command and return the JSON of its last line."""
+    code = "from lrbo.cli import main; main()"
+    command = [sys.executable, "-c", code, *arguments, "output=json"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def main() -> None:
+    """Search, compress, evaluate, print the table."""
+    found = lrbo("search", f"experiment={EXPERIMENT}")
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "best"
+        written = lrbo("compress", f"study={STUDY}", f"out={out}")
+        scored = lrbo("evaluate", f"checkpoint={out}", *MODEL, *DATA)
+    print("| model | kept | validation perplexity | test perplexity |")
+    print("|---|---:|---:|---:|")
+    tested = found["test"]
+    for label in ("dense", "uniform", "best"):
+        kept = found[label].get("keep_ratio", 1.0)
+        row = f"{found[label]['perplexity']:.2f} | {tested[label]['perplexity']:.2f}"
+        print(f"| {label} | {kept:.1%} | {row} |")
+    print(f"\nbest, read back from its folder: test perplexity {scored['perplexity']:.2f}")
+    print(f"parameters of the model {written['parameters']:,}, in the file the same")
+    seconds = ", ".join(f"{stage} {spent:.1f}" for stage, spent in found["seconds"].items())
+    print(f"seconds: {seconds}")
+    if not SMOKE:
+        picture = Path("studies") / STUDY / "figures" / "convergence.png"
+        shutil.copyfile(picture, Path(__file__).parent / "convergence.png")
+
+
+if __name__ == "__main__":
+    main()

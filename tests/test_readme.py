@@ -1,0 +1,80 @@
+"""What the README says is true: its commands run, its links and targets exist."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from lrbo import cli, config
+from tests.test_cli import lrbo_command
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+def commands(text: str) -> list[str]:
+    """Return the command lines of a block, long lines joined, comments taken off."""
+    joined = re.sub(r"\\\n\s*", "", text)
+    lines = [line.split("  #")[0].strip() for line in joined.splitlines()]
+    return [line for line in lines if line]
+
+
+SHELL = [line for language, text in BLOCKS if language == "bash" for line in commands(text)]
+TINY = next(text for _, text in BLOCKS if "lrbo search experiment=tiny" in text)
+
+
+def test_the_readme_has_what_the_tests_look_at() -> None:
+    assert len(BLOCKS) >= 6
+    assert len(SHELL) >= 14
+    assert len(commands(TINY)) == 4
+
+
+def test_its_commands_on_the_tiny_model_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for line in commands(TINY):
+        program, *arguments = shlex.split(line)
+        assert program == "lrbo"
+        ran = lrbo_command(*arguments)
+        assert ran.status == 0, ran.err
+    (python,) = [text for language, text in BLOCKS if language == "python"]
+    exec(compile(python, "README.md", "exec"), {})
+    kind, parameters = capsys.readouterr().out.split()
+    assert kind == "LlamaForCausalLM"
+    assert 20_000 < int(parameters) < 35_104  # fewer than the dense model has
+
+
+@pytest.mark.parametrize("line", [line for line in SHELL if line.startswith("lrbo ")])
+def test_every_other_command_line_is_one_that_lrbo_takes(line: str) -> None:
+    command, *overrides = shlex.split(line)[1:]
+    assert command in cli.COMMANDS
+    assert config.find_problems(command, [cli.quoted(override) for override in overrides]) == {}
+
+
+def test_every_make_target_exists() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = re.findall(r"^(\w+):", makefile, re.MULTILINE)
+    used = [line.split()[1] for line in SHELL if line.startswith("make ")]
+    assert sorted(set(used)) == ["bench", "quickstart", "test"]
+    assert set(used) <= set(targets)
+
+
+def test_ci_runs_the_readme_s_test_command() -> None:
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert [line for line in script.splitlines() if line.startswith("make")] == ["make test"]
+
+
+def test_every_link_and_every_file_it_names_exists() -> None:
+    links = re.findall(r"\]\((?!https?:)([^)]+)\)", README)
+    paths = re.findall(r"`((?:lrbo|conf)/[\w./]+|registry\.py)`", README)
+    assert len(links) + len(paths) >= 8
+    for link in links + [p for p in paths if "/" in p]:
+        assert (ROOT / link).exists(), link
+
+
+def test_its_table_of_commands_is_whole() -> None:
+    rows = re.findall(r"^\| `lrbo (\w+)", README, re.MULTILINE)
+    assert rows == list(cli.COMMANDS)
