@@ -40,7 +40,7 @@ class Reporter:
 
     def say(self, message: str) -> None:
         """Write one line."""
-        self.console.print(message, markup=False, soft_wrap=True)
+        self.console.print(message, markup=False, emoji=False, soft_wrap=True)
 
     @contextmanager
     def step(self, description: str, total: int, unit: str) -> Iterator[Advance]:
@@ -57,7 +57,7 @@ class Reporter:
         start = time.perf_counter()
         if self.console.is_terminal:
             columns = (
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 _Rate(),
                 TimeRemainingColumn(),
