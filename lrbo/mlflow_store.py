@@ -23,6 +23,8 @@ BUSY_SECONDS = 3.0  # that an SQLite file may stay locked before it counts as lo
 MIGRATION_SECONDS = 15.0  # that another process may take to make the tables of a new store
 PAGE = 1000  # runs per answer to a search
 
+# Else the UI opens on traces of chat models instead of the table of runs.
+_EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 _PARAM_LENGTH = 6000  # of a value, in characters; mlflow refuses longer ones
 _TAG_LENGTH = 5000
 _KEY_LENGTH = 250
@@ -178,7 +180,9 @@ class StudyRuns:
         found = self._client.get_experiment_by_name(name)
         if found is None:
             try:
-                made: str = self._client.create_experiment(name, artifact_location=location)
+                made: str = self._client.create_experiment(
+                    name, artifact_location=location, tags=_EXPERIMENT_TAGS
+                )
                 return made
             except MlflowException:
                 found = self._client.get_experiment_by_name(name)

@@ -145,6 +145,13 @@ def test_the_best_is_that_of_the_trials_up_to_each(store: Store) -> None:
 # Interruptions of the search.
 
 
+def test_the_ui_opens_on_the_table_of_runs(store: Store) -> None:
+    store.tracker().start({})
+    experiment = store.client.get_experiment_by_name(store.experiment)
+    assert experiment is not None
+    assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
+
+
 def test_a_resumed_search_continues_the_same_parent(store: Store) -> None:
     first = store.tracker()
     first.start({"search.trials": 4, "seed": 0})
