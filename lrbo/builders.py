@@ -104,7 +104,8 @@ def plan_search(config: SearchConfig, study: Study, problems: list[str]) -> Plan
         problems: Found so far; not changed.
 
     Raises:
-        ConfigError: Listing these problems and every further one.
+        ConfigError: Listing these problems and every further one; the model is not looked at
+            where values, packages or device are a problem already.
     """
     problems = list(problems)
     source = model_source(config.model)

@@ -187,7 +187,11 @@ def stored_config(stored_yaml: str, overrides: Sequence[str]) -> SearchConfig:
         stored_yaml: What :func:`to_yaml` wrote.
         overrides: ``key=value``, as typed; only free keys.
     """
-    merged = OmegaConf.merge(OmegaConf.structured(SearchConfig), OmegaConf.create(stored_yaml))
+    stored = OmegaConf.create(stored_yaml)
+    default_uri = OmegaConf.structured(SearchConfig(studies=stored.studies)).tracking.uri
+    if stored.tracking.uri == default_uri:  # follows the folder of the studies, which may move
+        del stored.tracking["uri"]
+    merged = OmegaConf.merge(OmegaConf.structured(SearchConfig), stored)
     for override in overrides:
         key, _, value = override.partition("=")
         OmegaConf.update(merged, key, OmegaConf.create(f"x: {value}").x)

@@ -285,6 +285,15 @@ def test_free_keys_may_change_when_a_study_is_continued() -> None:
     assert config.differences(text, found) == []
 
 
+def test_the_mlflow_store_follows_the_folder_of_the_studies() -> None:
+    text = config.to_yaml(search("studies=here"))
+    assert "sqlite:///here/mlflow.db" in text
+    moved = config.stored_config(text, ["studies=there"])
+    assert moved.tracking.uri == "sqlite:///there/mlflow.db"
+    text = config.to_yaml(search("tracking.uri=http://server:5000"))
+    assert config.stored_config(text, ["studies=x"]).tracking.uri == "http://server:5000"
+
+
 def test_every_other_difference_is_listed_with_both_values() -> None:
     text = config.to_yaml(search())
     other = search("budget.keep_ratio=0.7", "seed=2", "search.trials=99", "data.window=256")

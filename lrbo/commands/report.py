@@ -26,8 +26,8 @@ def run(chosen: ReportConfig, reporter: Reporter) -> dict[str, Any]:
     study = Study(checks.study_folder(chosen.studies, chosen.study))
     study.about()  # there must be one
     if chosen.sync:
-        stored = config.stored_config(study.config_yaml(), [])
-        stored.studies = chosen.studies
+        changes = [f"studies={chosen.studies}", "tracking.enabled=true"]
+        stored = config.stored_config(study.config_yaml(), changes)
         tracker = make_tracker(stored, study, strict=True)
         tracker.start(config.flat(stored) | digests(study))
         written = tracker.sync(study.state.records)
