@@ -101,9 +101,9 @@ def test_the_description_on_a_bar_is_no_markup() -> None:
         assert shown.startswith("[model] on text")
 
 
-# The last one names a text of the hub with its split and column; rich draws a tram for it.
+# The last one could name a text of the hub: rich draws a calendar for its configuration.
 @pytest.mark.parametrize(
-    "message", ["a [red]b[/red] c", "[/nothing] open", "[x", "wikitext::train:text"]
+    "message", ["a [red]b[/red] c", "[/nothing] open", "[x", "diary:date:train:text"]
 )
 def test_brackets_and_colons_in_a_message_are_no_markup(message: str) -> None:
     for reporter, out in (plain(), terminal()):

@@ -1,0 +1,368 @@
+"""Made once, used again; made anew as soon as anything that matters is different."""
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from lrbo import builders, loading
+from lrbo.commands import compress, dashboard, search, view
+from lrbo.config import composed
+from lrbo.errors import ConfigError, ModelError, StudyError
+from lrbo.model import fingerprint
+from lrbo.progress import Reporter
+from lrbo.schema import CompressConfig, DashboardConfig, SearchConfig
+from lrbo.search.study import Study
+from lrbo.tracking import MlflowTracker, NullTracker
+
+SMALL = ["experiment=tiny", "search.trials=1", "search.initial=2", "tracking.enabled=false"]
+SMALL += [f"data.{role}.tokens=512" for role in ("calibration", "validation", "test")]
+
+
+class Said(Reporter):
+    """Notes what was said and which steps were done."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def say(self, message: str) -> None:
+        """Note a line; what a step took is told as one too."""
+        self.lines.append(message)
+
+    @property
+    def steps(self) -> list[str]:
+        """Return which of the two expensive things were made."""
+        found = [line.partition(":")[0] for line in self.lines]
+        return [name for name in ("Calibration", "Factorization") if name in found]
+
+
+def chosen(*overrides: str) -> SearchConfig:
+    found = composed("search", [*SMALL, *overrides])
+    assert isinstance(found, SearchConfig)
+    return found
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache of its own, and an empty folder to work in."""
+    monkeypatch.setenv("LRBO_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def other_weights(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Let the tiny model come out with one number of its weights changed, from then on."""
+
+    def change() -> None:
+        original = loading.tiny_model
+
+        def changed(seed: int = 0) -> PreTrainedModel:
+            model = original(seed)
+            with torch.no_grad():
+                model.model.layers[0].self_attn.q_proj.weight[0, 0] += 0.5
+            return model
+
+        monkeypatch.setattr(loading, "tiny_model", changed)
+
+    return change
+
+
+def make_worker(name: str, *overrides: str) -> tuple[Any, Said]:
+    """Build the worker of a study, which is begun if it is new."""
+    study, said = Study(Path("studies") / name), Said()
+    with study.locked():
+        plan = builders.plan_search(chosen(f"study={name}", *overrides), study, [])
+        return builders.build_worker(plan, study, said), said
+
+
+def files(cache: Path) -> dict[str, int]:
+    """Return how many files of each sort the cache holds."""
+    return {
+        folder: len(list((cache / folder).glob("*.safetensors")))
+        for folder in ("calibration", "factors")
+    }
+
+
+# --- cache -------------------------------------------------------------------------------------
+
+
+def test_statistics_and_factors_are_made_once(cache: Path) -> None:
+    first, said = make_worker("one")
+    assert said.steps == ["Calibration", "Factorization"]
+    assert files(cache) == {"calibration": 1, "factors": 1}
+    # Another study of the same model and text: budget, space and trials are none of their business.
+    again, said = make_worker(
+        "two",
+        "budget.keep_ratio=0.7",
+        "space=per_layer",
+        "search.trials=3",
+        "space.rank_multiple=2",
+    )
+    assert said.steps == []
+    assert files(cache) == {"calibration": 1, "factors": 1}
+    assert set(again.factors) == set(first.factors) != set()
+    for name, found in first.factors.items():
+        assert torch.equal(found.left, again.factors[name].left)
+        assert torch.equal(found.right, again.factors[name].right)
+
+
+BOTH = ["Calibration", "Factorization"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "steps"),
+    [
+        (["method=svd"], ["Factorization"]),  # which needs no statistics
+        (["calibration.groups=2"], BOTH),
+        (["data.calibration.tokens=256"], BOTH),
+        (["data.window=32"], BOTH),
+        (["seed=1"], BOTH),  # it chooses the windows
+        (["model.dtype=bfloat16"], BOTH),
+        (["calibration.batch_windows=1"], []),  # another order of the same sums
+        (["data.test.tokens=256"], []),
+        (["evaluation.batch_windows=2"], []),
+    ],
+)
+def test_only_what_matters_is_made_again(
+    cache: Path, overrides: list[str], steps: list[str]
+) -> None:
+    make_worker("one")
+    _, said = make_worker("two", *overrides)
+    assert said.steps == steps
+    assert files(cache) == {
+        "calibration": 1 + ("Calibration" in steps),
+        "factors": 1 + ("Factorization" in steps),
+    }
+
+
+def test_other_weights_get_factors_of_their_own(
+    cache: Path, other_weights: Callable[[], None]
+) -> None:
+    first, _ = make_worker("one")
+    other_weights()
+    second, said = make_worker("two")
+    assert said.steps == BOTH
+    name = "model.layers.0.self_attn.q_proj"
+    assert not torch.equal(first.factors[name].right, second.factors[name].right)
+
+
+def test_factors_that_were_deleted_come_from_the_statistics_that_are_left(cache: Path) -> None:
+    first, _ = make_worker("one")
+    for file in (cache / "factors").iterdir():
+        file.unlink()
+    second, said = make_worker("one")
+    assert said.steps == ["Factorization"]
+    for name, found in first.factors.items():
+        assert torch.equal(found.left, second.factors[name].left)
+
+
+def test_a_continued_study_keeps_its_dense_scores(cache: Path) -> None:
+    make_worker("one")
+    journal = Path("studies/one/journal.jsonl").read_bytes()
+    _, said = make_worker("one")
+    assert not any("Dense" in line for line in said.lines)
+    assert Path("studies/one/journal.jsonl").read_bytes() == journal
+
+
+def test_a_study_keeps_its_windows_when_its_text_is_gone(cache: Path) -> None:
+    roles = ("calibration", "validation", "test")
+    for role in roles:
+        Path(f"{role}.txt").write_text(f"the {role} cat sat on the mat. " * 90, encoding="utf-8")
+    texts = [f"data.{role}.path={role}.txt" for role in roles]
+    first, _ = make_worker("one", "data=files", "data.window=64", *texts)
+    for role in roles:
+        Path(f"{role}.txt").unlink()
+    again, _ = make_worker("one", "data=files", "data.window=64", *texts)
+    assert torch.equal(first.windows, again.windows)
+
+
+# --- the same model, or none -------------------------------------------------------------------
+
+
+def fingerprints(change: Callable[[], None]) -> Iterator[str]:
+    """Yield the fingerprint of the tiny model before and after its change."""
+    yield fingerprint(loading.tiny_model())
+    change()
+    yield fingerprint(loading.tiny_model())
+
+
+def test_a_study_begun_with_other_weights_is_refused_with_both_fingerprints(
+    cache: Path, other_weights: Callable[[], None]
+) -> None:
+    config = chosen("study=mine")
+    search.run(config, SMALL, Said())
+    folder = Path("studies/mine")
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != "lock"}
+    old, new = fingerprints(other_weights)
+    assert old != new
+    wanted = rf"mine was begun with .* {old}, .* {new}.*study=NAME"
+    config.search.trials = 2
+    with pytest.raises(StudyError, match=wanted):
+        search.run(config, SMALL, Said())
+    target = CompressConfig(study="mine", out="new")
+    with pytest.raises(StudyError, match=wanted):
+        compress.run(target, Said())
+    assert not Path("new").exists()
+    assert {p: p.read_bytes() for p in before} == before
+
+
+def test_the_model_of_a_study_is_compared_in_the_dtype_of_the_study(cache: Path) -> None:
+    make_worker("half", "model.dtype=bfloat16")
+    study = Study(Path("studies/half"))
+    model = loading.tiny_model()  # float32: the same weights, not yet rounded
+    assert fingerprint(model) != study.about()["model_fingerprint"]
+    builders.require_same_model(study, model)
+    with torch.no_grad():
+        model.lm_head.weight[-1, -1] += 1.0
+    with pytest.raises(StudyError, match="its weights changed"):
+        builders.require_same_model(study, model)
+
+
+# --- plan --------------------------------------------------------------------------------------
+
+
+def test_a_plan_lists_every_problem_of_model_budget_and_text_at_once(cache: Path) -> None:
+    config = chosen("budget.keep_ratio=0.05", "data.test.tokens=9000000")
+    with pytest.raises(ConfigError) as caught:
+        builders.plan_search(config, Study(Path("studies/none")), [])
+    budget, text = caught.value.problems
+    assert "smallest feasible budget.keep_ratio" in budget
+    assert "data.test" in text
+
+
+def test_where_values_are_wrong_the_model_is_not_looked_at(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(builders, "load_skeleton", lambda _: pytest.fail("model looked at"))
+    config = chosen("model.device=cuda:99")
+    with pytest.raises(ConfigError) as caught:
+        builders.plan_search(config, Study(Path("studies/none")), ["found before"])
+    first, device = caught.value.problems
+    assert first == "found before"
+    assert "model.device='cuda:99' cannot be used here" in device
+
+
+def test_a_model_that_cannot_be_read_is_named_once(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(_: object) -> None:
+        raise ModelError("cannot load model 'gone'")
+
+    # Skeleton and tokenizer come from the same place and fail with the same words.
+    monkeypatch.setattr(builders, "load_skeleton", missing)
+    monkeypatch.setattr(builders, "load_tokenizer", missing)
+    with pytest.raises(ConfigError) as caught:
+        builders.plan_search(chosen(), Study(Path("studies/none")), [])
+    assert caught.value.problems == ["cannot load model 'gone'"]
+
+
+def test_a_study_says_what_it_was_begun_with(cache: Path) -> None:
+    make_worker("one", "method=svd")
+    about = Study(Path("studies/one")).about()
+    assert about["model_fingerprint"] == fingerprint(loading.tiny_model())
+    assert about["model_parameters"] == sum(p.numel() for p in loading.tiny_model().parameters())
+    assert (about["dtype"], about["device"], about["adds_bias"]) == ("float32", "cpu", False)
+    assert {role: found["windows"] for role, found in about["data"].items()} == {
+        "calibration": 512 // 64,
+        "validation": 512 // 64,
+        "test": 512 // 64,
+    }
+    assert about["versions"]["torch"] == torch.__version__
+    make_worker("two", "method=bolaco")
+    other = Study(Path("studies/two")).about()
+    assert other["adds_bias"] is True
+    assert other["study_id"] != about["study_id"]
+
+
+# --- tracking and dashboard --------------------------------------------------------------------
+
+
+def begun() -> Study:
+    study = Study(Path("studies/mine"))
+    study.begin({"study_id": "an id"}, "a: 1\n")
+    return study
+
+
+def test_tracking_can_be_switched_off(cache: Path) -> None:
+    config = chosen("study=mine")
+    assert isinstance(view.make_tracker(config, begun()), NullTracker)
+    search.run(chosen("study=other"), SMALL, Said())
+    assert not Path("studies/mlflow.db").exists()
+    config.tracking.enabled = True
+    assert isinstance(view.make_tracker(config, begun()), MlflowTracker)
+
+
+def test_a_relative_store_stays_where_it_is_when_the_folder_changes(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = view.absolute_uri("sqlite:///below/this/mlflow.db")
+    assert found == f"sqlite:///{cache.parent}/below/this/mlflow.db"
+    assert (cache.parent / "below" / "this").is_dir()
+    monkeypatch.chdir("/")
+    assert view.absolute_uri(found) == found
+
+
+@pytest.mark.parametrize("uri", ["http://127.0.0.1:5000", "sqlite:///", "postgresql://u@h/db"])
+def test_other_addresses_are_left_as_they_are(cache: Path, uri: str) -> None:
+    assert view.absolute_uri(uri) == uri
+
+
+@pytest.fixture
+def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Collect what would be run; it ends with status 3."""
+    found: list[list[str]] = []
+
+    def run(command: list[str], *, check: bool) -> SimpleNamespace:
+        assert check is False
+        found.append(command)
+        return SimpleNamespace(returncode=3)
+
+    monkeypatch.setattr(dashboard.subprocess, "run", run)
+    return found
+
+
+def test_a_dashboard_without_a_store_says_how_to_make_one(
+    cache: Path, commands: list[list[str]]
+) -> None:
+    config = DashboardConfig(uri="sqlite:///nowhere/mlflow.db")
+    with pytest.raises(StudyError, match=r"no MLflow store at .*nowhere/mlflow\.db.*sync=true"):
+        dashboard.run(config, Said())
+    assert commands == []
+
+
+@pytest.mark.parametrize("uri", ["sqlite:///my store/mlflow.db", "http://127.0.0.1:8080"])
+def test_a_dashboard_serves_the_store_on_host_and_port(
+    cache: Path, commands: list[list[str]], uri: str
+) -> None:
+    store = cache.parent / "my store" / "mlflow.db"
+    store.parent.mkdir()
+    store.touch()
+    said = Said()
+    with pytest.raises(SystemExit) as caught:
+        dashboard.run(DashboardConfig(uri=uri, host="0.0.0.0", port=5001), said)
+    assert caught.value.code == 3  # that of the server
+    absolute = f"sqlite:///{store}" if uri.startswith("sqlite") else uri
+    assert commands == [
+        [
+            sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", absolute,
+            "--host", "0.0.0.0", "--port", "5001",
+        ]
+    ]  # fmt: skip
+    assert "http://0.0.0.0:5001" in said.lines[0]
+
+
+def test_ctrl_c_ends_a_dashboard_in_order(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(dashboard.subprocess, "run", interrupted)
+    with pytest.raises(SystemExit) as caught:
+        dashboard.run(DashboardConfig(uri="http://127.0.0.1:8080"), Said())
+    assert caught.value.code == 0
