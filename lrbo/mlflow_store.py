@@ -217,6 +217,25 @@ class StudyRuns:
             connection.execute("ROLLBACK")
 
 
+def pages_of_runs(uri: str) -> dict[str, str]:
+    """Return, by experiment, the end of the UI's address that shows its table of runs.
+
+    Without it the UI opens on traces of chat models. Empty if the store cannot be read, which
+    the UI itself says best.
+    """
+    from mlflow import MlflowClient
+
+    try:
+        experiments = MlflowClient(tracking_uri=uri).search_experiments()
+    except store_errors():
+        return {}
+    return {
+        found.name: f"#/experiments/{found.experiment_id}/runs?workflowType=machine_learning"
+        for found in experiments
+        if found.name != "Default"  # mlflow's own, which is always there and empty
+    }
+
+
 def store_errors() -> tuple[type[Exception], ...]:
     """Return what a store raises when it fails; those of requests and filelock are OSErrors."""
     from alembic.util import CommandError  # tables that another version of mlflow made

@@ -152,6 +152,14 @@ def test_the_ui_opens_on_the_table_of_runs(store: Store) -> None:
     assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
 
 
+def test_every_experiment_with_runs_has_a_page(store: Store) -> None:
+    store.tracker().start({})
+    experiment = store.client.get_experiment_by_name(store.experiment)
+    assert experiment is not None
+    (page,) = mlflow_store.pages_of_runs(store.uri).values()
+    assert page.startswith(f"#/experiments/{experiment.experiment_id}/runs")
+
+
 def test_a_resumed_search_continues_the_same_parent(store: Store) -> None:
     first = store.tracker()
     first.start({"search.trials": 4, "seed": 0})

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lrbo.commands.view import absolute_uri
 from lrbo.errors import StudyError
+from lrbo.mlflow_store import pages_of_runs
 from lrbo.progress import Reporter
 from lrbo.schema import DashboardConfig
 
@@ -26,7 +27,10 @@ def run(chosen: DashboardConfig, reporter: Reporter) -> None:
         )
     command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri]
     command += ["--host", chosen.host, "--port", str(chosen.port)]
-    reporter.say(f"MLflow UI on http://{chosen.host}:{chosen.port} (Ctrl-C stops it)")
+    address = f"http://{chosen.host}:{chosen.port}/"
+    reporter.say(f"MLflow UI on {address} (Ctrl-C stops it)")
+    for experiment, page in pages_of_runs(uri).items():
+        reporter.say(f"  trials of {experiment}: {address}{page}")
     try:
         raise SystemExit(subprocess.run(command, check=False).returncode)
     except KeyboardInterrupt:
