@@ -1,0 +1,71 @@
+"""Every experiment runs: small here, and its result table is the one that its README shows."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).resolve().parents[1]
+EXPERIMENTS = sorted(path.parent for path in (ROOT / "experiments").glob("*/README.md"))
+NUMBER = re.compile(r"\d+(\.\d+)?")
+
+
+def tables(text: str) -> list[list[list[str]]]:
+    """Return the tables of a text, each as its rows of cells, the heads first."""
+    found: list[list[list[str]]] = []
+    inside = False
+    for line in text.splitlines():
+        is_row = line.startswith("|") and line.endswith("|")
+        if is_row and not inside:
+            found.append([])
+        if is_row and not set(line) <= set("|-: "):
+            found[-1].append([cell.strip() for cell in line.strip("|").split("|")])
+        inside = is_row
+    return found
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {
+        path: path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+
+
+def test_there_are_experiments_and_each_is_described_and_can_be_run() -> None:
+    assert EXPERIMENTS
+    programs = {path.parent for path in (ROOT / "experiments").glob("*/run.py")}
+    assert programs == set(EXPERIMENTS), "a folder lacks its README.md or its run.py"
+    for folder in EXPERIMENTS:
+        readme = (folder / "README.md").read_text(encoding="utf-8")
+        assert tables(readme), f"{folder.name}/README.md shows no result"
+
+
+@pytest.mark.parametrize("folder", EXPERIMENTS, ids=lambda folder: folder.name)
+def test_an_experiment_runs_small_and_prints_the_table_of_its_readme(
+    folder: Path, tmp_path: Path
+) -> None:
+    before = contents(folder)
+    done = subprocess.run(
+        [sys.executable, "-B", str(folder / "run.py")],
+        cwd=tmp_path,
+        env={**os.environ, "LRBO_SMOKE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stderr
+    shown, printed = tables((folder / "README.md").read_text(encoding="utf-8")), tables(done.stdout)
+    assert [table[0] for table in printed] == [table[0] for table in shown]
+    for table in printed:
+        assert len(table) > 1, "a table without rows"
+        for cells in table[1:]:
+            assert len(cells) == len(table[0])
+            assert any(NUMBER.match(cell) for cell in cells[1:]), cells
+    # What the README shows was measured on the real model; a small run must not touch it.
+    assert contents(folder) == before
