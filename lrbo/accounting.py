@@ -47,8 +47,8 @@ class ModelAccount:
         compressible: The same layers as allocated.
         model_dense: Parameters of the whole dense model, tied tensors counted once.
         model: The whole model as allocated.
-        bytes_dense: ``model_dense`` at the stored dtype.
-        bytes: ``model`` at the stored dtype.
+        bytes_dense: ``model_dense`` at the dtype that was asked for.
+        bytes: ``model`` at the dtype that was asked for.
         macs_per_token_dense: Multiply-accumulates of all linear layers, the head included,
             for one token; attention scores, norms and embeddings are not in it.
         macs_per_token: The same as allocated (factored and pivoted forms both run
@@ -84,7 +84,7 @@ def account(
         ranks: Rank of each compressible layer; ``None`` is dense.
         layer_parameters: Stored parameters of each compressible layer, from the allocation's
             own cost function.
-        bytes_per_parameter: Of the stored dtype.
+        bytes_per_parameter: Of the dtype to count in.
     """
     compressible = [spec for spec in model.layers if spec.name in ranks]
     dense = sum(spec.parameters for spec in compressible)

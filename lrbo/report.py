@@ -108,7 +108,7 @@ def _print_results(study: Study, report: _Report) -> None:
     notes = [
         "nll and KL(dense || compressed): nats per token on the validation text",
         "kept: share of the parameters of the compressible layers",
-        "params, size, MACs (per token): of the whole model",
+        "params, size (in the dtype it ran in), MACs (per token): of the whole model",
     ]
     if start is not None:
         notes.append("start: the ratios that the search space starts from")

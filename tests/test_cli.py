@@ -199,6 +199,18 @@ def test_a_search_that_cannot_work_begins_nothing(
     assert not (tmp_path / "studies" / "doomed").exists()
 
 
+def test_a_place_that_is_no_folder_is_named_with_everything_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("mine", encoding="utf-8")
+    ran = lrbo_command("search", *TINY, "studies=file", "seed=-1")
+    assert ran.status == 2
+    assert "is a file, not a folder" in ran.err
+    assert "seed=-1" in ran.err
+    assert Path("file").read_text(encoding="utf-8") == "mine"
+
+
 # --- report ------------------------------------------------------------------------------------
 
 

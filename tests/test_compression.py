@@ -29,8 +29,8 @@ def factors_of(model: PreTrainedModel, *, shift: bool = False) -> dict[str, LowR
         found = method_named("svd").factor(linear_weight(module), linear_bias(module), {})
         if shift:
             offset = torch.randn(spec.out_features, generator=generator, dtype=torch.float64)
-            coordinates = torch.randn(found.max_rank, generator=generator, dtype=torch.float64)
-            found = LowRankFactors(found.left, found.right, found.tail, offset, coordinates)
+            center = torch.randn(found.right.shape[1], generator=generator, dtype=torch.float64)
+            found = LowRankFactors(found.left, found.right, found.tail, offset, center)
         factors[spec.name] = found.to(dtype=model.dtype)
     return factors
 

@@ -49,9 +49,9 @@ class Compressed:
             module = self.model.get_submodule(spec.name)
             found = method_named("svd").factor(linear_weight(module), linear_bias(module), {})
             if moving_bias:
-                offset, coordinates = torch.ones(spec.out_features), torch.ones(found.max_rank)
+                offset, center = torch.ones(spec.out_features), torch.ones(spec.in_features)
                 found = LowRankFactors(
-                    found.left, found.right, found.tail, offset.double() * i, coordinates.double()
+                    found.left, found.right, found.tail, offset.double() * i, center.double()
                 )
             factors[spec.name] = found.to(dtype=self.model.dtype)
         ranks = {name: None if i % 4 == 3 else 1 + i % 5 for i, name in enumerate(factors)}

@@ -99,7 +99,7 @@ class Moments:
 
 @dataclass
 class PooledMoments:
-    """Mean of per-group covariances, groups counted in tokens (Bolaco, section 3.2).
+    """Mean of per-group covariances, each group counted once (Bolaco, section 3.2).
 
     Attributes:
         groups: Closed groups.

@@ -64,7 +64,11 @@ def run(chosen: CompressConfig, reporter: Reporter) -> dict[str, Any]:
             "method": plan.method.name,
             "storage": stored.budget.storage,
             "keep_ratio": counted.keep_ratio,
-            "validation": {key: record.metrics[key] for key in ("nll", "perplexity", "tokens")},
+            "validation": {
+                **{key: record.metrics[key] for key in ("nll", "perplexity", "tokens")},
+                "dtype": about["dtype"],
+            },
+            "data": about["data"],
             "versions": builders.versions(),
         }
         in_file = export.save(out, model, tokenizer, allocation, written, parameters=counted.model)

@@ -19,12 +19,13 @@ def run(chosen: DashboardConfig, reporter: Reporter) -> None:
     Raises:
         StudyError: If no study was tracked there yet.
     """
-    uri = absolute_uri(chosen.uri)
-    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
+    file = chosen.uri.removeprefix("sqlite:///")
+    if file != chosen.uri and not Path(file).is_file():
         raise StudyError(
-            f"there is no MLflow store at {uri} yet; run lrbo search first, or rebuild it with: "
+            f"there is no MLflow store at {chosen.uri} yet; run lrbo search first, or rebuild it with: "
             "lrbo report study=NAME sync=true"
         )
+    uri = absolute_uri(chosen.uri)
     command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri]
     command += ["--host", chosen.host, "--port", str(chosen.port)]
     address = f"http://{chosen.host}:{chosen.port}/"

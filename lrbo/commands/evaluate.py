@@ -58,6 +58,7 @@ def run(chosen: EvaluateConfig, reporter: Reporter) -> dict[str, Any]:
         f"on {windows.text}: {found.tokens:,} tokens in {len(windows.ids)} windows of {window}, "
         f"stride {window}, {model.dtype} on {device}",
         markup=False,
+        emoji=False,
         soft_wrap=True,
     )
     return {

@@ -10,6 +10,7 @@ from rich.console import Console
 from lrbo import builders, checks, config
 from lrbo.commands.view import digests, make_tracker, show
 from lrbo.compression import compressed
+from lrbo.errors import ConfigError
 from lrbo.evaluation.perplexity import score
 from lrbo.executors.inline import InlineExecutor
 from lrbo.progress import Reporter
@@ -56,6 +57,8 @@ def run(chosen: SearchConfig, typed: Sequence[str], reporter: Reporter) -> dict[
                     "study=NEWNAME"
                 )
     problems += checks.check(chosen)
+    if checks.check_writable("study", study.folder):  # then not even the lock can be taken
+        raise ConfigError(problems)
     with study.locked():
         plan = builders.plan_search(chosen, study, problems)
         return _search(plan, study, reporter)

@@ -29,7 +29,7 @@ class Bolaco:
     with ``Q_r`` the ``r`` leading eigenvectors of ``C``. ``C`` comes from the input of the
     layer, ``C = W C_in W^T``, so that layers which share an input share their statistics. With
     one group no other rank-``r`` affine layer has a smaller mean squared output error; with
-    more, the same holds for the error measured around each group's own mean.
+    more, the same holds for the error around each group's own mean, averaged over groups.
 
     References:
         Ji et al., *Adaptive Feature-based Low-Rank Compression of Large Language Models via
@@ -81,11 +81,8 @@ class Bolaco:
         )
         left = vectors if basis is None else basis @ vectors
         right = vectors.T @ reduced
-        mean_without_bias = dense @ mean_in
-        offset = mean_without_bias if bias is None else mean_without_bias + bias.to(dense)
-        return LowRankFactors(
-            left, right, tail_sums(eigenvalues), offset, left.T @ mean_without_bias
-        )
+        mean_out = dense @ mean_in if bias is None else dense @ mean_in + bias.to(dense)
+        return LowRankFactors(left, right, tail_sums(eigenvalues), mean_out, mean_in)
 
     def parameters(self, spec: LayerSpec, rank: int, storage: Storage = "factored") -> int:
         """Count the factors and the bias, which every low-rank layer of this method carries."""

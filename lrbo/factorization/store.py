@@ -23,7 +23,7 @@ from lrbo.model import ModelMap, linear_bias, linear_weight
 from lrbo.nested import LowRankFactors
 from lrbo.storage import replacing
 
-PARTS = ("left", "right", "tail", "offset", "coordinates")
+PARTS = ("left", "right", "tail", "offset", "center")
 
 
 @runtime_checkable
@@ -100,7 +100,7 @@ def factors_fingerprint(
         for name, value in vars(method).items()
     }
     settings = {
-        "format": 1,
+        "format": 2,
         "model": model_fingerprint,
         "calibration": calibration_fingerprint if method.needs else None,
         "method": {"type": type(method).__name__, **options},

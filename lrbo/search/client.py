@@ -94,7 +94,7 @@ class SearchClient:
     def ask(self, trial_index: int, observations: Sequence[Observation]) -> dict[str, float]:
         """Return the point that Ax proposes for a trial.
 
-        The budget is a linear constraint of the search space, so the point keeps it.
+        The budget is a linear constraint of the search space, so the point meets it exactly.
 
         Args:
             trial_index: Seeds this proposal, together with the seed of the study.
@@ -121,7 +121,13 @@ class SearchClient:
             f"{share:.12f} * {self._ids[name]}"
             for name, share in zip(space.names, space.shares, strict=True)
         )
-        constraint = f"{' + '.join(terms)} <= {space.room:.12f}"
+        used = " + ".join(terms)
+        if space.room < space.upper:
+            # Every allocation uses the budget up, so only points that do are ever evaluated. An
+            # inequality would leave a direction of which nothing is known, and proposals in it.
+            constraint = ParameterConstraint(equality=f"{used} == {space.room:.12f}")
+        else:
+            constraint = ParameterConstraint(inequality=f"{used} <= {space.room:.12f}")
         experiment = Experiment(
             name="lrbo",
             search_space=AxSearchSpace(
@@ -134,7 +140,7 @@ class SearchClient:
                     )
                     for identifier in self._ids.values()
                 ],
-                parameter_constraints=[ParameterConstraint(inequality=constraint)],
+                parameter_constraints=[constraint],
             ),
         )
         rows = []
