@@ -325,6 +325,7 @@ def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         return SimpleNamespace(returncode=3)
 
     monkeypatch.setattr(dashboard.subprocess, "run", run)
+    monkeypatch.setattr(dashboard, "pages_of_runs", lambda uri: {"mine": "#/runs"})
     return found
 
 
@@ -356,6 +357,7 @@ def test_a_dashboard_serves_the_store_on_host_and_port(
         ]
     ]  # fmt: skip
     assert "http://0.0.0.0:5001" in said.lines[0]
+    assert said.lines[1].endswith("mine: http://0.0.0.0:5001/#/runs")
 
 
 def test_ctrl_c_ends_a_dashboard_in_order(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -363,6 +365,7 @@ def test_ctrl_c_ends_a_dashboard_in_order(cache: Path, monkeypatch: pytest.Monke
         raise KeyboardInterrupt
 
     monkeypatch.setattr(dashboard.subprocess, "run", interrupted)
+    monkeypatch.setattr(dashboard, "pages_of_runs", lambda uri: {})
     with pytest.raises(SystemExit) as caught:
         dashboard.run(DashboardConfig(uri="http://127.0.0.1:8080"), Said())
     assert caught.value.code == 0

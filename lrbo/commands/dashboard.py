@@ -22,8 +22,8 @@ def run(chosen: DashboardConfig, reporter: Reporter) -> None:
     file = chosen.uri.removeprefix("sqlite:///")
     if file != chosen.uri and not Path(file).is_file():
         raise StudyError(
-            f"there is no MLflow store at {chosen.uri} yet; run lrbo search first, or rebuild it with: "
-            "lrbo report study=NAME sync=true"
+            f"there is no MLflow store at {chosen.uri} yet; run lrbo search first, or rebuild it "
+            "with: lrbo report study=NAME sync=true"
         )
     uri = absolute_uri(chosen.uri)
     command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri]
