@@ -121,13 +121,13 @@ BOTH = ["Calibration", "Factorization"]
     [
         (["method=svd"], ["Factorization"]),  # which needs no statistics
         (["calibration.groups=2"], BOTH),
-        (["data.calibration.tokens=256"], BOTH),
-        (["data.window=32"], BOTH),
-        (["seed=1"], BOTH),  # it chooses the windows
-        (["model.dtype=bfloat16"], BOTH),
+        pytest.param(["data.calibration.tokens=256"], BOTH, marks=pytest.mark.slow),
+        pytest.param(["data.window=32"], BOTH, marks=pytest.mark.slow),
+        pytest.param(["seed=1"], BOTH, marks=pytest.mark.slow),  # it chooses the windows
+        pytest.param(["model.dtype=bfloat16"], BOTH, marks=pytest.mark.slow),
         (["calibration.batch_windows=1"], []),  # another order of the same sums
-        (["data.test.tokens=256"], []),
-        (["evaluation.batch_windows=2"], []),
+        pytest.param(["data.test.tokens=256"], [], marks=pytest.mark.slow),
+        pytest.param(["evaluation.batch_windows=2"], [], marks=pytest.mark.slow),
     ],
 )
 def test_only_what_matters_is_made_again(
