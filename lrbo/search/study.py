@@ -170,7 +170,7 @@ class Study:
         path = self.folder / "study.json"
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
+        except (FileNotFoundError, NotADirectoryError) as error:
             raise StudyError(
                 f"there is no study at {self.folder}; start one with: lrbo search study={self.name}"
             ) from error
@@ -248,7 +248,7 @@ class Study:
         state = StudyState()
         try:
             content = self.journal.read_bytes()
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return state
         *lines, rest = content.split(b"\n")
         if rest:
