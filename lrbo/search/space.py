@@ -44,7 +44,7 @@ class SearchSpace:
     """What is searched, under which budget, and how a point becomes ranks.
 
     A point maps each variable to a keep ratio. The budget is linear in it:
-    ``sum share_i x_i <= room``, where ``share_i`` is the variable's part of the searched
+    ``sum share_i x_i = room``, where ``share_i`` is the variable's part of the searched
     parameters and ``room`` is what the budget leaves after the layers that stay dense.
 
     Attributes:
