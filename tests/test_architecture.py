@@ -27,6 +27,7 @@ ROOMS = """
     compression
     factorization.store allocation
     calibration.collect
+    blockwise
     factorization.registry factorization.pooled factorization.weighted factorization.base
     accounting nested layers
     calibration.corpus calibration.moments

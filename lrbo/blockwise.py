@@ -1,0 +1,134 @@
+"""Run the body of a model one block at a time, so that one block's weights suffice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import MethodType
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lrbo.errors import ModelError
+from lrbo.families import family_of
+from lrbo.model import body_and_head
+
+# Opens a block: its weights are at hand inside the `with`, and may be gone after it.
+OpenBlock = Callable[[int], AbstractContextManager[nn.Module]]
+
+
+class BlockwiseBody:
+    """The body of a causal language model as embedding, blocks and final norm.
+
+    What a block is called with beside its hidden states (masks, rotary embeddings, positions)
+    is the body's own business: the body is run once per batch shape with its blocks replaced by
+    stand-ins that write these arguments down, so that every family works as it is.
+
+    Attributes:
+        model: In evaluation mode; never changed for longer than a call.
+        open_block: Gives block ``i``; by default from the model as it is.
+    """
+
+    def __init__(self, model: PreTrainedModel, open_block: OpenBlock | None = None) -> None:
+        self.model = model
+        self._body, _ = body_and_head(model)
+        blocks = model.get_submodule(family_of(model.config.model_type).blocks)
+        assert isinstance(blocks, nn.ModuleList)
+        self._blocks = list(blocks)
+        self.open_block = open_block or (lambda index: nullcontext(self._blocks[index]))
+        self._calls: dict[tuple[int, int], list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
+
+    def __len__(self) -> int:
+        """Return the number of blocks."""
+        return len(self._blocks)
+
+    @property
+    def device(self) -> torch.device:
+        """Return where the embedding is, and so where blocks run."""
+        weight = self.model.get_input_embeddings().weight
+        assert isinstance(weight, Tensor)
+        return weight.device
+
+    def embed(self, ids: Int[Tensor, "windows tokens"]) -> Float[Tensor, "windows tokens d"]:
+        """Return what the first block is given for token ids."""
+        hidden, _ = self._pass(ids, None)
+        return hidden
+
+    def run(
+        self, block: nn.Module, index: int, hidden: Float[Tensor, "windows tokens d"]
+    ) -> Float[Tensor, "windows tokens d"]:
+        """Run one block; follows the caller's gradient mode.
+
+        Args:
+            block: What ``open_block(index)`` gave.
+            index: Its depth.
+            hidden: Input of the block, on its device.
+
+        Raises:
+            ModelError: If the block answers with anything but hidden states.
+        """
+        args, kwargs = self._arguments(hidden)[index]
+        result = block(hidden, *args, **kwargs)
+        if not isinstance(result, Tensor):
+            raise ModelError(
+                f"block {index} of {type(self.model).__name__} answers with a "
+                f"{type(result).__name__}, expected hidden states alone; use transformers >= 5."
+            )
+        return result
+
+    def finish(
+        self, hidden: Float[Tensor, "windows tokens d"]
+    ) -> Float[Tensor, "windows tokens d"]:
+        """Return what the head is given, from the output of the last block."""
+        ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
+        _, finished = self._pass(ids, hidden)
+        return finished
+
+    def _arguments(self, hidden: Tensor) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+        """Return what each block is called with, for batches of this shape."""
+        shape = (hidden.shape[0], hidden.shape[1])
+        if shape not in self._calls:
+            self.embed(torch.zeros(shape, dtype=torch.long, device=hidden.device))
+        return self._calls[shape]
+
+    def _pass(self, ids: Tensor, answer: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Run the body without its blocks.
+
+        Returns:
+            What enters the first block, and the end of the body when the last block answers
+            with ``answer`` (or, without one, with what the first was given).
+        """
+        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        entered: list[Tensor] = []
+
+        def stand_in(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            del block
+            given = dict(kwargs)
+            hidden = args[0] if args else given.pop("hidden_states")
+            if not entered:
+                entered.append(hidden)
+            calls.append((args[1:], given))
+            last = answer is not None and len(calls) == len(self._blocks)
+            return answer if last else hidden
+
+        # no_grad, not inference_mode: what is written down here enters graphs later. The
+        # caller's mode holds where the answer passes through the final norm.
+        with _forwards(self._blocks, stand_in), torch.set_grad_enabled(answer is not None):
+            finished = self._body(ids.to(self.device), use_cache=False).last_hidden_state
+        self._calls[(ids.shape[0], ids.shape[1])] = calls
+        return entered[0], finished
+
+
+@contextmanager
+def _forwards(blocks: list[nn.Module], stand_in: Callable[..., Any]) -> Iterator[None]:
+    """Replace what blocks do for the length of a ``with``; their attributes stay readable."""
+    for block in blocks:
+        block.forward = MethodType(stand_in, block)
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward
