@@ -26,6 +26,7 @@ ROOMS = """
     evaluation.divergence evaluation.perplexity
     compression
     factorization.store allocation
+    knapsack
     calibration.collect
     blockwise
     factorization.registry factorization.pooled factorization.weighted factorization.base
