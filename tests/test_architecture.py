@@ -24,13 +24,15 @@ ROOMS = """
     executors.inline executors.base
     worker trial
     evaluation.divergence evaluation.perplexity
+    refit
     compression
     factorization.store allocation
     knapsack
+    streams reduced_rank
     calibration.collect
     blockwise
     factorization.registry factorization.pooled factorization.weighted factorization.base
-    accounting nested layers
+    accounting nested layers pivoting
     calibration.corpus calibration.moments
     loading model families linalg storage errors
 """.split()  # noqa: SIM905
