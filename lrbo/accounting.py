@@ -38,9 +38,25 @@ def low_rank_parameters(spec: LayerSpec, rank: int, *, bias: bool, storage: Stor
     return parameters + (spec.out_features if bias else 0)
 
 
+def low_rank_macs(spec: LayerSpec, rank: int, storage: Storage) -> int:
+    """Return the multiply-accumulates of a layer for one token: as many as its matrices hold."""
+    return low_rank_parameters(spec, rank, bias=False, storage=storage)
+
+
+def index_bytes(spec: LayerSpec, storage: Storage) -> int:
+    """Return the bytes of a low-rank layer that are no parameters.
+
+    A pivoted layer keeps the order of its outputs, an int32 each.
+    """
+    return 4 * spec.out_features if storage == "pivoted" else 0
+
+
 @dataclass(frozen=True)
 class ModelAccount:
     """What a model holds and costs, before and after compression.
+
+    Parameters are floating-point numbers; the integers that pivoted layers keep are in the bytes
+    only.
 
     Attributes:
         compressible_dense: Parameters of the layers that may be compressed, dense.
@@ -48,11 +64,10 @@ class ModelAccount:
         model_dense: Parameters of the whole dense model, tied tensors counted once.
         model: The whole model as allocated.
         bytes_dense: ``model_dense`` at the dtype that was asked for.
-        bytes: ``model`` at the dtype that was asked for.
+        bytes: ``model`` at the dtype that was asked for, and the integers of pivoted layers.
         macs_per_token_dense: Multiply-accumulates of all linear layers, the head included,
             for one token; attention scores, norms and embeddings are not in it.
-        macs_per_token: The same as allocated (factored and pivoted forms both run
-            ``rank * (out + in)`` or fewer; the factored count is stated).
+        macs_per_token: The same as allocated, in the storage form that was asked for.
     """
 
     compressible_dense: int
@@ -75,6 +90,7 @@ def account(
     ranks: Mapping[str, int | None],
     layer_parameters: Mapping[str, int],
     *,
+    storage: Storage,
     bytes_per_parameter: int,
 ) -> ModelAccount:
     """Count a whole model under an allocation.
@@ -84,13 +100,19 @@ def account(
         ranks: Rank of each compressible layer; ``None`` is dense.
         layer_parameters: Stored parameters of each compressible layer, from the allocation's
             own cost function.
+        storage: The form of the layers with a rank.
         bytes_per_parameter: Of the dtype to count in.
     """
     compressible = [spec for spec in model.layers if spec.name in ranks]
     dense = sum(spec.parameters for spec in compressible)
     kept = sum(layer_parameters[spec.name] for spec in compressible)
     macs_dense = sum(spec.out_features * spec.in_features for spec in model.layers)
-    macs = sum(_macs(spec, ranks.get(spec.name)) for spec in model.layers)
+    macs, integers = macs_dense, 0
+    for spec in compressible:
+        rank = ranks[spec.name]
+        if rank is not None:
+            macs += low_rank_macs(spec, rank, storage) - spec.out_features * spec.in_features
+            integers += index_bytes(spec, storage)
     total = model.parameters - dense + kept
     return ModelAccount(
         compressible_dense=dense,
@@ -98,17 +120,10 @@ def account(
         model_dense=model.parameters,
         model=total,
         bytes_dense=model.parameters * bytes_per_parameter,
-        bytes=total * bytes_per_parameter,
+        bytes=total * bytes_per_parameter + integers,
         macs_per_token_dense=macs_dense,
         macs_per_token=macs,
     )
-
-
-def _macs(spec: LayerSpec, rank: int | None) -> int:
-    """Return the multiply-accumulates of one layer for one token."""
-    if rank is None:
-        return spec.out_features * spec.in_features
-    return rank * (spec.out_features + spec.in_features)
 
 
 def dense_parameters(layers: Iterable[LayerSpec]) -> int:

@@ -6,6 +6,7 @@ import platform
 import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, cast
@@ -13,6 +14,7 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lrbo.accounting import Storage
 from lrbo.allocation import Budget
 from lrbo.calibration import corpus
 from lrbo.calibration.collect import (
@@ -33,6 +35,7 @@ from lrbo.factorization.store import (
     SiteStatistics,
     factor_model,
     factors_fingerprint,
+    largest_rank,
     load_factors,
     save_factors,
 )
@@ -77,6 +80,11 @@ class Plan:
     method: FactorizationMethod
     space: SearchSpace
     windows: Mapping[Role, TokenWindows]
+
+    @property
+    def storage(self) -> Storage:
+        """Return the form in which layers are stored, and that the budget counts."""
+        return cast(Storage, self.config.budget.storage)
 
 
 def model_source(config: ModelConfig) -> ModelSource:
@@ -159,7 +167,7 @@ def _build_space(
         depth_groups=space.depth_groups,
         bounds=(space.bounds[0], space.bounds[1]),
         start=space.start,
-        cost=method.parameters,
+        cost=partial(method.parameters, storage=cast(Storage, config.budget.storage)),
         rank_multiple=space.rank_multiple,
     )
 
@@ -212,16 +220,20 @@ def build_worker(plan: Plan, study: Study, reporter: Reporter) -> Worker:
         digest = fingerprint(model)
         corpus.save_windows(tokens_file(study), plan.windows)
         study.begin(_about(plan, digest, dtype, device), to_yaml(config))
+    stored = load_or_make_factors(plan, digest, dtype, reporter, model)
     factors = {
-        name: found.to(dtype=dtype, device=device)
-        for name, found in load_or_make_factors(plan, digest, dtype, reporter, model).items()
+        name: found.to(dtype=dtype, device=device, max_rank=rank)
+        for name, found in stored.items()
+        # The file serves every storage form, and some use few of its directions.
+        if (rank := largest_rank(plan.layers.by_name[name], plan.space.cost))
     }
     dense = _dense_reference(plan, model, study, reporter)
     return Worker(
         model=model,
         layers=plan.layers,
         factors=factors,
-        cost=plan.method.parameters,
+        cost=plan.space.cost,
+        storage=plan.storage,
         windows=plan.windows["validation"].ids,
         dense=dense,
         batch_windows=config.evaluation.batch_windows,

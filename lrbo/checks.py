@@ -6,6 +6,7 @@ import math
 import os
 from pathlib import Path
 
+from lrbo.accounting import STORAGES
 from lrbo.calibration.corpus import SOURCES
 from lrbo.errors import ConfigError
 from lrbo.factorization.registry import METHODS
@@ -90,15 +91,8 @@ def _check_search(config: SearchConfig) -> list[str]:
     expect(config.method.name in METHODS, "method.name", config.method.name, f"one of {known}")
     keep = config.budget.keep_ratio
     expect(0 < keep <= 1, "budget.keep_ratio", keep, "a number above 0 and up to 1")
-    if config.budget.storage == "pivoted":
-        problems.append(
-            "budget.storage='pivoted' is reserved: this version cannot write that form yet; "
-            "use factored"
-        )
-    else:
-        expect(
-            config.budget.storage == "factored", "budget.storage", config.budget.storage, "factored"
-        )
+    storage = config.budget.storage
+    expect(storage in STORAGES, "budget.storage", storage, " or ".join(STORAGES))
     space = config.space
     granularities = ("kind", "depth", "layer")
     expect(

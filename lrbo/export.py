@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -14,6 +15,7 @@ import torch
 from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -21,13 +23,15 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from lrbo.accounting import STORAGES, Storage
 from lrbo.allocation import Allocation
 from lrbo.compression import replace_module
 from lrbo.errors import CheckpointError
-from lrbo.layers import LowRankLinear
+from lrbo.layers import LowRankLinear, PivotedLinear
 from lrbo.model import is_linear, is_transposed, linear_bias, map_model
 
-FORMAT = 1
+FORMAT = 2
+FACTORED_ONLY = 1  # an earlier format, without pivoted layers
 ABOUT = "lrbo.json"
 ALLOCATION = "allocation.json"
 # Not model.safetensors: a loader that does not know low-rank layers would find that name, leave
@@ -36,7 +40,7 @@ WEIGHTS = "lrbo_model.safetensors"
 
 
 def is_checkpoint(folder: str | Path) -> bool:
-    """Return whether a folder holds a factored checkpoint of this package."""
+    """Return whether a folder holds a compressed checkpoint of this package."""
     return (Path(folder) / ABOUT).is_file()
 
 
@@ -47,6 +51,7 @@ def save(
     allocation: Allocation,
     about: Mapping[str, Any],
     *,
+    storage: Storage,
     parameters: int,
 ) -> int:
     """Write a compressed model as a checkpoint that :func:`load` opens.
@@ -58,7 +63,8 @@ def save(
         model: With its low-rank layers in place.
         tokenizer: Of the dense model.
         allocation: What was decided, kept beside the weights.
-        about: Method, storage form, base model and whatever else should be remembered.
+        about: Method, base model and whatever else should be remembered.
+        storage: The form of the low-rank layers.
         parameters: What the accountant says that the model holds.
 
     Returns:
@@ -69,7 +75,8 @@ def save(
     """
     with _new_folder(folder) as beside:
         tensors = {
-            name: tensor.detach().contiguous().cpu() for name, tensor in model.named_parameters()
+            name: tensor.detach().contiguous().cpu()
+            for name, tensor in [*model.named_parameters(), *_places(model)]
         }
         save_file(tensors, beside / WEIGHTS, metadata={"format": "pt"})
         in_file = count_parameters(beside / WEIGHTS)
@@ -79,7 +86,7 @@ def save(
             model.generation_config.save_pretrained(beside)
         tokenizer.save_pretrained(beside)
         (beside / ALLOCATION).write_text(allocation.to_json() + "\n", encoding="utf-8")
-        whole = {"format": FORMAT, "parameters": parameters, **about}
+        whole = {"format": FORMAT, "storage": storage, "parameters": parameters, **about}
         (beside / ABOUT).write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
     return in_file
 
@@ -108,10 +115,15 @@ def load(
     """
     folder = Path(folder)
     about = _read_json(folder, ABOUT)
-    if about.get("format") != FORMAT:
+    if about.get("format") not in (FACTORED_ONLY, FORMAT):
         raise CheckpointError(
-            f"{folder / ABOUT} has format {about.get('format')!r}, this lrbo reads {FORMAT}; "
-            "use the version that wrote it."
+            f"{folder / ABOUT} has format {about.get('format')!r}, this lrbo reads "
+            f"{FACTORED_ONLY} and {FORMAT}; use the version that wrote it."
+        )
+    storage = "factored" if about["format"] == FACTORED_ONLY else about.get("storage")
+    if storage not in STORAGES:
+        raise CheckpointError(
+            f"{folder / ABOUT} has storage {storage!r}, expected {' or '.join(STORAGES)}."
         )
     try:
         allocation = Allocation.from_dict(_read_json(folder, ALLOCATION))
@@ -120,7 +132,10 @@ def load(
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{folder} is not a whole checkpoint: {error}") from error
     # Here and not by model.to(dtype): that would round the rotary frequencies too.
-    tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    tensors = {
+        name: tensor.to(dtype) if tensor.is_floating_point() else tensor
+        for name, tensor in tensors.items()
+    }
     with init_empty_weights(include_buffers=False):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     specs = map_model(model).by_name
@@ -131,8 +146,9 @@ def load(
             spec = specs[name]
             if not 0 <= rank <= min(spec.out_features, spec.in_features):
                 raise CheckpointError(f"{folder}: {name} cannot have rank {rank}.")
-            bias = f"{name}.left.bias" in tensors
-            module = LowRankLinear.empty(spec.out_features, spec.in_features, rank, bias=bias)
+            kind = PivotedLinear if storage == "pivoted" else LowRankLinear
+            bias = f"{name}.bias" in tensors or f"{name}.left.bias" in tensors
+            module = kind.empty(spec.out_features, spec.in_features, rank, bias=bias)
             replace_module(model, name, module)
     try:
         # Tied parameters are stored once, so some may be missing; tie_weights brings them back.
@@ -140,12 +156,15 @@ def load(
     except RuntimeError as error:
         raise CheckpointError(f"{folder / WEIGHTS}: {error}") from error
     model.tie_weights()
-    empty = [name for name, p in model.named_parameters() if p.is_meta]
+    empty = [name for name, p in [*model.named_parameters(), *_places(model)] if p.is_meta]
     if empty or strange:
         raise CheckpointError(
             f"{folder / WEIGHTS} does not fit its {ALLOCATION}: missing {empty or 'nothing'}, "
             f"not expected {strange or 'nothing'}."
         )
+    for name, places in _places(model):
+        if not torch.equal(places.sort().values, torch.arange(len(places), dtype=torch.int32)):
+            raise CheckpointError(f"{folder / WEIGHTS}: {name} is no order of its outputs.")
     _require_equal(count_parameters(folder / WEIGHTS), about.get("parameters"), folder)
     return model.to(device=device).eval().requires_grad_(False)
 
@@ -164,8 +183,12 @@ def save_merged(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedToken
         CheckpointError: If the folder exists, or the architecture has no place for a bias.
     """
     values = model.config.to_dict()
-    low_rank = {name: m for name, m in model.named_modules() if isinstance(m, LowRankLinear)}
-    if any(linear_bias(module.left) is not None for module in low_rank.values()):
+    low_rank = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, LowRankLinear | PivotedLinear)
+    }
+    if any(module.bias is not None for module in low_rank.values()):
         values |= {key: True for key in ("attention_bias", "mlp_bias") if key in values}
     config = type(model.config).from_dict(values)
     with init_empty_weights(include_buffers=False):
@@ -179,9 +202,9 @@ def save_merged(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedToken
     for name, layer in low_rank.items():
         target = merged.get_submodule(name)
         assert is_linear(target)
-        weight = (layer.left.weight.double() @ layer.right.weight.double()).to(layer.left.weight)
+        weight = layer.multiplied().to(model.dtype)
         tensors[f"{name}.weight"] = weight.T if is_transposed(target) else weight
-        bias = linear_bias(layer.left)
+        bias = linear_bias(layer)
         if bias is not None and linear_bias(target) is None:
             homeless.append(name)
         elif bias is not None:
@@ -210,16 +233,24 @@ def save_merged(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedToken
 
 
 def count_parameters(file: Path) -> int:
-    """Return the numbers that a safetensors file holds; reads its header only."""
+    """Return the floating-point numbers in a safetensors file; reads its header only."""
     total = 0
     with safe_open(str(file), framework="pt") as opened:
         reader: Any = opened
         for name in reader.keys():  # noqa: SIM118 (not a mapping)
-            size = 1
-            for length in reader.get_slice(name).get_shape():
-                size *= length
-            total += size
+            part = reader.get_slice(name)
+            if "F" in part.get_dtype():  # F32, BF16 and so on, but not I32
+                total += math.prod(part.get_shape())
     return total
+
+
+def _places(model: PreTrainedModel) -> list[tuple[str, Tensor]]:
+    """Return the orders of outputs that pivoted layers keep: all that a file needs of buffers."""
+    return [
+        (f"{name}.places", module.places)
+        for name, module in model.named_modules()
+        if isinstance(module, PivotedLinear)
+    ]
 
 
 def _require_equal(in_file: int, stated: object, folder: Path) -> None:

@@ -11,7 +11,12 @@ import pandas as pd
 import yaml  # type: ignore[import-untyped]  # comes with omegaconf, without types
 
 from lrbo import plots
-from lrbo.accounting import dense_parameters, low_rank_parameters
+from lrbo.accounting import (
+    dense_parameters,
+    index_bytes,
+    low_rank_macs,
+    low_rank_parameters,
+)
 from lrbo.model import LayerSpec
 from lrbo.search.front import pareto_front
 from lrbo.search.study import Study
@@ -221,19 +226,22 @@ def dense_size(study: Study) -> dict[str, float]:
     """
     if not study.state.completed:
         return {}
-    record, specs = study.state.completed[0], _specs(study.about())
+    about = study.about()
+    record, specs, storage = study.state.completed[0], _specs(about), about["storage"]
     metrics, ranks = record.metrics, record.request.allocation.ranks
     layers = [specs[name] for name in ranks]
     parameters = metrics["model_parameters"] - metrics["parameters"] + dense_parameters(layers)
-    macs = metrics["macs_per_token"]
+    macs, integers = metrics["macs_per_token"], 0
     for spec in layers:
         rank = ranks[spec.name]
         if rank is not None:
             macs += spec.out_features * spec.in_features
-            macs -= rank * (spec.out_features + spec.in_features)
+            macs -= low_rank_macs(spec, rank, storage)
+            integers += index_bytes(spec, storage)
+    bytes_per_parameter = (metrics["model_bytes"] - integers) / metrics["model_parameters"]
     return {
         "model_parameters": parameters,
-        "model_bytes": parameters * metrics["model_bytes"] / metrics["model_parameters"],
+        "model_bytes": parameters * bytes_per_parameter,
         "macs_per_token": macs,
     }
 

@@ -69,7 +69,7 @@ class BudgetConfig:
     """conf/budget."""
 
     keep_ratio: float = 0.8
-    storage: str = "factored"
+    storage: str = "pivoted"
 
 
 @dataclass

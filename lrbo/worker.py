@@ -7,16 +7,16 @@ import resource
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lrbo.accounting import account
+from lrbo.accounting import Storage, account
 from lrbo.allocation import Allocation, Cost
-from lrbo.compression import compressed
+from lrbo.compression import Buffers, compressed
 from lrbo.errors import outcome_of
 from lrbo.evaluation.divergence import DenseReference
 from lrbo.evaluation.perplexity import OnTokens, Perplexity, predictions
@@ -30,29 +30,34 @@ class Worker:
     """Evaluates allocations; model, factors and tokens live once, in here.
 
     A trial costs one forward pass over the validation tokens: it swaps prefixes of the factors
-    in, scores, and puts the dense layers back. Nothing is copied, factored or tokenized.
+    in, scores, and puts the dense layers back. Nothing is factored or tokenized, and a prefix is
+    multiplied out only where that is fewer operations for these tokens.
 
     Attributes:
         model: The dense model, in evaluation mode.
         layers: Its map.
         factors: Of each compressible layer, in the model's dtype and on its device.
         cost: Stored parameters of a layer at a rank.
+        storage: The form that ``cost`` counts.
         windows: ``(windows, tokens)`` validation ids.
         dense: What the dense model says about the same tokens.
         batch_windows: Windows per forward pass.
         chunk_tokens: Rows of logits at a time.
         on_tokens: Told the number of tokens after each chunk.
+        buffers: For prefixes that are multiplied out; filled by the first trials.
     """
 
     model: PreTrainedModel
     layers: ModelMap
     factors: Mapping[str, LowRankFactors]
     cost: Cost
+    storage: Storage
     windows: Int[Tensor, "windows tokens"]
     dense: DenseReference
     batch_windows: int = 4
     chunk_tokens: int = 256
     on_tokens: OnTokens | None = None
+    buffers: Buffers = field(default_factory=dict)
 
     def __call__(self, request: TrialRequest) -> TrialResult:
         """Evaluate one allocation.
@@ -78,7 +83,8 @@ class Worker:
             torch.cuda.reset_peak_memory_stats(self.model.device)
         total = Perplexity(0.0, 0)
         divergence = 0.0
-        with compressed(self.model, allocation, self.factors):
+        tokens = self.windows.numel()
+        with compressed(self.model, allocation, self.factors, tokens=tokens, buffers=self.buffers):
             for chunk in predictions(
                 self.model,
                 self.windows,
@@ -104,6 +110,7 @@ class Worker:
             self.layers,
             allocation.ranks,
             allocation_parameters(self.layers, allocation, self.cost),
+            storage=self.storage,
             bytes_per_parameter=self.model.dtype.itemsize,
         )
         return {

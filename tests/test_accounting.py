@@ -12,12 +12,13 @@ from transformers import PreTrainedModel
 from lrbo.accounting import (
     STORAGES,
     ModelAccount,
+    Storage,
     account,
     dense_parameters,
     low_rank_parameters,
 )
 from lrbo.compression import replace_module
-from lrbo.layers import LowRankLinear
+from lrbo.layers import LowRankLinear, PivotedLinear
 from lrbo.model import LayerSpec, ModelMap, map_model
 from tests import reference
 from tests.tiny import CASES, build, token_ids
@@ -25,6 +26,7 @@ from tests.tiny import CASES, build, token_ids
 # Everything is counted in integers: nothing here has a tolerance.
 
 every_case = pytest.mark.parametrize("case", CASES)
+every_storage = pytest.mark.parametrize("storage", STORAGES)
 both_biases = pytest.mark.parametrize("bias", [False, True])
 
 
@@ -36,7 +38,14 @@ def some_ranks(layers: ModelMap) -> dict[str, int | None]:
     }
 
 
-def put_in(model: PreTrainedModel, layers: ModelMap, ranks: dict[str, int | None], *, bias: bool):
+def put_in(
+    model: PreTrainedModel,
+    layers: ModelMap,
+    ranks: dict[str, int | None],
+    *,
+    bias: bool,
+    storage: Storage,
+) -> ModelAccount:
     """Replace layers by real low-rank modules, and return the account of the result."""
     parameters = {}
     for name, rank in ranks.items():
@@ -44,13 +53,21 @@ def put_in(model: PreTrainedModel, layers: ModelMap, ranks: dict[str, int | None
         if rank is None:
             parameters[name] = spec.parameters
             continue
-        left, right = torch.ones(spec.out_features, rank), torch.ones(rank, spec.in_features)
-        offset = torch.ones(spec.out_features) if bias or spec.has_bias else None
-        replace_module(model, name, LowRankLinear.from_tensors(left, right, offset))
-        parameters[name] = low_rank_parameters(
-            spec, rank, bias=bias or spec.has_bias, storage="factored"
-        )
-    return account(layers, ranks, parameters, bytes_per_parameter=4)
+        has_bias = bias or spec.has_bias
+        replace_module(model, name, real_layer(spec, rank, bias=has_bias, storage=storage))
+        parameters[name] = low_rank_parameters(spec, rank, bias=has_bias, storage=storage)
+    return account(layers, ranks, parameters, storage=storage, bytes_per_parameter=4)
+
+
+def real_layer(spec: LayerSpec, rank: int, *, bias: bool, storage: Storage) -> nn.Module:
+    """Make a low-rank layer of ones."""
+    left, right = torch.ones(spec.out_features, rank), torch.ones(rank, spec.in_features)
+    offset = torch.ones(spec.out_features) if bias else None
+    if storage == "factored":
+        return LowRankLinear.from_tensors(left, right, offset)
+    coefficients = torch.ones(spec.out_features - rank, rank)
+    places = torch.arange(spec.out_features, dtype=torch.int32)
+    return PivotedLinear(right, coefficients, places, offset)
 
 
 def macs_of_linear_layers(model: PreTrainedModel) -> int:
@@ -68,14 +85,15 @@ def macs_of_linear_layers(model: PreTrainedModel) -> int:
 
 @every_case
 @both_biases
-def test_account_is_the_count_of_the_modules(case: str, bias: bool) -> None:
+@every_storage
+def test_account_is_the_count_of_the_modules(case: str, bias: bool, storage: Storage) -> None:
     model = build(case)
     layers = map_model(model)
     ranks = some_ranks(layers)
     assert set(ranks.values()) >= {None, 0, 1}, "the case must exercise each kind of decision"
     dense_model = reference.count_parameters(model)
     dense = [reference.count_parameters(model.get_submodule(name)) for name in ranks]
-    counted = put_in(model, layers, ranks, bias=bias)
+    counted = put_in(model, layers, ranks, bias=bias, storage=storage)
     kept = [reference.count_parameters(model.get_submodule(name)) for name in ranks]
     assert counted.model_dense == dense_model
     assert counted.model == reference.count_parameters(model)
@@ -85,11 +103,12 @@ def test_account_is_the_count_of_the_modules(case: str, bias: bool) -> None:
 
 
 @every_case
-def test_macs_are_what_torch_multiplies(case: str) -> None:
+@every_storage
+def test_macs_are_what_torch_multiplies(case: str, storage: Storage) -> None:
     model = build(case)
     layers = map_model(model)
     dense = macs_of_linear_layers(model)
-    counted = put_in(model, layers, some_ranks(layers), bias=False)
+    counted = put_in(model, layers, some_ranks(layers), bias=False, storage=storage)
     assert counted.macs_per_token_dense == dense
     assert counted.macs_per_token == macs_of_linear_layers(model)
 
@@ -100,9 +119,21 @@ def test_bytes_are_those_of_the_tensors(dtype: torch.dtype) -> None:
     layers = map_model(model)
     ranks = dict.fromkeys((spec.name for spec in layers.compressible), None)
     dense = {spec.name: spec.parameters for spec in layers.compressible}
-    counted = account(layers, ranks, dense, bytes_per_parameter=dtype.itemsize)
+    counted = account(layers, ranks, dense, storage="pivoted", bytes_per_parameter=dtype.itemsize)
     stored = {p.data_ptr(): p.numel() * p.element_size() for p in model.parameters()}
     assert counted.bytes == counted.bytes_dense == sum(stored.values())
+
+
+@every_storage
+def test_bytes_count_the_order_that_a_pivoted_layer_keeps(storage: Storage) -> None:
+    model = build("gpt2")
+    layers = map_model(model)
+    counted = put_in(model, layers, some_ranks(layers), bias=True, storage=storage)
+    tensors = [*model.parameters()]
+    tensors += [m.places for m in model.modules() if isinstance(m, PivotedLinear)]
+    stored = {t.data_ptr(): t.numel() * t.element_size() for t in tensors if t.numel()}
+    assert counted.bytes == sum(stored.values())
+    assert (counted.bytes > 4 * counted.model) == (storage == "pivoted")
 
 
 def test_a_tied_head_is_counted_once() -> None:
@@ -111,7 +142,10 @@ def test_a_tied_head_is_counted_once() -> None:
     assert head.tied_to is not None
     assert untied.parameters - tied.parameters == head.parameters
     # The head costs the same multiplications either way.
-    counts = [account(layers, {}, {}, bytes_per_parameter=2) for layers in (tied, untied)]
+    counts = [
+        account(layers, {}, {}, storage="factored", bytes_per_parameter=2)
+        for layers in (tied, untied)
+    ]
     assert counts[0].macs_per_token_dense == counts[1].macs_per_token_dense
 
 
@@ -120,7 +154,7 @@ def test_nothing_changes_while_every_layer_is_dense(case: str) -> None:
     layers = map_model(build(case))
     ranks = dict.fromkeys((spec.name for spec in layers.compressible), None)
     dense = {spec.name: spec.parameters for spec in layers.compressible}
-    counted = account(layers, ranks, dense, bytes_per_parameter=2)
+    counted = account(layers, ranks, dense, storage="pivoted", bytes_per_parameter=2)
     assert counted.keep_ratio == 1.0
     assert counted.model == counted.model_dense
     assert counted.macs_per_token == counted.macs_per_token_dense
@@ -134,18 +168,18 @@ def test_a_rank_costs_what_its_tensors_hold(shape: tuple[int, int], bias: bool) 
     spec = LayerSpec("layer", "kind", 0, *shape, bias, site="layer")
     assert spec.parameters == reference.count_parameters(nn.Linear(in_features, out_features, bias))
     for rank in range(min(shape) + 1):
-        module = LowRankLinear.empty(out_features, in_features, rank, bias=bias)
-        factored = low_rank_parameters(spec, rank, bias=bias, storage="factored")
-        assert factored == reference.count_parameters(module)
-        # PIFA keeps `rank` pivot rows whole, and the coefficients of the others in them.
-        pivoted = low_rank_parameters(spec, rank, bias=bias, storage="pivoted")
-        rows, coefficients = rank * in_features, (out_features - rank) * rank
-        assert pivoted == rows + coefficients + (out_features if bias else 0)
+        factored, pivoted = (
+            low_rank_parameters(spec, rank, bias=bias, storage=form) for form in STORAGES
+        )
+        for kind, counted in ((LowRankLinear, factored), (PivotedLinear, pivoted)):
+            module = kind.empty(out_features, in_features, rank, bias=bias)
+            assert counted == reference.count_parameters(module)
+        assert pivoted == factored - rank * rank
         assert pivoted <= spec.parameters
     assert pivoted == spec.parameters  # at full rank the pivoted form is the dense one
 
 
-@pytest.mark.parametrize("storage", STORAGES)
+@every_storage
 @pytest.mark.parametrize("rank", [-1, 6])
 def test_a_rank_that_the_layer_cannot_have_is_refused_by_name(storage, rank: int) -> None:
     spec = LayerSpec("blocks.3.fc1", "fc1", 3, 5, 9, has_bias=False, site="blocks.3.fc1")
@@ -157,7 +191,7 @@ def test_keep_ratio_covers_the_compressible_layers_only() -> None:
     layers = map_model(build("llama_untied"))
     ranks = {spec.name: 1 for spec in layers.compressible}
     kept = {spec.name: 100 for spec in layers.compressible}
-    counted = account(layers, ranks, kept, bytes_per_parameter=2)
+    counted = account(layers, ranks, kept, storage="factored", bytes_per_parameter=2)
     assert isinstance(counted, ModelAccount)
     assert math.isclose(counted.keep_ratio, 1400 / counted.compressible_dense, rel_tol=1e-15)
     outside = counted.model_dense - counted.compressible_dense

@@ -264,7 +264,8 @@ def test_compress_writes_what_evaluate_scores_like_the_trial(project: Path, sear
     assert set(found) == {"folder", "parameters", "parameters_in_file", "keep_ratio", "storage"}
     assert found["parameters"] == found["parameters_in_file"]
     assert found["keep_ratio"] == best["keep_ratio"]
-    assert found["storage"] == "factored"
+    assert found["storage"] == "pivoted"
+    assert "Largest coefficient of the pivoted layers: " in ran.err
     model = lrbo.load("best")
     assert sum(p.numel() for p in model.parameters()) == found["parameters"]
     assert model(torch.tensor([[1, 2, 3]])).logits.shape == (1, 3, 258)

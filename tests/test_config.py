@@ -157,7 +157,7 @@ def test_a_key_that_hydra_let_through_is_refused() -> None:
 
 BAD_SEARCH: dict[str, Any] = {
     "budget.keep_ratio": [0.0, -0.1, 1.01, math.nan],
-    "budget.storage": ["pivoted", "sparse"],
+    "budget.storage": ["dense", "sparse"],
     "search.trials": [0],
     "search.initial": [1],
     "search.kl_weight": [-0.1, math.inf, math.nan],

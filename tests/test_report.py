@@ -5,13 +5,14 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from lrbo.accounting import ModelAccount, account
-from lrbo.allocation import Allocation, Budget
+from lrbo.allocation import Allocation, Budget, Cost
 from lrbo.config import composed, to_yaml
 from lrbo.factorization.registry import method_named
 from lrbo.model import ModelMap, map_model
@@ -39,6 +40,8 @@ class Journal:
         self.method = method_named(config.method.name)
         compressible, space = self.layers.compressible, config.space
         self.budget = Budget.from_keep_ratio(compressible, config.budget.keep_ratio)
+        self.storage = config.budget.storage
+        self.cost: Cost = partial(self.method.parameters, storage=self.storage)  # type: ignore[arg-type]
         self.space = build_space(
             compressible,
             self.budget,
@@ -48,7 +51,7 @@ class Journal:
             depth_groups=space.depth_groups,
             bounds=(space.bounds[0], space.bounds[1]),
             start=space.start,
-            cost=self.method.parameters,
+            cost=self.cost,
             rank_multiple=space.rank_multiple,
         )
         about = {
@@ -56,7 +59,7 @@ class Journal:
             "dtype": "float32",
             "device": "cpu",
             "budget_parameters": self.budget.parameters,
-            "storage": "factored",
+            "storage": self.storage,
             "adds_bias": config.method.name == "bolaco",
             "layers": [asdict(spec) for spec in self.layers.layers],
         }
@@ -68,7 +71,8 @@ class Journal:
         return account(
             self.layers,
             allocation.ranks,
-            allocation_parameters(self.layers, allocation, self.method.parameters),
+            allocation_parameters(self.layers, allocation, self.cost),
+            storage=self.storage,  # type: ignore[arg-type]
             bytes_per_parameter=BYTES,
         )
 

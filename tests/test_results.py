@@ -10,6 +10,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from lrbo import results
+from lrbo.accounting import STORAGES
 from lrbo.allocation import Allocation, Budget
 from lrbo.trial import TrialRecord, TrialRequest
 from lrbo.worker import allocation_parameters
@@ -203,12 +204,16 @@ def test_before_the_first_value_there_is_no_best_so_far(journal: Journal) -> Non
 
 @pytest.mark.parametrize("case", ["llama_untied", "llama_tied", "llama_biased"])
 @pytest.mark.parametrize("method", ["bolaco", "svd"])
-def test_sizes_agree_with_the_accountant(case: str, method: str, tmp_path: Path) -> None:
-    journal = Journal(tmp_path / "mine", f"method={method}", case=case)
+@pytest.mark.parametrize("storage", STORAGES)
+def test_sizes_agree_with_the_accountant(
+    case: str, method: str, storage: str, tmp_path: Path
+) -> None:
+    overrides = (f"method={method}", f"budget.storage={storage}")
+    journal = Journal(tmp_path / "mine", *overrides, case=case)
     record = journal.complete(0, 2.0)
     allocation = record.request.allocation
     counted = journal.counted(allocation)
-    stored = allocation_parameters(journal.layers, allocation, journal.method.parameters)
+    stored = allocation_parameters(journal.layers, allocation, journal.cost)
     table = results.ranks_frame(journal.study, record).set_index("name")
     assert table["stored"].to_dict() == stored
     assert table["stored"].sum() == allocation.parameters == counted.compressible
@@ -257,9 +262,7 @@ def test_dense_kinds_are_dense_in_every_block(journal: Journal) -> None:
 
 def kept(journal: Journal, record: TrialRecord, names: list[str]) -> float:
     """Return the share of their dense parameters that layers keep."""
-    stored = allocation_parameters(
-        journal.layers, record.request.allocation, journal.method.parameters
-    )
+    stored = allocation_parameters(journal.layers, record.request.allocation, journal.cost)
     dense = sum(journal.layers.by_name[name].parameters for name in names)
     return sum(stored[name] for name in names) / dense
 

@@ -43,7 +43,7 @@ def make_worker(case: str = "llama_tied", **sizes: int) -> Worker:
         module = model.get_submodule(spec.name)
         factors[spec.name] = svd.factor(linear_weight(module), linear_bias(module), {}).to()
     dense = measure_dense(model, WINDOWS, top=TOP)
-    return Worker(model, layers, factors, svd.parameters, WINDOWS, dense, **sizes)
+    return Worker(model, layers, factors, svd.parameters, "factored", WINDOWS, dense, **sizes)
 
 
 def request_for(worker: Worker, rank: int | None = None, index: int = 4) -> TrialRequest:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from lrbo import builders, checks, config, export
 from lrbo.accounting import account
+from lrbo.allocation import Allocation
 from lrbo.compression import compress_
 from lrbo.errors import StudyError
+from lrbo.layers import PivotedLinear
 from lrbo.loading import load_model, load_tokenizer, resolve_dtype
+from lrbo.nested import LowRankFactors, NestedFactors, PivotedFactors
 from lrbo.progress import Reporter
 from lrbo.schema import CompressConfig
 from lrbo.search.study import Study
@@ -39,13 +44,13 @@ def run(chosen: CompressConfig, reporter: Reporter) -> dict[str, Any]:
     dtype = None if chosen.dtype == "auto" else resolve_dtype(chosen.dtype, torch.device("cpu"))
     model = load_model(plan.source, dtype=dtype, device=torch.device("cpu"))
     builders.require_same_model(study, model)
-    factors = {name: found.to(dtype=model.dtype) for name, found in factors.items()}
     allocation = record.request.allocation
-    compress_(model, allocation, factors)
+    _put_in(model, allocation, factors, plan, reporter)
     counted = account(
         plan.layers,
         allocation.ranks,
-        allocation_parameters(plan.layers, allocation, plan.method.parameters),
+        allocation_parameters(plan.layers, allocation, plan.space.cost),
+        storage=plan.storage,
         bytes_per_parameter=model.dtype.itemsize,
     )
     tokenizer = load_tokenizer(plan.source)
@@ -62,7 +67,6 @@ def run(chosen: CompressConfig, reporter: Reporter) -> dict[str, Any]:
             "base_model": asdict(plan.source),
             "base_fingerprint": about["model_fingerprint"],
             "method": plan.method.name,
-            "storage": stored.budget.storage,
             "keep_ratio": counted.keep_ratio,
             "validation": {
                 **{key: record.metrics[key] for key in ("nll", "perplexity", "tokens")},
@@ -71,15 +75,55 @@ def run(chosen: CompressConfig, reporter: Reporter) -> dict[str, Any]:
             "data": about["data"],
             "versions": builders.versions(),
         }
-        in_file = export.save(out, model, tokenizer, allocation, written, parameters=counted.model)
+        in_file = export.save(
+            out,
+            model,
+            tokenizer,
+            allocation,
+            written,
+            storage=plan.storage,
+            parameters=counted.model,
+        )
         reporter.say(f"Open it with: import lrbo; model = lrbo.load({str(out)!r})")
     return {
         "folder": str(out),
         "parameters": in_file if chosen.merged else counted.model,
         "parameters_in_file": in_file,
         "keep_ratio": counted.keep_ratio,
-        "storage": "dense" if chosen.merged else stored.budget.storage,
+        "storage": "dense" if chosen.merged else plan.storage,
     }
+
+
+def _put_in(
+    model: PreTrainedModel,
+    allocation: Allocation,
+    factors: Mapping[str, LowRankFactors],
+    plan: builders.Plan,
+    reporter: Reporter,
+) -> None:
+    """Replace the layers of a model by their form in the storage of the budget.
+
+    Args:
+        model: Changed.
+        allocation: Ranks by layer name.
+        factors: As they are in the cache: pivots are chosen from these, and rounded after.
+        plan: Of the study.
+        reporter: Shows progress and the largest coefficient.
+    """
+    if plan.storage == "factored":
+        rounded = {name: found.to(dtype=model.dtype) for name, found in factors.items()}
+        compress_(model, allocation, rounded)
+        return
+    pivoted: dict[str, NestedFactors] = {
+        name: PivotedFactors(found, model.dtype, name) for name, found in factors.items()
+    }
+    count = sum(rank is not None for rank in allocation.ranks.values())
+    with reporter.step("Pivoting", count, "layers") as advance:
+        compress_(model, allocation, pivoted, on_layer=lambda _: advance(1))
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, PivotedLinear)}
+    if layers:
+        name, largest = max(layers.items(), key=lambda item: item[1].growth)
+        reporter.say(f"Largest coefficient of the pivoted layers: {largest.growth:.3f} in {name}")
 
 
 def _point(study: Study, point: str) -> TrialRecord:

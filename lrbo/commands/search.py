@@ -145,7 +145,13 @@ def _test(plan: builders.Plan, study: Study, worker: Worker, reporter: Reporter)
             if record is None:
                 found = score(worker.model, windows.ids, **sizes, on_tokens=advance)
             else:
-                with compressed(worker.model, record.request.allocation, worker.factors):
+                with compressed(
+                    worker.model,
+                    record.request.allocation,
+                    worker.factors,
+                    tokens=windows.ids.numel(),
+                    buffers=worker.buffers,
+                ):
                     found = score(worker.model, windows.ids, **sizes, on_tokens=advance)
         metrics = {"nll": found.mean, "perplexity": found.value, "tokens": found.tokens}
         study.record("tested", label=label, trial=trial, text=windows.text, metrics=metrics)

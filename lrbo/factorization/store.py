@@ -7,6 +7,7 @@ import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -16,10 +17,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lrbo.allocation import rungs
+from lrbo.allocation import Cost, rungs
 from lrbo.errors import StatisticsError
 from lrbo.factorization.base import FactorizationMethod, Statistic
-from lrbo.model import ModelMap, linear_bias, linear_weight
+from lrbo.model import LayerSpec, ModelMap, linear_bias, linear_weight
 from lrbo.nested import LowRankFactors
 from lrbo.storage import replacing
 
@@ -43,7 +44,9 @@ def factor_model(
     *,
     on_layer: Callable[[str], None] | None = None,
 ) -> dict[str, LowRankFactors]:
-    """Factor every compressible layer, for every rank that is smaller than dense.
+    """Factor every compressible layer, for every rank at which pivoted storage is below dense.
+
+    Those include the ranks of factored storage, so one file of factors serves both forms.
 
     Args:
         model: The dense model; its weights are read at the precision that they have.
@@ -60,9 +63,10 @@ def factor_model(
         StatisticsError: Naming the layer.
     """
     factors = {}
+    cost = partial(method.parameters, storage="pivoted")
     for spec in layers.compressible:
         module = model.get_submodule(spec.name)
-        useful = [rank for rank, _ in rungs(spec, method.parameters, 1) if rank is not None]
+        useful = largest_rank(spec, cost)
         if useful:  # else dense is smaller at every rank
             with _naming(spec.name):
                 full = method.factor(
@@ -71,11 +75,16 @@ def factor_model(
                     statistics.at(spec.site) if method.needs else {},
                 )
             factors[spec.name] = full.to(
-                dtype=torch.float32, device=torch.device("cpu"), max_rank=useful[-1]
+                dtype=torch.float32, device=torch.device("cpu"), max_rank=useful
             )
         if on_layer is not None:
             on_layer(spec.name)
     return factors
+
+
+def largest_rank(spec: LayerSpec, cost: Cost) -> int:
+    """Return the largest rank at which a layer is below dense; 0 if there is none."""
+    return max((rank for rank, _ in rungs(spec, cost, 1) if rank is not None), default=0)
 
 
 @contextmanager
@@ -100,7 +109,7 @@ def factors_fingerprint(
         for name, value in vars(method).items()
     }
     settings = {
-        "format": 2,
+        "format": 3,
         "model": model_fingerprint,
         "calibration": calibration_fingerprint if method.needs else None,
         "method": {"type": type(method).__name__, **options},
