@@ -6,7 +6,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lrbo.allocation import Allocation, Budget
-from lrbo.compression import compress_, compressed, replace_module
+from lrbo.compression import compress_, compressed, is_dearer, replace_module
+from lrbo.compression import multiplied_out as multiplied_out_layer
 from lrbo.factorization.registry import method_named
 from lrbo.layers import LowRankLinear
 from lrbo.model import linear_bias, linear_weight, map_model
@@ -15,6 +16,7 @@ from tests.tiny import CASES, build, token_ids
 
 TOLERANCE = {
     "logits": 1e-9,  # float64, two blocks deep, relative to the largest logit
+    "float32": 1e-4,  # the same in single precision
 }
 
 every_case = pytest.mark.parametrize("case", CASES)
@@ -220,3 +222,125 @@ def test_replacing_a_module_returns_what_was_there() -> None:
     outer, other = model[0], nn.Identity()
     assert replace_module(model, "0", other) is outer  # a child of the model itself
     assert model[0] is other
+
+
+# --- prefixes that are multiplied out ------------------------------------------------------------
+
+
+def high_ranks(factors: dict[str, LowRankFactors]) -> Allocation:
+    """Give each layer a rank at which two thin products cost more; every fourth stays dense."""
+    names = list(factors)
+    ranks = {name: None if i % 4 == 3 else factors[name].max_rank - 1 - i % 2
+             for i, name in enumerate(names)}  # fmt: skip
+    return Allocation(ranks, 0, Budget(0))
+
+
+@every_case
+@pytest.mark.parametrize("shift", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_multiplied_out_prefixes_say_what_two_products_say(
+    case: str, shift: bool, dtype: torch.dtype
+) -> None:
+    model = build(case).to(dtype)
+    factors = factors_of(model, shift=shift)
+    allocation = high_ranks(factors)
+    with compressed(model, allocation, factors):
+        expected = logits(model)
+    before, bits = state(model), {n: p.clone() for n, p in model.named_parameters()}
+    with compressed(model, allocation, factors, tokens=10**6):
+        kinds = {type(model.get_submodule(n)) for n, r in allocation.ranks.items() if r}
+        assert kinds == {nn.Linear}
+        found = logits(model)
+    unit = float(expected.abs().max())
+    tolerance = TOLERANCE["logits" if dtype == torch.float64 else "float32"]
+    assert float((found - expected).abs().max()) <= tolerance * unit
+    assert state(model) == before
+    assert all(torch.equal(p, bits[n]) for n, p in model.named_parameters())
+
+
+def test_a_product_is_made_only_where_it_saves_operations() -> None:
+    model = build("llama_tied").double()
+    factors = factors_of(model)
+    names = list(factors)
+    ranks = {name: 1 + i % factors[name].max_rank for i, name in enumerate(names)}
+    for tokens in (0, 3, 40, 10**6):
+        dearer = {}
+        for name, rank in ranks.items():
+            shape = len(factors[name].left), factors[name].right.shape[1]
+            dearer[name] = is_dearer(rank, *shape, tokens)
+        with compressed(model, Allocation(ranks, 0, Budget(0)), factors, tokens=tokens):
+            for name in names:
+                kind = nn.Linear if dearer[name] else LowRankLinear
+                assert type(model.get_submodule(name)) is kind
+        assert any(dearer.values()) == (tokens >= 40)
+        assert not all(dearer.values())
+
+
+@pytest.mark.parametrize(
+    ("rank", "tokens", "dearer"),
+    [
+        (5, 10**9, False),  # 5 * 20 = 10 * 10: as many operations for ever
+        (6, 10**9, True),
+        (6, 30, False),  # 30 * 6 * 20 = 3600 = (30 + 6) * 100
+        (6, 31, True),
+        (10, 0, False),
+    ],
+)
+def test_operations_are_counted_with_those_of_making_the_product(
+    rank: int, tokens: int, dearer: bool
+) -> None:
+    assert is_dearer(rank, 10, 10, tokens) == dearer
+
+
+def test_products_are_written_into_the_same_memory_trial_after_trial() -> None:
+    model = build("gpt2")
+    factors = factors_of(model)
+    allocation, buffers = high_ranks(factors), {}
+    places, said = [], []
+    lower = {n: None if r is None else r - 1 for n, r in allocation.ranks.items()}
+    for decided in (allocation, Allocation(lower, 0, Budget(0)), allocation):
+        with compressed(model, decided, factors, tokens=10**6, buffers=buffers):
+            used = {n: model.get_submodule(n).weight.data_ptr() for n, r in lower.items() if r}
+            said.append(logits(model))
+        places.append({name: buffer.data_ptr() for name, buffer in buffers.items()})
+        assert used == places[-1]
+    assert places[0] == places[1] == places[2]
+    assert torch.equal(said[0], said[2])
+    assert not torch.equal(said[0], said[1])
+    dense = {parameter.data_ptr() for parameter in model.parameters()}
+    assert not dense & set(places[0].values())
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_dense_layers_come_back_from_products_after_an_error(error: type[BaseException]) -> None:
+    model = build("gpt2")
+    factors = factors_of(model)
+    before = state(model)
+
+    def fail_inside() -> None:
+        with compressed(model, high_ranks(factors), factors, tokens=10**6):
+            raise error("inside")
+
+    with pytest.raises(error, match="inside"):
+        fail_inside()
+    assert state(model) == before
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_product_in_half_precision_is_rounded_once(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    left = torch.randn(96, 256, generator=generator).to(dtype)
+    right = torch.randn(256, 80, generator=generator).to(dtype)
+    center = torch.randn(80, generator=generator) + 4
+    offset = torch.randn(96, generator=generator)
+    factors = LowRankFactors(left, right, torch.zeros(257), offset, center)
+    buffer = torch.empty(96, 80, dtype=dtype)
+    layer = multiplied_out_layer(factors, 200, buffer)
+    assert layer.weight.data_ptr() == buffer.data_ptr()
+    exact = left[:, :200].double() @ right[:200].double()
+    # Adding up in half precision would lose ten times as much.
+    slack = torch.finfo(dtype).eps / 2 * exact.abs() + 1e-5 * 200
+    assert bool(((layer.weight.double() - exact).abs() <= slack).all())
+    answered = layer.weight.double() @ center.double() + layer.bias.double()
+    unit = float(layer.bias.abs().max())
+    assert float((answered - offset).abs().max()) <= torch.finfo(dtype).eps * unit

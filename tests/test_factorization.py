@@ -13,7 +13,7 @@ from lrbo.errors import ConfigError, StatisticsError
 from lrbo.factorization.base import FactorizationMethod, Statistic
 from lrbo.factorization.registry import METHODS, method_named
 from lrbo.model import LayerSpec
-from lrbo.nested import NestedFactors
+from lrbo.nested import NestedFactors, PivotedFactors
 from tests import reference
 from tests.reference import Affine, Matrix
 
@@ -216,14 +216,19 @@ def test_parameters_counts_the_module(method: FactorizationMethod, layer: Layer)
 
 @every_method
 @every_layer
-def test_pivoted_storage_saves_the_square_of_the_rank(
+def test_pivoted_storage_is_the_same_map_in_the_numbers_that_are_counted(
     method: FactorizationMethod, layer: Layer
 ) -> None:
     assert STORAGES == ("factored", "pivoted")
-    for rank in range(min(layer.weight.shape) + 1):
-        factored = method.parameters(layer.spec, rank, "factored")
-        assert method.parameters(layer.spec, rank) == factored
-        assert method.parameters(layer.spec, rank, "pivoted") == factored - rank * rank
+    factors = factors_of(method, layer)
+    for rank in ranks_of(factors):
+        module = PivotedFactors(factors, torch.float64).at_rank(rank)
+        counted = method.parameters(layer.spec, rank, "pivoted")
+        assert counted == reference.count_parameters(module), rank
+        assert counted == method.parameters(layer.spec, rank, "factored") - rank * rank
+        found = reference.affine_of(module, layer.spec.in_features)
+        difference = largest_difference(found, map_at(factors, layer, rank))
+        assert difference <= TOLERANCE["full rank"], rank
 
 
 @every_method

@@ -1,4 +1,4 @@
-"""The low-rank layer equals a dense product, and behaves like any other module."""
+"""The low-rank layers equal a dense product, and behave like any other module."""
 
 from itertools import product
 
@@ -6,13 +6,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lrbo.layers import LowRankLinear
+from lrbo.layers import LowRankLinear, PivotedLinear
+from lrbo.pivoting import pivot
 from tests import reference
 
 TOLERANCE = {
     torch.float64: 1e-12,  # sums of ten products of numbers around 1
     torch.float32: 1e-5,  # the same in single precision
     torch.bfloat16: 0.1,  # three digits, rounded after each of the two products
+    torch.float16: 0.02,  # eight times finer, of outputs up to 15
 }
 
 OUT, IN = 5, 7
@@ -109,3 +111,109 @@ def test_gradients_reach_the_input() -> None:
     assert x.grad is not None
     expected = (left @ right).sum(0)
     assert float((x.grad[0] - expected).abs().max()) <= TOLERANCE[torch.float64]
+
+
+# --- pivoted -----------------------------------------------------------------------------------
+
+# Shapes (out, in): wide, tall and square.
+SHAPES = [(5, 7), (9, 4), (6, 6)]
+every_shape = pytest.mark.parametrize("shape", SHAPES)
+
+
+def pivoted(
+    shape: tuple[int, int],
+    rank: int,
+    *,
+    bias: bool,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[PivotedLinear, Tensor, Tensor | None]:
+    """Return a pivoted layer, and the weight and bias that it was made of."""
+    generator = torch.Generator().manual_seed(rank)
+
+    def draw(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator, dtype=torch.float64)
+
+    left, right = draw(shape[0], rank), draw(rank, shape[1])
+    offset = draw(shape[0]).to(dtype) if bias else None
+    layer = PivotedLinear.from_pivoting(
+        pivot(left, right), dtype=dtype, device=torch.device("cpu"), bias=offset
+    )
+    return layer, left @ right, offset
+
+
+@both_biases
+@every_shape
+@pytest.mark.parametrize("rank", [0, 1, 3, 4])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_a_pivoted_layer_is_the_dense_product(
+    shape: tuple[int, int], rank: int, bias: bool, dtype: torch.dtype
+) -> None:
+    layer, weight, offset = pivoted(shape, rank, bias=bias, dtype=dtype)
+    x = torch.randn(2, 3, shape[1], generator=torch.Generator().manual_seed(9)).to(dtype)
+    expected = x.double() @ weight.T + (0 if offset is None else offset.double())
+    found = layer(x)
+    assert found.dtype == dtype
+    assert found.shape == (2, 3, shape[0])
+    assert found.is_contiguous()
+    assert float((found.double() - expected).abs().max()) <= TOLERANCE[dtype]
+    assert float((layer.multiplied() - weight).abs().max()) <= TOLERANCE[dtype]
+    assert layer.growth <= 1.25
+    one = layer(x[0, 0])
+    assert float((one - found[0, 0]).abs().max()) <= TOLERANCE[dtype]
+
+
+@both_biases
+@every_shape
+def test_a_pivoted_layer_holds_rank_squared_fewer_numbers(
+    shape: tuple[int, int], bias: bool
+) -> None:
+    for rank in range(min(shape) + 1):
+        layer, _, _ = pivoted(shape, rank, bias=bias)
+        numbers = rank * sum(shape) - rank * rank + (shape[0] if bias else 0)
+        assert reference.count_parameters(layer) == numbers
+        assert layer.rank == rank
+        names = ["coefficients", "places", "rows", *(["bias"] if bias else [])]
+        assert sorted(layer.state_dict()) == sorted(names)
+        assert layer.places.dtype == torch.int32
+        assert not any(parameter.requires_grad for parameter in layer.parameters())
+
+
+@both_biases
+@pytest.mark.parametrize("rank", [0, 2])
+def test_an_empty_pivoted_layer_takes_the_weights_of_another(rank: int, bias: bool) -> None:
+    full, _, _ = pivoted((5, 7), rank, bias=bias)
+    empty = PivotedLinear.empty(5, 7, rank, bias=bias)
+    assert all(tensor.is_meta for tensor in empty.state_dict().values())
+    assert empty.rank == rank
+    empty.load_state_dict(full.state_dict(), strict=True, assign=True)
+    x = torch.randn(3, 7, dtype=torch.float64)
+    assert torch.equal(empty(x), full(x))
+
+
+def test_another_dtype_leaves_the_order_of_a_pivoted_layer_alone() -> None:
+    layer, _, _ = pivoted((5, 7), 2, bias=True)
+    places = layer.places.clone()
+    moved = nn.Sequential(layer).to(torch.bfloat16)[0]
+    assert {parameter.dtype for parameter in moved.parameters()} == {torch.bfloat16}
+    assert torch.equal(moved.places, places)
+    assert moved.places.dtype == torch.int32
+
+
+@both_biases
+def test_gradients_pass_through_a_pivoted_layer(bias: bool) -> None:
+    layer, weight, _ = pivoted((5, 7), 3, bias=bias)
+    x = torch.randn(1, 7, dtype=torch.float64, requires_grad=True)
+    layer(x).sum().backward()
+    assert x.grad is not None
+    assert float((x.grad[0] - weight.sum(0)).abs().max()) <= TOLERANCE[torch.float64]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_a_pivoted_layer_runs_on_a_gpu(dtype: torch.dtype) -> None:
+    layer, weight, offset = pivoted((9, 4), 3, bias=True, dtype=dtype)
+    assert offset is not None
+    x = torch.randn(6, 4, generator=torch.Generator().manual_seed(9)).to(dtype)
+    expected = x.double() @ weight.T + offset.double()
+    found = layer.cuda()(x.cuda()).cpu()
+    assert float((found.double() - expected).abs().max()) <= TOLERANCE[dtype]

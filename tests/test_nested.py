@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lrbo.nested import LowRankFactors, NestedFactors
+from lrbo.nested import LowRankFactors, NestedFactors, PivotedFactors
 
 TOLERANCE = {
     "map": 1e-12,  # sums of a few products of numbers around 1, float64
@@ -156,3 +156,57 @@ def test_in_any_dtype_the_center_is_answered_with_the_offset(dtype: torch.dtype)
         # One rounding of the bias is all that is left, and float32's of the sums.
         limit = torch.finfo(dtype).eps * size + TOLERANCE["float32"] * float(product.abs().max())
         assert float((answer - factors.offset).abs().max()) <= limit
+
+
+# --- pivoted -----------------------------------------------------------------------------------
+
+
+@every_bias
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_pivoted_factors_are_the_same_layers_in_fewer_numbers(
+    bias: str, dtype: torch.dtype
+) -> None:
+    factors = make(bias)
+    pivoted = PivotedFactors(factors, dtype)
+    assert isinstance(pivoted, NestedFactors)
+    assert pivoted.max_rank == COUNT
+    x = torch.randn(4, IN, dtype=torch.float64)
+    tolerance = TOLERANCE["map" if dtype == torch.float64 else "float32"]
+    for rank in range(COUNT + 1):
+        weight, offset = by_loops(factors, rank)
+        layer = pivoted.at_rank(rank)
+        assert layer.rank == rank
+        assert (layer.bias is None) == (bias == "none")
+        assert {parameter.dtype for parameter in layer.parameters()} == {dtype}
+        found = layer(x.to(dtype)).double()
+        assert float((found - (x @ weight.T + offset)).abs().max()) <= 10 * tolerance
+        assert pivoted.error_at(rank) == factors.error_at(rank)
+
+
+def test_the_bias_of_a_pivoted_layer_mends_its_rounded_weights_at_the_center() -> None:
+    """As for factors: else the error of rounding is the same for every token."""
+    factors = make("with rank")
+    assert factors.offset is not None
+    assert factors.center is not None
+    far = dataclasses.replace(factors, center=50 * factors.center)  # a mean as large as in models
+    assert far.center is not None
+    layer = PivotedFactors(far, torch.bfloat16).at_rank(4)
+    assert layer.bias is not None
+    mended = factors.offset - layer.multiplied() @ far.center
+    slack = 2**-8 * mended.abs() + 1e-4
+    assert bool(((layer.bias.double() - mended).abs() <= slack).all())
+    of_exact_weights = factors.offset - by_loops(far, 4)[0] @ far.center
+    assert not torch.equal(of_exact_weights.bfloat16(), layer.bias)
+
+
+def test_a_rank_that_pivoted_factors_do_not_have_is_refused() -> None:
+    with pytest.raises(ValueError, match="rank 6 is outside"):
+        PivotedFactors(make("none"), torch.float32).at_rank(COUNT + 1)
+
+
+def test_a_warning_of_pivoting_names_layer_and_rank() -> None:
+    factors = make("none")
+    factors.left[:, 2] = 0.0
+    pivoted = PivotedFactors(factors, torch.float32, "layers.3.up_proj")
+    with pytest.warns(UserWarning, match=r"layers\.3\.up_proj at rank 4: 1 of 4 columns"):
+        pivoted.at_rank(4)

@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 
 import pytest
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lrbo.accounting import Storage
 from lrbo.allocation import Allocation, Budget
 from lrbo.compression import compress_
 from lrbo.evaluation.divergence import measure_dense
@@ -16,6 +17,7 @@ from lrbo.evaluation.perplexity import score
 from lrbo.factorization.registry import method_named
 from lrbo.factorization.weighted import Svd
 from lrbo.model import linear_bias, linear_weight, map_model
+from lrbo.nested import PivotedFactors
 from lrbo.trial import TrialRequest, TrialResult
 from lrbo.worker import Worker, allocation_parameters, peak_memory_gib
 from tests import reference
@@ -34,7 +36,7 @@ FAMILIES = ("llama_tied", "gpt2", "llama_biased")
 every_family = pytest.mark.parametrize("case", FAMILIES)
 
 
-def make_worker(case: str = "llama_tied", **sizes: int) -> Worker:
+def make_worker(case: str = "llama_tied", *, storage: Storage = "factored", **sizes: int) -> Worker:
     model = build(case).double()
     layers = map_model(model)
     svd = method_named("svd")
@@ -43,7 +45,8 @@ def make_worker(case: str = "llama_tied", **sizes: int) -> Worker:
         module = model.get_submodule(spec.name)
         factors[spec.name] = svd.factor(linear_weight(module), linear_bias(module), {}).to()
     dense = measure_dense(model, WINDOWS, top=TOP)
-    return Worker(model, layers, factors, svd.parameters, "factored", WINDOWS, dense, **sizes)
+    cost = partial(svd.parameters, storage=storage)
+    return Worker(model, layers, factors, cost, storage, WINDOWS, dense, **sizes)
 
 
 def request_for(worker: Worker, rank: int | None = None, index: int = 4) -> TrialRequest:
@@ -139,6 +142,33 @@ def test_sizes_equal_a_count_of_the_compressed_model(case: str) -> None:
     matrices = [p for m in layers for p in m.parameters() if p.dim() == 2]
     head = compressed.get_output_embeddings().weight
     assert found["macs_per_token"] == sum(p.numel() for p in [*matrices, head])
+
+
+@every_family
+def test_a_trial_of_pivoted_storage_counts_that_form_and_scores_the_same(case: str) -> None:
+    worker, other = make_worker(case, storage="pivoted"), make_worker(case)
+    # As high as a budget of pivoted storage asks for, so that prefixes are multiplied out.
+    ranks = {name: found.max_rank - 1 for name, found in worker.factors.items()}
+    request = TrialRequest(0, "sobol", {}, Allocation(ranks, 0, Budget(0)), seed=0)
+    before = snapshot(worker)
+    worker.windows = WINDOWS.repeat(20, 1)
+    found = worker.size_metrics(request.allocation)
+    compress_(other.model, request.allocation, {n: PivotedFactors(f, torch.float64)
+        for n, f in other.factors.items()})  # fmt: skip
+    layers = [other.model.get_submodule(name) for name in ranks]
+    assert found["parameters"] == sum(reference.count_parameters(layer) for layer in layers)
+    assert found["model_parameters"] == reference.count_parameters(other.model)
+    integers = sum(layer.places.numel() for layer in layers)
+    assert found["model_bytes"] == 8 * found["model_parameters"] + 4 * integers
+    matrices = [p for m in layers for p in m.parameters() if p.dim() == 2]
+    head = other.model.get_output_embeddings().weight
+    assert found["macs_per_token"] == sum(p.numel() for p in [*matrices, head])
+    worker.dense = measure_dense(worker.model, worker.windows, top=TOP)
+    nll = [worker(request).metrics["nll"] for _ in range(2)]
+    assert set(worker.buffers) == set(ranks), "the case must multiply prefixes out"
+    assert nll[0] == nll[1]
+    assert nll[0] == pytest.approx(score(other.model, WINDOWS).mean, rel=TOLERANCE["nll"])
+    assert snapshot(worker) == before
 
 
 def test_a_dense_allocation_scores_as_the_dense_model() -> None:
