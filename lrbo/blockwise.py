@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import MethodType
 from typing import Any
 
@@ -18,6 +21,41 @@ from lrbo.model import body_and_head
 
 # Opens a block: its weights are at hand inside the `with`, and may be gone after it.
 OpenBlock = Callable[[int], AbstractContextManager[nn.Module]]
+
+
+class Scratch:
+    """Room for hidden states: main memory up to a limit, beyond it temporary files.
+
+    Use it as a context manager; the tensors are gone after it.
+
+    Args:
+        memory_bytes: The limit.
+    """
+
+    def __init__(self, memory_bytes: int = 2 * 2**30) -> None:
+        self._left = memory_bytes
+        self._files = 0
+        self._folder: TemporaryDirectory[str] | None = None
+
+    def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        """Return an uninitialised tensor on the CPU."""
+        size = math.prod(shape)
+        if size * dtype.itemsize <= self._left:
+            self._left -= size * dtype.itemsize
+            return torch.empty(shape, dtype=dtype)
+        self._folder = self._folder or TemporaryDirectory(prefix="lrbo-")
+        self._files += 1
+        path = Path(self._folder.name) / str(self._files)
+        return torch.from_file(str(path), shared=True, size=size, dtype=dtype).view(shape)
+
+    def __enter__(self) -> Scratch:
+        """Begin."""
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Delete the files."""
+        if self._folder is not None:
+            self._folder.cleanup()
 
 
 class BlockwiseBody:

@@ -17,13 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lrbo.accounting import Storage
 from lrbo.allocation import Budget
 from lrbo.calibration import corpus
-from lrbo.calibration.collect import (
-    Calibration,
-    CalibrationFile,
-    calibrate,
-    calibration_fingerprint,
-    save_calibration,
-)
+from lrbo.calibration.collect import CalibrationSettings
 from lrbo.calibration.corpus import CorpusSpec, Role, RoleText, TokenWindows
 from lrbo.checks import role_paths
 from lrbo.config import to_yaml
@@ -31,17 +25,9 @@ from lrbo.errors import BudgetError, ConfigError, DataError, ModelError, StudyEr
 from lrbo.evaluation.divergence import DenseReference, measure_dense
 from lrbo.factorization.base import FactorizationMethod
 from lrbo.factorization.registry import method_named
-from lrbo.factorization.store import (
-    SiteStatistics,
-    factor_model,
-    factors_fingerprint,
-    largest_rank,
-    load_factors,
-    save_factors,
-)
+from lrbo.factorization.store import largest_rank
 from lrbo.loading import (
     ModelSource,
-    cache_folder,
     load_model,
     load_skeleton,
     load_tokenizer,
@@ -50,11 +36,14 @@ from lrbo.loading import (
     resolve_dtype,
 )
 from lrbo.model import ModelMap, fingerprint, map_model
-from lrbo.nested import LowRankFactors
+from lrbo.preparation import Preparation, curve_needs, loss_curves
 from lrbo.progress import Reporter
-from lrbo.schema import DataConfig, EvaluateConfig, ModelConfig, SearchConfig
-from lrbo.search.space import SearchSpace, build_space
+from lrbo.schema import DataConfig, EvaluateConfig, MethodConfig, ModelConfig, SearchConfig
+from lrbo.search.base import Space
+from lrbo.search.space import build_space
 from lrbo.search.study import Study
+from lrbo.search.weights import build_weight_space
+from lrbo.sensitivity import SensitivitySettings
 from lrbo.worker import Worker
 
 TEST: Role = "test"
@@ -78,8 +67,24 @@ class Plan:
     source: ModelSource
     layers: ModelMap
     method: FactorizationMethod
-    space: SearchSpace
+    space: Space
     windows: Mapping[Role, TokenWindows]
+
+    @property
+    def preparation(self) -> Preparation:
+        """Return what statistics and factors depend on."""
+        given = self.config.calibration
+        settings = CalibrationSettings(
+            groups=given.groups,
+            batch_windows=given.batch_windows,
+            labels=cast(Any, given.labels),
+            gradient_share=given.gradient_share,
+            seed=self.config.seed,
+            memory_gib=given.memory_gib,
+        )
+        needs = curve_needs(self.method) if self.config.sensitivity.enabled else self.method.needs
+        windows = self.windows["calibration"].ids
+        return Preparation(self.source, self.layers, self.method, needs, windows, settings)
 
     @property
     def storage(self) -> Storage:
@@ -124,7 +129,7 @@ def plan_search(config: SearchConfig, study: Study, problems: list[str]) -> Plan
         problems += error.problems
     if problems:
         raise ConfigError(problems)
-    method = method_named(config.method.name)
+    method = build_method(config.method)
     layers, space, windows = None, None, None
     try:
         layers = map_model(load_skeleton(source))
@@ -153,21 +158,46 @@ def _missing_packages(config: SearchConfig, source: ModelSource) -> list[str]:
     return [problem for problem in found if problem]
 
 
-def _build_space(
-    config: SearchConfig, layers: ModelMap, method: FactorizationMethod
-) -> SearchSpace:
+def build_method(config: MethodConfig) -> FactorizationMethod:
+    """Return the method with its options.
+
+    Raises:
+        ConfigError: If the method does not exist or has no such option.
+    """
+    options = {key: value for key, value in vars(config).items() if value is not None}
+    if "one_sided" in options:
+        options["one_sided"] = tuple(options["one_sided"])
+    return method_named(options.pop("name"), options)
+
+
+def _build_space(config: SearchConfig, layers: ModelMap, method: FactorizationMethod) -> Space:
     """Build the search space under the budget."""
     space = config.space
+    budget = Budget.from_keep_ratio(layers.compressible, config.budget.keep_ratio)
+    cost = partial(method.parameters, storage=cast(Storage, config.budget.storage))
+    if space.type == "weights":
+        return build_weight_space(
+            layers.compressible,
+            budget,
+            groups=space.groups,
+            dense=space.dense,
+            knots=space.knots,
+            exponent=space.exponent,
+            width=space.bounds[1],
+            cost=cost,
+            rank_multiple=space.rank_multiple,
+            minimum=space.minimum_rank,
+        )
     return build_space(
         layers.compressible,
-        Budget.from_keep_ratio(layers.compressible, config.budget.keep_ratio),
+        budget,
         groups=space.groups,
         dense=space.dense,
         granularity=cast(Any, space.granularity),
         depth_groups=space.depth_groups,
         bounds=(space.bounds[0], space.bounds[1]),
         start=space.start,
-        cost=partial(method.parameters, storage=cast(Storage, config.budget.storage)),
+        cost=cost,
         rank_multiple=space.rank_multiple,
     )
 
@@ -220,7 +250,7 @@ def build_worker(plan: Plan, study: Study, reporter: Reporter) -> Worker:
         digest = fingerprint(model)
         corpus.save_windows(tokens_file(study), plan.windows)
         study.begin(_about(plan, digest, dtype, device), to_yaml(config))
-    stored = load_or_make_factors(plan, digest, dtype, reporter, model)
+    stored = plan.preparation.factors(digest, dtype, device, reporter, model)
     factors = {
         name: found.to(dtype=dtype, device=device, max_rank=rank)
         for name, found in stored.items()
@@ -256,71 +286,6 @@ def require_same_model(study: Study, model: PreTrainedModel) -> None:
             f"{model.name_or_path or 'the model'} now has {found}: its weights changed. Restore "
             "them, or start another study=NAME."
         )
-
-
-def load_or_make_factors(
-    plan: Plan,
-    digest: str,
-    dtype: torch.dtype,
-    reporter: Reporter,
-    model: PreTrainedModel | None = None,
-) -> dict[str, LowRankFactors]:
-    """Return the factors of a model, float32 on the CPU, from the cache or newly made.
-
-    A file that is read back stays memory-mapped, so it costs memory only where it is used.
-
-    Args:
-        plan: What to factor.
-        digest: Fingerprint of the model.
-        dtype: That the model runs in while statistics are gathered.
-        reporter: Shows progress.
-        model: If it is loaded already.
-    """
-    config, method = plan.config, plan.method
-    windows = plan.windows["calibration"].ids
-    groups = config.calibration.groups
-    statistics_name = calibration_fingerprint(
-        digest, windows, method.needs, groups=groups, dtype=dtype
-    )
-    name = factors_fingerprint(digest, statistics_name, method)
-    file = cache_folder() / "factors" / f"{name}.safetensors"
-    if not file.is_file():
-        if model is None:
-            device = resolve_device(config.model.device)
-            model = load_model(plan.source, dtype=dtype, device=device)
-        statistics_file = cache_folder() / "calibration" / f"{statistics_name}.safetensors"
-        if method.needs and not statistics_file.is_file():
-            with reporter.step("Calibration", windows.numel(), "tokens") as advance:
-                found = calibrate(
-                    model,
-                    plan.layers,
-                    windows,
-                    method.needs,
-                    groups=groups,
-                    batch_windows=config.calibration.batch_windows,
-                    on_tokens=advance,
-                )
-            save_calibration(statistics_file, found, statistics_name)
-            del found
-        statistics: SiteStatistics = Calibration()
-        if method.needs:
-            statistics = CalibrationFile(statistics_file, statistics_name)
-        with reporter.step("Factorization", len(plan.layers.compressible), "layers") as advance:
-            made = factor_model(
-                _source_weights(plan.source, model),
-                plan.layers,
-                method,
-                statistics,
-                on_layer=lambda _: advance(1),
-            )
-        save_factors(file, made, name)
-    return load_factors(file, name)
-
-
-def _source_weights(source: ModelSource, model: PreTrainedModel) -> PreTrainedModel:
-    """Return the model at the precision of its checkpoint, which may be finer than it runs at."""
-    own = load_model(source, dtype=None, device=torch.device("cpu"))
-    return model if own.dtype == model.dtype else own
 
 
 def _dense_reference(
@@ -395,3 +360,19 @@ def test_windows(config: EvaluateConfig, tokenizer: PreTrainedTokenizerBase) -> 
         return corpus.make_windows(spec, tokenizer, only=[TEST])["test"]
     except DataError as error:
         raise ConfigError(error.problems) from error
+
+
+def informed_space(plan: Plan, study: Study, worker: Worker, reporter: Reporter) -> Space:
+    """Return the space with the loss curves of the layers, measured once per study."""
+    given = plan.config.sensitivity
+    settings = SensitivitySettings(given.layers_per_kind, given.ranks, given.windows)
+    curves = loss_curves(
+        worker.model,
+        plan.layers,
+        worker.factors,
+        plan.windows["calibration"].ids,
+        settings,
+        study.folder / "sensitivity.json",
+        reporter,
+    )
+    return plan.space.with_curves(curves)

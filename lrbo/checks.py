@@ -9,14 +9,16 @@ from pathlib import Path
 from lrbo.accounting import STORAGES
 from lrbo.calibration.corpus import SOURCES
 from lrbo.errors import ConfigError
-from lrbo.factorization.registry import METHODS
+from lrbo.factorization.registry import METHODS, options_of
 from lrbo.schema import (
     CompressConfig,
     Config,
     DashboardConfig,
     EvaluateConfig,
+    MethodConfig,
     RoleConfig,
     SearchConfig,
+    SpaceConfig,
 )
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -87,32 +89,12 @@ def _check_search(config: SearchConfig) -> list[str]:
         if not holds:
             problems.append(f"{key}={value!r}: expected {expected}")
 
-    known = ", ".join(METHODS)
-    expect(config.method.name in METHODS, "method.name", config.method.name, f"one of {known}")
+    problems += _check_method(config.method)
     keep = config.budget.keep_ratio
     expect(0 < keep <= 1, "budget.keep_ratio", keep, "a number above 0 and up to 1")
     storage = config.budget.storage
     expect(storage in STORAGES, "budget.storage", storage, " or ".join(STORAGES))
-    space = config.space
-    granularities = ("kind", "depth", "layer")
-    expect(
-        space.granularity in granularities,
-        "space.granularity",
-        space.granularity,
-        " or ".join(granularities),
-    )
-    expect(space.depth_groups >= 1, "space.depth_groups", space.depth_groups, "at least 1")
-    expect(space.rank_multiple >= 1, "space.rank_multiple", space.rank_multiple, "at least 1")
-    expect(
-        len(space.bounds) == 2 and 0 < space.bounds[0] < space.bounds[1] <= 1,
-        "space.bounds",
-        list(space.bounds),
-        "[low, high] with 0 < low < high <= 1",
-    )
-    for group, value in space.start.items():
-        ratios = list(value) if isinstance(value, list | tuple) else [value]
-        good = ratios and all(isinstance(r, int | float) and 0 < r <= 1 for r in ratios)
-        expect(bool(good), f"space.start.{group}", value, "a ratio in (0, 1], or a list of them")
+    problems += _check_space(config.space)
     search = config.search
     expect(search.trials >= 1, "search.trials", search.trials, "at least 1")
     expect(search.initial >= 2, "search.initial", search.initial, "at least 2: baseline and start")
@@ -121,11 +103,95 @@ def _check_search(config: SearchConfig) -> list[str]:
     for section, keys in (
         ("calibration", ("groups", "batch_windows")),
         ("evaluation", ("batch_windows", "chunk_tokens", "kl_top")),
+        ("sensitivity", ("ranks", "windows")),
     ):
         for key in keys:
             value = getattr(getattr(config, section), key)
             expect(value >= 1, f"{section}.{key}", value, "at least 1")
+    calibration = config.calibration
+    labels = calibration.labels
+    expect(labels in ("sampled", "data"), "calibration.labels", labels, "sampled or data")
+    share = calibration.gradient_share
+    expect(0 < share <= 1, "calibration.gradient_share", share, "a number above 0 and up to 1")
+    room = calibration.memory_gib
+    expect(room >= 0, "calibration.memory_gib", room, "a number from 0 on")
+    sensitivity = config.sensitivity
+    points = sensitivity.layers_per_kind
+    expect(points >= 0, "sensitivity.layers_per_kind", points, "at least 0")
+    if config.space.type == "weights" and not sensitivity.enabled:
+        problems.append(
+            "sensitivity.enabled=False: space.type='weights' multiplies loss curves; enable them, "
+            "or choose a space of ratios"
+        )
     problems += check_writable("study", study_folder(config.studies, config.study))
+    return problems
+
+
+def _check_method(config: MethodConfig) -> list[str]:
+    """Return the problems of the method and its options."""
+    if config.name not in METHODS:
+        return [f"method.name={config.name!r}: expected one of {', '.join(METHODS)}"]
+    known = options_of(config.name)
+    problems = [
+        f"method.{option}={value!r}: {config.name} has no such option; it has "
+        f"{', '.join(known) or 'none'}"
+        for option, value in vars(config).items()
+        if option != "name" and value is not None and option not in known
+    ]
+    if config.alpha is not None and config.alpha < 0:
+        problems.append(f"method.alpha={config.alpha!r}: expected a number from 0 on")
+    inputs, outputs = config.input_shrinkage, config.output_shrinkage
+    if inputs is not None and not 0 <= inputs <= 1:
+        problems.append(f"method.input_shrinkage={inputs!r}: expected a number from 0 to 1")
+    if outputs is not None and not 0 < outputs <= 1:
+        problems.append(
+            f"method.output_shrinkage={outputs!r}: expected a number above 0 and up to 1; 1 is "
+            "one-sided"
+        )
+    return problems
+
+
+def _check_space(space: SpaceConfig) -> list[str]:
+    """Return the problems of the search space."""
+    problems: list[str] = []
+
+    def expect(holds: bool, key: str, value: object, expected: str) -> None:
+        if not holds:
+            problems.append(f"{key}={value!r}: expected {expected}")
+
+    expect(space.type in ("ratios", "weights"), "space.type", space.type, "ratios or weights")
+    expect(space.rank_multiple >= 1, "space.rank_multiple", space.rank_multiple, "at least 1")
+    expect(space.minimum_rank >= 0, "space.minimum_rank", space.minimum_rank, "at least 0")
+    bounds = list(space.bounds)
+    if space.type == "weights":
+        expect(
+            len(bounds) == 2 and 0 < bounds[1] == -bounds[0] <= 5,
+            "space.bounds",
+            bounds,
+            "[-width, width] with 0 < width <= 5, in natural logarithms",
+        )
+        knots = space.knots
+        expect(knots == 0 or knots >= 2, "space.knots", knots, "0, or at least 2")
+        expect(not space.start, "space.start", dict(space.start), "nothing: weights start at 0")
+        return problems
+    granularities = ("kind", "depth", "layer")
+    expect(
+        space.granularity in granularities,
+        "space.granularity",
+        space.granularity,
+        " or ".join(granularities),
+    )
+    expect(space.depth_groups >= 1, "space.depth_groups", space.depth_groups, "at least 1")
+    expect(
+        len(bounds) == 2 and 0 < bounds[0] < bounds[1] <= 1,
+        "space.bounds",
+        bounds,
+        "[low, high] with 0 < low < high <= 1",
+    )
+    for group, value in space.start.items():
+        ratios = list(value) if isinstance(value, list | tuple) else [value]
+        good = ratios and all(isinstance(r, int | float) and 0 < r <= 1 for r in ratios)
+        expect(bool(good), f"space.start.{group}", value, "a ratio in (0, 1], or a list of them")
     return problems
 
 

@@ -13,7 +13,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator
 
 # Okabe and Ito's palette, which people with any form of colour blindness can tell apart.
 BLUE, SKY, GREEN = "#0072B2", "#56B4E9", "#009E73"
-VERMILLION, PURPLE = "#D55E00", "#CC79A7"
+VERMILLION, PURPLE, ORANGE = "#D55E00", "#CC79A7", "#E69F00"
 INK, GREY, FAINT, GRID = "#222222", "#666666", "#B8B8B8", "#E6E6E6"
 
 DPI = 150

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +27,7 @@ from lrbo.compression import replace_module
 from lrbo.errors import CheckpointError
 from lrbo.layers import LowRankLinear, PivotedLinear
 from lrbo.model import is_linear, is_transposed, linear_bias, map_model
+from lrbo.storage import new_folder
 
 FORMAT = 2
 FACTORED_ONLY = 1  # an earlier format, without pivoted layers
@@ -275,13 +274,8 @@ def _read_json(folder: Path, name: str) -> dict[str, Any]:
 @contextmanager
 def _new_folder(folder: Path) -> Iterator[Path]:
     """Give a folder beside ``folder`` to write to, and rename it if all went well."""
-    if folder.exists():
-        raise CheckpointError(f"{folder} exists already; nothing is overwritten.")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
     try:
-        yield beside
-        beside.chmod(0o755)
-        beside.rename(folder)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        with new_folder(folder) as beside:
+            yield beside
+    except FileExistsError as error:
+        raise CheckpointError(str(error)) from error

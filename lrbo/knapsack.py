@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ Floats = npt.NDArray[np.float64]
 
 # Alternatives in the first core; it doubles until it is large enough for a proof.
 FIRST_CORE = 32
+# Parts that a problem is split into before a gap is accepted.
+PARTS = 32
 # Rounding of a sum of two float64 products, in units of their magnitude, with room to spare.
 ROUNDING = 2.0**-50
 
@@ -52,6 +55,31 @@ class _Layer:
 
 
 @dataclass(frozen=True)
+class _Relaxed:
+    """The relaxed optimum of some layers: steps along their hulls, by falling saving.
+
+    Attributes:
+        multiplier: Saving per parameter of the first step that does not fit; 0 if all fit.
+        bases: Place of each layer before all steps that save no more than that, which is its
+            smallest choice of least ``loss + multiplier * parameters``.
+        slack: Parameters that the bases leave unused.
+        loss: Summed loss of the bases.
+        broken: The layer of the step that does not fit, and the place to which it leads.
+    """
+
+    multiplier: float
+    bases: list[int]
+    slack: int
+    loss: float
+    broken: tuple[int, int]
+
+    @property
+    def bound(self) -> float:
+        """Return what no selection's loss is below."""
+        return self.loss - self.multiplier * self.slack
+
+
+@dataclass(frozen=True)
 class _Core:
     """A problem seen from its relaxed optimum, as differences from each layer's base choice.
 
@@ -60,13 +88,26 @@ class _Core:
     relaxed bound is the sum of its excesses and ``multiplier`` times what it leaves unused.
     """
 
-    multiplier: float
-    slack: int
-    bases: list[int]
+    relaxed: _Relaxed
     parameters: list[Integers]
     losses: list[Floats]
     excess: list[Floats]
     rounding: list[Floats]
+
+    @classmethod
+    def of(cls, layers: Sequence[_Layer], relaxed: _Relaxed) -> _Core:
+        """Measure every choice against the relaxed optimum."""
+        placed = list(zip(layers, relaxed.bases, strict=True))
+        more = [layer.parameters - layer.parameters[base] for layer, base in placed]
+        loss = [layer.losses - layer.losses[base] for layer, base in placed]
+        terms = [(v, relaxed.multiplier * m) for m, v in zip(more, loss, strict=True)]
+        return cls(
+            relaxed,
+            more,
+            loss,
+            excess=[np.maximum(v + w, 0.0) for v, w in terms],
+            rounding=[ROUNDING * (np.abs(v) + np.abs(w)) for v, w in terms],
+        )
 
 
 def solve(
@@ -83,7 +124,9 @@ def solve(
     selection within a distance of the bound has no choice of larger excess. So the choices up
     to some excess are searched exhaustively, by dynamic programming over undominated
     (parameters, loss) states whose own relaxed bound is still within that distance. What is
-    found within it is optimal; if nothing is, the distance grows.
+    found within it is optimal; if nothing is, the distance grows. Where it grows too far, the
+    step that the relaxed optimum takes half of splits the problem into two parts, with and
+    without it, and the part of the lowest bound is searched next.
 
     Among selections of equal loss one with fewest parameters is taken, and among those always
     the same one for the same input.
@@ -92,9 +135,9 @@ def solve(
         parameters: Per layer ``(choices,)``, parameters of each choice, in any order.
         losses: Per layer ``(choices,)``, loss of each choice, finite.
         ceiling: Largest sum of parameters.
-        states: Partial selections looked at in one search, which bounds its time (about 150 ns
-            each) and memory (4 bytes each). If more are needed, the most promising are followed
-            and the gap states what that may have cost.
+        states: Partial selections looked at, about, which bounds time (150 ns each) and memory.
+            If more are needed, the most promising are followed and the gap states what that may
+            have cost.
 
     Returns:
         The selection. Its gap is 0 where it is proven optimal, which is to rounding: about
@@ -131,18 +174,7 @@ def solve(
         )
     # Only multiples of a common divisor can be used, and the bound is the closer for it.
     unit = math.gcd(*(int(np.gcd.reduce(np.diff(layer.parameters))) for layer in layers))
-    core = _relaxed(layers, ceiling - (ceiling - least) % unit if unit else least)
-    # Without a price everything fits, and the bases are the choices of least loss.
-    places, gap = _search(core, states) if core.multiplier else (core.bases, 0.0)
-    chosen = [(layer, place) for layer, place in zip(layers, places, strict=True)]
-    loss = math.fsum(float(layer.losses[place]) for layer, place in chosen)
-    return Solution(
-        choices=tuple(int(layer.index[place]) for layer, place in chosen),
-        loss=loss,
-        parameters=sum(int(layer.parameters[place]) for layer, place in chosen),
-        bound=loss - gap,
-        multiplier=core.multiplier,
-    )
+    return _branch(layers, ceiling - (ceiling - least) % unit if unit else least, states)
 
 
 def _undominated(parameters: Sequence[Integers], losses: Sequence[Floats]) -> list[_Layer]:
@@ -192,65 +224,112 @@ def _hull(parameters: Integers, losses: Floats) -> Integers:
     return np.array(hull, dtype=np.int64)
 
 
-def _relaxed(layers: Sequence[_Layer], ceiling: int) -> _Core:
-    """Solve the linear relaxation and measure every choice against it.
-
-    Steps along the hulls are taken by falling saving per parameter; the saving of the first that
-    does not fit is the multiplier. The base of a layer is where the steps that save more than
-    that lead: its smallest choice of least ``loss + multiplier * parameters``.
-    """
-    hulls = [_hull(layer.parameters, layer.losses) for layer in layers]
-    steps = [np.diff(a.parameters[hull]) for a, hull in zip(layers, hulls, strict=True)]
+def _relax(layers: Sequence[_Layer], hulls: Sequence[Integers], ceiling: int) -> _Relaxed | None:
+    """Solve the linear relaxation; ``None`` if even the smallest choices do not fit."""
+    least = sum(int(layer.parameters[0]) for layer in layers)
+    if least > ceiling:
+        return None
+    pairs = list(zip(layers, hulls, strict=True))
+    steps = [np.diff(layer.parameters[hull]) for layer, hull in pairs]
     savings = [
-        -np.diff(a.losses[hull]) / step for a, hull, step in zip(layers, hulls, steps, strict=True)
+        -np.diff(a.losses[hull]) / step for (a, hull), step in zip(pairs, steps, strict=True)
     ]
     saving = np.concatenate([np.zeros(0), *savings])
-    step = np.concatenate([np.zeros(0, dtype=np.int64), *steps])
     order = np.argsort(-saving, kind="stable")
-    used = np.cumsum(step[order]) + sum(int(layer.parameters[0]) for layer in layers)
-    broken = int(np.searchsorted(used, ceiling, side="right"))
-    multiplier = float(saving[order[broken]]) if broken < len(order) else 0.0
+    step = np.concatenate([np.zeros(0, dtype=np.int64), *steps])[order]
+    fitting = int(np.searchsorted(np.cumsum(step), ceiling - least, side="right"))
+    multiplier, broken = 0.0, (0, 0)
+    if fitting < len(order):
+        multiplier = float(saving[order[fitting]])
+        ends = np.cumsum([len(own) for own in savings])
+        number = int(np.searchsorted(ends, order[fitting], side="right"))
+        broken = number, int(hulls[number][order[fitting] - ends[number]])
     bases = [
         int(hull[np.count_nonzero(own > multiplier)])
         for hull, own in zip(hulls, savings, strict=True)
     ]
-    more = [a.parameters - a.parameters[base] for a, base in zip(layers, bases, strict=True)]
-    loss = [a.losses - a.losses[base] for a, base in zip(layers, bases, strict=True)]
-    pairs = list(zip(more, loss, strict=True))
-    return _Core(
-        multiplier=multiplier,
-        slack=ceiling - sum(int(a.parameters[base]) for a, base in zip(layers, bases, strict=True)),
-        bases=bases,
-        parameters=more,
-        losses=loss,
-        excess=[np.maximum(v + multiplier * m, 0.0) for m, v in pairs],
-        rounding=[ROUNDING * (np.abs(v) + multiplier * np.abs(m)) for m, v in pairs],
+    placed = list(zip(layers, bases, strict=True))
+    slack = ceiling - sum(int(layer.parameters[base]) for layer, base in placed)
+    loss = math.fsum(float(layer.losses[base]) for layer, base in placed)
+    return _Relaxed(multiplier, bases, slack, loss, broken)
+
+
+def _branch(layers: Sequence[_Layer], ceiling: int, states: int) -> Solution:
+    """Search the whole problem, then parts of what is left of it, lowest bound first."""
+    hulls = [_hull(layer.parameters, layer.losses) for layer in layers]
+    whole = _relax(layers, hulls, ceiling)
+    assert whole is not None  # the smallest choices fit
+    rounding = 4 * ROUNDING * (abs(whole.loss) + whole.multiplier * whole.slack)
+    best = _selection(layers, whole.bases)
+    parts = [(whole.bound, 0, layers, hulls, whole)]
+    given_up, made = math.inf, 1
+    while parts and parts[0][0] <= best[0] + rounding:
+        bound, _, layers, hulls, relaxed = heapq.heappop(parts)
+        core = _Core.of(layers, relaxed)
+        places, cleared = _search(core, best[0] - relaxed.bound + rounding, states // PARTS)
+        best = min(best, _selection(layers, places))
+        if cleared == math.inf:
+            continue
+        bound = max(bound, relaxed.bound + cleared)
+        if made >= 2 * PARTS:
+            given_up = min(given_up, bound)
+            continue
+        number, place = relaxed.broken
+        for half in (slice(None, place), slice(place, None)):
+            own = layers[number]
+            own = _Layer(own.index[half], own.parameters[half], own.losses[half])
+            fewer = [*layers[:number], own, *layers[number + 1 :]]
+            hull = _hull(own.parameters, own.losses)
+            halved = [*hulls[:number], hull, *hulls[number + 1 :]]
+            part = _relax(fewer, halved, ceiling)
+            if part is not None:
+                heapq.heappush(parts, (max(bound, part.bound), made, fewer, halved, part))
+                made += 1
+    loss, parameters, choices = best
+    return Solution(choices, loss, parameters, min(loss, given_up), whole.multiplier)
+
+
+def _selection(
+    layers: Sequence[_Layer], places: Sequence[int]
+) -> tuple[float, int, tuple[int, ...]]:
+    """Return loss, parameters and choices of a selection, in the order in which they count."""
+    placed = list(zip(layers, places, strict=True))
+    return (
+        math.fsum(float(layer.losses[place]) for layer, place in placed),
+        sum(int(layer.parameters[place]) for layer, place in placed),
+        tuple(int(layer.index[place]) for layer, place in placed),
     )
 
 
-def _search(core: _Core, states: int) -> tuple[list[int], float]:
-    """Return the places of the best selection and by how much it may miss the optimum."""
+def _search(core: _Core, cutoff: float, states: int) -> tuple[list[int], float]:
+    """Search what lies within a distance of the bound.
+
+    Returns:
+        The places of the best selection found, and the distance up to which all were searched,
+        infinite if there can be no better one.
+    """
+    relaxed = core.relaxed
+    if not relaxed.multiplier:  # everything fits, so the bases are the choices of least loss
+        return relaxed.bases, math.inf
     # Sorted; each base has the excess 0 and is no alternative.
-    alternatives = np.sort(np.concatenate(core.excess))[len(core.bases) :]
-    best, best_over, proven = core.bases, core.multiplier * core.slack, 0.0
-    size = FIRST_CORE
+    alternatives = np.sort(np.concatenate(core.excess))[len(relaxed.bases) :]
+    best, best_over = relaxed.bases, min(relaxed.multiplier * relaxed.slack, cutoff)
+    size, cleared = FIRST_CORE, 0.0
     while True:
         grown = float(alternatives[size - 1]) if size < len(alternatives) else math.inf
         within = min(best_over, grown)
-        whole = within == best_over
-        found, over, cleared, margin = _programme(core, within, states)
-        proven = max(proven, cleared)
-        improved = over < best_over
+        found, over, complete, margin = _programme(core, within, states)
+        cleared = max(cleared, complete)
         if over <= best_over + margin:  # of equals this one has fewest parameters
             best, best_over = found, over
-        if best_over <= proven + margin:
-            return best, 0.0
-        if cleared == within:
+        if best_over <= cleared + margin:
+            return best, math.inf
+        if complete == within:
             size *= 2
-        elif improved or not whole:
-            size = len(alternatives)
+        elif grown < math.inf and within == grown:
+            size = len(alternatives)  # once more, for a good selection if not for a proof
         else:
-            return best, best_over - proven
+            return best, cleared
 
 
 @dataclass(frozen=True)
@@ -313,7 +392,7 @@ def _programme(core: _Core, within: float, states: int) -> tuple[list[int], floa
         key=lambda number: -_nearest_step(core, number),
     )
     rest = _Rest.of([(core.parameters[n][kept[n]], core.losses[n][kept[n]]) for n in stages])
-    price = core.multiplier * core.slack
+    price = core.relaxed.multiplier * core.relaxed.slack
     spread = math.fsum(float(core.rounding[n][kept[n]].max()) for n in stages)
     margin = (spread + ROUNDING * price) * (1 + len(stages) / 4)  # sums of so many terms
     limit = max(states // (1 + sum(len(kept[number]) for number in stages)), 1)
@@ -324,7 +403,7 @@ def _programme(core: _Core, within: float, states: int) -> tuple[list[int], floa
         places, before = kept[number], len(parameters)
         parameters = (core.parameters[number][places][:, None] + parameters).ravel()
         losses = (core.losses[number][places][:, None] + losses).ravel()
-        over = losses + rest.least_loss(stage + 1, core.slack - parameters) + price
+        over = losses + rest.least_loss(stage + 1, core.relaxed.slack - parameters) + price
         alive = np.flatnonzero(over <= within + margin)
         alive = alive[np.lexsort((losses[alive], parameters[alive]))]
         alive = alive[_falling(losses[alive])]
@@ -333,14 +412,14 @@ def _programme(core: _Core, within: float, states: int) -> tuple[list[int], floa
             cleared = min(cleared, float(over[alive[ranked[limit]]]))
             alive = alive[np.sort(ranked[:limit])]
         if not len(alive):
-            return core.bases, math.inf, cleared, margin
+            return core.relaxed.bases, math.inf, cleared, margin
         history.append(
             (places[alive // before].astype(np.int32), (alive % before).astype(np.int32))
         )
         parameters, losses = parameters[alive], losses[alive]
     state = len(parameters) - 1  # most parameters, so least loss
     distance = float(losses[state]) + price
-    found = list(core.bases)
+    found = list(core.relaxed.bases)
     for number, (place, parent) in zip(reversed(stages), reversed(history), strict=True):
         found[number] = int(place[state])
         state = int(parent[state])

@@ -19,6 +19,8 @@ class JitterWarning(UserWarning):
 # leaves eigenvalues of a singular moment as low as -6e-8 * sqrt(rows of a batch) of the largest:
 # -1.5e-8 was seen. What lies below this share of it is not rounding, and is announced.
 NEGATIVE_TOLERANCE = 1e-6
+# Of the mean diagonal entry, tried one after the other.
+JITTER_SHARES = (0.0, 1e-12, 1e-11, 1e-10, 1e-9, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4)
 
 
 def require_finite(name: str, tensor: Tensor) -> None:
@@ -98,28 +100,117 @@ def psd_root(
     return basis * scale, (basis / scale).T
 
 
+def psd_cholesky(matrix: Float[Tensor, "d d"], name: str = "matrix") -> Float[Tensor, "d d"]:
+    """Return the lower Cholesky factor ``L`` with ``L L^T = matrix``, in float64.
+
+    A matrix that is singular or not quite positive gets jitter on its diagonal: from 1e-12 of
+    its mean diagonal entry on, ten times more at each try, announced with its size.
+
+    Args:
+        matrix: ``(d, d)``, symmetric; only its symmetric part is used.
+        name: What it is, for messages.
+
+    Raises:
+        StatisticsError: If ``matrix`` is not finite, has no energy at all, or is not positive
+            even with a jitter of 1e-4 of its mean diagonal entry.
+    """
+    require_finite(name, matrix)
+    device = matrix.device
+    work = torch.device("cpu") if device.type == "mps" else device  # mps has no float64
+    double = matrix.to(work, torch.float64)
+    double = (double + double.T) / 2
+    scale = float(double.diagonal().mean())
+    if scale <= 0:
+        raise StatisticsError(
+            f"{name} has a mean diagonal of {scale:.3e}, expected a positive one: nothing was "
+            "measured. Calibrate on text that reaches this layer."
+        )
+    identity = torch.eye(len(double), dtype=torch.float64, device=work)
+    pivot = 0
+    for share in JITTER_SHARES:
+        factor: Tensor
+        factor, failed = torch.linalg.cholesky_ex(double + share * scale * identity)
+        if not int(failed):
+            if share:
+                warnings.warn(
+                    f"{name} is not positive definite (pivot {pivot} of {len(double)}); added "
+                    f"{share * scale:.3e} to its diagonal, {share:.0e} of the mean entry.",
+                    JitterWarning,
+                    stacklevel=2,
+                )
+            return factor
+        pivot = pivot or int(failed)
+    raise StatisticsError(
+        f"{name} is not positive definite even with {JITTER_SHARES[-1] * scale:.3e} added to its "
+        "diagonal. Use more calibration tokens, or a method that shrinks its statistics."
+    )
+
+
 def weighted_svd(
     weight: Float[Tensor, "out in"],
-    right_root: Float[Tensor, "in k"] | None = None,
-    right_inverse: Float[Tensor, "k in"] | None = None,
+    right_root: Float[Tensor, "in k"] | Float[Tensor, " in"] | None = None,
 ) -> tuple[Float[Tensor, "out p"], Float[Tensor, " p"], Float[Tensor, "p in"]]:
     r"""Minimise ``||(W - W_r) B||_F`` over all matrices ``W_r`` of rank ``r``, for every ``r``.
 
-    With the thin SVD ``W B = U diag(s) V^T`` the optimum of each rank is the prefix
-    ``W_r = U_{:r} diag(s_{:r}) V_{:r}^T B^+`` and its error is ``sqrt(sum(s_{r:}^2))``.
+    With the SVD ``W B = U diag(s) V^T`` the optimum of each rank is ``W_r = U_r U_r^T W``, and
+    its error is ``sqrt(sum(s_{r:}^2))``. For an invertible ``B`` that is the textbook form
+    ``U_r diag(s_r) V_r^T B^-1``; it needs no inverse, so a singular ``B`` is no special case,
+    and the full rank is ``W`` itself.
 
     Args:
         weight: ``(out, in)``, any floating dtype; not modified.
-        right_root: ``(in, k)``, ``B``; ``None`` is the identity.
-        right_inverse: ``(k, in)``, the (pseudo-)inverse of ``B``.
+        right_root: ``B``: ``(in, k)``, or ``(in,)`` for a diagonal one; ``None`` is the identity.
 
     Returns:
-        ``U`` ``(out, p)``, ``s`` ``(p,)`` falling, and ``V^T B^+`` ``(p, in)``; float64.
+        ``U`` ``(out, p)`` with ``p = min(out, in)``, ``s`` ``(p,)`` falling, and ``U^T W``
+        ``(p, in)``; float64.
     """
-    double = weight.to(torch.float64)
-    product = double if right_root is None else double @ right_root
-    left, values, right = torch.linalg.svd(product, full_matrices=False)
-    return left, values, right if right_inverse is None else right @ right_inverse
+    basis, reduced = _column_space(weight.to(torch.float64))
+    if right_root is None:
+        product = reduced
+    elif right_root.dim() == 1:
+        product = reduced * right_root.to(reduced)
+    else:
+        product = reduced @ right_root.to(reduced)
+    # All of U: where B is singular, the rest completes the full rank, in order of no importance.
+    left, found, _ = torch.linalg.svd(product, full_matrices=product.shape[0] > product.shape[1])
+    values = found.new_zeros(len(left))
+    values[: len(found)] = found
+    return (left if basis is None else basis @ left), values, left.T @ reduced
+
+
+def output_directions(
+    weight: Float[Tensor, "out in"],
+    covariance: Float[Tensor, "in in"],
+    name: str = "output covariance",
+) -> tuple[Float[Tensor, "out p"], Float[Tensor, " p"], Float[Tensor, "p in"]]:
+    """Return the principal directions of the outputs ``W x``, for inputs of known covariance.
+
+    The same answer as :func:`weighted_svd` with a root of the covariance, from one symmetric
+    eigendecomposition of order ``p = min(out, in)`` and no root: where the layer widens, the
+    outputs lie in the column space of ``W``, and it is decomposed in a basis of that space.
+
+    Args:
+        weight: ``(out, in)``, float64.
+        covariance: ``(in, in)``, float64, of the inputs; centred or not.
+        name: What the covariance of the outputs is, for messages.
+
+    Returns:
+        ``Q`` ``(out, p)``, energies ``(p,)`` falling, and ``Q^T W`` ``(p, in)``.
+    """
+    basis, reduced = _column_space(weight)
+    energy, vectors = psd_eigenpairs(reduced @ covariance @ reduced.T, name)
+    return (vectors if basis is None else basis @ vectors), energy, vectors.T @ reduced
+
+
+def _column_space(
+    weight: Float[Tensor, "out in"],
+) -> tuple[Float[Tensor, "out in"] | None, Float[Tensor, "p in"]]:
+    """Return an orthonormal basis of a tall matrix and the matrix in it; else the matrix."""
+    if weight.shape[0] <= weight.shape[1]:
+        return None, weight
+    basis, reduced = torch.linalg.qr(weight)
+    return basis, reduced
 
 
 def add_gram(

@@ -48,6 +48,9 @@ class LowRankFactors:
         center: ``(in,)``, the input at which the layer answers ``offset`` at every rank: the
             mean input, if ``offset`` is the mean output. ``None`` where the bias does not depend
             on the rank.
+        loss: ``(k + 1,)``, float64, predicted increase of the model's loss at rank 0, 1, ...,
+            ``k``, nats per token: comparable between layers and methods. ``None`` where
+            calibration took no output gradients.
     """
 
     left: Float[Tensor, "out k"]
@@ -55,6 +58,7 @@ class LowRankFactors:
     tail: Float[Tensor, " k_plus_1"]
     offset: Float[Tensor, " out"] | None = None
     center: Float[Tensor, " in"] | None = None
+    loss: Float[Tensor, " k_plus_1"] | None = None
 
     @property
     def max_rank(self) -> int:
@@ -132,7 +136,12 @@ class LowRankFactors:
         left = self.left[:, :count].T.contiguous().to(device=device, dtype=dtype)
         right = self.right[:count].contiguous().to(device=device, dtype=dtype)
         return LowRankFactors(
-            left.T, right, self.tail[: count + 1], move(self.offset), move(self.center)
+            left.T,
+            right,
+            self.tail[: count + 1],
+            move(self.offset),
+            move(self.center),
+            None if self.loss is None else self.loss[: count + 1],
         )
 
     def _check(self, rank: int) -> None:

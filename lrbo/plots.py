@@ -18,6 +18,7 @@ from lrbo.drawing import (
     GREY,
     GRID,
     INK,
+    ORANGE,
     PURPLE,
     SKY,
     TEXT_PT,
@@ -50,6 +51,7 @@ class OriginStyle:
 
 ORIGINS: Mapping[str, OriginStyle] = {
     "uniform": OriginStyle("uniform baseline", "s", VERMILLION),
+    "analytic": OriginStyle("least predicted loss", "P", ORANGE),
     "start": OriginStyle("paper's ratios", "D", PURPLE),
     "sobol": OriginStyle("Sobol", "^", SKY),
     "model": OriginStyle("surrogate model", "o", BLUE),

@@ -79,9 +79,14 @@ def _print_header(study: Study, report: _Report) -> None:
 def _print_results(study: Study, report: _Report) -> None:
     """Print dense model, baseline, start values and best trial."""
     state = study.state
-    start = next((r for r in state.completed if r.request.origin == "start"), None)
+    by_origin = {r.request.origin: r for r in reversed(state.completed)}  # the first of each
     best = state.best()
-    rows = [("uniform", state.uniform), ("start", start), ("best", best)]
+    rows = [
+        ("uniform", state.uniform),
+        ("analytic", by_origin.get("analytic")),
+        ("start", by_origin.get("start")),
+        ("best", best),
+    ]
     tested = {
         test["trial"]: test["metrics"].get("perplexity")
         for label, test in state.tests.items()
@@ -110,7 +115,9 @@ def _print_results(study: Study, report: _Report) -> None:
         "kept: share of the parameters of the compressible layers",
         "params, size (in the dtype it ran in), MACs (per token): of the whole model",
     ]
-    if start is not None:
+    if "analytic" in by_origin:
+        notes.append("analytic: the ranks of least predicted loss")
+    if "start" in by_origin:
         notes.append("start: the ratios that the search space starts from")
     if state.tests:
         texts = dict.fromkeys(str(test["text"]) for test in state.tests.values())

@@ -45,9 +45,14 @@ class DataConfig:
 
 @dataclass
 class MethodConfig:
-    """conf/method."""
+    """conf/method; an option that the method does not have must stay null."""
 
     name: str = MISSING
+    alpha: float | None = None
+    input_shrinkage: float | None = None
+    output_shrinkage: float | None = None
+    centred: bool | None = None
+    one_sided: list[str] | None = None
 
 
 @dataclass
@@ -55,12 +60,16 @@ class SpaceConfig:
     """conf/space."""
 
     name: str = MISSING
+    type: str = "ratios"
     granularity: str = "kind"
     depth_groups: int = 1
     groups: dict[str, list[str]] = field(default_factory=dict)
     dense: list[str] = field(default_factory=list)
     bounds: list[float] = field(default_factory=lambda: [0.2, 1.0])
     rank_multiple: int = 8
+    minimum_rank: int = 0
+    knots: int = 3
+    exponent: bool = True
     start: dict[str, Any] = field(default_factory=dict)
 
 
@@ -87,6 +96,19 @@ class CalibrationConfig:
 
     groups: int = 32
     batch_windows: int = 4
+    labels: str = "sampled"
+    gradient_share: float = 0.5
+    memory_gib: float = 2.0
+
+
+@dataclass
+class SensitivityConfig:
+    """How loss curves are made."""
+
+    enabled: bool = True
+    layers_per_kind: int = 3
+    ranks: int = 3
+    windows: int = 4
 
 
 @dataclass
@@ -118,6 +140,7 @@ class SearchConfig:
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     search: SearchSection = field(default_factory=SearchSection)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    sensitivity: SensitivityConfig = field(default_factory=SensitivityConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     study: str = MISSING

@@ -116,12 +116,12 @@ class Streams:
                         f"block {index}: running it does not run {site}; every mapped layer must "
                         "run once per token. Correct the family's sites in lrbo/families.py."
                     )
-                inputs = read.pop()
-                dense = self._kept[f"site {site}"][batch].to(inputs.device)
+                inputs = read.pop().flatten(0, -2)
+                dense = self._kept[f"site {site}"][batch].flatten(0, 1).to(inputs.device)
                 # The difference of two half-precision inputs is exact in float32.
                 wide = torch.promote_types(inputs.dtype, torch.float32)
                 drift = dense.to(wide) - inputs.to(wide)
-                rows = torch.cat([inputs.to(wide), drift], -1).flatten(0, 1)
+                rows = torch.cat([inputs.to(wide), drift], 1)
                 require_finite(f"block {index}: input of {site} and its drift", rows)
                 moments = moments or Moments.empty(rows.shape[1], rows.device)
                 moments.update(rows)
@@ -137,7 +137,8 @@ class Streams:
         """Write the values of some windows where those of all are kept."""
         if name not in self._kept:
             self._kept[name] = self._room_for(values.shape[-1], values.dtype)
-        self._kept[name][batch] = values
+        # OPT hands the tokens of all windows to its MLP in one row.
+        self._kept[name][batch] = values.reshape(-1, self._shape[1], values.shape[-1])
 
     def _room_for(self, width: int, dtype: torch.dtype) -> Tensor:
         """Return an empty ``(windows, tokens, width)``."""

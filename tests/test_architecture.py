@@ -16,22 +16,23 @@ ROOMS = """
     cli
     commands.search commands.report commands.compress commands.evaluate commands.dashboard
     commands.view
-    builders checks config schema progress
+    builders checks config schema preparation progress
     report results plots drawing
     export
-    search.loop search.client search.study search.space search.front
+    search.loop search.client search.study search.weights search.space search.base search.front
     tracking mlflow_store
     executors.inline executors.base
     worker trial
     evaluation.divergence evaluation.perplexity
-    refit
+    refit sensitivity
     compression
     factorization.store allocation
     knapsack
     streams reduced_rank
-    calibration.collect
+    calibration.store calibration.collect calibration.gradients
     blockwise
-    factorization.registry factorization.pooled factorization.weighted factorization.base
+    factorization.registry factorization.loss_aware
+    factorization.pooled factorization.weighted factorization.base
     accounting nested layers pivoting
     calibration.corpus calibration.moments
     loading model families linalg storage errors

@@ -2,47 +2,69 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable, Collection, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
+from lrbo.blockwise import BlockwiseBody, Scratch
+from lrbo.calibration.gradients import GradientMoments, Labels, loss_gradients
 from lrbo.calibration.moments import Moments, PooledMoments
 from lrbo.errors import StatisticsError
-from lrbo.factorization.base import Statistic
-from lrbo.linalg import mirror_upper
-from lrbo.model import ModelMap, body_and_head
-from lrbo.storage import replacing
+from lrbo.factorization.base import GRADIENT_STATISTICS, Statistic
+from lrbo.model import LayerSpec, ModelMap
 
-OnTokens = Callable[[int], None]
+OnBlock = Callable[[int], None]
+# Statistics by the name of the site or layer that they belong to.
+Found = Mapping[str, Mapping[Statistic, Tensor]]
 
-MATRICES = (Statistic.INPUT_COVARIANCE, Statistic.POOLED_INPUT_COVARIANCE)
+
+class CalibrationWarning(UserWarning):
+    """Calibration text that leaves statistics poorer than they look."""
 
 
 @dataclass
 class SiteMoments:
     """Running statistics of one site: only what was asked for."""
 
-    plain: Moments | None = None
-    pooled: PooledMoments | None = None
+    plain: Moments | None
+    pooled: PooledMoments | None
+    magnitude: Float[Tensor, " d"] | None
+    tokens: int = 0
 
-    @property
-    def tokens(self) -> int:
-        """Return how many vectors entered."""
-        seen = self.pooled if self.plain is None else self.plain
-        return 0 if seen is None else seen.tokens
+    @classmethod
+    def empty(cls, needs: Collection[Statistic], width: int, device: torch.device) -> SiteMoments:
+        """Return what gathers the needs; the mean comes with whatever else is gathered."""
+        pooled = Statistic.POOLED_INPUT_COVARIANCE in needs
+        plain = Statistic.INPUT_COVARIANCE in needs or (
+            Statistic.INPUT_MEAN in needs and not pooled
+        )
+        place = torch.device("cpu") if device.type == "mps" else device  # mps has no float64
+        return cls(
+            Moments.empty(width, device) if plain else None,
+            PooledMoments.empty(width, device) if pooled else None,
+            torch.zeros(width, dtype=torch.float64, device=place)
+            if Statistic.INPUT_MAGNITUDE in needs
+            else None,
+        )
+
+    def update(self, rows: Float[Tensor, "n d"], *, closes_group: bool) -> None:
+        """Add the inputs of some tokens of one group."""
+        self.tokens += len(rows)
+        if self.plain is not None:
+            self.plain.update(rows)
+        if self.pooled is not None:
+            self.pooled.update(rows, closes_group=closes_group)
+        if self.magnitude is not None:
+            self.magnitude += rows.abs().to(self.magnitude.device).sum(0, dtype=torch.float64)
 
     def statistics(self) -> dict[Statistic, Tensor]:
-        """Return the finished statistics, float64."""
+        """Return the finished statistics, float64, on the CPU."""
         found: dict[Statistic, Tensor] = {}
         if self.pooled is not None:
             found[Statistic.INPUT_MEAN] = self.pooled.mean
@@ -50,32 +72,80 @@ class SiteMoments:
         if self.plain is not None:
             found[Statistic.INPUT_MEAN] = self.plain.mean
             found[Statistic.INPUT_COVARIANCE] = self.plain.covariance
-        return found
+        if self.magnitude is not None:
+            found[Statistic.INPUT_MAGNITUDE] = self.magnitude / max(self.tokens, 1)
+        return {statistic: tensor.cpu() for statistic, tensor in found.items()}
+
+
+@dataclass(frozen=True)
+class CalibrationSettings:
+    """How statistics are gathered.
+
+    Attributes:
+        groups: Groups of the pooled covariance, at most one per window.
+        batch_windows: Windows per forward pass.
+        labels: What the loss of output gradients is taken of: ``"sampled"`` from the model
+            itself, which gives the Fisher information, or the ``"data"``'s own next tokens.
+        gradient_share: Share of the windows that output gradients are taken on, evenly spread.
+        seed: Of the sampled labels.
+        memory_gib: Main memory for hidden states between blocks; beyond it they are in files.
+    """
+
+    groups: int = 32
+    batch_windows: int = 4
+    labels: Labels = "sampled"
+    gradient_share: float = 0.5
+    seed: int = 0
+    memory_gib: float = 2.0
+
+    def gradient_windows(self, windows: int) -> list[int]:
+        """Return which windows output gradients are taken on: at least one."""
+        count = max(1, round(self.gradient_share * windows))
+        return [index * windows // count for index in range(count)]
 
 
 @dataclass
 class Calibration:
-    """What calibration found, one set of statistics per site.
+    """What calibration found, in memory.
 
     Attributes:
-        sites: Statistics by site name.
-        tokens: Token positions that entered.
-        groups: Groups of the pooled covariance.
+        found: Statistics by the name of the site or layer that they belong to.
     """
 
-    sites: dict[str, dict[Statistic, Tensor]] = field(default_factory=dict)
-    tokens: int = 0
-    groups: int = 1
+    found: dict[str, dict[Statistic, Tensor]] = field(default_factory=dict)
 
-    def at(self, site: str) -> Mapping[Statistic, Tensor]:
-        """Return the statistics of a site.
+    @classmethod
+    def gather(cls, parts: Iterator[Found]) -> Calibration:
+        """Keep everything that :func:`calibrate` yields."""
+        calibration = cls()
+        for part in parts:
+            for owner, statistics in part.items():
+                calibration.found.setdefault(owner, {}).update(statistics)
+        return calibration
+
+    def of(self, spec: LayerSpec) -> dict[Statistic, Tensor]:
+        """Return the statistics of a layer: those of its input and its own.
 
         Raises:
             StatisticsError: If calibration did not see it.
         """
-        if site not in self.sites:
-            raise StatisticsError(f"calibration has no statistics of site {site}.")
-        return self.sites[site]
+        inputs, own = self.found.get(spec.site, {}), self.found.get(spec.name, {})
+        return merged_statistics(spec, inputs, own)
+
+
+def merged_statistics(
+    spec: LayerSpec, inputs: Mapping[Statistic, Tensor], own: Mapping[Statistic, Tensor]
+) -> dict[Statistic, Tensor]:
+    """Return what belongs to a layer, of what is kept under its site's and its own name.
+
+    Raises:
+        StatisticsError: If there is nothing.
+    """
+    found = {key: value for key, value in inputs.items() if key not in GRADIENT_STATISTICS}
+    found |= {key: value for key, value in own.items() if key in GRADIENT_STATISTICS}
+    if not found:
+        raise StatisticsError(f"calibration has no statistics of {spec.name}.")
+    return found
 
 
 def group_of_window(windows: int, groups: int) -> list[int]:
@@ -89,98 +159,188 @@ def group_of_window(windows: int, groups: int) -> list[int]:
 
 
 def calibrate(
-    model: PreTrainedModel,
+    body: BlockwiseBody,
     layers: ModelMap,
     windows: Int[Tensor, "windows tokens"],
     needs: Collection[Statistic],
+    settings: CalibrationSettings,
     *,
-    groups: int = 32,
-    batch_windows: int = 4,
-    on_tokens: OnTokens | None = None,
-) -> Calibration:
-    """Gather the input statistics of every site in one pass.
+    on_block: OnBlock | None = None,
+) -> Iterator[Found]:
+    """Gather statistics block by block, and hand each block's out as soon as it is done.
 
-    The head is not run: no statistic needs it.
+    The text passes through the blocks once, in order, and once back from the last to the first
+    if output gradients are needed; of a block, what enters it is kept and it is run again, so
+    that the graph of one block and one batch is all that exists. No gradient of a parameter is
+    ever formed. So memory holds the statistics and weights of one block, and the hidden states.
 
     Args:
-        model: In evaluation mode; not changed.
+        body: Of the model.
         layers: Its map.
         windows: ``(windows, tokens)`` token ids; every position enters.
         needs: What to gather. Nothing needed means no pass.
-        groups: Groups of the pooled covariance, at most one per window.
-        batch_windows: Windows per forward pass.
-        on_tokens: Told the number of tokens after each batch.
+        settings: How.
+        on_block: Told 1 after each block, in each direction.
 
-    Returns:
-        Float64 statistics on the CPU.
+    Yields:
+        Statistics of a block, float64 on the CPU: of its sites, then (in a second round, from
+        the last block to the first) of its layers.
 
     Raises:
-        StatisticsError: If a site saw a non-finite value, naming the site, or none at all.
+        StatisticsError: If a site or layer saw a non-finite value, naming it, or not every token.
     """
     wanted = set(needs)
     if not wanted:
-        return Calibration()
-    dealt = group_of_window(len(windows), groups)
+        return
+    of_inputs, of_gradients = wanted - GRADIENT_STATISTICS, wanted & GRADIENT_STATISTICS
+    dealt = group_of_window(len(windows), settings.groups)
     order = sorted(range(len(windows)), key=dealt.__getitem__)  # group by group
-    windows, membership = windows[order], sorted(dealt)
-    widths = {spec.site: spec.in_features for spec in layers.compressible}
-    device = next(model.parameters()).device
-    collected = {
-        site: SiteMoments(
-            plain=Moments.empty(width, device) if Statistic.INPUT_COVARIANCE in wanted else None,
-            pooled=None
-            if wanted == {Statistic.INPUT_COVARIANCE}
-            else PooledMoments.empty(width, device),
-        )
-        for site, width in widths.items()
+    _announce_few_tokens(layers, windows, settings, wanted)
+    chosen = settings.gradient_windows(len(windows)) if of_gradients else []
+    if not of_inputs:
+        order = [index for index in order if index in set(chosen)]
+    windows, membership = windows[order], [dealt[index] for index in order]
+    with_gradient = torch.tensor([index in set(chosen) for index in order])
+    batches = [
+        slice(first, min(first + settings.batch_windows, len(windows)))
+        for first in range(0, len(windows), settings.batch_windows)
+    ]
+    by_block = {
+        index: [spec for spec in layers.compressible if spec.block == index]
+        for index in range(len(body))
     }
-    body, _ = body_and_head(model)
+    with Scratch(int(settings.memory_gib * 2**30)) as scratch:
+        width = body.embed(windows[batches[0]]).shape[-1]
+        dtype = body.model.dtype
+        hidden = scratch.empty(*windows.shape, width, dtype=dtype)
+        for batch in batches:
+            hidden[batch] = body.embed(windows[batch]).to(hidden)
+        entering: list[Tensor] = []
+        for index, specs in by_block.items():
+            if of_gradients:
+                kept = scratch.empty(int(with_gradient.sum()), *hidden.shape[1:], dtype=dtype)
+                entering.append(kept.copy_(hidden[with_gradient]))
+            sites = _through_block(body, index, specs, hidden, batches, membership, of_inputs)
+            if of_inputs:
+                yield {name: _finished(name, moments) for name, moments in sites.items()}
+            del sites
+            if on_block is not None:
+                on_block(1)
+        if not of_gradients:
+            return
+        ids, gradient = windows[with_gradient], scratch.empty(*entering[0].shape, dtype=dtype)
+        loss_gradients(body, hidden[with_gradient], ids, settings, gradient)
+        for index in reversed(by_block):
+            found = _back_through_block(
+                body, index, by_block[index], entering[index], gradient, settings, of_gradients
+            )
+            yield {name: moments.statistics(name, ids.numel()) for name, moments in found.items()}
+            if on_block is not None:
+                on_block(1)
+
+
+def _through_block(
+    body: BlockwiseBody,
+    index: int,
+    specs: Sequence[LayerSpec],
+    hidden: Float[Tensor, "windows tokens d"],
+    batches: Sequence[slice],
+    membership: Sequence[int],
+    needs: Collection[Statistic],
+) -> dict[str, SiteMoments]:
+    """Take the hidden states through a block, in place, and gather what its sites read."""
+    found = {
+        spec.site: SiteMoments.empty(needs, spec.in_features, body.device)
+        for spec in specs
+        if needs
+    }
     spans: list[tuple[int, int, bool]] = []
 
-    def hook(moments: SiteMoments) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def observe(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            del module
-            x = inputs[0].reshape(-1, windows.shape[1], inputs[0].shape[-1])
-            for start, stop, closes in spans:
-                rows = x[start:stop].flatten(0, 1)
-                if moments.plain is not None:
-                    moments.plain.update(rows)
-                if moments.pooled is not None:
-                    moments.pooled.update(rows, closes_group=closes)
+    def watch(site: str, inputs: Tensor) -> None:
+        x = inputs.reshape(-1, hidden.shape[1], inputs.shape[-1])
+        for start, stop, closes in spans:
+            found[site].update(x[start:stop].flatten(0, 1), closes_group=closes)
 
-        return observe
-
-    handles = [
-        model.get_submodule(site).register_forward_pre_hook(hook(moments))
-        for site, moments in collected.items()
-    ]
-    try:
-        with torch.inference_mode():
-            for first in range(0, len(windows), batch_windows):
-                batch = windows[first : first + batch_windows]
-                spans[:] = _spans(membership, first, len(batch))
-                body(batch.to(device), use_cache=False)
-                if on_tokens is not None:
-                    on_tokens(batch.numel())
-    finally:
-        for handle in handles:
-            handle.remove()
-    result = Calibration(tokens=windows.numel(), groups=membership[-1] + 1)
-    for site in list(collected):
-        moments = collected.pop(site)
-        if moments.tokens != windows.numel():
+    with body.open_block(index) as block, _inputs_of(body, found, watch), torch.no_grad():
+        for batch in batches:
+            spans[:] = _spans(membership, batch.start, batch.stop - batch.start)
+            out = body.run(block, index, hidden[batch].to(body.device))
+            hidden[batch] = out.to(hidden)
+    tokens = hidden.shape[0] * hidden.shape[1]
+    for site, moments in found.items():
+        if moments.tokens != tokens:
             raise StatisticsError(
-                f"{site}: its input was seen for {moments.tokens} of {windows.numel()} tokens; "
+                f"{site}: its input was seen for {moments.tokens} of {tokens} tokens; "
                 "every mapped layer must run once per token. Correct the family's sites in "
                 "lrbo/families.py."
             )
-        found = moments.statistics()
-        result.sites[site] = {key: value.cpu() for key, value in found.items()}
-        _require_healthy(site, result.sites[site], windows.numel())
-    return result
+    return found
 
 
-def _spans(membership: list[int], first: int, count: int) -> list[tuple[int, int, bool]]:
+def _back_through_block(
+    body: BlockwiseBody,
+    index: int,
+    specs: Sequence[LayerSpec],
+    entering: Float[Tensor, "windows tokens d"],
+    gradient: Float[Tensor, "windows tokens d"],
+    settings: CalibrationSettings,
+    needs: Collection[Statistic],
+) -> dict[str, GradientMoments]:
+    """Take gradients back through a block, in place, and gather those of its layers."""
+    found = {
+        spec.name: GradientMoments.empty(needs, spec.out_features, spec.in_features, body.device)
+        for spec in specs
+    }
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def answered(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            del module
+            x = inputs[0].detach()
+            untyped: Any = output
+            untyped.register_hook(
+                lambda g: found[name].update(x.flatten(0, -2), g.detach().flatten(0, -2))
+            )
+
+        return answered
+
+    with body.open_block(index) as block:
+        handles = [
+            body.model.get_submodule(name).register_forward_hook(hook(name)) for name in found
+        ]
+        try:
+            for first in range(0, len(entering), settings.batch_windows):
+                batch = slice(first, first + settings.batch_windows)
+                inputs = entering[batch].to(body.device).requires_grad_()
+                with torch.enable_grad():
+                    out = body.run(block, index, inputs)
+                (back,) = torch.autograd.grad(out, inputs, gradient[batch].to(out))
+                gradient[batch] = back.to(gradient)
+        finally:
+            for handle in handles:
+                handle.remove()
+    return found
+
+
+@contextmanager
+def _inputs_of(
+    body: BlockwiseBody, sites: Collection[str], watch: Callable[[str, Tensor], None]
+) -> Iterator[None]:
+    """Show what sites read, for the length of a ``with``."""
+
+    def hook(site: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda _, inputs: watch(site, inputs[0])
+
+    handles = [
+        body.model.get_submodule(site).register_forward_pre_hook(hook(site)) for site in sites
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _spans(membership: Sequence[int], first: int, count: int) -> list[tuple[int, int, bool]]:
     """Cut a batch of windows at the borders of groups: (start, stop, closes the group)."""
     spans: list[tuple[int, int, bool]] = []
     start = 0
@@ -193,108 +353,49 @@ def _spans(membership: list[int], first: int, count: int) -> list[tuple[int, int
     return spans
 
 
-def _require_healthy(site: str, statistics: Mapping[Statistic, Tensor], tokens: int) -> None:
-    """Refuse statistics with non-finite entries."""
-    for statistic, tensor in statistics.items():
+def _finished(site: str, moments: SiteMoments) -> dict[Statistic, Tensor]:
+    """Return the statistics of a site.
+
+    Raises:
+        StatisticsError: If one has non-finite entries.
+    """
+    found = moments.statistics()
+    for statistic, tensor in found.items():
         bad = int((~torch.isfinite(tensor)).sum())
         if bad:
             raise StatisticsError(
                 f"{site}: the {statistic} of its input holds {bad} non-finite values out of "
-                f"{tensor.numel()} after {tokens} tokens. The activations overflowed; rerun "
-                "with model.dtype=float32 or bfloat16."
+                f"{tensor.numel()} after {moments.tokens} tokens. The activations overflowed; "
+                "rerun with model.dtype=float32 or bfloat16."
             )
+    return found
 
 
-def calibration_fingerprint(
-    model_fingerprint: str,
+def _announce_few_tokens(
+    layers: ModelMap,
     windows: Int[Tensor, "windows tokens"],
+    settings: CalibrationSettings,
     needs: Collection[Statistic],
-    *,
-    groups: int,
-    dtype: torch.dtype,
-) -> str:
-    """Return the digest of everything that the statistics depend on."""
-    settings = {
-        "format": 2,
-        "model": model_fingerprint,
-        "tokens": hashlib.sha256(windows.to(torch.int32).numpy().tobytes()).hexdigest(),
-        "window": windows.shape[1],
-        "needs": sorted(need.value for need in needs),
-        "groups": groups,
-        "dtype": str(dtype),
-    }
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def save_calibration(path: Path, calibration: Calibration, fingerprint: str) -> None:
-    """Write statistics as float64 safetensors; covariances as packed upper triangles."""
-    tensors: dict[str, Tensor] = {}
-    for site, statistics in calibration.sites.items():
-        for statistic, tensor in statistics.items():
-            packed = _pack(tensor) if statistic in MATRICES else tensor
-            tensors[f"{site}|{statistic.value}"] = packed.contiguous()
-    about = {"tokens": calibration.tokens, "groups": calibration.groups}
-    with replacing(path) as beside:
-        metadata = {"fingerprint": fingerprint, "about": json.dumps(about)}
-        save_file(tensors, beside, metadata=metadata)
-
-
-class CalibrationFile:
-    """Statistics on disk, read site by site, so that they need not be in memory together."""
-
-    def __init__(self, path: Path, fingerprint: str) -> None:
-        """Open a file that :func:`save_calibration` wrote.
-
-        Raises:
-            StatisticsError: If it was made with other data, model or settings.
-        """
-        self._file = _open(path)
-        metadata = dict(self._file.metadata() or {})
-        if metadata.get("fingerprint") != fingerprint:
-            raise StatisticsError(
-                f"{path} has fingerprint {metadata.get('fingerprint')}, expected {fingerprint}. "
-                "Delete it; it will be made again."
-            )
-        about = json.loads(metadata["about"])
-        self.tokens: int = about["tokens"]
-        self.groups: int = about["groups"]
-
-    def at(self, site: str) -> Mapping[Statistic, Tensor]:
-        """Return the statistics of a site.
-
-        Raises:
-            StatisticsError: If calibration did not see it.
-        """
-        found: dict[Statistic, Tensor] = {}
-        for key in self._keys(site):
-            statistic = Statistic(key.rpartition("|")[2])
-            tensor = self._file.get_tensor(key)
-            found[statistic] = _unpack(tensor) if statistic in MATRICES else tensor
-        if not found:
-            raise StatisticsError(f"calibration has no statistics of site {site}.")
-        return found
-
-    def _keys(self, site: str) -> Iterator[str]:
-        """List what is stored of a site."""
-        names = self._file.keys()
-        return (name for name in names if name.rpartition("|")[0] == site)
-
-
-def _open(path: Path) -> Any:
-    """Open a safetensors file; its reader carries no types."""
-    return safe_open(str(path), framework="pt")
-
-
-def _pack(matrix: Float[Tensor, "d d"]) -> Float[Tensor, " packed"]:
-    """Return the upper triangle row by row: half the disk, and symmetric by construction."""
-    rows, columns = torch.triu_indices(*matrix.shape)
-    return matrix[rows, columns]
-
-
-def _unpack(packed: Float[Tensor, " packed"]) -> Float[Tensor, "d d"]:
-    """Return the symmetric matrix of a packed upper triangle."""
-    features = int((8 * packed.numel() + 1) ** 0.5 - 1) // 2
-    matrix = packed.new_zeros(features, features)
-    rows, columns = torch.triu_indices(features, features)
-    matrix[rows, columns] = packed
-    return mirror_upper(matrix)
+) -> None:
+    """Warn where a covariance cannot have full rank."""
+    tokens = windows.numel()
+    widest = max(spec.in_features for spec in layers.compressible)
+    matrices = {Statistic.INPUT_COVARIANCE, Statistic.POOLED_INPUT_COVARIANCE}
+    if matrices & set(needs) and tokens <= widest:
+        warnings.warn(
+            f"{tokens} calibration tokens for inputs of up to {widest} features: covariances "
+            "are singular, and directions that no token has are cut first. Use more "
+            "data.calibration.tokens.",
+            CalibrationWarning,
+            stacklevel=3,
+        )
+    tallest = max(spec.out_features for spec in layers.compressible)
+    seen = len(settings.gradient_windows(len(windows))) * windows.shape[1]
+    if Statistic.OUTPUT_GRADIENT in needs and seen <= tallest:
+        warnings.warn(
+            f"{seen} tokens with gradients for outputs of up to {tallest} features: gradient "
+            "moments are singular, and rest on method.output_shrinkage. Use more "
+            "data.calibration.tokens, or a larger calibration.gradient_share.",
+            CalibrationWarning,
+            stacklevel=3,
+        )

@@ -40,7 +40,9 @@ def run(chosen: CompressConfig, reporter: Reporter) -> dict[str, Any]:
     stored = config.stored_config(study.config_yaml(), [])
     plan = builders.plan_search(stored, study, checks.check(stored))
     run_dtype = getattr(torch, about["dtype"])
-    factors = builders.load_or_make_factors(plan, about["model_fingerprint"], run_dtype, reporter)
+    factors = plan.preparation.factors(
+        about["model_fingerprint"], run_dtype, torch.device(about["device"]), reporter
+    )
     dtype = None if chosen.dtype == "auto" else resolve_dtype(chosen.dtype, torch.device("cpu"))
     model = load_model(plan.source, dtype=dtype, device=torch.device("cpu"))
     builders.require_same_model(study, model)

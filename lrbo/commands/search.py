@@ -79,12 +79,13 @@ def _search(plan: builders.Plan, study: Study, reporter: Reporter) -> dict[str, 
             "trials are done"
         )
     worker = builders.build_worker(plan, study, reporter)
+    space = builders.informed_space(plan, study, worker, reporter)
     tracker = make_tracker(chosen, study)
     tracker.start(config.flat(chosen) | digests(study))
     tracker.sync(study.state.records)
     loop = SearchLoop(
         study=study,
-        client=SearchClient(plan.space, seed=chosen.seed),
+        client=SearchClient(space, seed=chosen.seed),
         worker=worker,
         executor=InlineExecutor(),
         tracker=tracker,

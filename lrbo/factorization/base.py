@@ -17,14 +17,34 @@ from lrbo.nested import LowRankFactors
 
 
 class Statistic(StrEnum):
-    """What calibration can gather about the input of a layer.
+    """What calibration can gather about a layer; the value is the name that it is stored under.
 
-    The value is the name under which it is stored.
+    ``x`` is the input of a layer for one token, ``g`` the gradient of the summed loss with
+    respect to its output for that token.
+
+    Attributes:
+        INPUT_MEAN: ``E[x]``, ``(in,)``.
+        INPUT_MAGNITUDE: ``E[|x|]``, ``(in,)``.
+        INPUT_COVARIANCE: ``Cov(x)``, ``(in, in)``.
+        POOLED_INPUT_COVARIANCE: Mean over groups of text of ``Cov(x)`` within the group.
+        OUTPUT_GRADIENT: ``E[g g^T]``, ``(out, out)``, nats^2.
+        INPUT_IMPORTANCE: ``E[|g|^2 x_j^2]``, ``(in,)``: the Fisher information of the weights
+            that read feature ``j``, token by token.
     """
 
     INPUT_MEAN = "mean"
+    INPUT_MAGNITUDE = "magnitude"
     INPUT_COVARIANCE = "covariance"
     POOLED_INPUT_COVARIANCE = "pooled_covariance"
+    OUTPUT_GRADIENT = "output_gradient"
+    INPUT_IMPORTANCE = "input_importance"
+
+
+# Each layer has its own; the others belong to an input, and layers that share it share them.
+GRADIENT_STATISTICS = frozenset({Statistic.OUTPUT_GRADIENT, Statistic.INPUT_IMPORTANCE})
+MATRICES = frozenset(
+    {Statistic.INPUT_COVARIANCE, Statistic.POOLED_INPUT_COVARIANCE, Statistic.OUTPUT_GRADIENT}
+)
 
 
 @runtime_checkable
@@ -39,6 +59,10 @@ class FactorizationMethod(Protocol):
     @property
     def needs(self) -> frozenset[Statistic]:
         """Return the statistics that :meth:`factor` reads."""
+        ...
+
+    def for_kind(self, kind: str) -> FactorizationMethod:
+        """Return the method for layers of a kind; most methods treat all alike."""
         ...
 
     def factor(

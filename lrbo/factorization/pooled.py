@@ -12,7 +12,7 @@ from torch import Tensor
 from lrbo.accounting import Storage, low_rank_parameters
 from lrbo.factorization.base import Statistic, require_statistics
 from lrbo.factorization.weighted import tail_sums
-from lrbo.linalg import psd_eigenpairs
+from lrbo.linalg import output_directions
 from lrbo.model import LayerSpec
 from lrbo.nested import LowRankFactors
 
@@ -43,6 +43,11 @@ class Bolaco:
         {Statistic.INPUT_MEAN, Statistic.POOLED_INPUT_COVARIANCE}
     )
 
+    def for_kind(self, kind: str) -> Bolaco:
+        """Return the method itself: it treats every kind alike."""
+        del kind
+        return self
+
     def factor(
         self,
         weight: Float[Tensor, "out in"],
@@ -64,23 +69,13 @@ class Bolaco:
             StatisticsError: If a statistic is missing or anything is not finite.
 
         Note:
-            One symmetric eigendecomposition of order ``min(out, in)``: where the layer widens,
-            the outputs lie in the column space of ``W``, and the covariance is decomposed in
-            an orthonormal basis of that space.
+            One symmetric eigendecomposition of order ``min(out, in)``.
         """
         require_statistics(self, weight, bias, statistics)
         dense = weight.to(torch.float64)
         mean_in = statistics[Statistic.INPUT_MEAN].to(dense)
         covariance_in = statistics[Statistic.POOLED_INPUT_COVARIANCE].to(dense)
-        if dense.shape[0] > dense.shape[1]:
-            basis, reduced = torch.linalg.qr(dense)
-        else:
-            basis, reduced = None, dense
-        eigenvalues, vectors = psd_eigenpairs(
-            reduced @ covariance_in @ reduced.T, "output covariance"
-        )
-        left = vectors if basis is None else basis @ vectors
-        right = vectors.T @ reduced
+        left, eigenvalues, right = output_directions(dense, covariance_in)
         mean_out = dense @ mean_in if bias is None else dense @ mean_in + bias.to(dense)
         return LowRankFactors(left, right, tail_sums(eigenvalues), mean_out, mean_in)
 

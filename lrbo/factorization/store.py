@@ -6,33 +6,37 @@ import hashlib
 import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lrbo.allocation import Cost, rungs
+from lrbo.blockwise import OpenBlock
 from lrbo.errors import StatisticsError
 from lrbo.factorization.base import FactorizationMethod, Statistic
+from lrbo.factorization.loss_aware import predicted_loss
 from lrbo.model import LayerSpec, ModelMap, linear_bias, linear_weight
 from lrbo.nested import LowRankFactors
-from lrbo.storage import replacing
+from lrbo.storage import new_folder
 
-PARTS = ("left", "right", "tail", "offset", "center")
+PARTS = ("left", "right", "tail", "offset", "center", "loss")
 
 
 @runtime_checkable
-class SiteStatistics(Protocol):
-    """Where a layer's statistics come from: memory or a file."""
+class LayerStatistics(Protocol):
+    """Where a layer's statistics come from: memory or a folder."""
 
-    def at(self, site: str) -> Mapping[Statistic, Tensor]:
-        """Return the statistics of a site."""
+    def of(self, spec: LayerSpec) -> Mapping[Statistic, Tensor]:
+        """Return the statistics of a layer: those of its input and its own."""
         ...
 
 
@@ -40,46 +44,63 @@ def factor_model(
     model: PreTrainedModel,
     layers: ModelMap,
     method: FactorizationMethod,
-    statistics: SiteStatistics,
+    statistics: LayerStatistics,
     *,
+    open_block: OpenBlock | None = None,
     on_layer: Callable[[str], None] | None = None,
-) -> dict[str, LowRankFactors]:
+) -> Iterator[dict[str, LowRankFactors]]:
     """Factor every compressible layer, for every rank at which pivoted storage is below dense.
 
-    Those include the ranks of factored storage, so one file of factors serves both forms.
+    Those include the ranks of factored storage, so one set of factors serves both forms.
 
     Args:
         model: The dense model; its weights are read at the precision that they have.
         layers: Its map.
         method: How.
-        statistics: Of the inputs; not read by methods that need none.
+        statistics: Of the layers; with output gradients, losses are predicted too.
+        open_block: Brings the weights of a block into the model for the length of a ``with``;
+            by default they are there.
         on_layer: Told the name of each finished layer.
 
-    Returns:
-        Factors by layer name, float32 on the CPU: factored in float64, then rounded at 2^-24,
-        far below the precision of the weights they stand for.
+    Yields:
+        Factors by layer name, a block at a time, float32 on the CPU: factored in float64, then
+        rounded at 2^-24, far below the precision of the weights they stand for.
 
     Raises:
         StatisticsError: Naming the layer.
     """
-    factors = {}
     cost = partial(method.parameters, storage="pivoted")
-    for spec in layers.compressible:
-        module = model.get_submodule(spec.name)
-        useful = largest_rank(spec, cost)
-        if useful:  # else dense is smaller at every rank
-            with _naming(spec.name):
-                full = method.factor(
-                    linear_weight(module),
-                    linear_bias(module),
-                    statistics.at(spec.site) if method.needs else {},
-                )
-            factors[spec.name] = full.to(
-                dtype=torch.float32, device=torch.device("cpu"), max_rank=useful
-            )
-        if on_layer is not None:
-            on_layer(spec.name)
-    return factors
+    for block, members in groupby(layers.compressible, key=lambda spec: spec.block):
+        assert block is not None
+        made = {}
+        with open_block(block) if open_block else nullcontext():
+            for spec in members:
+                useful = largest_rank(spec, cost)
+                if useful:  # else dense is smaller at every rank
+                    with _naming(spec.name):
+                        full = _factor_layer(
+                            model.get_submodule(spec.name), spec, method, statistics.of(spec)
+                        )
+                    made[spec.name] = full.to(
+                        dtype=torch.float32, device=torch.device("cpu"), max_rank=useful
+                    )
+                if on_layer is not None:
+                    on_layer(spec.name)
+        yield made
+
+
+def _factor_layer(
+    module: nn.Module,
+    spec: LayerSpec,
+    method: FactorizationMethod,
+    statistics: Mapping[Statistic, Tensor],
+) -> LowRankFactors:
+    """Factor one layer at full rank, and predict its loss if gradients are known."""
+    weight = linear_weight(module)
+    full = method.for_kind(spec.kind).factor(weight, linear_bias(module), statistics)
+    if Statistic.OUTPUT_GRADIENT not in statistics:
+        return full
+    return replace(full, loss=predicted_loss(full, statistics))
 
 
 def largest_rank(spec: LayerSpec, cost: Cost) -> int:
@@ -101,52 +122,71 @@ def _naming(layer: str) -> Iterator[None]:
 
 
 def factors_fingerprint(
-    model_fingerprint: str, calibration_fingerprint: str, method: FactorizationMethod
+    model_fingerprint: str, calibration_fingerprint: str | None, method: FactorizationMethod
 ) -> str:
-    """Return the digest of everything that the factors depend on."""
+    """Return the digest of everything that the factors depend on.
+
+    Args:
+        model_fingerprint: Of the model.
+        calibration_fingerprint: Of the statistics; ``None`` without any.
+        method: With its options.
+    """
     options = {  # sets have another order in every process
         name: sorted(value) if isinstance(value, frozenset) else repr(value)
         for name, value in vars(method).items()
     }
     settings = {
-        "format": 3,
+        "format": 4,
         "model": model_fingerprint,
-        "calibration": calibration_fingerprint if method.needs else None,
+        "calibration": calibration_fingerprint,
         "method": {"type": type(method).__name__, **options},
     }
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def save_factors(path: Path, factors: Mapping[str, LowRankFactors], fingerprint: str) -> None:
-    """Write factors as safetensors; ``left`` by direction, so that a prefix is contiguous."""
-    tensors: dict[str, Tensor] = {}
-    for name, found in factors.items():
-        for part in PARTS:
-            tensor = getattr(found, part)
-            if tensor is not None:
-                stored = tensor.T if part == "left" else tensor
-                tensors[f"{name}|{part}"] = stored.contiguous()
-    with replacing(path) as beside:
-        save_file(tensors, beside, metadata={"fingerprint": fingerprint})
+def save_factors(
+    folder: Path, parts: Iterator[Mapping[str, LowRankFactors]], fingerprint: str
+) -> None:
+    """Write factors as they come, a file each; the folder appears when it is complete.
+
+    ``left`` is stored by direction, so that a prefix is contiguous.
+
+    Args:
+        folder: Must not exist.
+        parts: What :func:`factor_model` yields.
+        fingerprint: Of everything that they depend on.
+    """
+    with new_folder(folder) as beside:
+        for index, factors in enumerate(parts):
+            tensors: dict[str, Tensor] = {}
+            for name, found in factors.items():
+                for part in PARTS:
+                    tensor = getattr(found, part)
+                    if tensor is not None:
+                        stored = tensor.T if part == "left" else tensor
+                        tensors[f"{name}|{part}"] = stored.contiguous()
+            file = beside / f"part_{index:05d}.safetensors"
+            save_file(tensors, file, metadata={"fingerprint": fingerprint})
 
 
-def load_factors(path: Path, fingerprint: str) -> dict[str, LowRankFactors]:
+def load_factors(folder: Path, fingerprint: str) -> dict[str, LowRankFactors]:
     """Open factors; the tensors are memory-mapped and read where they are used.
 
     Raises:
-        StatisticsError: If the file was made for another model, calibration or method.
+        StatisticsError: If they were made for another model, calibration or method.
     """
-    with safe_open(str(path), framework="pt") as opened:
-        file: Any = opened
-        found = (file.metadata() or {}).get("fingerprint")
-        if found != fingerprint:
-            raise StatisticsError(
-                f"{path} has fingerprint {found}, expected {fingerprint}. Delete it; it will be "
-                "made again."
-            )
-        parts: dict[str, dict[str, Tensor]] = {}
-        for key in file.keys():  # noqa: SIM118 (not a mapping)
-            name, _, part = key.rpartition("|")
-            tensor = file.get_tensor(key)
-            parts.setdefault(name, {})[part] = tensor.T if part == "left" else tensor
-    return {name: LowRankFactors(**found) for name, found in parts.items()}
+    parts: dict[str, dict[str, Tensor]] = {}
+    for path in sorted(folder.glob("part_*.safetensors")):
+        with safe_open(str(path), framework="pt") as opened:
+            file: Any = opened
+            found = (file.metadata() or {}).get("fingerprint")
+            if found != fingerprint:
+                raise StatisticsError(
+                    f"{path} has fingerprint {found}, expected {fingerprint}. Delete its folder; "
+                    "it will be made again."
+                )
+            for key in file.keys():  # noqa: SIM118 (not a mapping)
+                name, _, part = key.rpartition("|")
+                tensor = file.get_tensor(key)
+                parts.setdefault(name, {})[part] = tensor.T if part == "left" else tensor
+    return {name: LowRankFactors(**tensors) for name, tensors in parts.items()}

@@ -28,7 +28,7 @@ from ax.utils.common.logger import set_ax_logger_levels
 from botorch.fit import _fit_fallback
 from botorch.models import SingleTaskGP
 
-from lrbo.search.space import SearchSpace
+from lrbo.search.base import Space
 
 METRIC = "loss"
 
@@ -84,7 +84,7 @@ class SearchClient:
     proposes what the uninterrupted one would have, to rounding (4e-10 measured).
     """
 
-    def __init__(self, space: SearchSpace, *, seed: int) -> None:
+    def __init__(self, space: Space, *, seed: int) -> None:
         """Take the space to search and the seed of the study."""
         self.space = space
         self.seed = seed
@@ -94,7 +94,7 @@ class SearchClient:
     def ask(self, trial_index: int, observations: Sequence[Observation]) -> dict[str, float]:
         """Return the point that Ax proposes for a trial.
 
-        The budget is a linear constraint of the search space, so the point meets it exactly.
+        Where the budget is a linear constraint of the search space, the point meets it exactly.
 
         Args:
             trial_index: Seeds this proposal, together with the seed of the study.
@@ -117,17 +117,16 @@ class SearchClient:
     def _rebuild(self, observations: Sequence[Observation], seed: int) -> Client:
         """Return an Ax client that holds exactly these observations."""
         space = self.space
-        terms = (
-            f"{share:.12f} * {self._ids[name]}"
-            for name, share in zip(space.names, space.shares, strict=True)
-        )
-        used = " + ".join(terms)
-        if space.room < space.upper:
-            # Every allocation uses the budget up, so only points that do are ever evaluated. An
-            # inequality would leave a direction of which nothing is known, and proposals in it.
-            constraint = ParameterConstraint(equality=f"{used} == {space.room:.12f}")
-        else:
-            constraint = ParameterConstraint(inequality=f"{used} <= {space.room:.12f}")
+        constraints = []
+        if space.constraint is not None:
+            terms = (
+                f"{weight:.12f} * {self._ids[name]}"
+                for name, weight in space.constraint.weights.items()
+            )
+            relation = "==" if space.constraint.is_equality else "<="
+            whole = f"{' + '.join(terms)} {relation} {space.constraint.bound:.12f}"
+            kind = "equality" if space.constraint.is_equality else "inequality"
+            constraints.append(ParameterConstraint(**{kind: whole}))
         experiment = Experiment(
             name="lrbo",
             search_space=AxSearchSpace(
@@ -135,12 +134,12 @@ class SearchClient:
                     RangeParameter(
                         name=identifier,
                         parameter_type=ParameterType.FLOAT,
-                        lower=space.lower,
-                        upper=space.upper,
+                        lower=space.bounds[name][0],
+                        upper=space.bounds[name][1],
                     )
-                    for identifier in self._ids.values()
+                    for name, identifier in self._ids.items()
                 ],
-                parameter_constraints=[constraint],
+                parameter_constraints=constraints,
             ),
         )
         rows = []

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 
@@ -93,6 +94,21 @@ class SearchLoop:
             if not finished:
                 time.sleep(self.poll_s)
 
+    @cached_property
+    def _warm_starts(self) -> list[tuple[Origin, Mapping[str, float], Allocation]]:
+        """Return the trials that need no search, first the baseline, with their variables."""
+        space = self.client.space
+        uniform = space.uniform()
+        found: list[tuple[Origin, Mapping[str, float], Allocation]] = [
+            ("uniform", space.realised(uniform, {}) or {}, uniform)
+        ]
+        if (analytic := space.analytic()) is not None:
+            found.append(("analytic", analytic[1], analytic[0]))
+        if (point := space.start_point()) is not None:
+            start = space.allocate(point)
+            found.append(("start", space.realised(start, point) or {}, start))
+        return found
+
     def _next_request(self) -> TrialRequest | None:
         """Return what to run next: first what an interruption left open."""
         for record in self.study.state.open:
@@ -120,20 +136,18 @@ class SearchLoop:
             allocation_s += time.perf_counter() - begin
             return allocation
 
-        first_sobol = 1
-        if index == 0:
-            origin, allocation = "uniform", space.uniform()
-        elif index == 1 and (point := space.start_point()) is not None:
-            origin, allocation = "start", allocate(point)
+        variables: Mapping[str, float]
+        if index < len(self._warm_starts):
+            origin, variables, allocation = self._warm_starts[index]
         else:
             observations = self._observations()
             known = any(observation.loss is not None for observation in observations)
             if index < self.settings.initial or not known:
-                origin, point = "sobol", space.sobol_point(index - first_sobol, seed)
+                origin, point = "sobol", space.sobol_point(index - 1, seed)
             else:
                 origin, point = "model", self.client.ask(index, observations)
-            allocation = self._new_allocation(point, allocate, taken, seed + index)
-        variables = space.realised(allocation) or {}
+            allocation, place = self._new_allocation(point, allocate, taken, seed + index)
+            variables = space.realised(allocation, place) or {}
         seconds = {
             "suggestion": time.perf_counter() - start - allocation_s,
             "allocation": allocation_s,
@@ -148,7 +162,7 @@ class SearchLoop:
         allocate: Callable[[Mapping[str, float]], Allocation],
         taken: set[tuple[int | None, ...]],
         seed: int,
-    ) -> Allocation:
+    ) -> tuple[Allocation, Mapping[str, float]]:
         """Return the allocation of a point, moved a little if its ranks were tried already.
 
         Ranks are coarse on small layers, so different points can round to the same ranks, whose
@@ -157,7 +171,7 @@ class SearchLoop:
         """
         space = self.client.space
         generator = torch.Generator().manual_seed(seed)
-        allocation = allocate(point)
+        allocation, place = allocate(point), point
         for attempt in range(20):
             if tuple(allocation.ranks.values()) not in taken:
                 break
@@ -166,8 +180,9 @@ class SearchLoop:
                 point[name] + 0.01 * (attempt + 1) * float(step)
                 for name, step in zip(space.names, noise, strict=True)
             ]
-            allocation = allocate(dict(zip(space.names, space.project(moved), strict=True)))
-        return allocation
+            place = dict(zip(space.names, space.project(moved), strict=True))
+            allocation = allocate(place)
+        return allocation, place
 
     def _observations(self) -> list[Observation]:
         """Return what the surrogate may know: ended trials with a value, and running ones."""

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import fnmatch
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from fractions import Fraction
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 
 from lrbo.accounting import dense_parameters
-from lrbo.allocation import Allocation, Budget, Cost, allocate, smallest_parameters
-from lrbo.errors import BudgetError, ConfigError
+from lrbo.allocation import Allocation, Budget, Cost, allocate, allocate_by_loss
+from lrbo.errors import ConfigError
 from lrbo.model import LayerSpec
+from lrbo.search.base import LinearConstraint, assign_groups, require_feasible, unit_sobol
+from lrbo.sensitivity import Curves
 
 Granularity = Literal["kind", "depth", "layer"]
 Start = Mapping[str, float | Sequence[float]]
@@ -57,6 +56,7 @@ class SearchSpace:
         cost: Stored parameters of a layer at a rank.
         rank_multiple: Ranks are multiples of this.
         start: Ratios to begin with, by group; a list gives one ratio per depth group.
+        curves: Predicted loss by layer, nats per token; empty if it is not known.
     """
 
     variables: tuple[Variable, ...]
@@ -68,6 +68,11 @@ class SearchSpace:
     cost: Cost
     rank_multiple: int
     start: Start
+    curves: Curves = field(default_factory=dict)
+
+    def with_curves(self, curves: Curves) -> SearchSpace:
+        """Return the space with the loss curves of the layers."""
+        return replace(self, curves=curves)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -86,6 +91,39 @@ class SearchSpace:
         total = sum(variable.dense_parameters for variable in self.variables)
         pinned = dense_parameters(spec for spec in self.layers if spec.name in self.dense)
         return (self.budget.parameters - pinned) / total
+
+    @property
+    def bounds(self) -> Mapping[str, tuple[float, float]]:
+        """Return the smallest and largest ratio of each variable."""
+        return dict.fromkeys(self.names, (self.lower, self.upper))
+
+    @property
+    def constraint(self) -> LinearConstraint:
+        """Return the budget.
+
+        Every allocation uses the budget up, so only points that do are ever evaluated. An
+        inequality would leave a direction of which nothing is known, and proposals in it.
+        """
+        weights = dict(zip(self.names, self.shares, strict=True))
+        return LinearConstraint(weights, self.room, is_equality=self.room < self.upper)
+
+    def analytic(self) -> tuple[Allocation, Mapping[str, float]] | None:
+        """Return the allocation of least predicted loss, if losses are known.
+
+        It stands at no point: layers that share a ratio here have ranks of their own there.
+        """
+        if not self.curves:
+            return None
+        without = [spec.name for spec in self.layers if spec.name not in self.curves]
+        allocation = allocate_by_loss(
+            self.curves,
+            self.layers,
+            self.budget,
+            cost=self.cost,
+            rank_multiple=self.rank_multiple,
+            dense=sorted({*self.dense, *without}),
+        )
+        return allocation, {}
 
     def allocate(self, point: Mapping[str, float]) -> Allocation:
         """Turn a point into ranks that use the whole budget."""
@@ -113,7 +151,9 @@ class SearchSpace:
             rank_multiple=self.rank_multiple,
         )
 
-    def realised(self, allocation: Allocation) -> dict[str, float] | None:
+    def realised(
+        self, allocation: Allocation, point: Mapping[str, float]
+    ) -> dict[str, float] | None:
         """Return the point that an allocation stands at: kept over dense parameters.
 
         Ranks are integers and the rest of the budget is spent, so it differs from the point
@@ -123,6 +163,7 @@ class SearchSpace:
             The point, or ``None`` if the allocation compresses a layer that the space keeps
             dense, so that no point stands for it.
         """
+        del point
         if any(allocation.ranks[name] is not None for name in self.dense):
             return None
         specs = {spec.name: spec for spec in self.layers}
@@ -179,11 +220,9 @@ class SearchSpace:
         The point depends on ``index`` and ``seed`` only, so that a resumed search finds the
         same one. Ax's own initial design collapses to near copies under a tight constraint.
         """
-        make: Any = torch.quasirandom.SobolEngine  # untyped in torch
-        engine = make(len(self.variables), scramble=True, seed=seed)
-        unit = engine.fast_forward(index).draw(1, dtype=torch.float64)[0]
-        values = self.lower + (self.upper - self.lower) * unit
-        return dict(zip(self.names, self.project(values.tolist()), strict=True))
+        unit = unit_sobol(len(self.variables), index, seed)
+        values = [self.lower + (self.upper - self.lower) * value for value in unit]
+        return dict(zip(self.names, self.project(values), strict=True))
 
 
 def build_space(
@@ -220,22 +259,14 @@ def build_space(
         ConfigError: Listing layers that no group takes, and start values without a group.
         BudgetError: If the budget cannot be met; says the smallest feasible keep ratio.
     """
-    problems: list[str] = []
-    pinned = tuple(spec.name for spec in layers if _matches(spec, dense))
+    pinned, taken, problems = assign_groups(layers, groups, dense)
     blocks = 1 + max((spec.block or 0 for spec in layers), default=0)
     depths = {"kind": 1, "depth": min(depth_groups, blocks), "layer": blocks}[granularity]
     members: dict[tuple[str, str, int], list[LayerSpec]] = {}
     for spec in layers:
-        if spec.name in pinned:
+        if spec.name not in taken:
             continue
-        group = next((name for name, kinds in groups.items() if _matches(spec, kinds)), None)
-        if group is None:
-            problems.append(
-                f"space: no group takes layer {spec.name} (kind {spec.kind}); add its kind to "
-                "space.groups or to space.dense"
-            )
-            continue
-        depth = (spec.block or 0) * depths // blocks
+        group, depth = taken[spec.name], (spec.block or 0) * depths // blocks
         name = {"kind": group, "depth": f"{group}.{depth}", "layer": spec.name}[granularity]
         members.setdefault((name, group, depth), []).append(spec)
     unknown = sorted(set(start) - set(groups))
@@ -259,31 +290,7 @@ def build_space(
         rank_multiple=rank_multiple,
         start=start,
     )
-    _require_feasible(space)
-    return space
-
-
-def _require_feasible(space: SearchSpace) -> None:
-    """Refuse a budget that the smallest ranks or the lower bounds exceed."""
-    total = dense_parameters(space.layers)
-    pinned = dense_parameters(spec for spec in space.layers if spec.name in space.dense)
-    smallest = smallest_parameters(
-        space.layers, cost=space.cost, rank_multiple=space.rank_multiple, dense=space.dense
+    require_feasible(
+        layers, budget, pinned, cost=cost, rank_multiple=rank_multiple, lower=bounds[0]
     )
-    # Of the decimal that was typed: in binary, 0.07 of 100 is 7.000000000000001.
-    at_bounds = pinned + math.ceil(Fraction(str(float(space.lower))) * (total - pinned))
-    needed = max(smallest, at_bounds)
-    if needed > space.budget.parameters:
-        raise BudgetError(
-            f"budget of {space.budget.parameters:_} parameters (keep_ratio "
-            f"{space.budget.parameters / total:.4f}) cannot be met: {len(space.dense)} layers "
-            f"stay dense with {pinned:_} parameters and the others need at least "
-            f"{needed - pinned:_} at ratio {space.lower} or rank {space.rank_multiple}. The "
-            f"smallest feasible budget.keep_ratio is {-(-needed * 10_000 // total) / 10_000:.4f}; "
-            "or lower space.bounds[0] or space.rank_multiple."
-        )
-
-
-def _matches(spec: LayerSpec, patterns: Sequence[str]) -> bool:
-    """Return whether a layer is meant by one of the patterns: a kind, or a name with wildcards."""
-    return any(spec.kind == p or fnmatch.fnmatchcase(spec.name, p) for p in patterns)
+    return space

@@ -1,0 +1,178 @@
+"""What trials rest on, made once and kept: statistics, factors, loss curves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lrbo.blockwise import BlockwiseBody
+from lrbo.calibration.collect import Calibration, CalibrationSettings, calibrate
+from lrbo.calibration.store import CalibrationFolder, calibration_fingerprint, save_calibration
+from lrbo.factorization.base import GRADIENT_STATISTICS, FactorizationMethod, Statistic
+from lrbo.factorization.store import (
+    LayerStatistics,
+    factor_model,
+    factors_fingerprint,
+    load_factors,
+    save_factors,
+)
+from lrbo.loading import ModelSource, cache_folder, load_model
+from lrbo.model import ModelMap
+from lrbo.nested import LowRankFactors
+from lrbo.progress import Reporter
+from lrbo.sensitivity import Curves, LossCalibration, SensitivitySettings, measure_losses
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """Everything that statistics and factors depend on, beside the model's weights.
+
+    Attributes:
+        source: Of the model.
+        layers: Its map.
+        method: The factorization.
+        needs: Statistics to gather: the method's, and those of loss curves if they are wanted.
+        windows: ``(windows, tokens)`` calibration ids.
+        settings: Of calibration.
+    """
+
+    source: ModelSource
+    layers: ModelMap
+    method: FactorizationMethod
+    needs: frozenset[Statistic]
+    windows: Int[Tensor, "windows tokens"]
+    settings: CalibrationSettings
+
+    def statistics(
+        self, digest: str, dtype: torch.dtype, reporter: Reporter, model: PreTrainedModel
+    ) -> LayerStatistics:
+        """Return the statistics of a model, from the cache or newly gathered.
+
+        Args:
+            digest: Fingerprint of the model.
+            dtype: That it runs in.
+            reporter: Shows progress.
+            model: Loaded, in that dtype.
+        """
+        name = self._calibration(digest, dtype)
+        if name is None:
+            return Calibration()
+        folder = cache_folder() / "calibration" / name
+        if not folder.is_dir():
+            body = BlockwiseBody(model)
+            passes = 2 if GRADIENT_STATISTICS & self.needs else 1
+            with reporter.step("Calibration", passes * len(body), "blocks") as advance:
+                found = calibrate(
+                    body, self.layers, self.windows, self.needs, self.settings, on_block=advance
+                )
+                save_calibration(folder, found, name)
+        return CalibrationFolder(folder, name)
+
+    def factors(
+        self,
+        digest: str,
+        dtype: torch.dtype,
+        device: torch.device,
+        reporter: Reporter,
+        model: PreTrainedModel | None = None,
+    ) -> dict[str, LowRankFactors]:
+        """Return the factors of a model, float32 on the CPU, from the cache or newly made.
+
+        Files that are read back stay memory-mapped, so they cost memory only where they are used.
+
+        Args:
+            digest: Fingerprint of the model.
+            dtype: That the model runs in while statistics are gathered.
+            device: Where.
+            reporter: Shows progress.
+            model: If it is loaded already.
+        """
+        name = factors_fingerprint(digest, self._calibration(digest, dtype), self.method)
+        folder = cache_folder() / "factors" / name
+        if not folder.is_dir():
+            if model is None:
+                model = load_model(self.source, dtype=dtype, device=device)
+            statistics = self.statistics(digest, dtype, reporter, model)
+            with reporter.step("Factorization", len(self.layers.compressible), "layers") as advance:
+                made = factor_model(
+                    self._source_weights(model),
+                    self.layers,
+                    self.method,
+                    statistics,
+                    on_layer=lambda _: advance(1),
+                )
+                save_factors(folder, made, name)
+        return load_factors(folder, name)
+
+    def _calibration(self, digest: str, dtype: torch.dtype) -> str | None:
+        """Return the name of the statistics; ``None`` if none are needed."""
+        if not self.needs:
+            return None
+        return calibration_fingerprint(digest, self.windows, self.needs, self.settings, dtype=dtype)
+
+    def _source_weights(self, model: PreTrainedModel) -> PreTrainedModel:
+        """Return the model at the precision of its checkpoint, which may be finer than it runs."""
+        own = load_model(self.source, dtype=None, device=torch.device("cpu"))
+        return model if own.dtype == model.dtype else own
+
+
+def curve_needs(method: FactorizationMethod) -> frozenset[Statistic]:
+    """Return what calibration must gather for a method and for its loss curves."""
+    needs = method.needs | {Statistic.INPUT_MEAN, Statistic.OUTPUT_GRADIENT}
+    if Statistic.POOLED_INPUT_COVARIANCE in needs:
+        return needs  # good enough, and half the work of gathering both
+    return needs | {Statistic.INPUT_COVARIANCE}
+
+
+def loss_curves(
+    model: PreTrainedModel,
+    layers: ModelMap,
+    factors: Mapping[str, LowRankFactors],
+    windows: Int[Tensor, "windows tokens"],
+    settings: SensitivitySettings,
+    file: Path,
+    reporter: Reporter,
+) -> Curves:
+    """Return the loss of each layer at each rank, nats per token; ``{}`` without gradients.
+
+    Args:
+        model: The dense model.
+        layers: Its map.
+        factors: In the model's dtype and on its device.
+        windows: Calibration ids.
+        settings: How many points are measured.
+        file: Where measurements are kept, and read from if they are there.
+        reporter: Shows progress.
+    """
+    curves = {
+        name: found.loss.numpy().astype(np.float64)
+        for name, found in factors.items()
+        if found.loss is not None
+    }
+    if not curves or not settings.layers_per_kind:
+        return curves
+    if file.is_file():
+        calibration = LossCalibration.load(file)
+    else:
+        count = len(settings.points(layers.compressible, factors))
+        with reporter.step("Loss of layers", count, "points") as advance:
+            body = BlockwiseBody(model)
+            measured = measure_losses(
+                body, layers, factors, curves, windows, settings, on_point=advance
+            )
+        calibration = LossCalibration.fit(measured)
+        calibration.save(file)
+        reporter.say(
+            f"Predicted against measured loss of {len(measured)} single layers: rank correlation "
+            f"{calibration.rank_correlation:.3f}"
+        )
+    return {
+        name: calibration.apply(layers.by_name[name].kind, curve) for name, curve in curves.items()
+    }

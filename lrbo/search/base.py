@@ -1,0 +1,165 @@
+"""What every search space owes, and what spaces share."""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+
+from lrbo.accounting import dense_parameters
+from lrbo.allocation import Allocation, Budget, Cost, smallest_parameters
+from lrbo.errors import BudgetError
+from lrbo.model import LayerSpec
+from lrbo.sensitivity import Curves
+
+
+@dataclass(frozen=True)
+class LinearConstraint:
+    """A bound on a weighted sum of variables.
+
+    Attributes:
+        weights: By name of the variable.
+        bound: Of the sum.
+        is_equality: Whether the sum must be the bound, or at most it.
+    """
+
+    weights: Mapping[str, float]
+    bound: float
+    is_equality: bool
+
+
+@runtime_checkable
+class Space(Protocol):
+    """What a search needs of its space: how points look, and what they mean."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Return the names of the variables, in order."""
+        ...
+
+    @property
+    def bounds(self) -> Mapping[str, tuple[float, float]]:
+        """Return the smallest and largest value of each variable."""
+        ...
+
+    @property
+    def constraint(self) -> LinearConstraint | None:
+        """Return what points must keep beside the bounds."""
+        ...
+
+    @property
+    def budget(self) -> Budget:
+        """Return the ceiling."""
+        ...
+
+    @property
+    def cost(self) -> Cost:
+        """Return the stored parameters of a layer at a rank."""
+        ...
+
+    def allocate(self, point: Mapping[str, float]) -> Allocation:
+        """Turn a point into ranks that use the whole budget."""
+        ...
+
+    def uniform(self) -> Allocation:
+        """Return the baseline: the same wished ratio for every layer that the budget covers."""
+        ...
+
+    def analytic(self) -> tuple[Allocation, Mapping[str, float]] | None:
+        """Return the allocation of least predicted loss, with its point, ``{}`` if none."""
+        ...
+
+    def start_point(self) -> Mapping[str, float] | None:
+        """Return the configured start, if there is one."""
+        ...
+
+    def realised(
+        self, allocation: Allocation, point: Mapping[str, float]
+    ) -> Mapping[str, float] | None:
+        """Return the point that an allocation stands at, for the surrogate."""
+        ...
+
+    def project(self, values: Sequence[float]) -> list[float]:
+        """Return the nearest point that the space allows."""
+        ...
+
+    def sobol_point(self, index: int, seed: int) -> dict[str, float]:
+        """Return a point of a scrambled Sobol sequence; a function of index and seed alone."""
+        ...
+
+    def with_curves(self, curves: Curves) -> Space:
+        """Return the space with the loss curves of the layers."""
+        ...
+
+
+def unit_sobol(dimensions: int, index: int, seed: int) -> list[float]:
+    """Return one point of a scrambled Sobol sequence in the unit cube."""
+    make: Any = torch.quasirandom.SobolEngine  # untyped in torch
+    engine = make(dimensions, scramble=True, seed=seed)
+    return [float(value) for value in engine.fast_forward(index).draw(1, dtype=torch.float64)[0]]
+
+
+def assign_groups(
+    layers: Sequence[LayerSpec], groups: Mapping[str, Sequence[str]], dense: Sequence[str]
+) -> tuple[tuple[str, ...], dict[str, str], list[str]]:
+    """Sort layers into those that stay dense and the groups of the others.
+
+    Returns:
+        Names of dense layers, group by name of the others, and problems: layers of no group.
+    """
+    pinned = tuple(spec.name for spec in layers if _matches(spec, dense))
+    taken: dict[str, str] = {}
+    problems: list[str] = []
+    for spec in layers:
+        if spec.name in pinned:
+            continue
+        group = next((name for name, kinds in groups.items() if _matches(spec, kinds)), None)
+        if group is None:
+            problems.append(
+                f"space: no group takes layer {spec.name} (kind {spec.kind}); add its kind to "
+                "space.groups or to space.dense"
+            )
+        else:
+            taken[spec.name] = group
+    return pinned, taken, problems
+
+
+def require_feasible(
+    layers: Sequence[LayerSpec],
+    budget: Budget,
+    dense: Sequence[str],
+    *,
+    cost: Cost,
+    rank_multiple: int,
+    lower: float = 0.0,
+) -> None:
+    """Refuse a budget that the smallest ranks or the lower bound of ratios exceed.
+
+    Raises:
+        BudgetError: With the smallest feasible keep ratio.
+    """
+    total = dense_parameters(layers)
+    pinned = dense_parameters(spec for spec in layers if spec.name in dense)
+    smallest = smallest_parameters(layers, cost=cost, rank_multiple=rank_multiple, dense=dense)
+    # Of the decimal that was typed: in binary, 0.07 of 100 is 7.000000000000001.
+    at_bounds = pinned + math.ceil(Fraction(str(float(lower))) * (total - pinned))
+    needed = max(smallest, at_bounds)
+    if needed > budget.parameters:
+        raise BudgetError(
+            f"budget of {budget.parameters:_} parameters (keep_ratio "
+            f"{budget.parameters / total:.4f}) cannot be met: {len(dense)} layers "
+            f"stay dense with {pinned:_} parameters and the others need at least "
+            f"{needed - pinned:_} at ratio {lower} or rank {rank_multiple}. The "
+            f"smallest feasible budget.keep_ratio is {-(-needed * 10_000 // total) / 10_000:.4f}; "
+            "or lower space.bounds[0] or space.rank_multiple."
+        )
+
+
+def _matches(spec: LayerSpec, patterns: Sequence[str]) -> bool:
+    """Return whether a layer is meant by one of the patterns: a kind, or a name with wildcards."""
+    return any(spec.kind == p or fnmatch.fnmatchcase(spec.name, p) for p in patterns)
