@@ -1,0 +1,226 @@
+"""The closed form of a refit against least squares, alternating minimisation and loops."""
+
+import numpy as np
+import pytest
+import torch
+
+from lrbo.calibration.moments import Moments
+from lrbo.errors import StatisticsError
+from lrbo.linalg import JitterWarning
+from lrbo.nested import LowRankFactors
+from lrbo.reduced_rank import DriftMoments, OutputError, OutputMetric, Target, solve
+
+OUT, IN, TOKENS = 5, 7, 60
+EXACT = 1e-9  # everything is float64; the systems have condition numbers of a few hundred
+
+shapes = pytest.mark.parametrize(("out", "size"), [(5, 7), (7, 5), (6, 6)])
+
+
+def case(out: int = OUT, size: int = IN, blend: float = 0.7, tokens: int = TOKENS):
+    """Draw a layer, its inputs in both models, and a metric of its outputs."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    x = draw(tokens, size) @ draw(size, size) + 2 * draw(size)
+    dense = x + 0.4 * draw(tokens, size) + 0.3 * x.tanh() + 0.5
+    root = draw(out, out)
+    metric = root @ root.T + 0.1 * torch.eye(out)
+    return Target(draw(out, size), draw(out), blend), x, dense, metric
+
+
+def drift_moments(x: torch.Tensor, dense: torch.Tensor) -> DriftMoments:
+    """Stream the rows in uneven pieces."""
+    moments = Moments.empty(2 * x.shape[1])
+    for rows in torch.cat([x, dense - x], 1).tensor_split([3, 20]):
+        moments.update(rows)
+    return DriftMoments.of(moments)
+
+
+def answers(target: Target, x: torch.Tensor, dense: torch.Tensor) -> torch.Tensor:
+    """``W (beta x_f + (1 - beta) x) + b``, as the papers write it."""
+    assert target.bias is not None
+    return (target.blend * dense + (1 - target.blend) * x) @ target.weight.T + target.bias
+
+
+def matrix(factors: LowRankFactors) -> torch.Tensor:
+    return factors.left @ factors.right
+
+
+def weighed(metric: torch.Tensor, error: torch.Tensor) -> float:
+    return float(((error @ metric) * error).sum()) / len(error)
+
+
+def test_moments_are_those_of_the_rows() -> None:
+    _, x, dense, _ = case()
+    found = drift_moments(x, dense)
+    both = torch.cov(torch.cat([x, dense - x], 1).T, correction=0)
+    assert found.tokens == TOKENS
+    torch.testing.assert_close(found.mean, x.mean(0))
+    torch.testing.assert_close(found.drift_mean, (dense - x).mean(0))
+    torch.testing.assert_close(found.covariance, both[:IN, :IN])
+    torch.testing.assert_close(found.cross, both[IN:, :IN])
+    torch.testing.assert_close(found.drift, both[IN:, IN:])
+    second, cross = found.around(means=False)
+    torch.testing.assert_close(second, x.T @ x / TOKENS)
+    torch.testing.assert_close(cross, (dense - x).T @ x / TOKENS)
+
+
+@shapes
+@pytest.mark.parametrize("blend", [0.0, 0.3, 1.0])
+def test_at_full_rank_without_ridge_it_is_least_squares(out: int, size: int, blend: float) -> None:
+    target, x, dense, metric = case(out, size, blend)
+    y, moments = answers(target, x, dense), drift_moments(x, dense)
+    for weight in (None, metric):
+        options = {"ridge": 0.0, "metric": OutputMetric(weight)}
+        plain = solve(target, moments, min(out, size), **options)
+        expected = np.linalg.lstsq(x.numpy(), (y - target.bias).numpy(), rcond=None)[0].T
+        if out <= size:
+            np.testing.assert_allclose(matrix(plain), expected, atol=EXACT)
+        assert plain.offset is target.bias
+        assert plain.center is None
+        # Around the means: least squares with an intercept.
+        centred = solve(target, moments, min(out, size), restore_means=True, **options)
+        ones = np.hstack([x.numpy(), np.ones((TOKENS, 1))])
+        expected = np.linalg.lstsq(ones, y.numpy(), rcond=None)[0].T
+        np.testing.assert_allclose(matrix(centred), expected[:, :-1], atol=EXACT)
+        np.testing.assert_allclose(centred.bias_at(min(out, size)), expected[:, -1], atol=EXACT)
+
+
+def alternating_minimum(
+    x: np.ndarray, y: np.ndarray, metric: np.ndarray, rank: int, rounds: int = 3000
+) -> np.ndarray:
+    """Least squares for one factor and then for the other, until nothing moves."""
+    root = np.linalg.cholesky(metric).T
+    right = np.random.default_rng(1).normal(size=(rank, x.shape[1]))
+    for _ in range(rounds):
+        left = np.linalg.lstsq(x @ right.T, y, rcond=None)[0].T
+        weighted = root @ left  # ||root (y - left right x)||: the normal equations of `right`
+        right = np.linalg.solve(weighted.T @ weighted, weighted.T @ root @ y.T @ x)
+        right = np.linalg.solve(x.T @ x, right.T).T
+    return left @ right
+
+
+@shapes
+@pytest.mark.parametrize("ridge", [0.0, 0.2])
+def test_no_other_factors_of_the_rank_are_better(out: int, size: int, ridge: float) -> None:
+    """The ridge is what rows ``sqrt(n lam) I`` with answers ``W`` add to least squares."""
+    target, x, dense, metric = case(out, size)
+    y = answers(target, x, dense) - target.bias
+    found = solve(target, drift_moments(x, dense), 2, ridge=ridge, metric=OutputMetric(metric))
+    extra = float(TOKENS * ridge * (x.T @ x / TOKENS).trace() / size) ** 0.5
+    rows = np.vstack([x.numpy(), extra * np.eye(size)])
+    wanted = np.vstack([y.numpy(), extra * target.weight.numpy().T])
+
+    def objective(candidate: np.ndarray) -> float:
+        error = wanted - rows @ candidate.T
+        return float(((error @ metric.numpy()) * error).sum())
+
+    best = matrix(found).numpy()
+    other = alternating_minimum(rows, wanted, metric.numpy(), 2)
+    np.testing.assert_allclose(best, other, atol=1e-6)  # where 3,000 rounds have come to
+    assert objective(best) <= objective(other) + EXACT
+    generator = torch.Generator().manual_seed(3)
+    for scale in (1e-3, 1e-2, 0.1, 1.0) * 10:
+        left = found.left + scale * torch.randn(found.left.shape, generator=generator)
+        right = found.right + scale * torch.randn(found.right.shape, generator=generator)
+        assert objective((left @ right).numpy()) > objective(best)
+
+
+@shapes
+def test_the_tail_is_the_objective_and_prefixes_are_optimal(out: int, size: int) -> None:
+    target, x, dense, metric = case(out, size)
+    moments = drift_moments(x, dense)
+    options = {"ridge": 0.1, "metric": OutputMetric(metric), "restore_means": True}
+    whole = solve(target, moments, min(out, size), **options)
+    eye = torch.eye(size, dtype=torch.float64)
+    lifted = moments.covariance + 0.1 * moments.covariance.trace() / size * eye
+    for rank in range(min(out, size) + 1):
+        found = solve(target, moments, rank, **options)
+        assert found.max_rank == rank
+        assert len(found.tail) == rank + 1
+        miss = matrix(whole) - matrix(found)
+        objective = float((metric * (miss @ lifted @ miss.T)).sum())
+        assert found.error_at(rank) == pytest.approx(objective, abs=EXACT)
+        prefix = whole.left[:, :rank] @ whole.right[:rank]
+        torch.testing.assert_close(matrix(found), prefix, rtol=0, atol=EXACT)
+        torch.testing.assert_close(found.left.norm(dim=0), found.right.norm(dim=1))
+
+
+def test_a_strong_ridge_gives_the_dense_weight_back() -> None:
+    target, x, dense, _ = case(blend=1.0)
+    found = solve(target, drift_moments(x, dense), OUT, ridge=1e9)
+    torch.testing.assert_close(matrix(found), target.weight, rtol=0, atol=1e-6)
+
+
+def test_without_drift_the_full_rank_answer_is_the_dense_weight() -> None:
+    target, x, _, _ = case()
+    few = drift_moments(x[:3], x[:3])  # even where the data say next to nothing
+    found = solve(target, few, OUT, ridge=1e-3)
+    torch.testing.assert_close(matrix(found), target.weight, rtol=0, atol=EXACT)
+
+
+def test_outputs_that_do_not_count_are_not_paid_for() -> None:
+    target, x, dense, _ = case()
+    moments = drift_moments(x, dense)
+    metric = torch.zeros(OUT, OUT, dtype=torch.float64)
+    metric[:2, :2] = torch.tensor([[2.0, 1.0], [1.0, 3.0]])
+    found = solve(target, moments, 4, ridge=0.0, metric=OutputMetric(metric))
+    assert found.max_rank == 4  # the rank that was asked for, padded
+    y = answers(target, x, dense) - target.bias
+    expected = np.linalg.lstsq(x.numpy(), y.numpy(), rcond=None)[0].T
+    np.testing.assert_allclose(matrix(found)[:2], expected[:2], atol=EXACT)
+    assert not matrix(found)[2:].any()
+
+
+@pytest.mark.parametrize("with_metric", [False, True])
+def test_the_error_from_moments_is_the_error_over_tokens(with_metric: bool) -> None:
+    target, x, dense, metric = case()
+    weight = metric if with_metric else torch.eye(OUT, dtype=torch.float64)
+    chosen = OutputMetric(metric if with_metric else None)
+    error = OutputError(target, drift_moments(x, dense), chosen)
+    y = answers(target, x, dense)
+    assert error.energy == pytest.approx(weighed(weight, y))
+    left, right = target.weight[:, :3], torch.eye(IN, dtype=torch.float64)[:3]
+    for offset, center in ((None, None), (y.mean(0), None), (y.mean(0), x.mean(0))):
+        factors = LowRankFactors(left, right, torch.zeros(4), offset, center)
+        for rank in (0, 1, 3):
+            with torch.no_grad():
+                miss = y - factors.at_rank(rank)(x)
+            assert error.of(factors, rank) == pytest.approx(weighed(weight, miss) / error.energy)
+
+
+def test_a_singular_second_moment_is_announced() -> None:
+    target, x, dense, _ = case()
+    moments = drift_moments(x[:4], dense[:4])
+    with pytest.warns(JitterWarning, match=r"q: the second moment .* singular at ridge=0; added"):
+        found = solve(target, moments, 2, ridge=0.0, name="q")
+    assert matrix(found).isfinite().all()
+    solve(target, moments, 2, ridge=1e-3)  # a ridge says nothing: warnings are errors here
+
+
+def test_a_second_moment_that_no_jitter_mends_is_refused() -> None:
+    target, x, dense, _ = case()
+    moments = drift_moments(x, dense)
+    moments.covariance.diagonal().copy_(torch.tensor([-5.0, *[1.0] * (IN - 1)]))
+    with pytest.raises(StatisticsError, match=r"q: .*not positive definite even with"):
+        solve(target, moments, 2, ridge=0.0, restore_means=True, name="q")
+
+
+def test_an_input_that_is_always_zero_leaves_the_weight_alone() -> None:
+    target, x, _, _ = case()
+    moments = drift_moments(0 * x, 0 * x)
+    found = solve(target, moments, OUT, ridge=1e-2)
+    torch.testing.assert_close(matrix(found), target.weight, rtol=0, atol=EXACT)
+    silent = Target(target.weight, None, target.blend)
+    assert OutputError(silent, moments, OutputMetric(None)).of(found, OUT) == pytest.approx(
+        float(target.bias @ target.bias)  # the bias is all that is answered, where 0 is asked for
+    )
+
+
+def test_a_metric_with_a_nan_is_refused() -> None:
+    metric = torch.eye(3)
+    metric[0, 1] = torch.nan
+    with pytest.raises(StatisticsError, match=r"k: output metric holds 1 non-finite"):
+        OutputMetric(metric, "k")
