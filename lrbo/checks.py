@@ -37,6 +37,11 @@ def check(config: Config) -> list[str]:
     if isinstance(config, CompressConfig):
         expect(config.dtype in DTYPES, "dtype", config.dtype, " or ".join(DTYPES))
         expect(_is_point(config.point), "point", config.point, "best, a trial number or keep=RATIO")
+        refit = config.refit
+        expect(0 <= refit.blend <= 1, "refit.blend", refit.blend, "a number from 0 to 1")
+        expect(0 <= refit.ridge < math.inf, "refit.ridge", refit.ridge, "a number from 0 on")
+        held = refit.held_back
+        expect(0 <= held < 1, "refit.held_back", held, "a number from 0 on and below 1")
         problems += check_new_folder("out", Path(config.out))
     if isinstance(config, SearchConfig | EvaluateConfig):
         model, data = config.model, config.data

@@ -161,6 +161,16 @@ class ReportConfig:
 
 
 @dataclass
+class RefitConfig:
+    """How chosen ranks are solved again."""
+
+    enabled: bool = True
+    blend: float = 0.5
+    ridge: float = 0.01
+    held_back: float = 0.125
+
+
+@dataclass
 class CompressConfig:
     """conf/compress.yaml."""
 
@@ -169,6 +179,7 @@ class CompressConfig:
     point: Any = "best"
     out: str = MISSING
     merged: bool = False
+    refit: RefitConfig = field(default_factory=RefitConfig)
     dtype: str = "auto"
     output: str = "text"
 

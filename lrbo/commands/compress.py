@@ -13,12 +13,16 @@ from transformers import PreTrainedModel
 from lrbo import builders, checks, config, export
 from lrbo.accounting import account
 from lrbo.allocation import Allocation
-from lrbo.compression import compress_
+from lrbo.compression import compress_, compressed
 from lrbo.errors import StudyError
+from lrbo.evaluation.perplexity import score
+from lrbo.factorization.base import Statistic
+from lrbo.factorization.loss_aware import PREDICTION_SHRINKAGE, shrunk
 from lrbo.layers import PivotedLinear
-from lrbo.loading import load_model, load_tokenizer, resolve_dtype
+from lrbo.loading import load_model, load_tokenizer, resolve_device, resolve_dtype
 from lrbo.nested import LowRankFactors, NestedFactors, PivotedFactors
 from lrbo.progress import Reporter
+from lrbo.refit import RefitSettings, refit
 from lrbo.schema import CompressConfig
 from lrbo.search.study import Study
 from lrbo.trial import TrialRecord
@@ -39,14 +43,11 @@ def run(chosen: CompressConfig, reporter: Reporter) -> dict[str, Any]:
     record = _point(study, str(chosen.point))
     stored = config.stored_config(study.config_yaml(), [])
     plan = builders.plan_search(stored, study, checks.check(stored))
-    run_dtype = getattr(torch, about["dtype"])
-    factors = plan.preparation.factors(
-        about["model_fingerprint"], run_dtype, torch.device(about["device"]), reporter
-    )
+    allocation = record.request.allocation
+    factors, refitted = _factors(plan, study, record, chosen, reporter)
     dtype = None if chosen.dtype == "auto" else resolve_dtype(chosen.dtype, torch.device("cpu"))
     model = load_model(plan.source, dtype=dtype, device=torch.device("cpu"))
     builders.require_same_model(study, model)
-    allocation = record.request.allocation
     _put_in(model, allocation, factors, plan, reporter)
     counted = account(
         plan.layers,
@@ -74,6 +75,7 @@ def run(chosen: CompressConfig, reporter: Reporter) -> dict[str, Any]:
                 **{key: record.metrics[key] for key in ("nll", "perplexity", "tokens")},
                 "dtype": about["dtype"],
             },
+            "refit": refitted,
             "data": about["data"],
             "versions": builders.versions(),
         }
@@ -93,7 +95,86 @@ def run(chosen: CompressConfig, reporter: Reporter) -> dict[str, Any]:
         "parameters_in_file": in_file,
         "keep_ratio": counted.keep_ratio,
         "storage": "dense" if chosen.merged else plan.storage,
+        "refit": refitted,
     }
+
+
+def _factors(
+    plan: builders.Plan,
+    study: Study,
+    record: TrialRecord,
+    chosen: CompressConfig,
+    reporter: Reporter,
+) -> tuple[Mapping[str, LowRankFactors], dict[str, Any] | None]:
+    """Return the factors of a trial, solved again if that is wanted and better.
+
+    Returns:
+        Factors, and what is to be remembered of the refit: settings, layers taken and the loss
+        on the validation text before and after; ``None`` without a refit.
+    """
+    about = study.about()
+    digest, dtype = about["model_fingerprint"], getattr(torch, about["dtype"])
+    device = resolve_device(plan.config.model.device)
+    if not chosen.refit.enabled:
+        return plan.preparation.factors(digest, dtype, device, reporter), None
+    model = load_model(plan.source, dtype=dtype, device=device)
+    builders.require_same_model(study, model)
+    factors = plan.preparation.factors(digest, dtype, device, reporter, model)
+    statistics = plan.preparation.statistics(digest, dtype, reporter, model)
+    allocation = record.request.allocation
+    metrics = {
+        spec.name: shrunk(found[Statistic.OUTPUT_GRADIENT], PREDICTION_SHRINKAGE)
+        for spec in plan.layers.compressible
+        if Statistic.OUTPUT_GRADIENT in (found := statistics.of(spec))
+    }
+    given = chosen.refit
+    settings = RefitSettings(
+        blend=given.blend,
+        ridge=given.ridge,
+        held_back=given.held_back,
+        batch_windows=plan.config.calibration.batch_windows,
+        memory_bytes=int(plan.config.calibration.memory_gib * 2**30),
+    )
+    count = sum(rank is not None for rank in allocation.ranks.values())
+    with reporter.step("Refit", count, "layers") as advance:
+        solved = refit(
+            model,
+            plan.layers,
+            allocation,
+            factors,
+            plan.windows["calibration"].ids,
+            settings,
+            metrics=metrics,
+            on_layer=lambda _: advance(1),
+        )
+    windows = plan.windows["validation"]
+    losses = []
+    for label, tried in (("before", factors), ("after", solved.factors)):
+        running = {
+            name: tried[name].to(dtype=dtype, device=device, max_rank=rank)
+            for name, rank in allocation.ranks.items()
+            if rank is not None
+        }
+        with (
+            reporter.step(f"Validation text, {label}", windows.scored_tokens, "tokens") as advance,
+            compressed(model, allocation, running, tokens=windows.ids.numel()),
+        ):
+            losses.append(score(model, windows.ids, on_tokens=advance).mean)
+    before, after = losses
+    taken = sum(row.taken for row in solved.report)
+    better = after < before
+    reporter.say(
+        f"Refit of {taken} of {count} layers: validation nll {before:.4f} before, {after:.4f} "
+        f"after{'' if better else '; it is not better, so the factors of the trial are written'}"
+    )
+    remembered = {
+        **asdict(given),
+        "taken": better,
+        "layers": taken,
+        "validation_nll_before": before,
+        "validation_nll_after": after,
+    }
+    return (solved.factors if better else factors), remembered
 
 
 def _put_in(
