@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,7 +73,8 @@ class Preparation:
                 found = calibrate(
                     body, self.layers, self.windows, self.needs, self.settings, on_block=advance
                 )
-                save_calibration(folder, found, name)
+                with suppress(FileExistsError):  # another search was faster: the same statistics
+                    save_calibration(folder, found, name)
         return CalibrationFolder(folder, name)
 
     def factors(
@@ -108,7 +110,8 @@ class Preparation:
                     statistics,
                     on_layer=lambda _: advance(1),
                 )
-                save_factors(folder, made, name)
+                with suppress(FileExistsError):  # another search was faster: the same factors
+                    save_factors(folder, made, name)
         return load_factors(folder, name)
 
     def _calibration(self, digest: str, dtype: torch.dtype) -> str | None:

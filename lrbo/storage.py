@@ -38,16 +38,25 @@ def write_text(path: Path, text: str) -> None:
 def new_folder(folder: Path) -> Iterator[Path]:
     """Give a folder beside ``folder`` to write to, and rename it if all went well.
 
+    As with :func:`replacing`, contents reach the disk before the name does.
+
     Raises:
-        FileExistsError: If ``folder`` exists.
+        FileExistsError: If ``folder`` exists, or was made by somebody else meanwhile.
     """
+    taken = FileExistsError(f"{folder} exists already; nothing is overwritten.")
     if folder.exists():
-        raise FileExistsError(f"{folder} exists already; nothing is overwritten.")
+        raise taken
     folder.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
     try:
         yield beside
+        for path in beside.rglob("*"):
+            if path.is_file():
+                with path.open("rb+") as file:
+                    os.fsync(file.fileno())
         beside.chmod(0o755)
+        if folder.exists():  # a rename would replace an empty one
+            raise taken
         beside.rename(folder)
     finally:
         shutil.rmtree(beside, ignore_errors=True)

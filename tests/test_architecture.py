@@ -29,7 +29,7 @@ ROOMS = """
     factorization.store allocation
     knapsack
     streams reduced_rank
-    calibration.store calibration.collect calibration.gradients
+    calibration.store calibration.collect calibration.gradients calibration.sites
     blockwise
     factorization.registry factorization.loss_aware
     factorization.pooled factorization.weighted factorization.base

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lrbo.blockwise import BlockwiseBody, Scratch
 from lrbo.calibration.gradients import GradientMoments, Labels, loss_gradients
-from lrbo.calibration.moments import Moments, PooledMoments
+from lrbo.calibration.sites import SiteMoments
 from lrbo.errors import StatisticsError
 from lrbo.factorization.base import GRADIENT_STATISTICS, Statistic
 from lrbo.model import LayerSpec, ModelMap
@@ -26,55 +26,6 @@ Found = Mapping[str, Mapping[Statistic, Tensor]]
 
 class CalibrationWarning(UserWarning):
     """Calibration text that leaves statistics poorer than they look."""
-
-
-@dataclass
-class SiteMoments:
-    """Running statistics of one site: only what was asked for."""
-
-    plain: Moments | None
-    pooled: PooledMoments | None
-    magnitude: Float[Tensor, " d"] | None
-    tokens: int = 0
-
-    @classmethod
-    def empty(cls, needs: Collection[Statistic], width: int, device: torch.device) -> SiteMoments:
-        """Return what gathers the needs; the mean comes with whatever else is gathered."""
-        pooled = Statistic.POOLED_INPUT_COVARIANCE in needs
-        plain = Statistic.INPUT_COVARIANCE in needs or (
-            Statistic.INPUT_MEAN in needs and not pooled
-        )
-        place = torch.device("cpu") if device.type == "mps" else device  # mps has no float64
-        return cls(
-            Moments.empty(width, device) if plain else None,
-            PooledMoments.empty(width, device) if pooled else None,
-            torch.zeros(width, dtype=torch.float64, device=place)
-            if Statistic.INPUT_MAGNITUDE in needs
-            else None,
-        )
-
-    def update(self, rows: Float[Tensor, "n d"], *, closes_group: bool) -> None:
-        """Add the inputs of some tokens of one group."""
-        self.tokens += len(rows)
-        if self.plain is not None:
-            self.plain.update(rows)
-        if self.pooled is not None:
-            self.pooled.update(rows, closes_group=closes_group)
-        if self.magnitude is not None:
-            self.magnitude += rows.abs().to(self.magnitude.device).sum(0, dtype=torch.float64)
-
-    def statistics(self) -> dict[Statistic, Tensor]:
-        """Return the finished statistics, float64, on the CPU."""
-        found: dict[Statistic, Tensor] = {}
-        if self.pooled is not None:
-            found[Statistic.INPUT_MEAN] = self.pooled.mean
-            found[Statistic.POOLED_INPUT_COVARIANCE] = self.pooled.covariance
-        if self.plain is not None:
-            found[Statistic.INPUT_MEAN] = self.plain.mean
-            found[Statistic.INPUT_COVARIANCE] = self.plain.covariance
-        if self.magnitude is not None:
-            found[Statistic.INPUT_MAGNITUDE] = self.magnitude / max(self.tokens, 1)
-        return {statistic: tensor.cpu() for statistic, tensor in found.items()}
 
 
 @dataclass(frozen=True)
@@ -193,14 +144,16 @@ def calibrate(
     if not wanted:
         return
     of_inputs, of_gradients = wanted - GRADIENT_STATISTICS, wanted & GRADIENT_STATISTICS
-    dealt = group_of_window(len(windows), settings.groups)
+    # Without pooling there is one group: the order of windows decides which labels are sampled.
+    groups = settings.groups if Statistic.POOLED_INPUT_COVARIANCE in wanted else 1
+    dealt = group_of_window(len(windows), groups)
     order = sorted(range(len(windows)), key=dealt.__getitem__)  # group by group
     _announce_few_tokens(layers, windows, settings, wanted)
-    chosen = settings.gradient_windows(len(windows)) if of_gradients else []
+    chosen = set(settings.gradient_windows(len(windows))) if of_gradients else set[int]()
     if not of_inputs:
-        order = [index for index in order if index in set(chosen)]
+        order = [index for index in order if index in chosen]
     windows, membership = windows[order], [dealt[index] for index in order]
-    with_gradient = torch.tensor([index in set(chosen) for index in order])
+    with_gradient = torch.tensor([index in chosen for index in order])
     batches = [
         slice(first, min(first + settings.batch_windows, len(windows)))
         for first in range(0, len(windows), settings.batch_windows)
@@ -222,7 +175,8 @@ def calibrate(
                 entering.append(kept.copy_(hidden[with_gradient]))
             sites = _through_block(body, index, specs, hidden, batches, membership, of_inputs)
             if of_inputs:
-                yield {name: _finished(name, moments) for name, moments in sites.items()}
+                tokens = windows.numel()
+                yield {name: moments.statistics(name, tokens) for name, moments in sites.items()}
             del sites
             if on_block is not None:
                 on_block(1)
@@ -266,14 +220,6 @@ def _through_block(
             spans[:] = _spans(membership, batch.start, batch.stop - batch.start)
             out = body.run(block, index, hidden[batch].to(body.device))
             hidden[batch] = out.to(hidden)
-    tokens = hidden.shape[0] * hidden.shape[1]
-    for site, moments in found.items():
-        if moments.tokens != tokens:
-            raise StatisticsError(
-                f"{site}: its input was seen for {moments.tokens} of {tokens} tokens; "
-                "every mapped layer must run once per token. Correct the family's sites in "
-                "lrbo/families.py."
-            )
     return found
 
 
@@ -351,24 +297,6 @@ def _spans(membership: Sequence[int], first: int, count: int) -> list[tuple[int,
             spans.append((start, index + 1, ends))
             start = index + 1
     return spans
-
-
-def _finished(site: str, moments: SiteMoments) -> dict[Statistic, Tensor]:
-    """Return the statistics of a site.
-
-    Raises:
-        StatisticsError: If one has non-finite entries.
-    """
-    found = moments.statistics()
-    for statistic, tensor in found.items():
-        bad = int((~torch.isfinite(tensor)).sum())
-        if bad:
-            raise StatisticsError(
-                f"{site}: the {statistic} of its input holds {bad} non-finite values out of "
-                f"{tensor.numel()} after {moments.tokens} tokens. The activations overflowed; "
-                "rerun with model.dtype=float32 or bfloat16."
-            )
-    return found
 
 
 def _announce_few_tokens(

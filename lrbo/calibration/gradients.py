@@ -183,9 +183,9 @@ def _head_gradient(
     slope = logits.detach().to(wide).softmax(-1)
     if labels is None:
         total = slope.cumsum(-1)
-        chosen = torch.searchsorted(total, draws[:, None] * total[:, -1:]).clamp_max(
-            slope.shape[1] - 1
-        )
+        # right: a label without probability is never passed, not even by a draw of 0.
+        passed = torch.searchsorted(total, draws[:, None] * total[:, -1:], right=True)
+        chosen = passed.clamp_max(slope.shape[1] - 1)
     else:
         chosen = labels.clamp_min(0)[:, None]
     slope.scatter_add_(1, chosen, -torch.ones_like(chosen, dtype=slope.dtype))

@@ -1,0 +1,91 @@
+"""Running statistics of what the layers of a site read: only those that were asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lrbo.calibration.moments import Moments, PooledMoments
+from lrbo.errors import StatisticsError
+from lrbo.factorization.base import Statistic
+
+
+@dataclass
+class SiteMoments:
+    """Running statistics of one site.
+
+    Attributes:
+        plain: Mean and covariance.
+        pooled: Mean, and covariance within groups.
+        magnitude: ``(in,)``, float64, ``sum |x|``.
+        tokens: Inputs seen.
+    """
+
+    plain: Moments | None
+    pooled: PooledMoments | None
+    magnitude: Float[Tensor, " d"] | None
+    tokens: int = 0
+
+    @classmethod
+    def empty(cls, needs: Collection[Statistic], width: int, device: torch.device) -> SiteMoments:
+        """Return what gathers the needs; mean and covariance come together."""
+        pooled = Statistic.POOLED_INPUT_COVARIANCE in needs
+        plain = Statistic.INPUT_COVARIANCE in needs or (
+            Statistic.INPUT_MEAN in needs and not pooled
+        )
+        place = torch.device("cpu") if device.type == "mps" else device  # mps has no float64
+        return cls(
+            Moments.empty(width, device) if plain else None,
+            PooledMoments.empty(width, device) if pooled else None,
+            torch.zeros(width, dtype=torch.float64, device=place)
+            if Statistic.INPUT_MAGNITUDE in needs
+            else None,
+        )
+
+    def update(self, rows: Float[Tensor, "n d"], *, closes_group: bool) -> None:
+        """Add the inputs of some tokens of one group."""
+        self.tokens += len(rows)
+        if self.plain is not None:
+            self.plain.update(rows)
+        if self.pooled is not None:
+            self.pooled.update(rows, closes_group=closes_group)
+        if self.magnitude is not None:
+            self.magnitude += rows.abs().to(self.magnitude.device).sum(0, dtype=torch.float64)
+
+    def statistics(self, site: str, tokens: int) -> dict[Statistic, Tensor]:
+        """Return the finished statistics, float64, on the CPU.
+
+        Args:
+            site: Its name, for messages.
+            tokens: That should have been seen.
+
+        Raises:
+            StatisticsError: If there were others, or a value is not finite.
+        """
+        if self.tokens != tokens:
+            raise StatisticsError(
+                f"{site}: its input was seen for {self.tokens} of {tokens} tokens; every mapped "
+                "layer must run once per token. Correct the family's sites in lrbo/families.py."
+            )
+        found: dict[Statistic, Tensor] = {}
+        if self.pooled is not None:
+            found[Statistic.INPUT_MEAN] = self.pooled.mean
+            found[Statistic.POOLED_INPUT_COVARIANCE] = self.pooled.covariance
+        if self.plain is not None:
+            found[Statistic.INPUT_MEAN] = self.plain.mean
+            found[Statistic.INPUT_COVARIANCE] = self.plain.covariance
+        if self.magnitude is not None:
+            found[Statistic.INPUT_MAGNITUDE] = self.magnitude / tokens
+        for statistic, tensor in found.items():
+            bad = int((~torch.isfinite(tensor)).sum())
+            if bad:
+                raise StatisticsError(
+                    f"{site}: the {statistic} of its input holds {bad} non-finite values out of "
+                    f"{tensor.numel()} after {tokens} tokens. The activations overflowed; rerun "
+                    "with model.dtype=float32 or bfloat16."
+                )
+        return {statistic: tensor.cpu() for statistic, tensor in found.items()}
