@@ -150,9 +150,11 @@ def _check_method(config: MethodConfig) -> list[str]:
         problems.append(f"method.input_shrinkage={inputs!r}: expected a number from 0 to 1")
     if outputs is not None and not 0 < outputs <= 1:
         problems.append(
-            f"method.output_shrinkage={outputs!r}: expected a number above 0 and up to 1; 1 is "
-            "one-sided"
+            f"method.output_shrinkage={outputs!r}: expected a number above 0 and up to 1"
         )
+    power = config.output_power
+    if power is not None and not 0 <= power <= 1:
+        problems.append(f"method.output_power={power!r}: expected a number from 0 to 1")
     return problems
 
 

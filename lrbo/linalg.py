@@ -165,7 +165,7 @@ def weighted_svd(
         ``U`` ``(out, p)`` with ``p = min(out, in)``, ``s`` ``(p,)`` falling, and ``U^T W``
         ``(p, in)``; float64.
     """
-    basis, reduced = _column_space(weight.to(torch.float64))
+    basis, reduced = column_space(weight.to(torch.float64))
     if right_root is None:
         product = reduced
     elif right_root.dim() == 1:
@@ -198,12 +198,12 @@ def output_directions(
     Returns:
         ``Q`` ``(out, p)``, energies ``(p,)`` falling, and ``Q^T W`` ``(p, in)``.
     """
-    basis, reduced = _column_space(weight)
+    basis, reduced = column_space(weight)
     energy, vectors = psd_eigenpairs(reduced @ covariance @ reduced.T, name)
     return (vectors if basis is None else basis @ vectors), energy, vectors.T @ reduced
 
 
-def _column_space(
+def column_space(
     weight: Float[Tensor, "out in"],
 ) -> tuple[Float[Tensor, "out in"] | None, Float[Tensor, "p in"]]:
     """Return an orthonormal basis of a tall matrix and the matrix in it; else the matrix."""

@@ -51,6 +51,7 @@ class MethodConfig:
     alpha: float | None = None
     input_shrinkage: float | None = None
     output_shrinkage: float | None = None
+    output_power: float | None = None
     centred: bool | None = None
     one_sided: list[str] | None = None
 

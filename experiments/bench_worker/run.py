@@ -17,10 +17,14 @@ from pathlib import Path
 import torch
 
 from lrbo import builders, checks, config
+from lrbo.blockwise import BlockwiseBody
 from lrbo.calibration.collect import calibrate
 from lrbo.evaluation.perplexity import score
+from lrbo.factorization.base import Statistic
+from lrbo.factorization.registry import METHODS
 from lrbo.progress import Reporter
 from lrbo.schema import SearchConfig
+from lrbo.search.base import Space
 from lrbo.search.client import Observation, SearchClient
 from lrbo.search.study import Study
 from lrbo.trial import TrialRequest
@@ -29,7 +33,13 @@ from lrbo.worker import peak_memory_gib
 SMOKE = bool(os.environ.get("LRBO_SMOKE"))
 REPEATS = 1 if SMOKE else 3
 OBSERVATIONS = 5 if SMOKE else 20
-LIMITS = {"trial / dense scoring": 1.3, "calibration / forward": 2.0}
+POOLED = METHODS["bolaco"].needs
+WITH_GRADIENTS = METHODS["loss_aware"].needs
+LIMITS = {
+    "trial / dense scoring": 1.3,
+    "calibration / forward": 2.0,
+    "calibration with gradients / forward": 3.5,
+}
 
 
 def seconds(action: Callable[[], object]) -> float:
@@ -57,16 +67,19 @@ def main() -> None:
         with study.locked():
             plan = builders.plan_search(chosen, study, checks.check(chosen))
             worker = builders.build_worker(plan, study, Reporter())
-            measure(plan, worker, chosen)
+            space = builders.informed_space(plan, study, worker, Reporter())
+            measure(plan, worker, space, chosen)
 
 
-def measure(plan: builders.Plan, worker: builders.Worker, chosen: SearchConfig) -> None:
+def measure(
+    plan: builders.Plan, worker: builders.Worker, space: Space, chosen: SearchConfig
+) -> None:
     """Print one row per quantity."""
     sizes = {
         "batch_windows": chosen.evaluation.batch_windows,
         "chunk_tokens": chosen.evaluation.chunk_tokens,
     }
-    model, space = worker.model, plan.space
+    model = worker.model
     calibration, validation = plan.windows["calibration"].ids, worker.windows
 
     def forward_only() -> None:
@@ -74,27 +87,24 @@ def measure(plan: builders.Plan, worker: builders.Worker, chosen: SearchConfig) 
             for batch in torch.split(calibration, chosen.calibration.batch_windows):
                 model(batch.to(model.device), use_cache=False, logits_to_keep=1)
 
-    def gather() -> None:
-        calibrate(
-            model,
-            plan.layers,
-            calibration,
-            plan.method.needs,
-            groups=chosen.calibration.groups,
-            batch_windows=chosen.calibration.batch_windows,
-        )
+    body, settings = BlockwiseBody(model), plan.preparation.settings
+
+    def gather(needs: frozenset[Statistic]) -> None:
+        for _ in calibrate(body, plan.layers, calibration, needs, settings):
+            pass
 
     def dense() -> None:
         score(model, validation, **sizes)
 
     point = space.start_point() or space.sobol_point(0, 0)
     request = TrialRequest(0, "start", point, space.allocate(point), 0)
-    names = ("forward", "calibration", "dense scoring", "trial")
+    names = ("forward", "calibration", "calibration with gradients", "dense scoring", "trial")
     taken: dict[str, list[float]] = {name: [] for name in names}
     dense()  # warm
     for _ in range(REPEATS):
         taken["forward"].append(seconds(forward_only))
-        taken["calibration"].append(seconds(gather))
+        taken["calibration"].append(seconds(lambda: gather(POOLED)))
+        taken["calibration with gradients"].append(seconds(lambda: gather(WITH_GRADIENTS)))
         taken["dense scoring"].append(seconds(dense))
         taken["trial"].append(seconds(lambda: worker(request)))
 
@@ -106,10 +116,13 @@ def measure(plan: builders.Plan, worker: builders.Worker, chosen: SearchConfig) 
     ratios = {
         "trial / dense scoring": _ratio(taken["trial"], taken["dense scoring"]),
         "calibration / forward": _ratio(taken["calibration"], taken["forward"]),
+        "calibration with gradients / forward": _ratio(
+            taken["calibration with gradients"], taken["forward"]
+        ),
     }
     allocation_s = seconds(lambda: [space.allocate(p) for p in points]) / len(points)
     suggestion_s = seconds(lambda: client.ask(len(known), known))
-    tokens = {"forward": calibration.numel(), "calibration": calibration.numel()}
+    tokens = dict.fromkeys(names[:3], calibration.numel())
 
     print(
         f"{chosen.model.name}, {model.dtype} on {model.device}, {torch.get_num_threads()} threads"

@@ -13,7 +13,7 @@ from lrbo.accounting import Storage, low_rank_parameters
 from lrbo.errors import StatisticsError
 from lrbo.factorization.base import Statistic, require_statistics
 from lrbo.factorization.weighted import balanced, second_moment, tail_sums
-from lrbo.linalg import output_directions, psd_cholesky
+from lrbo.linalg import column_space, output_directions, psd_eigenpairs
 from lrbo.model import LayerSpec
 from lrbo.nested import LowRankFactors
 
@@ -75,18 +75,24 @@ class LossAware:
     is the gradient of the summed loss with respect to one token's output, a change ``D`` of the
     weight raises the loss by about ``1/2 tr(G D C D^T)`` nats per token, if ``x`` and ``g`` are
     taken as independent (K-FAC). With ``G = R^T R`` and the principal directions ``Q`` of
-    ``R W x``, the rank-``r`` layer is ``R^-1 Q_r Q_r^T R W``, and the error left is a prediction
-    in nats per token: comparable between layers, as no other method's is.
+    ``R W x``, the rank-``r`` layer is ``R^-1 Q_r Q_r^T R W``.
 
-    Both moments are shrunk towards a multiple of the identity of the same trace: they come from
-    few tokens, and a direction without measured gradient is not a direction without effect.
+    ``C`` and ``G`` are shrunk towards a multiple of the identity of the same trace, and the
+    spectrum of ``G`` is flattened: both come from few tokens and from the dense model, and a
+    direction whose gradients are small there is not without effect once other layers changed.
+    Outputs count as far as ``W x`` can reach them, so nothing larger than ``min(out, in)`` is
+    decomposed.
 
     Attributes:
         input_shrinkage: Of ``C``, in [0, 1].
         output_shrinkage: Of ``G``, in (0, 1]; 1 ignores where gradients point, and keeps their
-            size, so that errors stay nats.
+            size.
+        output_power: ``G`` is raised to this power, in [0, 1], at the same trace: 1 is K-FAC,
+            and 0 ignores where gradients point. On SmolLM2-135M at keep ratio 0.7 the
+            perplexities of WikiText-2 and C4 were 35.1 and 45.9 at 1, 34.2 and 44.8 at 0.75,
+            34.5 and 45.0 at 0.5; ``output_shrinkage`` of 0.1 or 0.3 changed less than 1 %.
         centred: Whether ``C`` is the covariance, and a bias restores the mean output.
-        one_sided: Kinds of layers whose ``G`` is shrunk altogether.
+        one_sided: Kinds of layers whose ``G`` is ignored but for its size.
 
     References:
         Martens and Grosse, *Optimizing Neural Networks with Kronecker-factored Approximate
@@ -97,6 +103,7 @@ class LossAware:
     name: str = "loss_aware"
     input_shrinkage: float = 0.0
     output_shrinkage: float = 0.01
+    output_power: float = 0.75
     centred: bool = False
     one_sided: tuple[str, ...] = ()
 
@@ -109,7 +116,7 @@ class LossAware:
 
     def for_kind(self, kind: str) -> LossAware:
         """Return the method for layers of a kind: with ``G`` or only its size."""
-        return replace(self, output_shrinkage=1.0, one_sided=()) if kind in self.one_sided else self
+        return replace(self, output_power=0.0, one_sided=()) if kind in self.one_sided else self
 
     def factor(
         self,
@@ -126,15 +133,15 @@ class LossAware:
                 ``output_gradient`` ``(out, out)``, nats^2 per token.
 
         Returns:
-            Factors of all ranks up to ``min(out, in)``, float64. The error is the predicted
-            increase of the loss, nats per token.
+            Factors of all ranks up to ``min(out, in)``, float64. The error is
+            ``1/2 tr(G D C D^T)`` with both moments as shrunk and flattened; it is the predicted
+            increase of the loss in nats per token where they are as measured.
 
         Raises:
             StatisticsError: If a statistic is missing, not finite, or holds no gradient at all.
 
         Note:
-            A Cholesky decomposition of order ``out`` and an eigendecomposition of order
-            ``min(out, in)``.
+            Two symmetric eigendecompositions of order ``min(out, in)``.
         """
         require_statistics(self, weight, bias, statistics)
         dense = weight.to(torch.float64)
@@ -149,11 +156,20 @@ class LossAware:
             inputs = statistics[Statistic.INPUT_COVARIANCE].to(dense)
         else:
             inputs = second_moment(statistics)
-        root = psd_cholesky(shrunk(gradient, self.output_shrinkage), "output gradient moment").T
+        basis, reduced = column_space(dense)
+        seen = shrunk(gradient, self.output_shrinkage)
+        if basis is not None:
+            seen = basis.T @ seen @ basis
+        strength, axes = psd_eigenpairs(seen, "output gradient moment")
+        tempered = strength**self.output_power
+        scale = (tempered * (strength.sum() / tempered.sum())).sqrt()
         directions, energy, right = output_directions(
-            root @ dense, shrunk(inputs, self.input_shrinkage), "weighted output moment"
+            scale[:, None] * (axes.T @ reduced),
+            shrunk(inputs, self.input_shrinkage),
+            "weighted output moment",
         )
-        left, right = balanced(torch.linalg.solve_triangular(root, directions, upper=True), right)
+        back = axes @ (directions / scale[:, None])
+        left, right = balanced(back if basis is None else basis @ back, right)
         tail = tail_sums(energy / 2)
         offset = None if bias is None else bias.to(dense)
         if not self.centred:

@@ -1,0 +1,342 @@
+"""Methods, allocations, storage forms, refit and calibration texts at equal parameters.
+
+Results are appended to a file, one JSON object per line; what is there already is not measured
+again, so that the command can be stopped and typed again.
+
+    python experiments/01_factorizations/run.py --data FOLDER_WITH_TEXT_AND_ITEMS
+    python experiments/01_factorizations/run.py --table-only
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lrbo import builders, config
+from lrbo.allocation import Allocation, Budget
+from lrbo.calibration import corpus
+from lrbo.calibration.collect import CalibrationSettings
+from lrbo.calibration.corpus import CorpusSpec, RoleText
+from lrbo.compression import compressed
+from lrbo.evaluation.divergence import DenseReference, measure_dense
+from lrbo.evaluation.perplexity import Perplexity, predictions
+from lrbo.factorization.base import Statistic
+from lrbo.factorization.loss_aware import PREDICTION_SHRINKAGE, shrunk
+from lrbo.factorization.registry import METHODS, method_named
+from lrbo.loading import load_model, load_tokenizer, resolve_device, resolve_dtype
+from lrbo.model import fingerprint, map_model
+from lrbo.nested import LowRankFactors
+from lrbo.preparation import Preparation, curve_needs
+from lrbo.progress import Reporter
+from lrbo.refit import refit
+from lrbo.search.weights import WeightSpace, build_weight_space
+
+SMOKE = bool(os.environ.get("LRBO_SMOKE"))
+HERE = Path(__file__).parent
+TASKS = ("arc_easy", "piqa", "hellaswag", "winogrande")
+ITEMS = 50
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model to measure."""
+
+    method: str
+    allocation: str
+    storage: str
+    keep: float
+    refit: bool
+    calibration: str
+    tokens: int
+
+
+def wanted(options: argparse.Namespace) -> Iterator[Row]:
+    """Yield what the experiment is made of, what matters most first."""
+    main = ("mixed", options.tokens)
+    keeps = options.keeps
+    for keep, method, allocation in itertools.product(keeps, METHODS, ("uniform", "analytic")):
+        yield Row(method, allocation, "pivoted", keep, False, *main)
+    for keep in keeps:
+        yield Row("loss_aware", "analytic", "pivoted", keep, True, *main)
+    for keep, method, allocation in itertools.product(keeps, METHODS, ("uniform", "analytic")):
+        yield Row(method, allocation, "factored", keep, False, *main)
+    for text, tokens in itertools.product(("mixed", "wikitext2"), options.sizes):
+        if text == "wikitext2" and options.data is None:
+            continue
+        for keep, refitted in itertools.product(keeps[:2], (False, True)):
+            yield Row("loss_aware", "analytic", "pivoted", keep, refitted, text, tokens)
+
+
+class Bench:
+    """Model, texts and everything that rows share."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        model = ["model=tiny"] if SMOKE else ["model=smollm2_135m"]
+        chosen: Any = config.composed("search", [*model, "data=packaged", "study=none"])
+        self.source = builders.model_source(chosen.model)
+        self.device = resolve_device("auto")
+        self.dtype = resolve_dtype(options.dtype, self.device)
+        self.model: PreTrainedModel = load_model(self.source, dtype=self.dtype, device=self.device)
+        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(self.source)
+        self.layers = map_model(self.model)
+        self.digest = fingerprint(self.model)
+        self.options = options
+        self._prepared: dict[tuple[str, str, int], dict[str, LowRankFactors]] = {}
+
+    @cached_property
+    def tests(self) -> dict[str, Tensor]:
+        """Return the evaluation windows by name; none of them is calibrated on."""
+        if SMOKE:
+            return {"generated": self._packaged(("words",), "generated", "test", 256, 32)}
+        found = {
+            "c4": self._packaged(("c4",), "packaged", "test", 8 * 1024, 1024),
+            "packaged": self._packaged(("c4", "wiki"), "packaged", "test", 8 * 1024, 1024),
+        }
+        if self.options.data is not None:
+            path = self.options.data / "text" / "wikitext2.valid.raw"
+            windows = self._packaged((str(path),), "files", "test", None, 1024, alone=True)
+            found = {"wikitext2": windows[:: len(windows) // 8][:8], **found}
+        return found
+
+    def _packaged(
+        self,
+        texts: tuple[str, ...],
+        source: str,
+        role: str,
+        tokens: int | None,
+        window: int,
+        *,
+        alone: bool = False,
+    ) -> Tensor:
+        """Return the windows of a role; texts are divided among roles as in a search."""
+        share = RoleText(texts, tokens)
+        names: Any = (role,) if alone else corpus.ROLES
+        spec = CorpusSpec(source, dict.fromkeys(names, share), window, None, 0)
+        found: Any = corpus.make_windows(spec, self.tokenizer, only=[role])  # type: ignore[list-item]
+        return found[role].ids
+
+    def calibration(self, text: str, tokens: int) -> Tensor:
+        """Return calibration windows of 512 tokens."""
+        if SMOKE:
+            return self._packaged(("words",), "generated", "calibration", tokens, 32)
+        if text == "wikitext2":
+            path = str(self.options.data / "text" / "wikitext2.train.first1MB.raw")
+            return self._packaged((path,), "files", "calibration", tokens, 512, alone=True)
+        return self._packaged(("c4", "wiki"), "packaged", "calibration", tokens, 512)
+
+    def preparation(self, row: Row) -> Preparation:
+        """Return what the factors of a row depend on; one calibration serves all methods."""
+        needs = frozenset().union(*(curve_needs(method) for method in METHODS.values()))
+        if (row.calibration, row.tokens) != ("mixed", self.options.tokens):
+            needs = curve_needs(METHODS[row.method])
+        return Preparation(
+            self.source,
+            self.layers,
+            method_named(row.method),
+            needs,
+            self.calibration(row.calibration, row.tokens),
+            CalibrationSettings(),
+        )
+
+    def factors(self, row: Row) -> dict[str, LowRankFactors]:
+        """Return the factors of a row's method, kept until another one is asked for."""
+        key = (row.method, row.calibration, row.tokens)
+        if key not in self._prepared:
+            made = self.preparation(row).factors(
+                self.digest, self.dtype, self.device, Reporter(), self.model
+            )
+            self._prepared = {key: made}
+        return self._prepared[key]
+
+    def allocate(self, row: Row, factors: Mapping[str, LowRankFactors]) -> Allocation:
+        """Return the ranks of a row."""
+        specs = self.layers.compressible
+        space = build_weight_space(
+            specs,
+            Budget.from_keep_ratio(specs, row.keep),
+            groups={},
+            dense=(),
+            knots=0,
+            exponent=False,
+            width=1.0,
+            cost=partial(METHODS[row.method].parameters, storage=row.storage),
+            rank_multiple=1 if SMOKE else 8,
+        )
+        if row.allocation == "uniform":
+            return space.uniform()
+        known = {name: f.loss.numpy() for name, f in factors.items() if f.loss is not None}
+        informed: WeightSpace = replace(space, curves=known)
+        return informed.analytic()[0]  # type: ignore[index]
+
+    def dense(self) -> dict[str, DenseReference]:
+        """Return what the dense model says about every test text."""
+        return {name: measure_dense(self.model, ids) for name, ids in self.tests.items()}
+
+    def measure(self, row: Row, dense: Mapping[str, DenseReference]) -> dict[str, Any]:
+        """Return everything that is measured of a row."""
+        factors = self.factors(row)
+        allocation = self.allocate(row, factors)
+        start = time.perf_counter()
+        if row.refit:
+            factors = self._refit(row, allocation, factors)
+        found: dict[str, Any] = {"seconds_refit": time.perf_counter() - start}
+        running = {
+            name: factors[name].to(dtype=self.dtype, device=self.device, max_rank=rank)
+            for name, rank in allocation.ranks.items()
+            if rank is not None
+        }
+        tokens = sum(ids.numel() for ids in self.tests.values())
+        with compressed(self.model, allocation, running, tokens=tokens):
+            for name, ids in self.tests.items():
+                total, divergence = Perplexity(0.0, 0), 0.0
+                for chunk in predictions(self.model, ids):
+                    total += Perplexity(float(chunk.nll.double().sum()), len(chunk.nll))
+                    divergence += float(dense[name].kl_dense_to_compressed(chunk).double().sum())
+                found[name] = {"nll": total.mean, "kl": divergence / total.tokens}
+            if self.options.zeroshot and row.allocation == "analytic":
+                found["zeroshot"] = self.zero_shot()
+        found["parameters"] = allocation.parameters
+        found["dense_layers"] = sum(rank is None for rank in allocation.ranks.values())
+        return found
+
+    def _refit(
+        self, row: Row, allocation: Allocation, factors: Mapping[str, LowRankFactors]
+    ) -> dict[str, LowRankFactors]:
+        """Solve the ranks again on the calibration text of the row."""
+        preparation = self.preparation(row)
+        statistics = preparation.statistics(self.digest, self.dtype, Reporter(), self.model)
+        metrics = {
+            spec.name: shrunk(statistics.of(spec)[Statistic.OUTPUT_GRADIENT], PREDICTION_SHRINKAGE)
+            for spec in self.layers.compressible
+        }
+        return refit(
+            self.model, self.layers, allocation, factors, preparation.windows, metrics=metrics
+        ).factors
+
+    def zero_shot(self) -> dict[str, float]:
+        """Return the share of items answered right, by likelihood per byte of the ending."""
+        found = {}
+        for task in TASKS:
+            path = self.options.data / "zeroshot" / f"{task}.jsonl"
+            items = [json.loads(line) for line in path.read_text("utf-8").splitlines()[:ITEMS]]
+            right = sum(self._answer(item) == item["gold"] for item in items)
+            found[task] = right / len(items)
+        return found
+
+    @torch.inference_mode()
+    def _answer(self, item: Mapping[str, Any]) -> int:
+        """Return the index of the likeliest choice of context and ending."""
+        scores = []
+        for context, ending in itertools.product(item["contexts"], item["endings"]):
+            before = self.tokenizer(context, add_special_tokens=False)["input_ids"]
+            after = self.tokenizer(ending, add_special_tokens=False)["input_ids"]
+            ids = torch.tensor([before + after], device=self.device)
+            logits = self.model(ids, use_cache=False).logits[0, len(before) - 1 : -1].float()
+            known = logits.log_softmax(-1).gather(1, ids[0, len(before) :, None])
+            scores.append(float(known.sum()) / len(ending.encode()))
+        return max(range(len(scores)), key=scores.__getitem__)
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Return the results so far."""
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+def show(results: list[dict[str, Any]]) -> None:
+    """Print the table: perplexity as a multiple of the dense model's, and divergence."""
+    dense = next(r for r in results if "method" not in r)
+    texts = [name for name in ("wikitext2", "c4", "packaged", "generated") if name in dense]
+    heads = [f"{name} ppl" for name in texts] + [f"{name} x dense" for name in texts] + ["KL"]
+    print(
+        "| method | allocation | storage | keep | refit | calibration | tokens | "
+        f"{' | '.join(heads)} | zero-shot |"
+    )
+    print("|---|---|---|---:|---|---|---:|" + "---:|" * (len(heads) + 1))
+    for result in results:
+        nll = [result[name]["nll"] for name in texts]
+        base = [dense[name]["nll"] for name in texts]
+        ppl = [f"{2.718281828459045**value:.2f}" for value in nll]
+        times = [f"{2.718281828459045 ** (a - b):.3f}" for a, b in zip(nll, base, strict=True)]
+        right = result.get("zeroshot")
+        mean = f"{sum(right.values()) / len(right):.3f}" if right else "-"
+        row = [
+            result.get("method", "dense"),
+            result.get("allocation", "-"),
+            result.get("storage", "-"),
+            f"{result.get('keep', 1.0):g}",
+            {True: "yes", False: "no"}.get(result.get("refit", False)),
+            result.get("calibration", "-"),
+            str(result.get("tokens", "-")),
+            *ppl,
+            *times,
+            f"{result[texts[-1]].get('kl', 0.0):.3f}",
+            mean,
+        ]
+        print("| " + " | ".join(map(str, row)) + " |")
+
+
+def main() -> None:
+    """Measure what is missing, then print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, help="folder with text/ and zeroshot/")
+    parser.add_argument("--keeps", type=float, nargs="+", default=[0.8, 0.6, 0.9, 0.7, 0.5])
+    parser.add_argument("--tokens", type=int, default=65536)
+    parser.add_argument("--sizes", type=int, nargs="*", default=[16384, 65536, 262144])
+    parser.add_argument("--limit", type=int, help="measure at most so many rows")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--zeroshot", action="store_true")
+    parser.add_argument("--table-only", action="store_true")
+    options = parser.parse_args()
+    file = HERE / "results.jsonl"
+    if SMOKE:
+        file = Path(tempfile.mkdtemp()) / "results.jsonl"
+        options.keeps, options.tokens, options.sizes = [0.7], 512, [256]
+    if not options.table_only:
+        run(options, file)
+    show(read(file))
+
+
+def run(options: argparse.Namespace, file: Path) -> None:
+    """Measure what is missing."""
+    bench = Bench(options)
+    results = read(file)
+    known = {json.dumps({k: r.get(k) for k in Row.__annotations__}) for r in results}
+    dense = bench.dense()
+    if not results:
+        found: dict[str, Any] = {name: {"nll": d.perplexity.mean} for name, d in dense.items()}
+        if options.zeroshot:
+            found["zeroshot"] = bench.zero_shot()
+        found["dtype"] = str(bench.dtype)
+        append(file, found)
+    rows = [row for row in dict.fromkeys(wanted(options)) if json.dumps(asdict(row)) not in known]
+    for row in rows[: options.limit]:
+        start = time.perf_counter()
+        found = bench.measure(row, dense)
+        seconds = time.perf_counter() - start
+        append(file, {**asdict(row), **found, "seconds": round(seconds, 1)})
+        print(asdict(row), {name: round(found[name]["nll"], 4) for name in dense}, flush=True)
+
+
+def append(file: Path, result: Mapping[str, Any]) -> None:
+    """Add a line."""
+    with file.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(result) + "\n")
+
+
+if __name__ == "__main__":
+    main()
