@@ -43,7 +43,7 @@ from lrbo.search.base import Space
 from lrbo.search.space import build_space
 from lrbo.search.study import Study
 from lrbo.search.weights import build_weight_space
-from lrbo.sensitivity import SensitivitySettings
+from lrbo.sensitivity import SensitivitySettings, sensitivity_file
 from lrbo.worker import Worker
 
 TEST: Role = "test"
@@ -365,6 +365,8 @@ def test_windows(config: EvaluateConfig, tokenizer: PreTrainedTokenizerBase) -> 
 def informed_space(plan: Plan, study: Study, worker: Worker, reporter: Reporter) -> Space:
     """Return the space with the loss curves of the layers, measured once per study."""
     given = plan.config.sensitivity
+    if not given.enabled:
+        return plan.space
     settings = SensitivitySettings(given.layers_per_kind, given.ranks, given.windows)
     curves = loss_curves(
         worker.model,
@@ -372,7 +374,7 @@ def informed_space(plan: Plan, study: Study, worker: Worker, reporter: Reporter)
         worker.factors,
         plan.windows["calibration"].ids,
         settings,
-        study.folder / "sensitivity.json",
+        sensitivity_file(study.folder),
         reporter,
     )
     return plan.space.with_curves(curves)

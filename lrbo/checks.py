@@ -168,9 +168,9 @@ def _check_space(space: SpaceConfig) -> list[str]:
 
     expect(space.type in ("ratios", "weights"), "space.type", space.type, "ratios or weights")
     expect(space.rank_multiple >= 1, "space.rank_multiple", space.rank_multiple, "at least 1")
-    expect(space.minimum_rank >= 0, "space.minimum_rank", space.minimum_rank, "at least 0")
     bounds = list(space.bounds)
     if space.type == "weights":
+        expect(space.minimum_rank >= 0, "space.minimum_rank", space.minimum_rank, "at least 0")
         expect(
             len(bounds) == 2 and 0 < bounds[1] == -bounds[0] <= 5,
             "space.bounds",
@@ -181,6 +181,8 @@ def _check_space(space: SpaceConfig) -> list[str]:
         expect(knots == 0 or knots >= 2, "space.knots", knots, "0, or at least 2")
         expect(not space.start, "space.start", dict(space.start), "nothing: weights start at 0")
         return problems
+    least = space.minimum_rank
+    expect(least == 0, "space.minimum_rank", least, "0: only space.type=weights has one")
     granularities = ("kind", "depth", "layer")
     expect(
         space.granularity in granularities,

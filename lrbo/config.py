@@ -11,7 +11,7 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lrbo.errors import ConfigError
@@ -27,6 +27,12 @@ from lrbo.schema import (
 
 # What may differ when a study is continued: where and how long it runs, not what it measures.
 FREE_KEYS = ("search.trials", "tracking", "model.device", "output", "study", "studies")
+
+# What a study did that was begun before these keys existed, where that is not today's default.
+BEFORE: Mapping[str, Any] = {
+    "budget": {"storage": "factored"},
+    "sensitivity": {"enabled": False},
+}
 
 
 def register() -> None:
@@ -163,9 +169,10 @@ def _strays(node: object, prefix: str = "") -> Iterable[str]:
 def differences(stored_yaml: str, config: SearchConfig) -> list[str]:
     """Return what differs between a study's configuration and another one, key by key.
 
-    Where it runs, how long it runs and how it is shown may differ.
+    Where it runs, how long it runs and how it is shown may differ. A key that did not exist when
+    the study was begun stands for what was done then.
     """
-    stored = _flatten(OmegaConf.to_container(OmegaConf.create(stored_yaml)))
+    stored = _flatten(OmegaConf.to_container(_completed(OmegaConf.create(stored_yaml))))
     given = flat(config)
     keys = [key for key in dict.fromkeys([*stored, *given]) if not is_free(key)]
     return [
@@ -191,14 +198,29 @@ def stored_config(stored_yaml: str, overrides: Sequence[str]) -> SearchConfig:
     default_uri = OmegaConf.structured(SearchConfig(studies=stored.studies)).tracking.uri
     if stored.tracking.uri == default_uri:  # follows the folder of the studies, which may move
         del stored.tracking["uri"]
-    merged = OmegaConf.merge(OmegaConf.structured(SearchConfig), stored)
+    merged = _completed(stored)
     for override in overrides:
         key, _, value = override.partition("=")
         OmegaConf.update(merged, key, OmegaConf.create(f"x: {value}").x)
-    assert isinstance(merged, DictConfig)
     found = to_object(merged)
     assert isinstance(found, SearchConfig)
     return found
+
+
+def _completed(stored: DictConfig | ListConfig) -> DictConfig:
+    """Return a stored configuration with the keys that did not exist when it was written.
+
+    Raises:
+        ConfigError: If it has keys or values that there are none of any more.
+    """
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(SearchConfig), BEFORE, stored)
+    except OmegaConfBaseException as error:
+        raise ConfigError(
+            [f"the study's config.yaml: {_plain(error)}; use the version of lrbo that wrote it"]
+        ) from error
+    assert isinstance(merged, DictConfig)
+    return merged
 
 
 def to_yaml(config: Config) -> str:

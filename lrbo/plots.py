@@ -1,7 +1,8 @@
-"""Convergence, front and ranks over depth; data frame in, figure out."""
+"""Convergence, front, ranks over depth, predictions; data frame in, figure out."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +32,8 @@ from lrbo.drawing import (
     perplexity_text,
 )
 
+COLOURS = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, INK)
+MARKERS = "os^Dv<>P"  # one more than colours: a pair repeats only after 56 kinds
 ONE_SIZE = 0.01  # keep ratios closer together than this differ only by the rounding of ranks
 
 
@@ -308,6 +311,59 @@ def ranks_over_depth(
     patches = [Patch(color=SKY, label="low rank")]
     patches += [Patch(color=GREEN, label="kept dense")] if ranks["rank"].isna().any() else []
     legend(figure, panels[0], patches)
+    return figure
+
+
+def predicted_and_measured(points: pd.DataFrame, correlation: float, *, about: str = "") -> Figure:
+    """Draw the loss that single layers were predicted to cost against what they do, log-log.
+
+    Args:
+        points: A row per layer and rank: ``kind``, ``predicted`` and ``measured``, nats per
+            token. Those that are not both positive have no place on the axes, and are counted.
+        correlation: Of the ranks of all points; NaN if there is none.
+        about: Second line of the title: study, model, budget.
+    """
+    places = points[["predicted", "measured"]]
+    shown = points[(places > 0).all(axis=1)]
+    title = "Predicted and measured loss of single layers"
+    if not math.isnan(correlation):
+        title += f": rank correlation {correlation:.3f}"
+    figure, (axes,) = new_figure(title, about, 5.4, left=0.115, right=0.78, head_in=0.72)
+    axes.set(xscale="log", yscale="log")
+    axes.grid(axis="x", color=GRID, linewidth=0.8)
+    if len(shown):
+        values = shown[["predicted", "measured"]]
+        # One range for both, so that the line of equality is the diagonal.
+        low, high = float(values.min().min()) / 1.6, float(values.max().max()) * 1.6
+        axes.set(xlim=(low, high), ylim=(low, high))
+        axes.plot(
+            [low, high],
+            [low, high],
+            color=INK,
+            linewidth=1.2,
+            linestyle=(0, (5, 3)),
+            label="equal",
+            zorder=1,
+        )
+    for place, kind in enumerate(dict.fromkeys(points["kind"])):
+        some = shown[shown["kind"] == kind]
+        axes.plot(
+            some["predicted"],
+            some["measured"],
+            MARKERS[place % len(MARKERS)],
+            color=COLOURS[place % len(COLOURS)],
+            markeredgecolor="white",
+            markeredgewidth=0.8,
+            markersize=8,
+            label=kind,
+            zorder=3,
+        )
+    missing = len(points) - len(shown)
+    note = f", {missing} at or below 0 not shown" if missing else ""
+    count = f"{len(points)} points{note}"
+    axes.set_xlabel(f"predicted loss, nats per token ({count})", fontsize=TEXT_PT)
+    axes.set_ylabel("measured: KL(dense || one layer at low rank)", fontsize=TEXT_PT)
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=TEXT_PT - 1)
     return figure
 
 

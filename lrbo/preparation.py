@@ -173,8 +173,8 @@ def loss_curves(
         calibration = LossCalibration.fit(measured)
         calibration.save(file)
         reporter.say(
-            f"Predicted against measured loss of {len(measured)} single layers: rank correlation "
-            f"{calibration.rank_correlation:.3f}"
+            f"Predicted against measured loss of single layers, {len(measured)} points: rank "
+            f"correlation {calibration.rank_correlation:.3f}"
         )
     return {
         name: calibration.apply(layers.by_name[name].kind, curve) for name, curve in curves.items()

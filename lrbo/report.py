@@ -13,12 +13,20 @@ from rich.table import Table
 from rich.text import Text
 
 from lrbo.drawing import perplexity_text
-from lrbo.results import dense_kinds, dense_size, described, group_ratios, summary
+from lrbo.results import (
+    dense_kinds,
+    dense_size,
+    described,
+    kept_by_depth,
+    sensitivity,
+    summary,
+    weights,
+)
 from lrbo.search.front import pareto_front
 from lrbo.search.study import Study
 
 WIDTH = 80
-SHOWN = 10  # rows of the front, failures and groups; what is left out is counted
+SHOWN = 10  # rows of the front and of failures; what is left out is counted
 
 
 def print_report(study: Study, console: Console) -> None:
@@ -117,6 +125,7 @@ def _print_results(study: Study, report: _Report) -> None:
     ]
     if "analytic" in by_origin:
         notes.append("analytic: the ranks of least predicted loss")
+    notes += _agreement(study)
     if "start" in by_origin:
         notes.append("start: the ratios that the search space starts from")
     if state.tests:
@@ -124,6 +133,17 @@ def _print_results(study: Study, report: _Report) -> None:
         notes.append(f"test: {', '.join(texts)}")
     for note in notes:
         report.note(note)
+
+
+def _agreement(study: Study) -> list[str]:
+    """Return a remark on how well losses were predicted, if that was measured."""
+    measured = sensitivity(study)
+    if measured is None or math.isnan(measured.rank_correlation):
+        return []
+    return [
+        f"predicted against measured loss of single layers, {len(measured.measurements)} points: "
+        f"rank correlation {measured.rank_correlation:.3f}"
+    ]
 
 
 def _print_front(study: Study, report: _Report) -> None:
@@ -146,23 +166,29 @@ def _print_front(study: Study, report: _Report) -> None:
 
 
 def _print_allocation(study: Study, report: _Report) -> None:
-    """Print the mean keep ratio of each group of layers, over depth where it is split."""
+    """Print what the best trial keeps of each kind of layer, over depth, and its weights."""
     best = study.state.best()
     if best is None:
         return
-    ratios = group_ratios(study, best)
-    if not ratios:
-        return
-    depths = max(len(row) for row in ratios.values())
-    heads = ["kept"] if depths == 1 else [f"depth {depth}" for depth in range(depths)]
-    table = _table("group", *heads)
-    for group, row in list(ratios.items())[:SHOWN]:
-        table.add_row(group, *(_number(value, ".1%") for value in row))
-    note = f"and {len(ratios) - SHOWN} more groups" if len(ratios) > SHOWN else ""
-    report.part(f"Mean keep ratios of the best trial, {best.request.trial_index}", table, note)
+    index = best.request.trial_index
+    shares = kept_by_depth(study, best)
+    table = _table("kind", *shares.columns)
+    for kind, row in shares.iterrows():
+        cells = (None if math.isnan(value) else float(value) for value in row)
+        style = "bold" if kind == "all" else ""
+        table.add_row(str(kind), *(_number(cell, ".1%") for cell in cells), style=style)
+    report.part(f"Share of the parameters kept in the best trial, {index}", table)
     dense = dense_kinds(study, best)
     if dense:
         report.note(f"dense in every block: {', '.join(dense)}")
+    found = weights(study, best)
+    if not found:
+        return
+    table = _table("variable", "weight", "factor")
+    for name, value in found.items():
+        table.add_row(name, _number(value, "+.3f"), _number(math.exp(value), ".3f"))
+    report.part(f"Weights of the best trial, {index}", table)
+    report.note("factor: exp(weight), on predicted losses; that of exponent is their power")
 
 
 def _print_failures(study: Study, report: _Report) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,11 @@ from lrbo.accounting import (
 from lrbo.model import LayerSpec
 from lrbo.search.front import pareto_front
 from lrbo.search.study import Study
+from lrbo.sensitivity import LossCalibration, sensitivity_file
 from lrbo.storage import replacing
 from lrbo.trial import TrialRecord
 
-MAX_DEPTHS = 6  # columns of depth groups that fit beside each other
+DEPTHS = 3  # parts of the depth that are told apart
 STAGES = ("suggestion", "allocation", "scoring", "logging")
 METRICS = {  # column of the frame: metric
     "nll": "nll",
@@ -168,8 +171,8 @@ def draw_figures(study: Study) -> list[Path]:
     """Draw what there is to draw into the study's ``figures/``, in place of older pictures.
 
     Returns:
-        Paths of ``convergence.png``, ``front.png`` and ``ranks.png``; those whose data do not
-        exist yet are left out.
+        Paths of ``convergence.png``, ``front.png``, ``ranks.png`` and ``sensitivity.png``; those
+        whose data do not exist, or not yet, are left out.
     """
     state = study.state
     best, uniform = state.best(), state.uniform
@@ -192,6 +195,12 @@ def draw_figures(study: Study) -> list[Path]:
             about=f"{title}, best trial {best.request.trial_index}",
         ),
     }
+    measured = sensitivity(study)
+    if measured is not None:
+        points = pd.DataFrame([asdict(point) for point in measured.measurements])
+        figures["sensitivity"] = plots.predicted_and_measured(
+            points, measured.rank_correlation, about=title
+        )
     paths = []
     for name, figure in figures.items():
         path = study.folder / "figures" / f"{name}.png"
@@ -246,27 +255,44 @@ def dense_size(study: Study) -> dict[str, float]:
     }
 
 
-def group_ratios(study: Study, record: TrialRecord) -> dict[str, list[float | None]]:
-    """Return the keep ratios of a trial by group, one per depth group.
+def kept_by_depth(study: Study, record: TrialRecord) -> pd.DataFrame:
+    """Return the share of their parameters that layers keep in a trial, by kind and depth.
 
-    A variable ``"qk.2"`` is the third depth group of ``"qk"``. Variables that are single
-    layers, more depth groups than fit beside each other, and allocations that no point stands
-    for, are summed up by kind instead.
+    Returns:
+        A row per kind, and a last one ``all``. A column per third of the blocks, named after
+        the blocks in it; missing where the kind has no layer. A last column ``all``.
     """
-    variables, ranks = record.request.variables, record.request.allocation.ranks
-    if variables and not any(name in ranks for name in variables):
-        found: dict[str, dict[int, float]] = {}
-        for name, value in variables.items():
-            group, _, depth = name.rpartition(".")
-            if group and depth.isdecimal():
-                found.setdefault(group, {})[int(depth)] = value
-            else:
-                found.setdefault(name, {})[0] = value
-        depths = 1 + max(max(row) for row in found.values())
-        if depths <= MAX_DEPTHS:
-            return {group: [row.get(d) for d in range(depths)] for group, row in found.items()}
-    sums = ranks_frame(study, record).groupby("kind", sort=False)[["stored", "dense"]].sum()
-    return {str(kind): [float(row["stored"] / row["dense"])] for kind, row in sums.iterrows()}
+    table = ranks_frame(study, record)
+    blocks = int(table["block"].max()) + 1
+    parts = min(DEPTHS, blocks)
+    edges = [-(-part * blocks // parts) for part in range(parts + 1)]
+    columns = {
+        f"blocks {first}-{end - 1}" if end - first > 1 else f"block {first}": table[
+            table["block"].between(first, end - 1)
+        ]
+        for first, end in pairwise(edges)
+    }
+    if parts == 1:
+        columns = {}
+    shares = {}
+    for name, some in {**columns, "all": table}.items():
+        sums = some.groupby("kind")[["stored", "dense"]].sum()
+        sums.loc["all"] = sums.sum()
+        shares[name] = sums["stored"] / sums["dense"]
+    kinds = list(dict.fromkeys(table["kind"]))
+    return pd.DataFrame(shares).reindex([*kinds, "all"])
+
+
+def weights(study: Study, record: TrialRecord) -> dict[str, float]:
+    """Return the weights of a trial in natural logarithms; empty where ratios are searched."""
+    is_weights = _config(study)["space"].get("type") == "weights"
+    return dict(record.request.variables) if is_weights else {}
+
+
+def sensitivity(study: Study) -> LossCalibration | None:
+    """Return what single layers were measured to cost, if that was measured."""
+    file = sensitivity_file(study.folder)
+    return LossCalibration.load(file) if file.is_file() else None
 
 
 def dense_kinds(study: Study, record: TrialRecord) -> list[str]:

@@ -120,29 +120,32 @@ class LossCalibration:
         return cls(fits, tuple(measurements))
 
     def apply(self, kind: str, predicted: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Return a curve in measured nats; never rising where the prediction is not."""
+        """Return a curve in measured nats, never rising and never negative."""
         if kind not in self.fits:
             return predicted
         intercept, slope = self.fits[kind]
-        return np.asarray(math.exp(intercept) * predicted**slope, dtype=np.float64)
+        # Rounding below 0 would have no power, and one of small losses magnifies a rise.
+        falling = np.minimum.accumulate(np.maximum(predicted, 0.0))
+        return np.asarray(math.exp(intercept) * falling**slope, dtype=np.float64)
 
     @property
     def rank_correlation(self) -> float:
-        """Return Spearman's correlation of predicted and measured loss over all points."""
-        if len(self.measurements) < 2:
-            return math.nan
+        """Return Spearman's correlation of predicted and measured loss, NaN if there is none."""
         predicted = [m.predicted for m in self.measurements]
-        found = spearmanr(predicted, [m.measured for m in self.measurements])
-        return float(found.statistic)
+        measured = [m.measured for m in self.measurements]
+        if min(len(set(predicted)), len(set(measured))) < 2:
+            return math.nan
+        return float(spearmanr(predicted, measured).statistic)
 
     def save(self, path: Path) -> None:
         """Write as JSON."""
+        correlation = self.rank_correlation
         content = {
             "fits": {kind: list(fit) for kind, fit in self.fits.items()},
-            "rank_correlation": self.rank_correlation,
+            "rank_correlation": None if math.isnan(correlation) else correlation,
             "measurements": [asdict(measurement) for measurement in self.measurements],
         }
-        write_text(path, json.dumps(content, indent=1) + "\n")
+        write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> LossCalibration:
@@ -150,6 +153,11 @@ class LossCalibration:
         content = json.loads(path.read_text(encoding="utf-8"))
         fits = {kind: (float(a), float(b)) for kind, (a, b) in content["fits"].items()}
         return cls(fits, tuple(Measurement(**fields) for fields in content["measurements"]))
+
+
+def sensitivity_file(folder: Path) -> Path:
+    """Return where a study keeps its measurements."""
+    return folder / "sensitivity.json"
 
 
 def measure_losses(

@@ -137,8 +137,18 @@ def require_feasible(
     cost: Cost,
     rank_multiple: int,
     lower: float = 0.0,
+    relief: str = "space.rank_multiple",
 ) -> None:
     """Refuse a budget that the smallest ranks or the lower bound of ratios exceed.
+
+    Args:
+        layers: The layers that the budget covers.
+        budget: The ceiling.
+        dense: Names of layers that stay dense.
+        cost: Stored parameters of a layer at a rank.
+        rank_multiple: Smallest rank of the others.
+        lower: Smallest mean keep ratio of the others.
+        relief: Keys that may be lowered instead, for the message.
 
     Raises:
         BudgetError: With the smallest feasible keep ratio.
@@ -156,7 +166,7 @@ def require_feasible(
             f"stay dense with {pinned:_} parameters and the others need at least "
             f"{needed - pinned:_} at ratio {lower} or rank {rank_multiple}. The "
             f"smallest feasible budget.keep_ratio is {-(-needed * 10_000 // total) / 10_000:.4f}; "
-            "or lower space.bounds[0] or space.rank_multiple."
+            f"or lower {relief}."
         )
 
 

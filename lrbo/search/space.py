@@ -291,6 +291,12 @@ def build_space(
         start=start,
     )
     require_feasible(
-        layers, budget, pinned, cost=cost, rank_multiple=rank_multiple, lower=bounds[0]
+        layers,
+        budget,
+        pinned,
+        cost=cost,
+        rank_multiple=rank_multiple,
+        lower=bounds[0],
+        relief="space.bounds[0] or space.rank_multiple",
     )
     return space

@@ -182,6 +182,7 @@ class Study:
                 f"{path} has format {about.get('format')}, this lrbo reads {FORMAT}; use the "
                 "version that made it"
             )
+        about.setdefault("storage", "factored")  # studies from before there was a choice
         return about
 
     def config_yaml(self) -> str:

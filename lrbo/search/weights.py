@@ -93,7 +93,9 @@ class WeightSpace:
             depth = (spec.block or 0) / max(blocks, 1)
             weight = point[f"kind.{self.groups[spec.name]}"]
             weight += float(np.interp(depth, places, heights)) if self.knots else 0.0
-            distorted[spec.name] = math.exp(weight) * self.curves[spec.name] ** power
+            # Rounding below 0 would have no power, and one of small losses magnifies a rise.
+            falling = np.minimum.accumulate(np.maximum(self.curves[spec.name], 0.0))
+            distorted[spec.name] = math.exp(weight) * falling**power
         return self._least(distorted, self.dense)
 
     def uniform(self) -> Allocation:
@@ -183,7 +185,15 @@ def build_weight_space(
         problems.append("space: every layer is kept dense, nothing is left to search")
     if problems:
         raise ConfigError(problems)
-    require_feasible(layers, budget, pinned, cost=cost, rank_multiple=max(rank_multiple, minimum))
+    smallest = max(-(-minimum // rank_multiple), 1) * rank_multiple
+    require_feasible(
+        layers,
+        budget,
+        pinned,
+        cost=cost,
+        rank_multiple=smallest,
+        relief="space.minimum_rank or space.rank_multiple",
+    )
     return WeightSpace(
         groups=taken,
         knots=knots,
