@@ -16,12 +16,10 @@ from typing import Any, cast
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
-from rich.console import Console
-from rich.logging import RichHandler
 
 from lrbo import __version__, config
 from lrbo.errors import ConfigError, LrboError
-from lrbo.progress import Reporter
+from lrbo.progress import LineHandler, Reporter
 from lrbo.schema import (
     CompressConfig,
     DashboardConfig,
@@ -46,6 +44,7 @@ Bayesian optimization.
   lrbo --completion bash         tab completion: eval "$(lrbo --completion bash)"
   lrbo --version
 """
+Command = Callable[[DictConfig, Reporter], None]
 INTERRUPTED = 130
 COMPLETION = """\
 _lrbo_complete() {
@@ -115,13 +114,14 @@ def _application(command: str) -> Callable[[], None]:
     return application
 
 
-def _guarded(command: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
+def _guarded(command: Command) -> Callable[[DictConfig], None]:
     """Turn errors that a user can mend into messages without a traceback."""
 
     def guarded(values: DictConfig) -> None:
-        _set_up_logging()
+        reporter = Reporter()
+        _set_up_logging(reporter)
         try:
-            command(values)
+            command(values, reporter)
         except LrboError as error:
             fail(error)
         except BrokenPipeError:  # the reader of our output left, as `head` does
@@ -136,11 +136,9 @@ def fail(error: LrboError) -> None:
     raise SystemExit(2)
 
 
-def _set_up_logging() -> None:
+def _set_up_logging(reporter: Reporter) -> None:
     """Send our own log to stderr, and keep the chatter of libraries down."""
-    handler = RichHandler(
-        console=Console(stderr=True), show_path=False, show_time=False, markup=False
-    )
+    handler = LineHandler(reporter)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler], force=True)
     logging.getLogger("lrbo").setLevel(logging.INFO)
     for chatty in ("alembic", "mlflow", "ax", "transformers", "httpx", "huggingface_hub"):
@@ -159,13 +157,13 @@ def _log_warning(message: Warning | str, *_: Any) -> None:
     log.warning("%s", message)
 
 
-def _search(values: DictConfig) -> None:
+def _search(values: DictConfig, reporter: Reporter) -> None:
     """Find the best low-rank model at a budget, or continue a study."""
     chosen = config.to_object(values)
     assert isinstance(chosen, SearchConfig)
     typed = list(HydraConfig.get().overrides.task)
     try:
-        result = _command("search").run(chosen, typed, Reporter())
+        result = _command("search").run(chosen, typed, reporter)
     except KeyboardInterrupt:
         print(
             f"interrupted; nothing is lost. Continue with: lrbo search study={chosen.study}",
@@ -175,35 +173,35 @@ def _search(values: DictConfig) -> None:
     _print_result(result, chosen.output)
 
 
-def _report(values: DictConfig) -> None:
+def _report(values: DictConfig, reporter: Reporter) -> None:
     """Show what a study found."""
     chosen = config.to_object(values)
     assert isinstance(chosen, ReportConfig)
-    _print_result(_command("report").run(chosen, Reporter()), chosen.output)
+    _print_result(_command("report").run(chosen, reporter), chosen.output)
 
 
-def _compress(values: DictConfig) -> None:
+def _compress(values: DictConfig, reporter: Reporter) -> None:
     """Write a model of a study as a checkpoint."""
     chosen = config.to_object(values)
     assert isinstance(chosen, CompressConfig)
-    _print_result(_command("compress").run(chosen, Reporter()), chosen.output)
+    _print_result(_command("compress").run(chosen, reporter), chosen.output)
 
 
-def _evaluate(values: DictConfig) -> None:
+def _evaluate(values: DictConfig, reporter: Reporter) -> None:
     """Score a checkpoint or a dense model on a text."""
     chosen = config.to_object(values)
     assert isinstance(chosen, EvaluateConfig)
-    _print_result(_command("evaluate").run(chosen, Reporter()), chosen.output)
+    _print_result(_command("evaluate").run(chosen, reporter), chosen.output)
 
 
-def _dashboard(values: DictConfig) -> None:
+def _dashboard(values: DictConfig, reporter: Reporter) -> None:
     """Start the MLflow UI on the store of the studies."""
     chosen = config.to_object(values)
     assert isinstance(chosen, DashboardConfig)
-    _command("dashboard").run(chosen, Reporter())
+    _command("dashboard").run(chosen, reporter)
 
 
-COMMANDS: dict[str, Callable[[DictConfig], None]] = {
+COMMANDS: dict[str, Command] = {
     "search": _search,
     "report": _report,
     "compress": _compress,

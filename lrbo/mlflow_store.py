@@ -40,8 +40,12 @@ class StudyRuns:
         study_id: str,
         study_name: str,
         artifact_root: Path | None,
+        prefix: str = "",
     ) -> None:
-        """Connect to the store, and make its tables and the experiment if it has none."""
+        """Connect to the store, and make its tables and the experiment if it has none.
+
+        ``prefix`` is put before the names of the variables that a trial has as params.
+        """
         # mlflow's own 7 retries of 120 s would hold up a search for minutes.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
@@ -49,6 +53,7 @@ class StudyRuns:
 
         self._study_id = study_id
         self._study_name = study_name
+        self._prefix = prefix
         self._database = _sqlite_file(uri)
         self._client: Any
         location = None
@@ -133,7 +138,7 @@ class StudyRuns:
         self._client.log_batch(
             run_id,
             metrics=_metrics({**record.metrics, **seconds}, ended, index),
-            params=_params(request.variables),
+            params=_params({f"{self._prefix}{k}": v for k, v in request.variables.items()}),
         )
         # With the time of the trial, not of the writing: MLflow then drops a second copy, as
         # one left by a process that was killed before it closed the child run.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -70,3 +71,25 @@ class Reporter:
         seconds = time.perf_counter() - start
         rate = total / seconds if seconds else 0.0
         self.say(f"{description}: {total:,} {unit} in {seconds:.1f} s ({rate:,.0f} {unit}/s)")
+
+
+class LineHandler(logging.Handler):
+    """Shows log records as a line each, above a bar that is on the screen.
+
+    A console of its own would write into the bar, and break lines at a width that a log file
+    does not have.
+    """
+
+    def __init__(self, reporter: Reporter) -> None:
+        """Take the reporter on whose console the bars are."""
+        super().__init__()
+        self.reporter = reporter
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write the level and the message."""
+        try:
+            level = (f"{record.levelname:<8} ", f"logging.level.{record.levelname.lower()}")
+            line = Text.assemble(level, self.format(record))
+            self.reporter.console.print(line, soft_wrap=True, highlight=False)
+        except Exception:  # as every handler: logging decides what becomes of it
+            self.handleError(record)

@@ -89,6 +89,7 @@ class MlflowTracker:
         study_name: str,
         artifact_root: Path | None = None,
         strict: bool = False,
+        prefix: str = "",
     ) -> None:
         """Take note of the store; nothing is imported or opened before it is needed.
 
@@ -101,6 +102,7 @@ class MlflowTracker:
                 the file by default. A server has its own.
             strict: Raise :class:`lrbo.errors.TrackingError` where MLflow fails, instead of
                 warning and carrying on.
+            prefix: Put before the names of variables, to say what their values are.
         """
         self._uri = uri
         self._experiment = experiment
@@ -108,6 +110,7 @@ class MlflowTracker:
         self._study_name = study_name
         self._artifact_root = artifact_root
         self._strict = strict
+        self._prefix = prefix
         self._config: dict[str, Any] = {}
         self._view: StudyRuns | None = None
         self._missed: dict[int, TrialRecord] = {}
@@ -166,7 +169,12 @@ class MlflowTracker:
         """Return the view, opened anew at first and after a failure."""
         if self._view is None:
             self._view = StudyRuns(
-                self._uri, self._experiment, self._study_id, self._study_name, self._artifact_root
+                self._uri,
+                self._experiment,
+                self._study_id,
+                self._study_name,
+                self._artifact_root,
+                self._prefix,
             )
             self._view.begin(self._config)
         return self._view

@@ -24,6 +24,8 @@ def make_tracker(chosen: SearchConfig, study: Study, *, strict: bool = False) ->
         study_name=study.name,
         artifact_root=Path(chosen.studies).absolute() / "mlflow-artifacts",
         strict=strict,
+        # Beside ratios of other studies a bare number would be taken for one.
+        prefix="log_weight." if chosen.space.type == "weights" else "",
     )
 
 
