@@ -207,11 +207,12 @@ def allocate_by_loss(
 ) -> Allocation:
     """Choose the ranks of least summed predicted loss within the budget.
 
-    The minimum over all layers at once is found with a proof (:func:`lrbo.knapsack.solve`); should
-    a proof ever take too long, a warning states by how much the loss may miss the minimum. What
-    the minimum leaves of the budget buys further steps, which happens where curves are flat: the
-    one with the largest predicted gain per parameter first, in order of the layers' names where
-    they are equal, until none fits. So (a) to (d) of :func:`allocate` hold here too.
+    The minimum over all layers at once is found with a proof (:func:`lrbo.knapsack.solve`);
+    should a proof ever take too long, a warning states by how much the loss may miss the minimum,
+    if it is more than 1e-6 of it. What the minimum leaves of the budget buys further steps, which
+    happens where curves are flat: the one with the largest predicted gain per parameter first, in
+    order of the layers' names where they are equal, until none fits. So (a) to (d) of
+    :func:`allocate` hold here too.
 
     Args:
         curves: Predicted loss of each layer in nats per token at rank 0, 1, ..., relative to
@@ -279,7 +280,7 @@ def allocate_by_loss(
         list(losses.values()),
         budget.parameters - fixed,
     )
-    if best.gap > 0.0:
+    if best.gap > knapsack.SMALL_GAP * best.loss:
         logger.warning(
             "the predicted loss of %g nats per token may be %g above the least possible: too many "
             "allocations lie that close for all to be searched.",

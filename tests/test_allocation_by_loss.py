@@ -276,19 +276,12 @@ def test_pinned_layers_need_no_curve() -> None:
 
 def test_says_when_a_proof_would_take_too_long(monkeypatch, caplog) -> None:
     solve = knapsack.solve
-    monkeypatch.setattr(knapsack, "solve", lambda *problem: solve(*problem, states=1))
-    sides = [(7, 11), (9, 10), (8, 13), (12, 12), (10, 15), (9, 17), (11, 14), (13, 16)]
-    layers = [spec(f"l{index}", *side) for index, side in enumerate(sides)]
-    # Losses proportional to what is saved, and an offset for not being dense: hard to bound.
-    curves = {
-        layer.name: [
-            float(layer.parameters + 50 - (layer.out_features + layer.in_features) * r)
-            for r in range(4)
-        ]
-        for layer in layers
-    }
-    budget = Budget.from_keep_ratio(layers, 0.7)
+    curve = [float(8 - rank) for rank in range(9)]
     with caplog.at_level(logging.WARNING):
-        found = allocate_by_loss(curves, layers, budget, cost=factored)
-    assert found.parameters <= budget.parameters
-    assert re.search(r"may be \S+ above the least possible", caplog.text)
+        by_loss(curve, budget=33)
+        assert not caplog.text
+        monkeypatch.setattr(
+            knapsack, "solve", lambda *problem: replace(solve(*problem), bound=5.75)
+        )
+        assert by_loss(curve, budget=33).ranks == {"a": 2}
+    assert "loss of 6 nats per token may be 0.25 above the least possible" in caplog.text

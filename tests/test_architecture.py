@@ -28,6 +28,7 @@ ROOMS = """
     compression
     factorization.store allocation
     knapsack
+    relaxation
     streams reduced_rank
     calibration.store calibration.collect calibration.gradients calibration.sites
     blockwise

@@ -88,9 +88,33 @@ def test_whatever_it_leaves_out_its_gap_covers(table: Table, fullness: float, st
     ceiling = ceiling_of(table, fullness)
     found = solve(table, ceiling, states=states)
     consistent(found, table, ceiling)
-    best, _ = brute(table, ceiling)
+    best, fewest = brute(table, ceiling)
     assert found.bound <= best + ROUNDING * max(1.0, best)
     assert found.loss >= best
+    if found.gap == 0.0:
+        assert (found.loss, found.parameters) == (best, fewest)
+
+
+def test_large_steps_beside_small_ones_are_proven_in_parts(monkeypatch) -> None:
+    """A layer with one huge step is all or nothing, which the bound of the whole cannot see."""
+    random = np.random.default_rng(0)
+    table = [[(8, 40.0 + number), (1_000_000 + 8 * number, 0.0)] for number in range(3)]
+    table += [
+        [
+            (8 * int(k * size + random.integers(0, 9)), random.uniform(0.5, 1.0) * 0.9**k)
+            for k in range(1, 60)
+        ]
+        for size in random.integers(1, 40, 30)
+    ]
+    searched = []
+    search = knapsack._search
+    monkeypatch.setattr(knapsack, "_search", lambda *part: searched.append(part) or search(*part))
+    whole = solve(table, 2_000_000)
+    assert len(searched) == 1
+    parts = solve(table, 2_000_000, states=16_384)
+    assert len(searched) > 3
+    assert (whole.gap, parts.gap) == (0.0, 0.0)
+    assert parts.choices == whole.choices
 
 
 def test_a_search_that_is_cut_short_says_so() -> None:
