@@ -40,6 +40,22 @@ def pooled_covariance(groups: Sequence[Matrix]) -> Matrix:
     return total / len(groups)
 
 
+def second_moment(rows: Matrix) -> Matrix:
+    """``1/n sum_i x_i x_i^T``, one token at a time, around zero."""
+    total = np.zeros((rows.shape[1], rows.shape[1]))
+    for row in rows:
+        total += np.outer(row, row)
+    return total / len(rows)
+
+
+def importance(rows: Matrix, gradients: Matrix) -> Matrix:
+    """``1/n sum_i sum_o (g_io x_ij)^2``: squared gradients of the weight, token by token."""
+    total = np.zeros(rows.shape[1])
+    for row, gradient in zip(rows, gradients, strict=True):
+        total += (np.outer(gradient, row) ** 2).sum(0)
+    return total / len(rows)
+
+
 def numpy_of(tensor: torch.Tensor) -> Matrix:
     """Copy a tensor of any dtype into float64."""
     return tensor.detach().to(torch.float64).numpy().copy()
@@ -61,6 +77,51 @@ def whitened_svd(weight: Matrix, second_moment: Matrix, rank: int) -> Matrix:
     """``SVD_r(W L) L^-1`` with the Cholesky root ``L L^T`` of a full-rank second moment."""
     root = np.linalg.cholesky(second_moment)
     return truncated_svd(weight @ root, rank) @ np.linalg.inv(root)
+
+
+def diagonally_weighted_svd(weight: Matrix, scale: Matrix, rank: int) -> Matrix:
+    """``SVD_r(W S) S^-1`` with a diagonal ``S`` without zeros: FWSVD, ASVD."""
+    return truncated_svd(weight * scale, rank) / scale
+
+
+def power(matrix: Matrix, exponent: float) -> Matrix:
+    """``V diag(e^p) V^T`` of a positive definite matrix: the symmetric root, or its inverse."""
+    values, vectors = np.linalg.eigh(matrix)
+    return vectors @ np.diag(values**exponent) @ vectors.T
+
+
+def two_sided_svd(weight: Matrix, left: Matrix, right: Matrix, rank: int) -> Matrix:
+    """``G^-1/2 SVD_r(G^1/2 W C^1/2) C^-1/2`` of positive definite ``G`` and ``C``."""
+    middle = truncated_svd(power(left, 0.5) @ weight @ power(right, 0.5), rank)
+    return power(left, -0.5) @ middle @ power(right, -0.5)
+
+
+def shrunk(matrix: Matrix, share: float) -> Matrix:
+    """``(1 - a) M + a tr(M)/d I``."""
+    size = len(matrix)
+    return (1 - share) * matrix + share * np.trace(matrix) / size * np.eye(size)
+
+
+def flattened(moment: Matrix, weight: Matrix, exponent: float) -> Matrix:
+    """The part of ``G`` that outputs of ``W`` can reach, to a power, at the trace it had."""
+    basis = np.linalg.svd(weight, full_matrices=False)[0]
+    reached = basis.T @ moment @ basis
+    raised = power(reached, exponent)
+    return basis @ (raised * np.trace(reached) / np.trace(raised)) @ basis.T
+
+
+def quadratic_loss(change: Matrix, gradients: Matrix, rows: Matrix, share: float) -> float:
+    """``1/2 mean_ij (g_i . D x_j)^2`` over all pairs of a gradient and an input.
+
+    A share of it is replaced by what gradients of the same length in all directions would give.
+    """
+    moved = rows @ change.T
+    total = 0.0
+    for gradient in gradients:
+        total += float(((moved @ gradient) ** 2).mean()) / len(gradients)
+    lengths = float((gradients**2).sum()) / len(gradients)
+    anywhere = lengths / gradients.shape[1] * float((moved**2).sum()) / len(rows)
+    return ((1 - share) * total + share * anywhere) / 2
 
 
 def bolaco(weight: Matrix, bias: Matrix, groups: Sequence[Matrix], rank: int) -> Affine:

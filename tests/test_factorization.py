@@ -1,21 +1,23 @@
 """The contract of every registered method: a new one is picked up here."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import warnings
+from functools import cache
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lrbo.accounting import STORAGES
 from lrbo.errors import ConfigError, StatisticsError
 from lrbo.factorization.base import FactorizationMethod, Statistic
-from lrbo.factorization.registry import METHODS, method_named
-from lrbo.model import LayerSpec
+from lrbo.factorization.loss_aware import LossAware
+from lrbo.factorization.registry import METHODS, method_named, options_of
+from lrbo.linalg import JitterWarning
 from lrbo.nested import NestedFactors, PivotedFactors
 from tests import reference
-from tests.reference import Affine, Matrix
+from tests.methods import CASES, SHAPES, Case, Layer, make_layer, plain_svd
+from tests.reference import Affine
 
 TOLERANCE = {
     "full rank": 1e-10,  # the design's promise; products of well-conditioned float64 matrices
@@ -24,92 +26,11 @@ TOLERANCE = {
     "scaled": 1e-10,  # 3 is not a power of two, so bits differ
 }
 
-SHAPES = {"wide": (5, 9), "tall": (9, 5), "square": (7, 7)}
-GROUP_SIZES = (40, 25, 60)
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A dense layer with the calibration inputs that it saw."""
-
-    weight: Tensor
-    bias: Tensor | None
-    groups: list[Tensor]
-
-    @property
-    def dense(self) -> Affine:
-        bias = torch.zeros(len(self.weight)) if self.bias is None else self.bias
-        return reference.numpy_of(self.weight), reference.numpy_of(bias)
-
-    @property
-    def inputs(self) -> list[Matrix]:
-        return [reference.numpy_of(group) for group in self.groups]
-
-    @property
-    def rows(self) -> Matrix:
-        return np.concatenate(self.inputs)
-
-    @property
-    def statistics(self) -> dict[Statistic, Tensor]:
-        """All statistics there are, by the printed formulas."""
-        found = {
-            Statistic.INPUT_MEAN: reference.mean(self.rows),
-            Statistic.INPUT_COVARIANCE: reference.covariance(self.rows),
-            Statistic.POOLED_INPUT_COVARIANCE: reference.pooled_covariance(self.inputs),
-        }
-        assert set(found) == set(Statistic), "a new statistic needs its plain formula here"
-        return {statistic: torch.from_numpy(value) for statistic, value in found.items()}
-
-    @property
-    def spec(self) -> LayerSpec:
-        out_features, in_features = self.weight.shape
-        return LayerSpec(
-            "layer", "kind", 0, out_features, in_features, self.bias is not None, site="layer"
-        )
-
-
-def make_layer(shape: str, *, bias: bool, seed: int = 0, tokens: Sequence[int] = GROUP_SIZES):
-    """Draw a layer and inputs: correlated features, and a mean that differs from group to group."""
-    out_features, in_features = SHAPES[shape]
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*size: int) -> Tensor:
-        return torch.randn(*size, generator=generator, dtype=torch.float64)
-
-    mix = draw(in_features, in_features)
-    groups = [draw(count, in_features) @ mix + 2 * draw(in_features) for count in tokens]
-    return Layer(draw(out_features, in_features), draw(out_features) if bias else None, groups)
-
-
-# --- each method states here what its error means and what a direct computation gives -----------
-
-
-def _svd_error(layer: Layer, compressed: Affine) -> float:
-    return float(((layer.dense[0] - compressed[0]) ** 2).sum())
-
-
-def _svd_direct(layer: Layer, rank: int) -> Affine:
-    return reference.truncated_svd(layer.dense[0], rank), layer.dense[1]
-
-
-def _bolaco_error(layer: Layer, compressed: Affine) -> float:
-    return reference.pooled_output_error(layer.dense, compressed, layer.inputs)
-
-
-def _bolaco_direct(layer: Layer, rank: int) -> Affine:
-    return reference.bolaco(*layer.dense, layer.inputs, rank)
-
-
-MEASURED_ERROR: dict[str, Callable[[Layer, Affine], float]] = {
-    "svd": _svd_error,
-    "bolaco": _bolaco_error,
-}
-DIRECT: dict[str, Callable[[Layer, int], Affine]] = {"svd": _svd_direct, "bolaco": _bolaco_direct}
-
 
 def test_every_method_is_under_contract() -> None:
-    assert len(METHODS) >= 2
-    assert set(METHODS) == set(MEASURED_ERROR) == set(DIRECT)
+    assert len(METHODS) == 7
+    assert {case.method.name for case in CASES.values()} == set(METHODS)
+    assert all(CASES[name].method is method for name, method in METHODS.items())
     assert all(name == method.name for name, method in METHODS.items())
     assert all(isinstance(method, FactorizationMethod) for method in METHODS.values())
 
@@ -122,9 +43,11 @@ every_layer = pytest.mark.parametrize(
         for bias in (False, True)
     ],
 )
+every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 
 
+@cache  # tests ask of the same layers
 def factors_of(method: FactorizationMethod, layer: Layer) -> NestedFactors:
     """Factor with exactly the statistics that the method says it needs."""
     given = {need: layer.statistics[need] for need in method.needs}
@@ -154,18 +77,6 @@ def test_full_rank_reproduces_the_affine_map(method: FactorizationMethod, layer:
 
 
 @every_method
-@pytest.mark.parametrize("shape", SHAPES)
-def test_full_rank_is_exact_with_fewer_tokens_than_features(
-    method: FactorizationMethod, shape: str
-) -> None:
-    layer = make_layer(shape, bias=True, tokens=(2, 1))  # a covariance of rank 1 at most
-    factors = factors_of(method, layer)
-    full = map_at(factors, layer, factors.max_rank)
-    assert largest_difference(full, layer.dense) <= TOLERANCE["full rank"]
-    assert factors.error_at(factors.max_rank) == 0.0
-
-
-@every_method
 @every_layer
 def test_error_never_rises_and_ends_at_zero(method: FactorizationMethod, layer: Layer) -> None:
     factors = factors_of(method, layer)
@@ -175,25 +86,33 @@ def test_error_never_rises_and_ends_at_zero(method: FactorizationMethod, layer: 
     assert errors[0] > 0.0
 
 
-@every_method
+@every_case
 @every_layer
-def test_error_is_what_is_measured(method: FactorizationMethod, layer: Layer) -> None:
-    factors = factors_of(method, layer)
+def test_error_is_what_is_measured(case: Case, layer: Layer) -> None:
+    factors = factors_of(case.method, layer)
     unit = factors.error_at(0)
     for rank in ranks_of(factors):
-        measured = MEASURED_ERROR[method.name](layer, map_at(factors, layer, rank))
+        measured = case.error(layer, map_at(factors, layer, rank))
         assert abs(factors.error_at(rank) - measured) <= TOLERANCE["error"] * unit, rank
 
 
-@every_method
+@every_case
 @every_layer
-def test_a_prefix_is_the_direct_factorization(method: FactorizationMethod, layer: Layer) -> None:
-    factors = factors_of(method, layer)
+def test_a_prefix_is_the_direct_factorization(case: Case, layer: Layer) -> None:
+    factors = factors_of(case.method, layer)
     for rank in ranks_of(factors):
-        difference = largest_difference(
-            map_at(factors, layer, rank), DIRECT[method.name](layer, rank)
-        )
+        difference = largest_difference(map_at(factors, layer, rank), case.direct(layer, rank))
         assert difference <= TOLERANCE["direct"], rank
+
+
+@every_case
+@every_layer
+def test_never_worse_than_svd_in_its_own_metric(case: Case, layer: Layer) -> None:
+    factors = factors_of(case.method, layer)
+    unit = factors.error_at(0)
+    for rank in ranks_of(factors):
+        plain = case.error(layer, plain_svd(layer, rank))
+        assert factors.error_at(rank) <= plain + TOLERANCE["error"] * unit, rank
 
 
 @every_method
@@ -296,44 +215,46 @@ def test_non_finite_input_is_refused_with_its_count(
             method.factor(layer.weight, layer.bias, {**layer.statistics, need: broken})
 
 
-@every_method
+@every_case
 @every_layer
+@pytest.mark.parametrize("gradients", ["same", "of the same loss"])
 def test_a_layer_scaled_by_3_gives_layers_scaled_by_3(
-    method: FactorizationMethod, layer: Layer
+    case: Case, layer: Layer, gradients: str
 ) -> None:
-    factors = factors_of(method, layer)
+    """The loss may see the output as it is, or divided by 3: then nothing that it feels changed."""
+    method = case.method
+    same = gradients == "same"
     bias = None if layer.bias is None else 3 * layer.bias
-    scaled = factors_of(method, Layer(3 * layer.weight, bias, layer.groups))
+    seen = layer.gradients if same else layer.gradients / 3
+    factors = factors_of(method, layer)
+    scaled = factors_of(method, Layer(3 * layer.weight, bias, layer.groups, seen))
+    of_loss = {Statistic.OUTPUT_GRADIENT, Statistic.INPUT_IMPORTANCE} & method.needs
+    times = 1 if of_loss and not same else 9
     for rank in ranks_of(factors):
         one, three = map_at(factors, layer, rank), map_at(scaled, layer, rank)
         assert largest_difference((3 * one[0], 3 * one[1]), three) <= TOLERANCE["scaled"], rank
         assert scaled.error_at(rank) == pytest.approx(
-            9 * factors.error_at(rank), rel=1e-9, abs=TOLERANCE["scaled"]
+            times * factors.error_at(rank), rel=1e-9, abs=TOLERANCE["scaled"]
         )
 
 
 @every_method
 @every_layer
-def test_permuted_inputs_give_a_permuted_layer(method: FactorizationMethod, layer: Layer) -> None:
-    order = torch.randperm(layer.weight.shape[1], generator=torch.Generator().manual_seed(5))
-    permuted = Layer(layer.weight[:, order], layer.bias, [g[:, order] for g in layer.groups])
+def test_permuted_features_give_a_permuted_layer(method: FactorizationMethod, layer: Layer) -> None:
+    shuffle = torch.Generator().manual_seed(5)
+    rows, columns = (torch.randperm(size, generator=shuffle) for size in layer.weight.shape)
+    permuted = Layer(
+        layer.weight[rows][:, columns],
+        None if layer.bias is None else layer.bias[rows],
+        [group[:, columns] for group in layer.groups],
+        layer.gradients[:, rows],
+    )
     factors, other = factors_of(method, layer), factors_of(method, permuted)
     for rank in ranks_of(factors):
         weight, bias = map_at(factors, layer, rank)
-        expected = (weight[:, order.numpy()], bias)
+        expected = (weight[rows.numpy()][:, columns.numpy()], bias[rows.numpy()])
         difference = largest_difference(expected, map_at(other, permuted, rank))
         assert difference <= TOLERANCE["direct"], rank
-
-
-@every_method
-@every_layer
-def test_never_worse_than_svd_in_its_own_metric(method: FactorizationMethod, layer: Layer) -> None:
-    measure = MEASURED_ERROR[method.name]
-    factors = factors_of(method, layer)
-    unit = factors.error_at(0)
-    for rank in ranks_of(factors):
-        plain = measure(layer, _svd_direct(layer, rank))
-        assert factors.error_at(rank) <= plain + TOLERANCE["error"] * unit, rank
 
 
 @every_method
@@ -349,9 +270,111 @@ def test_modules_run_on_batches_of_sequences(method: FactorizationMethod, layer:
         assert np.abs(module(x).numpy() - expected).max() <= TOLERANCE["full rank"]
 
 
+# --- singular statistics -------------------------------------------------------------------------
+
+
+def singular_layer(shape: str, what: str) -> Layer:
+    """Draw a layer that calibration saw too little of, in one of the ways in which it happens."""
+    layer = make_layer(shape, bias=True, tokens=(2, 1) if what == "few tokens" else (40, 25, 60))
+    for group in layer.groups:
+        if what == "dead feature":
+            group[:, 2] = 0.0
+        elif what == "constant feature":
+            group[:, 2] = 0.7
+    if what == "dead output":
+        layer.gradients[:, 1] = 0.0
+    return layer
+
+
+@every_case
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("what", ["few tokens", "dead feature", "constant feature", "dead output"])
+def test_singular_statistics_are_no_special_case(case: Case, shape: str, what: str) -> None:
+    layer = singular_layer(shape, what)
+    with warnings.catch_warnings():
+        if case.method.name == "svd_llm":  # a root by Cholesky may need help, and says so
+            warnings.simplefilter("ignore", JitterWarning)
+        factors = factors_of(case.method, layer)
+    full = map_at(factors, layer, factors.max_rank)
+    assert largest_difference(full, layer.dense) <= TOLERANCE["full rank"]
+    assert factors.error_at(factors.max_rank) == 0.0
+    unit = factors.error_at(0)
+    assert unit > 0.0
+    for rank in ranks_of(factors):
+        measured = case.error(layer, map_at(factors, layer, rank))
+        assert abs(factors.error_at(rank) - measured) <= TOLERANCE["error"] * unit, rank
+        plain = case.error(layer, plain_svd(layer, rank))
+        assert factors.error_at(rank) <= plain + TOLERANCE["error"] * unit, rank
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_help_for_a_root_by_cholesky_is_announced(shape: str) -> None:
+    with pytest.warns(JitterWarning, match="input second moment is not positive definite"):
+        factors_of(METHODS["svd_llm"], singular_layer(shape, "dead feature"))
+
+
+@pytest.mark.parametrize("name", ["fwsvd", "loss_aware"])
+def test_gradients_that_are_all_zero_are_refused_by_name(name: str) -> None:
+    layer = make_layer("wide", bias=False)
+    layer.gradients.zero_()
+    (need,) = METHODS[name].needs & {Statistic.OUTPUT_GRADIENT, Statistic.INPUT_IMPORTANCE}
+    with pytest.raises(StatisticsError, match=rf"^{need.value} is zero: the loss does not depend"):
+        factors_of(METHODS[name], layer)
+
+
+def test_inputs_that_are_all_zero_leave_no_error() -> None:
+    """A layer that no token reaches: any rank will do, except where a root must exist."""
+    layer = make_layer("tall", bias=True)
+    for group in layer.groups:
+        group.zero_()
+    for name in ("asvd", "drone", "bolaco", "loss_aware"):
+        factors = factors_of(METHODS[name], layer)
+        assert [factors.error_at(rank) for rank in ranks_of(factors)] == [0.0] * 6, name
+        full = map_at(factors, layer, factors.max_rank)
+        assert largest_difference(full, layer.dense) <= TOLERANCE["full rank"], name
+    with pytest.raises(StatisticsError, match="input second moment has a mean diagonal of 0"):
+        factors_of(METHODS["svd_llm"], layer)
+
+
+# --- registry ------------------------------------------------------------------------------------
+
+
 def test_unknown_method_lists_the_known_ones() -> None:
     with pytest.raises(ConfigError) as caught:
         method_named("svdd")
     assert "'svdd'" in str(caught.value)
     assert all(name in str(caught.value) for name in METHODS)
-    assert method_named("svd") is METHODS["svd"]
+    assert method_named("svd") == METHODS["svd"]
+
+
+def test_options_change_a_method_and_are_known_by_name() -> None:
+    assert options_of("svd") == {}
+    assert options_of("asvd") == {"alpha": 0.5}
+    assert "output_shrinkage" in options_of("loss_aware")
+    for name, method in METHODS.items():
+        assert method_named(name, options_of(name)) == method
+    assert method_named("asvd", {"alpha": 0.25}).alpha == 0.25
+    assert METHODS["asvd"].alpha == 0.5
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("svd", r"svd has no such option; it has none"), ("asvd", r"it has alpha")],
+)
+@pytest.mark.parametrize("option", ["beta", "name", "needs"])
+def test_an_option_that_a_method_does_not_have_is_refused(
+    name: str, expected: str, option: str
+) -> None:
+    with pytest.raises(ConfigError, match=rf"method\.{option}: .*{expected}"):
+        method_named(name, {option: 1})
+
+
+def test_one_sided_kinds_are_treated_without_directions_of_gradients() -> None:
+    layer = make_layer("square", bias=True)
+    method = LossAware(one_sided=("q_proj", "k_proj"))
+    ignoring = factors_of(LossAware(output_power=0.0), layer)
+    for kind in ("q_proj", "k_proj"):
+        assert torch.equal(factors_of(method.for_kind(kind), layer).left, ignoring.left)
+    assert method.for_kind("v_proj") is method
+    for other in METHODS.values():
+        assert other.for_kind("q_proj") is other

@@ -1,0 +1,234 @@
+"""Every method under contract: what its error means, and what a direct computation gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lrbo.factorization.base import FactorizationMethod, Statistic
+from lrbo.factorization.loss_aware import LossAware
+from lrbo.factorization.registry import METHODS
+from lrbo.factorization.weighted import Asvd
+from lrbo.model import LayerSpec
+from tests import reference
+from tests.reference import Affine, Matrix
+
+SHAPES = {"wide": (5, 9), "tall": (9, 5), "square": (7, 7)}
+GROUP_SIZES = (40, 25, 60)
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """A dense layer with the inputs and output gradients that calibration saw."""
+
+    weight: Tensor
+    bias: Tensor | None
+    groups: list[Tensor]
+    gradients: Tensor
+
+    @property
+    def dense(self) -> Affine:
+        bias = torch.zeros(len(self.weight)) if self.bias is None else self.bias
+        return reference.numpy_of(self.weight), reference.numpy_of(bias)
+
+    @property
+    def inputs(self) -> list[Matrix]:
+        return [reference.numpy_of(group) for group in self.groups]
+
+    @property
+    def rows(self) -> Matrix:
+        return np.concatenate(self.inputs)
+
+    @cached_property
+    def statistics(self) -> dict[Statistic, Tensor]:
+        """All statistics there are, by the printed formulas."""
+        gradients = reference.numpy_of(self.gradients)
+        found = {
+            Statistic.INPUT_MEAN: reference.mean(self.rows),
+            Statistic.INPUT_MAGNITUDE: reference.mean(abs(self.rows)),
+            Statistic.INPUT_COVARIANCE: reference.covariance(self.rows),
+            Statistic.POOLED_INPUT_COVARIANCE: reference.pooled_covariance(self.inputs),
+            Statistic.OUTPUT_GRADIENT: reference.second_moment(gradients),
+            Statistic.INPUT_IMPORTANCE: reference.importance(self.rows, gradients),
+        }
+        assert set(found) == set(Statistic), "a new statistic needs its plain formula here"
+        return {statistic: torch.from_numpy(value) for statistic, value in found.items()}
+
+    def number(self, statistic: Statistic) -> Matrix:
+        return reference.numpy_of(self.statistics[statistic])
+
+    @property
+    def spec(self) -> LayerSpec:
+        out_features, in_features = self.weight.shape
+        return LayerSpec(
+            "layer", "kind", 0, out_features, in_features, self.bias is not None, site="layer"
+        )
+
+
+def make_layer(
+    shape: str, *, bias: bool, seed: int = 0, tokens: Sequence[int] = GROUP_SIZES
+) -> Layer:
+    """Draw a layer: correlated features and gradients, means that differ from group to group."""
+    out_features, in_features = SHAPES[shape]
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator, dtype=torch.float64)
+
+    mix = draw(in_features, in_features)
+    groups = [draw(count, in_features) @ mix + 2 * draw(in_features) for count in tokens]
+    weight, offset = draw(out_features, in_features), draw(out_features) if bias else None
+    gradients = draw(sum(tokens), out_features) @ draw(out_features, out_features) / 10
+    return Layer(weight, offset, groups, gradients)
+
+
+# --- the error of a compressed layer, measured on tokens -----------------------------------------
+
+
+def _weighted_error(layer: Layer, compressed: Affine, weights: Matrix | float) -> float:
+    return float(((layer.dense[0] - compressed[0]) ** 2 * weights).sum())
+
+
+def _svd_error(layer: Layer, compressed: Affine) -> float:
+    return _weighted_error(layer, compressed, 1.0)
+
+
+def _fwsvd_error(layer: Layer, compressed: Affine) -> float:
+    return _weighted_error(layer, compressed, layer.number(Statistic.INPUT_IMPORTANCE))
+
+
+def _asvd_error(alpha: float) -> Callable[[Layer, Affine], float]:
+    return lambda layer, compressed: _weighted_error(
+        layer, compressed, layer.number(Statistic.INPUT_MAGNITUDE) ** (2 * alpha)
+    )
+
+
+def _output_error(layer: Layer, compressed: Affine) -> float:
+    return reference.mean_squared_output_error(layer.dense, compressed, layer.rows)
+
+
+def _bolaco_error(layer: Layer, compressed: Affine) -> float:
+    return reference.pooled_output_error(layer.dense, compressed, layer.inputs)
+
+
+def _kfac_error(layer: Layer, compressed: Affine) -> float:
+    change = layer.dense[0] - compressed[0]
+    return reference.quadratic_loss(change, reference.numpy_of(layer.gradients), layer.rows, 0.01)
+
+
+def _flattened_error(exponent: float, *, centred: bool) -> Callable[[Layer, Affine], float]:
+    def error(layer: Layer, compressed: Affine) -> float:
+        errors = layer.rows @ (layer.dense[0] - compressed[0]).T
+        if centred:
+            errors = errors - errors.mean(0)
+        metric = _metric(layer, exponent)
+        return float(np.mean([row @ metric @ row for row in errors])) / 2
+
+    return error
+
+
+# --- the best layer of a rank, by formulas with inverses -----------------------------------------
+
+
+def plain_svd(layer: Layer, rank: int) -> Affine:
+    return reference.truncated_svd(layer.dense[0], rank), layer.dense[1]
+
+
+def _fwsvd_direct(layer: Layer, rank: int) -> Affine:
+    scale = np.sqrt(layer.number(Statistic.INPUT_IMPORTANCE))
+    return reference.diagonally_weighted_svd(layer.dense[0], scale, rank), layer.dense[1]
+
+
+def _asvd_direct(alpha: float) -> Callable[[Layer, int], Affine]:
+    def direct(layer: Layer, rank: int) -> Affine:
+        scale = layer.number(Statistic.INPUT_MAGNITUDE) ** alpha
+        return reference.diagonally_weighted_svd(layer.dense[0], scale, rank), layer.dense[1]
+
+    return direct
+
+
+def _whitened_direct(layer: Layer, rank: int) -> Affine:
+    moment = reference.second_moment(layer.rows)
+    return reference.whitened_svd(layer.dense[0], moment, rank), layer.dense[1]
+
+
+def _drone_direct(layer: Layer, rank: int) -> Affine:
+    identity = np.eye(len(layer.dense[0]))
+    moment = reference.second_moment(layer.rows)
+    return reference.two_sided_svd(layer.dense[0], identity, moment, rank), layer.dense[1]
+
+
+def _bolaco_direct(layer: Layer, rank: int) -> Affine:
+    return reference.bolaco(*layer.dense, layer.inputs, rank)
+
+
+def _kfac_direct(layer: Layer, rank: int) -> Affine:
+    gradient = reference.shrunk(layer.number(Statistic.OUTPUT_GRADIENT), 0.01)
+    moment = reference.second_moment(layer.rows)
+    return reference.two_sided_svd(layer.dense[0], gradient, moment, rank), layer.dense[1]
+
+
+def _flattened_direct(exponent: float, *, centred: bool) -> Callable[[Layer, int], Affine]:
+    def direct(layer: Layer, rank: int) -> Affine:
+        weight, bias = layer.dense
+        metric = _metric(layer, exponent)
+        if weight.shape[0] > weight.shape[1]:  # where no output is, any strength will do
+            metric = metric + np.eye(len(weight)) - _projector(weight)
+        moment = reference.covariance if centred else reference.second_moment
+        found = reference.two_sided_svd(weight, metric, moment(layer.rows), rank)
+        if centred:
+            bias = bias + (weight - found) @ reference.mean(layer.rows)
+        return found, bias
+
+    return direct
+
+
+def _metric(layer: Layer, exponent: float) -> Matrix:
+    gradient = reference.shrunk(layer.number(Statistic.OUTPUT_GRADIENT), 0.01)
+    return reference.flattened(gradient, layer.dense[0], exponent)
+
+
+def _projector(weight: Matrix) -> Matrix:
+    return weight @ np.linalg.pinv(weight)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A method under contract.
+
+    Attributes:
+        method: With its options.
+        error: Of a compressed layer, in the method's own metric.
+        direct: The best layer of a rank, where statistics are not singular.
+    """
+
+    method: FactorizationMethod
+    error: Callable[[Layer, Affine], float]
+    direct: Callable[[Layer, int], Affine]
+
+
+CASES = {
+    "svd": Case(METHODS["svd"], _svd_error, plain_svd),
+    "fwsvd": Case(METHODS["fwsvd"], _fwsvd_error, _fwsvd_direct),
+    "asvd": Case(METHODS["asvd"], _asvd_error(0.5), _asvd_direct(0.5)),
+    "drone": Case(METHODS["drone"], _output_error, _drone_direct),
+    "svd_llm": Case(METHODS["svd_llm"], _output_error, _whitened_direct),
+    "bolaco": Case(METHODS["bolaco"], _bolaco_error, _bolaco_direct),
+    "loss_aware": Case(
+        METHODS["loss_aware"],
+        _flattened_error(0.75, centred=False),
+        _flattened_direct(0.75, centred=False),
+    ),
+    "asvd-alpha": Case(Asvd(alpha=1.0), _asvd_error(1.0), _asvd_direct(1.0)),
+    "loss_aware-kfac": Case(LossAware(output_power=1.0), _kfac_error, _kfac_direct),
+    "loss_aware-centred": Case(
+        LossAware(output_power=0.5, centred=True),
+        _flattened_error(0.5, centred=True),
+        _flattened_direct(0.5, centred=True),
+    ),
+}
