@@ -1,165 +1,336 @@
 """Identities between methods, and the optimality that their docstrings claim."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
-from lrbo.factorization.base import Statistic
+from lrbo.factorization.base import FactorizationMethod, Statistic
+from lrbo.factorization.loss_aware import PREDICTION_SHRINKAGE, LossAware, predicted_loss, shrunk
 from lrbo.factorization.pooled import Bolaco
-from lrbo.factorization.weighted import Svd
-from lrbo.linalg import psd_root, weighted_svd
+from lrbo.factorization.weighted import Asvd, Drone, Fwsvd, Svd, SvdLlm
+from lrbo.nested import LowRankFactors
 from tests import reference
-from tests.reference import Affine, Matrix
+from tests.methods import CASES, SHAPES, Layer, make_layer
+from tests.reference import Affine
 
 TOLERANCE = {
     "map": 1e-9,  # 1e-16 times the condition of the covariance (below 1e4), over the gaps
     "error": 1e-10,  # relative to the error at rank 0
 }
 
-SHAPES = [(5, 9), (9, 5), (7, 7)]
-TOKENS = 80
-
-
-def problem(shape: tuple[int, int], *, bias: bool, seed: int = 1) -> tuple[Affine, Matrix]:
-    """Draw a dense layer and correlated inputs with a mean."""
-    chooser = np.random.default_rng(seed)
-    out_features, in_features = shape
-    rows = chooser.normal(size=(TOKENS, in_features)) @ chooser.normal(size=(in_features,) * 2)
-    rows += 3 * chooser.normal(size=in_features)
-    offset = chooser.normal(size=out_features) if bias else np.zeros(out_features)
-    return (chooser.normal(size=shape), offset), rows
-
-
-def bolaco_with_one_group(dense: Affine, rows: Matrix, *, bias: bool):
-    weight, offset = (torch.from_numpy(array) for array in dense)
-    covariance = torch.from_numpy(reference.covariance(rows))
-    statistics = {
-        Statistic.INPUT_MEAN: torch.from_numpy(reference.mean(rows)),
-        Statistic.POOLED_INPUT_COVARIANCE: covariance,
-    }
-    return Bolaco().factor(weight, offset if bias else None, statistics)
-
+ONE_GROUP = (80,)
 
 cases = pytest.mark.parametrize("shape", SHAPES)
 biases = pytest.mark.parametrize("bias", [False, True])
 
 
-@cases
-@biases
-def test_bolaco_with_one_group_is_whitened_svd_with_the_centred_covariance(
-    shape: tuple[int, int], bias: bool
-) -> None:
-    """One by eigenvectors of the outputs, the other by a Cholesky root of the inputs."""
-    dense, rows = problem(shape, bias=bias)
-    factors = bolaco_with_one_group(dense, rows, bias=bias)
-    covariance, centre = reference.covariance(rows), reference.mean(rows)
-    for rank in range(factors.max_rank + 1):
-        weight = reference.whitened_svd(dense[0], covariance, rank)
-        offset = dense[0] @ centre + dense[1] - weight @ centre  # restores the mean output
-        found = reference.affine_of(factors.at_rank(rank), shape[1])
-        assert np.abs(found[0] - weight).max() <= TOLERANCE["map"], rank
-        assert np.abs(found[1] - offset).max() <= TOLERANCE["map"], rank
+def draw(shape: str, *, bias: bool = True, seed: int = 1) -> Layer:
+    return make_layer(shape, bias=bias, seed=seed, tokens=ONE_GROUP)
 
 
-@cases
-def test_bolaco_is_weighted_svd_with_a_root_of_the_centred_covariance(
-    shape: tuple[int, int],
-) -> None:
-    dense, rows = problem(shape, bias=False)
-    factors = bolaco_with_one_group(dense, rows, bias=False)
-    root, inverse = psd_root(torch.from_numpy(reference.covariance(rows)))
-    left, values, right = weighted_svd(torch.from_numpy(dense[0]), root, inverse)
-    for rank in range(factors.max_rank + 1):
-        expected = left[:, :rank] * values[:rank] @ right[:rank]
-        found = factors.left[:, :rank] @ factors.right[:rank]
-        assert float((found - expected).abs().max()) <= TOLERANCE["map"], rank
-        error = float(values[rank:].square().sum())
-        assert abs(factors.error_at(rank) - error) <= TOLERANCE["error"] * factors.error_at(0)
+def factor(
+    method: FactorizationMethod, layer: Layer, statistics: dict[Statistic, Tensor] | None = None
+) -> LowRankFactors:
+    """Factor with the layer's statistics, some of them replaced."""
+    return method.factor(layer.weight, layer.bias, {**layer.statistics, **(statistics or {})})
 
 
-@cases
-def test_bolaco_with_white_inputs_is_plain_svd(shape: tuple[int, int]) -> None:
-    dense, _ = problem(shape, bias=False)
-    weight = torch.from_numpy(dense[0])
-    statistics = {
-        Statistic.INPUT_MEAN: torch.zeros(shape[1], dtype=torch.float64),
-        Statistic.POOLED_INPUT_COVARIANCE: torch.eye(shape[1], dtype=torch.float64),
+def maps(factors: LowRankFactors) -> list[Affine]:
+    """Return the layer of every rank."""
+    width = factors.right.shape[1]
+    return [reference.affine_of(factors.at_rank(r), width) for r in range(factors.max_rank + 1)]
+
+
+def assert_same(one: LowRankFactors, other: LowRankFactors, error: float = 1.0) -> None:
+    """Compare the maps of all ranks, and the errors, of which the other's are so many times."""
+    for rank, (found, expected) in enumerate(zip(maps(one), maps(other), strict=True)):
+        for a, b in zip(found, expected, strict=True):
+            assert np.abs(a - b).max() <= TOLERANCE["map"], rank
+    difference = float((one.tail * error - other.tail).abs().max())
+    assert difference <= TOLERANCE["error"] * float(other.tail[0])
+
+
+def white(layer: Layer) -> dict[Statistic, Tensor]:
+    """Return statistics in which all features and outputs are alike."""
+    rows, columns = layer.weight.shape
+    identity = torch.eye(columns, dtype=torch.float64)
+    return {
+        Statistic.INPUT_MEAN: torch.zeros(columns, dtype=torch.float64),
+        Statistic.INPUT_COVARIANCE: identity,
+        Statistic.POOLED_INPUT_COVARIANCE: identity,
+        Statistic.INPUT_MAGNITUDE: torch.ones(columns, dtype=torch.float64),
+        Statistic.INPUT_IMPORTANCE: torch.full((columns,), 1.0, dtype=torch.float64),
+        Statistic.OUTPUT_GRADIENT: torch.eye(rows, dtype=torch.float64),
     }
-    ours, plain = Bolaco().factor(weight, None, statistics), Svd().factor(weight, None, {})
-    for rank in range(ours.max_rank + 1):
-        found = reference.affine_of(ours.at_rank(rank), shape[1])
-        expected = reference.affine_of(plain.at_rank(rank), shape[1])
-        assert np.abs(found[0] - expected[0]).max() <= TOLERANCE["map"]
-        assert np.abs(found[1]).max() <= TOLERANCE["map"]
-        error = abs(ours.error_at(rank) - plain.error_at(rank))
-        assert error <= TOLERANCE["error"] * plain.error_at(0)
+
+
+# --- between methods -----------------------------------------------------------------------------
+
+
+@cases
+@pytest.mark.parametrize("name", [name for name in CASES if name != "svd"])
+def test_where_nothing_weighs_more_every_method_is_plain_svd(shape: str, name: str) -> None:
+    layer = draw(shape)
+    nats = 0.5 if CASES[name].method.name == "loss_aware" else 1.0
+    plain = factor(Svd(), layer)
+    assert_same(factor(CASES[name].method, layer, white(layer)), plain, 1 / nats)
 
 
 @cases
 @biases
-def test_svd_equals_numpy(shape: tuple[int, int], bias: bool) -> None:
-    dense, _ = problem(shape, bias=bias)
-    weight, offset = (torch.from_numpy(array) for array in dense)
-    factors = Svd().factor(weight, offset if bias else None, {})
-    values = np.linalg.svd(dense[0], compute_uv=False)
-    for rank in range(factors.max_rank + 1):
-        found = reference.affine_of(factors.at_rank(rank), shape[1]) if bias else None
-        product = (factors.left[:, :rank] @ factors.right[:rank]).numpy()
-        expected = reference.truncated_svd(dense[0], rank)
-        assert np.abs(product - expected).max() <= TOLERANCE["map"], rank
-        if found is not None:
-            assert np.abs(found[1] - dense[1]).max() == 0.0  # the bias is kept as it is
-        assert factors.error_at(rank) == pytest.approx((values[rank:] ** 2).sum(), rel=1e-12)
-    spread = factors.left.norm(dim=0) / factors.right.norm(dim=1)
-    torch.testing.assert_close(spread, torch.ones_like(spread))  # split evenly
+def test_drone_is_svd_llm_where_the_second_moment_has_full_rank(shape: str, bias: bool) -> None:
+    layer = draw(shape, bias=bias)
+    assert_same(factor(Drone(), layer), factor(SvdLlm(), layer))
+
+
+@cases
+def test_asvd_without_strength_is_plain_svd(shape: str) -> None:
+    layer = draw(shape)
+    assert_same(factor(Asvd(alpha=0.0), layer), factor(Svd(), layer))
+
+
+@cases
+@pytest.mark.parametrize("importance", [1e-8, 0.3, 1e5])
+def test_fwsvd_with_equal_importances_is_plain_svd(shape: str, importance: float) -> None:
+    layer = draw(shape)
+    equal = torch.full((layer.weight.shape[1],), importance, dtype=torch.float64)
+    found = factor(Fwsvd(), layer, {Statistic.INPUT_IMPORTANCE: equal})
+    assert_same(found, factor(Svd(), layer), 1 / importance)
+
+
+@cases
+def test_methods_with_diagonal_weights_are_drone_with_a_diagonal_second_moment(shape: str) -> None:
+    layer = draw(shape)
+    for method, statistic, power in (
+        (Fwsvd(), Statistic.INPUT_IMPORTANCE, 1.0),
+        (Asvd(alpha=0.5), Statistic.INPUT_MAGNITUDE, 1.0),
+        (Asvd(alpha=1.0), Statistic.INPUT_MAGNITUDE, 2.0),
+    ):
+        moment = torch.diag(layer.statistics[statistic] ** power)
+        mean = torch.zeros(len(moment), dtype=torch.float64)
+        given = {Statistic.INPUT_MEAN: mean, Statistic.INPUT_COVARIANCE: moment}
+        assert_same(factor(method, layer), factor(Drone(), layer, given))
 
 
 @cases
 @biases
-def test_error_is_the_mean_squared_output_error_on_the_calibration_tokens(
-    shape: tuple[int, int], bias: bool
+@pytest.mark.parametrize("shrinkage", [1.0, 0.01])
+def test_loss_aware_without_directions_of_gradients_is_drone_in_nats(
+    shape: str, bias: bool, shrinkage: float
 ) -> None:
-    dense, rows = problem(shape, bias=bias)
-    factors = bolaco_with_one_group(dense, rows, bias=bias)
-    for rank in range(factors.max_rank + 1):
-        layer = reference.affine_of(factors.at_rank(rank), shape[1])
-        measured = reference.mean_squared_output_error(dense, layer, rows)
-        assert abs(factors.error_at(rank) - measured) <= TOLERANCE["error"] * factors.error_at(0)
+    layer = draw(shape, bias=bias)
+    gradient = layer.statistics[Statistic.OUTPUT_GRADIENT]
+    strength = float(gradient.diagonal().mean())
+    if shrinkage < 1:  # then gradients must be alike in all directions by themselves
+        gradient = strength * torch.eye(len(gradient), dtype=torch.float64)
+    given = {Statistic.OUTPUT_GRADIENT: gradient}
+    found = factor(LossAware(output_shrinkage=shrinkage), layer, given)
+    assert_same(found, factor(Drone(), layer), 2 / strength)
+
+
+@cases
+def test_loss_aware_with_the_power_0_is_drone(shape: str) -> None:
+    """Only the part of the gradients that outputs can reach gives the size of the error."""
+    layer = draw(shape)
+    gradient = shrunk(layer.statistics[Statistic.OUTPUT_GRADIENT], 0.01).numpy()
+    reached = reference.flattened(gradient, layer.dense[0], 0.0)
+    strength = float(np.trace(reached)) / min(layer.weight.shape)
+    found = factor(LossAware(output_power=0.0), layer)
+    assert_same(found, factor(Drone(), layer), 2 / strength)
+
+
+@cases
+@biases
+def test_centred_loss_aware_without_directions_is_bolaco_with_one_group(
+    shape: str, bias: bool
+) -> None:
+    layer = draw(shape, bias=bias)
+    strength = float(layer.statistics[Statistic.OUTPUT_GRADIENT].diagonal().mean())
+    found = factor(LossAware(centred=True, output_shrinkage=1.0), layer)
+    assert_same(found, factor(Bolaco(), layer), 2 / strength)
+
+
+@cases
+@biases
+def test_bolaco_with_one_group_is_svd_llm_with_centred_inputs(shape: str, bias: bool) -> None:
+    layer = draw(shape, bias=bias)
+    centred = {Statistic.INPUT_MEAN: torch.zeros(layer.weight.shape[1], dtype=torch.float64)}
+    found, whitened = factor(Bolaco(), layer), factor(SvdLlm(), layer, centred)
+    mean = layer.number(Statistic.INPUT_MEAN)
+    restored = replace(
+        whitened,
+        offset=torch.from_numpy(layer.dense[0] @ mean + layer.dense[1]),
+        center=torch.from_numpy(mean),
+    )
+    assert_same(found, restored)
+
+
+@cases
+def test_svd_keeps_the_bias_and_splits_evenly(shape: str) -> None:
+    layer = draw(shape)
+    factors = factor(Svd(), layer)
+    assert all(np.abs(bias - layer.dense[1]).max() == 0.0 for _, bias in maps(factors))
+    spread = factors.left.norm(dim=0) / factors.right.norm(dim=1)
+    torch.testing.assert_close(spread, torch.ones_like(spread))
+
+
+# --- predicted loss ------------------------------------------------------------------------------
+
+
+def by_the_formula(factors: LowRankFactors, layer: Layer, rank: int, moment: str) -> float:
+    """``1/2 tr(G D C D^T)`` with ``D`` what the rank leaves out of the directions at hand."""
+    change = (factors.left[:, rank:] @ factors.right[rank:]).numpy()
+    rows = layer.rows
+    inputs = {"covariance": reference.covariance, "second": reference.second_moment}[moment](rows)
+    gradient = reference.shrunk(layer.number(Statistic.OUTPUT_GRADIENT), 0.01)
+    return float(np.trace(gradient @ change @ inputs @ change.T)) / 2
+
+
+@cases
+@pytest.mark.parametrize("name", CASES)
+def test_predicted_loss_is_the_quadratic_form_of_what_is_left_out(shape: str, name: str) -> None:
+    """Whatever metric chose the directions; where the form rises with rank, it is held up."""
+    layer = draw(shape)
+    factors = factor(CASES[name].method, layer)
+    moment = "second" if factors.center is None else "covariance"
+    plain = [by_the_formula(factors, layer, r, moment) for r in range(factors.max_rank + 1)]
+    expected = [max(plain[rank:]) for rank in range(len(plain))]
+    found = predicted_loss(factors, layer.statistics)
+    assert found.dtype == torch.float64
+    assert np.abs(found.numpy() - expected).max() <= TOLERANCE["error"] * max(expected)
+    assert float(found[-1]) == 0.0
+
+
+@given(st.sampled_from(list(SHAPES)), st.integers(0, 7), st.integers(0, 2**31))
+def test_predicted_loss_holds_for_any_factors(shape: str, count: int, seed: int) -> None:
+    """Directions that cancel each other: a smaller rank may look better than a larger one."""
+    layer = draw(shape)
+    rows, columns = layer.weight.shape
+    generator = torch.Generator().manual_seed(seed)
+    left = torch.randn(rows, count, generator=generator, dtype=torch.float64)
+    right = torch.randn(count, columns, generator=generator, dtype=torch.float64)
+    if count > 1:
+        left[:, 1], right[1] = -left[:, 0], 0.9 * right[0]
+    factors = LowRankFactors(left, right, torch.zeros(count + 1, dtype=torch.float64))
+    plain = [by_the_formula(factors, layer, rank, "second") for rank in range(count + 1)]
+    found = predicted_loss(factors, layer.statistics).numpy()
+    assert bool((np.diff(found) <= 0).all())
+    expected = [max(plain[rank:]) for rank in range(count + 1)]
+    assert np.abs(found - expected).max() <= TOLERANCE["error"] * max(*expected, 1.0)
+
+
+@cases
+@pytest.mark.parametrize("centred", [False, True])
+def test_without_flattening_the_error_of_loss_aware_is_its_predicted_loss(
+    shape: str, centred: bool
+) -> None:
+    layer = draw(shape)
+    method = LossAware(output_shrinkage=PREDICTION_SHRINKAGE, output_power=1.0, centred=centred)
+    factors = factor(method, layer)
+    found = predicted_loss(factors, layer.statistics)
+    difference = float((found - factors.tail).abs().max())
+    assert difference <= TOLERANCE["error"] * float(factors.tail[0])
+
+
+@cases
+@pytest.mark.parametrize("name", CASES)
+def test_no_method_without_a_bias_predicts_less_loss_than_kfac(shape: str, name: str) -> None:
+    layer = draw(shape)
+    factors = factor(CASES[name].method, layer)
+    best = factor(LossAware(output_power=1.0, centred=factors.center is not None), layer).tail
+    found = predicted_loss(factors, layer.statistics)
+    assert bool((found >= best - TOLERANCE["error"] * best[0]).all())
+
+
+def test_predicted_loss_uses_the_pooled_covariance_for_want_of_the_plain_one() -> None:
+    layer = draw("wide")
+    factors = factor(Bolaco(), layer)
+    both = predicted_loss(factors, layer.statistics)
+    rest = {k: v for k, v in layer.statistics.items() if k != Statistic.INPUT_COVARIANCE}
+    assert torch.allclose(predicted_loss(factors, rest), both, rtol=1e-12)  # one group: the same
+    rest[Statistic.POOLED_INPUT_COVARIANCE] = 3 * rest[Statistic.POOLED_INPUT_COVARIANCE]
+    assert torch.allclose(predicted_loss(factors, rest), 3 * both, rtol=1e-12)
+
+
+@given(st.floats(0, 1), st.integers(1, 8), st.integers(0, 1000))
+def test_shrinking_keeps_the_trace_and_pulls_eigenvalues_together(
+    share: float, size: int, seed: int
+) -> None:
+    rows = torch.randn(
+        size, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
+    matrix = rows @ rows.T
+    found = shrunk(matrix, share)
+    assert np.abs(found.numpy() - reference.shrunk(matrix.numpy(), share)).max() <= 1e-12 * size**2
+    assert float(found.trace()) == pytest.approx(float(matrix.trace()))
+    before, after = (torch.linalg.eigvalsh(m) for m in (matrix, found))
+    spread = (before[-1] - before[0]) * (1 - share)
+    assert float(after[-1] - after[0]) == pytest.approx(float(spread), abs=1e-9)
+
+
+# --- optimality ----------------------------------------------------------------------------------
 
 
 @given(
-    st.sampled_from(SHAPES),
+    st.sampled_from([name for name in CASES if name != "bolaco"]),
+    st.sampled_from(list(SHAPES)),
+    st.integers(1, 4),
+    st.sampled_from([1e-6, 1e-3, 0.1, 1.0]),
+    st.integers(0, 2**31),
+)
+def test_no_layer_of_that_rank_near_it_is_better(
+    name: str, shape: str, rank: int, size: float, seed: int
+) -> None:
+    layer = draw(shape)
+    factors = factor(CASES[name].method, layer)
+    chooser = np.random.default_rng(seed)
+    left = factors.left[:, :rank].numpy() + size * chooser.normal(size=(len(layer.weight), rank))
+    width = layer.weight.shape[1]
+    right = factors.right[:rank].numpy() + size * chooser.normal(size=(rank, width))
+    measured = CASES[name].error(layer, (left @ right, layer.dense[1]))
+    assert measured >= factors.error_at(rank) * (1 - TOLERANCE["error"])
+
+
+@given(
+    st.sampled_from(list(SHAPES)),
     st.integers(1, 4),
     st.sampled_from([1e-6, 1e-3, 0.1, 1.0]),
     st.integers(0, 2**32 - 1),
 )
-def test_no_affine_layer_of_that_rank_near_it_is_better(
-    shape: tuple[int, int], rank: int, size: float, seed: int
+def test_no_affine_layer_of_that_rank_near_that_of_bolaco_is_better(
+    shape: str, rank: int, size: float, seed: int
 ) -> None:
-    dense, rows = problem(shape, bias=True)
-    factors = bolaco_with_one_group(dense, rows, bias=True)
+    layer = draw(shape)
+    factors = factor(Bolaco(), layer)
     chooser = np.random.default_rng(seed)
-    left = factors.left[:, :rank].numpy() + size * chooser.normal(size=(shape[0], rank))
-    right = factors.right[:rank].numpy() + size * chooser.normal(size=(rank, shape[1]))
-    offset = factors.bias_at(rank).numpy() + size * chooser.normal(size=shape[0])
-    measured = reference.mean_squared_output_error(dense, (left @ right, offset), rows)
+    rows, columns = layer.weight.shape
+    left = factors.left[:, :rank].numpy() + size * chooser.normal(size=(rows, rank))
+    right = factors.right[:rank].numpy() + size * chooser.normal(size=(rank, columns))
+    bias = factors.bias_at(rank)
+    assert bias is not None
+    offset = bias.numpy() + size * chooser.normal(size=rows)
+    measured = reference.mean_squared_output_error(layer.dense, (left @ right, offset), layer.rows)
     assert measured >= factors.error_at(rank) * (1 - TOLERANCE["error"])
 
 
 @cases
 @pytest.mark.parametrize("rank", [1, 3])
 def test_alternating_least_squares_from_random_starts_is_never_better(
-    shape: tuple[int, int], rank: int
+    shape: str, rank: int
 ) -> None:
     """An optimizer that knows nothing of eigenvectors comes close from above, never below."""
-    dense, rows = problem(shape, bias=True)
-    optimum = bolaco_with_one_group(dense, rows, bias=True).error_at(rank)
+    layer = draw(shape)
+    rows, dense = layer.rows, layer.dense
+    optimum = factor(Bolaco(), layer).error_at(rank)
     targets = rows @ dense[0].T + dense[1]
     best = np.inf
     for seed in range(5):
-        right = np.random.default_rng(seed).normal(size=(rank, shape[1]))
+        right = np.random.default_rng(seed).normal(size=(rank, rows.shape[1]))
         for _ in range(200):
             design = np.column_stack([rows @ right.T, np.ones(len(rows))])
             solution = np.linalg.lstsq(design, targets, rcond=None)[0]
