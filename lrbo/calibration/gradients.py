@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -20,6 +20,7 @@ Labels = Literal["sampled", "data"]
 CHUNK_TOKENS = 256  # rows of logits at a time
 
 
+@runtime_checkable
 class GradientSettings(Protocol):
     """What of the settings decides the gradients."""
 
