@@ -9,13 +9,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lrbo.accounting import low_rank_parameters
 from lrbo.allocation import Budget
 from lrbo.errors import Outcome
 from lrbo.model import LayerSpec
+from lrbo.search.base import Space
 from lrbo.search.client import Observation, SearchClient
 from lrbo.search.space import SearchSpace, build_space
 from lrbo.search.study import Study
+from lrbo.search.weights import WeightSpace, build_weight_space
+from lrbo.sensitivity import Curves
 from lrbo.trial import TrialRecord, TrialRequest, TrialResult
 
 GROUPS = {"qk": ["q_proj", "k_proj"], "o": ["o_proj"], "up": ["up_proj"], "down": ["down_proj"]}
@@ -90,6 +95,39 @@ def make_space(
     return build_space(layers, Budget.from_keep_ratio(layers, keep_ratio), **(options | changes))
 
 
+def make_curves(layers: Sequence[LayerSpec], seed: int = 0) -> Curves:
+    """Draw predicted losses: falling strictly to 0 at full rank, of sizes far apart."""
+    generator = np.random.default_rng(seed)
+    curves = {}
+    for spec in layers:
+        steps = generator.exponential(size=min(spec.out_features, spec.in_features)) ** 2 + 1e-3
+        falling = np.append(np.sort(steps).cumsum()[::-1], 0.0)
+        curves[spec.name] = falling * 10.0 ** generator.uniform(-3, 0)
+    return curves
+
+
+def make_weight_space(
+    keep_ratio: float = 0.7,
+    layers: Sequence[LayerSpec] | None = None,
+    curves: Curves | None = None,
+    **changes: Any,
+) -> WeightSpace:
+    """Build a small space of weights with loss curves: one group per kind, three knots."""
+    layers = make_layers() if layers is None else layers
+    options: dict[str, Any] = {
+        "groups": {},
+        "dense": [],
+        "knots": 3,
+        "exponent": True,
+        "width": 0.5,
+        "cost": factored,
+        "rank_multiple": 1,
+    }
+    budget = Budget.from_keep_ratio(layers, keep_ratio)
+    space = build_weight_space(layers, budget, **(options | changes))
+    return space.with_curves(make_curves(layers) if curves is None else curves)
+
+
 class DyingStudy(Study):
     """A study whose process may die before, in the middle of, or after each journal write."""
 
@@ -113,7 +151,7 @@ class DyingStudy(Study):
 class FakeClient(SearchClient):
     """Proposes a feasible point that depends on seed and trial number alone."""
 
-    def __init__(self, space: SearchSpace, *, seed: int, fuse: Fuse | None = None) -> None:
+    def __init__(self, space: Space, *, seed: int, fuse: Fuse | None = None) -> None:
         super().__init__(space, seed=seed)
         self.fuse = fuse or Fuse()
         self.asked: dict[int, list[Observation]] = {}
@@ -123,7 +161,7 @@ class FakeClient(SearchClient):
         self.fuse.burn("before ask")
         self.asked[trial_index] = list(observations)
         chooser = random.Random(f"{self.seed} {trial_index}")
-        values = [chooser.uniform(self.space.lower, self.space.upper) for _ in self.space.names]
+        values = [chooser.uniform(*limits) for limits in self.space.bounds.values()]
         point = dict(zip(self.space.names, self.space.project(values), strict=True))
         self.fuse.burn("after ask")
         return point
@@ -140,7 +178,7 @@ class FakeWorker:
         calls: Trial numbers in the order of evaluation.
     """
 
-    space: SearchSpace
+    space: SearchSpace | WeightSpace
     fuse: Fuse = field(default_factory=Fuse)
     outcomes: Mapping[int, Outcome | Mapping[str, float]] = field(default_factory=dict)
     calls: list[int] = field(default_factory=list)

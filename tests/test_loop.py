@@ -170,7 +170,7 @@ def test_origins_come_in_order(tmp_path: Path) -> None:
     assert records[2].request.allocation == space.allocate(space.sobol_point(1, SEED))
     assert records[0].request.variables == {}
     for record in records[1:]:
-        assert record.request.variables == space.realised(record.request.allocation)
+        assert record.request.variables == space.realised(record.request.allocation, {})
     assert len({record.request.seed for record in records}) == len(records)
 
 

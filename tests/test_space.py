@@ -169,7 +169,7 @@ def test_the_allocation_of_any_point_uses_the_budget_up(case: Case, index: int) 
 def test_realised_is_the_point_that_was_evaluated(case: Case, index: int) -> None:
     space = case.space
     allocation = space.allocate(space.sobol_point(index, 0))
-    point = space.realised(allocation)
+    point = space.realised(allocation, {})
     assert point is not None
     assert list(point) == list(space.names)
     assert all(0 < value <= 1 for value in point.values())
@@ -186,7 +186,7 @@ def test_realised_is_as_near_to_the_point_as_ranks_allow() -> None:
     space = make_space(0.6, layers)
     for index in range(8):
         point = space.sobol_point(index, 1)
-        found = space.realised(space.allocate(point))
+        found = space.realised(space.allocate(point), point)
         assert found is not None
         for name, value in point.items():
             # Above 1/2 of a square layer's parameters comes dense only at rank 256, so the
@@ -197,7 +197,7 @@ def test_realised_is_as_near_to_the_point_as_ranks_allow() -> None:
 def test_realised_counts_q_and_k_together() -> None:
     space = make_space()
     allocation = space.allocate(space.sobol_point(2, 0))
-    point = space.realised(allocation)
+    point = space.realised(allocation, {})
     assert point is not None
     kept = dense = 0
     for spec in space.layers:
@@ -213,9 +213,9 @@ def test_the_uniform_baseline_compresses_pinned_layers_and_stands_for_no_point()
     uniform = space.uniform()
     assert all(rank is not None for rank in uniform.ranks.values())
     assert uniform.parameters <= space.budget.parameters
-    assert space.realised(uniform) is None
+    assert space.realised(uniform, {}) is None
     free = make_space(keep_ratio=0.5, dense=[], groups={**GROUPS, "v": ["v_proj"]})
-    point = free.realised(free.uniform())
+    point = free.realised(free.uniform(), {})
     assert point is not None
     # The same wish for all: layers of one shape get the same rank, up to the last step.
     ranks = [free.uniform().ranks[s.name] for s in free.layers if s.kind == "q_proj"]
