@@ -243,22 +243,6 @@ def test_depth_and_exponent_of_nothing_are_left_out(case: Case, index: int) -> N
     assert space.allocate(kinds | rest) == plain.space.allocate(kinds)
 
 
-def test_a_larger_exponent_favours_layers_that_lose_much() -> None:
-    """Against layers of small losses, which ``E ** p`` makes smaller still."""
-    layers = make_layers(1, {"q_proj": (20, 20), "o_proj": (20, 20)})
-    convex = np.linspace(1.0, 0.0, 21) ** 2
-    large, small = "layers.0.q_proj", "layers.0.o_proj"
-    curves = {large: convex, small: 0.3 * convex}
-    space = make_weight_space(0.6, layers, curves, knots=0, cost=lambda spec, rank: 20 * rank)
-    rest = {"kind.q_proj": 0.0, "kind.o_proj": 0.0}
-    losses = [
-        loss(space, space.allocate(rest | {"exponent": exponent}), [small])
-        for exponent in np.linspace(-1.0, 1.0, 9)
-    ]
-    assert losses == sorted(losses)
-    assert losses[0] < losses[4] < losses[-1]
-
-
 def test_rounding_in_curves_decides_nothing() -> None:
     """A tail of rounding, below 0 or rising, has no power and must not be magnified by one."""
     layers = make_layers()
