@@ -107,6 +107,7 @@ def refit(
     windows: Int[Tensor, "windows tokens"],
     settings: RefitSettings | None = None,
     *,
+    judging: Int[Tensor, "others tokens"] | None = None,
     metrics: Mapping[str, Tensor] | None = None,
     body: BlockwiseBody | None = None,
     on_layer: Callable[[str], None] | None = None,
@@ -119,7 +120,9 @@ def refit(
     (:func:`lrbo.reduced_rank.solve`), compared with the old ones on windows held back, and
     put in place where they are better.
 
-    Held back are windows spread evenly over all, so that each text has its part.
+    Held back are windows spread evenly over all, so that each text has its part. Where the old
+    factors were made from the same windows, they know those held back and the new ones do not:
+    windows that neither has seen, as ``judging``, are the fair judges.
 
     Args:
         model: Dense, in evaluation mode; afterwards as before, whatever happens.
@@ -128,6 +131,7 @@ def refit(
         factors: By layer name; of any rank from the chosen one on.
         windows: ``(windows, tokens)`` token ids; every position enters.
         settings: How; by default :class:`RefitSettings`.
+        judging: Windows of the same length to judge by; nothing is held back then.
         metrics: By layer name, ``(out, out)`` weights of output errors, such as the second
             moment of the loss's gradient; plain squares for layers without one.
         body: Runs the blocks; by default from ``model`` as it is.
@@ -150,13 +154,18 @@ def refit(
     chosen = _chosen(layers, allocation, factors)
     if not chosen:
         return Refit({}, ())
-    windows, fitting, judging = _divide(windows, settings)
+    windows, seen = _held_back_last(windows, judging, settings.held_back)
+    step = settings.batch_windows
+    fitting = [slice(first, min(first + step, seen)) for first in range(0, seen, step)]
+    unseen = [
+        slice(first, min(first + step, len(windows))) for first in range(seen, len(windows), step)
+    ]
     body = BlockwiseBody(model) if body is None else body
     with torch.no_grad():
-        streams = Streams(body, windows, [*fitting, *judging], settings.memory_bytes)
+        streams = Streams(body, windows, [*fitting, *unseen], settings.memory_bytes)
         try:
             work = _Work(
-                body, streams, settings, factors, metrics or {}, on_layer, (fitting, judging)
+                body, streams, settings, factors, metrics or {}, on_layer, (fitting, unseen)
             )
             last = max(chosen)
             for index in range(last + 1):
@@ -206,24 +215,26 @@ def _inside(name: str, block: int) -> str:
     return name.partition(f".{block}.")[2]
 
 
-def _divide(windows: Tensor, settings: RefitSettings) -> tuple[Tensor, list[slice], list[slice]]:
-    """Return the windows, those held back last, and the batches to solve from and judge by."""
+def _held_back_last(windows: Tensor, judging: Tensor | None, share: float) -> tuple[Tensor, int]:
+    """Return all windows, those to judge by last, and how many there are to solve from."""
     count = len(windows)
-    back = max(1, math.floor(count * settings.held_back)) if settings.held_back else 0
+    if judging is not None:
+        if judging.shape[1] != windows.shape[1]:
+            raise DataError(
+                f"the refit has windows of {windows.shape[1]} tokens to solve from and of "
+                f"{judging.shape[1]} to judge by; cut both to one length"
+            )
+        return torch.cat([windows, judging]), count
+    back = max(1, math.floor(count * share)) if share else 0
     if count <= back:
         raise DataError(
             f"the refit has {count} windows and holds {back} back to judge by "
-            f"(held_back={settings.held_back:g}), which leaves none to solve from; give it at "
-            "least 2, or set held_back to 0"
+            f"(held_back={share:g}), which leaves none to solve from; give it at least 2, or "
+            "set held_back to 0"
         )
     held = {(2 * place + 1) * count // (2 * back) for place in range(back)}
     order = [place for place in range(count) if place not in held] + sorted(held)
-    step, seen = settings.batch_windows, count - back
-    return (
-        windows[order],
-        [slice(first, min(first + step, seen)) for first in range(0, seen, step)],
-        [slice(first, min(first + step, count)) for first in range(seen, count, step)],
-    )
+    return windows[order], count - back
 
 
 class _Work:

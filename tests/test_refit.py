@@ -333,6 +333,18 @@ def test_without_windows_held_back_every_layer_is_taken() -> None:
         assert row.fitted_after < row.fitted_before
 
 
+def test_windows_to_judge_by_may_be_given() -> None:
+    model, layers = build("qwen2"), map_model(build("qwen2"))
+    given = (model, layers, allocation(layers), old_factors(model, layers))
+    windows = token_ids(WINDOWS, WIDTH)
+    rest = [place for place in range(WINDOWS) if place not in HELD]
+    settings = RefitSettings(held_back=0.2)
+    first = refit(*given, windows, settings)
+    assert same_bits(first, refit(*given, windows[rest], settings, judging=windows[list(HELD)]))
+    with pytest.raises(DataError, match=r"windows of 12 tokens to solve from and of 7 to judge"):
+        refit(*given, windows, judging=windows[:, :7])
+
+
 def test_batches_and_files_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     model, layers = build("qwen2"), map_model(build("qwen2"))
