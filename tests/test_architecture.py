@@ -36,7 +36,7 @@ ROOMS = """
     factorization.pooled factorization.weighted factorization.base
     accounting nested layers pivoting
     calibration.corpus calibration.moments
-    loading model families linalg storage errors
+    lazy loading model families linalg storage errors
 """.split()  # noqa: SIM905
 
 # Library: the modules that may import it.
@@ -50,14 +50,14 @@ BORDERS = {
     "datasets": {"calibration.corpus"},
     "matplotlib": {"plots", "drawing"},
     "pandas": {"results", "plots", "search.client"},
-    "accelerate": {"export"},
+    "accelerate": {"export", "lazy"},
     "tokenizers": {"loading"},
     "lm_eval": set[str](),
     "ray": set[str](),
 }
 # Of transformers everybody may name these types, and only these modules do more.
 TRANSFORMERS_TYPES = {"PreTrainedModel", "PreTrainedTokenizerBase"}
-TRANSFORMERS = {"model", "loading", "export", "cli"}
+TRANSFORMERS = {"model", "loading", "lazy", "export", "cli"}
 
 
 def sources() -> dict[str, ast.Module]:

@@ -1,0 +1,149 @@
+"""A model whose blocks come from its checkpoint one at a time, so that one block fits in memory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from lrbo.errors import ModelError
+from lrbo.families import family_of
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+# Where files of a family call a parameter other than the model does.
+RENAMED = {"lm_head.weight": "embed_out.weight"}
+
+
+class LazyModel:
+    """A causal language model of which only what lies outside its blocks is in memory.
+
+    Attributes:
+        model: Blocks on the meta device except while they are open.
+    """
+
+    def __init__(
+        self, folder: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    ) -> None:
+        """Read the checkpoint's index, and the embedding, final norm and head.
+
+        Args:
+            folder: A Hugging Face checkpoint in safetensors, in one file or sharded.
+            dtype: Of the weights in memory; ``None`` is that of the files.
+            device: Where opened blocks are.
+
+        Raises:
+            ModelError: If the folder is no such checkpoint, or a tensor is missing.
+        """
+        self.folder, self._dtype, self._device = folder, dtype, torch.device(device)
+        try:
+            config = AutoConfig.from_pretrained(folder)
+        except (OSError, ValueError) as error:
+            raise ModelError(f"cannot read the model in {folder}: {error}") from error
+        with init_empty_weights(include_buffers=False):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+        self.model = model.eval().requires_grad_(False)
+        self._files = self._index()
+        path = family_of(config.model_type).blocks
+        blocks = self.model.get_submodule(path)
+        assert isinstance(blocks, nn.ModuleList)
+        self._blocks, self._path = blocks, path
+        inside = {name for name, _ in self.model.named_parameters() if name.startswith(f"{path}.")}
+        tied = set(getattr(self.model, "all_tied_weights_keys", None) or {})
+        outside = [name for name, _ in self.model.named_parameters() if name not in inside]
+        self._load(name for name in outside if self._stored(name) or name not in tied)
+        self.model.tie_weights()
+        for module in self.model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(self._device))
+
+    @contextmanager
+    def open_block(self, index: int) -> Iterator[nn.Module]:
+        """Give a block with its weights, which are gone afterwards.
+
+        Raises:
+            ModelError: If a tensor is missing or a file is damaged, naming it.
+        """
+        block, prefix = self._blocks[index], f"{self._path}.{index}."
+        names = [f"{prefix}{name}" for name, _ in block.named_parameters()]
+        self._load(names)
+        try:
+            yield block
+        finally:
+            for name in names:
+                empty = self.model.get_parameter(name).to("meta")
+                self._put(name, empty)
+
+    def read(self, name: str) -> Tensor:
+        """Return a parameter as it is in its file, on the CPU.
+
+        Args:
+            name: In the model's own naming.
+
+        Raises:
+            ModelError: If it is missing or its file is damaged.
+        """
+        key = self._stored(name)
+        if key is None:
+            raise ModelError(
+                f"{self.folder} has no tensor {name}; its files hold {len(self._files)} others, "
+                f"such as {next(iter(self._files), 'none')}."
+            )
+        try:
+            with safe_open(str(self._files[key]), framework="pt") as opened:
+                file: Any = opened
+                tensor: Tensor = file.get_tensor(key)
+                return tensor
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"cannot read {name} from {self._files[key]}: {error}") from error
+
+    def _index(self) -> dict[str, Path]:
+        """Return the file of every stored tensor."""
+        if (index := self.folder / INDEX).is_file():
+            where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            return {name: self.folder / file for name, file in where.items()}
+        single = self.folder / SINGLE
+        if not single.is_file():
+            raise ModelError(
+                f"{self.folder} holds neither {INDEX} nor {SINGLE}; save the model with "
+                "save_pretrained, which writes safetensors."
+            )
+        try:
+            with safe_open(str(single), framework="pt") as opened:
+                file: Any = opened
+                return dict.fromkeys(file.keys(), single)
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"cannot read {single}: {error}") from error
+
+    def _stored(self, name: str) -> str | None:
+        """Return the name under which a parameter is stored: some files leave the prefix out."""
+        prefix = f"{self.model.base_model_prefix}."
+        other = RENAMED.get(name, name)
+        choices = (name, name.removeprefix(prefix), f"{prefix}{name}", other)
+        return next((choice for choice in choices if choice in self._files), None)
+
+    def _load(self, names: Iterable[str]) -> None:
+        """Bring parameters into the model."""
+        for name in names:
+            tensor = self.read(name)
+            expected = self.model.get_parameter(name).shape
+            if tensor.shape != expected:
+                raise ModelError(
+                    f"{name} in {self.folder} has shape {tuple(tensor.shape)}, the configuration "
+                    f"wants {tuple(expected)}."
+                )
+            self._put(name, tensor.to(self._device, self._dtype))
+
+    def _put(self, name: str, tensor: Tensor) -> None:
+        """Replace a parameter."""
+        owner, _, last = name.rpartition(".")
+        module = self.model.get_submodule(owner)
+        module.register_parameter(last, nn.Parameter(tensor, requires_grad=False))

@@ -1,0 +1,128 @@
+"""A model read block by block is the model read whole."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from lrbo.blockwise import BlockwiseBody
+from lrbo.calibration.collect import Calibration, CalibrationSettings, calibrate
+from lrbo.errors import ModelError
+from lrbo.factorization.base import Statistic
+from lrbo.factorization.registry import METHODS
+from lrbo.factorization.store import factor_model
+from lrbo.lazy import INDEX, LazyModel
+from lrbo.model import body_and_head, map_model
+from tests.tiny import CASES, build, token_ids
+
+# Same weights; where a file's tensors lie in memory decides how products are split and rounded.
+ROUNDING = {"rtol": 1e-5, "atol": 1e-5}
+
+every_family = pytest.mark.parametrize("case", CASES)
+
+
+def saved(case: str, folder: Path, **options: object) -> Path:
+    """Write a tiny model as a checkpoint."""
+    build(case).save_pretrained(folder, **options)
+    return folder
+
+
+def on_meta(lazy: LazyModel) -> set[bool]:
+    """Return whether parameters of blocks are on the meta device."""
+    return {parameter.is_meta for block in lazy._blocks for parameter in block.parameters()}
+
+
+@every_family
+def test_blocks_opened_one_by_one_give_the_same_hidden_states(case: str, tmp_path: Path) -> None:
+    lazy = LazyModel(saved(case, tmp_path / case))
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / case)
+    ids = token_ids(2, 9)
+    body = BlockwiseBody(lazy.model, lazy.open_block)
+    with torch.no_grad():
+        hidden = body.embed(ids)
+        for index in range(len(body)):
+            assert on_meta(lazy) == {True}
+            with body.open_block(index) as block:
+                assert False in on_meta(lazy)
+                hidden = body.run(block, index, hidden)
+        finished = body.finish(hidden)
+        expected = body_and_head(whole)[0](ids, use_cache=False).last_hidden_state
+        torch.testing.assert_close(finished, expected, **ROUNDING)
+        logits = body_and_head(lazy.model)[1](finished)
+        torch.testing.assert_close(logits, body_and_head(whole)[1](expected), **ROUNDING)
+    assert on_meta(lazy) == {True}
+
+
+@pytest.mark.parametrize("case", ["llama_tied", "gpt2", "qwen2"])
+def test_statistics_and_factors_are_those_of_the_whole_model(case: str, tmp_path: Path) -> None:
+    folder = saved(case, tmp_path / case, max_shard_size="4KB")
+    assert (folder / INDEX).is_file()  # so there are shards
+    lazy = LazyModel(folder)
+    whole = build(case)
+    layers = map_model(whole)
+    assert map_model(lazy.model) == layers
+    ids, settings = token_ids(12, 12), CalibrationSettings(groups=2)
+    method = METHODS["loss_aware"]
+    found = []
+    for model, opener in ((whole, None), (lazy.model, lazy.open_block)):
+        body = BlockwiseBody(model, opener)
+        calibration = Calibration.gather(calibrate(body, layers, ids, set(Statistic), settings))
+        parts = factor_model(model, layers, method, calibration, open_block=opener)
+        found.append({name: f for part in parts for name, f in part.items()})
+    one, two = found
+    assert one.keys() == two.keys() == {spec.name for spec in layers.compressible}
+    for name, factors in one.items():
+        torch.testing.assert_close(factors.loss, two[name].loss, rtol=1e-3, atol=1e-6)
+        rank = factors.max_rank  # as maps: directions of equal energy may turn
+        product = factors.left @ factors.right
+        torch.testing.assert_close(product, two[name].left @ two[name].right, rtol=0.0, atol=1e-4)
+        assert two[name].max_rank == rank
+
+
+def test_a_block_is_gone_after_an_error_too(tmp_path: Path) -> None:
+    lazy = LazyModel(saved("llama_untied", tmp_path / "model"))
+    with pytest.raises(KeyboardInterrupt), lazy.open_block(1):
+        raise KeyboardInterrupt
+    assert on_meta(lazy) == {True}
+
+
+def test_weights_come_in_the_dtype_that_is_asked_for(tmp_path: Path) -> None:
+    lazy = LazyModel(saved("llama_untied", tmp_path / "model"), dtype=torch.bfloat16)
+    with lazy.open_block(0) as block:
+        assert {parameter.dtype for parameter in block.parameters()} == {torch.bfloat16}
+    assert lazy.model.get_input_embeddings().weight.dtype == torch.bfloat16
+    assert lazy.model.model.rotary_emb.inv_freq.dtype == torch.float32  # never rounded
+
+
+def test_what_is_wrong_with_a_folder_is_said(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="nowhere"):
+        LazyModel(tmp_path / "nowhere")
+    folder = saved("llama_untied", tmp_path / "model", max_shard_size="4KB")
+    index = json.loads((folder / INDEX).read_text())
+    name = "model.layers.1.mlp.up_proj.weight"
+    file = folder / index["weight_map"].pop(name)
+    (folder / INDEX).write_text(json.dumps(index))
+    lazy = LazyModel(folder)
+    with pytest.raises(ModelError, match=name), lazy.open_block(1):
+        pass
+    index["weight_map"][name] = file.name
+    (folder / INDEX).write_text(json.dumps(index))
+    lazy = LazyModel(folder)
+    file.write_bytes(b"not a tensor")
+    with pytest.raises(ModelError, match=rf"{name}.*{file.name}"), lazy.open_block(1):
+        pass
+    for path in folder.glob("*.safetensors*"):
+        path.unlink()
+    with pytest.raises(ModelError, match="neither"):
+        LazyModel(folder)
+
+
+def test_a_shape_that_the_configuration_does_not_have_is_refused(tmp_path: Path) -> None:
+    folder = saved("llama_untied", tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 20}))
+    lazy = LazyModel(folder)
+    with pytest.raises(ModelError, match=r"gate_proj.*\(24, 16\).*\(20, 16\)"), lazy.open_block(0):
+        pass
