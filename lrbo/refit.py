@@ -107,7 +107,7 @@ def refit(
     windows: Int[Tensor, "windows tokens"],
     settings: RefitSettings | None = None,
     *,
-    judging: Int[Tensor, "others tokens"] | None = None,
+    judging: Int[Tensor, "others width"] | None = None,
     metrics: Mapping[str, Tensor] | None = None,
     body: BlockwiseBody | None = None,
     on_layer: Callable[[str], None] | None = None,
