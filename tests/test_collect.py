@@ -1,7 +1,7 @@
 """Statistics of a model equal plain formulas on the inputs that hooks of our own captured."""
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Collection, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,17 +11,17 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lrbo.blockwise import BlockwiseBody
 from lrbo.calibration import collect
 from lrbo.calibration.collect import (
     Calibration,
-    CalibrationFile,
+    CalibrationSettings,
+    CalibrationWarning,
     calibrate,
-    calibration_fingerprint,
     group_of_window,
-    save_calibration,
 )
 from lrbo.errors import StatisticsError
-from lrbo.factorization.base import Statistic
+from lrbo.factorization.base import GRADIENT_STATISTICS, Statistic
 from lrbo.model import ModelMap, map_model
 from tests import reference
 from tests.reference import Matrix
@@ -29,14 +29,25 @@ from tests.tiny import build, token_ids
 
 TOLERANCE = {
     # Same inputs to the bit (the reference runs the same batches), float64 sums; relative to
-    # the trace of the covariance.
+    # the trace of the covariance, or to the largest entry.
     "same batches": 1e-12,
     # Llama's norms round to float32 inside (6e-8), and other batch sizes round otherwise.
     "other batches": 1e-6,
 }
 
 ALL = frozenset(Statistic)
+OF_INPUTS = ALL - GRADIENT_STATISTICS
 WINDOWS, TOKENS = 7, 12
+
+
+def gathered(
+    model: PreTrainedModel, windows: Tensor, needs: Collection[Statistic], **settings: Any
+) -> Calibration:
+    """Calibrate and keep everything; gradients are taken on all windows."""
+    chosen = CalibrationSettings(**{"gradient_share": 1.0, **settings})
+    return Calibration.gather(
+        calibrate(BlockwiseBody(model), map_model(model), windows, needs, chosen)
+    )
 
 
 def captured_inputs(
@@ -60,25 +71,42 @@ def captured_inputs(
     return {name: torch.cat(parts).reshape(shape).numpy() for name, parts in kept.items()}
 
 
-def assert_statistics(
-    found: Calibration, inputs: dict[str, Matrix], count: int, tolerance: float
+def assert_inputs(
+    found: Calibration,
+    layers: ModelMap,
+    inputs: dict[str, Matrix],
+    count: int,
+    tolerance: float,
 ) -> None:
-    """Compare every site with the plain formulas; windows are dealt out to ``count`` groups."""
-    assert set(found.sites) == set(inputs)
-    for site, windows in inputs.items():
+    """Compare every layer with the plain formulas; windows are dealt out to ``count`` groups."""
+    assert set(found.found) == set(layers.sites)
+    assert set(inputs) == {spec.name for spec in layers.compressible}
+    for spec in layers.compressible:
+        windows = inputs[spec.name]
         features = windows.shape[-1]
         rows = windows.reshape(-1, features)
         groups = [windows[first::count].reshape(-1, features) for first in range(count)]
         expected = {
             Statistic.INPUT_MEAN: reference.mean(rows),
+            Statistic.INPUT_MAGNITUDE: reference.mean(abs(rows)),
             Statistic.INPUT_COVARIANCE: reference.covariance(rows),
             Statistic.POOLED_INPUT_COVARIANCE: reference.pooled_covariance(groups),
         }
         unit = np.trace(expected[Statistic.INPUT_COVARIANCE])
-        for statistic, tensor in found.at(site).items():
+        for statistic, tensor in found.of(spec).items():
             assert tensor.dtype == torch.float64
+            assert tensor.device.type == "cpu"
             difference = np.abs(tensor.numpy() - expected[statistic]).max()
-            assert difference <= tolerance * unit, (site, statistic)
+            assert difference <= tolerance * unit, (spec.name, statistic)
+
+
+def all_inputs(
+    model: PreTrainedModel, layers: ModelMap, windows: Tensor, batch_windows: int
+) -> dict[str, Matrix]:
+    """Capture what every layer reads, not only the one that stands for its site."""
+    return captured_inputs(
+        model, [spec.name for spec in layers.compressible], windows, batch_windows
+    )
 
 
 @pytest.fixture
@@ -93,42 +121,51 @@ def windows() -> Tensor:
 def test_statistics_equal_the_plain_formulas(
     model: PreTrainedModel, layers: ModelMap, windows: Tensor, groups: int, count: int
 ) -> None:
-    found = calibrate(model, layers, windows, ALL, groups=groups, batch_windows=2)
-    inputs = captured_inputs(model, layers.sites, windows, batch_windows=2)
-    assert (found.tokens, found.groups) == (WINDOWS * TOKENS, count)
-    assert all(set(statistics) == ALL for statistics in found.sites.values())
-    assert_statistics(found, inputs, count, TOLERANCE["same batches"])
+    found = gathered(model, windows, OF_INPUTS, groups=groups, batch_windows=7)
+    assert all(set(statistics) == OF_INPUTS for statistics in found.found.values())
+    inputs = all_inputs(model, layers, windows, 7)
+    assert_inputs(found, layers, inputs, count, TOLERANCE["other batches"])
 
 
 @pytest.mark.parametrize("batch_windows", [1, 3, 7, 100])
 def test_batch_size_changes_nothing(
     model: PreTrainedModel, layers: ModelMap, windows: Tensor, batch_windows: int
 ) -> None:
-    found = calibrate(model, layers, windows, ALL, groups=3, batch_windows=batch_windows)
-    inputs = captured_inputs(model, layers.sites, windows, batch_windows=2)
-    assert_statistics(found, inputs, 3, TOLERANCE["other batches"])
+    found = gathered(model, windows, OF_INPUTS, groups=3, batch_windows=batch_windows)
+    inputs = all_inputs(model, layers, windows, 2)
+    assert_inputs(found, layers, inputs, 3, TOLERANCE["other batches"])
 
 
-@pytest.mark.parametrize("case", ["gpt2", "opt", "phi", "gpt_neox", "phi3"])
+@pytest.mark.parametrize("case", ["gpt2", "opt", "phi", "gpt_neox", "phi3", "qwen2"])
 def test_other_families(case: str, windows: Tensor) -> None:
     model = build(case).double()
     layers = map_model(model)
-    found = calibrate(model, layers, windows, ALL, groups=3, batch_windows=4)
-    # Of every layer, not only of the one that stands for its site.
-    names = [spec.name for spec in layers.compressible]
-    inputs = captured_inputs(model, names, windows, batch_windows=4)
-    for spec in layers.compressible:
-        one = Calibration({spec.name: found.sites[spec.site]}, found.tokens, found.groups)
-        assert_statistics(one, {spec.name: inputs[spec.name]}, 3, TOLERANCE["same batches"])
+    found = gathered(model, windows, OF_INPUTS, groups=1, batch_windows=4)
+    inputs = all_inputs(model, layers, windows, 4)
+    assert_inputs(found, layers, inputs, 1, TOLERANCE["same batches"])
+
+
+def test_hidden_states_in_files_give_the_same_bits(model: PreTrainedModel, windows: Tensor) -> None:
+    one = gathered(model, windows, ALL, memory_gib=2.0).found
+    other = gathered(model, windows, ALL, memory_gib=0.0).found
+    assert one.keys() == other.keys()
+    assert len(one) == 14  # layers; a site has the name of its first one
+    for owner, statistics in one.items():
+        assert statistics.keys() == other[owner].keys()
+        for statistic, tensor in statistics.items():
+            assert torch.equal(tensor, other[owner][statistic]), (owner, statistic)
 
 
 @pytest.mark.parametrize(
-    ("needs", "given"),
+    ("needs", "brings"),
     [
-        ({Statistic.INPUT_COVARIANCE}, {Statistic.INPUT_COVARIANCE, Statistic.INPUT_MEAN}),
+        ({Statistic.INPUT_MAGNITUDE}, set[Statistic]()),
+        ({Statistic.INPUT_COVARIANCE}, {Statistic.INPUT_MEAN}),
+        ({Statistic.POOLED_INPUT_COVARIANCE}, {Statistic.INPUT_MEAN}),
+        ({Statistic.INPUT_MEAN}, {Statistic.INPUT_COVARIANCE}),
         (
-            {Statistic.POOLED_INPUT_COVARIANCE},
-            {Statistic.POOLED_INPUT_COVARIANCE, Statistic.INPUT_MEAN},
+            {Statistic.INPUT_MAGNITUDE, Statistic.INPUT_MEAN, Statistic.POOLED_INPUT_COVARIANCE},
+            set[Statistic](),
         ),
     ],
 )
@@ -137,37 +174,77 @@ def test_only_what_is_asked_for_is_gathered(
     layers: ModelMap,
     windows: Tensor,
     needs: set[Statistic],
-    given: set[Statistic],
+    brings: set[Statistic],
 ) -> None:
-    found = calibrate(model, layers, windows, needs, groups=3, batch_windows=2)
-    assert all(set(statistics) == given for statistics in found.sites.values())
-    inputs = captured_inputs(model, layers.sites, windows, batch_windows=2)
-    assert_statistics(found, inputs, 3, TOLERANCE["same batches"])
+    found = gathered(model, windows, needs, groups=3, batch_windows=2)
+    assert all(set(statistics) == needs | brings for statistics in found.found.values())
+    inputs = all_inputs(model, layers, windows, 2)
+    assert_inputs(found, layers, inputs, 3, TOLERANCE["other batches"])
+
+
+@pytest.mark.parametrize("need", sorted(GRADIENT_STATISTICS))
+def test_gradients_alone_are_gathered_for_layers_and_not_for_sites(
+    model: PreTrainedModel, layers: ModelMap, windows: Tensor, need: Statistic
+) -> None:
+    found = gathered(model, windows, {need})
+    assert set(found.found) == {spec.name for spec in layers.compressible}
+    together = gathered(model, windows, ALL - {Statistic.POOLED_INPUT_COVARIANCE})
+    for spec in layers.compressible:
+        assert set(found.of(spec)) == {need}
+        assert torch.equal(found.of(spec)[need], together.of(spec)[need])
+
+
+# --- the pass ------------------------------------------------------------------------------------
 
 
 def test_nothing_needed_means_no_pass(
     model: PreTrainedModel, layers: ModelMap, windows: Tensor
 ) -> None:
     told: list[int] = []
-    found = calibrate(model, layers, windows, (), on_tokens=told.append)
-    assert (found.sites, found.tokens, told) == ({}, 0, [])
+    parts = calibrate(
+        BlockwiseBody(model), layers, windows, (), CalibrationSettings(), on_block=told.append
+    )
+    assert list(parts) == []
+    assert told == []
 
 
-def test_progress_adds_up_to_all_tokens(
-    model: PreTrainedModel, layers: ModelMap, windows: Tensor
+@pytest.mark.parametrize(
+    ("needs", "passes"),
+    [(OF_INPUTS, 1), (ALL, 2), (GRADIENT_STATISTICS, 2)],
+)
+def test_blocks_are_handed_out_as_they_are_done_there_and_back(
+    model: PreTrainedModel,
+    layers: ModelMap,
+    windows: Tensor,
+    needs: frozenset[Statistic],
+    passes: int,
 ) -> None:
     told: list[int] = []
-    calibrate(model, layers, windows, ALL, batch_windows=3, on_tokens=told.append)
-    assert told == [3 * TOKENS, 3 * TOKENS, TOKENS]
+    body = BlockwiseBody(model)
+    parts = list(
+        calibrate(
+            body,
+            layers,
+            windows,
+            needs,
+            CalibrationSettings(gradient_share=1),
+            on_block=told.append,
+        )
+    )
+    assert told == [1] * (passes * len(body))
+    there = [sorted({s.site for s in layers.compressible if s.block == i}) for i in range(2)]
+    back = [sorted(s.name for s in layers.compressible if s.block == i) for i in (1, 0)]
+    expected = (there if needs & OF_INPUTS else []) + (back if needs & GRADIENT_STATISTICS else [])
+    assert [sorted(part) for part in parts] == expected
 
 
-def test_the_head_is_not_run(model: PreTrainedModel, layers: ModelMap, windows: Tensor) -> None:
+def test_the_head_is_run_for_gradients_only(model: PreTrainedModel, windows: Tensor) -> None:
     ran = []
     model.lm_head.register_forward_pre_hook(lambda *_: ran.append("head"))
-    calibrate(model, layers, windows, ALL)
+    gathered(model, windows, OF_INPUTS)
     assert ran == []
-    model(windows[:1])
-    assert ran == ["head"]  # so the hook would have told
+    gathered(model, windows, ALL)
+    assert len(ran) == 2  # seven windows are two batches
 
 
 def hooks_of(model: nn.Module) -> int:
@@ -176,44 +253,50 @@ def hooks_of(model: nn.Module) -> int:
     )
 
 
-def test_hooks_are_removed(model: PreTrainedModel, layers: ModelMap, windows: Tensor) -> None:
+@pytest.mark.parametrize("fails_in", [None, "forward", "backward"])
+def test_hooks_are_removed_also_after_an_exception(
+    model: PreTrainedModel, windows: Tensor, fails_in: str | None
+) -> None:
+    counts: list[int] = []
+
+    class Watching(nn.SiLU):
+        """An activation that counts hooks, and may be interrupted."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            counts.append(hooks_of(model))
+            if fails_in == ("backward" if torch.is_grad_enabled() else "forward"):
+                raise KeyboardInterrupt
+            return super().forward(x)
+
+    model.model.layers[0].mlp.act_fn = Watching()
     before = hooks_of(model)
-    counts = []
-    calibrate(model, layers, windows, ALL, on_tokens=lambda _: counts.append(hooks_of(model)))
-    assert counts[0] == before + len(layers.sites)  # so there was something to remove
+    if fails_in:
+        with pytest.raises(KeyboardInterrupt):
+            gathered(model, windows, ALL)
+    else:
+        gathered(model, windows, ALL)
+        assert before + 7 in counts  # the layers of a block, on the way back
+    assert counts[0] == before + 4  # the sites of a block: so there was something to remove
     assert hooks_of(model) == before
 
 
-def test_hooks_are_removed_after_an_exception(
-    model: PreTrainedModel, layers: ModelMap, windows: Tensor
-) -> None:
-    before = hooks_of(model)
-
-    def stop(tokens: int) -> None:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        calibrate(model, layers, windows, ALL, on_tokens=stop)
-    assert hooks_of(model) == before
-
-
-def test_the_model_is_left_as_it_was(
-    model: PreTrainedModel, layers: ModelMap, windows: Tensor
-) -> None:
+def test_the_model_is_left_as_it_was(model: PreTrainedModel, windows: Tensor) -> None:
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    calibrate(model, layers, windows, ALL)
+    forwards = {name: module.forward for name, module in model.named_modules()}
+    gathered(model, windows, ALL)
     after = model.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
+    assert forwards == {name: module.forward for name, module in model.named_modules()}
 
 
-@pytest.mark.parametrize("needs", [ALL, {Statistic.INPUT_COVARIANCE}, {Statistic.INPUT_MEAN}])
+@pytest.mark.parametrize("needs", [ALL, {Statistic.INPUT_COVARIANCE}, {Statistic.INPUT_MAGNITUDE}])
 def test_non_finite_activations_are_refused_naming_the_first_site(
-    model: PreTrainedModel, layers: ModelMap, windows: Tensor, needs: set[Statistic]
+    model: PreTrainedModel, windows: Tensor, needs: set[Statistic]
 ) -> None:
     model.get_submodule("model.layers.0.mlp.up_proj").weight[0, 0] = float("nan")
     with pytest.raises(StatisticsError) as caught:
-        calibrate(model, layers, windows, needs, groups=3)
+        gathered(model, windows, needs, groups=3)
     message = str(caught.value)
     assert message.startswith("model.layers.0.mlp.down_proj: ")
     assert "non-finite" in message
@@ -221,31 +304,48 @@ def test_non_finite_activations_are_refused_naming_the_first_site(
     assert "model.dtype" in message
 
 
-def test_a_site_that_the_model_does_not_run_is_refused_by_name(
-    model: PreTrainedModel, layers: ModelMap, windows: Tensor
+class Skips(nn.Module):
+    """A block's MLP that leaves its layers out."""
+
+    def __init__(self, mlp: nn.Module) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = mlp.gate_proj, mlp.up_proj, mlp.down_proj
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+@pytest.mark.parametrize(
+    ("needs", "message"),
+    [
+        (OF_INPUTS, r"^model\.layers\.1\.mlp\.gate_proj: its input was seen for 0 of 84 "),
+        (GRADIENT_STATISTICS, r"^model\.layers\.1\.mlp\.gate_proj: gradients came for 0 of 84 "),
+    ],
+)
+def test_a_layer_that_the_model_does_not_run_is_refused_by_name(
+    model: PreTrainedModel, windows: Tensor, needs: frozenset[Statistic], message: str
 ) -> None:
-    class Skips(nn.Module):
-        """A block that leaves its MLP out."""
-
-        def __init__(self, mlp: nn.Module) -> None:
-            super().__init__()
-            self.gate_proj, self.up_proj, self.down_proj = (
-                mlp.gate_proj,
-                mlp.up_proj,
-                mlp.down_proj,
-            )
-
-        def forward(self, x: Tensor) -> Tensor:
-            return x
-
     model.model.layers[1].mlp = Skips(model.model.layers[1].mlp)
-    with pytest.raises(StatisticsError, match=r"^model\.layers\.1\.mlp\.gate_proj: .* 0 of 84 "):
-        calibrate(model, layers, windows, ALL)
+    with pytest.raises(StatisticsError, match=message):
+        gathered(model, windows, needs)
 
 
-def test_an_unknown_site_is_refused_by_name() -> None:
-    with pytest.raises(StatisticsError, match=r"model\.layers\.9\.mlp"):
-        Calibration().at("model.layers.9.mlp")
+def test_an_unknown_layer_is_refused_by_name(layers: ModelMap) -> None:
+    spec = layers.compressible[3]
+    with pytest.raises(StatisticsError, match=rf"no statistics of {spec.name}"):
+        Calibration().of(spec)
+
+
+def test_too_few_tokens_for_a_covariance_are_announced_before_the_pass(
+    model: PreTrainedModel, layers: ModelMap
+) -> None:
+    widest = max(spec.in_features for spec in layers.compressible)
+    enough = token_ids(1, widest + 1)
+    parts = calibrate(BlockwiseBody(model), layers, enough[:, 1:], OF_INPUTS, CalibrationSettings())
+    with pytest.warns(CalibrationWarning, match=rf"^{widest} calibration tokens .* {widest} feat"):
+        next(parts)
+    gathered(model, enough, OF_INPUTS)  # a warning would be an error
+    gathered(model, enough[:, 1:], {Statistic.INPUT_MAGNITUDE})  # which holds no covariance
 
 
 # --- groups ------------------------------------------------------------------------------------
@@ -285,67 +385,3 @@ def test_spans_cut_batches_at_the_borders_of_groups(
         [w for w in range(windows) if membership[w] == group] for group in range(len(closed))
     ]
     assert closed == expected
-
-
-# --- file --------------------------------------------------------------------------------------
-
-
-def test_save_and_load_give_equal_bits(
-    model: PreTrainedModel, layers: ModelMap, windows: Tensor, tmp_path: Path
-) -> None:
-    found = calibrate(model, layers, windows, ALL, groups=3)
-    path = tmp_path / "folder" / "calibration.safetensors"
-    save_calibration(path, found, "fingerprint")
-    again = CalibrationFile(path, "fingerprint")
-    assert (again.tokens, again.groups) == (WINDOWS * TOKENS, 3)
-    assert len(found.sites) == 8
-    for site, statistics in found.sites.items():
-        loaded = again.at(site)
-        assert loaded.keys() == statistics.keys()
-        for statistic in statistics:
-            assert torch.equal(loaded[statistic], statistics[statistic]), (site, statistic)
-    with pytest.raises(StatisticsError, match="lm_head"):
-        again.at("lm_head")
-
-
-def test_covariances_are_stored_as_half(tmp_path: Path) -> None:
-    matrix = torch.ones(60, 60, dtype=torch.float64)
-    path = tmp_path / "file"
-    save_calibration(path, Calibration({"site": {Statistic.INPUT_COVARIANCE: matrix}}), "f")
-    assert path.stat().st_size < 0.6 * matrix.numel() * 8
-
-
-@given(st.integers(1, 40), st.integers(0, 1000))
-def test_packing_gives_back_every_symmetric_matrix(features: int, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    matrix = torch.randn(features, features, generator=generator, dtype=torch.float64)
-    matrix = matrix + matrix.T
-    packed = collect._pack(matrix)
-    assert packed.numel() == features * (features + 1) // 2
-    assert torch.equal(collect._unpack(packed), matrix)
-
-
-def test_another_fingerprint_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "calibration"
-    save_calibration(path, Calibration(), "made-with-this")
-    with pytest.raises(StatisticsError, match=r"made-with-this, expected wanted-that"):
-        CalibrationFile(path, "wanted-that")
-
-
-def test_fingerprint_knows_everything_that_decides_the_statistics() -> None:
-    windows = token_ids(4, 6)
-    other = windows.clone()
-    other[3, 5] += 1
-    base = {"groups": 2, "dtype": torch.float32}
-    everything = [
-        calibration_fingerprint("model", windows, ALL, **base),
-        calibration_fingerprint("other model", windows, ALL, **base),
-        calibration_fingerprint("model", other, ALL, **base),
-        calibration_fingerprint("model", windows.reshape(6, 4), ALL, **base),
-        calibration_fingerprint("model", windows, {Statistic.INPUT_MEAN}, **base),
-        calibration_fingerprint("model", windows, ALL, groups=3, dtype=torch.float32),
-        calibration_fingerprint("model", windows, ALL, groups=2, dtype=torch.bfloat16),
-    ]
-    assert len(set(everything)) == len(everything)
-    for needs in (sorted(ALL), sorted(ALL, reverse=True)):
-        assert calibration_fingerprint("model", windows, needs, **base) == everything[0]
