@@ -34,8 +34,9 @@ TOLERANCE = {
     # and back; where batches and order are the same, they round alike.
     "autograd": 1e-5,
     "same order": 1e-12,
-    # Standard deviations of a mean over samples.
-    "samples": 6.0,
+    # A sample deviates from its mean by about the trace; their mean, by this over the root of
+    # their number (1.5 was seen).
+    "samples": 4.0,
     # Relative: second order of a step of 1e-3, 1 % shrinkage, 4,000 sampled gradients.
     "divergence": 0.15,
 }
@@ -259,21 +260,19 @@ def exact_moment(model: PreTrainedModel, name: str, window: Tensor) -> tuple[Ten
 @pytest.mark.parametrize("case", ["llama_biased", "gpt2"])
 def test_sampled_gradients_have_the_fisher_information_as_their_mean(case: str) -> None:
     """Many copies of one window, each with labels of its own."""
-    model, window, copies = build(case).double(), token_ids(1, 4), 4000
-    found = gathered(model, window.expand(copies, -1), batch_windows=2000, seed=5)
+    model, window, copies = build(case).double(), token_ids(1, 4), 2000
+    found = gathered(model, window.expand(copies, -1), batch_windows=1000, seed=5)
     layers = map_model(model)
     assert len(found) == len(layers.compressible)
     for spec in layers.compressible[::3]:
         moment, importance = exact_moment(model, spec.name, window)
         sampled = found[spec.name]
-        # A gradient of a loss of a few nats: its square varies by a few times its mean.
-        limit = TOLERANCE["samples"] * 2 * float(moment.trace()) / copies**0.5
+        share = TOLERANCE["samples"] / copies**0.5
         difference = sampled[Statistic.OUTPUT_GRADIENT] - moment
-        assert float(difference.norm()) <= limit, spec.name
+        assert float(difference.norm()) <= share * float(moment.trace()), spec.name
+        assert float(moment.norm()) > 3 * share * float(moment.trace())  # so the bound is not empty
         difference = sampled[Statistic.INPUT_IMPORTANCE] - importance
-        assert float(difference.abs().max()) <= limit * float(importance.max() / moment.trace())
-        # So that the bound says something: half of the moment would break it.
-        assert float(moment.norm()) / 2 > limit / 2 or spec.kind in ("q_proj", "k_proj"), spec.name
+        assert float(difference.abs().max()) <= share * float(importance.max()), spec.name
 
 
 @contextmanager
