@@ -167,7 +167,9 @@ def _branch(layers: Sequence[Layer], ceiling: int, states: int) -> Solution:
     while parts and parts[0][0] <= best[0] + rounding:
         bound, _, layers, hulls, relaxed = heapq.heappop(parts)
         core = _Core.of(layers, relaxed)
-        places, cleared = _search(core, best[0] - relaxed.bound + rounding, states // PARTS)
+        # Mostly the whole is proven at once, if it is given the time.
+        share = states // (PARTS if made > 1 else 4)
+        places, cleared = _search(core, best[0] - relaxed.bound + rounding, share)
         best = min(best, _selection(layers, places))
         if cleared == math.inf:
             continue

@@ -111,7 +111,7 @@ def test_large_steps_beside_small_ones_are_proven_in_parts(monkeypatch) -> None:
     monkeypatch.setattr(knapsack, "_search", lambda *part: searched.append(part) or search(*part))
     whole = solve(table, 2_000_000)
     assert len(searched) == 1
-    parts = solve(table, 2_000_000, states=16_384)
+    parts = solve(table, 2_000_000, states=4_096)
     assert len(searched) > 3
     assert (whole.gap, parts.gap) == (0.0, 0.0)
     assert parts.choices == whole.choices
