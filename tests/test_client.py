@@ -10,7 +10,7 @@ import torch
 
 from lrbo.search.client import CappedSingleTaskGP, Observation, SearchClient
 from lrbo.search.space import SearchSpace
-from tests.fakes import make_layers, make_space
+from tests.fakes import make_layers, make_space, make_weight_space
 
 TOLERANCES = {
     "budget": 1e-6,  # the optimizer of the acquisition function keeps constraints to 1e-8
@@ -63,6 +63,20 @@ def test_a_proposal_keeps_bounds_and_meets_the_budget(variables: int, keep_ratio
     assert all(space.lower <= value <= space.upper for value in point.values())
     # Below it would be scaled up to another point, of which the surrogate thought nothing.
     assert used(space, point) == pytest.approx(space.room, abs=TOLERANCES["budget"])
+
+
+def test_weights_are_proposed_within_bounds_and_nothing_else() -> None:
+    layers = make_layers(1, {"q_proj": (24, 24), "o_proj": (24, 24)})
+    space = make_weight_space(0.6, layers, knots=0, exponent=False)
+    points = [space.sobol_point(index, 0) for index in range(10)]
+    seen = [Observation(point, -sum(point.values())) for point in points]
+    client = SearchClient(space, seed=0)
+    point = client.ask(10, seen)
+    assert list(point) == list(space.names)
+    assert all(low <= point[name] <= high for name, (low, high) in space.bounds.items())
+    # Both may rise at once: there is no budget between them, as there is between ratios.
+    assert sum(point.values()) > max(sum(other.values()) for other in points)
+    assert distance(client.ask(10, seen), point) < TOLERANCES["repeat"]
 
 
 def test_a_budget_for_everything_leaves_the_whole_box() -> None:

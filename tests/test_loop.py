@@ -15,6 +15,7 @@ from lrbo.search.client import SearchClient
 from lrbo.search.loop import SearchLoop, SearchSettings
 from lrbo.search.space import SearchSpace
 from lrbo.search.study import Study
+from lrbo.search.weights import WeightSpace
 from lrbo.tracking import NullTracker
 from lrbo.trial import TrialRecord
 from tests.fakes import (
@@ -27,6 +28,7 @@ from tests.fakes import (
     Killed,
     make_layers,
     make_space,
+    make_weight_space,
 )
 
 TOLERANCES = {
@@ -47,7 +49,7 @@ class Search:
     delays: tuple[int, ...] = (0,)
     kl_weight: float = 0.0
     real: bool = False
-    space: SearchSpace = field(default_factory=make_space)
+    space: SearchSpace | WeightSpace = field(default_factory=make_space)
     outcomes: dict[int, Any] = field(default_factory=dict)
     store: dict[int, list[TrialRecord]] = field(default_factory=dict)
     tracker: Any = None
@@ -113,13 +115,21 @@ def assert_same_search(found: Search, expected: Search) -> None:
         assert shown.metrics == theirs.trials[index].metrics
 
 
-@pytest.mark.parametrize(("capacity", "delays", "step"), [(1, (0,), 1), (3, (4, 0, 2, 1, 3), 2)])
+@pytest.mark.parametrize(
+    ("space", "capacity", "delays", "step"),
+    [
+        (make_space(), 1, (0,), 1),
+        (make_space(), 3, (4, 0, 2, 1, 3), 2),
+        (make_weight_space(), 1, (0,), 2),
+    ],
+    ids=["ratios", "several at once", "weights"],
+)
 def test_killed_at_any_moment_and_continued_equals_uninterrupted(
-    tmp_path: Path, capacity: int, delays: tuple[int, ...], step: int
+    tmp_path: Path, space: Any, capacity: int, delays: tuple[int, ...], step: int
 ) -> None:
-    # One of each: baseline, start, Sobol, surrogate, one more; the fourth has no value.
+    # One of each: baseline, start or analytic, Sobol, surrogate, one more; one has no value.
     options: dict[str, Any] = {"trials": 5, "initial": 3, "outcomes": {3: "failed"}}
-    options |= {"capacity": capacity, "delays": delays}
+    options |= {"capacity": capacity, "delays": delays, "space": space}
     uninterrupted = Search(tmp_path / "whole", **options)
     whole = Fuse()
     uninterrupted.run(whole)
@@ -366,8 +376,10 @@ def test_the_tracker_decides_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_ax_proposes_after_a_kill_what_it_would_have_without(tmp_path: Path) -> None:
+@pytest.mark.parametrize("make", [make_space, make_weight_space])
+def test_ax_proposes_after_a_kill_what_it_would_have_without(tmp_path: Path, make: Any) -> None:
     options: dict[str, Any] = {"real": True, "trials": 6, "initial": 3, "outcomes": {4: "failed"}}
+    options["space"] = make()
     whole = Search(tmp_path / "whole", **options)
     whole.run(fuse := Fuse())
     killed = Search(tmp_path / "killed", **options)

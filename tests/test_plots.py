@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from typing import get_args
 
 import pandas as pd
 import pytest
@@ -11,7 +12,8 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from lrbo import drawing, plots
+from lrbo import plots
+from lrbo.trial import Origin
 
 COLUMNS = [
     "trial",
@@ -110,13 +112,25 @@ def test_convergence_shows_every_trial_in_the_colour_of_its_origin(trials: pd.Da
     assert points(drawn["surrogate model"]) == [(4, 29.0), (5, 26.0), (6, 27.0)]
     assert [x for x, _ in points(drawn["no value"])] == [3]
     looks = {
-        (drawn[s.label].get_marker(), drawn[s.label].get_color()) for s in plots.ORIGINS.values()
+        (drawn[s.label].get_marker(), drawn[s.label].get_color())
+        for origin, s in plots.ORIGINS.items()
+        if origin != "analytic"
     }
     assert len(looks) == len({marker for marker, _ in looks}) == len({c for _, c in looks}) == 4
     assert headings(figure) == ["Perplexity over 7 trials", "a study"]
     assert axes.get_xlabel() == "trial"
     assert axes.get_ylabel() == "validation perplexity"
     assert_inside(figure)
+
+
+def test_every_origin_of_a_trial_has_a_look_of_its_own(trials: pd.DataFrame) -> None:
+    assert set(plots.ORIGINS) == set(get_args(Origin))
+    styles = plots.ORIGINS.values()
+    for values in zip(*((s.label, s.marker, s.colour) for s in styles), strict=True):
+        assert len(set(values)) == len(plots.ORIGINS)
+    trials.loc[1, "origin"] = "analytic"
+    (axes,) = plots.convergence(trials, 17.0, 30.0).axes
+    assert points(lines(axes)["least predicted loss"]) == [(1, 35.0)]
 
 
 def test_convergence_running_best_is_a_step_line_to_the_edge(trials: pd.DataFrame) -> None:
@@ -287,13 +301,81 @@ def test_seven_kinds_take_two_rows_and_hide_the_spare_panel(ranks: pd.DataFrame)
     assert_inside(figure)
 
 
-def test_figures_are_1200_pixels_wide(trials: pd.DataFrame, ranks: pd.DataFrame) -> None:
+@pytest.fixture
+def losses() -> pd.DataFrame:
+    """Three points of each of seven kinds."""
+    kinds = ["q_proj", "k_proj", "v_proj", "query_key_value", "gate_proj", "up_proj", "down_proj"]
+    rows = [
+        (kind, 10.0 ** (place - 5), 3.0 * 10.0 ** (place - 5) * (1 + index))
+        for index, kind in enumerate(kinds)
+        for place in range(3)
+    ]
+    return pd.DataFrame(rows, columns=["kind", "predicted", "measured"])
+
+
+def test_predictions_have_a_look_per_kind_and_a_line_of_equality(losses: pd.DataFrame) -> None:
+    figure = plots.predicted_and_measured(losses, 0.875, about="a study")
+    (axes,) = figure.axes
+    title = "Predicted and measured loss of single layers: rank correlation 0.875"
+    assert headings(figure) == [title, "a study"]
+    drawn = lines(axes)
+    assert axes.get_xscale() == axes.get_yscale() == "log"
+    assert axes.get_xlim() == axes.get_ylim()  # so that equal is the diagonal
+    low, high = axes.get_xlim()
+    assert low < losses[["predicted", "measured"]].min().min()
+    assert high > losses[["predicted", "measured"]].max().max()
+    assert points(drawn["equal"]) == [(low, low), (high, high)]
+    for kind, some in losses.groupby("kind"):
+        assert points(drawn[str(kind)]) == list(
+            zip(some["predicted"], some["measured"], strict=True)
+        )
+        assert drawn[str(kind)].get_linestyle() == "None"
+    looks = [
+        (line.get_marker(), line.get_color()) for name, line in drawn.items() if name != "equal"
+    ]
+    assert len({marker for marker, _ in looks}) == len({colour for _, colour in looks}) == 7
+    assert axes.get_xlabel() == "predicted loss, nats per token (21 points)"
+    named = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert named == ["equal", *dict.fromkeys(losses["kind"])]
+    assert_inside(figure)
+    box = axes.get_legend().get_window_extent()
+    assert box.x0 > axes.get_window_extent().x1
+    assert box.x1 <= figure.bbox.x1
+
+
+def test_losses_at_or_below_0_have_no_place_on_log_axes_and_are_counted(
+    losses: pd.DataFrame,
+) -> None:
+    losses.loc[0, "measured"] = -1e-9
+    losses.loc[4, "predicted"] = 0.0
+    figure = plots.predicted_and_measured(losses, math.nan)
+    (axes,) = figure.axes
+    shown = sum(len(points(line)) for name, line in lines(axes).items() if name != "equal")
+    assert shown == 19
+    assert axes.get_xlabel().endswith("(21 points, 2 at or below 0 not shown)")
+    assert headings(figure)[0] == "Predicted and measured loss of single layers"
+    assert_inside(figure)
+
+
+@pytest.mark.parametrize("measured", [0.5, -0.5])
+def test_one_measured_loss_or_none_is_enough_for_a_picture(measured: float) -> None:
+    one = pd.DataFrame([("q_proj", 0.1, measured)], columns=["kind", "predicted", "measured"])
+    figure = plots.predicted_and_measured(one, math.nan)
+    assert_inside(figure)
+    (axes,) = figure.axes
+    assert len(points(lines(axes)["q_proj"])) == (measured > 0)
+
+
+def test_figures_are_1200_pixels_wide(
+    losses: pd.DataFrame, trials: pd.DataFrame, ranks: pd.DataFrame
+) -> None:
     figures = [
         plots.convergence(trials, 17.0, 30.0),
         plots.front(trials, 17.0),
         plots.ranks_over_depth(ranks),
+        plots.predicted_and_measured(losses, 0.9),
     ]
-    assert [figure.bbox.width for figure in figures] == [1200.0] * 3
+    assert [figure.bbox.width for figure in figures] == [1200.0] * 4
 
 
 def test_a_long_or_mathematical_name_stays_within_the_figure(trials: pd.DataFrame) -> None:
@@ -301,35 +383,6 @@ def test_a_long_or_mathematical_name_stays_within_the_figure(trials: pd.DataFram
     assert headings(figure)[1].startswith("costs_$1_and_$2 costs")
     assert headings(figure)[1].endswith("…")
     assert_inside(figure)
-
-
-@pytest.mark.parametrize(
-    ("values", "gap", "moved"),
-    [
-        ([], 1.0, []),
-        ([3.0], 1.0, [3.0]),
-        ([0.0, 5.0], 1.0, [0.0, 5.0]),
-        ([1.0, 1.0], 2.0, [0.0, 2.0]),
-        ([5.0, 1.0, 4.5], 2.0, [5.75, 1.0, 3.75]),
-        (
-            [0.0, 0.1, 1.0],
-            1.0,
-            [pytest.approx(-19 / 30), pytest.approx(11 / 30), pytest.approx(41 / 30)],
-        ),
-    ],
-)
-def test_spread_moves_as_little_as_needed(
-    values: list[float], gap: float, moved: list[float]
-) -> None:
-    assert drawing.spread(values, gap) == moved
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [(7.0, "7"), (1000.0, "1000"), (20_000.0, "20k"), (5e6, "5M"), (1e10, "1e+10")],
-)
-def test_ticks_of_a_log_axis_are_short(value: float, text: str) -> None:
-    assert drawing._tick(value) == text
 
 
 def test_share_is_one_number_where_the_ends_print_the_same() -> None:

@@ -3,146 +3,15 @@
 import io
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from lrbo.accounting import ModelAccount, account
-from lrbo.allocation import Allocation, Budget, Cost
-from lrbo.config import composed, to_yaml
-from lrbo.factorization.registry import method_named
-from lrbo.model import ModelMap, map_model
 from lrbo.report import print_report
-from lrbo.schema import SearchConfig
-from lrbo.search.space import build_space
 from lrbo.search.study import Study
-from lrbo.trial import TrialRecord, TrialRequest
 from lrbo.worker import allocation_parameters
-from tests.tiny import build_on_meta
-
-# Exact in binary, so that their sums are exact too.
-SECONDS = {"suggestion": 0.5, "allocation": 0.25, "scoring": 2.0, "logging": 0.125}
-TOKENS = 960
-BYTES = 4
-
-
-class Journal:
-    """A study of a tiny model that exists on the meta device only; its trials are made by hand."""
-
-    def __init__(self, folder: Path, *overrides: str, case: str = "llama_untied") -> None:
-        config = composed("search", ["experiment=tiny", *overrides])
-        assert isinstance(config, SearchConfig)
-        self.layers: ModelMap = map_model(build_on_meta(case))
-        self.method = method_named(config.method.name)
-        compressible, space = self.layers.compressible, config.space
-        self.budget = Budget.from_keep_ratio(compressible, config.budget.keep_ratio)
-        self.storage = config.budget.storage
-        self.cost: Cost = partial(self.method.parameters, storage=self.storage)  # type: ignore[arg-type]
-        self.space = build_space(
-            compressible,
-            self.budget,
-            groups=space.groups,
-            dense=space.dense,
-            granularity=space.granularity,  # type: ignore[arg-type]
-            depth_groups=space.depth_groups,
-            bounds=(space.bounds[0], space.bounds[1]),
-            start=space.start,
-            cost=self.cost,
-            rank_multiple=space.rank_multiple,
-        )
-        about = {
-            "study_id": "an id",
-            "dtype": "float32",
-            "device": "cpu",
-            "budget_parameters": self.budget.parameters,
-            "storage": self.storage,
-            "adds_bias": config.method.name == "bolaco",
-            "layers": [asdict(spec) for spec in self.layers.layers],
-        }
-        self.study = Study(folder)
-        self.study.begin(about, to_yaml(config))
-
-    def counted(self, allocation: Allocation) -> ModelAccount:
-        """Count an allocation as a worker does."""
-        return account(
-            self.layers,
-            allocation.ranks,
-            allocation_parameters(self.layers, allocation, self.cost),
-            storage=self.storage,  # type: ignore[arg-type]
-            bytes_per_parameter=BYTES,
-        )
-
-    def suggest(self, index: int, origin: str, allocation: Allocation | None = None) -> None:
-        """Write that a trial was suggested: the baseline or a point of the space."""
-        if allocation is None and origin == "uniform":
-            allocation = self.space.uniform()
-        elif allocation is None:
-            allocation = self.space.allocate(self.space.sobol_point(index, 0))
-        variables = self.space.realised(allocation) or {}
-        request = TrialRequest(index, origin, variables, allocation, index)  # type: ignore[arg-type]
-        self.study.record_suggestion(
-            request, {name: SECONDS[name] for name in ("suggestion", "allocation")}
-        )
-
-    def complete(
-        self,
-        index: int,
-        nll: float,
-        origin: str = "sobol",
-        allocation: Allocation | None = None,
-        **metrics: float,
-    ) -> TrialRecord:
-        """Write all of a trial with a value."""
-        self.suggest(index, origin, allocation)
-        counted = self.counted(self.study.state.trials[index].request.allocation)
-        whole = {
-            "nll": nll,
-            "perplexity": math.exp(nll),
-            "kl_dense_to_compressed": nll / 8,
-            "tokens": TOKENS,
-            "peak_memory_gib": 0.5,
-            "keep_ratio": counted.keep_ratio,
-            "parameters": counted.compressible,
-            "model_parameters": counted.model,
-            "model_bytes": counted.bytes,
-            "macs_per_token": counted.macs_per_token,
-            "objective": nll,
-        }
-        return self._end(index, "completed", None, whole | metrics)
-
-    def fail(self, index: int, error: str | None, outcome: str = "abandoned") -> TrialRecord:
-        """Write all of a trial without a value."""
-        self.suggest(index, "sobol")
-        return self._end(index, outcome, error, {})
-
-    def _end(
-        self, index: int, outcome: str, error: str | None, metrics: Mapping[str, float]
-    ) -> TrialRecord:
-        self.study.record("started", trial=index)
-        self.study.record(
-            "ended",
-            trial=index,
-            outcome=outcome,
-            metrics=metrics,
-            error=error,
-            seconds={"scoring": SECONDS["scoring"]},
-        )
-        self.study.record("logged", trial=index, seconds=SECONDS["logging"])
-        return self.study.state.trials[index]
-
-    def score_dense(self, nll: float) -> None:
-        """Write what the dense model scored."""
-        metrics = {"nll": nll, "perplexity": math.exp(nll), "tokens": TOKENS}
-        self.study.record("dense", metrics=metrics)
-
-    def tested(self, label: str, trial: int | None, nll: float) -> None:
-        """Write a score on the test text."""
-        metrics = {"nll": nll, "perplexity": math.exp(nll), "tokens": TOKENS}
-        self.study.record("tested", label=label, trial=trial, text="words[test]", metrics=metrics)
+from tests.journal import Journal
 
 
 @pytest.fixture
@@ -277,7 +146,7 @@ def test_a_study_that_only_began_says_so(journal: Journal) -> None:
     text = printed(journal.study)
     assert "0 completed" in text
     assert "No trial has a value yet." in text
-    for title in ("Results", "Front", "Mean keep ratios", "Trials without a value", "Time"):
+    for title in ("Results", "Front", "Share of", "Weights of", "Trials without a value", "Time"):
         assert title not in text
 
 
@@ -307,16 +176,68 @@ def test_a_long_front_says_how_many_were_left_out(journal: Journal, points: int,
     assert found[11:] == ([["and", str(left), "larger"]] if left else [])
 
 
-def test_the_allocation_shows_groups_by_depth(tmp_path: Path) -> None:
-    journal = Journal(tmp_path / "mine", "space=per_kind_and_depth")
+@pytest.mark.parametrize("space", ["per_kind", "per_kind_and_depth", "per_layer", "weights"])
+def test_the_allocation_shows_what_kinds_keep_by_depth(tmp_path: Path, space: str) -> None:
+    journal = Journal(tmp_path / "mine", f"space={space}")
     record = journal.complete(7, 2.0)
     text = printed(journal.study)
-    title = "Mean keep ratios of the best trial, 7"
-    assert part(text, title)[0] == ["group", "depth", "0", "depth", "1"]
-    for group in ("qk", "o", "gate", "up", "down"):
-        values = [record.request.variables[f"{group}.{depth}"] for depth in (0, 1)]
-        assert row(text, title, group) == [group, *(f"{100 * value:.1f}%" for value in values)]
-    assert any(line.strip().startswith("dense in every block: v_proj") for line in text.split("\n"))
+    title = "Share of the parameters kept in the best trial, 7"
+    stored = allocation_parameters(journal.layers, record.request.allocation, journal.cost)
+    found = part(text, title)
+    assert found[0] == ["kind", "block", "0", "block", "1", "all"]
+    kinds = dict.fromkeys(spec.kind for spec in journal.layers.compressible)
+    assert [cells[0] for cells in found[1 : len(kinds) + 2]] == [*kinds, "all"]
+    for kind in [*kinds, "all"]:
+        shares = []
+        for blocks in ([0], [1], [0, 1]):
+            specs = [
+                spec
+                for spec in journal.layers.compressible
+                if kind in (spec.kind, "all") and spec.block in blocks
+            ]
+            kept = sum(stored[spec.name] for spec in specs)
+            shares.append(f"{kept / sum(spec.parameters for spec in specs):.1%}")
+        assert row(text, title, kind) == [kind, *shares]
+    dense = any(
+        line.strip().startswith("dense in every block: v_proj") for line in text.split("\n")
+    )
+    assert dense == (space != "weights")
+
+
+def test_weights_stand_apart_from_shares_with_their_factors(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "mine", "space=weights")
+    journal.complete(0, 3.0, "uniform")
+    assert "Weights of" not in printed(journal.study)  # the baseline has none
+    record = journal.complete(3, 2.0)
+    text = printed(journal.study)
+    found = part(text, "Weights of the best trial, 3")
+    assert found[0] == ["variable", "weight", "factor"]
+    assert found[1 : len(journal.space.names) + 1] == [
+        [name, f"{value:+.3f}", f"{math.exp(value):.3f}"]
+        for name, value in record.request.variables.items()
+    ]
+    assert "-" in "".join(cells[1] for cells in found[1:])
+    assert "exp(weight)" in text
+    assert "Weights of" not in printed(with_everything(Journal(tmp_path / "other")))
+
+
+def test_how_well_losses_were_predicted_is_said_where_it_was_measured(journal: Journal) -> None:
+    study = with_everything(journal)
+    assert "rank correlation" not in printed(study)
+    found = journal.measured([(0.1, 0.2), (0.3, 0.1), (0.5, 0.6)])
+    line = f"single layers, 3 points: rank correlation {found.rank_correlation:.3f}"
+    assert line in " ".join(printed(study).split())
+    journal.measured([(0.1, 0.2)])  # one point has no correlation
+    assert "rank correlation" not in printed(study)
+
+
+def test_the_analytic_trial_has_its_row(journal: Journal) -> None:
+    with_everything(journal)
+    assert "analytic" not in printed(journal.study)
+    journal.complete(6, 2.375, "analytic")
+    text = printed(journal.study)
+    assert row(text, "Results", "analytic")[:3] == ["analytic", "6", "2.3750"]
+    assert "analytic: the ranks of least predicted loss" in text
 
 
 @pytest.mark.parametrize("width", [80, 200, 50])

@@ -3,7 +3,6 @@
 import json
 import math
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import pytest
@@ -12,9 +11,8 @@ from matplotlib.figure import Figure
 from lrbo import results
 from lrbo.accounting import STORAGES
 from lrbo.allocation import Allocation, Budget
-from lrbo.trial import TrialRecord, TrialRequest
 from lrbo.worker import allocation_parameters
-from tests.test_report import SECONDS, TOKENS, Journal
+from tests.journal import SECONDS, TOKENS, Journal
 
 # Ratios are divided once here and once there, in another order of the same sums.
 RATIO = {"rel": 1e-12}
@@ -257,93 +255,6 @@ def test_dense_kinds_are_dense_in_every_block(journal: Journal) -> None:
     assert results.dense_kinds(journal.study, other) == ["v_proj"]
 
 
-# --- ratios ------------------------------------------------------------------------------------
-
-
-def kept(journal: Journal, record: TrialRecord, names: list[str]) -> float:
-    """Return the share of their dense parameters that layers keep."""
-    stored = allocation_parameters(journal.layers, record.request.allocation, journal.cost)
-    dense = sum(journal.layers.by_name[name].parameters for name in names)
-    return sum(stored[name] for name in names) / dense
-
-
-def names_of(journal: Journal, *kinds: str, block: int | None = None) -> list[str]:
-    return [
-        spec.name
-        for spec in journal.layers.compressible
-        if spec.kind in kinds and block in (None, spec.block)
-    ]
-
-
-GROUPS = {
-    "qk": ("q_proj", "k_proj"),
-    "o": ("o_proj",),
-    "gate": ("gate_proj",),
-    "up": ("up_proj",),
-    "down": ("down_proj",),
-}
-
-
-def test_ratios_per_kind_have_one_value_per_group(journal: Journal) -> None:
-    record = journal.complete(0, 2.0)
-    assert results.group_ratios(journal.study, record) == {
-        group: [pytest.approx(kept(journal, record, names_of(journal, *kinds)), **RATIO)]
-        for group, kinds in GROUPS.items()
-    }
-
-
-def test_ratios_per_depth_stand_beside_each_other(tmp_path: Path) -> None:
-    journal = Journal(tmp_path / "mine", "space=per_kind_and_depth")
-    record = journal.complete(0, 2.0)
-    assert results.group_ratios(journal.study, record) == {
-        group: [
-            pytest.approx(kept(journal, record, names_of(journal, *kinds, block=block)), **RATIO)
-            for block in (0, 1)
-        ]
-        for group, kinds in GROUPS.items()
-    }
-
-
-def by_kind(journal: Journal, record: TrialRecord) -> dict[str, list[Any]]:
-    kinds = dict.fromkeys(spec.kind for spec in journal.layers.compressible)
-    return {
-        kind: [pytest.approx(kept(journal, record, names_of(journal, kind)), **RATIO)]
-        for kind in kinds
-    }
-
-
-def test_ratios_per_layer_are_summed_up_by_kind(tmp_path: Path) -> None:
-    journal = Journal(tmp_path / "mine", "space=per_layer")
-    record = journal.complete(0, 2.0)
-    assert len(record.request.variables) == 2 * 6
-    assert results.group_ratios(journal.study, record) == by_kind(journal, record)
-
-
-def test_ratios_of_the_uniform_baseline_are_summed_up_by_kind(journal: Journal) -> None:
-    record = journal.complete(0, 3.0, "uniform")
-    assert not record.request.variables  # it compresses v_proj, which no point can
-    found = results.group_ratios(journal.study, record)
-    assert found == by_kind(journal, record)
-    assert found["v_proj"][0] < 1.0
-
-
-@pytest.mark.parametrize(("depths", "fits"), [(6, True), (7, False)])
-def test_more_depths_than_fit_are_summed_up_by_kind(
-    journal: Journal, depths: int, fits: bool
-) -> None:
-    record = journal.complete(0, 2.0)
-    values = {f"qk.{depth}": 0.25 + depth / 64 for depth in range(depths)} | {"down.1": 0.5}
-    request = TrialRequest(0, "sobol", values, record.request.allocation, 0)
-    found = results.group_ratios(journal.study, TrialRecord(request, record.result))
-    if fits:
-        assert found == {
-            "qk": [0.25 + depth / 64 for depth in range(depths)],
-            "down": [None, 0.5, *[None] * (depths - 2)],
-        }
-    else:
-        assert found == by_kind(journal, record)
-
-
 # --- figures and header ------------------------------------------------------------------------
 
 
@@ -361,6 +272,15 @@ def test_one_value_is_enough_to_draw_without_baseline_and_dense(journal: Journal
     for path in paths:
         assert path.parent == journal.study.folder / "figures"
         assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_predictions_are_drawn_where_they_were_measured(journal: Journal) -> None:
+    journal.complete(0, 2.0)
+    assert results.sensitivity(journal.study) is None
+    found = journal.measured([(0.1, 0.2), (0.3, 0.1), (0.5, 0.6)])
+    assert results.sensitivity(journal.study) == found
+    names = [path.name for path in results.draw_figures(journal.study)]
+    assert names == ["convergence.png", "front.png", "ranks.png", "sensitivity.png"]
 
 
 def test_figures_replace_the_older_ones_whole_or_not_at_all(

@@ -18,7 +18,6 @@ from lrbo.accounting import dense_parameters
 from lrbo.allocation import Allocation, Budget, allocate_by_loss, rungs
 from lrbo.errors import BudgetError, ConfigError
 from lrbo.model import LayerSpec
-from lrbo.search.base import Space
 from lrbo.search.weights import WeightSpace, build_weight_space
 from tests.fakes import factored, make_curves, make_layers, make_space, make_weight_space
 
@@ -262,12 +261,6 @@ def test_rounding_in_curves_decides_nothing() -> None:
 
 
 # --- the space itself --------------------------------------------------------------------------
-
-
-def test_both_spaces_are_spaces() -> None:
-    for space in (make_weight_space(), make_space()):
-        assert isinstance(space, Space)
-        assert list(space.bounds) == list(space.names)
 
 
 def test_without_groups_each_kind_of_the_model_is_one() -> None:

@@ -1,0 +1,111 @@
+"""What kinds of layers keep over depth, counted again layer by layer, whatever was searched."""
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+
+from lrbo import results
+from lrbo.trial import TrialRecord
+from lrbo.worker import allocation_parameters
+from tests.journal import Journal
+
+# Ratios are divided once here and once there, in another order of the same sums.
+RATIO = {"rel": 1e-12}
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> Journal:
+    return Journal(tmp_path / "mine")
+
+
+def kept(journal: Journal, record: TrialRecord, names: list[str]) -> float:
+    """Return the share of their dense parameters that layers keep."""
+    stored = allocation_parameters(journal.layers, record.request.allocation, journal.cost)
+    dense = sum(journal.layers.by_name[name].parameters for name in names)
+    return sum(stored[name] for name in names) / dense
+
+
+def names_of(journal: Journal, *kinds: str, block: int | None = None) -> list[str]:
+    return [
+        spec.name
+        for spec in journal.layers.compressible
+        if spec.kind in kinds and block in (None, spec.block)
+    ]
+
+
+@pytest.mark.parametrize("space", ["per_kind", "per_kind_and_depth", "per_layer", "weights"])
+@pytest.mark.parametrize("origin", ["uniform", "sobol"])
+def test_shares_are_counted_by_kind_and_depth_whatever_was_searched(
+    tmp_path: Path, space: str, origin: str
+) -> None:
+    journal = Journal(tmp_path / "mine", f"space={space}")
+    record = journal.complete(0, 2.0, origin)
+    found = results.kept_by_depth(journal.study, record)
+    kinds = list(dict.fromkeys(spec.kind for spec in journal.layers.compressible))
+    assert list(found.columns) == ["block 0", "block 1", "all"]
+    assert list(found.index) == [*kinds, "all"]
+    for block, column in ((0, "block 0"), (1, "block 1"), (None, "all")):
+        for kind in kinds:
+            expected = kept(journal, record, names_of(journal, kind, block=block))
+            assert found.loc[kind, column] == pytest.approx(expected, **RATIO)
+        everything = kept(journal, record, names_of(journal, *kinds, block=block))
+        assert found.loc["all", column] == pytest.approx(everything, **RATIO)
+    assert found.loc["all", "all"] == pytest.approx(record.metrics["keep_ratio"], **RATIO)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "columns"),
+    [
+        (1, ["all"]),
+        (2, ["block 0", "block 1", "all"]),
+        (3, ["block 0", "block 1", "block 2", "all"]),
+        (4, ["blocks 0-1", "block 2", "block 3", "all"]),
+        (30, ["blocks 0-9", "blocks 10-19", "blocks 20-29", "all"]),
+    ],
+)
+def test_depth_is_told_apart_in_thirds(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch, blocks: int, columns: list[str]
+) -> None:
+    rows = [
+        (f"{kind}.{block}", kind, block, 1 + block, 10 + size)
+        for block in range(blocks)
+        for kind, size in (("q", 100), ("down", 300))
+        if (kind, block) != ("down", 0)  # a model need not have every kind in every block
+    ]
+    table = pd.DataFrame(rows, columns=["name", "kind", "block", "stored", "dense"])
+    table = table.astype({"block": "Int64"})
+    monkeypatch.setattr(results, "ranks_frame", lambda *_: table)
+    found = results.kept_by_depth(journal.study, journal.complete(0, 2.0))
+    assert list(found.columns) == columns
+    # Each block is in one column: the sums of the columns are those of all.
+    covered = []
+    for column in columns[:-1]:
+        first, _, last = column.split()[1].partition("-")
+        inside = range(int(first), int(last or first) + 1)
+        covered += inside
+        some = table[table["block"].isin(list(inside))]
+        assert found.loc["all", column] == some["stored"].sum() / some["dense"].sum()
+        one = some[some["kind"] == "down"]
+        if len(one):
+            assert found.loc["down", column] == one["stored"].sum() / one["dense"].sum()
+        else:
+            assert pd.isna(found.loc["down", column])
+    assert covered in ([], list(range(blocks)))
+
+
+def test_weights_are_those_of_a_space_of_weights(tmp_path: Path, journal: Journal) -> None:
+    assert results.weights(journal.study, journal.complete(0, 2.0)) == {}
+    other = Journal(tmp_path / "weights", "space=weights")
+    assert results.weights(other.study, other.complete(0, 2.0, "uniform")) == {}
+    record = other.complete(1, 2.0)
+    assert results.weights(other.study, record) == record.request.variables != {}
+
+
+def test_a_study_from_before_there_were_weights_has_ratios(journal: Journal) -> None:
+    file = journal.study.folder / "config.yaml"
+    stored = yaml.safe_load(file.read_text(encoding="utf-8"))
+    del stored["space"]["type"]
+    file.write_text(yaml.safe_dump(stored), encoding="utf-8")
+    assert results.weights(journal.study, journal.complete(0, 2.0)) == {}
