@@ -68,7 +68,7 @@ def truncated_svd(weight: Matrix, rank: int) -> Matrix:
     """``sum_{i<r} s_i u_i v_i^T`` (Eckart and Young)."""
     left, values, right = np.linalg.svd(weight)
     total = np.zeros_like(weight)
-    for i in range(rank):
+    for i in range(min(rank, len(values))):
         total += values[i] * np.outer(left[:, i], right[i])
     return total
 

@@ -1,6 +1,7 @@
 """Roots, weighted SVD and Gram panels, against plain matrix algebra; bad input is announced."""
 
 import math
+import re
 import warnings
 
 import numpy as np
@@ -14,7 +15,10 @@ from lrbo.errors import StatisticsError
 from lrbo.linalg import (
     JitterWarning,
     add_gram,
+    column_space,
     mirror_upper,
+    output_directions,
+    psd_cholesky,
     psd_eigenpairs,
     psd_root,
     require_finite,
@@ -132,7 +136,7 @@ def test_rounding_below_zero_is_not_announced() -> None:
 def test_a_broken_matrix_is_refused_by_name() -> None:
     matrix = torch.eye(3, dtype=torch.float64)
     matrix[1, 2] = math.nan
-    for function in (psd_eigenpairs, psd_root):
+    for function in (psd_eigenpairs, psd_root, psd_cholesky):
         with pytest.raises(StatisticsError, match=r"covariance of x holds 1 non-finite .* 9\."):
             function(matrix, "covariance of x")
 
@@ -161,55 +165,185 @@ def test_root_has_the_rank_and_its_inverse_is_moore_penrose(
     assert relative(inverse @ root, identity) <= TOLERANCE["root"]
 
 
-# --- weighted_svd ------------------------------------------------------------------------------
+# --- psd_cholesky --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", [(5, 8), (8, 5), (6, 6)])
+@given(width=st.integers(1, 8), extra=st.integers(0, 6), seed=st.integers(0, 1000))
+def test_a_positive_definite_matrix_has_its_cholesky_factor_in_silence(
+    width: int, extra: int, seed: int
+) -> None:
+    matrix = psd(width, width + extra, seed) + 1e-3 * torch.eye(width, dtype=torch.float64)
+    factor = psd_cholesky(matrix)  # a warning would be an error
+    assert torch.equal(factor, factor.tril())
+    assert bool((factor.diagonal() > 0).all())
+    assert relative(factor @ factor.T, matrix) <= TOLERANCE["exact"] * width
+
+
+@pytest.mark.parametrize("size", [1e-9, 1.0, 1e9])
+def test_a_singular_matrix_gets_jitter_that_is_announced_with_its_size(size: float) -> None:
+    """The least that helps, as a share of the mean diagonal entry whatever the unit."""
+    matrix = size * torch.diag(torch.tensor([3.0, 0.0, 2.0, 3.0], dtype=torch.float64))
+    added = rf"added {2e-12 * size:.3e} to its diagonal, 1e-12 of the mean entry"
+    announced = rf"^mlp\.fc1 is not positive definite \(pivot 2 of 4\); {re.escape(added)}"
+    with pytest.warns(JitterWarning, match=announced):
+        factor = psd_cholesky(matrix, "mlp.fc1")
+    assert relative(factor @ factor.T, matrix) <= 1e-11
+
+
+@pytest.mark.parametrize(("below", "share"), [(-1e-11, "1e-10"), (-3e-7, "1e-06")])
+def test_jitter_grows_until_it_is_enough(below: float, share: str) -> None:
+    matrix = torch.diag(torch.tensor([2.0, below], dtype=torch.float64))
+    with pytest.warns(JitterWarning, match=rf", {share} of the mean entry"):
+        psd_cholesky(matrix)
+
+
+def test_a_matrix_that_no_jitter_helps_is_refused() -> None:
+    matrix = torch.diag(torch.tensor([2.0, -0.5, 1.5], dtype=torch.float64))
+    with pytest.raises(StatisticsError, match=r"x is not positive definite even with 1\.000e-04"):
+        psd_cholesky(matrix, "x")
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0])
+def test_a_matrix_without_energy_is_refused(value: float) -> None:
+    matrix = value * torch.eye(3, dtype=torch.float64)
+    with pytest.raises(StatisticsError, match=r"x has a mean diagonal of .*nothing was measured"):
+        psd_cholesky(matrix, "x")
+
+
+# --- weighted_svd --------------------------------------------------------------------------------
+
+shapes = pytest.mark.parametrize("shape", [(5, 8), (8, 5), (6, 6)])
+
+
+def assert_optimal(
+    weight: Tensor, found: tuple[Tensor, Tensor, Tensor], root: Tensor, limit: float
+) -> None:
+    """Compare errors on ``W B`` with those of Eckart and Young, and the full rank with ``W``."""
+    left, values, right = found
+    count = min(weight.shape)
+    assert left.shape == (weight.shape[0], count)
+    assert values.shape == (count,)
+    assert right.shape == (count, weight.shape[1])
+    assert bool((values.diff() <= 0).all())
+    assert bool((values >= 0).all())
+    identity = torch.eye(count, dtype=torch.float64)
+    assert relative(left.T @ left, identity) <= TOLERANCE["exact"]
+    assert relative(right, left.T @ weight) <= TOLERANCE["exact"]
+    assert relative(left @ right, weight) <= TOLERANCE["exact"]
+    exact = (weight @ root).numpy()
+    unit = float((exact**2).sum())
+    for rank in range(count + 1):
+        rest = exact - (left[:, :rank] @ right[:rank] @ root).numpy()
+        best = exact - reference.truncated_svd(exact, rank)
+        assert abs(float((rest**2).sum() - (best**2).sum())) <= limit * unit, rank
+        error = float((values[rank:] ** 2).sum())
+        assert abs(error - float((best**2).sum())) <= limit * unit, rank
+
+
+@shapes
 def test_without_weights_every_prefix_is_the_truncated_svd(shape: tuple[int, int]) -> None:
     weight = draw(*shape)
     before = weight.clone()
     left, values, right = weighted_svd(weight)
     assert torch.equal(weight, before)
-    assert bool((values.diff() <= 0).all())
+    assert_optimal(weight, (left, values, right), torch.eye(shape[1]).double(), TOLERANCE["exact"])
     for rank in range(len(values) + 1):
-        found = (left[:, :rank] * values[:rank]) @ right[:rank]
         plain = reference.truncated_svd(reference.numpy_of(weight), rank)
+        found = left[:, :rank] @ right[:rank]
         assert np.abs(found.numpy() - plain).max() <= TOLERANCE["exact"] * 10, rank
 
 
-@pytest.mark.parametrize("shape", [(5, 8), (8, 5), (6, 6)])
-def test_with_a_full_weight_every_prefix_is_the_whitened_svd(shape: tuple[int, int]) -> None:
-    weight, moment = draw(*shape), psd(shape[1], 40, seed=3)
-    left, values, right = weighted_svd(weight, *psd_root(moment))
+@shapes
+@pytest.mark.parametrize("root", ["cholesky", "eigenvectors", "tokens"])
+def test_with_a_full_weight_every_prefix_is_the_whitened_svd(
+    shape: tuple[int, int], root: str
+) -> None:
+    """Whatever root of the moment is given: also one with more columns than rows."""
+    weight, tokens = draw(*shape), draw(40, shape[1], seed=3)
+    moment = tokens.T @ tokens
+    given = {"cholesky": psd_cholesky(moment), "eigenvectors": psd_root(moment)[0]}.get(
+        root, tokens.T
+    )
+    left, values, right = weighted_svd(weight, given)
+    assert_optimal(weight, (left, values, right), given, TOLERANCE["exact"])
     for rank in range(len(values) + 1):
-        found = (left[:, :rank] * values[:rank]) @ right[:rank]
         plain = reference.whitened_svd(reference.numpy_of(weight), reference.numpy_of(moment), rank)
+        found = left[:, :rank] @ right[:rank]
         assert np.abs(found.numpy() - plain).max() <= TOLERANCE["root"], rank
 
 
-@pytest.mark.parametrize("shape", [(5, 8), (8, 5), (6, 6)])
+@shapes
+@pytest.mark.parametrize("zeros", [0, 2])
+def test_a_vector_is_a_diagonal_weight(shape: tuple[int, int], zeros: int) -> None:
+    weight, diagonal = draw(*shape), draw(shape[1], seed=2).abs()
+    diagonal[:zeros] = 0.0
+    found = weighted_svd(weight, diagonal)
+    assert_optimal(weight, found, torch.diag(diagonal), TOLERANCE["exact"])
+    other = weighted_svd(weight, torch.diag(diagonal))
+    assert relative(found[1], other[1]) <= TOLERANCE["exact"]
+
+
+@shapes
 @pytest.mark.parametrize("rank_of_inputs", [1, 3])
-def test_a_singular_weight_gives_the_stated_error_and_no_better_matrix_exists(
+def test_a_singular_weight_leaves_directions_for_last_and_the_full_rank_exact(
     shape: tuple[int, int], rank_of_inputs: int
 ) -> None:
     """With fewer tokens than features: the error is measured on the tokens themselves."""
-    tokens = draw(rank_of_inputs, shape[1], seed=4)
-    weight = draw(*shape)
-    left, values, right = weighted_svd(weight, *psd_root(tokens.T @ tokens))
-    exact = weight @ tokens.T
-    for rank in range(len(values) + 1):
-        found = (left[:, :rank] * values[:rank]) @ right[:rank]
-        error = float(((exact - found @ tokens.T) ** 2).sum())
-        # Eckart and Young on the outputs: no matrix of this rank has outputs any closer.
-        best = exact.numpy() - reference.truncated_svd(exact.numpy(), rank)
-        assert error == pytest.approx(float((best**2).sum()), rel=1e-9, abs=1e-9), rank
-        assert error == pytest.approx(float((values[rank:] ** 2).sum()), rel=1e-9, abs=1e-9), rank
+    tokens, weight = draw(rank_of_inputs, shape[1], seed=4), draw(*shape)
+    moment = tokens.T @ tokens
+    found, vectors = psd_eigenpairs(moment)
+    for root in (tokens.T, psd_root(moment)[0], vectors * found.sqrt()):
+        left, values, right = weighted_svd(weight, root)
+        assert_optimal(weight, (left, values, right), root, TOLERANCE["root"])
+        energy = values.square()
+        assert float(energy[rank_of_inputs:].max()) <= TOLERANCE["exact"] * float(energy[0])
 
 
 def test_half_precision_weights_are_factored_in_float64() -> None:
     weight = draw(4, 6).to(torch.bfloat16)
     low, high = weighted_svd(weight), weighted_svd(weight.double())
     assert all(torch.equal(a, b) for a, b in zip(low, high, strict=True))
+
+
+# --- output_directions ---------------------------------------------------------------------------
+
+
+@shapes
+@pytest.mark.parametrize("tokens", [2, 40])
+def test_output_directions_are_the_weighted_svd_without_a_root(
+    shape: tuple[int, int], tokens: int
+) -> None:
+    weight, rows = draw(*shape), draw(tokens, shape[1], seed=3)
+    found = output_directions(weight, rows.T @ rows)
+    assert_optimal(weight, (found[0], found[1].sqrt(), found[2]), rows.T, TOLERANCE["root"])
+
+
+@shapes
+def test_output_directions_diagonalise_the_covariance_of_the_outputs(
+    shape: tuple[int, int],
+) -> None:
+    weight, inputs = draw(*shape), psd(shape[1], 40, seed=3)
+    directions, energy, _ = output_directions(weight, inputs)
+    outputs = weight @ inputs @ weight.T
+    assert relative(directions.T @ outputs @ directions, torch.diag(energy)) <= TOLERANCE["exact"]
+    assert float(energy.sum()) == pytest.approx(float(outputs.trace()), rel=TOLERANCE["exact"])
+
+
+@shapes
+def test_the_column_space_of_a_tall_matrix_is_a_basis_and_the_matrix_in_it(
+    shape: tuple[int, int],
+) -> None:
+    weight = draw(*shape)
+    basis, reduced = column_space(weight)
+    assert reduced.shape == (min(shape), shape[1])
+    if basis is None:
+        assert shape[0] <= shape[1]
+        assert torch.equal(reduced, weight)
+        return
+    assert shape[0] > shape[1]
+    assert relative(basis @ reduced, weight) <= TOLERANCE["exact"]
+    identity = torch.eye(min(shape), dtype=torch.float64)
+    assert relative(basis.T @ basis, identity) <= TOLERANCE["exact"]
 
 
 # --- Gram panels -------------------------------------------------------------------------------

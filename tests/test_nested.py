@@ -33,6 +33,7 @@ def make(bias: str, seed: int = 0) -> LowRankFactors:
         tail,
         None if bias == "none" else draw(OUT),
         draw(IN) if bias == "with rank" else None,
+        3 * tail,
     )
 
 
@@ -111,6 +112,10 @@ def test_a_copy_for_running_has_the_leading_directions_in_the_new_dtype(
         assert difference <= TOLERANCE["float32"]
         assert copy.error_at(rank) == factors.error_at(rank)  # the tail stays in float64
     assert len(copy.tail) == copy.max_rank + 1
+    assert copy.loss is not None
+    assert copy.loss.dtype == torch.float64
+    assert torch.equal(copy.loss, 3 * copy.tail)
+    assert dataclasses.replace(factors, loss=None).to(max_rank=limit).loss is None
 
 
 @every_bias

@@ -1,10 +1,11 @@
-"""A file is the old one or the whole new one, and nothing is left beside it."""
+"""A file or folder is the old one or the whole new one, and nothing is left beside it."""
 
+import os
 from pathlib import Path
 
 import pytest
 
-from lrbo.storage import replacing, write_text
+from lrbo.storage import new_folder, replacing, write_text
 
 
 class Interrupted(BaseException):
@@ -95,3 +96,79 @@ def test_text_is_written_as_utf_8_and_read_back(tmp_path: Path) -> None:
     text = "schön, 語, \U0001f40d\n"
     write_text(tmp_path / "text", text)
     assert (tmp_path / "text").read_bytes() == text.encode()
+
+
+# --- folders -------------------------------------------------------------------------------------
+
+
+def test_a_new_folder_appears_only_when_it_is_whole(tmp_path: Path) -> None:
+    folder = tmp_path / "made" / "statistics"
+    with new_folder(folder) as beside:
+        assert beside.parent == folder.parent  # a rename is atomic inside one file system only
+        (beside / "deep").mkdir()
+        (beside / "deep" / "a").write_text("A", encoding="utf-8")
+        (beside / "b").write_text("B", encoding="utf-8")
+        assert not folder.exists()
+    assert [path.name for path in folder.parent.iterdir()] == ["statistics"]
+    assert files(folder / "deep") == {"a": "A"}
+    assert (folder / "b").read_text(encoding="utf-8") == "B"
+    assert folder.stat().st_mode & 0o777 == 0o755  # a temporary folder is its owner's alone
+
+
+@pytest.mark.parametrize("error", [ValueError, OSError, KeyboardInterrupt, Interrupted])
+def test_a_failure_inside_leaves_no_folder(tmp_path: Path, error: type[BaseException]) -> None:
+    def write_and_fail() -> None:
+        with new_folder(tmp_path / "statistics") as beside:
+            (beside / "half").write_text("half", encoding="utf-8")
+            raise error("in the middle")
+
+    with pytest.raises(error, match="in the middle"):
+        write_and_fail()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_exists_is_not_touched(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("A", encoding="utf-8")
+    with (
+        pytest.raises(FileExistsError, match=r"exists already; nothing is overwritten"),
+        new_folder(tmp_path),
+    ):
+        pytest.fail("nothing may be written")
+    assert files(tmp_path) == {"a": "A"}
+
+
+@pytest.mark.parametrize("content", [None, "theirs"])
+def test_a_folder_that_somebody_else_made_meanwhile_is_kept(
+    tmp_path: Path, content: str | None
+) -> None:
+    """Two searches of one model prepare the same: the second finds that it is there."""
+    folder = tmp_path / "statistics"
+
+    def write() -> None:
+        with new_folder(folder) as beside:
+            (beside / "a").write_text("ours", encoding="utf-8")
+            folder.mkdir()
+            if content:
+                (folder / "a").write_text(content, encoding="utf-8")
+
+    with pytest.raises(FileExistsError):
+        write()
+    assert [path.name for path in tmp_path.iterdir()] == ["statistics"]
+    assert files(folder) == ({"a": content} if content else {})
+
+
+def test_contents_reach_the_disk_before_the_name_of_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, synced = tmp_path / "statistics", []
+
+    def sync(descriptor: int) -> None:
+        assert not folder.exists()
+        synced.append(descriptor)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    with new_folder(folder) as beside:
+        (beside / "deep").mkdir()
+        for name in ("a", "deep/b", "deep/c"):
+            (beside / name).write_text(name, encoding="utf-8")
+    assert len(synced) == 3

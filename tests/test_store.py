@@ -1,18 +1,21 @@
 """Factors come back from disk as they were, and only for what they were made of."""
 
 import dataclasses
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
 from lrbo.allocation import rungs
 from lrbo.errors import StatisticsError
 from lrbo.factorization.base import Statistic
+from lrbo.factorization.loss_aware import LossAware, predicted_loss
 from lrbo.factorization.pooled import Bolaco
 from lrbo.factorization.registry import METHODS, method_named
 from lrbo.factorization.store import (
@@ -22,8 +25,9 @@ from lrbo.factorization.store import (
     load_factors,
     save_factors,
 )
-from lrbo.factorization.weighted import Svd
-from lrbo.model import fingerprint, linear_bias, linear_weight, map_model
+from lrbo.factorization.weighted import Asvd, Svd, SvdLlm
+from lrbo.linalg import JitterWarning
+from lrbo.model import LayerSpec, fingerprint, linear_bias, linear_weight, map_model
 from lrbo.nested import LowRankFactors
 from tests.tiny import CASES, build
 
@@ -32,33 +36,45 @@ TOLERANCE = {
 }
 
 
-class Sites:
-    """Statistics of every site, which remember who asked."""
+class Made:
+    """Statistics of every layer, the same for each of its shape, which remember who asked."""
 
-    def __init__(self, widths: Mapping[str, int]) -> None:
-        self.widths, self.asked = widths, []
+    def __init__(self, *, gradients: bool = True) -> None:
+        self.gradients, self.asked = gradients, list[str]()
 
-    def at(self, site: str) -> Mapping[Statistic, Tensor]:
-        self.asked.append(site)
-        width = self.widths[site]
-        generator = torch.Generator().manual_seed(width)
-        rows = torch.randn(3 * width, width, generator=generator, dtype=torch.float64)
-        covariance = rows.T @ rows / len(rows)
-        return {
+    def of(self, spec: LayerSpec) -> Mapping[Statistic, Tensor]:
+        self.asked.append(spec.name)
+        generator = torch.Generator().manual_seed(spec.in_features)
+
+        def draw(width: int) -> Tensor:
+            return torch.randn(3 * width, width, generator=generator, dtype=torch.float64)
+
+        rows, slopes = draw(spec.in_features), draw(spec.out_features)
+        covariance = torch.cov(rows.T, correction=0)
+        found = {
             Statistic.INPUT_MEAN: rows.mean(0),
+            Statistic.INPUT_MAGNITUDE: rows.abs().mean(0),
             Statistic.INPUT_COVARIANCE: covariance,
             Statistic.POOLED_INPUT_COVARIANCE: covariance,
         }
+        if self.gradients:
+            found[Statistic.OUTPUT_GRADIENT] = slopes.T @ slopes / len(slopes)
+            found[Statistic.INPUT_IMPORTANCE] = rows.square().mean(0)
+        return found
 
 
-def sites_of(case: str) -> Sites:
-    layers = map_model(build(case))
-    return Sites({spec.site: spec.in_features for spec in layers.compressible})
-
-
-def make(case: str, method: str) -> dict[str, LowRankFactors]:
+def parts(case: str, method: str) -> Iterator[dict[str, LowRankFactors]]:
     model = build(case)
-    return factor_model(model, map_model(model), method_named(method), sites_of(case))
+    return factor_model(model, map_model(model), method_named(method), Made())
+
+
+@cache  # every test reads them only
+def make(case: str, method: str) -> dict[str, LowRankFactors]:
+    return merged(parts(case, method))
+
+
+def merged(found: Iterable[Mapping[str, LowRankFactors]]) -> dict[str, LowRankFactors]:
+    return {name: factors for part in found for name, factors in part.items()}
 
 
 def assert_same(found: LowRankFactors, expected: LowRankFactors) -> None:
@@ -84,23 +100,79 @@ def test_every_part_of_the_factors_is_stored() -> None:
 @every_case
 @every_method
 def test_every_layer_is_factored_as_the_method_says(case: str, method: str) -> None:
-    model, sites = build(case), sites_of(case)
-    layers = map_model(model)
+    model = build(case)
+    layers, statistics = map_model(model), Made()
     factors = make(case, method)
     assert list(factors) == [spec.name for spec in layers.compressible]
     for spec in layers.compressible:
         module = model.get_submodule(spec.name)
         exact = method_named(method).factor(
-            linear_weight(module), linear_bias(module), sites.at(spec.site)
+            linear_weight(module), linear_bias(module), statistics.of(spec)
         )
         found = factors[spec.name]
         assert {found.left.dtype, found.right.dtype} == {torch.float32}
+        predicted = predicted_loss(exact, statistics.of(spec))
+        assert found.loss is not None
+        assert torch.equal(found.loss, predicted[: found.max_rank + 1])
         for rank in range(found.max_rank + 1):
             assert found.error_at(rank) == exact.error_at(rank)
             product = exact.left[:, :rank] @ exact.right[:rank]
             difference = (found.left[:, :rank] @ found.right[:rank]).double() - product
             unit = float(linear_weight(module).abs().max()) * 10
             assert float(difference.abs().max()) <= TOLERANCE["rounded"] * unit, rank
+
+
+def test_without_gradients_no_loss_is_predicted() -> None:
+    model = build("gpt2")
+    found = merged(factor_model(model, map_model(model), Bolaco(), Made(gradients=False)))
+    assert all(factors.loss is None for factors in found.values())
+    with pytest.raises(StatisticsError, match=r"^transformer\.h\.0\.attn\.c_attn: .*output_grad"):
+        next(factor_model(model, map_model(model), LossAware(), Made(gradients=False)))
+
+
+def test_kinds_that_are_one_sided_are_factored_so() -> None:
+    model = build("llama_tied")
+    layers = map_model(model)
+    both = merged(factor_model(model, layers, LossAware(one_sided=("v_proj",)), Made()))
+    one, two = (
+        merged(factor_model(model, layers, LossAware(output_power=power), Made()))
+        for power in (0.0, LossAware().output_power)
+    )
+    for spec in layers.compressible:
+        assert_same(both[spec.name], (one if spec.kind == "v_proj" else two)[spec.name])
+    assert not torch.equal(
+        one["model.layers.0.self_attn.v_proj"].left, two["model.layers.0.self_attn.v_proj"].left
+    )
+
+
+def test_blocks_come_one_by_one_and_only_their_weights_are_needed() -> None:
+    model = build("llama_biased")
+    layers = map_model(model)
+    weights = {spec.name: linear_weight(model.get_submodule(spec.name)) for spec in layers.layers}
+    there = {name: weight.clone() for name, weight in weights.items()}
+    for spec in layers.compressible:
+        weights[spec.name].fill_(torch.nan)
+    opened: list[int] = []
+
+    @contextmanager
+    def open_block(index: int) -> Iterator[nn.Module]:
+        opened.append(index)
+        mine = [spec.name for spec in layers.compressible if spec.block == index]
+        for name in mine:
+            weights[name].copy_(there[name])
+        yield model.get_submodule(f"model.layers.{index}")
+        for name in mine:
+            weights[name].fill_(torch.nan)
+
+    found = factor_model(model, layers, Svd(), Made(), open_block=open_block)
+    first = next(found)
+    assert opened == [0]
+    assert {layers.by_name[name].block for name in first} == {0}
+    second = next(found)
+    assert opened == [0, 1]
+    assert list(found) == []
+    for name, factors in {**first, **second}.items():
+        assert_same(factors, make("llama_biased", "svd")[name])
 
 
 @every_case
@@ -113,22 +185,12 @@ def test_exactly_the_ranks_below_dense_in_either_form_are_kept(case: str, method
         assert found.max_rank == steps[-2][0]
 
 
-@every_case
-def test_statistics_are_read_only_by_methods_that_need_them(case: str) -> None:
-    model = build(case)
-    layers = map_model(model)
-    for method in METHODS.values():
-        sites = sites_of(case)
-        factor_model(model, layers, method, sites)
-        assert sites.asked == ([s.site for s in layers.compressible] if method.needs else [])
-
-
 def test_progress_names_each_layer_once_and_the_model_is_untouched() -> None:
     model = build("gpt2")
-    layers = map_model(model)
-    before, done = fingerprint(model), []
-    factor_model(model, layers, Svd(), sites_of("gpt2"), on_layer=done.append)
-    assert done == [spec.name for spec in layers.compressible]
+    layers, statistics = map_model(model), Made()
+    before, done = fingerprint(model), list[str]()
+    merged(factor_model(model, layers, Svd(), statistics, on_layer=done.append))
+    assert done == [spec.name for spec in layers.compressible] == statistics.asked
     assert fingerprint(model) == before
 
 
@@ -137,7 +199,23 @@ def test_a_broken_layer_is_refused_by_name() -> None:
     name = "model.layers.1.mlp.up_proj"
     model.get_submodule(name).weight[0, :2] = torch.nan
     with pytest.raises(StatisticsError, match=rf"^{name}: weight holds 2 non-finite values"):
-        factor_model(model, map_model(model), Svd(), sites_of("llama_tied"))
+        merged(factor_model(model, map_model(model), Svd(), Made()))
+
+
+def test_what_is_announced_names_its_layer() -> None:
+    class Singular(Made):
+        def of(self, spec: LayerSpec) -> Mapping[Statistic, Tensor]:
+            found = dict(super().of(spec))
+            if spec.kind == "down_proj" and spec.block == 1:
+                found[Statistic.INPUT_MEAN] = torch.zeros(spec.in_features, dtype=torch.float64)
+                found[Statistic.INPUT_COVARIANCE][3] = 0.0
+                found[Statistic.INPUT_COVARIANCE][:, 3] = 0.0
+            return found
+
+    model = build("llama_tied")
+    with pytest.warns(JitterWarning, match=r"^model\.layers\.1\.mlp\.down_proj: ") as caught:
+        merged(factor_model(model, map_model(model), SvdLlm(), Singular()))
+    assert len(caught) == 1
 
 
 # --- disk --------------------------------------------------------------------------------------
@@ -146,39 +224,60 @@ def test_a_broken_layer_is_refused_by_name() -> None:
 @every_case
 @every_method
 def test_factors_come_back_as_they_were(case: str, method: str, tmp_path: Path) -> None:
-    factors = make(case, method)
-    save_factors(tmp_path / "factors.safetensors", factors, "abc")
-    found = load_factors(tmp_path / "factors.safetensors", "abc")
+    save_factors(tmp_path / "factors", parts(case, method), "abc")
+    found, factors = load_factors(tmp_path / "factors", "abc"), make(case, method)
     assert found.keys() == factors.keys()
     for name, expected in factors.items():
         assert_same(found[name], expected)
         for rank in range(1, expected.max_rank + 1):
             assert found[name].left[:, :rank].T.is_contiguous()
-    assert [path.name for path in tmp_path.iterdir()] == ["factors.safetensors"]
+    assert [path.name for path in tmp_path.iterdir()] == ["factors"]
+    assert len(list((tmp_path / "factors").iterdir())) == 2  # blocks
 
 
-def test_a_name_may_hold_the_separator(tmp_path: Path) -> None:
-    one = make("llama_tied", "svd")
-    factors = {"a|b": next(iter(one.values()))}
-    save_factors(tmp_path / "factors", factors, "abc")
+def test_blocks_are_written_as_they_come(tmp_path: Path) -> None:
+    written: list[int] = []
+
+    def watched() -> Iterator[Mapping[str, LowRankFactors]]:
+        for part in parts("gpt2", "svd"):
+            assert not (tmp_path / "factors").exists()
+            written.append(len(list(tmp_path.rglob("*.safetensors"))))
+            yield part
+
+    save_factors(tmp_path / "factors", watched(), "abc")
+    assert written == [0, 1]
+
+
+def test_what_is_interrupted_leaves_nothing(tmp_path: Path) -> None:
+    def interrupted() -> Iterator[Mapping[str, LowRankFactors]]:
+        yield next(parts("gpt2", "svd"))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        save_factors(tmp_path / "factors", interrupted(), "abc")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_name_may_hold_the_separator_and_a_block_nothing(tmp_path: Path) -> None:
+    one = next(iter(make("llama_tied", "svd").values()))
+    save_factors(tmp_path / "factors", iter([{}, {"a|b": one}]), "abc")
     found = load_factors(tmp_path / "factors", "abc")
     assert set(found) == {"a|b"}
-    assert_same(found["a|b"], factors["a|b"])
+    assert_same(found["a|b"], one)
 
 
 def test_factors_of_something_else_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / "factors.safetensors"
-    save_factors(path, make("llama_tied", "svd"), "abc")
-    with pytest.raises(StatisticsError, match=r"factors\.safetensors has fingerprint abc, .* xyz"):
-        load_factors(path, "xyz")
+    save_factors(tmp_path / "factors", parts("llama_tied", "svd"), "abc")
+    with pytest.raises(StatisticsError, match=r"factors/part_00000.* fingerprint abc, .* xyz"):
+        load_factors(tmp_path / "factors", "xyz")
 
 
 def test_a_file_that_is_cut_off_is_not_read(tmp_path: Path) -> None:
-    path = tmp_path / "factors.safetensors"
-    save_factors(path, make("llama_tied", "svd"), "abc")
+    save_factors(tmp_path / "factors", parts("llama_tied", "svd"), "abc")
+    path = tmp_path / "factors" / "part_00001.safetensors"
     path.write_bytes(path.read_bytes()[:-8])
     with pytest.raises(SafetensorError):
-        load_factors(path, "abc")
+        load_factors(tmp_path / "factors", "abc")
 
 
 # --- fingerprint -------------------------------------------------------------------------------
@@ -191,15 +290,18 @@ def test_the_fingerprint_depends_on_model_calibration_and_method() -> None:
         factors_fingerprint("model", "calibration 2", Bolaco()),
         factors_fingerprint("model", "calibration", Svd()),
         factors_fingerprint("model", "calibration", Svd(name="svd2")),
-    }
-    assert len(others | {base}) == 5
+        factors_fingerprint("model", None, Bolaco()),
+        *(factors_fingerprint("model", "calibration", Asvd(alpha=alpha)) for alpha in (0.4, 0.5)),
+        *(
+            factors_fingerprint("model", "calibration", replace(LossAware(), **changed))
+            for changed in (
+                {}, {"input_shrinkage": 0.1}, {"output_shrinkage": 0.1}, {"output_power": 0.1},
+                {"centred": True}, {"one_sided": ("q_proj",)}, {"one_sided": ("q_proj", "o_proj")},
+            )
+        ),
+    }  # fmt: skip
+    assert len(others | {base}) == 15
     assert factors_fingerprint("model", "calibration", Bolaco()) == base
-
-
-def test_a_method_that_needs_no_calibration_does_not_depend_on_it() -> None:
-    """So its factors are not made again when the calibration text changes."""
-    assert not Svd().needs
-    assert factors_fingerprint("model", "a", Svd()) == factors_fingerprint("model", "b", Svd())
 
 
 def test_the_fingerprint_is_the_same_in_every_process(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,10 +318,9 @@ def test_the_fingerprint_is_the_same_in_every_process(monkeypatch: pytest.Monkey
     assert len(found) == 1
 
 
-def test_every_family_can_be_factored_and_stored(tmp_path: Path) -> None:
-    for case in CASES:
-        factors = make(case, "svd")
-        assert len(factors) >= 8
-        save_factors(tmp_path / case, factors, case)
-        for name, found in load_factors(tmp_path / case, case).items():
-            assert_same(found, factors[name])
+@pytest.mark.parametrize("case", CASES)
+def test_every_family_can_be_factored_and_stored(case: str, tmp_path: Path) -> None:
+    assert len(make(case, "svd")) >= 8
+    save_factors(tmp_path / case, parts(case, "svd"), case)
+    for name, found in load_factors(tmp_path / case, case).items():
+        assert_same(found, make(case, "svd")[name])
