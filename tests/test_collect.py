@@ -330,10 +330,9 @@ def test_a_layer_that_the_model_does_not_run_is_refused_by_name(
         gathered(model, windows, needs)
 
 
-def test_an_unknown_layer_is_refused_by_name(layers: ModelMap) -> None:
-    spec = layers.compressible[3]
-    with pytest.raises(StatisticsError, match=rf"no statistics of {spec.name}"):
-        Calibration().of(spec)
+def test_a_layer_that_was_not_seen_has_no_statistics(layers: ModelMap) -> None:
+    """It is up to the method whether that is an error: a plain SVD needs none."""
+    assert Calibration().of(layers.compressible[3]) == {}
 
 
 def test_too_few_tokens_for_a_covariance_are_announced_before_the_pass(

@@ -130,6 +130,23 @@ def test_without_gradients_no_loss_is_predicted() -> None:
         next(factor_model(model, map_model(model), LossAware(), Made(gradients=False)))
 
 
+@every_method
+def test_a_layer_that_calibration_did_not_see_is_refused_by_name_if_that_matters(
+    method: str,
+) -> None:
+    class Nothing(Made):
+        def of(self, spec: LayerSpec) -> Mapping[Statistic, Tensor]:
+            return {}
+
+    model = build("gpt2")
+    made = factor_model(model, map_model(model), method_named(method), Nothing())
+    if not method_named(method).needs:
+        assert merged(made).keys() == make("gpt2", method).keys()
+        return
+    with pytest.raises(StatisticsError, match=r"^transformer\.h\.0\.attn\.c_attn: .*; got none"):
+        next(made)
+
+
 def test_kinds_that_are_one_sided_are_factored_so() -> None:
     model = build("llama_tied")
     layers = map_model(model)

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from lrbo.blockwise import BlockwiseBody, Scratch
 from lrbo.calibration.gradients import GradientMoments, Labels, loss_gradients
 from lrbo.calibration.sites import SiteMoments
-from lrbo.errors import StatisticsError
 from lrbo.factorization.base import GRADIENT_STATISTICS, Statistic
 from lrbo.model import LayerSpec, ModelMap
 
@@ -75,28 +74,16 @@ class Calibration:
         return calibration
 
     def of(self, spec: LayerSpec) -> dict[Statistic, Tensor]:
-        """Return the statistics of a layer: those of its input and its own.
-
-        Raises:
-            StatisticsError: If calibration did not see it.
-        """
-        inputs, own = self.found.get(spec.site, {}), self.found.get(spec.name, {})
-        return merged_statistics(spec, inputs, own)
+        """Return the statistics of a layer, those of its input and its own: what there are."""
+        return merged_statistics(self.found.get(spec.site, {}), self.found.get(spec.name, {}))
 
 
 def merged_statistics(
-    spec: LayerSpec, inputs: Mapping[Statistic, Tensor], own: Mapping[Statistic, Tensor]
+    inputs: Mapping[Statistic, Tensor], own: Mapping[Statistic, Tensor]
 ) -> dict[Statistic, Tensor]:
-    """Return what belongs to a layer, of what is kept under its site's and its own name.
-
-    Raises:
-        StatisticsError: If there is nothing.
-    """
+    """Return what belongs to a layer, of what is kept under its site's and its own name."""
     found = {key: value for key, value in inputs.items() if key not in GRADIENT_STATISTICS}
-    found |= {key: value for key, value in own.items() if key in GRADIENT_STATISTICS}
-    if not found:
-        raise StatisticsError(f"calibration has no statistics of {spec.name}.")
-    return found
+    return found | {key: value for key, value in own.items() if key in GRADIENT_STATISTICS}
 
 
 def group_of_window(windows: int, groups: int) -> list[int]:

@@ -36,7 +36,7 @@ class LayerStatistics(Protocol):
     """Where a layer's statistics come from: memory or a folder."""
 
     def of(self, spec: LayerSpec) -> Mapping[Statistic, Tensor]:
-        """Return the statistics of a layer: those of its input and its own."""
+        """Return the statistics of a layer, those of its input and its own: what there are."""
         ...
 
 

@@ -1,0 +1,228 @@
+"""Statistics and factors are made once, anew where anything that matters differs, and shared."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from lrbo import preparation
+from lrbo.calibration.collect import Calibration, CalibrationSettings
+from lrbo.factorization.base import GRADIENT_STATISTICS, Statistic
+from lrbo.factorization.loss_aware import LossAware
+from lrbo.factorization.pooled import Bolaco
+from lrbo.factorization.registry import METHODS
+from lrbo.factorization.store import PARTS
+from lrbo.factorization.weighted import Asvd, Svd
+from lrbo.loading import ModelSource, load_model
+from lrbo.model import fingerprint, map_model
+from lrbo.nested import LowRankFactors
+from lrbo.preparation import Preparation, curve_needs
+from lrbo.progress import Reporter
+from tests.tiny import token_ids
+
+CPU, FLOAT32 = torch.device("cpu"), torch.float32
+SOURCE = ModelSource("tiny", "0")
+SETTINGS = CalibrationSettings(gradient_share=1.0, groups=3)
+
+
+class Said(Reporter):
+    """Notes which steps were done."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps: list[str] = []
+
+    def say(self, message: str) -> None:
+        self.steps.append(message.partition(":")[0])
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache of its own."""
+    monkeypatch.setenv("LRBO_CACHE", str(tmp_path))
+    return tmp_path
+
+
+def prepared(**changes: object) -> Preparation:
+    model = load_model(SOURCE, dtype=FLOAT32, device=CPU)
+    method = changes.get("method", LossAware())
+    base = Preparation(
+        SOURCE, map_model(model), method, curve_needs(method), token_ids(7, 12), SETTINGS
+    )
+    return replace(base, **changes)
+
+
+def made(
+    given: Preparation, dtype: torch.dtype = FLOAT32, model: PreTrainedModel | None = None
+) -> tuple[dict[str, LowRankFactors], list[str]]:
+    """Return the factors, and what had to be done for them."""
+    model = model or load_model(SOURCE, dtype=dtype, device=CPU)
+    said = Said()
+    return given.factors(fingerprint(model), dtype, CPU, said, model), said.steps
+
+
+def count(cache: Path) -> dict[str, int]:
+    return {folder.name: len(list(folder.iterdir())) for folder in cache.iterdir()}
+
+
+def same_bits(one: dict[str, LowRankFactors], other: dict[str, LowRankFactors]) -> bool:
+    assert one.keys() == other.keys()
+    assert len(one) == 14
+    for name, found in one.items():
+        for part in PARTS:
+            a, b = getattr(found, part), getattr(other[name], part)
+            if (a is None) != (b is None) or (a is not None and not torch.equal(a, b)):
+                return False
+    return True
+
+
+BOTH = ["Calibration", "Factorization"]
+
+
+def test_what_was_made_once_is_read_from_then_on(cache: Path) -> None:
+    first, steps = made(prepared())
+    assert steps == BOTH
+    assert all(found.loss is not None for found in first.values())
+    again, steps = made(prepared())
+    assert steps == []
+    assert same_bits(first, again)
+    assert count(cache) == {"calibration": 1, "factors": 1}
+
+
+def test_the_model_is_loaded_only_where_something_must_be_made(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = load_model(SOURCE, dtype=FLOAT32, device=CPU)
+    given, digest = prepared(), fingerprint(model)
+    first = given.factors(digest, FLOAT32, CPU, Said())
+    assert same_bits(first, made(given)[0])
+    monkeypatch.setattr(preparation, "load_model", lambda *a, **k: pytest.fail("loaded"))
+    assert same_bits(first, given.factors(digest, FLOAT32, CPU, Said()))
+
+
+@pytest.mark.parametrize(
+    ("change", "steps"),
+    [
+        (lambda p: replace(p, method=LossAware(output_power=0.5)), ["Factorization"]),
+        (lambda p: replace(p, method=LossAware(one_sided=("q_proj",))), ["Factorization"]),
+        (lambda p: replace(p, method=Asvd(), needs=p.needs | Asvd().needs), BOTH),
+        (lambda p: replace(p, method=Svd(), needs=frozenset()), ["Factorization"]),
+        (lambda p: replace(p, windows=token_ids(7, 12, seed=1)), BOTH),
+        (lambda p: replace(p, settings=replace(SETTINGS, seed=1)), BOTH),
+        (lambda p: replace(p, settings=replace(SETTINGS, groups=2)), []),  # nothing is pooled
+        (lambda p: replace(p, settings=replace(SETTINGS, batch_windows=2)), []),
+        (lambda p: replace(p, settings=replace(SETTINGS, memory_gib=0.0)), []),
+    ],
+)
+def test_only_what_matters_is_made_again(
+    cache: Path, change: Callable[[Preparation], Preparation], steps: list[str]
+) -> None:
+    made(prepared())
+    _, done = made(change(prepared()))
+    assert done == steps
+    assert count(cache) == {
+        "calibration": 1 + ("Calibration" in steps),
+        "factors": 1 + ("Factorization" in steps),
+    }
+
+
+def test_other_weights_get_factors_of_their_own() -> None:
+    first, _ = made(prepared())
+    model = load_model(SOURCE, dtype=FLOAT32, device=CPU)
+    model.get_submodule("model.layers.0.mlp.up_proj").weight[0, 0] += 0.5
+    other, steps = made(prepared(), model=model)
+    assert steps == BOTH
+    assert not same_bits(first, other)
+
+
+def test_factors_that_were_deleted_come_from_the_statistics_that_are_left(cache: Path) -> None:
+    first, _ = made(prepared())
+    first = {name: found.to() for name, found in first.items()}  # no longer in the file
+    (folder,) = (cache / "factors").iterdir()
+    for file in folder.iterdir():
+        file.unlink()
+    folder.rmdir()
+    again, steps = made(prepared())
+    assert steps == ["Factorization"]
+    assert same_bits(first, again)
+
+
+def test_without_needs_nothing_is_calibrated(cache: Path) -> None:
+    given = prepared(method=Svd(), needs=frozenset())
+    model = load_model(SOURCE, dtype=FLOAT32, device=CPU)
+    assert given.statistics("digest", FLOAT32, Said(), model) == Calibration()
+    found, steps = made(given)
+    assert steps == ["Factorization"]
+    assert count(cache) == {"factors": 1}
+    assert all(factors.loss is None for factors in found.values())
+
+
+def test_a_model_that_runs_in_half_precision_is_factored_at_that_of_its_checkpoint() -> None:
+    given = prepared(method=Svd(), needs=frozenset())
+    full, _ = made(given)
+    half, steps = made(given, torch.bfloat16)
+    assert steps == ["Factorization"]  # of its own: the digest is that of the rounded weights
+    assert same_bits(full, half)
+
+
+@pytest.mark.parametrize("step", ["save_calibration", "save_factors"])
+def test_a_search_that_finishes_second_takes_what_the_first_made(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    save = getattr(preparation, step)
+    done: list[str] = []
+
+    def twice(folder: Path, parts: object, name: str) -> None:
+        """Save, as another search does meanwhile, then go on and find it there."""
+        parts = list(parts)
+        save(folder, iter(parts), name)
+        done.append(name)
+        save(folder, iter(parts), name)
+        pytest.fail("saved twice")
+
+    expected, _ = made(prepared())
+    monkeypatch.setenv("LRBO_CACHE", str(cache / "other"))
+    monkeypatch.setattr(preparation, step, twice)
+    found, steps = made(prepared())
+    assert steps == BOTH
+    assert len(done) == 1
+    assert same_bits(found, expected)
+
+
+def test_an_interrupted_preparation_is_begun_again(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(self: Calibration, spec: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(preparation.CalibrationFolder, "of", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            made(prepared())
+    assert count(cache) == {"calibration": 1, "factors": 0}
+    _, steps = made(prepared())
+    assert steps == ["Factorization"]
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_loss_curves_need_gradients_and_one_covariance(method: object) -> None:
+    needs = curve_needs(method)
+    assert needs >= method.needs | {Statistic.INPUT_MEAN, Statistic.OUTPUT_GRADIENT}
+    covariances = {Statistic.INPUT_COVARIANCE, Statistic.POOLED_INPUT_COVARIANCE}
+    assert len(needs & covariances) == 1
+    extra = needs - method.needs - {Statistic.INPUT_MEAN, Statistic.INPUT_COVARIANCE}
+    assert extra <= GRADIENT_STATISTICS - {Statistic.INPUT_IMPORTANCE}
+    assert (Statistic.POOLED_INPUT_COVARIANCE in needs) == (method == Bolaco())
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_every_method_is_prepared_with_its_losses(method: object) -> None:
+    found, steps = made(prepared(method=method))
+    assert steps == BOTH
+    for factors in found.values():
+        assert factors.loss is not None
+        assert bool((factors.loss.diff() <= 0).all())
+        assert float(factors.loss[0]) > 0
