@@ -6,7 +6,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lrbo.accounting import STORAGES
 from lrbo.errors import ConfigError, StatisticsError
@@ -54,6 +54,7 @@ def factors_of(method: FactorizationMethod, layer: Layer) -> NestedFactors:
     return method.factor(layer.weight, layer.bias, given)
 
 
+@cache
 def map_at(factors: NestedFactors, layer: Layer, rank: int) -> Affine:
     return reference.affine_of(factors.at_rank(rank), layer.spec.in_features)
 
@@ -215,27 +216,33 @@ def test_non_finite_input_is_refused_with_its_count(
             method.factor(layer.weight, layer.bias, {**layer.statistics, need: broken})
 
 
-@every_case
-@every_layer
-@pytest.mark.parametrize("gradients", ["same", "of the same loss"])
-def test_a_layer_scaled_by_3_gives_layers_scaled_by_3(
-    case: Case, layer: Layer, gradients: str
-) -> None:
-    """The loss may see the output as it is, or divided by 3: then nothing that it feels changed."""
-    method = case.method
-    same = gradients == "same"
+def assert_scaled(method: FactorizationMethod, layer: Layer, gradients: Tensor, times: int) -> None:
+    """Scale a layer by 3 and compare maps, and errors, which become so many times larger."""
     bias = None if layer.bias is None else 3 * layer.bias
-    seen = layer.gradients if same else layer.gradients / 3
     factors = factors_of(method, layer)
-    scaled = factors_of(method, Layer(3 * layer.weight, bias, layer.groups, seen))
-    of_loss = {Statistic.OUTPUT_GRADIENT, Statistic.INPUT_IMPORTANCE} & method.needs
-    times = 1 if of_loss and not same else 9
+    scaled = factors_of(method, Layer(3 * layer.weight, bias, layer.groups, gradients))
     for rank in ranks_of(factors):
         one, three = map_at(factors, layer, rank), map_at(scaled, layer, rank)
         assert largest_difference((3 * one[0], 3 * one[1]), three) <= TOLERANCE["scaled"], rank
         assert scaled.error_at(rank) == pytest.approx(
             times * factors.error_at(rank), rel=1e-9, abs=TOLERANCE["scaled"]
         )
+
+
+@every_method
+@every_layer
+def test_a_layer_scaled_by_3_gives_layers_scaled_by_3(
+    method: FactorizationMethod, layer: Layer
+) -> None:
+    """The loss sees outputs three times as large: its gradients are what they were."""
+    assert_scaled(method, layer, layer.gradients, 9)
+
+
+@pytest.mark.parametrize("name", ["fwsvd", "loss_aware", "loss_aware-kfac", "loss_aware-centred"])
+@every_layer
+def test_where_the_loss_undoes_a_scale_its_error_stays(name: str, layer: Layer) -> None:
+    """What reads the output divides it by 3: nothing that the loss feels has changed."""
+    assert_scaled(CASES[name].method, layer, layer.gradients / 3, 1)
 
 
 @every_method
