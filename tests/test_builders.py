@@ -83,7 +83,7 @@ def make_worker(name: str, *overrides: str) -> tuple[Any, Said]:
         return builders.build_worker(plan, study, said), said
 
 
-def files(cache: Path) -> dict[str, int]:
+def made(cache: Path) -> dict[str, int]:
     """Return how many results of each sort the cache holds."""
     return {
         folder: len(list((cache / folder).iterdir())) if (cache / folder).is_dir() else 0
@@ -97,7 +97,7 @@ def files(cache: Path) -> dict[str, int]:
 def test_statistics_and_factors_are_made_once(cache: Path) -> None:
     first, said = make_worker("one")
     assert said.steps == ["Calibration", "Factorization"]
-    assert files(cache) == {"calibration": 1, "factors": 1}
+    assert made(cache) == {"calibration": 1, "factors": 1}
     # Another study of the same model and text: budget, space and trials are none of their business.
     again, said = make_worker(
         "two",
@@ -107,7 +107,7 @@ def test_statistics_and_factors_are_made_once(cache: Path) -> None:
         "space.rank_multiple=2",
     )
     assert said.steps == []
-    assert files(cache) == {"calibration": 1, "factors": 1}
+    assert made(cache) == {"calibration": 1, "factors": 1}
     assert set(again.factors) == set(first.factors) != set()
     for name, found in first.factors.items():
         assert torch.equal(found.left, again.factors[name].left)
@@ -137,7 +137,7 @@ def test_only_what_matters_is_made_again(
     make_worker("one")
     _, said = make_worker("two", *overrides)
     assert said.steps == steps
-    assert files(cache) == {
+    assert made(cache) == {
         "calibration": 1 + ("Calibration" in steps),
         "factors": 1 + ("Factorization" in steps),
     }

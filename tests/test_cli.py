@@ -124,7 +124,7 @@ def test_search_answers_with_the_fixed_keys(searched: tuple[Path, Ran]) -> None:
 def test_a_search_leaves_a_study_with_pictures(searched: tuple[Path, Ran]) -> None:
     folder, ran = searched
     study = folder / "studies" / "tiny"
-    for name in ("convergence", "front", "ranks"):
+    for name in ("convergence", "front", "ranks", "sensitivity"):
         assert (study / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert {"journal.jsonl", "study.json", "config.yaml", "front.json"} <= {
         path.name for path in study.iterdir()
@@ -141,7 +141,7 @@ def test_a_finished_search_typed_again_adds_nothing(project: Path, searched: Any
     assert state_of(project / "studies" / "tiny") == before
     assert "5 of 5 trials are done" in ran.err
     # What was made once is not made again.
-    for step in ("Calibration", "Factorization", "Dense model", "Test text"):
+    for step in ("Calibration", "Factorization", "Dense model", "Loss of layers", "Test text"):
         assert step not in ran.err
 
 
@@ -261,7 +261,8 @@ def test_compress_writes_what_evaluate_scores_like_the_trial(project: Path, sear
     ran = lrbo_command("compress", "study=tiny", "out=best", "output=json")
     assert ran.status == 0, ran.err
     found = ran.json
-    assert set(found) == {"folder", "parameters", "parameters_in_file", "keep_ratio", "storage"}
+    keys = {"folder", "parameters", "parameters_in_file", "keep_ratio", "storage", "refit"}
+    assert set(found) == keys
     assert found["parameters"] == found["parameters_in_file"]
     assert found["keep_ratio"] == best["keep_ratio"]
     assert found["storage"] == "pivoted"

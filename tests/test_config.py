@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from lrbo import config
 from lrbo.checks import check, require_valid, study_folder
 from lrbo.errors import ConfigError
+from lrbo.factorization.registry import METHODS
 from lrbo.schema import SCHEMAS, CompressConfig, EvaluateConfig, ReportConfig, SearchConfig
 
 CONF = config.conf_folder()
@@ -79,10 +79,17 @@ def test_values_of_every_command_have_the_schema_s_keys() -> None:
         assert type(config.composed(command, overrides)) is SCHEMAS[command]
 
 
-def test_the_default_search_is_the_paper_s() -> None:
+def test_the_default_search_is_around_the_least_predicted_loss() -> None:
     found = search()
-    assert found.method.name == "bolaco"
-    assert found.budget.keep_ratio == 0.8
+    assert (found.method.name, found.space.type) == ("loss_aware", "weights")
+    assert (found.budget.keep_ratio, found.budget.storage) == (0.8, "pivoted")
+    assert found.sensitivity.enabled
+
+
+def test_the_quickstart_is_the_paper_s_search() -> None:
+    found = search("experiment=quickstart")
+    assert (found.method.name, found.space.type) == ("bolaco", "ratios")
+    assert (found.budget.keep_ratio, found.budget.storage) == (0.8, "factored")
     assert found.space.dense == ["v_proj"]
     assert found.space.start == {"qk": 0.363, "o": 0.789, "gate": 0.841, "up": 0.807, "down": 1.0}
 
@@ -126,7 +133,8 @@ def test_a_value_of_the_wrong_type_and_an_option_that_is_not_there_are_named() -
     assert (
         "'much' of type 'str' could not be converted to Float" in problems["budget.keep_ratio=much"]
     )
-    assert "bolaco svd" in problems["method=magic"]
+    for method in METHODS:
+        assert method in problems["method=magic"]
 
 
 @pytest.mark.parametrize(
@@ -134,7 +142,7 @@ def test_a_value_of_the_wrong_type_and_an_option_that_is_not_there_are_named() -
     ["space.start.qk=0.5", "+space.groups.mine=[q_proj]", "space.start={qk: 0.5}", "~experiment"],
 )
 def test_free_mappings_and_hydra_s_grammar_are_taken(override: str) -> None:
-    assert config.find_problems("search", [override]) == {}
+    assert config.find_problems("search", ["space=per_kind", override]) == {}
 
 
 def test_a_new_entry_of_a_free_mapping_is_added_with_a_plus() -> None:
@@ -176,12 +184,34 @@ BAD_SEARCH: dict[str, Any] = {
     "space.rank_multiple": [0],
     "space.bounds": [[0.9, 0.2], [0.0, 1.0], [0.5], [0.2, 1.1]],
     "space.start": [{"qk": 0.0}, {"qk": [0.5, 1.5]}, {"qk": []}, {"qk": "much"}],
+    "space.type": ["ranks"],
+    "space.minimum_rank": [8],  # which only weights have
+    "method.alpha": [0.5],  # which bolaco does not have
     "calibration.groups": [0],
     "calibration.batch_windows": [0],
+    "calibration.labels": ["guessed"],
+    "calibration.gradient_share": [0.0, 1.1, math.nan],
+    "calibration.memory_gib": [-1.0, math.nan],
+    "sensitivity.layers_per_kind": [-1],
+    "sensitivity.ranks": [0],
+    "sensitivity.windows": [0],
     "evaluation.batch_windows": [0],
     "evaluation.chunk_tokens": [0],
     "evaluation.kl_top": [0],
     "output": ["yaml"],
+}
+
+
+RATIOS = ["method=bolaco", "space=per_kind"]
+BAD_WEIGHTS: dict[str, Any] = {
+    "space.bounds": [[-0.5, 0.4], [0.2, 1.0], [0.5], [0.0, 0.0], [-6.0, 6.0]],
+    "space.knots": [1, -1],
+    "space.minimum_rank": [-1],
+    "space.rank_multiple": [0],
+    "space.start": [{"q_proj": 0.5}],
+    "sensitivity.enabled": [False],
+    "method.input_shrinkage": [-0.1, 1.1, math.nan],
+    "method.output_shrinkage": [0.0, 1.1, math.nan],
 }
 
 
@@ -198,7 +228,8 @@ def changed(found: Any, key: str, value: Any) -> Any:
 def test_a_value_that_cannot_work_is_named_with_what_was_expected(
     key: str, value: Any, tmp_path: Path
 ) -> None:
-    good = changed(search("model=hf", "model.path=organisation/name"), "studies", str(tmp_path))
+    found = search("model=hf", "model.path=organisation/name", *RATIOS)
+    good = changed(found, "studies", str(tmp_path))
     assert check(good) == []
     (problem,) = check(changed(good, key, value))
     assert problem.startswith(key)
@@ -206,10 +237,31 @@ def test_a_value_that_cannot_work_is_named_with_what_was_expected(
         assert repr(value) in problem
 
 
+@pytest.mark.parametrize(
+    ("key", "value"), [(key, value) for key, values in BAD_WEIGHTS.items() for value in values]
+)
+def test_a_value_that_weights_cannot_work_with_is_named(
+    key: str, value: Any, tmp_path: Path
+) -> None:
+    good = changed(search("method=loss_aware", "space=weights"), "studies", str(tmp_path))
+    assert check(good) == []
+    (problem,) = check(changed(good, key, value))
+    assert problem.startswith(key)
+
+
+def test_keys_of_the_other_space_are_not_judged(tmp_path: Path) -> None:
+    found = changed(search("space=weights"), "studies", str(tmp_path))
+    for key, value in (("space.granularity", "none"), ("space.depth_groups", 0)):
+        assert check(changed(found, key, value)) == []
+
+
 def test_all_bad_values_are_named_in_one_error(tmp_path: Path) -> None:
-    bad = changed(search("model=hf", "model.path=organisation/name"), "studies", str(tmp_path))
-    # Those two are judged by others: by the source of the model, and by the length of a window.
-    names = sorted(set(BAD_SEARCH) - {"model.path", "data.validation.tokens"})
+    found = search("model=hf", "model.path=organisation/name", *RATIOS)
+    bad = changed(found, "studies", str(tmp_path))
+    # These are judged by others: by the source of the model, the length of a window, the method
+    # and the type of the space.
+    judged = {"model.path", "data.validation.tokens", "method.alpha", "space.type"}
+    names = sorted(set(BAD_SEARCH) - judged)
     for key in names:
         bad = changed(bad, key, BAD_SEARCH[key][0])
     with pytest.raises(ConfigError) as caught:
@@ -262,46 +314,6 @@ def test_evaluate_needs_only_the_test_text_and_a_checkpoint_that_is_there(tmp_pa
 def test_a_study_is_a_name_or_a_path(tmp_path: Path) -> None:
     assert study_folder("studies", "mine") == Path("studies/mine")
     assert study_folder("studies", str(tmp_path / "mine")) == tmp_path / "mine"
-
-
-# --- a study that is continued -----------------------------------------------------------------
-
-
-def test_a_stored_configuration_comes_back_as_it_was() -> None:
-    found = search("space=per_kind_and_depth", "data.window=256", "seed=3", "search.trials=9")
-    text = config.to_yaml(found)
-    assert config.stored_config(text, []) == found
-    assert yaml.safe_load(text)["space"]["start"]["qk"] == [0.332, 0.473, 0.199, 0.320]
-
-
-def test_free_keys_may_change_when_a_study_is_continued() -> None:
-    text = config.to_yaml(search())
-    found = config.stored_config(
-        text, ["search.trials=99", "tracking.uri=http://elsewhere:5000", "tracking.enabled=false"]
-    )
-    assert found.search.trials == 99
-    assert found.tracking.uri == "http://elsewhere:5000"
-    assert found.tracking.enabled is False
-    assert config.differences(text, found) == []
-
-
-def test_the_mlflow_store_follows_the_folder_of_the_studies() -> None:
-    text = config.to_yaml(search("studies=here"))
-    assert "sqlite:///here/mlflow.db" in text
-    moved = config.stored_config(text, ["studies=there"])
-    assert moved.tracking.uri == "sqlite:///there/mlflow.db"
-    text = config.to_yaml(search("tracking.uri=http://server:5000"))
-    assert config.stored_config(text, ["studies=x"]).tracking.uri == "http://server:5000"
-
-
-def test_every_other_difference_is_listed_with_both_values() -> None:
-    text = config.to_yaml(search())
-    other = search("budget.keep_ratio=0.7", "seed=2", "search.trials=99", "data.window=256")
-    assert config.differences(text, other) == [
-        "data.window: the study has 512, the command has 256",
-        "budget.keep_ratio: the study has 0.8, the command has 0.7",
-        "seed: the study has 0, the command has 2",
-    ]
 
 
 def test_flat_has_every_value_under_its_dotted_key() -> None:

@@ -1,13 +1,14 @@
 """A step leaves one line that says what it was and how fast, whoever reads it."""
 
 import io
+import logging
 import re
 
 import pytest
 from rich.console import Console
 
 from lrbo import progress
-from lrbo.progress import Reporter
+from lrbo.progress import LineHandler, Reporter
 
 LINE = r"Dense \[model\] on text: 8,192 tokens in 2\.0 s \(4,096 tokens/s\)"
 
@@ -139,3 +140,28 @@ def test_the_default_is_stderr(capsys: pytest.CaptureFixture[str]) -> None:
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err == "to be read by people\n"
+
+
+def log_to(reporter: Reporter, message: str) -> None:
+    handler = LineHandler(reporter)
+    record = logging.LogRecord("lrbo", logging.WARNING, "file.py", 1, "%s", (message,), None)
+    handler.handle(record)
+
+
+def test_a_log_record_is_one_line_without_markup_or_place() -> None:
+    reporter, out = plain(width=40)
+    message = "layer [bold]q[/bold]: " + "the second moment is singular, " * 5
+    log_to(reporter, message)
+    assert out.getvalue() == f"WARNING  {message}\n"
+
+
+def test_a_log_record_stands_above_the_bar(clock: None) -> None:
+    reporter, out = terminal()
+    with reporter.step("Calibration", 4, "blocks") as advance:
+        advance(1)
+        log_to(reporter, "few tokens")
+        advance(3)
+    lines = screen(out.getvalue())
+    assert lines[0] == "WARNING  few tokens"
+    assert lines[1].startswith("Calibration: 4 blocks in 2.0 s")
+    assert len(lines) == 2

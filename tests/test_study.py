@@ -340,7 +340,9 @@ def test_study_json_is_written_last(study: Study, monkeypatch: pytest.MonkeyPatc
     study.begin({"device": "cpu"}, "a: 2\n")
     assert study.exists
     assert study.config_yaml() == "a: 2\n"
-    assert study.about() == {"format": FORMAT, "study": "study", "device": "cpu"}
+    about = study.about()
+    assert about["storage"] == "factored"  # studies from before there was a choice do not say
+    assert about == {"format": FORMAT, "study": "study", "device": "cpu", "storage": "factored"}
     assert sorted(path.name for path in study.folder.iterdir()) == ["config.yaml", "study.json"]
 
 

@@ -99,6 +99,17 @@ def test_many_long_and_odd_names_and_values_are_taken(store: Store) -> None:
     assert child.data.metrics["x" * 250] == 1.0
 
 
+def test_variables_say_what_they_are_where_they_are_no_ratios(store: Store) -> None:
+    tracker = store.tracker(strict=True, prefix="log_weight.")
+    tracker.start({"seed": 0})
+    one = record(0)
+    tracker.trial(one)
+    (child,) = store.children.values()
+    found = {name: float(value) for name, value in child.data.params.items()}
+    assert found == {f"log_weight.{k}": v for k, v in one.request.variables.items()}
+    assert store.parent.data.params == {"seed": "0"}  # those of the study stay as they are
+
+
 def test_numbers_figures_and_tables_go_on_the_parent(store: Store, tmp_path: Path) -> None:
     (tmp_path / "front.png").write_bytes(b"\x89PNG")
     (tmp_path / "front.csv").write_text("parameters,nll\n", encoding="utf-8")

@@ -1,0 +1,103 @@
+"""A study is continued with its own configuration, also one from before some keys existed."""
+
+import pytest
+import yaml
+
+from lrbo import config
+from lrbo.checks import check
+from lrbo.errors import ConfigError
+from lrbo.schema import SearchConfig
+from tests.test_config import RATIOS, search
+
+
+def test_a_stored_configuration_comes_back_as_it_was() -> None:
+    found = search("space=per_kind_and_depth", "data.window=256", "seed=3", "search.trials=9")
+    text = config.to_yaml(found)
+    assert config.stored_config(text, []) == found
+    assert yaml.safe_load(text)["space"]["start"]["qk"] == [0.332, 0.473, 0.199, 0.320]
+
+
+def test_free_keys_may_change_when_a_study_is_continued() -> None:
+    text = config.to_yaml(search())
+    found = config.stored_config(
+        text, ["search.trials=99", "tracking.uri=http://elsewhere:5000", "tracking.enabled=false"]
+    )
+    assert found.search.trials == 99
+    assert found.tracking.uri == "http://elsewhere:5000"
+    assert found.tracking.enabled is False
+    assert config.differences(text, found) == []
+
+
+def test_the_mlflow_store_follows_the_folder_of_the_studies() -> None:
+    text = config.to_yaml(search("studies=here"))
+    assert "sqlite:///here/mlflow.db" in text
+    moved = config.stored_config(text, ["studies=there"])
+    assert moved.tracking.uri == "sqlite:///there/mlflow.db"
+    text = config.to_yaml(search("tracking.uri=http://server:5000"))
+    assert config.stored_config(text, ["studies=x"]).tracking.uri == "http://server:5000"
+
+
+def test_every_other_difference_is_listed_with_both_values() -> None:
+    text = config.to_yaml(search())
+    other = search("budget.keep_ratio=0.7", "seed=2", "search.trials=99", "data.window=256")
+    assert config.differences(text, other) == [
+        "data.window: the study has 512, the command has 256",
+        "budget.keep_ratio: the study has 0.8, the command has 0.7",
+        "seed: the study has 0, the command has 2",
+    ]
+
+
+OLD_KEYS: dict[str, set[str]] = {
+    "method": {"name"},
+    "space": {
+        "name", "granularity", "depth_groups", "groups", "dense", "bounds", "start",
+        "rank_multiple",
+    },
+    "budget": {"keep_ratio"},
+    "calibration": {"groups", "batch_windows"},
+}  # fmt: skip
+
+
+def as_before(found: SearchConfig) -> str:
+    """Return a configuration as it was stored before methods had options and spaces a type."""
+    stored = yaml.safe_load(config.to_yaml(found))
+    del stored["sensitivity"]
+    for section, keys in OLD_KEYS.items():
+        stored[section] = {k: v for k, v in stored[section].items() if k in keys}
+    text: str = yaml.safe_dump(stored, sort_keys=False)
+    return text
+
+
+def test_a_study_from_before_is_continued_as_it_was_begun() -> None:
+    text = as_before(search("method=bolaco", "space=per_kind_and_depth", "seed=3"))
+    found = config.stored_config(text, ["search.trials=99"])
+    assert check(found) == []
+    assert found.search.trials == 99
+    assert (found.space.type, found.space.granularity) == ("ratios", "depth")
+    # No loss curves, so no analytic trial and no statistics that it did not have.
+    assert found.sensitivity.enabled is False
+    assert found.budget.storage == "factored"
+    assert config.differences(text, found) == []
+
+
+def test_what_a_study_from_before_did_otherwise_is_listed_and_nothing_else() -> None:
+    text = as_before(search(*RATIOS))
+    assert config.differences(text, search(*RATIOS)) == [
+        "budget.storage: the study has 'factored', the command has 'pivoted'",
+        "sensitivity.enabled: the study has False, the command has True",
+    ]
+    same = search(*RATIOS, "budget.storage=factored", "sensitivity.enabled=false")
+    assert config.differences(text, same) == []
+
+
+@pytest.mark.parametrize(
+    ("line", "word"), [("sensitivity: {enabled: maybe}", "maybe"), ("sparsity: 0.5", "sparsity")]
+)
+def test_a_study_that_this_version_does_not_understand_is_refused(line: str, word: str) -> None:
+    text = as_before(search(*RATIOS)) + line + "\n"
+    for read in (
+        lambda: config.stored_config(text, []),
+        lambda: config.differences(text, search(*RATIOS)),
+    ):
+        with pytest.raises(ConfigError, match=rf"config\.yaml: .*{word}.*version of lrbo"):
+            read()
