@@ -44,7 +44,7 @@ class RefitSettings:
     """
 
     blend: float = 0.5
-    ridge: float = 1e-2
+    ridge: float = 0.03
     held_back: float = 0.125
     centred: bool = True
     batch_windows: int = 4
@@ -122,7 +122,10 @@ def refit(
 
     Held back are windows spread evenly over all, so that each text has its part. Where the old
     factors were made from the same windows, they know those held back and the new ones do not:
-    windows that neither has seen, as ``judging``, are the fair judges.
+    windows that neither has seen, as ``judging``, are the fair judges. Give the refit no fewer
+    tokens than the factors were made from: in the first blocks of SmolLM2-135M at a keep ratio
+    of 0.6, with half of their 32k tokens most layers became worse on fresh text, with all of
+    them every kind of layer became better.
 
     Args:
         model: Dense, in evaluation mode; afterwards as before, whatever happens.
@@ -146,7 +149,7 @@ def refit(
     Note:
         Per block one pass of the dense model, which stores what the sites read, and one of the
         compressed model, and one pass per site that stops where the site begins: for a block
-        of llama's form these come to 1.1 passes more. Second moments cost about as much again.
+        of llama's form these come to 1.2 passes more. Second moments cost about as much again.
         Main memory holds the hidden states of all windows twice and one block's site inputs
         once, up to ``memory_bytes``; moments are float64, ``(2 in)^2`` numbers, twice.
     """
