@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import os
 import tempfile
 import time
@@ -67,11 +68,12 @@ def wanted(options: argparse.Namespace) -> Iterator[Row]:
     """Yield what the experiment is made of, what matters most first."""
     main = ("mixed", options.tokens)
     keeps = options.keeps
-    for keep, method, allocation in itertools.product(keeps, METHODS, ("uniform", "analytic")):
+    methods, kinds = options.methods, ("analytic", "uniform")
+    for keep, method, allocation in itertools.product(keeps, methods, kinds):
         yield Row(method, allocation, "pivoted", keep, False, *main)
     for keep in keeps:
         yield Row("loss_aware", "analytic", "pivoted", keep, True, *main)
-    for keep, method, allocation in itertools.product(keeps, METHODS, ("uniform", "analytic")):
+    for keep, method, allocation in itertools.product(keeps, methods, kinds):
         yield Row(method, allocation, "factored", keep, False, *main)
     for text, tokens in itertools.product(("mixed", "wikitext2"), options.sizes):
         if text == "wikitext2" and options.data is None:
@@ -139,7 +141,7 @@ class Bench:
 
     def preparation(self, row: Row) -> Preparation:
         """Return what the factors of a row depend on; one calibration serves all methods."""
-        needs = frozenset().union(*(curve_needs(method) for method in METHODS.values()))
+        needs = frozenset().union(*(curve_needs(METHODS[name]) for name in self.options.methods))
         if (row.calibration, row.tokens) != ("mixed", self.options.tokens):
             needs = curve_needs(METHODS[row.method])
         return Preparation(
@@ -258,42 +260,38 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def show(results: list[dict[str, Any]]) -> None:
-    """Print the table: perplexity as a multiple of the dense model's, and divergence."""
+    """Print the table: a line per model and text."""
     dense = next(r for r in results if "method" not in r)
-    texts = [name for name in ("wikitext2", "c4", "packaged", "generated") if name in dense]
-    heads = [f"{name} ppl" for name in texts] + [f"{name} x dense" for name in texts] + ["KL"]
+    texts = [name for name in dense if isinstance(dense[name], dict) and "nll" in dense[name]]
     print(
-        "| method | allocation | storage | keep | refit | calibration | tokens | "
-        f"{' | '.join(heads)} | zero-shot |"
+        "| method | allocation | storage | keep | refit | calibration | text | perplexity | "
+        "x dense | KL | zero-shot |"
     )
-    print("|---|---|---|---:|---|---|---:|" + "---:|" * (len(heads) + 1))
-    for result in results:
-        nll = [result[name]["nll"] for name in texts]
-        base = [dense[name]["nll"] for name in texts]
-        ppl = [f"{2.718281828459045**value:.2f}" for value in nll]
-        times = [f"{2.718281828459045 ** (a - b):.3f}" for a, b in zip(nll, base, strict=True)]
+    print("|---|---|---|---:|---|---|---|---:|---:|---:|---:|")
+    for result, text in itertools.product(results, texts):
+        nll = result[text]["nll"]
         right = result.get("zeroshot")
-        mean = f"{sum(right.values()) / len(right):.3f}" if right else "-"
-        row = [
+        cells = [
             result.get("method", "dense"),
             result.get("allocation", "-"),
             result.get("storage", "-"),
             f"{result.get('keep', 1.0):g}",
-            {True: "yes", False: "no"}.get(result.get("refit", False)),
-            result.get("calibration", "-"),
-            str(result.get("tokens", "-")),
-            *ppl,
-            *times,
-            f"{result[texts[-1]].get('kl', 0.0):.3f}",
-            mean,
+            "yes" if result.get("refit") else "no",
+            f"{result['calibration']} {result['tokens'] // 1024}k" if "tokens" in result else "-",
+            text,
+            f"{math.exp(nll):.2f}",
+            f"{math.exp(nll - dense[text]['nll']):.3f}",
+            f"{result[text].get('kl', 0.0):.3f}",
+            f"{sum(right.values()) / len(right):.3f}" if right else "-",
         ]
-        print("| " + " | ".join(map(str, row)) + " |")
+        print("| " + " | ".join(cells) + " |")
 
 
 def main() -> None:
     """Measure what is missing, then print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, help="folder with text/ and zeroshot/")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--keeps", type=float, nargs="+", default=[0.8, 0.6, 0.9, 0.7, 0.5])
     parser.add_argument("--tokens", type=int, default=65536)
     parser.add_argument("--sizes", type=int, nargs="*", default=[16384, 65536, 262144])
