@@ -182,6 +182,18 @@ def test_a_seed_decides_the_bits_and_groups_that_nothing_pools_do_not(
     assert same_bits(data, gathered(model, windows, seed=2, labels="data"))
 
 
+@pytest.mark.parametrize("draw", [0.0, 0.5, 1 - 2**-24])
+def test_a_label_without_probability_is_never_sampled(draw: float) -> None:
+    """Neither by a draw of 0 in front of all others nor by the largest one behind them."""
+    head = nn.Linear(5, 5)
+    with torch.no_grad():
+        head.weight.copy_(torch.eye(5))
+        head.bias.copy_(torch.tensor([-1e4, 0.0, -1e4, 0.0, -1e4]))
+    gradient = gradients._head_gradient(head, torch.zeros(1, 5), None, torch.tensor([draw]))
+    assert gradient[0].tolist() == [0.0, -0.5, 0.0, 0.5, 0.0] or draw > 0.4
+    assert gradient[0].tolist() == [0.0, 0.5, 0.0, -0.5, 0.0] or draw < 0.4
+
+
 # --- which windows -------------------------------------------------------------------------------
 
 

@@ -197,6 +197,12 @@ def test_jitter_grows_until_it_is_enough(below: float, share: str) -> None:
         psd_cholesky(matrix)
 
 
+def test_the_pivot_that_is_named_is_the_first_that_failed() -> None:
+    matrix = torch.diag(torch.tensor([3.0, 0.0, 2.0, -1e-11], dtype=torch.float64))
+    with pytest.warns(JitterWarning, match=r"\(pivot 2 of 4\).* 1e-11 of the mean entry"):
+        psd_cholesky(matrix)
+
+
 def test_a_matrix_that_no_jitter_helps_is_refused() -> None:
     matrix = torch.diag(torch.tensor([2.0, -0.5, 1.5], dtype=torch.float64))
     with pytest.raises(StatisticsError, match=r"x is not positive definite even with 1\.000e-04"):
