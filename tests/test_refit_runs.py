@@ -1,0 +1,161 @@
+"""How a refit runs: batches, files, interruptions, blocks one at a time, and what it refuses."""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from lrbo.allocation import Allocation, Budget
+from lrbo.blockwise import BlockwiseBody
+from lrbo.errors import DataError, StatisticsError
+from lrbo.model import map_model
+from lrbo.refit import Refit, RefitSettings, refit
+from tests.refits import (
+    WIDTH,
+    allocation,
+    assert_untouched,
+    old_factors,
+    same_bits,
+    snapshot,
+)
+from tests.tiny import CASES, build, token_ids
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Threads that wait for each other cost 12 ms per operation where the cores are busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_batches_and_files_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    model, layers = build("qwen2"), map_model(build("qwen2"))
+    given = (model, layers, allocation(layers), old_factors(model, layers), token_ids(9, WIDTH))
+    first = refit(*given, RefitSettings())
+    used: list[list[Path]] = []
+    second = refit(
+        *given,
+        RefitSettings(memory_bytes=10_000),
+        on_layer=lambda name: used.append(list(tmp_path.rglob("*"))),
+    )
+    assert same_bits(first, second)
+    assert len(used[0]) >= 2  # a folder with something in it
+    assert not list(tmp_path.iterdir())
+    for batch_windows in (1, 100):
+        other = refit(*given, RefitSettings(batch_windows=batch_windows))
+        for row, same in zip(first.report, other.report, strict=True):
+            assert row.fitted_after == pytest.approx(same.fitted_after, rel=1e-3)
+
+
+def test_the_same_call_gives_the_same_bits() -> None:
+    model, layers = build("llama_biased"), map_model(build("llama_biased"))
+    old = old_factors(model, layers, centred=True)
+    given = (model, layers, allocation(layers), old, token_ids(9, WIDTH))
+    assert same_bits(refit(*given), refit(*given))
+
+
+def test_an_interrupted_refit_leaves_the_model_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    model, layers = build("llama_untied"), map_model(build("llama_untied"))
+    before, modules = snapshot(model), list(model.modules())
+    stop_at = layers.compressible[9].name  # in the middle of the second block
+
+    def stop(name: str) -> None:
+        if name == stop_at:
+            raise KeyboardInterrupt
+
+    settings = RefitSettings(memory_bytes=0)
+    old = old_factors(model, layers)
+    with pytest.raises(KeyboardInterrupt):
+        refit(model, layers, allocation(layers), old, token_ids(9, 12), settings, on_layer=stop)
+    assert_untouched(model, before)
+    assert all(was is now for was, now in zip(modules, model.modules(), strict=True))
+    assert not list(tmp_path.iterdir())
+
+
+def test_one_block_of_weights_at_a_time_is_enough() -> None:
+    whole = build("llama_untied")
+    layers, model = map_model(whole), build("llama_untied")
+    old, windows = old_factors(whole, layers), token_ids(9, WIDTH)
+    blocks = model.model.layers
+
+    @contextmanager
+    def open_block(index: int) -> Iterator[nn.Module]:
+        blocks[index].load_state_dict(whole.model.layers[index].state_dict(), assign=True)
+        yield blocks[index]
+        blocks[index].to("meta")
+
+    blocks.to("meta")
+    body = BlockwiseBody(model, open_block)
+    found = refit(model, layers, allocation(layers), old, windows, body=body)
+    assert same_bits(found, refit(whole, layers, allocation(layers), old, windows))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_family_is_refit_in_half_precision(case: str) -> None:
+    model = build(case).bfloat16()
+    layers = map_model(model)
+    old = old_factors(model, layers)
+    found = refit(model, layers, allocation(layers), old, token_ids(9, WIDTH))
+    assert set(found.factors) == {spec.name for spec in layers.compressible}
+    assert all(f.left.dtype == torch.float32 for f in found.factors.values())
+    assert sum(row.taken for row in found.report) >= len(found.report) // 2
+    assert next(model.parameters()).dtype == torch.bfloat16
+
+
+def test_nothing_compressed_is_nothing_to_do() -> None:
+    model, layers = build("opt"), map_model(build("opt"))
+    dense = Allocation({spec.name: None for spec in layers.compressible}, 0, Budget(0))
+    assert refit(model, layers, dense, {}, token_ids(1, 4)) == Refit({}, ())
+
+
+def test_what_cannot_be_refit_is_refused() -> None:
+    model, layers = build("llama_untied"), map_model(build("llama_untied"))
+    old, windows = old_factors(model, layers), token_ids(9, WIDTH)
+    chosen = allocation(layers)
+    name = layers.compressible[0].name
+    with pytest.raises(KeyError, match=r"1 of 14 layers with a rank have no factors: .*q_proj"):
+        refit(model, layers, chosen, {k: v for k, v in old.items() if k != name}, windows)
+    other = Allocation({"lm_head": 3}, 0, Budget(0))
+    with pytest.raises(KeyError, match=r"are in no block of the model: lm_head"):
+        refit(model, layers, other, old, windows)
+    with pytest.raises(ValueError, match=r"k_proj: rank 12 is chosen and its factors end at 8"):
+        refit(model, layers, allocation(layers, rank=12), old, windows)
+    with pytest.raises(DataError, match=r"has 1 windows and holds 1 back"):
+        refit(model, layers, chosen, old, windows[:1])
+
+
+def test_an_overflow_names_the_site() -> None:
+    model, layers = build("llama_untied"), map_model(build("llama_untied"))
+    before = snapshot(model)
+    old = old_factors(model, layers)
+    name = "model.layers.1.mlp.gate_proj"
+    old[name].left[3, 2] = torch.inf
+    with pytest.raises(StatisticsError, match=r"block 1: input of mlp.down_proj and its drift"):
+        refit(model, layers, allocation(layers, dense=("up_proj",)), old, token_ids(9, WIDTH))
+    assert_untouched(model, before)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"blend": 1.5}, r"blend=1.5 is outside \[0, 1\]"),
+        ({"ridge": -1.0}, r"ridge=-1.0 is negative"),
+        ({"held_back": 1.0}, r"held_back=1.0 is outside \[0, 1\)"),
+        ({"batch_windows": 0}, r"batch_windows=0 is below 1"),
+    ],
+)
+def test_settings_that_cannot_be_meant_are_refused(
+    settings: dict[str, float], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        RefitSettings(**settings)
