@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,7 +26,7 @@ OpenBlock = Callable[[int], AbstractContextManager[nn.Module]]
 class Scratch:
     """Room for hidden states: main memory up to a limit, beyond it temporary files.
 
-    Use it as a context manager; the tensors are gone after it.
+    Use it as a context manager, or close it; the tensors are gone after it.
 
     Args:
         memory_bytes: The limit.
@@ -53,6 +53,10 @@ class Scratch:
         return self
 
     def __exit__(self, *error: object) -> None:
+        """End."""
+        self.close()
+
+    def close(self) -> None:
         """Delete the files."""
         if self._folder is not None:
             self._folder.cleanup()
@@ -154,10 +158,34 @@ class BlockwiseBody:
 
         # no_grad, not inference_mode: what is written down here enters graphs later. The
         # caller's mode holds where the answer passes through the final norm.
-        with _forwards(self._blocks, stand_in), torch.set_grad_enabled(answer is not None):
+        with_graph = answer is not None and torch.is_grad_enabled()
+        with _forwards(self._blocks, stand_in), torch.set_grad_enabled(with_graph):
             finished = self._body(ids.to(self.device), use_cache=False).last_hidden_state
         self._calls[(ids.shape[0], ids.shape[1])] = calls
         return entered[0], finished
+
+
+@contextmanager
+def watching_inputs(
+    root: nn.Module, names: Iterable[str], watch: Callable[[str, Tensor], None]
+) -> Iterator[None]:
+    """Show what modules read, for the length of a ``with``.
+
+    Args:
+        root: The model, or a block.
+        names: Of modules, as ``root`` calls them.
+        watch: Told a module's name and its input.
+    """
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda _, inputs: watch(name, inputs[0])
+
+    handles = [root.get_submodule(name).register_forward_pre_hook(hook(name)) for name in names]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

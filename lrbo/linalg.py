@@ -23,6 +23,11 @@ NEGATIVE_TOLERANCE = 1e-6
 JITTER_SHARES = (0.0, 1e-12, 1e-11, 1e-10, 1e-9, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4)
 
 
+def float64_device(device: torch.device) -> torch.device:
+    """Return where float64 numbers of ``device`` can live: mps has none."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
 def require_finite(name: str, tensor: Tensor) -> None:
     """Refuse a tensor that holds a NaN or an infinity.
 
@@ -62,8 +67,7 @@ def psd_eigenpairs(
         StatisticsError: If ``matrix`` is not finite.
     """
     require_finite(name, matrix)
-    device = matrix.device
-    work = torch.device("cpu") if device.type == "mps" else device  # mps has no float64
+    work = float64_device(matrix.device)
     double = matrix.to(work, torch.float64)
     eigenvalues, eigenvectors = torch.linalg.eigh((double + double.T) / 2)
     eigenvalues, eigenvectors = eigenvalues.flip(-1), eigenvectors.flip(-1)
@@ -115,8 +119,7 @@ def psd_cholesky(matrix: Float[Tensor, "d d"], name: str = "matrix") -> Float[Te
             even with a jitter of 1e-4 of its mean diagonal entry.
     """
     require_finite(name, matrix)
-    device = matrix.device
-    work = torch.device("cpu") if device.type == "mps" else device  # mps has no float64
+    work = float64_device(matrix.device)
     double = matrix.to(work, torch.float64)
     double = (double + double.T) / 2
     scale = float(double.diagonal().mean())

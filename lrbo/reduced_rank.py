@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lrbo.calibration.moments import Moments
 from lrbo.errors import StatisticsError
+from lrbo.factorization.weighted import balanced
 from lrbo.linalg import JitterWarning, mirror_upper, psd_root, require_finite
 from lrbo.nested import LowRankFactors
 
@@ -191,13 +192,12 @@ def solve(
     if missing > 0:
         left = torch.cat([left, left.new_zeros(len(left), missing)], 1)
         right = torch.cat([right, right.new_zeros(missing, right.shape[1])])
-    balance = (right.norm(dim=1) / left.norm(dim=0)).sqrt()
-    balance = torch.where(balance.isfinite() & (balance > 0), balance, torch.ones_like(balance))
+    left, right = balanced(left, right)
     tail = energy.clamp_min(0.0).cumsum(0).flip(0)  # eigh sorts ascending
     tail = torch.cat([tail, tail.new_zeros(max(rank + 1 - len(tail), 1))])[: rank + 1]
     return LowRankFactors(
-        left * balance,
-        right / balance[:, None],
+        left,
+        right,
         tail,
         target.mean(moments) if restore_means else target.bias,
         moments.mean if restore_means else None,

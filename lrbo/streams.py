@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from pathlib import Path
-from tempfile import TemporaryDirectory
+from collections.abc import Sequence
+from contextlib import suppress
 
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from lrbo.blockwise import BlockwiseBody
+from lrbo.blockwise import BlockwiseBody, Scratch, watching_inputs
 from lrbo.calibration.moments import Moments
 from lrbo.errors import StatisticsError
 from lrbo.linalg import require_finite
@@ -45,9 +42,8 @@ class Streams:
     ) -> None:
         self._body, self._batches = body, batches
         self._shape = (windows.shape[0], windows.shape[1])
-        self._room = memory_bytes
+        self._scratch = Scratch(memory_bytes)
         self._kept: dict[str, Tensor] = {}
-        self._folder: TemporaryDirectory[str] | None = None
         for batch in batches:
             hidden = body.embed(windows[batch])
             self._keep("dense", batch, hidden)
@@ -56,8 +52,7 @@ class Streams:
     def close(self) -> None:
         """Give up memory and files."""
         self._kept.clear()
-        if self._folder is not None:
-            self._folder.cleanup()
+        self._scratch.close()
 
     def advance_dense(self, block: nn.Module, index: int, sites: Sequence[str]) -> None:
         """Take the dense stream through a dense block, and keep what its sites read.
@@ -72,7 +67,7 @@ class Streams:
             def keep(path: str, inputs: Tensor, batch: slice = batch) -> None:
                 self._keep(f"site {path}", batch, inputs)
 
-            with _watching(block, sites, keep):
+            with watching_inputs(block, sites, keep):
                 self._keep("dense", batch, self._run("dense", block, index, batch))
 
     def advance_compressed(self, block: nn.Module, index: int) -> None:
@@ -107,7 +102,7 @@ class Streams:
             raise _ReachedError
 
         moments: Moments | None = None
-        with _watching(block, [site], stop):
+        with watching_inputs(block, [site], stop):
             for batch in batches:
                 with suppress(_ReachedError):
                     self._run("compressed", block, index, batch)
@@ -136,34 +131,7 @@ class Streams:
     def _keep(self, name: str, batch: slice, values: Tensor) -> None:
         """Write the values of some windows where those of all are kept."""
         if name not in self._kept:
-            self._kept[name] = self._room_for(values.shape[-1], values.dtype)
+            shape = (*self._shape, values.shape[-1])
+            self._kept[name] = self._scratch.empty(*shape, dtype=values.dtype)
         # OPT hands the tokens of all windows to its MLP in one row.
         self._kept[name][batch] = values.reshape(-1, self._shape[1], values.shape[-1])
-
-    def _room_for(self, width: int, dtype: torch.dtype) -> Tensor:
-        """Return an empty ``(windows, tokens, width)``."""
-        shape = (*self._shape, width)
-        size = math.prod(shape)
-        self._room -= size * dtype.itemsize
-        if self._room >= 0:
-            return torch.empty(shape, dtype=dtype)
-        self._folder = self._folder or TemporaryDirectory(prefix="lrbo-")
-        path = Path(self._folder.name) / str(len(self._kept))
-        return torch.from_file(str(path), shared=True, size=size, dtype=dtype).view(shape)
-
-
-@contextmanager
-def _watching(
-    block: nn.Module, paths: Sequence[str], watch: Callable[[str, Tensor], None]
-) -> Iterator[None]:
-    """Show the inputs of modules of a block for the length of a ``with``."""
-
-    def hook(path: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda _, inputs: watch(path, inputs[0])
-
-    handles = [block.get_submodule(path).register_forward_pre_hook(hook(path)) for path in paths]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

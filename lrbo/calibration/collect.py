@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from lrbo.blockwise import BlockwiseBody, Scratch
+from lrbo.blockwise import BlockwiseBody, Scratch, watching_inputs
 from lrbo.calibration.gradients import GradientMoments, Labels, loss_gradients
 from lrbo.calibration.sites import SiteMoments
 from lrbo.factorization.base import GRADIENT_STATISTICS, Statistic
@@ -202,7 +201,8 @@ def _through_block(
         for start, stop, closes in spans:
             found[site].update(x[start:stop].flatten(0, 1), closes_group=closes)
 
-    with body.open_block(index) as block, _inputs_of(body, found, watch), torch.no_grad():
+    watched = watching_inputs(body.model, found, watch)
+    with body.open_block(index) as block, watched, torch.no_grad():
         for batch in batches:
             spans[:] = _spans(membership, batch.start, batch.stop - batch.start)
             out = body.run(block, index, hidden[batch].to(body.device))
@@ -252,25 +252,6 @@ def _back_through_block(
             for handle in handles:
                 handle.remove()
     return found
-
-
-@contextmanager
-def _inputs_of(
-    body: BlockwiseBody, sites: Collection[str], watch: Callable[[str, Tensor], None]
-) -> Iterator[None]:
-    """Show what sites read, for the length of a ``with``."""
-
-    def hook(site: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda _, inputs: watch(site, inputs[0])
-
-    handles = [
-        body.model.get_submodule(site).register_forward_pre_hook(hook(site)) for site in sites
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _spans(membership: Sequence[int], first: int, count: int) -> list[tuple[int, int, bool]]:

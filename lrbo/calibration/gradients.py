@@ -13,7 +13,7 @@ from torch import Tensor
 from lrbo.blockwise import BlockwiseBody
 from lrbo.errors import StatisticsError
 from lrbo.factorization.base import Statistic
-from lrbo.linalg import add_gram, mirror_upper
+from lrbo.linalg import add_gram, float64_device, mirror_upper
 from lrbo.model import body_and_head
 
 Labels = Literal["sampled", "data"]
@@ -63,7 +63,7 @@ class GradientMoments:
         device: torch.device,
     ) -> GradientMoments:
         """Return the moments of no gradients."""
-        place = torch.device("cpu") if device.type == "mps" else device  # mps has no float64
+        place = float64_device(device)
 
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.float64, device=place)

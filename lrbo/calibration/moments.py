@@ -8,12 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lrbo.linalg import add_gram, mirror_upper
-
-
-def _accumulation_device(device: torch.device) -> torch.device:
-    """Return where float64 sums can live: mps has no float64."""
-    return torch.device("cpu") if device.type == "mps" else device
+from lrbo.linalg import add_gram, float64_device, mirror_upper
 
 
 def _centred(batch: Float[Tensor, "n d"]) -> tuple[Tensor, Tensor, Tensor]:
@@ -27,7 +22,7 @@ def _centred(batch: Float[Tensor, "n d"]) -> tuple[Tensor, Tensor, Tensor]:
     rows = batch if batch.dtype == torch.float64 else batch.to(torch.float32)
     shift = rows.mean(0)
     rows = rows - shift
-    device = _accumulation_device(batch.device)
+    device = float64_device(batch.device)
     rest = rows.to(device).sum(0, dtype=torch.float64) / len(rows)
     return rows, shift.to(device, torch.float64), rest
 
@@ -50,7 +45,7 @@ class Moments:
     @classmethod
     def empty(cls, features: int, device: torch.device | str = "cpu") -> Moments:
         """Return the moments of no vectors, the neutral element of :meth:`merge`."""
-        place = _accumulation_device(torch.device(device))
+        place = float64_device(torch.device(device))
         mean = torch.zeros(features, dtype=torch.float64, device=place)
         return cls(0, mean, torch.zeros(features, features, dtype=torch.float64, device=place))
 

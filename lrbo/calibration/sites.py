@@ -12,6 +12,7 @@ from torch import Tensor
 from lrbo.calibration.moments import Moments, PooledMoments
 from lrbo.errors import StatisticsError
 from lrbo.factorization.base import Statistic
+from lrbo.linalg import float64_device
 
 
 @dataclass
@@ -37,7 +38,7 @@ class SiteMoments:
         plain = Statistic.INPUT_COVARIANCE in needs or (
             Statistic.INPUT_MEAN in needs and not pooled
         )
-        place = torch.device("cpu") if device.type == "mps" else device  # mps has no float64
+        place = float64_device(device)
         return cls(
             Moments.empty(width, device) if plain else None,
             PooledMoments.empty(width, device) if pooled else None,
