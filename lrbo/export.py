@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -23,10 +24,12 @@ from transformers import (
 
 from lrbo.accounting import STORAGES, Storage
 from lrbo.allocation import Allocation
-from lrbo.compression import replace_module
+from lrbo.compression import compress_, replace_module
 from lrbo.errors import CheckpointError
 from lrbo.layers import LowRankLinear, PivotedLinear
+from lrbo.lazy import LazyModel
 from lrbo.model import is_linear, is_transposed, linear_bias, map_model
+from lrbo.nested import NestedFactors
 from lrbo.storage import new_folder
 
 FORMAT = 2
@@ -36,6 +39,8 @@ ALLOCATION = "allocation.json"
 # Not model.safetensors: a loader that does not know low-rank layers would find that name, leave
 # out what it does not know and start those layers at random. So it says that nothing is there.
 WEIGHTS = "lrbo_model.safetensors"
+SHARDS = "lrbo_model-*-of-*.safetensors"
+SHARD_BYTES = 4 * 2**30
 
 
 def is_checkpoint(folder: str | Path) -> bool:
@@ -52,10 +57,12 @@ def save(
     *,
     storage: Storage,
     parameters: int,
+    parts: Iterable[Mapping[str, Tensor]] | None = None,
 ) -> int:
     """Write a compressed model as a checkpoint that :func:`load` opens.
 
-    The folder is written beside its place and renamed, so that it is never half there.
+    The folder is written beside its place and renamed, so that it is never half there. Weights
+    are written in files of about 4 GiB, as they come.
 
     Args:
         folder: Must not exist.
@@ -65,20 +72,18 @@ def save(
         about: Method, base model and whatever else should be remembered.
         storage: The form of the low-rank layers.
         parameters: What the accountant says that the model holds.
+        parts: The tensors, some at a time, where the model does not hold them all
+            (:func:`streamed`); by default those of ``model``.
 
     Returns:
-        Parameters in the file.
+        Parameters in the files.
 
     Raises:
         CheckpointError: If the folder exists, or file and accountant disagree.
     """
     with _new_folder(folder) as beside:
-        tensors = {
-            name: tensor.detach().contiguous().cpu()
-            for name, tensor in [*model.named_parameters(), *_places(model)]
-        }
-        save_file(tensors, beside / WEIGHTS, metadata={"format": "pt"})
-        in_file = count_parameters(beside / WEIGHTS)
+        _write(beside, [_tensors(model)] if parts is None else parts)
+        in_file = sum(map(count_parameters, _weights(beside)))
         _require_equal(in_file, parameters, folder)
         model.config.save_pretrained(beside)
         if model.generation_config is not None:
@@ -88,6 +93,91 @@ def save(
         whole = {"format": FORMAT, "storage": storage, "parameters": parameters, **about}
         (beside / ABOUT).write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
     return in_file
+
+
+def streamed(
+    lazy: LazyModel,
+    allocation: Allocation,
+    factors: Mapping[str, NestedFactors],
+    on_layer: Callable[[str], None] | None = None,
+) -> Iterator[dict[str, Tensor]]:
+    """Yield the tensors of a compressed model that never is in memory as a whole.
+
+    Args:
+        lazy: The dense model; afterwards as before.
+        allocation: Ranks by layer name; ``None`` is dense.
+        factors: Of the layers with a rank, in the dtype of the model.
+        on_layer: Told the name of each layer whose form is made.
+
+    Yields:
+        What lies outside the blocks, then one block after the other: what :func:`save` takes.
+
+    Raises:
+        KeyError: If a layer with a rank has no factors, or is in no block.
+        ModelError: If a tensor is missing or a file is damaged, naming it.
+    """
+    blocks = {spec.name: spec.block for spec in map_model(lazy.model).compressible}
+    if strange := sorted(set(allocation.ranks) - set(blocks)):
+        raise KeyError(f"{len(strange)} allocated layers are in no block: {strange[0]} first")
+    yield _tensors(lazy.model)  # blocks that are closed are on the meta device
+    for index in range(len(lazy)):
+        here = {n: rank for n, rank in allocation.ranks.items() if blocks[n] == index}
+        with lazy.open_block(index) as block:
+            dense = compress_(
+                lazy.model, replace(allocation, ranks=here), factors, on_layer=on_layer
+            )
+            try:
+                prefix = lazy.prefix(index)
+                yield {f"{prefix}{name}": tensor for name, tensor in _tensors(block).items()}
+            finally:
+                for name, module in dense.items():
+                    replace_module(lazy.model, name, module)
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Return what a checkpoint holds of a module, as far as it is in memory."""
+    return {
+        name: tensor.detach().contiguous().cpu()
+        for name, tensor in [*module.named_parameters(), *_places(module)]
+        if not tensor.is_meta
+    }
+
+
+def _write(folder: Path, parts: Iterable[Mapping[str, Tensor]]) -> None:
+    """Write tensors as they come, into one file or, beyond its size, several."""
+    waiting: dict[str, Tensor] = {}
+    files: list[Path] = []
+
+    def flush() -> None:
+        files.append(folder / f"{len(files)}.part")
+        save_file(waiting, files[-1], metadata={"format": "pt"})
+        waiting.clear()
+
+    for part in parts:
+        if waiting and sum(t.nbytes for t in [*waiting.values(), *part.values()]) > SHARD_BYTES:
+            flush()
+        waiting |= part
+    flush()
+    for place, file in enumerate(files, 1):
+        shard = SHARDS.replace("*", f"{place:05d}", 1).replace("*", f"{len(files):05d}")
+        file.rename(folder / (WEIGHTS if len(files) == 1 else shard))
+
+
+def _weights(folder: Path) -> list[Path]:
+    """Return the files of weights.
+
+    Raises:
+        CheckpointError: If one of several is missing.
+    """
+    shards = sorted(folder.glob(SHARDS))
+    if not shards:
+        return [folder / WEIGHTS]
+    expected = int(shards[0].stem.rpartition("-")[2])
+    if len(shards) != expected:
+        raise CheckpointError(
+            f"{folder} holds {len(shards)} of the {expected} files {SHARDS}; copy it whole."
+        )
+    return shards
 
 
 def load(
@@ -126,7 +216,9 @@ def load(
         )
     try:
         allocation = Allocation.from_dict(_read_json(folder, ALLOCATION))
-        tensors = load_file(folder / WEIGHTS)
+        tensors: dict[str, Tensor] = {}
+        for file in _weights(folder):
+            tensors |= load_file(file)
         config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{folder} is not a whole checkpoint: {error}") from error
@@ -164,7 +256,8 @@ def load(
     for name, places in _places(model):
         if not torch.equal(places.sort().values, torch.arange(len(places), dtype=torch.int32)):
             raise CheckpointError(f"{folder / WEIGHTS}: {name} is no order of its outputs.")
-    _require_equal(count_parameters(folder / WEIGHTS), about.get("parameters"), folder)
+    in_files = sum(map(count_parameters, _weights(folder)))
+    _require_equal(in_files, about.get("parameters"), folder)
     return model.to(device=device).eval().requires_grad_(False)
 
 
@@ -243,7 +336,7 @@ def count_parameters(file: Path) -> int:
     return total
 
 
-def _places(model: PreTrainedModel) -> list[tuple[str, Tensor]]:
+def _places(model: nn.Module) -> list[tuple[str, Tensor]]:
     """Return the orders of outputs that pivoted layers keep: all that a file needs of buffers."""
     return [
         (f"{name}.places", module.places)

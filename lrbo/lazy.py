@@ -65,6 +65,14 @@ class LazyModel:
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(self._device))
 
+    def __len__(self) -> int:
+        """Return the number of blocks."""
+        return len(self._blocks)
+
+    def prefix(self, index: int) -> str:
+        """Return how the names of a block's parameters begin in the model."""
+        return f"{self._path}.{index}."
+
     @contextmanager
     def open_block(self, index: int) -> Iterator[nn.Module]:
         """Give a block with its weights, which are gone afterwards.
@@ -72,7 +80,7 @@ class LazyModel:
         Raises:
             ModelError: If a tensor is missing or a file is damaged, naming it.
         """
-        block, prefix = self._blocks[index], f"{self._path}.{index}."
+        block, prefix = self._blocks[index], self.prefix(index)
         names = [f"{prefix}{name}" for name, _ in block.named_parameters()]
         self._load(names)
         try:

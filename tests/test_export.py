@@ -3,7 +3,7 @@
 import copy
 import json
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -13,13 +13,24 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from lrbo import export
 from lrbo.accounting import Storage, account
 from lrbo.allocation import Allocation, Budget
 from lrbo.compression import compress_
 from lrbo.errors import CheckpointError
-from lrbo.export import ABOUT, ALLOCATION, WEIGHTS, is_checkpoint, load, save, save_merged
+from lrbo.export import (
+    ABOUT,
+    ALLOCATION,
+    WEIGHTS,
+    is_checkpoint,
+    load,
+    save,
+    save_merged,
+    streamed,
+)
 from lrbo.factorization.registry import method_named
 from lrbo.layers import LowRankLinear, PivotedLinear
+from lrbo.lazy import LazyModel
 from lrbo.loading import byte_tokenizer
 from lrbo.model import linear_bias, linear_weight, map_model
 from lrbo.nested import LowRankFactors, NestedFactors, PivotedFactors
@@ -64,6 +75,7 @@ class Compressed:
         forms: dict[str, NestedFactors] = dict(factors)
         if storage == "pivoted":
             forms = {n: PivotedFactors(f, self.model.dtype, n) for n, f in factors.items()}
+        self.forms = forms
         ranks = {name: None if i % 4 == 3 else 1 + i % 5 for i, name in enumerate(factors)}
         decided = Allocation(ranks, 0, Budget(0))
         cost = partial(method.parameters, storage=storage)
@@ -74,7 +86,12 @@ class Compressed:
         self.parameters = counted.model
         compress_(self.model, self.allocation, forms)
 
-    def save(self, folder: Path, **changes: object) -> int:
+    def save(
+        self,
+        folder: Path,
+        parts: Iterable[Mapping[str, Tensor]] | None = None,
+        **changes: object,
+    ) -> int:
         about = {"method": "svd", "base": "tiny"}
         parameters = changes.pop("parameters", self.parameters)
         return save(
@@ -85,6 +102,7 @@ class Compressed:
             about | changes,
             storage=self.storage,
             parameters=parameters,
+            parts=parts,
         )
 
     def write(self, folder: Path, *, merged: bool) -> None:
@@ -323,3 +341,59 @@ def test_a_count_that_the_accountant_does_not_confirm_is_refused(tmp_path: Path)
     with pytest.raises(CheckpointError, match=r"model: the file holds [\d_]+ parameters, 1234 "):
         compressed.save(tmp_path / "model", parameters=1234)
     assert list(tmp_path.iterdir()) == []
+
+
+# --- a model that never is in memory as a whole ------------------------------------------------
+
+
+@every_form
+def test_a_streamed_checkpoint_is_the_one_of_the_whole_model(
+    case: str, storage: Storage, tmp_path: Path
+) -> None:
+    build(case).save_pretrained(tmp_path / "dense")
+    compressed = Compressed(case, storage=storage)
+    lazy, layers = LazyModel(tmp_path / "dense"), []
+    before = lazy.model.state_dict().keys()
+    parts = streamed(lazy, compressed.allocation, compressed.forms, layers.append)
+    compressed.save(tmp_path / "streamed", parts)
+    compressed.save(tmp_path / "whole")
+    found = load_file(tmp_path / "streamed" / WEIGHTS)
+    expected = load_file(tmp_path / "whole" / WEIGHTS)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+    ranks = compressed.allocation.ranks
+    assert layers == [name for name, rank in ranks.items() if rank is not None]
+    assert lazy.model.state_dict().keys() == before  # the dense layers are back
+    assert (
+        relative(logits(load(tmp_path / "streamed")), logits(compressed.model))
+        <= (TOLERANCE["loaded"])
+    )
+
+
+def test_a_large_checkpoint_is_several_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export, "SHARD_BYTES", 8_000)
+    build("llama_tied").save_pretrained(tmp_path / "dense")
+    compressed = Compressed("llama_tied")
+    parts = streamed(LazyModel(tmp_path / "dense"), compressed.allocation, compressed.forms)
+    compressed.save(tmp_path / "model", parts)
+    shards = sorted(path.name for path in (tmp_path / "model").glob("lrbo_model*"))
+    count = len(shards)
+    assert count > 1
+    assert shards == [f"lrbo_model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    assert (
+        relative(logits(load(tmp_path / "model")), logits(compressed.model))
+        <= (TOLERANCE["loaded"])
+    )
+    (tmp_path / "model" / shards[0]).unlink()
+    with pytest.raises(CheckpointError, match=rf"holds {count - 1} of the {count} files"):
+        load(tmp_path / "model")
+
+
+def test_an_allocation_of_another_model_is_not_streamed(tmp_path: Path) -> None:
+    build("llama_tied").save_pretrained(tmp_path / "dense")
+    other = Compressed("gpt2")
+    with pytest.raises(KeyError, match=r"\d+ allocated layers are in no block: transformer"):
+        list(streamed(LazyModel(tmp_path / "dense"), other.allocation, other.forms))
