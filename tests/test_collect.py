@@ -318,7 +318,7 @@ class Skips(nn.Module):
 @pytest.mark.parametrize(
     ("needs", "message"),
     [
-        (OF_INPUTS, r"^model\.layers\.1\.mlp\.gate_proj: its input was seen for 0 of 84 "),
+        (OF_INPUTS, r"^model\.layers\.1\.mlp\.gate_proj: inputs came for 0 of 84 "),
         (GRADIENT_STATISTICS, r"^model\.layers\.1\.mlp\.gate_proj: gradients came for 0 of 84 "),
     ],
 )

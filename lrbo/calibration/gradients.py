@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lrbo.blockwise import BlockwiseBody
-from lrbo.errors import StatisticsError
+from lrbo.calibration.sites import require_sound
 from lrbo.factorization.base import Statistic
 from lrbo.linalg import add_gram, float64_device, mirror_upper
 from lrbo.model import body_and_head
@@ -95,24 +95,12 @@ class GradientMoments:
         Raises:
             StatisticsError: If there were others, or a value is not finite.
         """
-        if self.tokens != tokens:
-            raise StatisticsError(
-                f"{layer}: gradients came for {self.tokens} of {tokens} tokens; every mapped "
-                "layer must run once per token. Correct the family's sites in lrbo/families.py."
-            )
         found: dict[Statistic, Tensor] = {}
         if self.upper is not None:
             found[Statistic.OUTPUT_GRADIENT] = mirror_upper(self.upper).cpu() / tokens
         if self.importance is not None:
             found[Statistic.INPUT_IMPORTANCE] = self.importance.cpu() / tokens
-        for statistic, tensor in found.items():
-            bad = int((~torch.isfinite(tensor)).sum())
-            if bad:
-                raise StatisticsError(
-                    f"{layer}: its {statistic} holds {bad} non-finite values out of "
-                    f"{tensor.numel()} after {tokens} tokens. The gradients overflowed; rerun "
-                    "with model.dtype=float32 or bfloat16."
-                )
+        require_sound(layer, "gradients", found, seen=self.tokens, tokens=tokens)
         return found
 
 

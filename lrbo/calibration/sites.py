@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,36 @@ from lrbo.calibration.moments import Moments, PooledMoments
 from lrbo.errors import StatisticsError
 from lrbo.factorization.base import Statistic
 from lrbo.linalg import float64_device
+
+
+def require_sound(
+    owner: str, of: str, found: Mapping[Statistic, Tensor], *, seen: int, tokens: int
+) -> None:
+    """Refuse statistics of too few or too many tokens, or that are not finite.
+
+    Args:
+        owner: The site or layer, for messages.
+        of: What they are gathered from: ``"inputs"`` or ``"gradients"``.
+        found: The statistics.
+        seen: Tokens that they are of.
+        tokens: Tokens that they should be of.
+
+    Raises:
+        StatisticsError: If there were others, or a value is not finite.
+    """
+    if seen != tokens:
+        raise StatisticsError(
+            f"{owner}: {of} came for {seen} of {tokens} tokens; every mapped layer must run once "
+            "per token. Correct the family's sites in lrbo/families.py."
+        )
+    for statistic, tensor in found.items():
+        bad = int((~torch.isfinite(tensor)).sum())
+        if bad:
+            raise StatisticsError(
+                f"{owner}: its {statistic} holds {bad} non-finite values out of "
+                f"{tensor.numel()} after {tokens} tokens. The {of} overflowed; rerun with "
+                "model.dtype=float32 or bfloat16."
+            )
 
 
 @dataclass
@@ -67,11 +97,6 @@ class SiteMoments:
         Raises:
             StatisticsError: If there were others, or a value is not finite.
         """
-        if self.tokens != tokens:
-            raise StatisticsError(
-                f"{site}: its input was seen for {self.tokens} of {tokens} tokens; every mapped "
-                "layer must run once per token. Correct the family's sites in lrbo/families.py."
-            )
         found: dict[Statistic, Tensor] = {}
         if self.pooled is not None:
             found[Statistic.INPUT_MEAN] = self.pooled.mean
@@ -81,12 +106,5 @@ class SiteMoments:
             found[Statistic.INPUT_COVARIANCE] = self.plain.covariance
         if self.magnitude is not None:
             found[Statistic.INPUT_MAGNITUDE] = self.magnitude / tokens
-        for statistic, tensor in found.items():
-            bad = int((~torch.isfinite(tensor)).sum())
-            if bad:
-                raise StatisticsError(
-                    f"{site}: the {statistic} of its input holds {bad} non-finite values out of "
-                    f"{tensor.numel()} after {tokens} tokens. The activations overflowed; rerun "
-                    "with model.dtype=float32 or bfloat16."
-                )
+        require_sound(site, "inputs", found, seen=self.tokens, tokens=tokens)
         return {statistic: tensor.cpu() for statistic, tensor in found.items()}
