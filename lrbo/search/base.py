@@ -12,7 +12,14 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from lrbo.accounting import dense_parameters
-from lrbo.allocation import Allocation, Budget, Cost, smallest_parameters
+from lrbo.allocation import (
+    Allocation,
+    Budget,
+    Cost,
+    allocate,
+    allocate_by_loss,
+    smallest_parameters,
+)
 from lrbo.errors import BudgetError
 from lrbo.model import LayerSpec
 from lrbo.sensitivity import Curves
@@ -102,6 +109,43 @@ def unit_sobol(dimensions: int, index: int, seed: int) -> list[float]:
     make: Any = torch.quasirandom.SobolEngine  # untyped in torch
     engine = make(dimensions, scramble=True, seed=seed)
     return [float(value) for value in engine.fast_forward(index).draw(1, dtype=torch.float64)[0]]
+
+
+def uniform_ratios(
+    layers: Sequence[LayerSpec], budget: Budget, *, cost: Cost, rank_multiple: int
+) -> Allocation:
+    """Return the baseline: the same wished ratio for every layer that the budget covers.
+
+    Layers that a search keeps dense are compressed here too, as in the literature's uniform rows.
+    """
+    ratios = dict.fromkeys((spec.name for spec in layers), 1.0)
+    return allocate(ratios, layers, budget, cost=cost, rank_multiple=rank_multiple)
+
+
+def least_loss(
+    curves: Curves,
+    layers: Sequence[LayerSpec],
+    budget: Budget,
+    *,
+    dense: Sequence[str],
+    cost: Cost,
+    rank_multiple: int,
+    minimum: int = 0,
+) -> Allocation:
+    """Return the allocation of least summed loss; layers without a curve stay dense.
+
+    Those are too small for any low-rank form, and have no factors.
+    """
+    without = [spec.name for spec in layers if spec.name not in curves]
+    return allocate_by_loss(
+        curves,
+        layers,
+        budget,
+        cost=cost,
+        rank_multiple=rank_multiple,
+        dense=sorted({*dense, *without}),
+        minimum=minimum,
+    )
 
 
 def assign_groups(

@@ -9,10 +9,17 @@ from typing import Literal
 import torch
 
 from lrbo.accounting import dense_parameters
-from lrbo.allocation import Allocation, Budget, Cost, allocate, allocate_by_loss
+from lrbo.allocation import Allocation, Budget, Cost, allocate
 from lrbo.errors import ConfigError
 from lrbo.model import LayerSpec
-from lrbo.search.base import LinearConstraint, assign_groups, require_feasible, unit_sobol
+from lrbo.search.base import (
+    LinearConstraint,
+    assign_groups,
+    least_loss,
+    require_feasible,
+    uniform_ratios,
+    unit_sobol,
+)
 from lrbo.sensitivity import Curves
 
 Granularity = Literal["kind", "depth", "layer"]
@@ -114,14 +121,13 @@ class SearchSpace:
         """
         if not self.curves:
             return None
-        without = [spec.name for spec in self.layers if spec.name not in self.curves]
-        allocation = allocate_by_loss(
+        allocation = least_loss(
             self.curves,
             self.layers,
             self.budget,
+            dense=self.dense,
             cost=self.cost,
             rank_multiple=self.rank_multiple,
-            dense=sorted({*self.dense, *without}),
         )
         return allocation, {}
 
@@ -138,17 +144,9 @@ class SearchSpace:
         )
 
     def uniform(self) -> Allocation:
-        """Return the baseline: the same wished ratio for every layer that the budget covers.
-
-        Layers that the search keeps dense are compressed here too, as in the literature's
-        uniform rows.
-        """
-        return allocate(
-            dict.fromkeys((spec.name for spec in self.layers), 1.0),
-            self.layers,
-            self.budget,
-            cost=self.cost,
-            rank_multiple=self.rank_multiple,
+        """Return the baseline: the same wished ratio for every layer that the budget covers."""
+        return uniform_ratios(
+            self.layers, self.budget, cost=self.cost, rank_multiple=self.rank_multiple
         )
 
     def realised(

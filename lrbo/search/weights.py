@@ -8,10 +8,17 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from lrbo.allocation import Allocation, Budget, Cost, allocate, allocate_by_loss
+from lrbo.allocation import Allocation, Budget, Cost
 from lrbo.errors import ConfigError
 from lrbo.model import LayerSpec
-from lrbo.search.base import LinearConstraint, assign_groups, require_feasible, unit_sobol
+from lrbo.search.base import (
+    LinearConstraint,
+    assign_groups,
+    least_loss,
+    require_feasible,
+    uniform_ratios,
+    unit_sobol,
+)
 from lrbo.sensitivity import Curves
 
 EXPONENT = "exponent"
@@ -96,16 +103,20 @@ class WeightSpace:
             # Rounding below 0 would have no power, and one of small losses magnifies a rise.
             falling = np.minimum.accumulate(np.maximum(self.curves[spec.name], 0.0))
             distorted[spec.name] = math.exp(weight) * falling**power
-        return self._least(distorted, self.dense)
+        return least_loss(
+            distorted,
+            self.layers,
+            self.budget,
+            dense=self.dense,
+            cost=self.cost,
+            rank_multiple=self.rank_multiple,
+            minimum=self.minimum,
+        )
 
     def uniform(self) -> Allocation:
         """Return the baseline: the same wished ratio for every layer that the budget covers."""
-        return allocate(
-            dict.fromkeys((spec.name for spec in self.layers), 1.0),
-            self.layers,
-            self.budget,
-            cost=self.cost,
-            rank_multiple=self.rank_multiple,
+        return uniform_ratios(
+            self.layers, self.budget, cost=self.cost, rank_multiple=self.rank_multiple
         )
 
     def analytic(self) -> tuple[Allocation, Mapping[str, float]] | None:
@@ -133,19 +144,6 @@ class WeightSpace:
         return {
             name: self.width * (2 * value - 1) for name, value in zip(self.names, unit, strict=True)
         }
-
-    def _least(self, curves: Curves, dense: Sequence[str]) -> Allocation:
-        """Return the allocation of least summed loss; layers without low-rank forms stay dense."""
-        without = [spec.name for spec in self.layers if spec.name not in curves]
-        return allocate_by_loss(
-            curves,
-            self.layers,
-            self.budget,
-            cost=self.cost,
-            rank_multiple=self.rank_multiple,
-            dense=sorted({*dense, *without}),
-            minimum=self.minimum,
-        )
 
 
 def build_weight_space(
