@@ -107,6 +107,21 @@ class LossAware:
     centred: bool = False
     one_sided: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        """Refuse options out of range.
+
+        Raises:
+            ValueError: If an option is out of its range or NaN. Without any shrinkage the
+                directions that no gradient has would have no weight to divide by.
+        """
+        for option, holds, expected in (
+            ("input_shrinkage", 0 <= self.input_shrinkage <= 1, "a number from 0 to 1"),
+            ("output_shrinkage", 0 < self.output_shrinkage <= 1, "a number above 0 and up to 1"),
+            ("output_power", 0 <= self.output_power <= 1, "a number from 0 to 1"),
+        ):
+            if not holds:
+                raise ValueError(f"{option}={getattr(self, option)!r}: expected {expected}.")
+
     @property
     def needs(self) -> frozenset[Statistic]:
         """Return the moments of inputs and output gradients."""
@@ -138,7 +153,8 @@ class LossAware:
             increase of the loss in nats per token where they are as measured.
 
         Raises:
-            StatisticsError: If a statistic is missing, not finite, or holds no gradient at all.
+            StatisticsError: If a statistic is missing, not finite, or holds no gradient at all
+                or too little for the shrinkage.
 
         Note:
             Two symmetric eigendecompositions of order ``min(out, in)``.
@@ -163,6 +179,12 @@ class LossAware:
         strength, axes = psd_eigenpairs(seen, "output gradient moment")
         tempered = strength**self.output_power
         scale = (tempered * (strength.sum() / tempered.sum())).sqrt()
+        if not float(scale.min()) > 0:
+            raise StatisticsError(
+                f"{Statistic.OUTPUT_GRADIENT.value} has directions without gradient, and "
+                f"output_shrinkage={self.output_shrinkage!r} is lost in rounding; expected at "
+                "least 1e-9. Raise it, or use more data.calibration.tokens."
+            )
         directions, energy, right = output_directions(
             scale[:, None] * (axes.T @ reduced),
             shrunk(inputs, self.input_shrinkage),
