@@ -245,6 +245,9 @@ class OutputError:
 
 def _cholesky(second: Tensor, ridge: float, name: str) -> Tensor:
     """Return the Cholesky root of ``S + lam I``, with announced jitter if it needs some."""
+    # Not `linalg.psd_cholesky`, whose root is only multiplied with: this one is solved with, so
+    # pivots that are rounding alone are refused although they are positive, jitter starts
+    # higher, and an input that is always 0 is no error.
     mean = float(second.diagonal().mean()) or 1.0  # an input that is always 0 weighs nothing
     lifted = second.clone()
     lifted.diagonal().add_(ridge * mean)
