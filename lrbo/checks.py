@@ -42,6 +42,13 @@ def check(config: Config) -> list[str]:
         expect(0 <= refit.ridge < math.inf, "refit.ridge", refit.ridge, "a number from 0 on")
         held = refit.held_back
         expect(0 <= held < 1, "refit.held_back", held, "a number from 0 on and below 1")
+        count, named = refit.candidates, str(config.point).isdecimal()
+        expect(count >= 1, "refit.candidates", count, "at least 1")
+        if count > 1 and (named or not refit.enabled):
+            problems.append(
+                f"refit.candidates={count}: expected 1 with "
+                f"{f'point={config.point}, which names one trial' if named else 'no refit'}"
+            )
         problems += check_new_folder("out", Path(config.out))
     if isinstance(config, SearchConfig | EvaluateConfig):
         model, data = config.model, config.data

@@ -21,6 +21,9 @@ from lrbo.nested import LowRankFactors
 from lrbo.reduced_rank import DriftMoments, OutputError, OutputMetric, Target, solve
 from lrbo.streams import Streams
 
+# Of a layer, by name: what weighs its output errors, or None for plain squares.
+Metric = Callable[[str], Tensor | None]
+
 
 class FewTokensWarning(UserWarning):
     """A refit has fewer tokens than features: the ridge decides more than the data."""
@@ -108,7 +111,7 @@ def refit(
     settings: RefitSettings | None = None,
     *,
     judging: Int[Tensor, "others width"] | None = None,
-    metrics: Mapping[str, Tensor] | None = None,
+    metric: Metric | None = None,
     body: BlockwiseBody | None = None,
     on_layer: Callable[[str], None] | None = None,
 ) -> Refit:
@@ -135,8 +138,9 @@ def refit(
         windows: ``(windows, tokens)`` token ids; every position enters.
         settings: How; by default :class:`RefitSettings`.
         judging: Windows of the same length to judge by; nothing is held back then.
-        metrics: By layer name, ``(out, out)`` weights of output errors, such as the second
-            moment of the loss's gradient; plain squares for layers without one.
+        metric: Gives the ``(out, out)`` weights of a layer's output errors by its name, such as
+            the second moment of the loss's gradient, or ``None`` for plain squares; asked once
+            for each layer.
         body: Runs the blocks; by default from ``model`` as it is.
         on_layer: Told the name of each finished layer.
 
@@ -168,7 +172,7 @@ def refit(
         streams = Streams(body, windows, [*fitting, *unseen], settings.memory_bytes)
         try:
             work = _Work(
-                body, streams, settings, factors, metrics or {}, on_layer, (fitting, unseen)
+                body, streams, settings, factors, metric or _plain, on_layer, (fitting, unseen)
             )
             last = max(chosen)
             for index in range(last + 1):
@@ -180,6 +184,11 @@ def refit(
 
 # Of one block: the layers of each site with their ranks, both in forward order.
 _Sites = dict[str, list[tuple[LayerSpec, int]]]
+
+
+def _plain(name: str) -> None:
+    """Weigh every output alike."""
+    del name
 
 
 def _chosen(
@@ -249,12 +258,12 @@ class _Work:
         streams: Streams,
         settings: RefitSettings,
         factors: Mapping[str, LowRankFactors],
-        metrics: Mapping[str, Tensor],
+        metric: Metric,
         on_layer: Callable[[str], None] | None,
         parts: tuple[list[slice], list[slice]],
     ) -> None:
         self._body, self._streams, self._settings = body, streams, settings
-        self._old, self._metrics, self._on_layer = factors, metrics, on_layer
+        self._old, self._metric, self._on_layer = factors, metric, on_layer
         self._fitting, self._judging = parts
         self._warned: set[str] = set()
         self.found: dict[str, LowRankFactors] = {}
@@ -334,7 +343,7 @@ class _Work:
             None if bias is None else bias.to(place),
             self._settings.blend,
         )
-        matrix = self._metrics.get(spec.name)
+        matrix = self._metric(spec.name)
         metric = OutputMetric(None if matrix is None else matrix.to(place), spec.name)
         new = solve(
             target,

@@ -169,6 +169,7 @@ class RefitConfig:
     blend: float = 0.5
     ridge: float = 0.03
     held_back: float = 0.125
+    candidates: int = 1
 
 
 @dataclass

@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "lrbo"
 ROOMS = """
     cli
     commands.search commands.report commands.compress commands.evaluate commands.dashboard
-    commands.view
+    commands.view commands.finalists
     builders checks config schema preparation progress
     report results plots drawing
     export

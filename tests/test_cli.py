@@ -304,6 +304,39 @@ def test_evaluate_reads_local_text(project: Path) -> None:
     assert ran.json["tokens"] == 24 * 40 // 32 * 31
 
 
+def test_the_best_after_refits_is_written(project: Path) -> None:
+    ran = lrbo_command("compress", "study=tiny", "refit.candidates=2", "out=two", "output=json")
+    assert ran.status == 0, ran.err
+    tried = ran.json["refit"]["trials"]
+    assert len({row["trial"] for row in tried}) == 2
+    for row in tried:
+        better = row["validation_nll_after"] < row["validation_nll_before"]
+        assert row["taken"] is better
+    best = min(
+        tried, key=lambda row: min(row["validation_nll_after"], row["validation_nll_before"])
+    )
+    about = json.loads(Path("two/lrbo.json").read_text(encoding="utf-8"))
+    assert about["trial"] == best["trial"]
+    assert about["refit"] == ran.json["refit"]
+    assert f"Trial {best['trial']} is the best after refits" in " ".join(ran.err.split())
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["refit.candidates=0"], "refit.candidates=0: expected at least 1"),
+        (["refit.candidates=2", "point=1"], "expected 1 with point=1, which names one trial"),
+        (["refit.candidates=2", "refit.enabled=false"], "expected 1 with no refit"),
+    ],
+)
+def test_candidates_that_make_no_sense_are_refused(
+    project: Path, given: list[str], message: str
+) -> None:
+    ran = lrbo_command("compress", "study=tiny", "out=none", *given)
+    assert ran.status == 2
+    assert message in " ".join(ran.err.split())
+
+
 def test_a_trial_and_a_ratio_can_be_compressed(project: Path) -> None:
     one = lrbo_command("compress", "study=tiny", "point=1", "out=one", "output=json")
     assert one.status == 0, one.err

@@ -64,7 +64,7 @@ def test_each_site_reads_what_the_model_refit_so_far_gives_it(case: str, centred
     settings = RefitSettings(blend=0.75, ridge=1e-2, held_back=0.2, batch_windows=3)
     named: list[str] = []
     found = refit(
-        model, layers, chosen, old, windows, settings, metrics=metrics, on_layer=named.append
+        model, layers, chosen, old, windows, settings, metric=metrics.get, on_layer=named.append
     )
     rest = [i for i in range(WINDOWS) if i not in HELD]
     slow = slow_refit(

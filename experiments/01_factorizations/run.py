@@ -16,7 +16,7 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -31,11 +31,10 @@ from lrbo.allocation import Allocation, Budget
 from lrbo.calibration import corpus
 from lrbo.calibration.collect import CalibrationSettings
 from lrbo.calibration.corpus import CorpusSpec, RoleText
+from lrbo.commands.finalists import output_metric
 from lrbo.compression import compressed
 from lrbo.evaluation.divergence import DenseReference, measure_dense
 from lrbo.evaluation.perplexity import Perplexity, predictions
-from lrbo.factorization.base import Statistic
-from lrbo.factorization.loss_aware import PREDICTION_SHRINKAGE, shrunk
 from lrbo.factorization.registry import METHODS, method_named
 from lrbo.loading import load_model, load_tokenizer, resolve_device, resolve_dtype
 from lrbo.model import fingerprint, map_model
@@ -47,6 +46,7 @@ from lrbo.search.weights import WeightSpace, build_weight_space
 
 SMOKE = bool(os.environ.get("LRBO_SMOKE"))
 HERE = Path(__file__).parent
+BEST = "loss_aware"
 TASKS = ("arc_easy", "piqa", "hellaswag", "winogrande")
 ITEMS = 50
 
@@ -67,19 +67,28 @@ class Row:
 def wanted(options: argparse.Namespace) -> Iterator[Row]:
     """Yield what the experiment is made of, what matters most first."""
     main = ("mixed", options.tokens)
-    keeps = options.keeps
-    methods, kinds = options.methods, ("analytic", "uniform")
-    for keep, method, allocation in itertools.product(keeps, methods, kinds):
-        yield Row(method, allocation, "pivoted", keep, False, *main)
-    for keep in keeps:
-        yield Row("loss_aware", "analytic", "pivoted", keep, True, *main)
-    for keep, method, allocation in itertools.product(keeps, methods, kinds):
-        yield Row(method, allocation, "factored", keep, False, *main)
-    for text, tokens in itertools.product(("mixed", "wikitext2"), options.sizes):
+    keeps, kinds = options.keeps, ("analytic", "uniform")
+    best = [name for name in options.methods if name == BEST]
+    others = [name for name in options.methods if name != BEST]
+    for keep, method, refitted in itertools.product(keeps, best, (False, True)):
+        yield Row(method, "analytic", "pivoted", keep, refitted, *main)
+    small, large = options.sizes[:-1], options.sizes[-1:]
+    yield from _sizes(options, small, ("mixed", "wikitext2"))
+    for keep, storage in itertools.product(keeps, ("pivoted", "factored")):
+        for method, allocation in itertools.product(best + others, kinds):
+            yield Row(method, allocation, storage, keep, False, *main)
+    yield from _sizes(options, large, ("mixed",))  # longer than the text of WikiText-2
+
+
+def _sizes(
+    options: argparse.Namespace, sizes: Sequence[int], texts: Sequence[str]
+) -> Iterator[Row]:
+    """Yield the best method's rows on other calibration texts."""
+    for tokens, text in itertools.product(sizes, texts):
         if text == "wikitext2" and options.data is None:
             continue
-        for keep, refitted in itertools.product(keeps[:2], (False, True)):
-            yield Row("loss_aware", "analytic", "pivoted", keep, refitted, text, tokens)
+        for keep, refitted in itertools.product(options.keeps[:2], (False, True)):
+            yield Row(BEST, "analytic", "pivoted", keep, refitted, text, tokens)
 
 
 class Bench:
@@ -208,7 +217,7 @@ class Bench:
                     total += Perplexity(float(chunk.nll.double().sum()), len(chunk.nll))
                     divergence += float(dense[name].kl_dense_to_compressed(chunk).double().sum())
                 found[name] = {"nll": total.mean, "kl": divergence / total.tokens}
-            if self.options.zeroshot and row.allocation == "analytic":
+            if self.options.zeroshot and row.keep in self.options.keeps[:2] and self._worth(row):
                 found["zeroshot"] = self.zero_shot()
         found["parameters"] = allocation.parameters
         found["dense_layers"] = sum(rank is None for rank in allocation.ranks.values())
@@ -220,12 +229,9 @@ class Bench:
         """Solve the ranks again on the calibration text of the row."""
         preparation = self.preparation(row)
         statistics = preparation.statistics(self.digest, self.dtype, Reporter(), self.model)
-        metrics = {
-            spec.name: shrunk(statistics.of(spec)[Statistic.OUTPUT_GRADIENT], PREDICTION_SHRINKAGE)
-            for spec in self.layers.compressible
-        }
+        metric = output_metric(self.layers, statistics)
         return refit(
-            self.model, self.layers, allocation, factors, preparation.windows, metrics=metrics
+            self.model, self.layers, allocation, factors, preparation.windows, metric=metric
         ).factors
 
     def zero_shot(self) -> dict[str, float]:
@@ -238,16 +244,29 @@ class Bench:
             found[task] = right / len(items)
         return found
 
+    def _worth(self, row: Row) -> bool:
+        """Return whether zero-shot items are answered: they cost more than the texts."""
+        return (row.allocation, row.storage) == ("analytic", "pivoted")
+
     @torch.inference_mode()
     def _answer(self, item: Mapping[str, Any]) -> int:
         """Return the index of the likeliest choice of context and ending."""
+        choices = [
+            tuple(self.tokenizer(part, add_special_tokens=False)["input_ids"] for part in pair)
+            for pair in itertools.product(item["contexts"], item["endings"])
+        ]
+        longest = max(len(before) + len(after) for before, after in choices)
+        ids = torch.zeros(len(choices), longest, dtype=torch.long)  # padded behind: unseen
+        for row, (before, after) in enumerate(choices):
+            ids[row, : len(before) + len(after)] = torch.tensor(before + after)
+        ids = ids.to(self.device)
+        logits = self.model(ids, use_cache=False).logits
         scores = []
-        for context, ending in itertools.product(item["contexts"], item["endings"]):
-            before = self.tokenizer(context, add_special_tokens=False)["input_ids"]
-            after = self.tokenizer(ending, add_special_tokens=False)["input_ids"]
-            ids = torch.tensor([before + after], device=self.device)
-            logits = self.model(ids, use_cache=False).logits[0, len(before) - 1 : -1].float()
-            known = logits.log_softmax(-1).gather(1, ids[0, len(before) :, None])
+        for row, (before, after) in enumerate(choices):
+            place = slice(len(before), len(before) + len(after))
+            said = logits[row, place.start - 1 : place.stop - 1].float().log_softmax(-1)
+            known = said.gather(1, ids[row, place, None])
+            ending = item["endings"][row % len(item["endings"])]
             scores.append(float(known.sum()) / len(ending.encode()))
         return max(range(len(scores)), key=scores.__getitem__)
 

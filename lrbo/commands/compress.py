@@ -13,16 +13,13 @@ from transformers import PreTrainedModel
 from lrbo import builders, checks, config, export
 from lrbo.accounting import account
 from lrbo.allocation import Allocation
-from lrbo.compression import compress_, compressed
+from lrbo.commands.finalists import finalist
+from lrbo.compression import compress_
 from lrbo.errors import StudyError
-from lrbo.evaluation.perplexity import score
-from lrbo.factorization.base import Statistic
-from lrbo.factorization.loss_aware import PREDICTION_SHRINKAGE, shrunk
 from lrbo.layers import PivotedLinear
-from lrbo.loading import load_model, load_tokenizer, resolve_device, resolve_dtype
+from lrbo.loading import load_model, load_tokenizer, resolve_dtype
 from lrbo.nested import LowRankFactors, NestedFactors, PivotedFactors
 from lrbo.progress import Reporter
-from lrbo.refit import RefitSettings, refit
 from lrbo.schema import CompressConfig
 from lrbo.search.study import Study
 from lrbo.trial import TrialRecord
@@ -40,15 +37,15 @@ def run(chosen: CompressConfig, reporter: Reporter) -> dict[str, Any]:
     checks.require_valid(chosen)
     study = Study(checks.study_folder(chosen.studies, chosen.study))
     about = study.about()
-    record = _point(study, str(chosen.point))
+    records = _points(study, str(chosen.point), chosen.refit.candidates)
     stored = config.stored_config(study.config_yaml(), [])
     plan = builders.plan_search(stored, study, checks.check(stored))
-    allocation = record.request.allocation
-    factors, refitted = _factors(plan, study, record, chosen, reporter)
+    found = finalist(plan, study, records, chosen.refit, reporter)
+    record, allocation = found.record, found.record.request.allocation
     dtype = None if chosen.dtype == "auto" else resolve_dtype(chosen.dtype, torch.device("cpu"))
     model = load_model(plan.source, dtype=dtype, device=torch.device("cpu"))
     builders.require_same_model(study, model)
-    _put_in(model, allocation, factors, plan, reporter)
+    _put_in(model, allocation, found.factors, plan, reporter)
     counted = account(
         plan.layers,
         allocation.ranks,
@@ -75,7 +72,7 @@ def run(chosen: CompressConfig, reporter: Reporter) -> dict[str, Any]:
                 **{key: record.metrics[key] for key in ("nll", "perplexity", "tokens")},
                 "dtype": about["dtype"],
             },
-            "refit": refitted,
+            "refit": found.refit,
             "data": about["data"],
             "versions": builders.versions(),
         }
@@ -95,86 +92,8 @@ def run(chosen: CompressConfig, reporter: Reporter) -> dict[str, Any]:
         "parameters_in_file": in_file,
         "keep_ratio": counted.keep_ratio,
         "storage": "dense" if chosen.merged else plan.storage,
-        "refit": refitted,
+        "refit": found.refit,
     }
-
-
-def _factors(
-    plan: builders.Plan,
-    study: Study,
-    record: TrialRecord,
-    chosen: CompressConfig,
-    reporter: Reporter,
-) -> tuple[Mapping[str, LowRankFactors], dict[str, Any] | None]:
-    """Return the factors of a trial, solved again if that is wanted and better.
-
-    Returns:
-        Factors, and what is to be remembered of the refit: settings, layers taken and the loss
-        on the validation text before and after; ``None`` without a refit.
-    """
-    about = study.about()
-    digest, dtype = about["model_fingerprint"], getattr(torch, about["dtype"])
-    device = resolve_device(plan.config.model.device)
-    if not chosen.refit.enabled:
-        return plan.preparation.factors(digest, dtype, device, reporter), None
-    model = load_model(plan.source, dtype=dtype, device=device)
-    builders.require_same_model(study, model)
-    factors = plan.preparation.factors(digest, dtype, device, reporter, model)
-    statistics = plan.preparation.statistics(digest, dtype, reporter, model)
-    allocation = record.request.allocation
-    metrics = {
-        spec.name: shrunk(found[Statistic.OUTPUT_GRADIENT], PREDICTION_SHRINKAGE)
-        for spec in plan.layers.compressible
-        if Statistic.OUTPUT_GRADIENT in (found := statistics.of(spec))
-    }
-    given = chosen.refit
-    settings = RefitSettings(
-        blend=given.blend,
-        ridge=given.ridge,
-        held_back=given.held_back,
-        batch_windows=plan.config.calibration.batch_windows,
-        memory_bytes=int(plan.config.calibration.memory_gib * 2**30),
-    )
-    count = sum(rank is not None for rank in allocation.ranks.values())
-    with reporter.step("Refit", count, "layers") as advance:
-        solved = refit(
-            model,
-            plan.layers,
-            allocation,
-            factors,
-            plan.windows["calibration"].ids,
-            settings,
-            metrics=metrics,
-            on_layer=lambda _: advance(1),
-        )
-    windows = plan.windows["validation"]
-    losses = []
-    for label, tried in (("before", factors), ("after", solved.factors)):
-        running = {
-            name: tried[name].to(dtype=dtype, device=device, max_rank=rank)
-            for name, rank in allocation.ranks.items()
-            if rank is not None
-        }
-        with (
-            reporter.step(f"Validation text, {label}", windows.scored_tokens, "tokens") as advance,
-            compressed(model, allocation, running, tokens=windows.ids.numel()),
-        ):
-            losses.append(score(model, windows.ids, on_tokens=advance).mean)
-    before, after = losses
-    taken = sum(row.taken for row in solved.report)
-    better = after < before
-    reporter.say(
-        f"Refit of {taken} of {count} layers: validation nll {before:.4f} before, {after:.4f} "
-        f"after{'' if better else '; it is not better, so the factors of the trial are written'}"
-    )
-    remembered = {
-        **asdict(given),
-        "taken": better,
-        "layers": taken,
-        "validation_nll_before": before,
-        "validation_nll_after": after,
-    }
-    return (solved.factors if better else factors), remembered
 
 
 def _put_in(
@@ -209,22 +128,20 @@ def _put_in(
         reporter.say(f"Largest coefficient of the pivoted layers: {largest.growth:.3f} in {name}")
 
 
-def _point(study: Study, point: str) -> TrialRecord:
-    """Return the trial that ``point`` names: best, a number, or keep=RATIO.
+def _points(study: Study, point: str, candidates: int) -> list[TrialRecord]:
+    """Return the trials that ``point`` names, best first: best, a number, or keep=RATIO.
 
     Raises:
         StudyError: If there is no such trial with a value; says which there are.
     """
     completed = study.state.completed
-    if point == "best":
-        found = study.state.best()
-    elif point.startswith("keep="):
-        ceiling = float(point.removeprefix("keep="))
-        fitting = [r for r in completed if r.metrics["keep_ratio"] <= ceiling]
-        found = min(fitting, key=lambda r: r.metrics["objective"], default=None)
+    if point == "best" or point.startswith("keep="):
+        ceiling = 1.0 if point == "best" else float(point.removeprefix("keep="))
+        found = [r for r in completed if r.metrics["keep_ratio"] <= ceiling]
+        found.sort(key=lambda r: r.metrics["objective"])  # stable: the first of equals is first
     else:
-        found = next((r for r in completed if r.request.trial_index == int(point)), None)
-    if found is None:
+        found = [r for r in completed if r.request.trial_index == int(point)]
+    if not found:
         ratios = sorted(r.metrics["keep_ratio"] for r in completed)
         indices = [r.request.trial_index for r in completed]
         raise StudyError(
@@ -232,4 +149,4 @@ def _point(study: Study, point: str) -> TrialRecord:
             f"{indices}"
             + (f" with keep ratios {ratios[0]:.4f} to {ratios[-1]:.4f}" if ratios else "")
         )
-    return found
+    return found[:candidates]

@@ -1,0 +1,192 @@
+"""Calibrate, factor, allocate and export a large model of which one block is in memory.
+
+A checkpoint of Llama-2-7B's shape with random weights and few blocks is written, and then treated
+as one with many would be: each step takes one block after the other, so that seconds per block
+and peak memory are those of a deeper model, but for hidden states, embedding and head.
+
+    python experiments/large_model/run.py --blocks 2 --tokens 4096
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+from accelerate import init_empty_weights
+from safetensors.torch import save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import lrbo
+from lrbo.accounting import account
+from lrbo.allocation import Budget, allocate_by_loss
+from lrbo.blockwise import BlockwiseBody
+from lrbo.calibration.collect import CalibrationSettings, calibrate
+from lrbo.calibration.store import CalibrationFolder, save_calibration
+from lrbo.export import save, streamed
+from lrbo.factorization.registry import method_named
+from lrbo.factorization.store import factor_model, load_factors, save_factors
+from lrbo.lazy import INDEX, LazyModel
+from lrbo.loading import byte_tokenizer
+from lrbo.model import map_model
+from lrbo.nested import NestedFactors, PivotedFactors
+from lrbo.preparation import curve_needs
+from lrbo.worker import allocation_parameters
+
+SMOKE = bool(os.environ.get("LRBO_SMOKE"))
+LLAMA = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32}
+TINY = {"hidden_size": 32, "intermediate_size": 80, "num_attention_heads": 4}
+
+
+@dataclass
+class Meter:
+    """Seconds and peak memory of the steps.
+
+    Attributes:
+        blocks: To divide seconds by.
+        rows: Of the table.
+    """
+
+    blocks: int
+    rows: list[tuple[str, float, float, float]] = field(default_factory=list)
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        """Measure what happens inside; pages of mapped files are not counted, they can go."""
+        process, peak, done = psutil.Process(), [0.0], threading.Event()
+
+        def watch() -> None:
+            while not done.wait(0.05):
+                memory = process.memory_info()
+                peak[0] = max(peak[0], (memory.rss - memory.shared) / 2**30)
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            seconds = time.perf_counter() - start
+            done.set()
+            watcher.join()
+        self.rows.append((name, seconds, seconds / self.blocks, peak[0]))
+        print(f"{name}: {seconds:.1f} s, {peak[0]:.1f} GiB", flush=True)
+
+    def show(self) -> None:
+        """Print the table."""
+        print("| step | seconds | per block | peak GiB |\n|---|---:|---:|---:|")
+        for name, seconds, each, peak in self.rows:
+            print(f"| {name} | {seconds:.1f} | {each:.1f} | {peak:.2f} |")
+
+
+def write_checkpoint(folder: Path, blocks: int) -> None:
+    """Write random weights in bfloat16, a file per block, as a hub checkpoint is laid out."""
+    folder.mkdir(parents=True)
+    shape = TINY if SMOKE else LLAMA
+    vocabulary = 300 if SMOKE else 32000
+    config = LlamaConfig(vocab_size=vocabulary, num_hidden_layers=blocks, **shape)
+    config.save_pretrained(folder)
+    with init_empty_weights():
+        model = LlamaForCausalLM(config)
+    torch.manual_seed(0)
+    groups: dict[str, dict[str, torch.Tensor]] = {}
+    where = {}
+    for name, parameter in model.named_parameters():
+        shard = ".".join(name.split(".")[:3]) if "layers" in name else "rest"
+        file = f"{shard}.safetensors"
+        norm = "norm" in name
+        tensor = torch.ones(parameter.shape) if norm else torch.randn(parameter.shape) * 0.02
+        groups.setdefault(file, {})[name] = tensor.bfloat16()
+        where[name] = file
+    for file, tensors in groups.items():
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": where}
+    (folder / INDEX).write_text(json.dumps(index), "utf-8")
+
+
+def main() -> None:
+    """Run every step once."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--blocks", type=int, default=2)
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--keep", type=float, default=0.8)
+    options = parser.parse_args()
+    if SMOKE:
+        options.tokens = 256
+    meter = Meter(options.blocks)
+    with tempfile.TemporaryDirectory(prefix="lrbo-large-") as name:
+        compress(Path(name), options, meter)
+    meter.show()
+
+
+def compress(room: Path, options: argparse.Namespace, meter: Meter) -> None:
+    """Take a checkpoint from dense to compressed."""
+    with meter.step("write a random checkpoint"):
+        write_checkpoint(room / "dense", options.blocks)
+    lazy = LazyModel(room / "dense", dtype=torch.float32)
+    layers, method = map_model(lazy.model), method_named("loss_aware")
+    window = 64 if SMOKE else 1024
+    ids = torch.randint(lazy.model.config.vocab_size, (options.tokens // window, window))
+    with meter.step("calibrate, with gradients"):
+        body = BlockwiseBody(lazy.model, lazy.open_block)
+        settings = CalibrationSettings(batch_windows=1)
+        found = calibrate(body, layers, ids, curve_needs(method), settings)
+        save_calibration(room / "calibration", found, "large")
+    with meter.step("factor"):
+        statistics = CalibrationFolder(room / "calibration", "large")
+        made = factor_model(lazy.model, layers, method, statistics, open_block=lazy.open_block)
+        save_factors(room / "factors", made, "large")
+    factors = load_factors(room / "factors", "large")
+    with meter.step("allocate"):
+        specs = layers.compressible
+        cost = partial(method.parameters, storage="pivoted")
+        allocation = allocate_by_loss(
+            {n: np.asarray(f.loss, dtype=np.float64) for n, f in factors.items()},
+            specs,
+            Budget.from_keep_ratio(specs, options.keep),
+            cost=cost,
+            rank_multiple=1 if SMOKE else 8,
+        )
+    held = allocation_parameters(layers, allocation, cost)
+    counted = account(layers, allocation.ranks, held, storage="pivoted", bytes_per_parameter=2)
+    with meter.step("convert to pivoted storage and export"):
+        own = LazyModel(room / "dense")
+        forms: dict[str, NestedFactors] = {
+            n: PivotedFactors(f, torch.bfloat16, n) for n, f in factors.items()
+        }
+        save(
+            room / "compressed",
+            own.model,
+            byte_tokenizer(),
+            allocation,
+            {"method": method.name, "keep_ratio": counted.keep_ratio},
+            storage="pivoted",
+            parameters=counted.model,
+            parts=streamed(own, allocation, forms),
+        )
+    with meter.step("open and run 16 tokens"):
+        model = lrbo.load(room / "compressed")
+        with torch.inference_mode():
+            logits = model(ids[:1, :16], use_cache=False).logits
+        assert bool(logits.isfinite().all())
+    sizes = {
+        part: sum(f.stat().st_size for f in (room / part).rglob("*") if f.is_file()) / 2**30
+        for part in ("dense", "calibration", "factors", "compressed")
+    }
+    print(", ".join(f"{part} {size:.2f} GiB" for part, size in sizes.items()), "on disk")
+    print(f"{layers.parameters:,} parameters, {counted.model:,} kept: {counted.keep_ratio:.4f}")
+
+
+if __name__ == "__main__":
+    main()
