@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lrbo.blockwise import BlockwiseBody, Scratch, watching_inputs
-from lrbo.calibration.gradients import GradientMoments, Labels, loss_gradients
+from lrbo.calibration.gradients import GradientMoments, Labels, loss_gradients, scored_tokens
 from lrbo.calibration.sites import SiteMoments
 from lrbo.factorization.base import GRADIENT_STATISTICS, Statistic
 from lrbo.model import LayerSpec, ModelMap
@@ -124,7 +124,8 @@ def calibrate(
         the last block to the first) of its layers.
 
     Raises:
-        StatisticsError: If a site or layer saw a non-finite value, naming it, or not every token.
+        StatisticsError: If a site or layer saw a non-finite value, naming it, or not every token;
+            or if no token has a loss.
     """
     wanted = set(needs)
     if not wanted:
@@ -139,7 +140,8 @@ def calibrate(
     if not of_inputs:
         order = [index for index in order if index in chosen]
     windows, membership = windows[order], [dealt[index] for index in order]
-    with_gradient = torch.tensor([index in chosen for index in order])
+    with_gradient = torch.tensor([place for place, index in enumerate(order) if index in chosen])
+    scored = scored_tokens(windows[with_gradient], settings.labels) if of_gradients else 0
     batches = [
         slice(first, min(first + settings.batch_windows, len(windows)))
         for first in range(0, len(windows), settings.batch_windows)
@@ -157,8 +159,7 @@ def calibrate(
         entering: list[Tensor] = []
         for index, specs in by_block.items():
             if of_gradients:
-                kept = scratch.empty(int(with_gradient.sum()), *hidden.shape[1:], dtype=dtype)
-                entering.append(kept.copy_(hidden[with_gradient]))
+                entering.append(_picked(hidden, with_gradient, scratch))
             sites = _through_block(body, index, specs, hidden, batches, membership, of_inputs)
             if of_inputs:
                 tokens = windows.numel()
@@ -168,15 +169,24 @@ def calibrate(
                 on_block(1)
         if not of_gradients:
             return
-        ids, gradient = windows[with_gradient], scratch.empty(*entering[0].shape, dtype=dtype)
-        loss_gradients(body, hidden[with_gradient], ids, settings, gradient)
+        ids, gradient = windows[with_gradient], _picked(hidden, with_gradient, scratch)
+        loss_gradients(body, gradient, ids, settings)
         for index in reversed(by_block):
             found = _back_through_block(
                 body, index, by_block[index], entering[index], gradient, settings, of_gradients
             )
-            yield {name: moments.statistics(name, ids.numel()) for name, moments in found.items()}
+            tokens = ids.numel()
+            yield {name: part.statistics(name, tokens, scored) for name, part in found.items()}
             if on_block is not None:
                 on_block(1)
+
+
+def _picked(
+    hidden: Float[Tensor, "windows tokens d"], places: Int[Tensor, " picked"], scratch: Scratch
+) -> Float[Tensor, "picked tokens d"]:
+    """Copy some windows to where there is room, and nowhere else on the way."""
+    found = scratch.empty(len(places), *hidden.shape[1:], dtype=hidden.dtype)
+    return torch.index_select(hidden, 0, places, out=found)
 
 
 def _through_block(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lrbo.blockwise import BlockwiseBody
 from lrbo.calibration.sites import require_sound
+from lrbo.errors import StatisticsError
 from lrbo.factorization.base import Statistic
 from lrbo.linalg import add_gram, float64_device, mirror_upper
 from lrbo.model import body_and_head
@@ -85,33 +86,49 @@ class GradientMoments:
             weighted = inputs.to(wide).square() * lengths
             self.importance += weighted.to(self.importance.device).sum(0, dtype=torch.float64)
 
-    def statistics(self, layer: str, tokens: int) -> dict[Statistic, Tensor]:
+    def statistics(self, layer: str, tokens: int, scored: int) -> dict[Statistic, Tensor]:
         """Return the finished statistics, float64, on the CPU.
 
         Args:
             layer: Its name, for messages.
             tokens: That should have been seen.
+            scored: Those of them that have a loss: the means are over these. The last token of
+                a window of data has none, and its gradients are 0, for no other reads it.
 
         Raises:
             StatisticsError: If there were others, or a value is not finite.
         """
         found: dict[Statistic, Tensor] = {}
         if self.upper is not None:
-            found[Statistic.OUTPUT_GRADIENT] = mirror_upper(self.upper).cpu() / tokens
+            found[Statistic.OUTPUT_GRADIENT] = mirror_upper(self.upper).cpu() / scored
         if self.importance is not None:
-            found[Statistic.INPUT_IMPORTANCE] = self.importance.cpu() / tokens
+            found[Statistic.INPUT_IMPORTANCE] = self.importance.cpu() / scored
         require_sound(layer, "gradients", found, seen=self.tokens, tokens=tokens)
         return found
 
 
+def scored_tokens(ids: Int[Tensor, "windows tokens"], labels: Labels) -> int:
+    """Count the tokens that have a loss: in the data, the last of a window has no next one.
+
+    Raises:
+        StatisticsError: If there are none.
+    """
+    scored = ids.numel() - (len(ids) if labels == "data" else 0)
+    if not scored:
+        raise StatisticsError(
+            f"{len(ids)} windows of {ids.shape[1]} tokens have no token with a next one; use "
+            "windows of at least 2 tokens, or calibration.labels=sampled."
+        )
+    return scored
+
+
 def loss_gradients(
     body: BlockwiseBody,
-    hidden: Float[Tensor, "windows tokens d"],
+    states: Float[Tensor, "windows tokens d"],
     ids: Int[Tensor, "windows tokens"],
     settings: GradientSettings,
-    result: Float[Tensor, "windows tokens d"],
 ) -> None:
-    """Write the gradient of the summed loss with respect to the last block's output.
+    """Replace the last block's output by the gradient of the summed loss with respect to it.
 
     With labels sampled from the model's own predictions, the second moments of the gradients
     are the Fisher information, which is the Hessian of the divergence from the dense model at
@@ -119,17 +136,16 @@ def loss_gradients(
 
     Args:
         body: Of the model.
-        hidden: Output of the last block.
+        states: Output of the last block; overwritten, batch by batch.
         ids: The tokens; needed for the data's labels.
         settings: Labels, their seed, and windows per pass.
-        result: Filled.
     """
     _, head = body_and_head(body.model)
     generator = torch.Generator().manual_seed(settings.seed)
     uniform = torch.rand(ids.shape, generator=generator)
     for first in range(0, len(ids), settings.batch_windows):
         batch = slice(first, first + settings.batch_windows)
-        inputs = hidden[batch].to(body.device).requires_grad_()
+        inputs = states[batch].to(body.device).requires_grad_()
         with torch.enable_grad():
             finished = body.finish(inputs)
         rows = finished.detach().flatten(0, 1)
@@ -147,7 +163,7 @@ def loss_gradients(
         ]
         at_end = torch.cat(parts).view_as(finished)
         (back,) = torch.autograd.grad(finished, inputs, at_end)
-        result[batch] = back.to(result)
+        states[batch] = back.to(states)
 
 
 def _head_gradient(
