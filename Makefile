@@ -22,7 +22,7 @@ quickstart: setup
 	$(BIN)/lrbo search experiment=quickstart
 
 test: setup lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist loadfile  # a process per core
 	$(BIN)/python -m pytest -m slow
 
 lint: setup
