@@ -13,7 +13,7 @@ from lrbo.errors import StatisticsError
 from lrbo.factorization.base import GRADIENT_STATISTICS, Statistic
 from lrbo.model import ModelMap
 from tests.test_gradients import gathered, same_bits
-from tests.tiny import HIDDEN, build, token_ids
+from tests.tiny import HIDDEN, VOCABULARY, build, token_ids
 
 pytestmark = pytest.mark.filterwarnings("ignore::lrbo.calibration.collect.CalibrationWarning")
 
@@ -90,11 +90,11 @@ class Copies(TorchDispatchMode):
 
 @pytest.mark.parametrize("labels", ["data", "sampled"])
 def test_hidden_states_are_copied_a_batch_at_a_time(labels: str) -> None:
-    model, windows = build("gpt2"), token_ids(300, 6)
+    model, windows = build("gpt2"), token_ids(20, 24)
     with Copies() as copies:
-        gathered(model, windows, labels=labels, batch_windows=2, gradient_share=0.5)
-    batch, vocabulary = 2 * 6, 64
-    assert batch * vocabulary <= copies.largest < 150 * 6 * HIDDEN
+        gathered(model, windows, labels=labels, batch_windows=1, gradient_share=0.5)
+    batch, chosen = 24, 10 * 24
+    assert batch * VOCABULARY <= copies.largest < chosen * HIDDEN
 
 
 def test_windows_without_a_next_token_are_refused_and_may_have_sampled_labels() -> None:
