@@ -238,6 +238,15 @@ def test_infeasible_budget_says_what_came_and_what_to_do() -> None:
         assert part in message, part
 
 
+def test_a_layer_smaller_than_the_step_is_dense() -> None:
+    layers = [spec("small", 6, 30), spec("large", 30, 30)]
+    ratios = {"small": 0.1, "large": 1.0}
+    found = allocate(ratios, layers, Budget(180 + 480), cost=factored, rank_multiple=8)
+    assert found.ranks == {"small": None, "large": 8}
+    with pytest.raises(BudgetError, match=r"keep_ratio to at least 1\.0000 or lower rank_multiple"):
+        allocate(ratios, layers, Budget(1079), cost=factored, rank_multiple=31)
+
+
 def test_pinned_layers_stay_dense_and_need_no_wish() -> None:
     layers = [spec("a", 20, 20), spec("b", 20, 20), spec("c", 20, 20)]
     found = allocate({"a": 1.0, "c": 3.0}, layers, Budget(900), cost=factored, dense={"b"})

@@ -233,6 +233,17 @@ def test_minimum_is_rounded_up_and_may_leave_only_dense() -> None:
     assert by_loss(curve, layer, 400, rank_multiple=4, minimum=9).ranks == {"a": None}
 
 
+def test_infeasible_budget_says_what_came_and_what_to_do() -> None:
+    layers = [spec("a", 40, 40), spec("b", 40, 40)]
+    with pytest.raises(BudgetError) as caught:
+        allocate_by_loss(
+            {"a": [0.0] * 41}, layers, Budget(1700), cost=factored, dense=["b"], minimum=3
+        )
+    message = str(caught.value)
+    for part in ("1_700", "1_840", "2 layers", "1 of them fixed dense", "0.5750", "minimum ranks"):
+        assert part in message, part
+
+
 def test_ranks_beyond_the_curve_are_not_on_offer() -> None:
     layer = spec("a", 20, 20)
     assert by_loss([3.0, 2.0, 1.0], layer, 399).ranks == {"a": 2}

@@ -200,6 +200,18 @@ def test_a_singular_second_moment_is_announced() -> None:
     solve(target, moments, 2, ridge=1e-3)  # a ridge says nothing: warnings are errors here
 
 
+@pytest.mark.parametrize("value", [0.0, 0.7])
+def test_a_feature_without_variance_is_announced_and_keeps_the_dense_weight(value: float) -> None:
+    """Around the means it says nothing of its column, which a ridge leaves where it is."""
+    target, x, dense, _ = case()
+    x[:, 2] = dense[:, 2] = value
+    moments = drift_moments(x, dense)
+    with pytest.warns(JitterWarning, match=r"^q: the second moment .* singular at ridge=0; added"):
+        solve(target, moments, 2, ridge=0.0, restore_means=True, name="q")
+    found = solve(target, moments, OUT, ridge=1e-3, restore_means=True)
+    torch.testing.assert_close(matrix(found)[:, 2], target.weight[:, 2], rtol=0, atol=EXACT)
+
+
 def test_a_second_moment_that_no_jitter_mends_is_refused() -> None:
     target, x, dense, _ = case()
     moments = drift_moments(x, dense)

@@ -143,8 +143,10 @@ def test_a_layer_that_calibration_did_not_see_is_refused_by_name_if_that_matters
     if not method_named(method).needs:
         assert merged(made).keys() == make("gpt2", method).keys()
         return
-    with pytest.raises(StatisticsError, match=r"^transformer\.h\.0\.attn\.c_attn: .*; got none"):
+    message = r"^transformer\.h\.0\.attn\.c_attn: .*; got none"
+    with pytest.raises(StatisticsError, match=message) as caught:
         next(made)
+    assert all(need.value in str(caught.value) for need in method_named(method).needs)
 
 
 def test_kinds_that_are_one_sided_are_factored_so() -> None:
