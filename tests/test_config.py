@@ -86,8 +86,8 @@ def test_the_default_search_is_around_the_least_predicted_loss() -> None:
     assert found.sensitivity.enabled
 
 
-def test_the_quickstart_is_the_paper_s_search() -> None:
-    found = search("experiment=quickstart")
+def test_the_paper_s_search_is_at_hand() -> None:
+    found = search("experiment=paper")
     assert (found.method.name, found.space.type) == ("bolaco", "ratios")
     assert (found.budget.keep_ratio, found.budget.storage) == (0.8, "factored")
     assert found.space.dense == ["v_proj"]
@@ -97,6 +97,7 @@ def test_the_quickstart_is_the_paper_s_search() -> None:
 def test_the_quickstart_is_a_study_of_at_least_12_trials_on_a_real_model() -> None:
     found = search("experiment=quickstart")
     assert (found.study, found.studies) == ("quickstart", "studies")
+    assert (found.method.name, found.space.type) == ("loss_aware", "weights")
     assert found.search.trials >= 12
     assert found.model.source == found.data.source == "packaged"
 
