@@ -150,7 +150,7 @@ def _check_method(config: MethodConfig) -> list[str]:
         for option, value in vars(config).items()
         if option != "name" and value is not None and option not in known
     ]
-    if config.alpha is not None and config.alpha < 0:
+    if config.alpha is not None and not 0 <= config.alpha < math.inf:
         problems.append(f"method.alpha={config.alpha!r}: expected a number from 0 on")
     inputs, outputs = config.input_shrinkage, config.output_shrinkage
     if inputs is not None and not 0 <= inputs <= 1:

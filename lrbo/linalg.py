@@ -107,8 +107,9 @@ def psd_root(
 def psd_cholesky(matrix: Float[Tensor, "d d"], name: str = "matrix") -> Float[Tensor, "d d"]:
     """Return the lower Cholesky factor ``L`` with ``L L^T = matrix``, in float64.
 
-    A matrix that is singular or not quite positive gets jitter on its diagonal: from 1e-12 of
-    its mean diagonal entry on, ten times more at each try, announced with its size.
+    A matrix of which a pivot is not positive gets jitter on its diagonal: from 1e-12 of its mean
+    diagonal entry on, ten times more at each try, announced with its size. A singular one may
+    pass without, if rounding leaves its pivots positive: the product is exact all the same.
 
     Args:
         matrix: ``(d, d)``, symmetric; only its symmetric part is used.

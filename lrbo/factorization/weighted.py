@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -163,6 +164,11 @@ class Asvd(WeightedSvd):
     name: str = "asvd"
     needs: frozenset[Statistic] = frozenset({Statistic.INPUT_MAGNITUDE})
     alpha: float = 0.5
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be meant."""
+        if not 0 <= self.alpha < math.inf:
+            raise ValueError(f"alpha={self.alpha!r}: expected a number from 0 on")
 
     def right_root(self, statistics: Mapping[Statistic, Tensor]) -> Float[Tensor, " in"]:
         """Return the magnitudes to the power of ``alpha``."""

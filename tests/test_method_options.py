@@ -1,4 +1,4 @@
-"""Options of the loss-aware method that cannot work are refused, not repaired."""
+"""Options of methods that cannot work are refused, not repaired."""
 
 import math
 import re
@@ -9,23 +9,30 @@ import torch
 from lrbo import checks
 from lrbo.errors import StatisticsError
 from lrbo.factorization.loss_aware import LossAware
-from lrbo.factorization.registry import method_named
+from lrbo.factorization.registry import METHODS, method_named
 from lrbo.schema import MethodConfig
 from tests.methods import SHAPES, make_layer
 
-OPTIONS = ("input_shrinkage", "output_shrinkage", "output_power")
+OPTIONS = [
+    ("asvd", "alpha"),
+    ("loss_aware", "input_shrinkage"),
+    ("loss_aware", "output_shrinkage"),
+    ("loss_aware", "output_power"),
+]
 FEW = (2, 1)  # tokens: gradients of three directions only
 
 
-@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize(("name", "option"), OPTIONS)
 @pytest.mark.parametrize("value", [-math.inf, -0.1, 0.0, 0.5, 1.0, 1.1, math.inf, math.nan])
-def test_an_option_is_refused_where_the_configuration_refuses_it(option: str, value: float) -> None:
-    problems = checks._check_method(MethodConfig(name="loss_aware", **{option: value}))
+def test_an_option_is_refused_where_the_configuration_refuses_it(
+    name: str, option: str, value: float
+) -> None:
+    problems = checks._check_method(MethodConfig(name=name, **{option: value}))
     if not problems:
-        assert getattr(LossAware(**{option: value}), option) == value
+        assert getattr(method_named(name, {option: value}), option) == value
         return
     (problem,) = problems
-    for make in (LossAware, lambda **options: method_named("loss_aware", options)):
+    for make in (METHODS[name].__class__, lambda **options: method_named(name, options)):
         with pytest.raises(ValueError, match=rf"^{option}=") as caught:
             make(**{option: value})
         assert problem == f"method.{caught.value}".rstrip(".")
