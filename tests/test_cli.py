@@ -318,6 +318,9 @@ def test_the_best_after_refits_is_written(project: Path) -> None:
     about = json.loads(Path("two/lrbo.json").read_text(encoding="utf-8"))
     assert about["trial"] == best["trial"]
     assert about["refit"] == ran.json["refit"]
+    assert about["validation"]["nll"] == min(
+        best["validation_nll_after"], best["validation_nll_before"]
+    )
     assert f"Trial {best['trial']} is the best after refits" in " ".join(ran.err.split())
 
 

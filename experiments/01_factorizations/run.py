@@ -150,9 +150,9 @@ class Bench:
 
     def preparation(self, row: Row) -> Preparation:
         """Return what the factors of a row depend on; one calibration serves all methods."""
-        needs = frozenset().union(*(curve_needs(METHODS[name]) for name in self.options.methods))
-        if (row.calibration, row.tokens) != ("mixed", self.options.tokens):
-            needs = curve_needs(METHODS[row.method])
+        needs = curve_needs(METHODS[row.method])
+        if (row.calibration, row.tokens) == ("mixed", self.options.tokens):
+            needs = frozenset().union(*(curve_needs(method) for method in METHODS.values()))
         return Preparation(
             self.source,
             self.layers,

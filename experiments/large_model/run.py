@@ -54,7 +54,7 @@ class Meter:
     """Seconds and peak memory of the steps.
 
     Attributes:
-        blocks: To divide seconds by.
+        blocks: To divide CPU seconds by.
         rows: Of the table.
     """
 
@@ -73,19 +73,19 @@ class Meter:
 
         watcher = threading.Thread(target=watch)
         watcher.start()
-        start = time.perf_counter()
+        start, used = time.perf_counter(), time.process_time()
         try:
             yield
         finally:
-            seconds = time.perf_counter() - start
+            seconds, used = time.perf_counter() - start, time.process_time() - used
             done.set()
             watcher.join()
-        self.rows.append((name, seconds, seconds / self.blocks, peak[0]))
-        print(f"{name}: {seconds:.1f} s, {peak[0]:.1f} GiB", flush=True)
+        self.rows.append((name, seconds, used / self.blocks, peak[0]))
+        print(f"{name}: {seconds:.1f} s, {used:.1f} s of CPU, {peak[0]:.1f} GiB", flush=True)
 
     def show(self) -> None:
         """Print the table."""
-        print("| step | seconds | per block | peak GiB |\n|---|---:|---:|---:|")
+        print("| step | seconds | CPU seconds per block | peak GiB |\n|---|---:|---:|---:|")
         for name, seconds, each, peak in self.rows:
             print(f"| {name} | {seconds:.1f} | {each:.1f} | {peak:.2f} |")
 

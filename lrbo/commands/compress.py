@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -69,7 +70,9 @@ def run(chosen: CompressConfig, reporter: Reporter) -> dict[str, Any]:
             "method": plan.method.name,
             "keep_ratio": counted.keep_ratio,
             "validation": {
-                **{key: record.metrics[key] for key in ("nll", "perplexity", "tokens")},
+                "nll": found.nll,
+                "perplexity": math.exp(found.nll) if found.nll < 700 else math.inf,
+                "tokens": record.metrics["tokens"],
                 "dtype": about["dtype"],
             },
             "refit": found.refit,

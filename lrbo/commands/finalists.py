@@ -33,12 +33,14 @@ class Finalist:
     Attributes:
         record: The trial.
         factors: By layer name, float32 on the CPU.
+        nll: Its loss on the validation text with these factors, nats per token.
         refit: Settings of the refit, layers taken, and the loss on the validation text before
             and after, of every trial that was solved again; ``None`` without a refit.
     """
 
     record: TrialRecord
     factors: Mapping[str, LowRankFactors]
+    nll: float
     refit: dict[str, Any] | None
 
 
@@ -68,7 +70,7 @@ def finalist(
     device = resolve_device(plan.config.model.device)
     if not chosen.enabled:
         factors = plan.preparation.factors(digest, dtype, device, reporter)
-        return Finalist(records[0], factors, None)
+        return Finalist(records[0], factors, records[0].metrics["nll"], None)
     model = load_model(plan.source, dtype=dtype, device=device)
     builders.require_same_model(study, model)
     factors = plan.preparation.factors(digest, dtype, device, reporter, model)
@@ -86,7 +88,8 @@ def finalist(
     assert best is not None
     if len(records) > 1:
         reporter.say(f"Trial {best[1].request.trial_index} is the best after refits")
-    return Finalist(best[1], best[2], {**asdict(chosen), "trials": trials})
+    nll, winner, its_factors = best
+    return Finalist(winner, its_factors, nll, {**asdict(chosen), "trials": trials})
 
 
 def output_metric(layers: ModelMap, statistics: LayerStatistics) -> Metric:
