@@ -108,6 +108,7 @@ class Preparation:
                     self.layers,
                     self.method,
                     statistics,
+                    device=device,
                     on_layer=lambda _: advance(1),
                 )
                 with suppress(FileExistsError):  # another search was faster: the same factors

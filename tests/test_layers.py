@@ -215,5 +215,5 @@ def test_a_pivoted_layer_runs_on_a_gpu(dtype: torch.dtype) -> None:
     assert offset is not None
     x = torch.randn(6, 4, generator=torch.Generator().manual_seed(9)).to(dtype)
     expected = x.double() @ weight.T + offset.double()
-    found = layer.cuda()(x.cuda()).cpu()
+    found = layer.to("cuda")(x.to("cuda")).cpu()
     assert float((found.double() - expected).abs().max()) <= TOLERANCE[dtype]

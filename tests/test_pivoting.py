@@ -224,7 +224,7 @@ def test_what_is_not_finite_is_refused_by_name(bad: str, value: float) -> None:
 @pytest.mark.gpu
 def test_on_a_gpu_the_form_is_made_there() -> None:
     left, right = draw(96, 64), draw(64, 20)
-    form = pivot(left.cuda(), right.cuda())
+    form = pivot(left.to("cuda"), right.to("cuda"))
     assert {form.rows.device.type, form.order.device.type} == {"cuda"}
     moved = Pivoting(
         form.order.cpu(), form.rows.cpu(), form.coefficients.cpu(), form.growth, form.swaps

@@ -24,6 +24,7 @@ from lrbo.blockwise import OpenBlock
 from lrbo.errors import StatisticsError
 from lrbo.factorization.base import FactorizationMethod, Statistic
 from lrbo.factorization.loss_aware import predicted_loss
+from lrbo.linalg import float64_device
 from lrbo.model import LayerSpec, ModelMap, linear_bias, linear_weight
 from lrbo.nested import LowRankFactors
 from lrbo.storage import new_folder
@@ -47,6 +48,7 @@ def factor_model(
     statistics: LayerStatistics,
     *,
     open_block: OpenBlock | None = None,
+    device: torch.device | None = None,
     on_layer: Callable[[str], None] | None = None,
 ) -> Iterator[dict[str, LowRankFactors]]:
     """Factor every compressible layer, for every rank at which pivoted storage is below dense.
@@ -60,6 +62,8 @@ def factor_model(
         statistics: Of the layers; with output gradients, losses are predicted too.
         open_block: Brings the weights of a block into the model for the length of a ``with``;
             by default they are there.
+        device: Where to decompose, by default where the weights are; on the CPU in place of a
+            device without float64.
         on_layer: Told the name of each finished layer.
 
     Yields:
@@ -78,9 +82,8 @@ def factor_model(
                 useful = largest_rank(spec, cost)
                 if useful:  # else dense is smaller at every rank
                     with _naming(spec.name):
-                        full = _factor_layer(
-                            model.get_submodule(spec.name), spec, method, statistics.of(spec)
-                        )
+                        module = model.get_submodule(spec.name)
+                        full = _factor_layer(module, spec, method, statistics.of(spec), device)
                     made[spec.name] = full.to(
                         dtype=torch.float32, device=torch.device("cpu"), max_rank=useful
                     )
@@ -94,10 +97,13 @@ def _factor_layer(
     spec: LayerSpec,
     method: FactorizationMethod,
     statistics: Mapping[Statistic, Tensor],
+    device: torch.device | None,
 ) -> LowRankFactors:
     """Factor one layer at full rank, and predict its loss if gradients are known."""
-    weight = linear_weight(module)
-    full = method.for_kind(spec.kind).factor(weight, linear_bias(module), statistics)
+    weight, bias = linear_weight(module), linear_bias(module)
+    place = float64_device(weight.device if device is None else device)
+    bias = None if bias is None else bias.to(place)
+    full = method.for_kind(spec.kind).factor(weight.to(place), bias, statistics)
     if Statistic.OUTPUT_GRADIENT not in statistics:
         return full
     return replace(full, loss=predicted_loss(full, statistics))
