@@ -41,7 +41,8 @@ def check(config: Config) -> list[str]:
         expect(0 <= refit.blend <= 1, "refit.blend", refit.blend, "a number from 0 to 1")
         expect(0 <= refit.ridge < math.inf, "refit.ridge", refit.ridge, "a number from 0 on")
         held = refit.held_back
-        expect(0 <= held < 1, "refit.held_back", held, "a number from 0 on and below 1")
+        share = held is None or 0 <= held < 1
+        expect(share, "refit.held_back", held, "a number from 0 on and below 1, or null")
         count, named = refit.candidates, str(config.point).isdecimal()
         expect(count >= 1, "refit.candidates", count, "at least 1")
         if count > 1 and (named or not refit.enabled):

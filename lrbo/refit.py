@@ -125,10 +125,11 @@ def refit(
 
     Held back are windows spread evenly over all, so that each text has its part. Where the old
     factors were made from the same windows, they know those held back and the new ones do not:
-    windows that neither has seen, as ``judging``, are the fair judges. Give the refit no fewer
-    tokens than the factors were made from: in the first blocks of SmolLM2-135M at a keep ratio
-    of 0.6, with half of their 32k tokens most layers became worse on fresh text, with all of
-    them every kind of layer became better.
+    windows that neither has seen, as ``judging``, are the fair judges, and leave all others to
+    solve from. On SmolLM2-135M at a keep ratio of 0.6, with 16k tokens, the perplexity of
+    WikiText-2 and C4 was 3.60 and 4.18 times the dense model's before, 2.97 and 3.30 with an
+    eighth held back, 2.94 and 3.25 with fresh judges. Give the refit no fewer tokens than the
+    factors were made from: with half of them most layers became worse on fresh text.
 
     Args:
         model: Dense, in evaluation mode; afterwards as before, whatever happens.

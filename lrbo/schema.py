@@ -168,7 +168,7 @@ class RefitConfig:
     enabled: bool = True
     blend: float = 0.5
     ridge: float = 0.03
-    held_back: float = 0.125
+    held_back: float | None = None
     candidates: int = 1
 
 

@@ -328,11 +328,12 @@ def test_the_best_after_refits_is_written(project: Path) -> None:
     ("given", "message"),
     [
         (["refit.candidates=0"], "refit.candidates=0: expected at least 1"),
+        (["refit.held_back=1"], "refit.held_back=1.0: expected a number from 0 on and below 1"),
         (["refit.candidates=2", "point=1"], "expected 1 with point=1, which names one trial"),
         (["refit.candidates=2", "refit.enabled=false"], "expected 1 with no refit"),
     ],
 )
-def test_candidates_that_make_no_sense_are_refused(
+def test_a_refit_that_makes_no_sense_is_refused(
     project: Path, given: list[str], message: str
 ) -> None:
     ran = lrbo_command("compress", "study=tiny", "out=none", *given)

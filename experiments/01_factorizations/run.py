@@ -70,25 +70,26 @@ def wanted(options: argparse.Namespace) -> Iterator[Row]:
     keeps, kinds = options.keeps, ("analytic", "uniform")
     best = [name for name in options.methods if name == BEST]
     others = [name for name in options.methods if name != BEST]
-    for keep, method, refitted in itertools.product(keeps, best, (False, True)):
+    two = keeps[:2]
+    for keep, method, refitted in itertools.product(two, best, (False, True)):
         yield Row(method, "analytic", "pivoted", keep, refitted, *main)
-    small, large = options.sizes[:-1], options.sizes[-1:]
-    yield from _sizes(options, small, ("mixed", "wikitext2"))
+    with_data = options.data is not None
+    texts = ("mixed", *(("both", "wikitext2") if with_data else ()))
+    for text, method, refitted, keep in itertools.product(texts, best, (False, True), two):
+        if (text, refitted) != ("wikitext2", True):
+            yield Row(method, "analytic", "pivoted", keep, refitted, text, options.tokens)
+    for keep, storage in itertools.product(two, ("pivoted", "factored")):
+        for method, allocation in itertools.product(best + others, kinds):
+            yield Row(method, allocation, storage, keep, False, *main)
+    for tokens, method, keep, refitted in itertools.product(
+        options.sizes, best, two, (False, True)
+    ):
+        yield Row(method, "analytic", "pivoted", keep, refitted, "mixed", tokens)
     for keep, storage in itertools.product(keeps, ("pivoted", "factored")):
         for method, allocation in itertools.product(best + others, kinds):
             yield Row(method, allocation, storage, keep, False, *main)
-    yield from _sizes(options, large, ("mixed",))  # longer than the text of WikiText-2
-
-
-def _sizes(
-    options: argparse.Namespace, sizes: Sequence[int], texts: Sequence[str]
-) -> Iterator[Row]:
-    """Yield the best method's rows on other calibration texts."""
-    for tokens, text in itertools.product(sizes, texts):
-        if text == "wikitext2" and options.data is None:
-            continue
-        for keep, refitted in itertools.product(options.keeps[:2], (False, True)):
-            yield Row(BEST, "analytic", "pivoted", keep, refitted, text, tokens)
+        for method in best:
+            yield Row(method, "analytic", storage, keep, True, *main)
 
 
 class Bench:
@@ -143,10 +144,14 @@ class Bench:
         """Return calibration windows of 512 tokens."""
         if SMOKE:
             return self._packaged(("words",), "generated", "calibration", tokens, 32)
+        mixed = partial(self._packaged, ("c4", "wiki"), "packaged", "calibration", window=512)
+        if text == "mixed":
+            return mixed(tokens)
+        path = str(self.options.data / "text" / "wikitext2.train.first1MB.raw")
+        own = partial(self._packaged, (path,), "files", "calibration", window=512, alone=True)
         if text == "wikitext2":
-            path = str(self.options.data / "text" / "wikitext2.train.first1MB.raw")
-            return self._packaged((path,), "files", "calibration", tokens, 512, alone=True)
-        return self._packaged(("c4", "wiki"), "packaged", "calibration", tokens, 512)
+            return own(tokens)
+        return torch.cat([mixed(tokens // 2), own(tokens // 2)])
 
     def preparation(self, row: Row) -> Preparation:
         """Return what the factors of a row depend on; one calibration serves all methods."""
@@ -230,8 +235,18 @@ class Bench:
         preparation = self.preparation(row)
         statistics = preparation.statistics(self.digest, self.dtype, Reporter(), self.model)
         metric = output_metric(self.layers, statistics)
+        if SMOKE:
+            judging = self._packaged(("words",), "generated", "validation", 256, 32)
+        else:
+            judging = self._packaged(("c4", "wiki"), "packaged", "validation", 8 * 1024, 512)
         return refit(
-            self.model, self.layers, allocation, factors, preparation.windows, metric=metric
+            self.model,
+            self.layers,
+            allocation,
+            factors,
+            preparation.windows,
+            judging=judging,
+            metric=metric,
         ).factors
 
     def zero_shot(self) -> dict[str, float]:

@@ -120,7 +120,7 @@ def _solve(
     settings = RefitSettings(
         blend=chosen.blend,
         ridge=chosen.ridge,
-        held_back=chosen.held_back,
+        held_back=0.0 if chosen.held_back is None else chosen.held_back,
         batch_windows=calibration.batch_windows,
         memory_bytes=int(calibration.memory_gib * 2**30),
     )
@@ -134,6 +134,7 @@ def _solve(
             factors,
             plan.windows["calibration"].ids,
             settings,
+            judging=plan.windows["validation"].ids if chosen.held_back is None else None,
             metric=metric,
             on_layer=lambda _: advance(1),
         )
