@@ -245,5 +245,6 @@ def add_gram(
 
 def mirror_upper(matrix: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
     """Return the symmetric matrix whose upper triangle is that of ``matrix``."""
-    upper = matrix.triu()
-    return upper + upper.triu(1).T
+    found = matrix.triu()
+    found += found.triu(1).T
+    return found

@@ -163,7 +163,8 @@ def calibrate(
             sites = _through_block(body, index, specs, hidden, batches, membership, of_inputs)
             if of_inputs:
                 tokens = windows.numel()
-                yield {name: moments.statistics(name, tokens) for name, moments in sites.items()}
+                # Taken out one by one: sums and means of all would be twice the memory.
+                yield {name: sites.pop(name).statistics(name, tokens) for name in list(sites)}
             del sites
             if on_block is not None:
                 on_block(1)
@@ -176,7 +177,7 @@ def calibrate(
                 body, index, by_block[index], entering[index], gradient, settings, of_gradients
             )
             tokens = ids.numel()
-            yield {name: part.statistics(name, tokens, scored) for name, part in found.items()}
+            yield {name: found.pop(name).statistics(name, tokens, scored) for name in list(found)}
             if on_block is not None:
                 on_block(1)
 

@@ -100,7 +100,7 @@ class GradientMoments:
         """
         found: dict[Statistic, Tensor] = {}
         if self.upper is not None:
-            found[Statistic.OUTPUT_GRADIENT] = mirror_upper(self.upper).cpu() / scored
+            found[Statistic.OUTPUT_GRADIENT] = mirror_upper(self.upper).div_(scored).cpu()
         if self.importance is not None:
             found[Statistic.INPUT_IMPORTANCE] = self.importance.cpu() / scored
         require_sound(layer, "gradients", found, seen=self.tokens, tokens=tokens)

@@ -89,7 +89,7 @@ class Moments:
     @property
     def covariance(self) -> Float[Tensor, "d d"]:
         """Return the maximum-likelihood covariance: the scatter over the number of tokens."""
-        return self.scatter / max(self.tokens, 1)
+        return self.scatter.div_(max(self.tokens, 1))
 
 
 @dataclass
@@ -164,4 +164,4 @@ class PooledMoments:
     @property
     def covariance(self) -> Float[Tensor, "d d"]:
         """Return the mean over groups of the groups' maximum-likelihood covariances."""
-        return mirror_upper(self.upper) / max(self.groups, 1)
+        return mirror_upper(self.upper).div_(max(self.groups, 1))

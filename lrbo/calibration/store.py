@@ -18,7 +18,6 @@ from torch import Tensor
 from lrbo.calibration.collect import CalibrationSettings, Found, merged_statistics
 from lrbo.errors import StatisticsError
 from lrbo.factorization.base import GRADIENT_STATISTICS, MATRICES, Statistic
-from lrbo.linalg import mirror_upper
 from lrbo.model import LayerSpec
 from lrbo.storage import new_folder, write_text
 
@@ -119,14 +118,17 @@ class CalibrationFolder:
 
 def _pack(matrix: Float[Tensor, "d d"]) -> Float[Tensor, " packed"]:
     """Return the upper triangle row by row: half the disk, and symmetric by construction."""
-    rows, columns = torch.triu_indices(*matrix.shape)
-    return matrix[rows, columns]
+    return torch.cat([row[place:] for place, row in enumerate(matrix)])
 
 
 def _unpack(packed: Float[Tensor, " packed"]) -> Float[Tensor, "d d"]:
     """Return the symmetric matrix of a packed upper triangle."""
     features = int((8 * packed.numel() + 1) ** 0.5 - 1) // 2
-    matrix = packed.new_zeros(features, features)
-    rows, columns = torch.triu_indices(features, features)
-    matrix[rows, columns] = packed
-    return mirror_upper(matrix)
+    matrix = packed.new_empty(features, features)
+    start = 0
+    for place in range(features):
+        row = packed[start : start + features - place]
+        matrix[place, place:] = row
+        matrix[place:, place] = row
+        start += len(row)
+    return matrix
