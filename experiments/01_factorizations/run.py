@@ -294,31 +294,39 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def show(results: list[dict[str, Any]]) -> None:
-    """Print the table: a line per model and text."""
+    """Print the table: a line per model, best first within a keep ratio."""
     dense = next(r for r in results if "method" not in r)
-    texts = [name for name in dense if isinstance(dense[name], dict) and "nll" in dense[name]]
+    texts = [name for name, found in dense.items() if isinstance(found, dict) and "nll" in found]
+    first = texts[0]
+    rows = sorted(results, key=lambda r: (-r.get("keep", 1.0), r[first]["nll"]))
     print(
-        "| method | allocation | storage | keep | refit | calibration | text | perplexity | "
-        "x dense | KL | zero-shot |"
+        f"| keep | method | allocation | storage | refit | calibration | {' | '.join(texts)}",
+        end="",
     )
-    print("|---|---|---|---:|---|---|---|---:|---:|---:|---:|")
-    for result, text in itertools.product(results, texts):
-        nll = result[text]["nll"]
-        right = result.get("zeroshot")
+    print(" | KL | zero-shot |\n" + "|---:" + "|---" * 5 + "|---:" * (len(texts) + 2) + "|")
+    for row in rows:
+        right = row.get("zeroshot")
+        divergence = sum(row[text].get("kl", 0.0) for text in texts) / len(texts)
         cells = [
-            result.get("method", "dense"),
-            result.get("allocation", "-"),
-            result.get("storage", "-"),
-            f"{result.get('keep', 1.0):g}",
-            "yes" if result.get("refit") else "no",
-            f"{result['calibration']} {result['tokens'] // 1024}k" if "tokens" in result else "-",
-            text,
-            f"{math.exp(nll):.2f}",
-            f"{math.exp(nll - dense[text]['nll']):.3f}",
-            f"{result[text].get('kl', 0.0):.3f}",
+            f"{row.get('keep', 1.0):g}",
+            row.get("method", "dense"),
+            row.get("allocation", "-"),
+            row.get("storage", "-"),
+            "yes" if row.get("refit") else "no",
+            f"{row['calibration']} {row['tokens'] // 1024}k" if "tokens" in row else "-",
+            *(_perplexity(row[text]["nll"], dense[text]["nll"]) for text in texts),
+            f"{divergence:.3f}",
             f"{sum(right.values()) / len(right):.3f}" if right else "-",
         ]
         print("| " + " | ".join(cells) + " |")
+
+
+def _perplexity(nll: float, dense: float) -> str:
+    """Return the perplexity, and as how many times the dense one."""
+    value = math.exp(nll)
+    shown = f"{value:.2f}" if value < 10_000 else f"{value:.0e}"
+    times = math.exp(nll - dense)
+    return f"{shown} ({times:.3f})" if times < 10 else shown
 
 
 def main() -> None:
