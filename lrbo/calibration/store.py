@@ -40,6 +40,8 @@ def calibration_fingerprint(
         del used["groups"]
     if not GRADIENT_STATISTICS & set(needs):
         del used["labels"], used["gradient_share"], used["seed"]
+    elif used["labels"] == "data":
+        used["mean"] = "over tokens with a loss"  # earlier files count the last of a window too
     content = {
         "format": FORMAT,
         "model": model_fingerprint,
