@@ -221,12 +221,12 @@ def add_gram(
     accumulator: Float[Tensor, "d d"],
     rows: Float[Tensor, "n d"],
     scale: float = 1.0,
-    panels: int = 4,
+    panels: int = 8,
 ) -> None:
     """Add ``scale * rows^T rows`` to the upper triangle of ``accumulator``, in place.
 
-    Only panels on and above the diagonal are multiplied: 5/8 of the work of the full product
-    with four panels. What lies below the block diagonal is left untouched; read the result
+    Only panels on and above the diagonal are multiplied: 9/16 of the work of the full product
+    with eight panels. What lies below the block diagonal is left untouched; read the result
     with :func:`mirror_upper`.
 
     Args:
