@@ -2,9 +2,10 @@
 
 import copy
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -23,6 +24,15 @@ RANK = 4
 ROUNDED = {"rtol": 1e-4, "atol": 1e-4}
 WINDOWS, WIDTH = 10, 12
 HELD = (2, 7)  # a fifth of ten windows, spread over them
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads that wait for each other cost 12 ms per operation where the cores are busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def double(case: str) -> tuple[PreTrainedModel, ModelMap]:

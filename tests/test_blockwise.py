@@ -65,6 +65,15 @@ def test_gradients_pass_through_blocks_and_end(case: str) -> None:
     torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("graph", [False, True])
+def test_finishing_follows_the_gradient_mode_of_its_caller(graph: bool) -> None:
+    model = build("llama_untied").requires_grad_(True)
+    body = BlockwiseBody(model)
+    hidden = body.embed(token_ids(2, 5)).requires_grad_()
+    with torch.set_grad_enabled(graph):
+        assert body.finish(hidden).requires_grad is graph
+
+
 def test_the_model_is_as_before_afterwards() -> None:
     model = build("llama_tied")
     ids = token_ids(2, 6)

@@ -10,8 +10,8 @@ from lrbo import builders
 from lrbo.commands.view import make_tracker
 from lrbo.search.study import Study
 from lrbo.tracking import MlflowTracker
+from tests.commands import TINY, lrbo_command
 from tests.test_builders import Said, chosen
-from tests.test_cli import TINY, lrbo_command
 
 
 @pytest.fixture(autouse=True)

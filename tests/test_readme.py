@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lrbo import cli, config
-from tests.test_cli import lrbo_command
+from tests.commands import lrbo_command
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -1,7 +1,5 @@
 """The sequential refit against one that rebuilds the whole model after every site."""
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 import torch
@@ -26,11 +24,14 @@ from tests.refits import (
     inputs_of,
     metrics_of,
     old_factors,
+    one_thread,
     same_bits,
     slow_refit,
     snapshot,
 )
 from tests.tiny import build, token_ids
+
+__all__ = ["one_thread"]  # a fixture
 
 families = pytest.mark.parametrize(
     ("case", "centred"),
@@ -43,15 +44,6 @@ families = pytest.mark.parametrize(
         ("gpt_neox", False),
     ],
 )
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Threads that wait for each other cost 12 ms per operation where the cores are busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @families

@@ -19,19 +19,13 @@ from tests.refits import (
     allocation,
     assert_untouched,
     old_factors,
+    one_thread,
     same_bits,
     snapshot,
 )
 from tests.tiny import CASES, build, token_ids
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Threads that wait for each other cost 12 ms per operation where the cores are busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+__all__ = ["one_thread"]  # a fixture
 
 
 def test_batches_and_files_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ import torch
 
 import lrbo
 from lrbo.loading import ModelSource, load_tokenizer
-from tests.test_cli import Ran, in_folder, lrbo_command
+from tests.commands import Ran, in_folder, lrbo_command
 
 pytestmark = pytest.mark.slow
 

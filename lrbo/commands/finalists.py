@@ -138,8 +138,8 @@ def _solve(
             metric=metric,
             on_layer=lambda _: advance(1),
         )
-    before = _loss(plan, model, allocation, factors, reporter, "before")
-    after = _loss(plan, model, allocation, solved.factors, reporter, "after")
+    before = record.metrics["nll"]  # the same model, text and factors
+    after = _loss(plan, model, allocation, solved.factors, reporter)
     taken = sum(row.taken for row in solved.report)
     better = after < before
     reporter.say(
@@ -162,7 +162,6 @@ def _loss(
     allocation: Allocation,
     factors: Mapping[str, LowRankFactors],
     reporter: Reporter,
-    label: str,
 ) -> float:
     """Return the loss on the validation text, nats per token."""
     windows = plan.windows["validation"]
@@ -172,7 +171,7 @@ def _loss(
         if rank is not None
     }
     with (
-        reporter.step(f"Validation text, {label}", windows.scored_tokens, "tokens") as advance,
+        reporter.step("Validation text after refit", windows.scored_tokens, "tokens") as advance,
         compressed(model, allocation, running, tokens=windows.ids.numel()),
     ):
         return score(model, windows.ids, on_tokens=advance).mean

@@ -1,0 +1,146 @@
+"""`lrbo compress` and `lrbo evaluate`, in process, on the tiny model."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import lrbo
+from tests.commands import Ran, lrbo_command, project, searched
+
+__all__ = ["project", "searched"]  # fixtures
+
+# The checkpoint holds the same numbers that the trial was scored with: float32, another order
+# of the same sums.
+TOLERANCE = {"nll": 1e-5}
+
+
+def test_compress_writes_what_evaluate_scores_like_the_trial(project: Path, searched: Any) -> None:
+    best = searched[1].json["best"]
+    ran = lrbo_command("compress", "study=tiny", "out=best", "output=json")
+    assert ran.status == 0, ran.err
+    found = ran.json
+    keys = {"folder", "parameters", "parameters_in_file", "keep_ratio", "storage", "refit"}
+    assert set(found) == keys
+    assert found["parameters"] == found["parameters_in_file"]
+    assert found["keep_ratio"] == best["keep_ratio"]
+    assert found["storage"] == "pivoted"
+    assert "Largest coefficient of the pivoted layers: " in ran.err
+    model = lrbo.load("best")
+    assert sum(p.numel() for p in model.parameters()) == found["parameters"]
+    assert model(torch.tensor([[1, 2, 3]])).logits.shape == (1, 3, 258)
+    scored = lrbo_command("evaluate", "checkpoint=best", *EVALUATE)
+    assert scored.status == 0, scored.err
+    expected = searched[1].json["test"]["best"]["nll"]
+    assert scored.json["nll"] == pytest.approx(expected, abs=TOLERANCE["nll"])
+
+
+EVALUATE = ["model=tiny", "data=generated", "output=json"]
+
+
+def test_evaluate_scores_the_dense_model_and_states_text_and_windows(
+    project: Path, searched: tuple[Path, Ran]
+) -> None:
+    ran = lrbo_command("evaluate", *EVALUATE)
+    assert ran.status == 0, ran.err
+    found = ran.json
+    assert set(found) == {"text", "window", "stride", "tokens", "nll", "perplexity"}
+    assert (found["window"], found["stride"], found["tokens"]) == (64, 64, 16 * 63)
+    expected = searched[1].json["test"]["dense"]
+    assert found["text"] == expected["text"]
+    assert found["nll"] == pytest.approx(expected["nll"], abs=TOLERANCE["nll"])
+    assert "16 windows of 64, stride 64" in ran.out
+
+
+def test_evaluate_reads_local_text(project: Path) -> None:
+    Path("mine.txt").write_text("the cat sat on the mat. " * 40, encoding="utf-8")
+    ran = lrbo_command(
+        "evaluate", "model=tiny", "data=files", "data.test.path=mine.txt", "data.window=32",
+        "output=json",
+    )  # fmt: skip
+    assert ran.status == 0, ran.err
+    assert ran.json["text"].startswith("files:mine.txt")
+    assert ran.json["tokens"] == 24 * 40 // 32 * 31
+
+
+def test_the_best_after_refits_is_written(project: Path) -> None:
+    ran = lrbo_command("compress", "study=tiny", "refit.candidates=2", "out=two", "output=json")
+    assert ran.status == 0, ran.err
+    tried = ran.json["refit"]["trials"]
+    assert len({row["trial"] for row in tried}) == 2
+    for row in tried:
+        better = row["validation_nll_after"] < row["validation_nll_before"]
+        assert row["taken"] is better
+    best = min(
+        tried, key=lambda row: min(row["validation_nll_after"], row["validation_nll_before"])
+    )
+    about = json.loads(Path("two/lrbo.json").read_text(encoding="utf-8"))
+    assert about["trial"] == best["trial"]
+    assert about["refit"] == ran.json["refit"]
+    assert about["validation"]["nll"] == min(
+        best["validation_nll_after"], best["validation_nll_before"]
+    )
+    assert f"Trial {best['trial']} is the best after refits" in " ".join(ran.err.split())
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["refit.candidates=0"], "refit.candidates=0: expected at least 1"),
+        (["refit.held_back=1"], "refit.held_back=1.0: expected a number from 0 on and below 1"),
+        (["refit.candidates=2", "point=1"], "expected 1 with point=1, which names one trial"),
+        (["refit.candidates=2", "refit.enabled=false"], "expected 1 with no refit"),
+    ],
+)
+def test_a_refit_that_makes_no_sense_is_refused(
+    project: Path, given: list[str], message: str
+) -> None:
+    ran = lrbo_command("compress", "study=tiny", "out=none", *given)
+    assert ran.status == 2
+    assert message in " ".join(ran.err.split())
+
+
+def test_a_trial_and_a_ratio_can_be_compressed(project: Path) -> None:
+    one = lrbo_command("compress", "study=tiny", "point=1", "out=one", "output=json")
+    assert one.status == 0, one.err
+    assert json.loads(Path("one/lrbo.json").read_text(encoding="utf-8"))["trial"] == 1
+    small = lrbo_command("compress", "study=tiny", "point=keep=0.8", "out=small", "output=json")
+    assert small.status == 0, small.err
+    assert small.json["keep_ratio"] <= 0.8
+
+
+def test_merged_weights_open_with_any_loader(project: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    ran = lrbo_command("compress", "study=tiny", "merged=true", "out=merged", "output=json")
+    assert ran.status == 0, ran.err
+    assert "saves nothing" in ran.err
+    assert ran.json["storage"] == "dense"
+    merged = AutoModelForCausalLM.from_pretrained("merged")
+    if not Path("best").exists():
+        assert lrbo_command("compress", "study=tiny", "out=best").status == 0
+    ids = torch.arange(40)[None]
+    with torch.inference_mode():
+        torch.testing.assert_close(
+            merged(ids).logits, lrbo.load("best")(ids).logits, rtol=1e-4, atol=1e-4
+        )
+
+
+def test_a_folder_that_exists_is_left_alone(project: Path) -> None:
+    mine = project / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("years of work", encoding="utf-8")
+    ran = lrbo_command("compress", "study=tiny", "out=mine")
+    assert ran.status == 2
+    assert "exists already" in ran.err
+    assert [path.name for path in mine.iterdir()] == ["thesis.txt"]
+
+
+def test_a_trial_that_is_not_there_is_named_with_those_that_are(project: Path) -> None:
+    for point in ("99", "keep=0.5"):
+        ran = lrbo_command("compress", "study=tiny", f"point={point}", "out=none")
+        assert ran.status == 2
+        assert "it has the trials [0, 1, 2, 3, 4]" in ran.err
+    assert not (project / "none").exists()
