@@ -222,6 +222,9 @@ def add_gram(
     rows: Float[Tensor, "n d"],
     scale: float = 1.0,
     panels: int = 8,
+    *,
+    vectors: Float[Tensor, "k d"] | None = None,
+    weights: Float[Tensor, " k"] | None = None,
 ) -> None:
     """Add ``scale * rows^T rows`` to the upper triangle of ``accumulator``, in place.
 
@@ -234,13 +237,21 @@ def add_gram(
         rows: ``(n, d)``, tokens as rows. The product runs in the dtype of ``rows``.
         scale: Weight of this batch.
         panels: Number of column panels; 1 where the matrix is small.
+        vectors: ``(k, d)``, float64: ``sum_k weights_k v_k v_k^T`` is added as well, each panel
+            while it is at hand; a pass of its own over a matrix this size costs as much as the
+            product with a few hundred rows.
+        weights: ``(k,)``, float64, of either sign.
     """
     width = rows.shape[1]
     step = -(-width // panels) if width >= 256 else width
+    weighted = None if vectors is None or weights is None else weights[:, None] * vectors
     for start in range(0, width, step):
         stop = min(start + step, width)
         panel = rows[:, start:stop].T @ rows[:, start:]
-        accumulator[start:stop, start:].add_(panel.to(accumulator.device), alpha=scale)
+        sums = accumulator[start:stop, start:]
+        sums.add_(panel.to(accumulator.device), alpha=scale)
+        if vectors is not None and weighted is not None:
+            sums.addmm_(weighted[:, start:stop].T, vectors[:, start:])
 
 
 def mirror_upper(matrix: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:

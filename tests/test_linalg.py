@@ -368,6 +368,15 @@ def test_panels_add_up_to_the_scaled_gram_matrix(width: int, panels: int) -> Non
     assert relative(mirror_upper(accumulator), expected) <= TOLERANCE["exact"]
 
 
+@pytest.mark.parametrize("width", [7, 301])
+def test_panels_add_weighted_squares_of_vectors(width: int) -> None:
+    accumulator, rows = torch.zeros(width, width, dtype=torch.float64), draw(9, width)
+    vectors, weights = draw(2, width, seed=1), torch.tensor([-3.0, 0.5], dtype=torch.float64)
+    add_gram(accumulator, rows, vectors=vectors, weights=weights)
+    expected = rows.T @ rows + vectors.T @ torch.diag(weights) @ vectors
+    assert relative(mirror_upper(accumulator), expected) <= TOLERANCE["exact"]
+
+
 def test_panels_leave_what_is_below_the_block_diagonal_untouched() -> None:
     accumulator = torch.zeros(256, 256, dtype=torch.float64)
     add_gram(accumulator, torch.ones(1, 256, dtype=torch.float64), panels=4)

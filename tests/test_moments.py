@@ -214,6 +214,23 @@ def test_merged_groups_equal_all_groups(seed: int, split: int, features: int) ->
         assert error <= MEAN_TOLERANCE * max(float(group.abs().max()) for group in groups)
 
 
+@given(seeds, st.lists(st.integers(1, 12), min_size=1, max_size=5), features, shifts)
+def test_whole_groups_at_once_equal_one_after_the_other(
+    seed: int, sizes: list[int], features: int, shift: float
+) -> None:
+    """Also beside a group that is open, which stays open."""
+    groups = rows_of(seed, [3, *sizes], features, shift)
+    pooled = PooledMoments.empty(features)
+    pooled.update(groups[0], closes_group=False)
+    pooled.update_whole(groups[1:])
+    pooled.update(groups[0], closes_group=True)
+    arrays = [torch.cat([groups[0], groups[0]]).numpy(), *(g.numpy() for g in groups[1:])]
+    expected = reference.pooled_covariance(arrays)
+    unit = max(np.trace(expected), np.finfo(float).tiny)
+    assert np.abs(pooled.covariance.numpy() - expected).max() <= 1e-12 * unit + 1e-24 * shift
+    assert (pooled.groups, pooled.tokens) == (len(arrays), sum(map(len, arrays)))
+
+
 def test_merging_open_groups_is_refused_with_their_size() -> None:
     closed, still_open = PooledMoments.empty(3), PooledMoments.empty(3)
     closed.update(torch.ones(2, 3), closes_group=True)

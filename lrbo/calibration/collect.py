@@ -208,9 +208,7 @@ def _through_block(
     spans: list[tuple[int, int, bool]] = []
 
     def watch(site: str, inputs: Tensor) -> None:
-        x = inputs.reshape(-1, hidden.shape[1], inputs.shape[-1])
-        for start, stop, closes in spans:
-            found[site].update(x[start:stop].flatten(0, 1), closes_group=closes)
+        found[site].update(inputs.reshape(-1, hidden.shape[1], inputs.shape[-1]), spans)
 
     watched = watching_inputs(body.model, found, watch)
     with body.open_block(index) as block, watched, torch.no_grad():

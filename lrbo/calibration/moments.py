@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -55,10 +56,14 @@ class Moments:
         if not count:
             return
         rows, shift, rest = _centred(batch)
-        add_gram(self.upper, rows)
-        # The rows were centred on `shift`, which misses their mean by `rest`.
-        self.upper.addr_(rest, rest, alpha=-float(count))
-        self._absorb(count, shift + rest)
+        total = self.tokens + count
+        delta = shift + rest - self.mean
+        # The rows were centred on `shift`, which misses their mean by `rest`; and the mean of all
+        # moves, as in `merge`.
+        weights = rest.new_tensor([-count, self.tokens * count / total])
+        add_gram(self.upper, rows, vectors=torch.stack([rest, delta]), weights=weights)
+        self.mean += delta * (count / total)
+        self.tokens = total
 
     def merge(self, other: Moments) -> Moments:
         """Return the moments of both sets of vectors (Chan, Golub and LeVeque, 1983).
@@ -66,20 +71,13 @@ class Moments:
         The correction uses the difference of the two means. (The published code of Bolaco
         uses the deviation from the combined mean, which is inexact.)
         """
-        merged = Moments(self.tokens, self.mean.clone(), self.upper.clone())
-        if other.tokens:
-            merged.upper += other.upper
-            merged._absorb(other.tokens, other.mean)
-        return merged
-
-    def _absorb(self, tokens: int, mean: Tensor) -> None:
-        """Move the mean to include ``tokens`` vectors whose own scatter is already added."""
-        total = self.tokens + tokens
-        delta = mean - self.mean
-        if self.tokens:
-            self.upper.addr_(delta, delta, alpha=self.tokens * tokens / total)
-        self.mean += delta * (tokens / total)
-        self.tokens = total
+        if not other.tokens:
+            return Moments(self.tokens, self.mean.clone(), self.upper.clone())
+        total = self.tokens + other.tokens
+        delta = other.mean - self.mean
+        upper = self.upper + other.upper
+        upper.addr_(delta, delta, alpha=self.tokens * other.tokens / total)
+        return Moments(total, self.mean + delta * (other.tokens / total), upper)
 
     @property
     def scatter(self) -> Float[Tensor, "d d"]:
@@ -125,16 +123,33 @@ class PooledMoments:
             closes_group: Whether the group ends with this batch.
         """
         if self.open.tokens == 0 and closes_group and len(batch):
-            rows, shift, rest = _centred(batch)  # a whole group at hand: one sum, no merge
-            add_gram(self.upper, rows, scale=1.0 / len(batch))
-            self.upper.addr_(rest, rest, alpha=-1.0)
-            self._count(len(batch), shift + rest)
+            self.update_whole([batch])
             return
         self.open.update(batch)
         if closes_group and self.open.tokens:
             self.upper.add_(self.open.upper, alpha=1.0 / self.open.tokens)
             self._count(self.open.tokens, self.open.mean)
             self.open = Moments.empty(len(self.mean), self.mean.device)
+
+    def update_whole(self, groups: Sequence[Float[Tensor, "_ d"]]) -> None:
+        """Add whole groups with one product, beside the one that may be open.
+
+        Args:
+            groups: Each ``(n, d)`` with ``n > 0``, any floating dtype; ``n`` may differ.
+        """
+        found, rests = [], []
+        first = len(groups[0])
+        for group in groups:
+            rows, shift, rest = _centred(group)
+            if len(group) != first:  # each group counts once, however many rows it has
+                rows = rows * (first / len(group)) ** 0.5
+            found.append(rows)
+            rests.append(rest)
+            self._count(len(group), shift + rest)
+        together = torch.stack(rests)
+        weights = -torch.ones(len(rests), dtype=together.dtype, device=together.device)
+        rows = found[0] if len(found) == 1 else torch.cat(found)
+        add_gram(self.upper, rows, scale=1.0 / first, vectors=together, weights=weights)
 
     def merge(self, other: PooledMoments) -> PooledMoments:
         """Return the moments of both sets of groups; both must have no group open.

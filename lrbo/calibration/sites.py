@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -77,13 +77,30 @@ class SiteMoments:
             else None,
         )
 
-    def update(self, rows: Float[Tensor, "n d"], *, closes_group: bool) -> None:
-        """Add the inputs of some tokens of one group."""
+    def update(
+        self, inputs: Float[Tensor, "windows tokens d"], spans: Sequence[tuple[int, int, bool]]
+    ) -> None:
+        """Add the inputs of some windows.
+
+        Args:
+            inputs: ``(windows, tokens, d)``, any floating dtype.
+            spans: What of the windows is of one group: start, stop, and whether the group ends
+                there. All windows are in one span, in order.
+        """
+        rows = inputs.flatten(0, 1)
         self.tokens += len(rows)
         if self.plain is not None:
             self.plain.update(rows)
         if self.pooled is not None:
-            self.pooled.update(rows, closes_group=closes_group)
+            whole: list[Tensor] = []
+            for start, stop, closes in spans:
+                part = inputs[start:stop].flatten(0, 1)
+                if closes and not self.pooled.open.tokens:
+                    whole.append(part)
+                else:
+                    self.pooled.update(part, closes_group=closes)
+            if whole:
+                self.pooled.update_whole(whole)
         if self.magnitude is not None:
             self.magnitude += rows.abs().to(self.magnitude.device).sum(0, dtype=torch.float64)
 
