@@ -39,6 +39,9 @@ def check(config: Config) -> list[str]:
         expect(_is_point(config.point), "point", config.point, "best, a trial number or keep=RATIO")
         refit = config.refit
         expect(0 <= refit.blend <= 1, "refit.blend", refit.blend, "a number from 0 to 1")
+        expect(
+            0 <= refit.feedback < math.inf, "refit.feedback", refit.feedback, "a number from 0 on"
+        )
         expect(0 <= refit.ridge < math.inf, "refit.ridge", refit.ridge, "a number from 0 on")
         held = refit.held_back
         share = held is None or 0 <= held < 1

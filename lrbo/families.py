@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from lrbo.errors import ModelError
 
@@ -19,11 +20,14 @@ class Family:
         model_types: Values of ``config.model_type`` in Hugging Face's terms.
         blocks: Path of the module list of blocks.
         sites: Paths inside a block; one tuple per distinct input, in forward order.
+        writers: Paths of the layers, each alone at its site, whose answers are added to the
+            residual stream as they are: first attention's, then the MLP's.
     """
 
     model_types: tuple[str, ...]
     blocks: str
     sites: tuple[tuple[str, ...], ...]
+    writers: tuple[str, str]
 
     @cached_property
     def kinds(self) -> dict[str, str]:
@@ -46,11 +50,13 @@ FAMILIES = (
             ("mlp.gate_proj", "mlp.up_proj"),
             ("mlp.down_proj",),
         ),
+        ("self_attn.o_proj", "mlp.down_proj"),
     ),
     Family(
         ("gpt2",),
         "transformer.h",
         (("attn.c_attn",), ("attn.c_proj",), ("mlp.c_fc",), ("mlp.c_proj",)),
+        ("attn.c_proj", "mlp.c_proj"),
     ),
     Family(
         ("opt",),
@@ -61,6 +67,7 @@ FAMILIES = (
             ("fc1",),
             ("fc2",),
         ),
+        ("self_attn.out_proj", "fc2"),
     ),
     Family(
         ("gpt_neox",),
@@ -71,6 +78,7 @@ FAMILIES = (
             ("mlp.dense_h_to_4h",),
             ("mlp.dense_4h_to_h",),
         ),
+        ("attention.dense", "mlp.dense_4h_to_h"),
     ),
     Family(  # attention and MLP run in parallel behind one norm: fc1 reads what q, k, v read
         ("phi",),
@@ -80,6 +88,7 @@ FAMILIES = (
             ("self_attn.dense",),
             ("mlp.fc2",),
         ),
+        ("self_attn.dense", "mlp.fc2"),
     ),
     Family(
         ("phi3",),
@@ -90,6 +99,7 @@ FAMILIES = (
             ("mlp.gate_up_proj",),
             ("mlp.down_proj",),
         ),
+        ("self_attn.o_proj", "mlp.down_proj"),
     ),
 )
 
@@ -108,3 +118,17 @@ def family_of(model_type: str) -> Family:
         f"model type {model_type!r} is not mapped; known types: {', '.join(known)}. "
         "Describe it in lrbo/families.py."
     )
+
+
+def writers_of(config: Any) -> tuple[str, ...]:
+    """Return the layers of a block that add to its residual stream as they are.
+
+    Args:
+        config: Of a model, as transformers has it.
+
+    Raises:
+        ModelError: If the family is unknown.
+    """
+    family = family_of(config.model_type)
+    # OPT-350m normalizes behind the addition, so that its stream is not what layers add to.
+    return family.writers if getattr(config, "do_layer_norm_before", True) else ()

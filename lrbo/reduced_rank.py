@@ -20,6 +20,23 @@ JITTERS = (1e-10, 1e-8, 1e-6, 1e-4)
 
 
 @dataclass(frozen=True)
+class ResidualMoments:
+    """Moments of ``e``: what the residual stream lacks where a layer's answer is added to it.
+
+    Attributes:
+        mean: ``(out,)``, float64, as all that follows.
+        cross: ``(out, in)``, ``E[(e - mean)(x - mean)^T]`` with the layer's input.
+        drift_cross: ``(out, in)``, the same with the input's drift.
+        covariance: ``(out, out)``.
+    """
+
+    mean: Float[Tensor, " out"]
+    cross: Float[Tensor, "out in"]
+    drift_cross: Float[Tensor, "out in"]
+    covariance: Float[Tensor, "out out"]
+
+
+@dataclass(frozen=True)
 class DriftMoments:
     """Moments of an input ``x`` of the compressed model and of its drift ``d = x_dense - x``.
 
@@ -33,6 +50,7 @@ class DriftMoments:
         covariance: ``(in, in)``, of the input around its mean.
         cross: ``(in, in)``, ``E[(d - mean)(x - mean)^T]``.
         drift: ``(in, in)``, covariance of the drift.
+        residual: Of the residual stream, where the layer adds to it; else ``None``.
     """
 
     tokens: int
@@ -41,29 +59,37 @@ class DriftMoments:
     covariance: Float[Tensor, "in in"]
     cross: Float[Tensor, "in in"]
     drift: Float[Tensor, "in in"]
+    residual: ResidualMoments | None = None
 
     @classmethod
-    def of(cls, moments: Moments) -> DriftMoments:
-        """Cut the moments of the stacked vectors ``(x, d)``, ``(2 in,)``, into their parts."""
-        size = len(moments.mean) // 2
+    def of(cls, moments: Moments, size: int) -> DriftMoments:
+        """Cut the moments of stacked vectors into their parts.
+
+        Args:
+            moments: Of ``(x, d)``, ``(2 in,)``, or of ``(x, d, e)``, ``(2 in + out,)``.
+            size: ``in``.
+        """
         upper = moments.upper / max(moments.tokens, 1)
+        x, d, e = slice(size), slice(size, 2 * size), slice(2 * size, None)
+        residual = ResidualMoments(
+            moments.mean[e],
+            upper[x, e].T.contiguous(),
+            upper[d, e].T.contiguous(),
+            mirror_upper(upper[e, e]),
+        )
         return cls(
             moments.tokens,
-            moments.mean[:size],
-            moments.mean[size:],
-            mirror_upper(upper[:size, :size]),
-            upper[:size, size:].T.contiguous(),
-            mirror_upper(upper[size:, size:]),
+            moments.mean[x],
+            moments.mean[d],
+            mirror_upper(upper[x, x]),
+            upper[x, d].T.contiguous(),
+            mirror_upper(upper[d, d]),
+            residual if len(residual.mean) else None,
         )
 
-    def around(self, *, means: bool) -> tuple[Float[Tensor, "in in"], Float[Tensor, "in in"]]:
-        """Return ``E[x x^T]`` and ``E[d x^T]``, around the means or around zero."""
-        if means:
-            return self.covariance, self.cross
-        return (
-            self.covariance + torch.outer(self.mean, self.mean),
-            self.cross + torch.outer(self.drift_mean, self.mean),
-        )
+    def second(self, *, means: bool) -> Float[Tensor, "in in"]:
+        """Return ``E[x x^T]``, around the means or around zero."""
+        return self.covariance if means else self.covariance + self.mean.outer(self.mean)
 
 
 class OutputMetric:
@@ -113,23 +139,50 @@ class OutputMetric:
 
 @dataclass(frozen=True)
 class Target:
-    """What a refit layer should answer: ``y = W (x + blend d) + b``.
+    """What a refit layer should answer: ``y = W (x + blend d) + b + feedback e``.
 
     Attributes:
         weight: ``(out, in)``, ``W``, the dense weight, float64.
         bias: ``(out,)``, ``b``, float64, or ``None``.
         blend: Share of the dense model's input: 1 asks for what the dense layer answered in the
             dense model, 0 for what it would answer here.
+        feedback: Share of what the residual stream lacks so far that a layer which adds to it is
+            asked to bring; nothing where the moments hold nothing of it.
     """
 
     weight: Float[Tensor, "out in"]
     bias: Float[Tensor, " out"] | None
     blend: float
+    feedback: float = 0.0
 
     def mean(self, moments: DriftMoments) -> Float[Tensor, " out"]:
         """Return the mean answer, ``(out,)``."""
         found = self.weight @ (moments.mean + self.blend * moments.drift_mean)
+        if moments.residual is not None:
+            found = found + self.feedback * moments.residual.mean
         return found if self.bias is None else found + self.bias
+
+    def beyond(self, moments: DriftMoments, *, means: bool) -> Float[Tensor, "out in"]:
+        """Return ``E[t x^T]`` of ``t = y - W x - b``, around the means or around zero."""
+        found = self.blend * (self.weight @ moments.cross)
+        if moments.residual is not None:
+            found += self.feedback * moments.residual.cross
+        if means:
+            return found
+        mean = self.blend * (self.weight @ moments.drift_mean)
+        if moments.residual is not None:
+            mean += self.feedback * moments.residual.mean
+        return found + mean.outer(moments.mean)
+
+    def beyond_energy(self, moments: DriftMoments, metric: OutputMetric) -> float:
+        """Return ``E[t^T G t]`` of ``t = y - W x - b``, around its mean."""
+        weighed = metric.weigh(self.weight)
+        found = self.blend**2 * float((weighed * (self.weight @ moments.drift)).sum())
+        if (residual := moments.residual) is not None:
+            both = float((weighed * residual.drift_cross).sum())
+            found += 2 * self.blend * self.feedback * both
+            found += self.feedback**2 * float(metric.weigh(residual.covariance).trace())
+        return found
 
 
 def solve(
@@ -144,10 +197,11 @@ def solve(
 ) -> LowRankFactors:
     r"""Solve for the low-rank layer that comes closest to its target.
 
-    With ``S = E[x x^T]``, ``D = E[d x^T]`` and ``lam = ridge * trace(S) / in`` the best layer
-    of full rank, drawn towards the dense weight by ``lam ||X - W||^2``, is
+    With ``S = E[x x^T]``, ``T = E[t x^T]``, where ``t = blend W d + feedback e`` is what the
+    target asks for beyond the dense layer's answer, and ``lam = ridge * trace(S) / in`` the best
+    layer of full rank, drawn towards the dense weight by ``lam ||X - W||^2``, is
 
-        W_ols = W + blend W D (S + lam I)^-1,
+        W_ols = W + T (S + lam I)^-1,
 
     and of all ``X`` of rank ``r`` the one with the least
     ``tr(G (W_ols - X)(S + lam I)(W_ols - X)^T)`` is ``A^+ SVD_r(A W_ols B) B^-1`` with
@@ -172,9 +226,8 @@ def solve(
         StatisticsError: If ``S`` stays singular with the largest jitter.
     """
     metric = OutputMetric(None) if metric is None else metric
-    second, cross = moments.around(means=restore_means)
-    lower = _cholesky(second, ridge, name)
-    step = torch.cholesky_solve((target.blend * (target.weight @ cross)).T, lower).T
+    lower = _cholesky(moments.second(means=restore_means), ridge, name)
+    step = torch.cholesky_solve(target.beyond(moments, means=restore_means).T, lower).T
     product = metric.enter((target.weight + step) @ lower)
     # Eigenvectors of the smaller Gram matrix, not an SVD: forty times as fast for a wide layer,
     # and less exact only for directions 1e-8 below the first, which no chosen rank reaches.
@@ -215,15 +268,13 @@ class OutputError:
 
     def __init__(self, target: Target, moments: DriftMoments, metric: OutputMetric) -> None:
         self._target, self._moments, self._metric = target, moments, metric
-        blend = target.blend
         self._mean = target.mean(moments)
         self._weighed = metric.weigh(target.weight)
         self._plain = target.weight @ moments.covariance
-        self._cross = 2 * blend * (target.weight @ moments.cross)
-        drift = blend**2 * (target.weight @ moments.drift)
-        self._drift = float((self._weighed * drift).sum())
+        self._cross = 2 * target.beyond(moments, means=True)
+        self._beyond = target.beyond_energy(moments, metric)
         spread = float((self._weighed * (self._plain + self._cross)).sum())
-        self.energy = spread + self._drift + self._of_mean(self._mean)
+        self.energy = spread + self._beyond + self._of_mean(self._mean)
 
     def of(self, factors: LowRankFactors, rank: int) -> float:
         """Return the error at a rank as a share of the target's mean square."""
@@ -235,7 +286,7 @@ class OutputError:
         answer = left @ (right @ self._moments.mean)
         bias = factors.bias_at(rank)
         answer = answer if bias is None else answer + bias.to(answer)
-        error = float((weighed * spread).sum()) + self._drift + self._of_mean(self._mean - answer)
+        error = float((weighed * spread).sum()) + self._beyond + self._of_mean(self._mean - answer)
         return max(error, 0.0) / (self.energy if self.energy > 0 else 1.0)
 
     def _of_mean(self, vector: Tensor) -> float:

@@ -16,6 +16,7 @@ from lrbo.allocation import Allocation
 from lrbo.blockwise import BlockwiseBody
 from lrbo.compression import replace_module
 from lrbo.errors import DataError
+from lrbo.families import writers_of
 from lrbo.model import LayerSpec, ModelMap, linear_bias, linear_weight
 from lrbo.nested import LowRankFactors
 from lrbo.reduced_rank import DriftMoments, OutputError, OutputMetric, Target, solve
@@ -35,6 +36,8 @@ class RefitSettings:
 
     Attributes:
         blend: Share of the dense model's input in the target, in [0, 1].
+        feedback: Share, from 0 on, of what the residual stream lacks so far that the layers which
+            add to it are asked to bring.
         ridge: Pull towards the dense weight, as a share of the mean eigenvalue of the input's
             second moment.
         held_back: Share of the windows that judge the result and do not enter it, in [0, 1);
@@ -47,6 +50,7 @@ class RefitSettings:
     """
 
     blend: float = 0.5
+    feedback: float = 1.0
     ridge: float = 0.03
     held_back: float = 0.125
     centred: bool = True
@@ -57,6 +61,8 @@ class RefitSettings:
         """Refuse what cannot be meant."""
         if not 0.0 <= self.blend <= 1.0:
             raise ValueError(f"blend={self.blend} is outside [0, 1].")
+        if not 0.0 <= self.feedback < math.inf:
+            raise ValueError(f"feedback={self.feedback} is negative or not finite.")
         if not 0.0 <= self.ridge < math.inf:
             raise ValueError(f"ridge={self.ridge} is negative or not finite.")
         if not 0.0 <= self.held_back < 1.0:
@@ -123,6 +129,9 @@ def refit(
     (:func:`lrbo.reduced_rank.solve`), compared with the old ones on windows held back, and
     put in place where they are better.
 
+    The layers that add to the residual stream are also asked for what it lacks by then
+    (``feedback``), as far as their inputs tell: what blocks before have lost is not carried on.
+
     Held back are windows spread evenly over all, so that each text has its part. Where the old
     factors were made from the same windows, they know those held back and the new ones do not:
     windows that neither has seen, as ``judging``, are the fair judges, and leave all others to
@@ -155,8 +164,9 @@ def refit(
         Per block one pass of the dense model, which stores what the sites read, and one of the
         compressed model, and one pass per site that stops where the site begins: for a block
         of llama's form these come to 1.2 passes more. Second moments cost about as much again.
-        Main memory holds the hidden states of all windows twice and one block's site inputs
-        once, up to ``memory_bytes``; moments are float64, ``(2 in)^2`` numbers, twice.
+        Main memory holds the hidden states of all windows twice, one block's site inputs once
+        and its residual stream twice, up to ``memory_bytes``; moments are float64, twice
+        ``(2 in)^2`` numbers, or ``(2 in + out)^2`` for a layer that adds to the stream.
     """
     settings = RefitSettings() if settings is None else settings
     chosen = _chosen(layers, allocation, factors)
@@ -169,8 +179,9 @@ def refit(
         slice(first, min(first + step, len(windows))) for first in range(seen, len(windows), step)
     ]
     body = BlockwiseBody(model) if body is None else body
+    writers = writers_of(model.config) if settings.feedback else ()
     with torch.no_grad():
-        streams = Streams(body, windows, [*fitting, *unseen], settings.memory_bytes)
+        streams = Streams(body, windows, [*fitting, *unseen], settings.memory_bytes, writers)
         try:
             work = _Work(
                 body, streams, settings, factors, metric or _plain, on_layer, (fitting, unseen)
@@ -343,6 +354,7 @@ class _Work:
             linear_weight(module).to(place),
             None if bias is None else bias.to(place),
             self._settings.blend,
+            self._settings.feedback,
         )
         matrix = self._metric(spec.name)
         metric = OutputMetric(None if matrix is None else matrix.to(place), spec.name)

@@ -167,6 +167,7 @@ class RefitConfig:
 
     enabled: bool = True
     blend: float = 0.5
+    feedback: float = 1.0
     ridge: float = 0.03
     held_back: float | None = None
     candidates: int = 1

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 
 import torch
 from jaxtyping import Int
@@ -14,6 +14,26 @@ from lrbo.calibration.moments import Moments
 from lrbo.errors import StatisticsError
 from lrbo.linalg import require_finite
 from lrbo.reduced_rank import DriftMoments
+
+
+@contextmanager
+def _answers(block: nn.Module, paths: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """Keep the last answers of layers, for the length of a ``with``."""
+    found: dict[str, Tensor] = {}
+
+    def hook(path: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def answered(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            del module, inputs
+            found[path] = output
+
+        return answered
+
+    handles = [block.get_submodule(path).register_forward_hook(hook(path)) for path in paths]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class _ReachedError(Exception):
@@ -31,6 +51,8 @@ class Streams:
         windows: ``(windows, tokens)`` token ids.
         batches: The windows of each forward pass.
         memory_bytes: The limit.
+        writers: Paths inside a block of the layers that add to the residual stream, the first
+            one first; at their sites what the stream lacks before the addition is gathered too.
     """
 
     def __init__(
@@ -39,8 +61,9 @@ class Streams:
         windows: Int[Tensor, "windows tokens"],
         batches: Sequence[slice],
         memory_bytes: int,
+        writers: Sequence[str] = (),
     ) -> None:
-        self._body, self._batches = body, batches
+        self._body, self._batches, self._writers = body, batches, tuple(writers)
         self._shape = (windows.shape[0], windows.shape[1])
         self._scratch = Scratch(memory_bytes)
         self._kept: dict[str, Tensor] = {}
@@ -62,13 +85,18 @@ class Streams:
             index: Its depth.
             sites: Paths inside the block.
         """
+        writers = [path for path in sites if path in self._writers]
         for batch in self._batches:
 
             def keep(path: str, inputs: Tensor, batch: slice = batch) -> None:
                 self._keep(f"site {path}", batch, inputs)
 
-            with watching_inputs(block, sites, keep):
-                self._keep("dense", batch, self._run("dense", block, index, batch))
+            entering = self._kept["dense"][batch]
+            with watching_inputs(block, sites, keep), _answers(block, writers) as answers:
+                leaving = self._run("dense", block, index, batch)
+            for path in writers:
+                self._keep(f"at {path}", batch, self._before(path, entering, leaving, answers))
+            self._keep("dense", batch, leaving)
 
     def advance_compressed(self, block: nn.Module, index: int) -> None:
         """Take the compressed stream through a compressed block.
@@ -95,17 +123,25 @@ class Streams:
             StatisticsError: If an input is not finite, or the block does not run the site.
         """
         read: list[Tensor] = []
+        writes = site in self._writers
+        whole = writes and site != self._writers[0]
 
         def stop(path: str, inputs: Tensor) -> None:
             del path
             read.append(inputs)
-            raise _ReachedError
+            if not whole:
+                raise _ReachedError
 
         moments: Moments | None = None
-        with watching_inputs(block, [site], stop):
+        size = 0
+        with (
+            watching_inputs(block, [site], stop),
+            _answers(block, [site] if whole else []) as answers,
+        ):
             for batch in batches:
+                entering = leaving = self._kept["compressed"][batch]
                 with suppress(_ReachedError):
-                    self._run("compressed", block, index, batch)
+                    leaving = self._run("compressed", block, index, batch)
                 if not read:
                     raise StatisticsError(
                         f"block {index}: running it does not run {site}; every mapped layer must "
@@ -116,12 +152,31 @@ class Streams:
                 # The difference of two half-precision inputs is exact in float32.
                 wide = torch.promote_types(inputs.dtype, torch.float32)
                 drift = dense.to(wide) - inputs.to(wide)
-                rows = torch.cat([inputs.to(wide), drift], 1)
+                parts = [inputs.to(wide), drift]
+                if writes:
+                    here = self._before(site, entering, leaving, answers)
+                    there = self._kept[f"at {site}"][batch]
+                    parts.append((there.to(here) - here).flatten(0, -2).to(drift))
+                rows = torch.cat(parts, 1)
                 require_finite(f"block {index}: input of {site} and its drift", rows)
                 moments = moments or Moments.empty(rows.shape[1], rows.device)
                 moments.update(rows)
+                size = inputs.shape[1]
         assert moments is not None
-        return DriftMoments.of(moments)
+        return DriftMoments.of(moments, size)
+
+    def _before(
+        self, path: str, entering: Tensor, leaving: Tensor, answers: dict[str, Tensor]
+    ) -> Tensor:
+        """Return the residual stream, float32 at least, as a layer finds it that adds to it.
+
+        The first layer finds what enters the block; the last one what leaves it but for its own
+        answer, whether attention and MLP follow each other or stand side by side.
+        """
+        wide = torch.promote_types(leaving.dtype, torch.float32)
+        if path == self._writers[0]:
+            return entering.to(wide)
+        return leaving.to(wide) - answers.pop(path).reshape(leaving.shape).to(wide)
 
     def _run(self, stream: str, block: nn.Module, index: int, batch: slice) -> Tensor:
         """Return what a block makes of some windows of a stream."""

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from lrbo.allocation import Allocation, Budget
 from lrbo.compression import compress_
+from lrbo.families import family_of
 from lrbo.model import LayerSpec, ModelMap, body_and_head, linear_bias, linear_weight, map_model
 from lrbo.nested import LowRankFactors
 from lrbo.refit import Refit, RefitSettings
@@ -87,6 +88,36 @@ def inputs_of(model: PreTrainedModel, name: str, windows: Tensor) -> np.ndarray:
     return reference.numpy_of(inputs)
 
 
+# What reads the residual stream between attention and MLP; side by side there is nothing.
+BETWEEN = {"llama": "post_attention_layernorm", "qwen2": "post_attention_layernorm", "gpt2": "ln_2"}
+
+
+def stream_at(model: PreTrainedModel, name: str, windows: Tensor) -> np.ndarray | None:
+    """Run the whole body and return the residual stream where a layer adds to it, if it does."""
+    attention, mlp = family_of(model.config.model_type).writers
+    if name.endswith(attention):
+        return inputs_of(model, name.removesuffix(f".{attention}"), windows)
+    if not name.endswith(mlp):
+        return None
+    block = name.removesuffix(f".{mlp}")
+    if model.config.model_type in BETWEEN:
+        return inputs_of(model, f"{block}.{BETWEEN[model.config.model_type]}", windows)
+    return outputs_of(model, block, windows) - outputs_of(model, name, windows)
+
+
+def outputs_of(model: PreTrainedModel, name: str, windows: Tensor) -> np.ndarray:
+    """Run the whole body and return what a module answers."""
+    said: list[Tensor] = []
+    handle = model.get_submodule(name).register_forward_hook(
+        lambda module, inputs, output: said.append(output[0] if type(output) is tuple else output)
+    )
+    with torch.no_grad():
+        body_and_head(model)[0](windows, use_cache=False)
+    handle.remove()
+    (found,) = said
+    return reference.numpy_of(found.flatten(0, -2))
+
+
 @dataclasses.dataclass
 class Slow:
     """What the slow refit found for a layer."""
@@ -113,7 +144,10 @@ def slow_refit(
         rebuilt = copy.deepcopy(model)
         compress_(rebuilt, chosen, {k: v.to(dtype=torch.float64) for k, v in now.items()})
         rows = {
-            key: (inputs_of(rebuilt, site, windows), inputs_of(model, site, windows))
+            key: tuple(
+                (inputs_of(each, site, windows), stream_at(each, site, windows))
+                for each in (rebuilt, model)
+            )
             for key, windows in (("fit", fitting), ("judge", judging))
         }
         for spec in layers.compressible:
@@ -129,7 +163,7 @@ def slow_layer(
     spec: LayerSpec,
     rank: int,
     old: LowRankFactors,
-    rows: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    rows: Mapping[str, tuple[tuple[np.ndarray, np.ndarray | None], ...]],
     settings: RefitSettings,
     metrics: Mapping[str, Tensor],
 ) -> tuple[Slow, LowRankFactors]:
@@ -143,10 +177,13 @@ def slow_layer(
         metric = reference.numpy_of(metrics[spec.name])
 
     def target(part: str) -> np.ndarray:
-        x, dense = rows[part]
-        return (settings.blend * dense + (1 - settings.blend) * x) @ weight.T + shift
+        (x, here), (dense, there) = rows[part]
+        found = (settings.blend * dense + (1 - settings.blend) * x) @ weight.T + shift
+        if here is None or there is None:
+            return found
+        return found + settings.feedback * (there - here)
 
-    x, y = rows["fit"][0], target("fit") - shift
+    x, y = rows["fit"][0][0], target("fit") - shift
     restores = settings.centred and old.center is not None
     middle = (x.mean(0), y.mean(0)) if restores else (0 * x[0], 0 * y[0])
     x, y = x - middle[0], y - middle[1]
@@ -162,7 +199,7 @@ def slow_layer(
     before = reference.affine_of(old.to(dtype=torch.float64).at_rank(rank), spec.in_features)
 
     def error(layer: reference.Affine, part: str) -> float:
-        miss = target(part) - rows[part][0] @ layer[0].T - layer[1]
+        miss = target(part) - rows[part][0][0] @ layer[0].T - layer[1]
         scale = np.einsum("ti,ij,tj", target(part), metric, target(part))
         return float(np.einsum("ti,ij,tj", miss, metric, miss) / scale)
 

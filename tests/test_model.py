@@ -2,15 +2,16 @@
 
 import re
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import BertConfig, BertLMHeadModel, PreTrainedModel
+from transformers import BertConfig, BertLMHeadModel, OPTConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lrbo.errors import ModelError
-from lrbo.families import FAMILIES
+from lrbo.families import FAMILIES, family_of, writers_of
 from lrbo.loading import tiny_model
 from lrbo.model import (
     LayerSpec,
@@ -23,6 +24,7 @@ from lrbo.model import (
 from tests import reference
 from tests.tiny import BLOCKS, CASES, HIDDEN, INNER, VOCABULARY, build, build_on_meta, token_ids
 
+SHIFT = 0.25
 # Logits are compared to the bit: body and head run the same kernels on the same numbers.
 
 LLAMA_KINDS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -215,6 +217,44 @@ def test_parameters_of_a_spec_are_weight_and_bias() -> None:
     plain = LayerSpec("a", "a", 0, 5, 3, False, "a")
     biased = LayerSpec("a", "a", 0, 5, 3, True, "a")
     assert (plain.parameters, biased.parameters) == (15, 20)
+
+
+@every_case
+def test_writers_add_to_the_residual_stream_as_they_are(case: str) -> None:
+    """A shift of an answer is the shift of what the MLP's answer, or nothing, is added to."""
+    model = build(case).double()
+    family = family_of(model.config.model_type)
+    block = f"{family.blocks}.0"
+    attention, mlp = (f"{block}.{path}" for path in writers_of(model.config))
+
+    def run(shifted: str | None = None) -> tuple[Tensor, Tensor]:
+        said: dict[str, Tensor] = {}
+
+        def shift(module: nn.Module, inputs: object, output: Tensor) -> Tensor:
+            return output + SHIFT
+
+        def keep(name: str) -> Callable[[nn.Module, object, object], None]:
+            return lambda _, inputs, out: said.update({name: out[0] if type(out) is tuple else out})
+
+        hooks = [] if shifted is None else [model.get_submodule(shifted)]
+        handles = [module.register_forward_hook(shift) for module in hooks]
+        handles += [model.get_submodule(n).register_forward_hook(keep(n)) for n in (block, mlp)]
+        with torch.no_grad():
+            model(token_ids(2, 5))
+        for handle in handles:
+            handle.remove()
+        return said[block], said[block] - said[mlp].view_as(said[block])
+
+    leaving, before = run()
+    close = partial(torch.testing.assert_close, rtol=0.0, atol=1e-9)
+    close(run(attention)[1] - before, torch.full_like(before, SHIFT))
+    close(run(mlp)[0] - leaving, torch.full_like(leaving, SHIFT))
+    for path in family.writers:
+        assert (path,) in family.sites
+
+
+def test_a_stream_that_is_normalized_has_no_writers() -> None:
+    assert writers_of(OPTConfig(do_layer_norm_before=False)) == ()
 
 
 # --- what is refused ---------------------------------------------------------------------------

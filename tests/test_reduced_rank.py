@@ -1,5 +1,7 @@
 """The closed form of a refit against least squares, alternating minimisation and loops."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -30,18 +32,32 @@ def case(out: int = OUT, size: int = IN, blend: float = 0.7, tokens: int = TOKEN
     return Target(draw(out, size), draw(out), blend), x, dense, metric
 
 
-def drift_moments(x: torch.Tensor, dense: torch.Tensor) -> DriftMoments:
+def drift_moments(
+    x: torch.Tensor, dense: torch.Tensor, lacking: torch.Tensor | None = None
+) -> DriftMoments:
     """Stream the rows in uneven pieces."""
-    moments = Moments.empty(2 * x.shape[1])
-    for rows in torch.cat([x, dense - x], 1).tensor_split([3, 20]):
+    together = torch.cat([x, dense - x, *([] if lacking is None else [lacking])], 1)
+    moments = Moments.empty(together.shape[1])
+    for rows in together.tensor_split([3, 20]):
         moments.update(rows)
-    return DriftMoments.of(moments)
+    return DriftMoments.of(moments, x.shape[1])
 
 
-def answers(target: Target, x: torch.Tensor, dense: torch.Tensor) -> torch.Tensor:
-    """``W (beta x_f + (1 - beta) x) + b``, as the papers write it."""
+def lacking(x: torch.Tensor, dense: torch.Tensor, out: int) -> torch.Tensor:
+    """Draw what the residual stream lacks; its mean is not 0 and it depends on the inputs."""
+    generator = torch.Generator().manual_seed(7)
+    mix = torch.randn(2 * x.shape[1], out, generator=generator, dtype=torch.float64)
+    noise = torch.randn(len(x), out, generator=generator, dtype=torch.float64)
+    return 0.1 * torch.cat([x, dense - x], 1).tanh() @ mix + 0.2 * noise + 0.3
+
+
+def answers(
+    target: Target, x: torch.Tensor, dense: torch.Tensor, stream: torch.Tensor | float = 0.0
+) -> torch.Tensor:
+    """``W (beta x_f + (1 - beta) x) + b``, as the papers write it, and the feedback."""
     assert target.bias is not None
-    return (target.blend * dense + (1 - target.blend) * x) @ target.weight.T + target.bias
+    plain = (target.blend * dense + (1 - target.blend) * x) @ target.weight.T + target.bias
+    return plain + target.feedback * stream
 
 
 def matrix(factors: LowRankFactors) -> torch.Tensor:
@@ -62,16 +78,18 @@ def test_moments_are_those_of_the_rows() -> None:
     torch.testing.assert_close(found.covariance, both[:IN, :IN])
     torch.testing.assert_close(found.cross, both[IN:, :IN])
     torch.testing.assert_close(found.drift, both[IN:, IN:])
-    second, cross = found.around(means=False)
-    torch.testing.assert_close(second, x.T @ x / TOKENS)
-    torch.testing.assert_close(cross, (dense - x).T @ x / TOKENS)
+    torch.testing.assert_close(found.second(means=False), x.T @ x / TOKENS)
+    assert found.residual is None
 
 
 @shapes
-@pytest.mark.parametrize("blend", [0.0, 0.3, 1.0])
-def test_at_full_rank_without_ridge_it_is_least_squares(out: int, size: int, blend: float) -> None:
+@pytest.mark.parametrize(("blend", "feedback"), [(0.0, 0.0), (0.3, 0.0), (1.0, 0.0), (0.5, 0.8)])
+def test_at_full_rank_without_ridge_it_is_least_squares(
+    out: int, size: int, blend: float, feedback: float
+) -> None:
     target, x, dense, metric = case(out, size, blend)
-    y, moments = answers(target, x, dense), drift_moments(x, dense)
+    target, stream = replace(target, feedback=feedback), lacking(x, dense, out)
+    y, moments = answers(target, x, dense, stream), drift_moments(x, dense, stream)
     for weight in (None, metric):
         options = {"ridge": 0.0, "metric": OutputMetric(weight)}
         plain = solve(target, moments, min(out, size), **options)
@@ -174,13 +192,17 @@ def test_outputs_that_do_not_count_are_not_paid_for() -> None:
     assert not matrix(found)[2:].any()
 
 
+@pytest.mark.parametrize("feedback", [0.0, 0.8])
 @pytest.mark.parametrize("with_metric", [False, True])
-def test_the_error_from_moments_is_the_error_over_tokens(with_metric: bool) -> None:
+def test_the_error_from_moments_is_the_error_over_tokens(
+    with_metric: bool, feedback: float
+) -> None:
     target, x, dense, metric = case()
+    target, stream = replace(target, feedback=feedback), lacking(x, dense, OUT)
     weight = metric if with_metric else torch.eye(OUT, dtype=torch.float64)
     chosen = OutputMetric(metric if with_metric else None)
-    error = OutputError(target, drift_moments(x, dense), chosen)
-    y = answers(target, x, dense)
+    error = OutputError(target, drift_moments(x, dense, stream), chosen)
+    y = answers(target, x, dense, stream)
     assert error.energy == pytest.approx(weighed(weight, y))
     left, right = target.weight[:, :3], torch.eye(IN, dtype=torch.float64)[:3]
     for offset, center in ((None, None), (y.mean(0), None), (y.mean(0), x.mean(0))):

@@ -53,7 +53,7 @@ def test_each_site_reads_what_the_model_refit_so_far_gives_it(case: str, centred
     old = old_factors(model, layers, centred=centred)
     chosen = allocation(layers, dense=("k_proj", "c_fc"))
     windows, metrics = token_ids(WINDOWS, WIDTH), metrics_of(layers)
-    settings = RefitSettings(blend=0.75, ridge=1e-2, held_back=0.2, batch_windows=3)
+    settings = RefitSettings(blend=0.75, feedback=0.6, ridge=1e-2, held_back=0.2, batch_windows=3)
     named: list[str] = []
     found = refit(
         model, layers, chosen, old, windows, settings, metric=metrics.get, on_layer=named.append
@@ -82,7 +82,7 @@ def test_each_site_reads_what_the_model_refit_so_far_gives_it(case: str, centred
 def test_with_everything_upstream_dense_it_is_the_whitened_svd() -> None:
     model, layers = double("llama_untied")
     windows = token_ids(WINDOWS, WIDTH)
-    settings = RefitSettings(ridge=0.0, held_back=0.0, blend=1.0)
+    settings = RefitSettings(ridge=0.0, held_back=0.0, blend=1.0, feedback=0.0)
     site = layers.sites[0]
     found = refit(model, layers, allocation(layers), old_factors(model, layers), windows, settings)
     x = inputs_of(model, site, windows)
@@ -101,7 +101,7 @@ def test_behind_a_compressed_layer_the_full_rank_answer_is_least_squares() -> No
     first, second = (f"transformer.h.0.attn.{kind}" for kind in ("c_attn", "c_proj"))
     ranks |= {first: RANK, second: 16}
     windows = token_ids(WINDOWS, WIDTH)
-    settings = RefitSettings(ridge=0.0, held_back=0.0, blend=1.0)
+    settings = RefitSettings(ridge=0.0, held_back=0.0, blend=1.0, feedback=0.0)
     found = refit(
         model,
         layers,

@@ -143,6 +143,7 @@ def test_an_overflow_names_the_site() -> None:
     ("settings", "message"),
     [
         ({"blend": 1.5}, r"blend=1.5 is outside \[0, 1\]"),
+        ({"feedback": -0.5}, r"feedback=-0.5 is negative or not finite"),
         ({"ridge": -1.0}, r"ridge=-1.0 is negative"),
         ({"held_back": 1.0}, r"held_back=1.0 is outside \[0, 1\)"),
         ({"batch_windows": 0}, r"batch_windows=0 is below 1"),

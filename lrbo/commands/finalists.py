@@ -119,6 +119,7 @@ def _solve(
     calibration = plan.config.calibration
     settings = RefitSettings(
         blend=chosen.blend,
+        feedback=chosen.feedback,
         ridge=chosen.ridge,
         held_back=0.0 if chosen.held_back is None else chosen.held_back,
         batch_windows=calibration.batch_windows,
