@@ -85,7 +85,7 @@ def wanted(options: argparse.Namespace) -> Iterator[Row]:
         options.sizes, best, two, (False, True)
     ):
         yield Row(method, "analytic", "pivoted", keep, refitted, "mixed", tokens)
-    for keep, storage in itertools.product(keeps, ("pivoted", "factored")):
+    for storage, keep in itertools.product(("pivoted", "factored"), keeps):
         for method, allocation in itertools.product(best + others, kinds):
             yield Row(method, allocation, storage, keep, False, *main)
         for method in best:
