@@ -171,7 +171,8 @@ class Streams:
         """Return the residual stream, float32 at least, as a layer finds it that adds to it.
 
         The first layer finds what enters the block; the last one what leaves it but for its own
-        answer, whether attention and MLP follow each other or stand side by side.
+        answer, whether attention and MLP follow each other or stand side by side. In half
+        precision that is off by the rounding of what leaves.
         """
         wide = torch.promote_types(leaving.dtype, torch.float32)
         if path == self._writers[0]:

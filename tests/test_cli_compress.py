@@ -90,6 +90,7 @@ def test_the_best_after_refits_is_written(project: Path) -> None:
     [
         (["refit.candidates=0"], "refit.candidates=0: expected at least 1"),
         (["refit.held_back=1"], "refit.held_back=1.0: expected a number from 0 on and below 1"),
+        (["refit.feedback=-1"], "refit.feedback=-1.0: expected a number from 0 on"),
         (["refit.candidates=2", "point=1"], "expected 1 with point=1, which names one trial"),
         (["refit.candidates=2", "refit.enabled=false"], "expected 1 with no refit"),
     ],

@@ -294,3 +294,17 @@ def test_auto_takes_an_accelerator_where_there_is_one() -> None:
 def test_a_device_that_does_not_exist_is_refused_by_name(device: str) -> None:
     with pytest.raises(ConfigError, match=rf"model\.device='{device}' cannot be used here: \w+"):
         resolve_device(device)
+
+
+def test_what_is_asked_of_the_hub_is_said_once(
+    caplog: pytest.LogCaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hub that does not answer is asked for a minute; a folder is never asked for."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    caplog.set_level("INFO", logger="lrbo")
+    for path in ("no/such", "no/such", str(tmp_path)):
+        for load in (load_tokenizer, load_skeleton):
+            with pytest.raises(ModelError):
+                load(ModelSource("hf", path))
+    said = [record.message for record in caplog.records if "asking the model hub" in record.message]
+    assert said == ["no/such is no folder here; asking the model hub for it"]

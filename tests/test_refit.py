@@ -82,7 +82,7 @@ def test_each_site_reads_what_the_model_refit_so_far_gives_it(case: str, centred
 def test_with_everything_upstream_dense_it_is_the_whitened_svd() -> None:
     model, layers = double("llama_untied")
     windows = token_ids(WINDOWS, WIDTH)
-    settings = RefitSettings(ridge=0.0, held_back=0.0, blend=1.0, feedback=0.0)
+    settings = RefitSettings(ridge=0.0, held_back=0.0, blend=1.0)
     site = layers.sites[0]
     found = refit(model, layers, allocation(layers), old_factors(model, layers), windows, settings)
     x = inputs_of(model, site, windows)
@@ -101,7 +101,7 @@ def test_behind_a_compressed_layer_the_full_rank_answer_is_least_squares() -> No
     first, second = (f"transformer.h.0.attn.{kind}" for kind in ("c_attn", "c_proj"))
     ranks |= {first: RANK, second: 16}
     windows = token_ids(WINDOWS, WIDTH)
-    settings = RefitSettings(ridge=0.0, held_back=0.0, blend=1.0, feedback=0.0)
+    settings = RefitSettings(ridge=0.0, held_back=0.0, blend=1.0)
     found = refit(
         model,
         layers,

@@ -41,7 +41,7 @@ from lrbo.model import fingerprint, map_model
 from lrbo.nested import LowRankFactors
 from lrbo.preparation import Preparation, curve_needs
 from lrbo.progress import Reporter
-from lrbo.refit import refit
+from lrbo.refit import RefitSettings, refit
 from lrbo.search.weights import WeightSpace, build_weight_space
 
 SMOKE = bool(os.environ.get("LRBO_SMOKE"))
@@ -207,9 +207,11 @@ class Bench:
         factors = self.factors(row)
         allocation = self.allocate(row, factors)
         start = time.perf_counter()
+        found: dict[str, Any] = {}
         if row.refit:
             factors = self._refit(row, allocation, factors)
-        found: dict[str, Any] = {"seconds_refit": time.perf_counter() - start}
+            found["feedback"] = RefitSettings().feedback
+        found["seconds_refit"] = time.perf_counter() - start
         running = {
             name: factors[name].to(dtype=self.dtype, device=self.device, max_rank=rank)
             for name, rank in allocation.ranks.items()
@@ -313,13 +315,20 @@ def show(results: list[dict[str, Any]]) -> None:
             row.get("method", "dense"),
             row.get("allocation", "-"),
             row.get("storage", "-"),
-            "yes" if row.get("refit") else "no",
+            _refit_of(row),
             f"{row['calibration']} {row['tokens'] // 1024}k" if "tokens" in row else "-",
             *(_perplexity(row[text]["nll"], dense[text]["nll"]) for text in texts),
             f"{divergence:.3f}",
             f"{sum(right.values()) / len(right):.3f}" if right else "-",
         ]
         print("| " + " | ".join(cells) + " |")
+
+
+def _refit_of(row: Mapping[str, Any]) -> str:
+    """Return whether a row is refit, and whether with feedback: there are results from before."""
+    if not row.get("refit"):
+        return "no"
+    return "yes" if row["feedback"] else "without feedback"
 
 
 def _perplexity(nll: float, dense: float) -> str:

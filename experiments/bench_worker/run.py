@@ -38,7 +38,7 @@ WITH_GRADIENTS = METHODS["loss_aware"].needs
 LIMITS = {
     "trial / dense scoring": 1.3,
     "calibration / forward": 2.0,
-    "calibration with gradients / forward with loss": 3.5,
+    "calibration with gradients / forward": 3.5,
 }
 
 
@@ -98,19 +98,11 @@ def measure(
 
     point = space.start_point() or space.sobol_point(0, 0)
     request = TrialRequest(0, "start", point, space.allocate(point), 0)
-    names = (
-        "forward",
-        "forward with loss",
-        "calibration",
-        "calibration with gradients",
-        "dense scoring",
-        "trial",
-    )
+    names = ("forward", "calibration", "calibration with gradients", "dense scoring", "trial")
     taken: dict[str, list[float]] = {name: [] for name in names}
     dense()  # warm
     for _ in range(REPEATS):
         taken["forward"].append(seconds(forward_only))
-        taken["forward with loss"].append(seconds(lambda: score(model, calibration, **sizes)))
         taken["calibration"].append(seconds(lambda: gather(POOLED)))
         taken["calibration with gradients"].append(seconds(lambda: gather(WITH_GRADIENTS)))
         taken["dense scoring"].append(seconds(dense))
@@ -124,14 +116,13 @@ def measure(
     ratios = {
         "trial / dense scoring": _ratio(taken["trial"], taken["dense scoring"]),
         "calibration / forward": _ratio(taken["calibration"], taken["forward"]),
-        # Gradients need the loss, so what they are compared with has one; inputs do not.
-        "calibration with gradients / forward with loss": _ratio(
-            taken["calibration with gradients"], taken["forward with loss"]
+        "calibration with gradients / forward": _ratio(
+            taken["calibration with gradients"], taken["forward"]
         ),
     }
     allocation_s = seconds(lambda: [space.allocate(p) for p in points]) / len(points)
     suggestion_s = seconds(lambda: client.ask(len(known), known))
-    tokens = dict.fromkeys(names[:4], calibration.numel())
+    tokens = dict.fromkeys(names[:3], calibration.numel())
 
     print(
         f"{chosen.model.name}, {model.dtype} on {model.device}, {torch.get_num_threads()} threads"
