@@ -38,6 +38,8 @@ def require_finite(name: str, tensor: Tensor) -> None:
     Raises:
         StatisticsError: With the count of bad entries.
     """
+    if bool(torch.isfinite(tensor.sum())):  # every entry is: a tenth of the time of asking each
+        return
     bad = int((~torch.isfinite(tensor)).sum())
     if bad:
         raise StatisticsError(

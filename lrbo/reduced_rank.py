@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -20,76 +20,64 @@ JITTERS = (1e-10, 1e-8, 1e-6, 1e-4)
 
 
 @dataclass(frozen=True)
-class ResidualMoments:
-    """Moments of ``e``: what the residual stream lacks where a layer's answer is added to it.
+class PairMoments:
+    """Moments of an input ``x`` of the compressed model and of a vector ``t`` beside it.
 
-    Attributes:
-        mean: ``(out,)``, float64, as all that follows.
-        cross: ``(out, in)``, ``E[(e - mean)(x - mean)^T]`` with the layer's input.
-        drift_cross: ``(out, in)``, the same with the input's drift.
-        covariance: ``(out, out)``.
-    """
-
-    mean: Float[Tensor, " out"]
-    cross: Float[Tensor, "out in"]
-    drift_cross: Float[Tensor, "out in"]
-    covariance: Float[Tensor, "out out"]
-
-
-@dataclass(frozen=True)
-class DriftMoments:
-    """Moments of an input ``x`` of the compressed model and of its drift ``d = x_dense - x``.
-
-    The drift, not the dense input, is what is multiplied: where nothing upstream is compressed
-    it is exactly nothing, and elsewhere the small difference of two large moments is not taken.
+    ``t`` is what a layer is asked for beyond its dense answer ``W x + b``, or what that is a
+    linear map of (:meth:`mapped`): the drift ``d = x_dense - x`` of the input. The drift, not the
+    dense input, is what is multiplied: where nothing upstream is compressed it is exactly
+    nothing, and elsewhere the small difference of two large moments is not taken.
 
     Attributes:
         tokens: Vectors seen.
         mean: ``(in,)``, of the input; float64, as all that follows.
-        drift_mean: ``(in,)``, of the drift.
+        beside_mean: ``(k,)``, of ``t``.
         covariance: ``(in, in)``, of the input around its mean.
-        cross: ``(in, in)``, ``E[(d - mean)(x - mean)^T]``.
-        drift: ``(in, in)``, covariance of the drift.
-        residual: Of the residual stream, where the layer adds to it; else ``None``.
+        cross: ``(k, in)``, ``E[(t - mean)(x - mean)^T]``.
+        beside: ``(k, k)``, covariance of ``t``.
     """
 
     tokens: int
     mean: Float[Tensor, " in"]
-    drift_mean: Float[Tensor, " in"]
+    beside_mean: Float[Tensor, " k"]
     covariance: Float[Tensor, "in in"]
-    cross: Float[Tensor, "in in"]
-    drift: Float[Tensor, "in in"]
-    residual: ResidualMoments | None = None
+    cross: Float[Tensor, "k in"]
+    beside: Float[Tensor, "k k"]
 
     @classmethod
-    def of(cls, moments: Moments, size: int) -> DriftMoments:
+    def of(cls, moments: Moments, size: int) -> PairMoments:
         """Cut the moments of stacked vectors into their parts.
 
         Args:
-            moments: Of ``(x, d)``, ``(2 in,)``, or of ``(x, d, e)``, ``(2 in + out,)``.
+            moments: Of ``(x, t)``, ``(in + k,)``.
             size: ``in``.
         """
         upper = moments.upper / max(moments.tokens, 1)
-        x, d, e = slice(size), slice(size, 2 * size), slice(2 * size, None)
-        residual = ResidualMoments(
-            moments.mean[e],
-            upper[x, e].T.contiguous(),
-            upper[d, e].T.contiguous(),
-            mirror_upper(upper[e, e]),
-        )
         return cls(
             moments.tokens,
-            moments.mean[x],
-            moments.mean[d],
-            mirror_upper(upper[x, x]),
-            upper[x, d].T.contiguous(),
-            mirror_upper(upper[d, d]),
-            residual if len(residual.mean) else None,
+            moments.mean[:size],
+            moments.mean[size:],
+            mirror_upper(upper[:size, :size]),
+            upper[:size, size:].T.contiguous(),
+            mirror_upper(upper[size:, size:]),
+        )
+
+    def mapped(self, matrix: Float[Tensor, "out k"]) -> PairMoments:
+        """Return the moments of ``x`` and ``M t``."""
+        return replace(
+            self,
+            beside_mean=matrix @ self.beside_mean,
+            cross=matrix @ self.cross,
+            beside=matrix @ self.beside @ matrix.T,
         )
 
     def second(self, *, means: bool) -> Float[Tensor, "in in"]:
         """Return ``E[x x^T]``, around the means or around zero."""
         return self.covariance if means else self.covariance + self.mean.outer(self.mean)
+
+    def beyond(self, *, means: bool) -> Float[Tensor, "k in"]:
+        """Return ``E[t x^T]``, around the means or around zero."""
+        return self.cross if means else self.cross + self.beside_mean.outer(self.mean)
 
 
 class OutputMetric:
@@ -123,6 +111,12 @@ class OutputMetric:
         """Return ``G M``."""
         return matrix if self._matrix is None else self._matrix @ matrix
 
+    def energy(self, covariance: Float[Tensor, "out out"]) -> float:
+        """Return ``E[e^T G e]`` of outputs with this second moment."""
+        if self._matrix is None:
+            return float(covariance.trace())
+        return float((self._matrix * covariance).sum())
+
     def enter(self, matrix: Float[Tensor, "out c"]) -> Float[Tensor, "k c"]:
         """Return ``A M`` where ``A^T A = G``, so that errors are plain squares."""
         return matrix if self._lower is None else self._lower.T @ matrix
@@ -137,57 +131,10 @@ class OutputMetric:
         return solved
 
 
-@dataclass(frozen=True)
-class Target:
-    """What a refit layer should answer: ``y = W (x + blend d) + b + feedback e``.
-
-    Attributes:
-        weight: ``(out, in)``, ``W``, the dense weight, float64.
-        bias: ``(out,)``, ``b``, float64, or ``None``.
-        blend: Share of the dense model's input: 1 asks for what the dense layer answered in the
-            dense model, 0 for what it would answer here.
-        feedback: Share of what the residual stream lacks so far that a layer which adds to it is
-            asked to bring; nothing where the moments hold nothing of it.
-    """
-
-    weight: Float[Tensor, "out in"]
-    bias: Float[Tensor, " out"] | None
-    blend: float
-    feedback: float = 0.0
-
-    def mean(self, moments: DriftMoments) -> Float[Tensor, " out"]:
-        """Return the mean answer, ``(out,)``."""
-        found = self.weight @ (moments.mean + self.blend * moments.drift_mean)
-        if moments.residual is not None:
-            found = found + self.feedback * moments.residual.mean
-        return found if self.bias is None else found + self.bias
-
-    def beyond(self, moments: DriftMoments, *, means: bool) -> Float[Tensor, "out in"]:
-        """Return ``E[t x^T]`` of ``t = y - W x - b``, around the means or around zero."""
-        found = self.blend * (self.weight @ moments.cross)
-        if moments.residual is not None:
-            found += self.feedback * moments.residual.cross
-        if means:
-            return found
-        mean = self.blend * (self.weight @ moments.drift_mean)
-        if moments.residual is not None:
-            mean += self.feedback * moments.residual.mean
-        return found + mean.outer(moments.mean)
-
-    def beyond_energy(self, moments: DriftMoments, metric: OutputMetric) -> float:
-        """Return ``E[t^T G t]`` of ``t = y - W x - b``, around its mean."""
-        weighed = metric.weigh(self.weight)
-        found = self.blend**2 * float((weighed * (self.weight @ moments.drift)).sum())
-        if (residual := moments.residual) is not None:
-            both = float((weighed * residual.drift_cross).sum())
-            found += 2 * self.blend * self.feedback * both
-            found += self.feedback**2 * float(metric.weigh(residual.covariance).trace())
-        return found
-
-
 def solve(
-    target: Target,
-    moments: DriftMoments,
+    weight: Float[Tensor, "out in"],
+    bias: Float[Tensor, " out"] | None,
+    moments: PairMoments,
     rank: int,
     *,
     ridge: float,
@@ -195,11 +142,10 @@ def solve(
     restore_means: bool = False,
     name: str = "layer",
 ) -> LowRankFactors:
-    r"""Solve for the low-rank layer that comes closest to its target.
+    r"""Solve for the low-rank layer that comes closest to ``W x + b + t``.
 
-    With ``S = E[x x^T]``, ``T = E[t x^T]``, where ``t = blend W d + feedback e`` is what the
-    target asks for beyond the dense layer's answer, and ``lam = ridge * trace(S) / in`` the best
-    layer of full rank, drawn towards the dense weight by ``lam ||X - W||^2``, is
+    With ``S = E[x x^T]``, ``T = E[t x^T]`` and ``lam = ridge * trace(S) / in`` the best layer of
+    full rank, drawn towards the dense weight by ``lam ||X - W||^2``, is
 
         W_ols = W + T (S + lam I)^-1,
 
@@ -208,8 +154,9 @@ def solve(
     ``A^T A = G`` and ``B B^T = S + lam I`` (reduced-rank regression: Izenman, 1975).
 
     Args:
-        target: The answers to come close to.
-        moments: Of the inputs and their drift.
+        weight: ``W``, ``(out, in)``, of the dense layer, float64.
+        bias: ``b``, ``(out,)``, float64, or ``None``.
+        moments: Of the inputs and of what is asked for beyond the dense layer's answer.
         rank: Of the layer.
         ridge: Pull towards the dense weight, as a share of the mean eigenvalue of ``S``.
         metric: Of the outputs; plain squares by default.
@@ -220,15 +167,15 @@ def solve(
     Returns:
         Factors of exactly this rank, float64, scaled so that both sides of a direction have
         the same length. The error of a rank is the objective above: what no rank mends (the
-        part of the target that is not linear in ``x``) is not in it.
+        part of ``t`` that is not linear in ``x``) is not in it.
 
     Raises:
         StatisticsError: If ``S`` stays singular with the largest jitter.
     """
     metric = OutputMetric(None) if metric is None else metric
     lower = _cholesky(moments.second(means=restore_means), ridge, name)
-    step = torch.cholesky_solve(target.beyond(moments, means=restore_means).T, lower).T
-    product = metric.enter((target.weight + step) @ lower)
+    step = torch.cholesky_solve(moments.beyond(means=restore_means).T, lower).T
+    product = metric.enter((weight + step) @ lower)
     # Eigenvectors of the smaller Gram matrix, not an SVD: forty times as fast for a wide layer,
     # and less exact only for directions 1e-8 below the first, which no chosen rank reaches.
     if product.shape[0] <= product.shape[1]:
@@ -252,27 +199,42 @@ def solve(
         left,
         right,
         tail,
-        target.mean(moments) if restore_means else target.bias,
+        _mean_answer(weight, bias, moments) if restore_means else bias,
         moments.mean if restore_means else None,
     )
 
 
+def _mean_answer(
+    weight: Float[Tensor, "out in"], bias: Float[Tensor, " out"] | None, moments: PairMoments
+) -> Float[Tensor, " out"]:
+    """Return the mean of ``W x + b + t``."""
+    found = weight @ moments.mean + moments.beside_mean
+    return found if bias is None else found + bias
+
+
 class OutputError:
-    """Mean squared output error of layers against one target, from moments alone.
+    """Mean squared output error of layers that should answer ``W x + b + t``, from moments alone.
 
     Args:
-        target: The answers to compare with.
-        moments: Of the inputs that count, with their drift.
+        weight: ``W``, ``(out, in)``, float64.
+        bias: ``b``, ``(out,)``, float64, or ``None``.
+        moments: Of the inputs that count, and of what is asked for beyond the dense answer.
         metric: Of the outputs.
     """
 
-    def __init__(self, target: Target, moments: DriftMoments, metric: OutputMetric) -> None:
-        self._target, self._moments, self._metric = target, moments, metric
-        self._mean = target.mean(moments)
-        self._weighed = metric.weigh(target.weight)
-        self._plain = target.weight @ moments.covariance
-        self._cross = 2 * target.beyond(moments, means=True)
-        self._beyond = target.beyond_energy(moments, metric)
+    def __init__(
+        self,
+        weight: Float[Tensor, "out in"],
+        bias: Float[Tensor, " out"] | None,
+        moments: PairMoments,
+        metric: OutputMetric,
+    ) -> None:
+        self._moments, self._metric = moments, metric
+        self._mean = _mean_answer(weight, bias, moments)
+        self._weighed = metric.weigh(weight)
+        self._plain = weight @ moments.covariance
+        self._cross = 2 * moments.cross
+        self._beyond = metric.energy(moments.beside)
         spread = float((self._weighed * (self._plain + self._cross)).sum())
         self.energy = spread + self._beyond + self._of_mean(self._mean)
 

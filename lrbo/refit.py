@@ -19,8 +19,8 @@ from lrbo.errors import DataError
 from lrbo.families import writers_of
 from lrbo.model import LayerSpec, ModelMap, linear_bias, linear_weight
 from lrbo.nested import LowRankFactors
-from lrbo.reduced_rank import DriftMoments, OutputError, OutputMetric, Target, solve
-from lrbo.streams import Streams
+from lrbo.reduced_rank import OutputError, OutputMetric, PairMoments, solve
+from lrbo.streams import Asked, Streams
 
 # Of a layer, by name: what weighs its output errors, or None for plain squares.
 Metric = Callable[[str], Tensor | None]
@@ -169,7 +169,7 @@ def refit(
         of llama's form these come to 1.2 passes more. Second moments cost about as much again.
         Main memory holds the hidden states of all windows twice, one block's site inputs once
         and its residual stream twice, up to ``memory_bytes``; moments are float64, twice
-        ``(2 in)^2`` numbers, or ``(2 in + out)^2`` for a layer that adds to the stream.
+        ``(2 in)^2`` numbers, or ``(in + out)^2`` for a layer that adds to the stream.
     """
     settings = RefitSettings() if settings is None else settings
     chosen = _chosen(layers, allocation, factors)
@@ -315,8 +315,11 @@ class _Work:
         dense: Mapping[str, nn.Module],
     ) -> None:
         """Refit the layers that read one site."""
-        fitted = self._streams.moments(block, index, site, self._fitting)
-        judged = self._streams.moments(block, index, site, self._judging) if self._judging else None
+        asked = self._asked(site, chosen, dense)
+        fitted = self._streams.moments(block, index, site, self._fitting, asked)
+        judged = None
+        if self._judging:
+            judged = self._streams.moments(block, index, site, self._judging, asked)
         kind, size = chosen[0][0].kind, len(fitted.mean)
         if fitted.tokens < size and kind not in self._warned:
             self._warned.add(kind)
@@ -331,9 +334,12 @@ class _Work:
             old = self._old[spec.name].to(
                 dtype=torch.float32, device=torch.device("cpu"), max_rank=rank
             )
-            new, row = self._layer(
-                spec, rank, dense[_inside(spec.name, index)], old, fitted, judged
-            )
+            module = dense[_inside(spec.name, index)]
+            pairs = fitted, judged
+            if asked is None:
+                matrix = self._settings.blend * linear_weight(module).to(fitted.mean)
+                pairs = fitted.mapped(matrix), None if judged is None else judged.mapped(matrix)
+            new, row = self._layer(spec, rank, module, old, *pairs)
             if row.taken:
                 self._put(block, spec, new, rank)
             self.found[spec.name] = new if row.taken else old
@@ -341,28 +347,47 @@ class _Work:
             if self._on_layer is not None:
                 self._on_layer(spec.name)
 
+    def _asked(
+        self, site: str, chosen: list[tuple[LayerSpec, int]], dense: Mapping[str, nn.Module]
+    ) -> Asked | None:
+        """Return what the layer of a site is asked for beyond its dense answer, token by token.
+
+        That is ``blend W d``, and of a layer that adds to the residual stream ``feedback`` times
+        what the stream lacks. ``None`` where several layers share the site, or one that answers
+        with more than it reads: the drift itself is smaller then.
+        """
+        (spec, _), *others = chosen
+        writes = site in self._streams.writers
+        assert not (writes and others), f"{spec.name} and {others} add to the stream together"
+        if others or (spec.out_features > spec.in_features and not writes):
+            return None
+        weight = linear_weight(dense[_inside(spec.name, spec.block or 0)])
+        blend, feedback = self._settings.blend, self._settings.feedback
+
+        def asked(drift: Tensor, lacking: Tensor | None) -> Tensor:
+            found = blend * (drift @ weight.to(drift).T)
+            return found if lacking is None else found + feedback * lacking
+
+        return asked
+
     def _layer(
         self,
         spec: LayerSpec,
         rank: int,
         module: nn.Module,
         old: LowRankFactors,
-        fitted: DriftMoments,
-        judged: DriftMoments | None,
+        fitted: PairMoments,
+        judged: PairMoments | None,
     ) -> tuple[LowRankFactors, RefitRow]:
         """Solve one layer and compare it with what it was."""
         place = fitted.mean
-        bias = linear_bias(module)
-        target = Target(
-            linear_weight(module).to(place),
-            None if bias is None else bias.to(place),
-            self._settings.blend,
-            self._settings.feedback,
-        )
+        weight, bias = linear_weight(module).to(place), linear_bias(module)
+        bias = None if bias is None else bias.to(place)
         matrix = self._metric(spec.name)
         metric = OutputMetric(None if matrix is None else matrix.to(place), spec.name)
         new = solve(
-            target,
+            weight,
+            bias,
             fitted,
             rank,
             ridge=self._settings.ridge,
@@ -370,8 +395,8 @@ class _Work:
             restore_means=self._settings.centred and old.center is not None,
             name=spec.name,
         ).to(dtype=torch.float32, device=torch.device("cpu"))
-        seen = OutputError(target, fitted, metric)
-        unseen = None if judged is None else OutputError(target, judged, metric)
+        seen = OutputError(weight, bias, fitted, metric)
+        unseen = None if judged is None else OutputError(weight, bias, judged, metric)
         before = None if unseen is None else unseen.of(old, rank)
         after = None if unseen is None else unseen.of(new, rank)
         row = RefitRow(

@@ -13,7 +13,7 @@ from lrbo.blockwise import BlockwiseBody, Scratch, watching_inputs
 from lrbo.calibration.moments import Moments
 from lrbo.errors import StatisticsError
 from lrbo.linalg import require_finite
-from lrbo.reduced_rank import DriftMoments
+from lrbo.reduced_rank import PairMoments
 
 
 @contextmanager
@@ -36,6 +36,10 @@ def _answers(block: nn.Module, paths: Sequence[str]) -> Iterator[dict[str, Tenso
             handle.remove()
 
 
+# Of rows of an input's drift, and of what the residual stream lacks: what a layer is asked for.
+Asked = Callable[[Tensor, Tensor | None], Tensor]
+
+
 class _ReachedError(Exception):
     """A pass has come to the site that it was made for: the rest of the block is not needed."""
 
@@ -46,13 +50,16 @@ class Streams:
     Beside them, what the sites of one block read in the dense model is kept. Everything is in
     main memory up to a limit, and beyond it in temporary files, until :meth:`close`.
 
+    Attributes:
+        writers: Paths inside a block of the layers that add to the residual stream.
+
     Args:
         body: Runs the blocks.
         windows: ``(windows, tokens)`` token ids.
         batches: The windows of each forward pass.
         memory_bytes: The limit.
         writers: Paths inside a block of the layers that add to the residual stream, the first
-            one first; at their sites what the stream lacks before the addition is gathered too.
+            one first; at their sites what the stream lacks before the addition is kept too.
     """
 
     def __init__(
@@ -63,7 +70,7 @@ class Streams:
         memory_bytes: int,
         writers: Sequence[str] = (),
     ) -> None:
-        self._body, self._batches, self._writers = body, batches, tuple(writers)
+        self._body, self._batches, self.writers = body, batches, tuple(writers)
         self._shape = (windows.shape[0], windows.shape[1])
         self._scratch = Scratch(memory_bytes)
         self._kept: dict[str, Tensor] = {}
@@ -85,7 +92,7 @@ class Streams:
             index: Its depth.
             sites: Paths inside the block.
         """
-        writers = [path for path in sites if path in self._writers]
+        writers = [path for path in sites if path in self.writers]
         for batch in self._batches:
 
             def keep(path: str, inputs: Tensor, batch: slice = batch) -> None:
@@ -109,8 +116,13 @@ class Streams:
             self._keep("compressed", batch, self._run("compressed", block, index, batch))
 
     def moments(
-        self, block: nn.Module, index: int, site: str, batches: Sequence[slice]
-    ) -> DriftMoments:
+        self,
+        block: nn.Module,
+        index: int,
+        site: str,
+        batches: Sequence[slice],
+        asked: Asked | None = None,
+    ) -> PairMoments:
         """Return the moments of what a site reads in the compressed model, and of its drift.
 
         Args:
@@ -118,13 +130,15 @@ class Streams:
             index: Its depth.
             site: Path inside the block; the dense stream has passed it.
             batches: The windows that count.
+            asked: Makes of the drift, and at a writer of what the residual stream lacks there
+                (else ``None``), what takes the place of the drift; rows in, rows out.
 
         Raises:
             StatisticsError: If an input is not finite, or the block does not run the site.
         """
         read: list[Tensor] = []
-        writes = site in self._writers
-        whole = writes and site != self._writers[0]
+        writes = asked is not None and site in self.writers
+        whole = writes and site != self.writers[0]
 
         def stop(path: str, inputs: Tensor) -> None:
             del path
@@ -151,19 +165,22 @@ class Streams:
                 dense = self._kept[f"site {site}"][batch].flatten(0, 1).to(inputs.device)
                 # The difference of two half-precision inputs is exact in float32.
                 wide = torch.promote_types(inputs.dtype, torch.float32)
-                drift = dense.to(wide) - inputs.to(wide)
-                parts = [inputs.to(wide), drift]
-                if writes:
-                    here = self._before(site, entering, leaving, answers)
-                    there = self._kept[f"at {site}"][batch]
-                    parts.append((there.to(here) - here).flatten(0, -2).to(drift))
-                rows = torch.cat(parts, 1)
+                inputs = inputs.to(wide)
+                beside = dense.to(wide) - inputs
+                if asked is not None:
+                    lacking = None
+                    if writes:
+                        here = self._before(site, entering, leaving, answers)
+                        there = self._kept[f"at {site}"][batch]
+                        lacking = (there.to(here) - here).flatten(0, -2).to(beside)
+                    beside = asked(beside, lacking)
+                rows = torch.cat([inputs, beside], 1)
                 require_finite(f"block {index}: input of {site} and its drift", rows)
                 moments = moments or Moments.empty(rows.shape[1], rows.device)
                 moments.update(rows)
                 size = inputs.shape[1]
         assert moments is not None
-        return DriftMoments.of(moments, size)
+        return PairMoments.of(moments, size)
 
     def _before(
         self, path: str, entering: Tensor, leaving: Tensor, answers: dict[str, Tensor]
@@ -175,7 +192,7 @@ class Streams:
         precision that is off by the rounding of what leaves.
         """
         wide = torch.promote_types(leaving.dtype, torch.float32)
-        if path == self._writers[0]:
+        if path == self.writers[0]:
             return entering.to(wide)
         return leaving.to(wide) - answers.pop(path).reshape(leaving.shape).to(wide)
 

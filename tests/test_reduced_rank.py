@@ -1,6 +1,6 @@
 """The closed form of a refit against least squares, alternating minimisation and loops."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -10,12 +10,26 @@ from lrbo.calibration.moments import Moments
 from lrbo.errors import StatisticsError
 from lrbo.linalg import JitterWarning
 from lrbo.nested import LowRankFactors
-from lrbo.reduced_rank import DriftMoments, OutputError, OutputMetric, Target, solve
+from lrbo.reduced_rank import OutputError, OutputMetric, PairMoments, solve
 
 OUT, IN, TOKENS = 5, 7, 60
 EXACT = 1e-9  # everything is float64; the systems have condition numbers of a few hundred
 
 shapes = pytest.mark.parametrize(("out", "size"), [(5, 7), (7, 5), (6, 6)])
+
+
+@dataclass(frozen=True)
+class Target:
+    """A dense layer, and the shares of drift and feedback in what its low-rank form should say."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+    blend: float
+    feedback: float = 0.0
+
+    @property
+    def dense(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.weight, self.bias
 
 
 def case(out: int = OUT, size: int = IN, blend: float = 0.7, tokens: int = TOKENS):
@@ -32,15 +46,23 @@ def case(out: int = OUT, size: int = IN, blend: float = 0.7, tokens: int = TOKEN
     return Target(draw(out, size), draw(out), blend), x, dense, metric
 
 
-def drift_moments(
-    x: torch.Tensor, dense: torch.Tensor, lacking: torch.Tensor | None = None
-) -> DriftMoments:
+def stream(x: torch.Tensor, beside: torch.Tensor) -> PairMoments:
     """Stream the rows in uneven pieces."""
-    together = torch.cat([x, dense - x, *([] if lacking is None else [lacking])], 1)
+    together = torch.cat([x, beside], 1)
     moments = Moments.empty(together.shape[1])
     for rows in together.tensor_split([3, 20]):
         moments.update(rows)
-    return DriftMoments.of(moments, x.shape[1])
+    return PairMoments.of(moments, x.shape[1])
+
+
+def pair_moments(
+    target: Target, x: torch.Tensor, dense: torch.Tensor, lacks: torch.Tensor | None = None
+) -> PairMoments:
+    """Gather what is asked for beyond the dense answer: from the drift, or token by token."""
+    matrix = target.blend * target.weight
+    if lacks is None:
+        return stream(x, dense - x).mapped(matrix)
+    return stream(x, (dense - x) @ matrix.T + target.feedback * lacks)
 
 
 def lacking(x: torch.Tensor, dense: torch.Tensor, out: int) -> torch.Tensor:
@@ -52,12 +74,12 @@ def lacking(x: torch.Tensor, dense: torch.Tensor, out: int) -> torch.Tensor:
 
 
 def answers(
-    target: Target, x: torch.Tensor, dense: torch.Tensor, stream: torch.Tensor | float = 0.0
+    target: Target, x: torch.Tensor, dense: torch.Tensor, lacks: torch.Tensor | float = 0.0
 ) -> torch.Tensor:
     """``W (beta x_f + (1 - beta) x) + b``, as the papers write it, and the feedback."""
     assert target.bias is not None
     plain = (target.blend * dense + (1 - target.blend) * x) @ target.weight.T + target.bias
-    return plain + target.feedback * stream
+    return plain + target.feedback * lacks
 
 
 def matrix(factors: LowRankFactors) -> torch.Tensor:
@@ -69,17 +91,20 @@ def weighed(metric: torch.Tensor, error: torch.Tensor) -> float:
 
 
 def test_moments_are_those_of_the_rows() -> None:
-    _, x, dense, _ = case()
-    found = drift_moments(x, dense)
-    both = torch.cov(torch.cat([x, dense - x], 1).T, correction=0)
-    assert found.tokens == TOKENS
-    torch.testing.assert_close(found.mean, x.mean(0))
-    torch.testing.assert_close(found.drift_mean, (dense - x).mean(0))
-    torch.testing.assert_close(found.covariance, both[:IN, :IN])
-    torch.testing.assert_close(found.cross, both[IN:, :IN])
-    torch.testing.assert_close(found.drift, both[IN:, IN:])
-    torch.testing.assert_close(found.second(means=False), x.T @ x / TOKENS)
-    assert found.residual is None
+    target, x, dense, _ = case()
+    for beside, found in (
+        (dense - x, stream(x, dense - x)),
+        ((dense - x) @ target.weight.T, stream(x, dense - x).mapped(target.weight)),
+    ):
+        both = torch.cov(torch.cat([x, beside], 1).T, correction=0)
+        assert found.tokens == TOKENS
+        torch.testing.assert_close(found.mean, x.mean(0))
+        torch.testing.assert_close(found.beside_mean, beside.mean(0))
+        torch.testing.assert_close(found.covariance, both[:IN, :IN])
+        torch.testing.assert_close(found.cross, both[IN:, :IN])
+        torch.testing.assert_close(found.beside, both[IN:, IN:])
+        torch.testing.assert_close(found.second(means=False), x.T @ x / TOKENS)
+        torch.testing.assert_close(found.beyond(means=False), beside.T @ x / TOKENS)
 
 
 @shapes
@@ -88,18 +113,18 @@ def test_at_full_rank_without_ridge_it_is_least_squares(
     out: int, size: int, blend: float, feedback: float
 ) -> None:
     target, x, dense, metric = case(out, size, blend)
-    target, stream = replace(target, feedback=feedback), lacking(x, dense, out)
-    y, moments = answers(target, x, dense, stream), drift_moments(x, dense, stream)
+    target, lacks = replace(target, feedback=feedback), lacking(x, dense, out)
+    y, moments = answers(target, x, dense, lacks), pair_moments(target, x, dense, lacks)
     for weight in (None, metric):
         options = {"ridge": 0.0, "metric": OutputMetric(weight)}
-        plain = solve(target, moments, min(out, size), **options)
+        plain = solve(*target.dense, moments, min(out, size), **options)
         expected = np.linalg.lstsq(x.numpy(), (y - target.bias).numpy(), rcond=None)[0].T
         if out <= size:
             np.testing.assert_allclose(matrix(plain), expected, atol=EXACT)
         assert plain.offset is target.bias
         assert plain.center is None
         # Around the means: least squares with an intercept.
-        centred = solve(target, moments, min(out, size), restore_means=True, **options)
+        centred = solve(*target.dense, moments, min(out, size), restore_means=True, **options)
         ones = np.hstack([x.numpy(), np.ones((TOKENS, 1))])
         expected = np.linalg.lstsq(ones, y.numpy(), rcond=None)[0].T
         np.testing.assert_allclose(matrix(centred), expected[:, :-1], atol=EXACT)
@@ -126,7 +151,9 @@ def test_no_other_factors_of_the_rank_are_better(out: int, size: int, ridge: flo
     """The ridge is what rows ``sqrt(n lam) I`` with answers ``W`` add to least squares."""
     target, x, dense, metric = case(out, size)
     y = answers(target, x, dense) - target.bias
-    found = solve(target, drift_moments(x, dense), 2, ridge=ridge, metric=OutputMetric(metric))
+    found = solve(
+        *target.dense, pair_moments(target, x, dense), 2, ridge=ridge, metric=OutputMetric(metric)
+    )
     extra = float(TOKENS * ridge * (x.T @ x / TOKENS).trace() / size) ** 0.5
     rows = np.vstack([x.numpy(), extra * np.eye(size)])
     wanted = np.vstack([y.numpy(), extra * target.weight.numpy().T])
@@ -149,13 +176,13 @@ def test_no_other_factors_of_the_rank_are_better(out: int, size: int, ridge: flo
 @shapes
 def test_the_tail_is_the_objective_and_prefixes_are_optimal(out: int, size: int) -> None:
     target, x, dense, metric = case(out, size)
-    moments = drift_moments(x, dense)
+    moments = pair_moments(target, x, dense)
     options = {"ridge": 0.1, "metric": OutputMetric(metric), "restore_means": True}
-    whole = solve(target, moments, min(out, size), **options)
+    whole = solve(*target.dense, moments, min(out, size), **options)
     eye = torch.eye(size, dtype=torch.float64)
     lifted = moments.covariance + 0.1 * moments.covariance.trace() / size * eye
     for rank in range(min(out, size) + 1):
-        found = solve(target, moments, rank, **options)
+        found = solve(*target.dense, moments, rank, **options)
         assert found.max_rank == rank
         assert len(found.tail) == rank + 1
         miss = matrix(whole) - matrix(found)
@@ -168,23 +195,23 @@ def test_the_tail_is_the_objective_and_prefixes_are_optimal(out: int, size: int)
 
 def test_a_strong_ridge_gives_the_dense_weight_back() -> None:
     target, x, dense, _ = case(blend=1.0)
-    found = solve(target, drift_moments(x, dense), OUT, ridge=1e9)
+    found = solve(*target.dense, pair_moments(target, x, dense), OUT, ridge=1e9)
     torch.testing.assert_close(matrix(found), target.weight, rtol=0, atol=1e-6)
 
 
 def test_without_drift_the_full_rank_answer_is_the_dense_weight() -> None:
     target, x, _, _ = case()
-    few = drift_moments(x[:3], x[:3])  # even where the data say next to nothing
-    found = solve(target, few, OUT, ridge=1e-3)
+    few = pair_moments(target, x[:3], x[:3])  # even where the data say next to nothing
+    found = solve(*target.dense, few, OUT, ridge=1e-3)
     torch.testing.assert_close(matrix(found), target.weight, rtol=0, atol=EXACT)
 
 
 def test_outputs_that_do_not_count_are_not_paid_for() -> None:
     target, x, dense, _ = case()
-    moments = drift_moments(x, dense)
+    moments = pair_moments(target, x, dense)
     metric = torch.zeros(OUT, OUT, dtype=torch.float64)
     metric[:2, :2] = torch.tensor([[2.0, 1.0], [1.0, 3.0]])
-    found = solve(target, moments, 4, ridge=0.0, metric=OutputMetric(metric))
+    found = solve(*target.dense, moments, 4, ridge=0.0, metric=OutputMetric(metric))
     assert found.max_rank == 4  # the rank that was asked for, padded
     y = answers(target, x, dense) - target.bias
     expected = np.linalg.lstsq(x.numpy(), y.numpy(), rcond=None)[0].T
@@ -198,11 +225,11 @@ def test_the_error_from_moments_is_the_error_over_tokens(
     with_metric: bool, feedback: float
 ) -> None:
     target, x, dense, metric = case()
-    target, stream = replace(target, feedback=feedback), lacking(x, dense, OUT)
+    target, lacks = replace(target, feedback=feedback), lacking(x, dense, OUT)
     weight = metric if with_metric else torch.eye(OUT, dtype=torch.float64)
     chosen = OutputMetric(metric if with_metric else None)
-    error = OutputError(target, drift_moments(x, dense, stream), chosen)
-    y = answers(target, x, dense, stream)
+    error = OutputError(*target.dense, pair_moments(target, x, dense, lacks), chosen)
+    y = answers(target, x, dense, lacks)
     assert error.energy == pytest.approx(weighed(weight, y))
     left, right = target.weight[:, :3], torch.eye(IN, dtype=torch.float64)[:3]
     for offset, center in ((None, None), (y.mean(0), None), (y.mean(0), x.mean(0))):
@@ -215,11 +242,11 @@ def test_the_error_from_moments_is_the_error_over_tokens(
 
 def test_a_singular_second_moment_is_announced() -> None:
     target, x, dense, _ = case()
-    moments = drift_moments(x[:4], dense[:4])
+    moments = pair_moments(target, x[:4], dense[:4])
     with pytest.warns(JitterWarning, match=r"q: the second moment .* singular at ridge=0; added"):
-        found = solve(target, moments, 2, ridge=0.0, name="q")
+        found = solve(*target.dense, moments, 2, ridge=0.0, name="q")
     assert matrix(found).isfinite().all()
-    solve(target, moments, 2, ridge=1e-3)  # a ridge says nothing: warnings are errors here
+    solve(*target.dense, moments, 2, ridge=1e-3)  # a ridge says nothing: warnings are errors here
 
 
 @pytest.mark.parametrize("value", [0.0, 0.7])
@@ -227,28 +254,29 @@ def test_a_feature_without_variance_is_announced_and_keeps_the_dense_weight(valu
     """Around the means it says nothing of its column, which a ridge leaves where it is."""
     target, x, dense, _ = case()
     x[:, 2] = dense[:, 2] = value
-    moments = drift_moments(x, dense)
+    moments = pair_moments(target, x, dense)
     with pytest.warns(JitterWarning, match=r"^q: the second moment .* singular at ridge=0; added"):
-        solve(target, moments, 2, ridge=0.0, restore_means=True, name="q")
-    found = solve(target, moments, OUT, ridge=1e-3, restore_means=True)
+        solve(*target.dense, moments, 2, ridge=0.0, restore_means=True, name="q")
+    found = solve(*target.dense, moments, OUT, ridge=1e-3, restore_means=True)
     torch.testing.assert_close(matrix(found)[:, 2], target.weight[:, 2], rtol=0, atol=EXACT)
 
 
 def test_a_second_moment_that_no_jitter_mends_is_refused() -> None:
     target, x, dense, _ = case()
-    moments = drift_moments(x, dense)
+    moments = pair_moments(target, x, dense)
     moments.covariance.diagonal().copy_(torch.tensor([-5.0, *[1.0] * (IN - 1)]))
     with pytest.raises(StatisticsError, match=r"q: .*not positive definite even with"):
-        solve(target, moments, 2, ridge=0.0, restore_means=True, name="q")
+        solve(*target.dense, moments, 2, ridge=0.0, restore_means=True, name="q")
 
 
 def test_an_input_that_is_always_zero_leaves_the_weight_alone() -> None:
     target, x, _, _ = case()
-    moments = drift_moments(0 * x, 0 * x)
-    found = solve(target, moments, OUT, ridge=1e-2)
+    moments = pair_moments(target, 0 * x, 0 * x)
+    found = solve(*target.dense, moments, OUT, ridge=1e-2)
     torch.testing.assert_close(matrix(found), target.weight, rtol=0, atol=EXACT)
-    silent = Target(target.weight, None, target.blend)
-    assert OutputError(silent, moments, OutputMetric(None)).of(found, OUT) == pytest.approx(
+    assert OutputError(target.weight, None, moments, OutputMetric(None)).of(
+        found, OUT
+    ) == pytest.approx(
         float(target.bias @ target.bias)  # the bias is all that is answered, where 0 is asked for
     )
 

@@ -384,7 +384,8 @@ def run(options: argparse.Namespace, file: Path) -> None:
         start = time.perf_counter()
         found = bench.measure(row, dense)
         seconds = time.perf_counter() - start
-        append(file, {**asdict(row), **found, "seconds": round(seconds, 1)})
+        found |= {"dtype": str(bench.dtype), "seconds": round(seconds, 1)}
+        append(file, {**asdict(row), **found})
         print(asdict(row), {name: round(found[name]["nll"], 4) for name in dense}, flush=True)
 
 

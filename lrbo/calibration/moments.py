@@ -11,6 +11,8 @@ from torch import Tensor
 
 from lrbo.linalg import add_gram, float64_device, mirror_upper
 
+RUN = 64  # rows
+
 
 def _centred(batch: Float[Tensor, "n d"]) -> tuple[Tensor, Tensor, Tensor]:
     """Return the rows around a shift, the shift, and the mean of the shifted rows.
@@ -24,8 +26,20 @@ def _centred(batch: Float[Tensor, "n d"]) -> tuple[Tensor, Tensor, Tensor]:
     shift = rows.mean(0)
     rows = rows - shift
     device = float64_device(batch.device)
-    rest = rows.to(device).sum(0, dtype=torch.float64) / len(rows)
-    return rows, shift.to(device, torch.float64), rest
+    return rows, shift.to(device, torch.float64), _column_sums(rows, device) / len(rows)
+
+
+def _column_sums(rows: Float[Tensor, "n d"], device: torch.device) -> Float[Tensor, " d"]:
+    """Return the sums of columns in float64.
+
+    Runs of rows are summed in the dtype of the rows, and only these in float64: to convert every
+    entry takes longer than the rest of what is done with a batch but for the product. After the
+    shift sums are small, so that their rounding is nothing beside the entries.
+    """
+    whole = len(rows) // RUN * RUN
+    runs = rows[:whole].view(-1, RUN, rows.shape[1]).sum(1)
+    runs = torch.cat([runs, rows[whole:].sum(0, keepdim=True)])
+    return runs.to(device).sum(0, dtype=torch.float64)
 
 
 @dataclass
