@@ -40,6 +40,7 @@ from lrbo.preparation import Preparation, curve_needs, loss_curves
 from lrbo.progress import Reporter
 from lrbo.schema import DataConfig, EvaluateConfig, MethodConfig, ModelConfig, SearchConfig
 from lrbo.search.base import Space
+from lrbo.search.front_space import FrontSpace
 from lrbo.search.space import build_space
 from lrbo.search.study import Study
 from lrbo.search.weights import build_weight_space
@@ -171,9 +172,25 @@ def build_method(config: MethodConfig) -> FactorizationMethod:
 
 
 def _build_space(config: SearchConfig, layers: ModelMap, method: FactorizationMethod) -> Space:
-    """Build the search space under the budget."""
+    """Build the search space under the budget, or over a range of budgets.
+
+    Raises:
+        ConfigError: Listing what does not fit the model.
+        BudgetError: If a budget, the smallest of a range, cannot be met.
+    """
+    highest, lowest = config.budget.keep_ratio, config.budget.lowest
+    if lowest is None:
+        return _space_at(highest, config, layers, method)
+    inside = _space_at(lowest, config, layers, method)
+    return FrontSpace(inside, tuple(layers.compressible), lowest, highest)
+
+
+def _space_at(
+    keep_ratio: float, config: SearchConfig, layers: ModelMap, method: FactorizationMethod
+) -> Space:
+    """Build the search space under one budget."""
     space = config.space
-    budget = Budget.from_keep_ratio(layers.compressible, config.budget.keep_ratio)
+    budget = Budget.from_keep_ratio(layers.compressible, keep_ratio)
     cost = partial(method.parameters, storage=cast(Storage, config.budget.storage))
     if space.type == "weights":
         return build_weight_space(

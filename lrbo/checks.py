@@ -20,6 +20,7 @@ from lrbo.schema import (
     SearchConfig,
     SpaceConfig,
 )
+from lrbo.search.front import LOSS, SIZES
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -43,6 +44,8 @@ def check(config: Config) -> list[str]:
             0 <= refit.feedback < math.inf, "refit.feedback", refit.feedback, "a number from 0 on"
         )
         expect(0 <= refit.ridge < math.inf, "refit.ridge", refit.ridge, "a number from 0 on")
+        power = refit.output_power
+        expect(0 <= power <= 1, "refit.output_power", power, "a number from 0 to 1")
         held = refit.held_back
         share = held is None or 0 <= held < 1
         expect(share, "refit.held_back", held, "a number from 0 on and below 1, or null")
@@ -108,6 +111,13 @@ def _check_search(config: SearchConfig) -> list[str]:
     problems += _check_method(config.method)
     keep = config.budget.keep_ratio
     expect(0 < keep <= 1, "budget.keep_ratio", keep, "a number above 0 and up to 1")
+    lowest = config.budget.lowest
+    expect(
+        lowest is None or 0 < lowest < keep,
+        "budget.lowest",
+        lowest,
+        f"a number above 0 and below budget.keep_ratio={keep:g}, or null for one budget",
+    )
     storage = config.budget.storage
     expect(storage in STORAGES, "budget.storage", storage, " or ".join(STORAGES))
     problems += _check_space(config.space)
@@ -116,6 +126,16 @@ def _check_search(config: SearchConfig) -> list[str]:
     expect(search.initial >= 2, "search.initial", search.initial, "at least 2: baseline and start")
     weight = search.kl_weight
     expect(0 <= weight < math.inf, "search.kl_weight", weight, "a number from 0 on")
+    sizes = " or ".join(SIZES)
+    expect(search.size in SIZES, "search.size", search.size, f"{sizes}: metrics of every trial")
+    for name, value in search.thresholds.items():
+        known = (LOSS, search.size)
+        expect(name in known, f"search.thresholds.{name}", value, f"a key out of {known}")
+        expect(0 < value < math.inf, f"search.thresholds.{name}", value, "a number above 0")
+    if search.thresholds and lowest is None:
+        problems.append(
+            "search.thresholds are for a front; give budget.lowest, or none of them for one budget"
+        )
     for section, keys in (
         ("calibration", ("groups", "batch_windows")),
         ("evaluation", ("batch_windows", "chunk_tokens", "kl_top")),

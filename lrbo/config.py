@@ -36,12 +36,15 @@ BEFORE: Mapping[str, Any] = {
 
 
 def register() -> None:
-    """Give Hydra the schemas and the one resolver that conf/ uses; may be called twice."""
+    """Give Hydra the schemas and the resolvers that conf/ uses; may be called twice."""
     store = ConfigStore.instance()
     for name, schema in SCHEMAS.items():
         store.store(name=f"{name}_schema", node=schema)
     OmegaConf.register_new_resolver(
         "basename", lambda path: Path(str(path)).name or str(path), replace=True
+    )
+    OmegaConf.register_new_resolver(
+        "range", lambda low, high: f"{high}" if low is None else f"{low}-{high}", replace=True
     )
 
 
@@ -108,7 +111,8 @@ def _keys(command: str) -> list[str]:
 
 def _is_key(command: str, key: str) -> bool:
     """Return whether a command takes a key; below a free mapping every key is taken."""
-    free = [name for name in ("space.groups", "space.start") if name in _keys(command)]
+    mappings = ("space.groups", "space.start", "search.thresholds")
+    free = [name for name in mappings if name in _keys(command)]
     below = any(key.startswith(f"{name}.") for name in [*free, "hydra"])
     return below or key in _keys(command)
 

@@ -138,7 +138,13 @@ class StudyRuns:
         self._client.log_batch(
             run_id,
             metrics=_metrics({**record.metrics, **seconds}, ended, index),
-            params=_params({f"{self._prefix}{k}": v for k, v in request.variables.items()}),
+            params=_params(
+                {
+                    # The keep ratio of a front is no weight, whatever the others are.
+                    k if k == "keep_ratio" else f"{self._prefix}{k}": v
+                    for k, v in request.variables.items()
+                }
+            ),
         )
         # With the time of the trial, not of the writing: MLflow then drops a second copy, as
         # one left by a process that was killed before it closed the child run.

@@ -19,6 +19,7 @@ from lrbo.results import (
     described,
     kept_by_depth,
     sensitivity,
+    size_metric,
     summary,
     weights,
 )
@@ -148,7 +149,8 @@ def _agreement(study: Study) -> list[str]:
 
 def _print_front(study: Study, report: _Report) -> None:
     """Print the Pareto front."""
-    front = pareto_front(study.state.completed)
+    size = size_metric(study)
+    front = pareto_front(study.state.completed, size or "parameters")
     if not front:
         return
     table = _table("trial", "perplexity", "nll", "kept", "parameters")
@@ -163,6 +165,9 @@ def _print_front(study: Study, report: _Report) -> None:
         )
     note = f"and {len(front) - SHOWN} larger" if len(front) > SHOWN else ""
     report.part("Front: no other trial is both smaller and better", table, note)
+    if (area := summary(study)["hypervolume"]) is not None:
+        ends = ", ".join(f"{name} {value:.6g}" for name, value in area["reference"].items())
+        report.note(f"hypervolume {area['value']:.4g} (loss x {area['size']}) below {ends}")
 
 
 def _print_allocation(study: Study, report: _Report) -> None:

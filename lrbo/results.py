@@ -20,7 +20,8 @@ from lrbo.accounting import (
     low_rank_parameters,
 )
 from lrbo.model import LayerSpec
-from lrbo.search.front import pareto_front
+from lrbo.search.front import LOSS, hypervolume, pareto_front, reference_point
+from lrbo.search.front_space import KEEP_RATIO
 from lrbo.search.study import Study
 from lrbo.sensitivity import LossCalibration, sensitivity_file
 from lrbo.storage import replacing
@@ -70,6 +71,8 @@ def summary(study: Study) -> dict[str, Any]:
         - ``best``: ``trial``, ``nll``, ``perplexity``, ``keep_ratio``, ``parameters`` (of the
           compressible layers) of the trial with the lowest objective;
         - ``front``: ``trial``, ``nll``, ``keep_ratio`` of each trial on it, from small to large;
+        - ``hypervolume``: where a front was searched, the area that it dominates below its
+          ``reference``, loss times size, and ``size``, the name of the metric;
         - ``seconds``: sums over all trials, by stage;
         - ``test``: by label, ``trial``, ``text``, ``nll`` and ``perplexity`` on the test text.
     """
@@ -94,6 +97,7 @@ def summary(study: Study) -> dict[str, Any]:
             {"trial": record.request.trial_index, **_pick(record.metrics, "nll", "keep_ratio")}
             for record in pareto_front(state.completed)
         ],
+        "hypervolume": _hypervolume(study),
         "seconds": {
             stage: math.fsum(record.seconds.get(stage, 0.0) for record in state.records)
             for stage in STAGES
@@ -109,6 +113,31 @@ def summary(study: Study) -> dict[str, Any]:
     }
 
 
+def size_metric(study: Study) -> str | None:
+    """Return what a study minimises beside the loss; ``None`` at one budget."""
+    config = _config(study)
+    if config["budget"].get("lowest") is None:
+        return None
+    return str(config["search"]["size"])
+
+
+def _hypervolume(study: Study) -> dict[str, Any] | None:
+    """Return the area that the front dominates, where one was searched."""
+    size, completed = size_metric(study), study.state.completed
+    if size is None:
+        return None
+    thresholds = _config(study)["search"]["thresholds"]
+    reference = reference_point(completed, size, thresholds)
+    if reference is None:
+        return None
+    points = [(record.metrics["objective"], record.metrics[size]) for record in completed]
+    return {
+        "value": hypervolume(points, reference),
+        "reference": {LOSS: reference[0], size: reference[1]},
+        "size": size,
+    }
+
+
 def frame(study: Study) -> pd.DataFrame:
     """Return a table with one row per trial that ended, in the order of their numbers.
 
@@ -119,7 +148,10 @@ def frame(study: Study) -> pd.DataFrame:
         the Pareto front. Metrics of trials without a value are missing.
     """
     best = study.state.best()
-    front = {record.request.trial_index for record in pareto_front(study.state.completed)}
+    front = {
+        record.request.trial_index
+        for record in pareto_front(study.state.completed, size_metric(study) or "parameters")
+    }
     rows = []
     lowest, best_perplexity = math.inf, math.nan
     for record in study.state.ended:
@@ -286,7 +318,8 @@ def kept_by_depth(study: Study, record: TrialRecord) -> pd.DataFrame:
 def weights(study: Study, record: TrialRecord) -> dict[str, float]:
     """Return the weights of a trial in natural logarithms; empty where ratios are searched."""
     is_weights = _config(study)["space"].get("type") == "weights"
-    return dict(record.request.variables) if is_weights else {}
+    found = record.request.variables if is_weights else {}
+    return {name: value for name, value in found.items() if name != KEEP_RATIO}
 
 
 def sensitivity(study: Study) -> LossCalibration | None:
@@ -312,18 +345,22 @@ def _config(study: Study) -> Mapping[str, Any]:
 def described(study: Study) -> dict[str, str]:
     """Return what was searched, under which budget, as lines by name."""
     about, config = study.about(), _config(study)
-    keep = config["budget"]["keep_ratio"]
+    keep, lowest = config["budget"]["keep_ratio"], config["budget"].get("lowest")
+    budget = f"{about['budget_parameters']:,} parameters, {keep:.4g} of the compressible ones"
+    if lowest is not None:
+        budget = f"from {lowest:.4g} to {keep:.4g} of the parameters of compressible layers"
     return {
         "Study": study.name,
         "Model": f"{config['model']['name']} ({about['dtype']} on {about['device']})",
         "Method": f"{config['method']['name']}, space {config['space']['name']}",
-        "Budget": f"{about['budget_parameters']:,} parameters, {keep:.4g} of the compressible ones",
+        "Budget": budget,
     }
 
 
 def _subtitle(study: Study) -> str:
     """Return study, model, method and budget in one line under a figure's title."""
     config = _config(study)
-    keep = 100 * config["budget"]["keep_ratio"]
+    keep, lowest = 100 * config["budget"]["keep_ratio"], config["budget"].get("lowest")
     names = [config[section]["name"] for section in ("model", "method")]
-    return ", ".join([study.name, *names, f"budget {keep:.4g}%"])
+    budget = f"budget {keep:.4g}%" if lowest is None else f"budgets {100 * lowest:.4g}-{keep:.4g}%"
+    return ", ".join([study.name, *names, budget])

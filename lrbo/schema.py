@@ -79,6 +79,7 @@ class BudgetConfig:
     """conf/budget."""
 
     keep_ratio: float = 0.8
+    lowest: float | None = None
     storage: str = "pivoted"
 
 
@@ -89,6 +90,8 @@ class SearchSection:
     trials: int = 30
     initial: int = 7
     kl_weight: float = 0.0
+    size: str = "keep_ratio"
+    thresholds: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -169,6 +172,7 @@ class RefitConfig:
     blend: float = 0.5
     feedback: float = 1.0
     ridge: float = 0.03
+    output_power: float = 0.75
     held_back: float | None = None
     candidates: int = 1
 

@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from lrbo.accounting import low_rank_parameters
+from lrbo.accounting import dense_parameters, low_rank_parameters
 from lrbo.allocation import Budget
 from lrbo.errors import Outcome
 from lrbo.model import LayerSpec
 from lrbo.search.base import Space
 from lrbo.search.client import Observation, SearchClient
+from lrbo.search.front_space import FrontSpace
 from lrbo.search.space import SearchSpace, build_space
 from lrbo.search.study import Study
 from lrbo.search.weights import WeightSpace, build_weight_space
@@ -128,6 +129,15 @@ def make_weight_space(
     return space.with_curves(make_curves(layers) if curves is None else curves)
 
 
+def make_front_space(
+    kind: str = "weights", lowest: float = 0.5, highest: float = 0.8, **changes: Any
+) -> FrontSpace:
+    """Build a small space of weights or ratios over a range of budgets."""
+    make = {"weights": make_weight_space, "ratios": make_space}[kind]
+    inside = make(lowest, **changes)
+    return FrontSpace(inside, tuple(inside.layers), lowest, highest)
+
+
 class DyingStudy(Study):
     """A study whose process may die before, in the middle of, or after each journal write."""
 
@@ -155,11 +165,18 @@ class FakeClient(SearchClient):
         super().__init__(space, seed=seed)
         self.fuse = fuse or Fuse()
         self.asked: dict[int, list[Observation]] = {}
+        self.references: dict[int, tuple[float, float] | None] = {}
 
-    def ask(self, trial_index: int, observations: Sequence[Observation]) -> dict[str, float]:
+    def ask(
+        self,
+        trial_index: int,
+        observations: Sequence[Observation],
+        reference: tuple[float, float] | None = None,
+    ) -> dict[str, float]:
         """Return a random point; keeps what it was told."""
         self.fuse.burn("before ask")
         self.asked[trial_index] = list(observations)
+        self.references[trial_index] = reference
         chooser = random.Random(f"{self.seed} {trial_index}")
         values = [chooser.uniform(*limits) for limits in self.space.bounds.values()]
         point = dict(zip(self.space.names, self.space.project(values), strict=True))
@@ -178,7 +195,7 @@ class FakeWorker:
         calls: Trial numbers in the order of evaluation.
     """
 
-    space: SearchSpace | WeightSpace
+    space: SearchSpace | WeightSpace | FrontSpace
     fuse: Fuse = field(default_factory=Fuse)
     outcomes: Mapping[int, Outcome | Mapping[str, float]] = field(default_factory=dict)
     calls: list[int] = field(default_factory=list)
@@ -207,6 +224,7 @@ class FakeWorker:
             "perplexity": math.exp(nll),
             "kl_dense_to_compressed": loss / 2,
             "parameters": float(request.allocation.parameters),
+            "keep_ratio": request.allocation.parameters / dense_parameters(self.space.layers),
             "tokens": 100.0,
         }
 

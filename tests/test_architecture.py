@@ -15,11 +15,12 @@ PACKAGE = Path(__file__).resolve().parent.parent / "lrbo"
 ROOMS = """
     cli
     commands.search commands.report commands.compress commands.evaluate commands.dashboard
-    commands.view commands.finalists
+    commands.trials commands.view commands.finalists
     builders checks config schema preparation progress
     report results plots drawing
     export
-    search.loop search.client search.study search.weights search.space search.base search.front
+    search.loop search.client search.study search.front_space search.weights search.space
+    search.base search.front
     tracking mlflow_store
     executors.inline executors.base
     worker trial

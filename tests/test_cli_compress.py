@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import lrbo
-from tests.commands import Ran, lrbo_command, project, searched
+from lrbo.search.study import Study
+from tests.commands import TINY, Ran, lrbo_command, project, searched
 
 __all__ = ["project", "searched"]  # fixtures
 
@@ -90,6 +91,7 @@ def test_the_best_after_refits_is_written(project: Path) -> None:
     [
         (["refit.candidates=0"], "refit.candidates=0: expected at least 1"),
         (["refit.held_back=1"], "refit.held_back=1.0: expected a number from 0 on and below 1"),
+        (["refit.output_power=2"], "refit.output_power=2.0: expected a number from 0 to 1"),
         (["refit.feedback=-1"], "refit.feedback=-1.0: expected a number from 0 on"),
         (["refit.candidates=2", "point=1"], "expected 1 with point=1, which names one trial"),
         (["refit.candidates=2", "refit.enabled=false"], "expected 1 with no refit"),
@@ -110,6 +112,28 @@ def test_a_trial_and_a_ratio_can_be_compressed(project: Path) -> None:
     small = lrbo_command("compress", "study=tiny", "point=keep=0.8", "out=small", "output=json")
     assert small.status == 0, small.err
     assert small.json["keep_ratio"] <= 0.8
+
+
+def test_between_two_points_of_a_front_one_more_is_tried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ran = lrbo_command(
+        "search", *TINY, "budget=front", "search.trials=12", "study=front", "sensitivity.windows=1"
+    )
+    assert ran.status == 0, ran.err
+    assert ran.json["hypervolume"]["size"] == "keep_ratio"
+    study = Study(Path("studies/front"))
+    # The loss of a random model does not rise as it shrinks: take the ends for its front.
+    ends = [study.state.trials[index] for index in (11, 8)]
+    monkeypatch.setattr("lrbo.commands.trials.pareto_front", lambda trials: ends)
+    ran = lrbo_command("compress", "study=front", "point=keep=0.72", "out=x", "refit.enabled=false")
+    assert ran.status == 0, ran.err
+    record = Study(Path("studies/front")).state.trials[12]
+    assert record.request.origin == "between"
+    assert record.request.variables["keep_ratio"] == pytest.approx(0.72, abs=0.01)
+    assert record.metrics["keep_ratio"] <= 0.72
+    assert "Trial 12, between two points of the front: keep ratio 0.7" in " ".join(ran.err.split())
 
 
 def test_merged_weights_open_with_any_loader(project: Path) -> None:

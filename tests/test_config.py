@@ -166,9 +166,11 @@ def test_a_key_that_hydra_let_through_is_refused() -> None:
 
 BAD_SEARCH: dict[str, Any] = {
     "budget.keep_ratio": [0.0, -0.1, 1.01, math.nan],
+    "budget.lowest": [0.8, 0.9, 0.0, math.nan],
     "budget.storage": ["dense", "sparse"],
     "search.trials": [0],
     "search.initial": [1],
+    "search.size": ["latency", "nll"],
     "search.kl_weight": [-0.1, math.inf, math.nan],
     "seed": [-1],
     "data.window": [1],
@@ -248,6 +250,17 @@ def test_a_value_that_weights_cannot_work_with_is_named(
     assert check(good) == []
     (problem,) = check(changed(good, key, value))
     assert problem.startswith(key)
+
+
+def test_thresholds_are_of_what_a_front_minimises(tmp_path: Path) -> None:
+    one = changed(search(), "studies", str(tmp_path))
+    (problem,) = check(changed(one, "search.thresholds", {"loss": 4.0}))
+    assert problem.startswith("search.thresholds are for a front; give budget.lowest")
+    front = changed(search("budget=front"), "studies", str(tmp_path))
+    assert check(changed(front, "search.thresholds", {"loss": 4.0, "keep_ratio": 0.85})) == []
+    assert len(check(changed(front, "search.thresholds", {"nll": 4.0, "loss": 0.0}))) == 2
+    assert front.study.endswith("_keep0.5-0.9_seed0")
+    assert one.study.endswith("_keep0.8_seed0")
 
 
 def test_keys_of_the_other_space_are_not_judged(tmp_path: Path) -> None:

@@ -2,11 +2,14 @@
 
 import dataclasses
 
+import pytest
+import torch
+from botorch.utils.multi_objective.hypervolume import Hypervolume
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lrbo.allocation import Allocation, Budget
-from lrbo.search.front import pareto_front
+from lrbo.search.front import hypervolume, pareto_front, reference_point
 from lrbo.trial import TrialRecord, TrialRequest, TrialResult
 
 # No tolerances: only comparisons of the numbers that were given.
@@ -91,3 +94,41 @@ def test_trials_without_a_value_change_nothing(values, data) -> None:
 def test_of_equal_trials_the_first_is_kept() -> None:
     equal = [trial(index, 2.0, 3) for index in (5, 1, 4)]
     assert [t.request.trial_index for t in pareto_front(equal)] == [1]
+
+
+AREAS = 1e-12  # sums of a dozen products of small numbers
+NUMBERS = st.floats(0.0, 4.0, allow_nan=False)
+
+
+@given(st.lists(st.tuples(NUMBERS, NUMBERS), max_size=12), st.tuples(NUMBERS, NUMBERS))
+def test_the_area_is_botorch_s_and_grows_with_every_point(points, reference) -> None:
+    found = hypervolume(points, reference)
+    inside = [p for p in points if p[0] < reference[0] and p[1] < reference[1]]
+    expected = 0.0
+    if inside:
+        maximised = -torch.tensor(inside, dtype=torch.float64)
+        other = Hypervolume(-torch.tensor(reference, dtype=torch.float64))
+        expected = other.compute(maximised)
+    assert found == pytest.approx(expected, abs=AREAS)
+    assert hypervolume([*points, (1.0, 1.0)], reference) >= found - AREAS
+
+
+def ended(index: int, origin: str, loss: float, kept: float) -> TrialRecord:
+    record = trial(index, loss, 1)
+    request = dataclasses.replace(record.request, origin=origin)
+    metrics = {"objective": loss, "keep_ratio": kept}
+    return TrialRecord(request, TrialResult(index, "completed", metrics))
+
+
+def test_the_reference_is_a_tenth_beyond_the_ends_of_what_the_search_begins_with() -> None:
+    uniform = [ended(0, "uniform", 3.0, 0.9), ended(1, "uniform", 7.0, 0.5)]
+    analytic = [ended(2, "analytic", 2.5, 0.9), ended(3, "analytic", 4.5, 0.5)]
+    found = [ended(4, "model", 9.0, 0.99)]
+    assert reference_point([], "keep_ratio", {}) is None
+    assert reference_point(found, "keep_ratio", {}) is None
+    assert reference_point([*uniform, *found], "keep_ratio", {}) == pytest.approx((7.4, 0.94))
+    every = [*uniform, *analytic, *found]
+    assert reference_point(every, "keep_ratio", {}) == pytest.approx((4.7, 0.94))
+    given_loss = reference_point(every, "keep_ratio", {"loss": 4.0})
+    assert given_loss == pytest.approx((4.0, 0.94))
+    assert reference_point([], "keep_ratio", {"loss": 4.0, "keep_ratio": 0.8}) == (4.0, 0.8)

@@ -12,6 +12,7 @@ import pytest
 
 from lrbo.errors import StudyError
 from lrbo.search.client import SearchClient
+from lrbo.search.front_space import FrontSpace
 from lrbo.search.loop import SearchLoop, SearchSettings
 from lrbo.search.space import SearchSpace
 from lrbo.search.study import Study
@@ -49,7 +50,8 @@ class Search:
     delays: tuple[int, ...] = (0,)
     kl_weight: float = 0.0
     real: bool = False
-    space: SearchSpace | WeightSpace = field(default_factory=make_space)
+    space: SearchSpace | WeightSpace | FrontSpace = field(default_factory=make_space)
+    size: str | None = None
     outcomes: dict[int, Any] = field(default_factory=dict)
     store: dict[int, list[TrialRecord]] = field(default_factory=dict)
     tracker: Any = None
@@ -77,7 +79,7 @@ class Search:
                 worker=self.worker,
                 executor=self.executor,
                 tracker=tracker,
-                settings=SearchSettings(self.trials, self.initial, self.kl_weight, SEED),
+                settings=SearchSettings(self.trials, self.initial, self.kl_weight, SEED, self.size),
                 on_trial=told,
                 poll_s=0.0,
             ).run()

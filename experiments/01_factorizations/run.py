@@ -42,6 +42,7 @@ from lrbo.nested import LowRankFactors
 from lrbo.preparation import Preparation, curve_needs
 from lrbo.progress import Reporter
 from lrbo.refit import RefitSettings, refit
+from lrbo.schema import RefitConfig
 from lrbo.search.weights import WeightSpace, build_weight_space
 
 SMOKE = bool(os.environ.get("LRBO_SMOKE"))
@@ -62,6 +63,7 @@ class Row:
     refit: bool
     calibration: str
     tokens: int
+    seed: int = 0
 
 
 def wanted(options: argparse.Namespace) -> Iterator[Row]:
@@ -85,6 +87,8 @@ def wanted(options: argparse.Namespace) -> Iterator[Row]:
         options.sizes, best, two, (False, True)
     ):
         yield Row(method, "analytic", "pivoted", keep, refitted, "mixed", tokens)
+    for seed, method, keep in itertools.product(options.seeds, best, two):
+        yield Row(method, "analytic", "pivoted", keep, False, *main, seed)
     for storage, keep in itertools.product(("pivoted", "factored"), keeps):
         for method, allocation in itertools.product(best + others, kinds):
             yield Row(method, allocation, storage, keep, False, *main)
@@ -106,7 +110,7 @@ class Bench:
         self.layers = map_model(self.model)
         self.digest = fingerprint(self.model)
         self.options = options
-        self._prepared: dict[tuple[str, str, int], dict[str, LowRankFactors]] = {}
+        self._prepared: dict[tuple[Any, ...], dict[str, LowRankFactors]] = {}
 
     @cached_property
     def tests(self) -> dict[str, Tensor]:
@@ -133,44 +137,49 @@ class Bench:
         window: int,
         *,
         alone: bool = False,
+        seed: int = 0,
     ) -> Tensor:
-        """Return the windows of a role; texts are divided among roles as in a search."""
+        """Return the windows of a role; texts are divided among roles as in a search.
+
+        The seed draws windows from the part of the role; those of tests are the first ones.
+        """
         share = RoleText(texts, tokens)
         names: Any = (role,) if alone else corpus.ROLES
-        spec = CorpusSpec(source, dict.fromkeys(names, share), window, None, 0)
+        spec = CorpusSpec(source, dict.fromkeys(names, share), window, None, seed)
         found: Any = corpus.make_windows(spec, self.tokenizer, only=[role])  # type: ignore[list-item]
         return found[role].ids
 
-    def calibration(self, text: str, tokens: int) -> Tensor:
+    def calibration(self, text: str, tokens: int, seed: int) -> Tensor:
         """Return calibration windows of 512 tokens."""
+        packaged = partial(self._packaged, role="calibration", seed=seed)
         if SMOKE:
-            return self._packaged(("words",), "generated", "calibration", tokens, 32)
-        mixed = partial(self._packaged, ("c4", "wiki"), "packaged", "calibration", window=512)
+            return packaged(("words",), "generated", tokens=tokens, window=32)
+        mixed = partial(packaged, ("c4", "wiki"), "packaged", window=512)
         if text == "mixed":
-            return mixed(tokens)
+            return mixed(tokens=tokens)
         path = str(self.options.data / "text" / "wikitext2.train.first1MB.raw")
-        own = partial(self._packaged, (path,), "files", "calibration", window=512, alone=True)
+        own = partial(packaged, (path,), "files", window=512, alone=True)
         if text == "wikitext2":
-            return own(tokens)
-        return torch.cat([mixed(tokens // 2), own(tokens // 2)])
+            return own(tokens=tokens)
+        return torch.cat([mixed(tokens=tokens // 2), own(tokens=tokens // 2)])
 
     def preparation(self, row: Row) -> Preparation:
         """Return what the factors of a row depend on; one calibration serves all methods."""
         needs = curve_needs(METHODS[row.method])
-        if (row.calibration, row.tokens) == ("mixed", self.options.tokens):
+        if (row.calibration, row.tokens, row.seed) == ("mixed", self.options.tokens, 0):
             needs = frozenset().union(*(curve_needs(method) for method in METHODS.values()))
         return Preparation(
             self.source,
             self.layers,
             method_named(row.method),
             needs,
-            self.calibration(row.calibration, row.tokens),
-            CalibrationSettings(),
+            self.calibration(row.calibration, row.tokens, row.seed),
+            CalibrationSettings(seed=row.seed),
         )
 
     def factors(self, row: Row) -> dict[str, LowRankFactors]:
         """Return the factors of a row's method, kept until another one is asked for."""
-        key = (row.method, row.calibration, row.tokens)
+        key = (row.method, row.calibration, row.tokens, row.seed)
         if key not in self._prepared:
             made = self.preparation(row).factors(
                 self.digest, self.dtype, self.device, Reporter(), self.model
@@ -210,7 +219,7 @@ class Bench:
         found: dict[str, Any] = {}
         if row.refit:
             factors = self._refit(row, allocation, factors)
-            found["feedback"] = RefitSettings().feedback
+            found |= {"feedback": RefitSettings().feedback, "power": RefitConfig().output_power}
         found["seconds_refit"] = time.perf_counter() - start
         running = {
             name: factors[name].to(dtype=self.dtype, device=self.device, max_rank=rank)
@@ -237,7 +246,7 @@ class Bench:
         """Solve the ranks again on the calibration text of the row."""
         preparation = self.preparation(row)
         statistics = preparation.statistics(self.digest, self.dtype, Reporter(), self.model)
-        metric = output_metric(self.layers, statistics)
+        metric = output_metric(self.layers, statistics, RefitConfig().output_power)
         if SMOKE:
             judging = self._packaged(("words",), "generated", "validation", 256, 32)
         else:
@@ -316,12 +325,20 @@ def show(results: list[dict[str, Any]]) -> None:
             row.get("allocation", "-"),
             row.get("storage", "-"),
             _refit_of(row),
-            f"{row['calibration']} {row['tokens'] // 1024}k" if "tokens" in row else "-",
+            _calibration_of(row),
             *(_perplexity(row[text]["nll"], dense[text]["nll"]) for text in texts),
             f"{divergence:.3f}",
             f"{sum(right.values()) / len(right):.3f}" if right else "-",
         ]
         print("| " + " | ".join(cells) + " |")
+
+
+def _calibration_of(row: Mapping[str, Any]) -> str:
+    """Return text, tokens and, beside the first, the seed."""
+    if "tokens" not in row:
+        return "-"
+    seed = f", seed {row['seed']}" if row.get("seed") else ""
+    return f"{row['calibration']} {row['tokens'] // 1024}k{seed}"
 
 
 def _refit_of(row: Mapping[str, Any]) -> str:
@@ -347,6 +364,7 @@ def main() -> None:
     parser.add_argument("--keeps", type=float, nargs="+", default=[0.8, 0.6, 0.9, 0.7, 0.5])
     parser.add_argument("--tokens", type=int, default=65536)
     parser.add_argument("--sizes", type=int, nargs="*", default=[16384, 65536, 262144])
+    parser.add_argument("--seeds", type=int, nargs="*", default=[1, 2], help="beside seed 0")
     parser.add_argument("--refit", choices=("yes", "no"), help="only rows with, or without, refit")
     parser.add_argument("--limit", type=int, help="measure at most so many rows")
     parser.add_argument("--dtype", default="auto")
@@ -366,7 +384,11 @@ def run(options: argparse.Namespace, file: Path) -> None:
     """Measure what is missing."""
     bench = Bench(options)
     results = read(file)
-    known = {json.dumps({k: r.get(k) for k in Row.__annotations__}) for r in results}
+    known = {
+        Row(**{name: r[name] for name in Row.__annotations__ if name in r})
+        for r in results
+        if "method" in r
+    }
     dense = bench.dense()
     if not results:
         found: dict[str, Any] = {name: {"nll": d.perplexity.mean} for name, d in dense.items()}
@@ -376,9 +398,7 @@ def run(options: argparse.Namespace, file: Path) -> None:
         append(file, found)
     refits = {"yes": (True,), "no": (False,), None: (True, False)}[options.refit]
     rows = [
-        row
-        for row in dict.fromkeys(wanted(options))
-        if row.refit in refits and json.dumps(asdict(row)) not in known
+        row for row in dict.fromkeys(wanted(options)) if row.refit in refits and row not in known
     ]
     for row in rows[: options.limit]:
         start = time.perf_counter()

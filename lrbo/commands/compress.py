@@ -15,6 +15,7 @@ from lrbo import builders, checks, config, export
 from lrbo.accounting import account
 from lrbo.allocation import Allocation
 from lrbo.commands.finalists import finalist
+from lrbo.commands.trials import evaluate_between
 from lrbo.compression import compress_
 from lrbo.errors import StudyError
 from lrbo.layers import PivotedLinear
@@ -38,9 +39,13 @@ def run(chosen: CompressConfig, reporter: Reporter) -> dict[str, Any]:
     checks.require_valid(chosen)
     study = Study(checks.study_folder(chosen.studies, chosen.study))
     about = study.about()
-    records = _points(study, str(chosen.point), chosen.refit.candidates)
+    point = str(chosen.point)
+    records = _points(study, point, chosen.refit.candidates)
     stored = config.stored_config(study.config_yaml(), [])
     plan = builders.plan_search(stored, study, checks.check(stored))
+    if point.startswith("keep="):
+        evaluate_between(plan, study, float(point.removeprefix("keep=")), reporter)
+        records = _points(study, point, chosen.refit.candidates)
     found = finalist(plan, study, records, chosen.refit, reporter)
     record, allocation = found.record, found.record.request.allocation
     dtype = None if chosen.dtype == "auto" else resolve_dtype(chosen.dtype, torch.device("cpu"))

@@ -16,6 +16,7 @@ from lrbo.evaluation.perplexity import score
 from lrbo.factorization.base import Statistic
 from lrbo.factorization.loss_aware import PREDICTION_SHRINKAGE, shrunk
 from lrbo.factorization.store import LayerStatistics
+from lrbo.linalg import psd_eigenpairs
 from lrbo.loading import load_model, resolve_device
 from lrbo.model import ModelMap
 from lrbo.nested import LowRankFactors
@@ -75,7 +76,7 @@ def finalist(
     builders.require_same_model(study, model)
     factors = plan.preparation.factors(digest, dtype, device, reporter, model)
     statistics = plan.preparation.statistics(digest, dtype, reporter, model)
-    metric = output_metric(plan.layers, statistics)
+    metric = output_metric(plan.layers, statistics, chosen.output_power)
     best: tuple[float, TrialRecord, Mapping[str, LowRankFactors]] | None = None
     trials = []
     for record in records:
@@ -92,15 +93,26 @@ def finalist(
     return Finalist(winner, its_factors, nll, {**asdict(chosen), "trials": trials})
 
 
-def output_metric(layers: ModelMap, statistics: LayerStatistics) -> Metric:
+def output_metric(layers: ModelMap, statistics: LayerStatistics, power: float) -> Metric:
     """Return what weighs a layer's output errors: its gradients' second moment, if gathered.
 
     It is read when it is asked for, so that one layer's is in memory.
+
+    Args:
+        layers: The map of the model.
+        statistics: Of its layers.
+        power: Flattens the moment's spectrum: 1 takes it as it is, 0 weighs all outputs alike.
     """
 
     def metric(name: str) -> torch.Tensor | None:
         found = statistics.of(layers.by_name[name]).get(Statistic.OUTPUT_GRADIENT)
-        return None if found is None else shrunk(found, PREDICTION_SHRINKAGE)
+        if found is None or power == 0:
+            return None
+        seen = shrunk(found, PREDICTION_SHRINKAGE)
+        if power == 1:
+            return seen
+        strength, axes = psd_eigenpairs(seen, f"{name}: output gradient moment")
+        return (axes * strength**power) @ axes.T
 
     return metric
 

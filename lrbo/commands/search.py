@@ -8,17 +8,15 @@ from typing import Any
 from rich.console import Console
 
 from lrbo import builders, checks, config
-from lrbo.commands.view import digests, make_tracker, show
+from lrbo.commands.trials import search_loop
+from lrbo.commands.view import show
 from lrbo.compression import compressed
 from lrbo.errors import ConfigError
 from lrbo.evaluation.perplexity import score
-from lrbo.executors.inline import InlineExecutor
 from lrbo.progress import Reporter
 from lrbo.report import print_report
 from lrbo.results import summary
 from lrbo.schema import SearchConfig
-from lrbo.search.client import SearchClient
-from lrbo.search.loop import SearchLoop, SearchSettings
 from lrbo.search.study import Study
 from lrbo.trial import TrialRecord
 from lrbo.worker import Worker
@@ -67,31 +65,20 @@ def run(chosen: SearchConfig, typed: Sequence[str], reporter: Reporter) -> dict[
 def _search(plan: builders.Plan, study: Study, reporter: Reporter) -> dict[str, Any]:
     """Search, test and report, with the study locked."""
     chosen = plan.config
-    settings = SearchSettings(
-        trials=chosen.search.trials,
-        initial=chosen.search.initial,
-        kl_weight=chosen.search.kl_weight,
-        seed=chosen.seed,
-    )
+    trials = chosen.search.trials
     if study.state.trials:
         reporter.say(
-            f"Continuing study {study.name}: {len(study.state.ended)} of {settings.trials} "
-            "trials are done"
+            f"Continuing study {study.name}: {len(study.state.ended)} of {trials} trials are done"
         )
     worker = builders.build_worker(plan, study, reporter)
-    space = builders.informed_space(plan, study, worker, reporter)
-    tracker = make_tracker(chosen, study)
-    tracker.start(config.flat(chosen) | digests(study))
-    tracker.sync(study.state.records)
-    loop = SearchLoop(
-        study=study,
-        client=SearchClient(space, seed=chosen.seed),
-        worker=worker,
-        executor=InlineExecutor(),
-        tracker=tracker,
-        settings=settings,
-        on_trial=lambda record: reporter.say(_trial_line(record, study, settings.trials)),
+    loop = search_loop(
+        plan,
+        study,
+        worker,
+        reporter,
+        on_trial=lambda record: reporter.say(_trial_line(record, study, trials)),
     )
+    tracker = loop.tracker
     completed = False
     try:
         loop.run()

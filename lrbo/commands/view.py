@@ -61,5 +61,7 @@ def show(study: Study, tracker: Tracker) -> None:
             }
     for label, tested in found["test"].items():
         numbers |= {f"test_{label}_{key}": tested[key] for key in ("nll", "perplexity")}
+    if found["hypervolume"] is not None:
+        numbers["hypervolume"] = found["hypervolume"]["value"]
     artifacts = [*figures, front, study.folder / "config.yaml", study.folder / "study.json"]
     tracker.summary(numbers, artifacts)

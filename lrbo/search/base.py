@@ -23,6 +23,7 @@ from lrbo.allocation import (
 from lrbo.errors import BudgetError
 from lrbo.model import LayerSpec
 from lrbo.sensitivity import Curves
+from lrbo.trial import Origin
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,21 @@ class LinearConstraint:
     weights: Mapping[str, float]
     bound: float
     is_equality: bool
+
+
+@dataclass(frozen=True)
+class WarmStart:
+    """A trial that needs no search.
+
+    Attributes:
+        origin: What it is.
+        point: Where it stands in the space, ``{}`` if nowhere.
+        allocation: Its ranks.
+    """
+
+    origin: Origin
+    point: Mapping[str, float]
+    allocation: Allocation
 
 
 @runtime_checkable
@@ -99,9 +115,33 @@ class Space(Protocol):
         """Return a point of a scrambled Sobol sequence; a function of index and seed alone."""
         ...
 
+    def warm_starts(self) -> list[WarmStart]:
+        """Return the trials that need no search, first the baseline."""
+        ...
+
+    def at(self, budget: Budget) -> Space:
+        """Return the space under another budget."""
+        ...
+
     def with_curves(self, curves: Curves) -> Space:
         """Return the space with the loss curves of the layers."""
         ...
+
+
+def known_starts(space: Space) -> list[WarmStart]:
+    """Return the trials that a space of one budget knows without a search.
+
+    Those are the uniform baseline, the allocation of least predicted loss if losses are known,
+    and the configured start.
+    """
+    uniform = space.uniform()
+    found = [WarmStart("uniform", space.realised(uniform, {}) or {}, uniform)]
+    if (analytic := space.analytic()) is not None:
+        found.append(WarmStart("analytic", analytic[1], analytic[0]))
+    if (point := space.start_point()) is not None:
+        start = space.allocate(point)
+        found.append(WarmStart("start", space.realised(start, point) or {}, start))
+    return found
 
 
 def unit_sobol(dimensions: int, index: int, seed: int) -> list[float]:

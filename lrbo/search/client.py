@@ -30,7 +30,7 @@ from botorch.models import SingleTaskGP
 
 from lrbo.search.base import Space
 
-METRIC = "loss"
+METRIC, SIZE = "loss", "size"
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,12 @@ class Observation:
     Attributes:
         point: The point that was evaluated.
         loss: The objective, to be minimised; ``None`` while the trial runs.
+        size: What is minimised as well, where a front is searched.
     """
 
     point: Mapping[str, float]
     loss: float | None
+    size: float | None = None
 
 
 class CappedSingleTaskGP(SingleTaskGP):  # type: ignore[misc]
@@ -91,7 +93,12 @@ class SearchClient:
         # Ax wants plain identifiers: a dot in a constrained name is an error there.
         self._ids = {name: f"r_{i:03d}" for i, name in enumerate(space.names)}
 
-    def ask(self, trial_index: int, observations: Sequence[Observation]) -> dict[str, float]:
+    def ask(
+        self,
+        trial_index: int,
+        observations: Sequence[Observation],
+        reference: tuple[float, float] | None = None,
+    ) -> dict[str, float]:
         """Return the point that Ax proposes for a trial.
 
         Where the budget is a linear constraint of the search space, the point meets it exactly.
@@ -99,6 +106,9 @@ class SearchClient:
         Args:
             trial_index: Seeds this proposal, together with the seed of the study.
             observations: All that is known; at least one must have a loss.
+            reference: Loss and size beyond which a trial is of no use: the proposal is for the
+                whole front below it (expected hypervolume improvement). ``None`` minimises the
+                loss alone.
 
         Raises:
             ValueError: If no observation has a loss.
@@ -110,11 +120,16 @@ class SearchClient:
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), _one_thread():
             warnings.simplefilter("ignore")  # numerical chatter of gpytorch and ax
             torch.manual_seed(seed)
-            client = self._rebuild(observations, seed)
+            client = self._rebuild(observations, reference, seed)
             (parameters,) = client.get_next_trials(max_trials=1).values()
         return {name: float(parameters[identifier]) for name, identifier in self._ids.items()}
 
-    def _rebuild(self, observations: Sequence[Observation], seed: int) -> Client:
+    def _rebuild(
+        self,
+        observations: Sequence[Observation],
+        reference: tuple[float, float] | None,
+        seed: int,
+    ) -> Client:
         """Return an Ax client that holds exactly these observations."""
         space = self.space
         constraints = []
@@ -147,20 +162,28 @@ class SearchClient:
             point = {self._ids[name]: value for name, value in observation.point.items()}
             trial = experiment.new_trial(generator_run=GeneratorRun(arms=[Arm(parameters=point)]))
             trial.mark_running(no_runner_required=True)
-            if observation.loss is not None:
-                rows.append(
-                    {
-                        "trial_index": trial.index,
-                        "arm_name": trial.arm.name,
-                        "metric_name": METRIC,
-                        "metric_signature": METRIC,
-                        "mean": observation.loss,
-                        "sem": 0.0,  # the loss is deterministic; also what makes Ax repeatable
-                    }
-                )
+            values = {METRIC: observation.loss, SIZE: observation.size}
+            rows += [
+                {
+                    "trial_index": trial.index,
+                    "arm_name": trial.arm.name,
+                    "metric_name": metric,
+                    "metric_signature": metric,
+                    "mean": value,
+                    "sem": 0.0,  # both are deterministic; also what makes Ax repeatable
+                }
+                for metric, value in values.items()
+                if value is not None and (reference is not None or metric == METRIC)
+            ]
         client = Client(random_seed=seed)
         client.set_experiment(experiment)
-        client.configure_optimization(objective=f"-{METRIC}")
+        if reference is None:
+            client.configure_optimization(objective=f"-{METRIC}")
+        else:  # constraints on objectives are the reference point of their hypervolume
+            bounds = [f"{METRIC} <= {reference[0]:.12f}", f"{SIZE} <= {reference[1]:.12f}"]
+            client.configure_optimization(
+                objective=f"-{METRIC}, -{SIZE}", outcome_constraints=bounds
+            )
         experiment.attach_data(Data(df=pd.DataFrame(rows)))
         for trial, observation in zip(experiment.trials.values(), observations, strict=True):
             if observation.loss is not None:

@@ -14,7 +14,9 @@ import torch
 from lrbo.allocation import Allocation
 from lrbo.errors import StudyError
 from lrbo.executors.base import Evaluate, Executor, Job
+from lrbo.search.base import WarmStart
 from lrbo.search.client import Observation, SearchClient
+from lrbo.search.front import reference_point
 from lrbo.search.study import Study
 from lrbo.tracking import Tracker
 from lrbo.trial import Origin, TrialRecord, TrialRequest, TrialResult
@@ -33,12 +35,17 @@ class SearchSettings:
         initial: Trials before the surrogate takes over: baseline, start values, Sobol points.
         kl_weight: Weight of the divergence in ``nll + kl_weight * kl_dense_to_compressed``.
         seed: Of the study.
+        size: Metric that is minimised beside the loss, for a whole front; ``None`` for the
+            lowest loss at one budget.
+        thresholds: Loss and size from which on a trial of a front is of no use, by name.
     """
 
     trials: int
     initial: int
     kl_weight: float
     seed: int
+    size: str | None = None
+    thresholds: Mapping[str, float] = field(default_factory=dict)
 
     def objective(self, metrics: Mapping[str, float]) -> float:
         """Return what is minimised, nats per token."""
@@ -95,19 +102,32 @@ class SearchLoop:
                 time.sleep(self.poll_s)
 
     @cached_property
-    def _warm_starts(self) -> list[tuple[Origin, Mapping[str, float], Allocation]]:
-        """Return the trials that need no search, first the baseline, with their variables."""
-        space = self.client.space
-        uniform = space.uniform()
-        found: list[tuple[Origin, Mapping[str, float], Allocation]] = [
-            ("uniform", space.realised(uniform, {}) or {}, uniform)
-        ]
-        if (analytic := space.analytic()) is not None:
-            found.append(("analytic", analytic[1], analytic[0]))
-        if (point := space.start_point()) is not None:
-            start = space.allocate(point)
-            found.append(("start", space.realised(start, point) or {}, start))
-        return found
+    def _warm_starts(self) -> list[WarmStart]:
+        """Return the trials that need no search."""
+        return self.client.space.warm_starts()
+
+    def evaluate(self, origin: Origin, point: Mapping[str, float]) -> TrialRecord:
+        """Evaluate one more point, chosen by the caller, as a trial like all others.
+
+        Args:
+            origin: Who chose it.
+            point: Of the space.
+        """
+        index = max(self.study.state.trials, default=-1) + 1
+        start = time.perf_counter()
+        allocation = self.client.space.allocate(point)
+        variables = self.client.space.realised(allocation, point) or {}
+        seconds = {"suggestion": 0.0, "allocation": time.perf_counter() - start}
+        request = TrialRequest(
+            index, origin, variables, allocation, self.settings.seed * 100_003 + index
+        )
+        self.study.record_suggestion(request, seconds)
+        self._start(request)
+        job = self.jobs.pop(index)
+        while not job.done():
+            time.sleep(self.poll_s)
+        self._end(job.result())
+        return self.study.state.trials[index]
 
     def _next_request(self) -> TrialRequest | None:
         """Return what to run next: first what an interruption left open."""
@@ -138,14 +158,17 @@ class SearchLoop:
 
         variables: Mapping[str, float]
         if index < len(self._warm_starts):
-            origin, variables, allocation = self._warm_starts[index]
+            known_start = self._warm_starts[index]
+            origin, variables = known_start.origin, known_start.point
+            allocation = known_start.allocation
         else:
             observations = self._observations()
             known = any(observation.loss is not None for observation in observations)
             if index < self.settings.initial or not known:
                 origin, point = "sobol", space.sobol_point(index - 1, seed)
             else:
-                origin, point = "model", self.client.ask(index, observations)
+                point = self.client.ask(index, observations, self._reference())
+                origin = "model"
             allocation, place = self._new_allocation(point, allocate, taken, seed + index)
             variables = space.realised(allocation, place) or {}
         seconds = {
@@ -184,6 +207,13 @@ class SearchLoop:
             allocation = allocate(place)
         return allocation, place
 
+    def _reference(self) -> tuple[float, float] | None:
+        """Return loss and size beyond which trials of a front are of no use."""
+        size = self.settings.size
+        if size is None:
+            return None
+        return reference_point(self.study.state.completed, size, self.settings.thresholds)
+
     def _observations(self) -> list[Observation]:
         """Return what the surrogate may know: ended trials with a value, and running ones."""
         seen = []
@@ -192,7 +222,8 @@ class SearchLoop:
                 continue  # the baseline compresses layers that the space keeps dense
             if record.is_completed:
                 loss = self.settings.objective(record.metrics)
-                seen.append(Observation(record.request.variables, loss))
+                size = record.metrics[self.settings.size] if self.settings.size else None
+                seen.append(Observation(record.request.variables, loss, size))
             elif record.result is None:
                 seen.append(Observation(record.request.variables, None))
         return seen

@@ -14,7 +14,9 @@ from lrbo.errors import ConfigError
 from lrbo.model import LayerSpec
 from lrbo.search.base import (
     LinearConstraint,
+    WarmStart,
     assign_groups,
+    known_starts,
     least_loss,
     require_feasible,
     uniform_ratios,
@@ -76,6 +78,14 @@ class SearchSpace:
     rank_multiple: int
     start: Start
     curves: Curves = field(default_factory=dict)
+
+    def at(self, budget: Budget) -> SearchSpace:
+        """Return the space under another budget."""
+        return replace(self, budget=budget)
+
+    def warm_starts(self) -> list[WarmStart]:
+        """Return the trials that need no search, first the baseline."""
+        return known_starts(self)
 
     def with_curves(self, curves: Curves) -> SearchSpace:
         """Return the space with the loss curves of the layers."""

@@ -1,0 +1,101 @@
+"""The loop that evaluates trials of a study, for the search and for single points."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from lrbo import builders, config
+from lrbo.commands.view import digests, make_tracker
+from lrbo.executors.inline import InlineExecutor
+from lrbo.progress import Reporter
+from lrbo.search.client import SearchClient
+from lrbo.search.front import pareto_front
+from lrbo.search.front_space import KEEP_RATIO, FrontSpace
+from lrbo.search.loop import SearchLoop, SearchSettings
+from lrbo.search.study import Study
+from lrbo.trial import TrialRecord
+from lrbo.worker import Worker
+
+# A trial that keeps so little less than wanted leaves nothing to gain between its neighbours.
+CLOSE = 0.002
+
+
+def search_loop(
+    plan: builders.Plan,
+    study: Study,
+    worker: Worker,
+    reporter: Reporter,
+    *,
+    on_trial: Callable[[TrialRecord], None] = lambda _: None,
+) -> SearchLoop:
+    """Return the loop of a study, its tracker started and up to date.
+
+    Args:
+        plan: Of the study.
+        study: Locked.
+        worker: Evaluates a request.
+        reporter: Shows progress.
+        on_trial: Told each trial that ended.
+    """
+    chosen = plan.config
+    settings = SearchSettings(
+        trials=chosen.search.trials,
+        initial=chosen.search.initial,
+        kl_weight=chosen.search.kl_weight,
+        seed=chosen.seed,
+        size=None if chosen.budget.lowest is None else chosen.search.size,
+        thresholds=chosen.search.thresholds,
+    )
+    space = builders.informed_space(plan, study, worker, reporter)
+    tracker = make_tracker(chosen, study)
+    tracker.start(config.flat(chosen) | digests(study))
+    tracker.sync(study.state.records)
+    return SearchLoop(
+        study=study,
+        client=SearchClient(space, seed=chosen.seed),
+        worker=worker,
+        executor=InlineExecutor(),
+        tracker=tracker,
+        settings=settings,
+        on_trial=on_trial,
+    )
+
+
+def evaluate_between(plan: builders.Plan, study: Study, ratio: float, reporter: Reporter) -> None:
+    """Evaluate the point of a front at a keep ratio, on the line between its neighbours.
+
+    It becomes a trial of the study, so that it is chosen only if it is better than what was
+    found before. Nothing is done at one budget, where a trial is close already, or where the
+    ratio is not between two points of the front.
+
+    Args:
+        plan: Of the study.
+        study: Not locked.
+        ratio: Wanted keep ratio.
+        reporter: Shows progress.
+
+    Raises:
+        StudyError: If the study is locked: a search is adding trials to it.
+    """
+    space = plan.space
+    if not isinstance(space, FrontSpace):
+        return
+    front = pareto_front(study.state.completed)
+    if any(0 <= ratio - record.metrics["keep_ratio"] < CLOSE for record in front):
+        return
+    points = [record.request.variables for record in front]
+    point = space.between([found for found in points if KEEP_RATIO in found], ratio)
+    if point is None:
+        return
+    with study.locked():
+        worker = builders.build_worker(plan, study, reporter)
+        loop = search_loop(plan, study, worker, reporter)
+        try:
+            record = loop.evaluate("between", point)
+        finally:
+            loop.tracker.finish(completed=True)
+    if record.is_completed:
+        reporter.say(
+            f"Trial {record.request.trial_index}, between two points of the front: keep ratio "
+            f"{record.metrics['keep_ratio']:.4f}, perplexity {record.metrics['perplexity']:.3f}"
+        )

@@ -1,0 +1,174 @@
+"""A space of one budget with the keep ratio as one more variable, for a whole Pareto front."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from lrbo.accounting import dense_parameters
+from lrbo.allocation import Allocation, Budget, Cost
+from lrbo.model import LayerSpec
+from lrbo.search.base import LinearConstraint, Space, WarmStart, unit_sobol
+from lrbo.sensitivity import Curves
+
+KEEP_RATIO = "keep_ratio"
+BASELINES = 4  # keep ratios at which the baselines of a front are evaluated
+
+
+@dataclass(frozen=True)
+class FrontSpace:
+    """What is searched where the budget is searched too.
+
+    A point is one of the space inside, at the budget that ``keep_ratio`` names. Every allocation
+    uses its own budget up.
+
+    Attributes:
+        inside: Of any one budget in the range.
+        layers: The layers that the budget covers.
+        lowest: Smallest keep ratio.
+        highest: Largest one: the ceiling.
+    """
+
+    inside: Space
+    layers: tuple[LayerSpec, ...]
+    lowest: float
+    highest: float
+
+    def at(self, budget: Budget) -> FrontSpace:
+        """Return the same space: it has budgets of its own."""
+        del budget
+        return self
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Return the names of the variables, the keep ratio last."""
+        return (*self.inside.names, KEEP_RATIO)
+
+    @property
+    def bounds(self) -> Mapping[str, tuple[float, float]]:
+        """Return the smallest and largest value of each variable."""
+        return {**self.inside.bounds, KEEP_RATIO: (self.lowest, self.highest)}
+
+    @property
+    def constraint(self) -> LinearConstraint | None:
+        """Return the constraint of the space inside, whose bound rises with the keep ratio."""
+        small, large = (self._at(ratio).constraint for ratio in (self.lowest, self.highest))
+        if small is None or large is None:
+            return None
+        slope = (large.bound - small.bound) / (self.highest - self.lowest)
+        return LinearConstraint(
+            {**large.weights, KEEP_RATIO: -slope},
+            large.bound - slope * self.highest,
+            large.is_equality,
+        )
+
+    @property
+    def budget(self) -> Budget:
+        """Return the ceiling."""
+        return Budget.from_keep_ratio(self.layers, self.highest)
+
+    @property
+    def cost(self) -> Cost:
+        """Return the stored parameters of a layer at a rank."""
+        return self.inside.cost
+
+    def with_curves(self, curves: Curves) -> FrontSpace:
+        """Return the space with the loss curves of the layers."""
+        return replace(self, inside=self.inside.with_curves(curves))
+
+    def allocate(self, point: Mapping[str, float]) -> Allocation:
+        """Turn a point into ranks that use the budget of its keep ratio up."""
+        return self._at(point[KEEP_RATIO]).allocate(_inside(point))
+
+    def uniform(self) -> Allocation:
+        """Return the baseline at the ceiling."""
+        return self._at(self.highest).uniform()
+
+    def analytic(self) -> tuple[Allocation, Mapping[str, float]] | None:
+        """Return the allocation of least predicted loss at the ceiling, with its point."""
+        found = self._at(self.highest).analytic()
+        return found and (found[0], self._with_ratio(found[1], self.highest))
+
+    def start_point(self) -> Mapping[str, float] | None:
+        """Return the configured start at the ceiling, if there is one."""
+        found = self._at(self.highest).start_point()
+        return found and self._with_ratio(found, self.highest)
+
+    def warm_starts(self) -> list[WarmStart]:
+        """Return what the space inside begins with, at keep ratios from the ceiling down.
+
+        All baselines come first, then all allocations of least predicted loss: the front that
+        the search has to beat.
+        """
+        step = (self.highest - self.lowest) / (BASELINES - 1)
+        # Decimals as one would type them, not 0.7666666666666667.
+        ratios = [round(self.highest - step * place, 4) for place in range(BASELINES)]
+        ratios[-1] = self.lowest
+        found = [(ratio, self._at(ratio).warm_starts()) for ratio in ratios]
+        return [
+            WarmStart(start.origin, self._with_ratio(start.point, ratio), start.allocation)
+            for place in range(max(len(starts) for _, starts in found))
+            for ratio, starts in found
+            for start in starts[place : place + 1]
+        ]
+
+    def between(
+        self, points: Sequence[Mapping[str, float]], ratio: float
+    ) -> dict[str, float] | None:
+        """Return the point at a keep ratio on the line between its two neighbours.
+
+        Args:
+            points: Of this space.
+            ratio: Wanted keep ratio.
+
+        Returns:
+            ``None`` if there is no neighbour on one of the sides.
+        """
+        below = [point for point in points if point[KEEP_RATIO] <= ratio]
+        above = [point for point in points if point[KEEP_RATIO] > ratio]
+        if not below or not above:
+            return None
+        small = max(below, key=lambda point: point[KEEP_RATIO])
+        large = min(above, key=lambda point: point[KEEP_RATIO])
+        share = (ratio - small[KEEP_RATIO]) / (large[KEEP_RATIO] - small[KEEP_RATIO])
+        values = [(1 - share) * small[name] + share * large[name] for name in self.names[:-1]]
+        return dict(zip(self.names, self.project([*values, ratio]), strict=True))
+
+    def realised(
+        self, allocation: Allocation, point: Mapping[str, float]
+    ) -> Mapping[str, float] | None:
+        """Return the point that an allocation stands at, for the surrogate."""
+        found = self.inside.realised(allocation, _inside(point))
+        if found is None:
+            return None
+        # Where the budget is a constraint, the point must meet it with the ratio that was kept.
+        if self.inside.constraint is not None or KEEP_RATIO not in point:
+            return {**found, KEEP_RATIO: allocation.parameters / dense_parameters(self.layers)}
+        return {**found, KEEP_RATIO: point[KEEP_RATIO]}
+
+    def project(self, values: Sequence[float]) -> list[float]:
+        """Return the nearest point of this keep ratio, or of the nearest one in the range."""
+        ratio = min(max(values[-1], self.lowest), self.highest)
+        return [*self._at(ratio).project(values[:-1]), ratio]
+
+    def sobol_point(self, index: int, seed: int) -> dict[str, float]:
+        """Return a point of a scrambled Sobol sequence; a function of index and seed alone."""
+        unit = unit_sobol(len(self.names), index, seed)
+        values = [
+            low + (high - low) * value
+            for value, (low, high) in zip(unit, self.bounds.values(), strict=True)
+        ]
+        return dict(zip(self.names, self.project(values), strict=True))
+
+    def _at(self, ratio: float) -> Space:
+        """Return the space inside, at one budget."""
+        return self.inside.at(Budget.from_keep_ratio(self.layers, ratio))
+
+    def _with_ratio(self, point: Mapping[str, float], ratio: float) -> dict[str, float]:
+        """Return a point with its keep ratio; no point stays none."""
+        return {**point, KEEP_RATIO: ratio} if point else {}
+
+
+def _inside(point: Mapping[str, float]) -> dict[str, float]:
+    """Return a point without its keep ratio."""
+    return {name: value for name, value in point.items() if name != KEEP_RATIO}
