@@ -38,6 +38,7 @@ from lrbo.loading import (
 from lrbo.model import ModelMap, fingerprint, map_model
 from lrbo.preparation import Preparation, curve_needs, loss_curves
 from lrbo.progress import Reporter
+from lrbo.racing import Race
 from lrbo.schema import DataConfig, EvaluateConfig, MethodConfig, ModelConfig, SearchConfig
 from lrbo.search.base import Space
 from lrbo.search.front_space import FrontSpace
@@ -285,6 +286,9 @@ def build_worker(plan: Plan, study: Study, reporter: Reporter) -> Worker:
         dense=dense,
         batch_windows=config.evaluation.batch_windows,
         chunk_tokens=config.evaluation.chunk_tokens,
+        race=None
+        if config.search.racing is None
+        else Race(config.search.racing, config.search.kl_weight),
     )
 
 

@@ -126,6 +126,18 @@ def _check_search(config: SearchConfig) -> list[str]:
     expect(search.initial >= 2, "search.initial", search.initial, "at least 2: baseline and start")
     weight = search.kl_weight
     expect(0 <= weight < math.inf, "search.kl_weight", weight, "a number from 0 on")
+    racing = search.racing
+    expect(
+        racing is None or 0.5 < racing < 1,
+        "search.racing",
+        racing,
+        "a confidence above 0.5 and below 1, or null",
+    )
+    if racing is not None and lowest is not None:
+        problems.append(
+            f"search.racing={racing!r}: trials of a front have no single best to race against; "
+            "set it to null, or give one budget"
+        )
     sizes = " or ".join(SIZES)
     expect(search.size in SIZES, "search.size", search.size, f"{sizes}: metrics of every trial")
     for name, value in search.thresholds.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-Outcome = Literal["completed", "failed", "abandoned"]
+Outcome = Literal["completed", "stopped", "failed", "abandoned"]
 
 
 class LrboError(Exception):

@@ -22,6 +22,13 @@ from lrbo.trial import TrialRecord
 BUSY_SECONDS = 3.0  # that an SQLite file may stay locked before it counts as lost
 MIGRATION_SECONDS = 15.0  # that another process may take to make the tables of a new store
 PAGE = 1000  # runs per answer to a search
+# What MLflow calls the end of a trial.
+ENDED: Mapping[str, str] = {
+    "completed": "FINISHED",
+    "stopped": "KILLED",
+    "failed": "FAILED",
+    "abandoned": "FAILED",
+}
 
 # Else the UI opens on traces of chat models instead of the table of runs.
 _EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
@@ -98,7 +105,7 @@ class StudyRuns:
             if not number.isdecimal():  # a run that somebody else put there
                 continue
             index = int(number)
-            if run.info.status in ("FINISHED", "FAILED"):
+            if run.info.status in ENDED.values():
                 self._shown.add(index)
                 if "nll" in run.data.metrics:
                     self._nll[index] = run.data.metrics["nll"]
@@ -151,7 +158,7 @@ class StudyRuns:
         self._client.log_batch(
             self._parent_id, metrics=_metrics(self._progress(record), ended, index)
         )
-        self._close(run_id, "FINISHED" if record.is_completed else "FAILED", ended)
+        self._close(run_id, ENDED[result.outcome], ended)
         self._shown.add(index)
         return True
 

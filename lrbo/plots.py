@@ -58,6 +58,7 @@ ORIGINS: Mapping[str, OriginStyle] = {
     "start": OriginStyle("paper's ratios", "D", PURPLE),
     "sobol": OriginStyle("Sobol", "^", SKY),
     "model": OriginStyle("surrogate model", "o", BLUE),
+    "between": OriginStyle("between two of the front", "v", GREY),
 }
 
 
@@ -84,7 +85,7 @@ def convergence(
         about: Second line of the title: study, model, budget.
     """
     done = frame[frame["outcome"] == "completed"]
-    lost = frame[frame["outcome"] != "completed"]
+    lost = frame[frame["outcome"].isin(["failed", "abandoned"])]
     figure, (axes,) = new_figure(f"Perplexity over {_trials(len(frame))}", about, 4.6, right=0.83)
     known = [value for value in (dense, uniform) if value is not None]
     perplexity_axis(axes, [*done["perplexity"], *known])

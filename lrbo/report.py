@@ -70,8 +70,9 @@ class _Report:
 def _print_header(study: Study, report: _Report) -> None:
     """Print what was searched."""
     state = study.state
-    failed = len(state.ended) - len(state.completed)
+    failed = len(state.ended) - len(state.completed) - len(state.stopped)
     parts = [f"{len(state.completed)} completed"]
+    parts += [f"{len(state.stopped)} stopped early"] if state.stopped else []
     parts += [f"{failed} without a value"] if failed else []
     parts += [f"{len(state.open)} not ended"] if state.open else []
     tokens = summary(study)["tokens_scored"]
@@ -200,7 +201,7 @@ def _print_failures(study: Study, report: _Report) -> None:
     """Print which trials have no value, and why."""
     reasons: dict[tuple[str, str], list[int]] = {}
     for record in study.state.ended:
-        if record.result is not None and not record.is_completed:
+        if record.result is not None and not (record.is_completed or record.is_stopped):
             reason = (record.result.error or "").strip() or "no reason given"
             key = (record.result.outcome, reason.splitlines()[0])
             reasons.setdefault(key, []).append(record.request.trial_index)

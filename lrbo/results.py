@@ -64,8 +64,9 @@ def summary(study: Study) -> dict[str, Any]:
 
     Returns:
         - ``study``: its name;
-        - ``trials_completed``, and ``trials_failed``: those that ended without a value;
-        - ``tokens_scored``: over all completed trials;
+        - ``trials_completed``, ``trials_stopped``: given up early, and ``trials_failed``: those
+          that ended without a value;
+        - ``tokens_scored``: over all trials with a value;
         - ``dense``: ``nll`` (nats per token) and ``perplexity`` on the validation text;
         - ``uniform``: the same, and ``keep_ratio``;
         - ``best``: ``trial``, ``nll``, ``perplexity``, ``keep_ratio``, ``parameters`` (of the
@@ -81,8 +82,9 @@ def summary(study: Study) -> dict[str, Any]:
     return {
         "study": study.name,
         "trials_completed": len(state.completed),
-        "trials_failed": len(state.ended) - len(state.completed),
-        "tokens_scored": int(sum(record.metrics.get("tokens", 0) for record in state.completed)),
+        "trials_stopped": len(state.stopped),
+        "trials_failed": len(state.ended) - len(state.completed) - len(state.stopped),
+        "tokens_scored": int(sum(record.metrics.get("tokens", 0) for record in state.ended)),
         "dense": _pick(state.dense, "nll", "perplexity") if state.dense else None,
         "uniform": _pick(state.uniform.metrics, "nll", "perplexity", "keep_ratio")
         if state.uniform

@@ -90,6 +90,7 @@ class SearchSection:
     trials: int = 30
     initial: int = 7
     kl_weight: float = 0.0
+    racing: float | None = None
     size: str = "keep_ratio"
     thresholds: dict[str, float] = field(default_factory=dict)
 

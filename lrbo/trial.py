@@ -24,6 +24,9 @@ class TrialRequest:
         variables: The point of the search space that the allocation realises.
         allocation: The ranks to evaluate.
         seed: Of this trial.
+        rival: Number of the best trial so far, where the trial is given up once it is surely
+            worse than that one.
+        rival_losses: Of each validation window, of the rival; filled in when the trial starts.
     """
 
     trial_index: int
@@ -31,6 +34,8 @@ class TrialRequest:
     variables: Mapping[str, float]
     allocation: Allocation
     seed: int
+    rival: int | None = None
+    rival_losses: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -39,10 +44,13 @@ class TrialResult:
 
     Attributes:
         trial_index: Number of the trial.
-        outcome: ``"completed"``, ``"failed"`` (may be tried again) or ``"abandoned"``.
-        metrics: Numbers by name; empty unless completed.
+        outcome: ``"completed"``, ``"stopped"`` (given up: surely worse than its rival),
+            ``"failed"`` (may be tried again) or ``"abandoned"``.
+        metrics: Numbers by name; empty without a value. Of a stopped trial the ``objective`` is
+            an estimate, ``objective_sem`` its standard error, and there is no ``nll``.
         seconds: Of the worker, in all.
         error: Why there is no value.
+        window_losses: Loss of each validation window, where trials race; of a completed trial.
     """
 
     trial_index: int
@@ -50,6 +58,7 @@ class TrialResult:
     metrics: Mapping[str, float] = field(default_factory=dict)
     seconds: float = 0.0
     error: str | None = None
+    window_losses: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -74,10 +83,15 @@ class TrialRecord:
 
     @property
     def is_completed(self) -> bool:
-        """Return whether the trial has a value."""
+        """Return whether the trial was evaluated on the whole validation text."""
         return self.result is not None and self.result.outcome == "completed"
 
     @property
+    def is_stopped(self) -> bool:
+        """Return whether the trial was given up, because it was surely worse than the best."""
+        return self.result is not None and self.result.outcome == "stopped"
+
+    @property
     def metrics(self) -> Mapping[str, float]:
-        """Return the metrics; empty unless completed."""
+        """Return the metrics; empty without a value."""
         return {} if self.result is None else self.result.metrics

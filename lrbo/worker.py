@@ -6,11 +6,11 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -22,7 +22,51 @@ from lrbo.evaluation.divergence import DenseReference
 from lrbo.evaluation.perplexity import OnTokens, Perplexity, predictions
 from lrbo.model import ModelMap
 from lrbo.nested import LowRankFactors
+from lrbo.racing import Race, paired_difference, spread_order
 from lrbo.trial import TrialRequest, TrialResult
+
+
+@dataclass
+class WindowLosses:
+    """Losses of some validation windows, whatever the order in which they were scored.
+
+    Attributes:
+        kl_weight: Weight of the divergence in the loss of a window.
+        sums: By window, nll and divergence summed over its tokens, nats.
+        weighted: By window, the mean loss per token.
+        tokens: That were scored.
+    """
+
+    kl_weight: float
+    sums: dict[int, tuple[float, float]] = field(default_factory=dict)
+    weighted: dict[int, float] = field(default_factory=dict)
+    tokens: int = 0
+
+    def add(
+        self, first: int, windows: int, nll: Float[Tensor, " n"], divergence: Float[Tensor, " n"]
+    ) -> None:
+        """Take in consecutive windows, token by token."""
+        pairs = zip(nll.view(windows, -1), divergence.view(windows, -1), strict=True)
+        for place, (lost, diverged) in enumerate(pairs):
+            sums = float(lost.sum()), float(diverged.sum())
+            self.sums[first + place] = sums
+            self.weighted[first + place] = (sums[0] + self.kl_weight * sums[1]) / len(lost)
+        self.tokens += len(nll)
+
+    def beside(self, rival: Sequence[float]) -> tuple[list[float], list[float]]:
+        """Return the losses so far, and those of another trial on the same windows."""
+        places = list(self.weighted)
+        return [self.weighted[place] for place in places], [rival[place] for place in places]
+
+    @property
+    def nll(self) -> float:
+        """Return the summed nll, nats."""
+        return math.fsum(lost for lost, _ in self.sums.values())
+
+    @property
+    def divergence(self) -> float:
+        """Return the summed divergence, nats."""
+        return math.fsum(diverged for _, diverged in self.sums.values())
 
 
 @dataclass
@@ -44,6 +88,7 @@ class Worker:
         batch_windows: Windows per forward pass.
         chunk_tokens: Rows of logits at a time.
         on_tokens: Told the number of tokens after each chunk.
+        race: When to give a trial up; ``None`` scores every one whole.
         buffers: For prefixes that are multiplied out; filled by the first trials.
     """
 
@@ -57,6 +102,7 @@ class Worker:
     batch_windows: int = 4
     chunk_tokens: int = 256
     on_tokens: OnTokens | None = None
+    race: Race | None = None
     buffers: Buffers = field(default_factory=dict)
 
     def __call__(self, request: TrialRequest) -> TrialResult:
@@ -68,40 +114,77 @@ class Worker:
         """
         start = time.perf_counter()
         try:
-            metrics = self._evaluate(request.allocation)
+            losses = self._scored(request)
         except Exception as error:
             outcome = outcome_of(error)
             seconds = time.perf_counter() - start
             reason = f"{type(error).__name__}: {error}"
             return TrialResult(request.trial_index, outcome, {}, seconds, reason)
+        metrics = self._metrics(request, losses)
         seconds = time.perf_counter() - start
-        return TrialResult(request.trial_index, "completed", metrics, seconds)
+        windows = tuple(losses.weighted[index] for index in sorted(losses.weighted))
+        if len(losses.weighted) < len(self.windows):
+            return TrialResult(request.trial_index, "stopped", metrics, seconds)
+        return TrialResult(
+            request.trial_index,
+            "completed",
+            metrics,
+            seconds,
+            window_losses=windows if self.race is not None else (),
+        )
 
-    def _evaluate(self, allocation: Allocation) -> dict[str, float]:
-        """Return the metrics of an allocation on the validation tokens."""
+    def _scored(self, request: TrialRequest) -> WindowLosses:
+        """Score an allocation on the validation windows, or as many as it takes to lose."""
         if self.model.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.model.device)
-        total = Perplexity(0.0, 0)
-        divergence = 0.0
+        losses = WindowLosses(0.0 if self.race is None else self.race.kl_weight)
+        count, width = self.windows.shape
+        starts = range(0, count, self.batch_windows)
+        order = range(len(starts)) if self.race is None else spread_order(len(starts))
         tokens = self.windows.numel()
-        with compressed(self.model, allocation, self.factors, tokens=tokens, buffers=self.buffers):
-            for chunk in predictions(
-                self.model,
-                self.windows,
-                batch_windows=self.batch_windows,
-                chunk_tokens=self.chunk_tokens,
-            ):
-                total += Perplexity(float(chunk.nll.double().sum()), len(chunk.nll))
-                divergence += float(self.dense.kl_dense_to_compressed(chunk).double().sum())
-                if self.on_tokens is not None:
-                    self.on_tokens(len(chunk.nll))
+        with compressed(
+            self.model, request.allocation, self.factors, tokens=tokens, buffers=self.buffers
+        ):
+            for place in order:
+                start = starts[place]
+                windows = self.windows[start : start + self.batch_windows]
+                nll, divergence = [], []
+                for chunk in predictions(
+                    self.model,
+                    windows,
+                    batch_windows=self.batch_windows,
+                    chunk_tokens=self.chunk_tokens,
+                ):
+                    here = replace(chunk, first=chunk.first + start * (width - 1))
+                    nll.append(here.nll.double())
+                    divergence.append(self.dense.kl_dense_to_compressed(here).double())
+                    if self.on_tokens is not None:
+                        self.on_tokens(len(chunk.nll))
+                losses.add(start, len(windows), torch.cat(nll), torch.cat(divergence))
+                if self.race is not None and request.rival_losses:
+                    mine, rival = losses.beside(request.rival_losses)
+                    if self.race.is_lost(mine, rival, count):
+                        break
+        return losses
+
+    def _metrics(self, request: TrialRequest, losses: WindowLosses) -> dict[str, float]:
+        """Return the metrics of a trial: its losses, or what those scored say of its loss."""
+        shared = {
+            "tokens": losses.tokens,
+            "peak_memory_gib": peak_memory_gib(self.model.device),
+            **self.size_metrics(request.allocation),
+        }
+        count = len(self.windows)
+        if len(losses.weighted) < count:
+            difference, error = paired_difference(*losses.beside(request.rival_losses), count)
+            rival = math.fsum(request.rival_losses) / count
+            return {"objective": rival + difference, "objective_sem": error, **shared}
+        total = Perplexity(losses.nll, losses.tokens)
         return {
             "nll": total.mean,
             "perplexity": total.value if total.mean < 700 else math.inf,
-            "kl_dense_to_compressed": divergence / total.tokens,
-            "tokens": total.tokens,
-            "peak_memory_gib": peak_memory_gib(self.model.device),
-            **self.size_metrics(allocation),
+            "kl_dense_to_compressed": losses.divergence / losses.tokens,
+            **shared,
         }
 
     def size_metrics(self, allocation: Allocation) -> dict[str, float]:

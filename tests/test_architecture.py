@@ -23,7 +23,7 @@ ROOMS = """
     search.base search.front
     tracking mlflow_store
     executors.inline executors.base
-    worker trial
+    worker trial racing
     evaluation.divergence evaluation.perplexity
     refit sensitivity
     compression

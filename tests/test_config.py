@@ -171,6 +171,7 @@ BAD_SEARCH: dict[str, Any] = {
     "search.trials": [0],
     "search.initial": [1],
     "search.size": ["latency", "nll"],
+    "search.racing": [0.5, 1.0, math.nan],
     "search.kl_weight": [-0.1, math.inf, math.nan],
     "seed": [-1],
     "data.window": [1],
@@ -259,6 +260,8 @@ def test_thresholds_are_of_what_a_front_minimises(tmp_path: Path) -> None:
     front = changed(search("budget=front"), "studies", str(tmp_path))
     assert check(changed(front, "search.thresholds", {"loss": 4.0, "keep_ratio": 0.85})) == []
     assert len(check(changed(front, "search.thresholds", {"nll": 4.0, "loss": 0.0}))) == 2
+    (problem,) = check(changed(front, "search.racing", 0.99))
+    assert "have no single best to race against" in problem
     assert front.study.endswith("_keep0.5-0.9_seed0")
     assert one.study.endswith("_keep0.8_seed0")
 
@@ -272,9 +275,10 @@ def test_keys_of_the_other_space_are_not_judged(tmp_path: Path) -> None:
 def test_all_bad_values_are_named_in_one_error(tmp_path: Path) -> None:
     found = search("model=hf", "model.path=organisation/name", *RATIOS)
     bad = changed(found, "studies", str(tmp_path))
-    # These are judged by others: by the source of the model, the length of a window, the method
-    # and the type of the space.
+    # These are judged by others: by the source of the model, the length of a window, the method,
+    # the type of the space and the number of budgets.
     judged = {"model.path", "data.validation.tokens", "method.alpha", "space.type"}
+    judged |= {"search.racing"}
     names = sorted(set(BAD_SEARCH) - judged)
     for key in names:
         bad = changed(bad, key, BAD_SEARCH[key][0])

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from lrbo.errors import StudyError
+from lrbo.racing import Race
 from lrbo.search.client import SearchClient
 from lrbo.search.front_space import FrontSpace
 from lrbo.search.loop import SearchLoop, SearchSettings
@@ -52,6 +53,7 @@ class Search:
     real: bool = False
     space: SearchSpace | WeightSpace | FrontSpace = field(default_factory=make_space)
     size: str | None = None
+    race: Race | None = None
     outcomes: dict[int, Any] = field(default_factory=dict)
     store: dict[int, list[TrialRecord]] = field(default_factory=dict)
     tracker: Any = None
@@ -63,7 +65,7 @@ class Search:
         study = DyingStudy(self.folder, fuse)
         client = SearchClient if self.real else lambda s, seed: FakeClient(s, seed=seed, fuse=fuse)
         self.client = client(self.space, seed=SEED)
-        self.worker = FakeWorker(self.space, fuse, self.outcomes)
+        self.worker = FakeWorker(self.space, fuse, self.outcomes, self.race)
         self.executor = FakeExecutor(self.capacity, self.delays, fuse)
         tracker = self.tracker or FakeTracker(self.store, fuse)
 
@@ -79,7 +81,14 @@ class Search:
                 worker=self.worker,
                 executor=self.executor,
                 tracker=tracker,
-                settings=SearchSettings(self.trials, self.initial, self.kl_weight, SEED, self.size),
+                settings=SearchSettings(
+                    self.trials,
+                    self.initial,
+                    self.kl_weight,
+                    SEED,
+                    self.size,
+                    races=self.race is not None,
+                ),
                 on_trial=told,
                 poll_s=0.0,
             ).run()

@@ -45,6 +45,7 @@ def test_a_study_that_only_began_has_every_key_and_no_value(journal: Journal) ->
     assert results.summary(journal.study) == {
         "study": "mine",
         "trials_completed": 0,
+        "trials_stopped": 0,
         "trials_failed": 0,
         "tokens_scored": 0,
         "dense": None,
@@ -75,6 +76,7 @@ def test_summary_says_what_was_written(full: Journal) -> None:
     assert results.summary(full.study) == {
         "study": "mine",
         "trials_completed": 4,
+        "trials_stopped": 0,
         "trials_failed": 1,
         "tokens_scored": 4 * TOKENS,
         "dense": {"nll": 2.0, "perplexity": math.exp(2.0)},

@@ -98,6 +98,12 @@ def _trial_line(record: TrialRecord, study: Study, trials: int) -> str:
     """Return one line about a trial that ended."""
     index, origin = record.request.trial_index, record.request.origin
     head = f"Trial {index + 1:>3}/{trials} {origin:<7}"
+    if record.is_stopped:
+        return (
+            f"{head} stopped after {record.metrics['tokens']:,.0f} tokens: loss "
+            f"{record.metrics['objective']:.4f} +- {record.metrics['objective_sem']:.4f}, "
+            f"{record.seconds['scoring']:5.1f} s"
+        )
     if not record.is_completed:
         assert record.result is not None
         return f"{head} {record.result.outcome}: {record.result.error}"

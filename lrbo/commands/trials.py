@@ -45,6 +45,7 @@ def search_loop(
         seed=chosen.seed,
         size=None if chosen.budget.lowest is None else chosen.search.size,
         thresholds=chosen.search.thresholds,
+        races=chosen.search.racing is not None,
     )
     space = builders.informed_space(plan, study, worker, reporter)
     tracker = make_tracker(chosen, study)

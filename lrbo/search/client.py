@@ -41,11 +41,13 @@ class Observation:
         point: The point that was evaluated.
         loss: The objective, to be minimised; ``None`` while the trial runs.
         size: What is minimised as well, where a front is searched.
+        error: Standard error of the loss, of a trial that was given up early.
     """
 
     point: Mapping[str, float]
     loss: float | None
     size: float | None = None
+    error: float = 0.0
 
 
 class CappedSingleTaskGP(SingleTaskGP):  # type: ignore[misc]
@@ -170,7 +172,8 @@ class SearchClient:
                     "metric_name": metric,
                     "metric_signature": metric,
                     "mean": value,
-                    "sem": 0.0,  # both are deterministic; also what makes Ax repeatable
+                    # Without noise where nothing was estimated, which also makes Ax repeatable.
+                    "sem": observation.error if metric == METRIC else 0.0,
                 }
                 for metric, value in values.items()
                 if value is not None and (reference is not None or metric == METRIC)

@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -38,6 +38,7 @@ class SearchSettings:
         size: Metric that is minimised beside the loss, for a whole front; ``None`` for the
             lowest loss at one budget.
         thresholds: Loss and size from which on a trial of a front is of no use, by name.
+        races: Whether trials may be given up that are surely worse than the best so far.
     """
 
     trials: int
@@ -46,6 +47,7 @@ class SearchSettings:
     seed: int
     size: str | None = None
     thresholds: Mapping[str, float] = field(default_factory=dict)
+    races: bool = False
 
     def objective(self, metrics: Mapping[str, float]) -> float:
         """Return what is minimised, nats per token."""
@@ -175,7 +177,17 @@ class SearchLoop:
             "suggestion": time.perf_counter() - start - allocation_s,
             "allocation": allocation_s,
         }
-        request = TrialRequest(index, origin, variables, allocation, seed * 100_003 + index)
+        best = self.study.state.best() if self.settings.races else None
+        # What the search begins with is scored whole: reports compare with it.
+        rival = None if best is None or index < len(self._warm_starts) else best
+        request = TrialRequest(
+            index,
+            origin,
+            variables,
+            allocation,
+            seed * 100_003 + index,
+            None if rival is None else rival.request.trial_index,
+        )
         self.study.record_suggestion(request, seconds)
         return request
 
@@ -224,6 +236,9 @@ class SearchLoop:
                 loss = self.settings.objective(record.metrics)
                 size = record.metrics[self.settings.size] if self.settings.size else None
                 seen.append(Observation(record.request.variables, loss, size))
+            elif record.is_stopped:
+                loss, error = record.metrics["objective"], record.metrics["objective_sem"]
+                seen.append(Observation(record.request.variables, loss, error=error))
             elif record.result is None:
                 seen.append(Observation(record.request.variables, None))
         return seen
@@ -231,6 +246,10 @@ class SearchLoop:
     def _start(self, request: TrialRequest) -> None:
         """Write down that a trial runs, and hand it out."""
         self.study.record("started", trial=request.trial_index)
+        if request.rival is not None:
+            rival = self.study.state.trials[request.rival].result
+            assert rival is not None, f"trial {request.rival} was the best and has no result"
+            request = replace(request, rival_losses=rival.window_losses)
         self.jobs[request.trial_index] = self.executor.submit(self.worker, request)
 
     def _end(self, result: TrialResult) -> None:
@@ -249,6 +268,7 @@ class SearchLoop:
             metrics=metrics,
             error=error,
             seconds={"scoring": result.seconds},
+            **({"window_losses": result.window_losses} if result.window_losses else {}),
         )
         record = self.study.state.trials[result.trial_index]
         start = time.perf_counter()
@@ -260,7 +280,8 @@ class SearchLoop:
     def _refuse_hopeless(self) -> None:
         """Stop where every trial fails."""
         last = self.study.state.ended[-MAX_FAILURES_IN_A_ROW:]
-        if len(last) == MAX_FAILURES_IN_A_ROW and not any(r.is_completed for r in last):
+        hopeless = not any(record.is_completed or record.is_stopped for record in last)
+        if len(last) == MAX_FAILURES_IN_A_ROW and hopeless:
             assert last[-1].result is not None
             raise StudyError(
                 f"the last {len(last)} trials ended without a value, the last one with: "

@@ -52,6 +52,11 @@ class StudyState:
         return [record for record in self.records if record.is_completed]
 
     @property
+    def stopped(self) -> list[TrialRecord]:
+        """Return the trials that were given up, because they were surely worse than the best."""
+        return [record for record in self.records if record.is_stopped]
+
+    @property
     def ended(self) -> list[TrialRecord]:
         """Return the trials that are over, with or without a value."""
         return [record for record in self.records if record.result is not None]
@@ -88,6 +93,7 @@ class StudyState:
                 event["variables"],
                 Allocation.from_dict(event["allocation"]),
                 event["seed"],
+                event.get("rival"),
             )
             self.trials[event["trial"]] = TrialRecord(request, seconds=dict(event["seconds"]))
         else:
@@ -105,6 +111,7 @@ class StudyState:
                     event["metrics"],
                     event["seconds"]["scoring"],
                     event["error"],
+                    tuple(event.get("window_losses", ())),
                 )
                 self.trials[event["trial"]] = dataclasses.replace(
                     record,
@@ -238,6 +245,7 @@ class Study:
         """Append that a trial was suggested."""
         fields = asdict(request)
         fields["trial"] = fields.pop("trial_index")
+        del fields["rival_losses"]  # which the rival's own trial has
         self.record("suggested", **fields, seconds=dict(seconds))
 
     def _read(self) -> StudyState:
