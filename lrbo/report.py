@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import pandas as pd
 from rich import box
 from rich.console import Console
 from rich.padding import Padding
@@ -43,6 +44,33 @@ def print_report(study: Study, console: Console) -> None:
     _print_allocation(study, report)
     _print_failures(study, report)
     _print_seconds(study, report)
+
+
+def print_comparison(table: pd.DataFrame, console: Console) -> None:
+    """Print several studies, one line each, at most 80 columns wide.
+
+    Args:
+        table: From :func:`lrbo.results.comparison`.
+        console: Where to.
+    """
+    report = _Report(console, min(console.width, WIDTH))
+    shown = _table("method", "space", "kept", "seed", "trials", "uniform", "best", "test", gap=0)
+    for row in table.to_dict("records"):
+        shown.add_row(
+            str(row["method"]),
+            str(row["space"]),
+            _number(_known(row["keep_ratio"]), ".1%"),
+            str(row["seed"]),
+            str(row["trials"]),
+            *(_perplexity(_known(row[key])) for key in ("uniform", "best", "test")),
+        )
+    report.part(f"Perplexity of {len(table)} studies", shown)
+    report.note("uniform, best: on the validation text; test: the best trial on the test text")
+
+
+def _known(value: float) -> float | None:
+    """Return a number of a table; ``None`` where it is missing."""
+    return None if math.isnan(value) else value
 
 
 @dataclass(frozen=True)

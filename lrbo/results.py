@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
@@ -179,6 +179,38 @@ def frame(study: Study) -> pd.DataFrame:
     numbers = [*METRICS, "seconds", *(f"{stage}_s" for stage in STAGES), "best_perplexity"]
     types = {"trial": int, "is_best": bool, "on_front": bool, **dict.fromkeys(numbers, float)}
     return table.astype(types)
+
+
+def comparison(studies: Sequence[Study]) -> pd.DataFrame:
+    """Return a table with one row per study, in the given order.
+
+    Returns:
+        ``study``, ``model``, ``method``, ``space``, ``keep_ratio`` (that of the best trial),
+        ``seed``, ``trials`` (with a value), perplexity of ``dense``, ``uniform``, ``analytic``
+        and ``best`` on the validation text and of the best on the ``test`` text; missing where it
+        is not known.
+    """
+    rows = []
+    for study in studies:
+        config, found = _config(study), summary(study)
+        analytic = next((r for r in study.state.completed if r.request.origin == "analytic"), None)
+        best = found["best"] or {}
+        rows.append(
+            {
+                "study": study.name,
+                **{key: config[key]["name"] for key in ("model", "method", "space")},
+                "keep_ratio": best.get("keep_ratio"),
+                "seed": config["seed"],
+                "trials": found["trials_completed"] + found["trials_stopped"],
+                "dense": (found["dense"] or {}).get("perplexity"),
+                "uniform": (found["uniform"] or {}).get("perplexity"),
+                "analytic": None if analytic is None else analytic.metrics["perplexity"],
+                "best": best.get("perplexity"),
+                "test": found["test"].get("best", {}).get("perplexity"),
+            }
+        )
+    numbers = ("keep_ratio", "dense", "uniform", "analytic", "best", "test")
+    return pd.DataFrame(rows).astype(dict.fromkeys(numbers, float))
 
 
 def ranks_frame(study: Study, record: TrialRecord) -> pd.DataFrame:

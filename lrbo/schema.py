@@ -158,7 +158,7 @@ class SearchConfig:
 class ReportConfig:
     """conf/report.yaml."""
 
-    study: str = MISSING
+    study: Any = MISSING
     studies: str = "studies"
     sync: bool = False
     figures: bool = True

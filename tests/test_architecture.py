@@ -50,7 +50,7 @@ BORDERS = {
     "omegaconf": {"config", "cli"},
     "datasets": {"calibration.corpus"},
     "matplotlib": {"plots", "drawing"},
-    "pandas": {"results", "plots", "search.client"},
+    "pandas": {"results", "plots", "report", "search.client"},
     "accelerate": {"export", "lazy"},
     "tokenizers": {"loading"},
     "lm_eval": set[str](),

@@ -1,5 +1,6 @@
 """Each command, in process, on the tiny model; bad input leaves everything as it was."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -228,3 +229,41 @@ def test_the_completion_script_is_shell_code() -> None:
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
     assert "complete -o nospace" in script
     assert lrbo_command("--completion", "tcsh").status == 2
+
+
+# --- sweeps ------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_sweep_makes_a_study_per_job_goes_on_when_typed_again_and_is_compared(
+    tmp_path: Path,
+) -> None:
+    def lrbo_process(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", "from lrbo.cli import main; main()", *arguments]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    sweep = ["search", "-m", "experiment=tiny", "method=svd_llm,bolaco", "seed=0,1"]
+    sweep += ["search.trials=4", "study=sweep_${method.name}_${seed}"]
+    first = lrbo_process(*sweep)
+    assert first.returncode == 0, first.stderr
+    names = {f"sweep_{method}_{seed}" for method in ("svd_llm", "bolaco") for seed in (0, 1)}
+    studies = {path.parent.name for path in tmp_path.glob("studies/*/study.json")}
+    assert studies == names
+    # One of them was killed before its last trial ended.
+    journal = tmp_path / "studies" / "sweep_bolaco_1" / "journal.jsonl"
+    whole = journal.read_text(encoding="utf-8").splitlines(keepends=True)
+    (last,) = [i for i, line in enumerate(whole) if '"ended"' in line and '"trial": 3' in line]
+    journal.write_text("".join(whole[:last]), encoding="utf-8")
+    again = lrbo_process(*sweep)
+    assert again.returncode == 0, again.stderr
+    assert len([line for line in again.stderr.splitlines() if line.startswith("Trial ")]) == 1
+    ran = lrbo_process("report", "study=sweep_*", "output=json")
+    assert ran.returncode == 0, ran.stderr
+    assert "Perplexity of 4 studies" in ran.stdout
+    assert (tmp_path / "studies" / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    found = json.loads(ran.stdout.splitlines()[-1])["studies"]
+    assert [study["study"] for study in found] == sorted(names)
+    assert all(study["trials_completed"] == 4 for study in found)
+    none = lrbo_process("report", "study=nothing_*")
+    assert none.returncode == 2
+    assert "no study in studies fits study=nothing_*" in none.stderr

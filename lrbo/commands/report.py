@@ -2,29 +2,66 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from lrbo import checks, config
+from lrbo import checks, config, plots
 from lrbo.commands.view import digests, make_tracker, show
+from lrbo.errors import StudyError
 from lrbo.progress import Reporter
-from lrbo.report import print_report
-from lrbo.results import draw_figures, summary
+from lrbo.report import print_comparison, print_report
+from lrbo.results import comparison, draw_figures, summary
 from lrbo.schema import ReportConfig
 from lrbo.search.study import Study
+from lrbo.storage import replacing
 
 
 def run(chosen: ReportConfig, reporter: Reporter) -> dict[str, Any]:
-    """Show what a study found, from its journal alone.
+    """Show what a study found, or compare several, from their journals alone.
 
     Raises:
         StudyError: If there is no such study.
         TrackingError: If ``sync`` is asked for and MLflow cannot be reached.
     """
     checks.require_valid(chosen)
-    study = Study(checks.study_folder(chosen.studies, chosen.study))
-    study.about()  # there must be one
+    names = _names(chosen)
+    studies = [Study(checks.study_folder(chosen.studies, name)) for name in names]
+    for study in studies:
+        study.about()  # there must be one
+    if isinstance(chosen.study, str) and names == [chosen.study]:
+        return _one(chosen, studies[0], reporter)
+    table = comparison(studies)
+    print_comparison(table, Console(highlight=False))
+    if chosen.figures and table["best"].notna().any():
+        path = Path(chosen.studies) / "comparison.png"
+        figure = plots.comparison(table, about=", ".join(names))
+        with replacing(path) as beside:
+            figure.savefig(beside, format="png")
+        reporter.say(f"Figure: {path}")
+    return {"studies": [summary(study) for study in studies]}
+
+
+def _names(chosen: ReportConfig) -> list[str]:
+    """Return the names of the studies that are meant.
+
+    Raises:
+        StudyError: If a pattern fits none.
+    """
+    if not isinstance(chosen.study, str):
+        return [str(name) for name in chosen.study]
+    if not set(chosen.study) & set("*?["):
+        return [chosen.study]
+    folder = Path(chosen.studies)
+    found = sorted(path.parent.name for path in folder.glob(f"{chosen.study}/study.json"))
+    if not found:
+        raise StudyError(f"no study in {folder} fits study={chosen.study}; look with: ls {folder}")
+    return found
+
+
+def _one(chosen: ReportConfig, study: Study, reporter: Reporter) -> dict[str, Any]:
+    """Show what one study found."""
     if chosen.sync:
         changes = [f"studies={chosen.studies}", "tracking.enabled=true"]
         stored = config.stored_config(study.config_yaml(), changes)
