@@ -80,13 +80,26 @@ def run(command: str, arguments: Sequence[str]) -> None:
     """Run one command as a Hydra application."""
     arguments = [quoted(argument) for argument in arguments]
     overrides = [argument for argument in arguments if not argument.startswith("-")]
-    if not {"--multirun", "-m"} & set(arguments):
-        problems = config.find_problems(command, overrides)
-        if problems:
-            rest = [override for override in overrides if override not in problems]
-            fail(ConfigError([*problems.values(), *_value_problems(command, rest)]))
+    problems = _problems(command, overrides, sweeps=bool({"--multirun", "-m"} & set(arguments)))
+    if problems:
+        fail(ConfigError(problems))
     sys.argv = [f"lrbo {command}", *arguments]
     _application(command)()
+
+
+def _problems(command: str, overrides: Sequence[str], *, sweeps: bool) -> list[str]:
+    """Return what is wrong with a command line, of a sweep with any of its jobs."""
+    try:
+        jobs = config.jobs(overrides) if sweeps else [list(overrides)]
+    except ConfigError as error:
+        return error.problems
+    found: dict[str, None] = {}
+    for job in jobs:
+        problems = config.find_problems(command, job)
+        if problems:
+            rest = [override for override in job if override not in problems]
+            found |= dict.fromkeys([*problems.values(), *_value_problems(command, rest)])
+    return list(found)
 
 
 def quoted(argument: str) -> str:

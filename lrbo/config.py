@@ -5,11 +5,13 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -59,6 +61,28 @@ def conf_folder() -> Path:
         if (folder / "search.yaml").is_file():
             return folder
     raise ConfigError([f"no conf/ in or beside {package}; install lrbo again"])
+
+
+def jobs(overrides: Sequence[str]) -> list[list[str]]:
+    """Return the overrides of every job of a sweep, as Hydra's own sweeper makes them.
+
+    Args:
+        overrides: As typed: ``seed=0,1`` or ``seed=range(4)`` stands for several values.
+
+    Raises:
+        ConfigError: If an override is not what Hydra can read.
+    """
+    try:
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
+    except HydraException as error:
+        raise ConfigError([_plain(error)]) from error
+    choices = [
+        [f"{one.get_key_element()}={value}" for value in one.sweep_string_iterator()]
+        if one.is_sweep_override()
+        else [str(one.input_line)]
+        for one in parsed
+    ]
+    return [list(job) for job in product(*choices)]
 
 
 def find_problems(command: str, overrides: Sequence[str]) -> dict[str, str]:

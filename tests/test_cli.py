@@ -1,5 +1,6 @@
 """Each command, in process, on the tiny model; bad input leaves everything as it was."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -232,6 +233,15 @@ def test_the_completion_script_is_shell_code() -> None:
 
 
 # --- sweeps ------------------------------------------------------------------------------------
+
+
+def test_what_is_wrong_with_any_job_of_a_sweep_is_said_before_the_first(tmp_path: Path) -> None:
+    with contextlib.chdir(tmp_path):
+        ran = lrbo_command("search", "-m", "method=svd,magic", "sead=0,1", "budget.keep_ratio=0.8")
+    assert ran.status == 2
+    assert "method=magic" in ran.err
+    assert ran.err.count("did you mean seed?") == 2  # for sead=0 and sead=1
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

@@ -49,9 +49,13 @@ def test_its_commands_on_the_tiny_model_run(
 
 @pytest.mark.parametrize("line", [line for line in SHELL if line.startswith("lrbo ")])
 def test_every_other_command_line_is_one_that_lrbo_takes(line: str) -> None:
-    command, *overrides = shlex.split(line)[1:]
+    command, *arguments = shlex.split(line)[1:]
     assert command in cli.COMMANDS
-    assert config.find_problems(command, [cli.quoted(override) for override in overrides]) == {}
+    overrides = [cli.quoted(argument) for argument in arguments if argument != "-m"]
+    jobs = config.jobs(overrides) if "-m" in arguments else [overrides]
+    assert (len(jobs) > 1) == ("-m" in arguments)
+    for job in jobs:
+        assert config.find_problems(command, job) == {}
 
 
 def test_every_make_target_exists() -> None:
