@@ -40,7 +40,7 @@ from lrbo.preparation import Preparation, curve_needs, loss_curves
 from lrbo.progress import Reporter
 from lrbo.racing import Race
 from lrbo.schema import DataConfig, EvaluateConfig, MethodConfig, ModelConfig, SearchConfig
-from lrbo.search.base import Space
+from lrbo.search.base import BudgetSpace, Space
 from lrbo.search.front_space import FrontSpace
 from lrbo.search.space import build_space
 from lrbo.search.study import Study
@@ -182,13 +182,16 @@ def _build_space(config: SearchConfig, layers: ModelMap, method: FactorizationMe
     highest, lowest = config.budget.keep_ratio, config.budget.lowest
     if lowest is None:
         return _space_at(highest, config, layers, method)
-    inside = _space_at(lowest, config, layers, method)
+    try:
+        inside = _space_at(lowest, config, layers, method)
+    except BudgetError as error:
+        raise BudgetError(f"budget.lowest={lowest:g}, as one budget: {error}") from error
     return FrontSpace(inside, tuple(layers.compressible), lowest, highest)
 
 
 def _space_at(
     keep_ratio: float, config: SearchConfig, layers: ModelMap, method: FactorizationMethod
-) -> Space:
+) -> BudgetSpace:
     """Build the search space under one budget."""
     space = config.space
     budget = Budget.from_keep_ratio(layers.compressible, keep_ratio)

@@ -144,9 +144,27 @@ def _check_search(config: SearchConfig) -> list[str]:
         known = (LOSS, search.size)
         expect(name in known, f"search.thresholds.{name}", value, f"a key out of {known}")
         expect(0 < value < math.inf, f"search.thresholds.{name}", value, "a number above 0")
-    if search.thresholds and lowest is None:
+    ceiling = search.thresholds.get("keep_ratio", math.inf)
+    if lowest is None:
+        if search.thresholds:
+            problems.append(
+                "search.thresholds are for a front; give budget.lowest, or none of them for one "
+                "budget"
+            )
+        if search.size in SIZES and search.size != "keep_ratio":
+            problems.append(
+                f"search.size={search.size!r} is minimised where a front is searched; give "
+                "budget.lowest, or leave it out"
+            )
+    elif ceiling <= lowest:
         problems.append(
-            "search.thresholds are for a front; give budget.lowest, or none of them for one budget"
+            f"search.thresholds.keep_ratio={ceiling!r}: expected a number above budget.lowest="
+            f"{lowest:g}, for no trial is smaller"
+        )
+    if lowest is not None and config.space.type == "ratios" and not config.space.bounds[-1] >= keep:
+        problems.append(
+            f"space.bounds={list(config.space.bounds)}: expected an upper bound of at least "
+            f"budget.keep_ratio={keep:g}, so that every budget of the front can be used up"
         )
     for section, keys in (
         ("calibration", ("groups", "batch_windows")),

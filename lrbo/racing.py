@@ -20,26 +20,31 @@ class Race:
     1994).
 
     Attributes:
-        confidence: One-sided, of each decision, in (0.5, 1): a trial is given up where the mean
-            difference over all windows is above 0 with this confidence.
+        confidence: One-sided, of a whole trial, in (0.5, 1): one that is no worse than the best
+            over all windows is given up with at most the rest of the probability, however often
+            it is looked at (Bonferroni: the looks share it).
         kl_weight: Weight of the divergence in the loss of a window.
     """
 
     confidence: float
     kl_weight: float = 0.0
 
-    def is_lost(self, mine: Sequence[float], rival: Sequence[float], windows: int) -> bool:
+    def is_lost(
+        self, mine: Sequence[float], rival: Sequence[float], windows: int, looks: int
+    ) -> bool:
         """Return whether the trial is worse, as far as it can be told.
 
         Args:
             mine: Losses of the windows that were scored.
             rival: Those of the best trial on the same windows.
             windows: How many there are in all.
+            looks: How often this is asked of a trial, at most.
         """
         if not LEAST <= len(mine) < windows:
             return False
         difference, error = paired_difference(mine, rival, windows)
-        return difference > float(stdtrit(len(mine) - 1, self.confidence)) * error
+        quantile = 1 - (1 - self.confidence) / max(looks, 1)
+        return difference > float(stdtrit(len(mine) - 1, quantile)) * error
 
 
 def paired_difference(

@@ -169,7 +169,8 @@ def refit(
         of llama's form these come to 1.2 passes more. Second moments cost about as much again.
         Main memory holds the hidden states of all windows twice, one block's site inputs once
         and its residual stream twice, up to ``memory_bytes``; moments are float64, twice
-        ``(2 in)^2`` numbers, or ``(in + out)^2`` for a layer that adds to the stream.
+        ``(2 in)^2`` numbers, or ``(in + out)^2`` for a layer that adds to the stream or is
+        alone at its site and no taller than wide.
     """
     settings = RefitSettings() if settings is None else settings
     chosen = _chosen(layers, allocation, factors)

@@ -153,6 +153,8 @@ def _print_results(study: Study, report: _Report) -> None:
         "kept: share of the parameters of the compressible layers",
         "params, size (in the dtype it ran in), MACs (per token): of the whole model",
     ]
+    if size_metric(study) is not None:
+        notes.append("best: the lowest loss at any size; uniform and others: at the ceiling")
     if "analytic" in by_origin:
         notes.append("analytic: the ranks of least predicted loss")
     notes += _agreement(study)

@@ -97,7 +97,7 @@ def summary(study: Study) -> dict[str, Any]:
         else None,
         "front": [
             {"trial": record.request.trial_index, **_pick(record.metrics, "nll", "keep_ratio")}
-            for record in pareto_front(state.completed)
+            for record in pareto_front(state.completed, size_metric(study) or "parameters")
         ],
         "hypervolume": _hypervolume(study),
         "seconds": {

@@ -58,8 +58,8 @@ class Streams:
         windows: ``(windows, tokens)`` token ids.
         batches: The windows of each forward pass.
         memory_bytes: The limit.
-        writers: Paths inside a block of the layers that add to the residual stream, the first
-            one first; at their sites what the stream lacks before the addition is kept too.
+        writers: Of the attributes, the first one first; at their sites what the stream lacks
+            before the addition is kept too.
     """
 
     def __init__(
@@ -123,15 +123,15 @@ class Streams:
         batches: Sequence[slice],
         asked: Asked | None = None,
     ) -> PairMoments:
-        """Return the moments of what a site reads in the compressed model, and of its drift.
+        """Return the moments of what a site reads in the compressed model, and of what is asked.
 
         Args:
             block: The block, compressed as far as the site needs; what follows is not run.
             index: Its depth.
             site: Path inside the block; the dense stream has passed it.
             batches: The windows that count.
-            asked: Makes of the drift, and at a writer of what the residual stream lacks there
-                (else ``None``), what takes the place of the drift; rows in, rows out.
+            asked: Makes what is asked of the drift and, at a writer, of what the residual stream
+                lacks there (else ``None``); rows in, rows out. By default it is the drift.
 
         Raises:
             StatisticsError: If an input is not finite, or the block does not run the site.
@@ -175,7 +175,7 @@ class Streams:
                         lacking = (there.to(here) - here).flatten(0, -2).to(beside)
                     beside = asked(beside, lacking)
                 rows = torch.cat([inputs, beside], 1)
-                require_finite(f"block {index}: input of {site} and its drift", rows)
+                require_finite(f"block {index}: input of {site} and what is asked of it", rows)
                 moments = moments or Moments.empty(rows.shape[1], rows.device)
                 moments.update(rows)
                 size = inputs.shape[1]

@@ -122,7 +122,6 @@ class Worker:
             return TrialResult(request.trial_index, outcome, {}, seconds, reason)
         metrics = self._metrics(request, losses)
         seconds = time.perf_counter() - start
-        windows = tuple(losses.weighted[index] for index in sorted(losses.weighted))
         if len(losses.weighted) < len(self.windows):
             return TrialResult(request.trial_index, "stopped", metrics, seconds)
         return TrialResult(
@@ -130,7 +129,9 @@ class Worker:
             "completed",
             metrics,
             seconds,
-            window_losses=windows if self.race is not None else (),
+            window_losses=()
+            if self.race is None
+            else tuple(losses.weighted[index] for index in range(len(self.windows))),
         )
 
     def _scored(self, request: TrialRequest) -> WindowLosses:
@@ -163,7 +164,7 @@ class Worker:
                 losses.add(start, len(windows), torch.cat(nll), torch.cat(divergence))
                 if self.race is not None and request.rival_losses:
                     mine, rival = losses.beside(request.rival_losses)
-                    if self.race.is_lost(mine, rival, count):
+                    if self.race.is_lost(mine, rival, count, len(order) - 1):
                         break
         return losses
 

@@ -220,7 +220,9 @@ class FakeWorker:
         losses = [metrics["nll"] + each - sum(hard) / len(hard) for each in hard]
         for count in range(1, self.WINDOWS):
             rival = request.rival_losses
-            if rival and self.race.is_lost(losses[:count], rival[:count], self.WINDOWS):
+            if rival and self.race.is_lost(
+                losses[:count], rival[:count], self.WINDOWS, looks=self.WINDOWS - 1
+            ):
                 gap, error = paired_difference(losses[:count], rival[:count], self.WINDOWS)
                 estimate = {"objective": sum(rival) / len(rival) + gap, "objective_sem": error}
                 return TrialResult(index, "stopped", estimate | {"tokens": 5.0 * count}, 0.5)

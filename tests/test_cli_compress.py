@@ -126,7 +126,7 @@ def test_between_two_points_of_a_front_one_more_is_tried(
     study = Study(Path("studies/front"))
     # The loss of a random model does not rise as it shrinks: take the ends for its front.
     ends = [study.state.trials[index] for index in (11, 8)]
-    monkeypatch.setattr("lrbo.commands.trials.pareto_front", lambda trials: ends)
+    monkeypatch.setattr("lrbo.commands.trials.pareto_front", lambda trials, size: ends)
     ran = lrbo_command("compress", "study=front", "point=keep=0.72", "out=x", "refit.enabled=false")
     assert ran.status == 0, ran.err
     record = Study(Path("studies/front")).state.trials[12]

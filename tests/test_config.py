@@ -260,6 +260,15 @@ def test_thresholds_are_of_what_a_front_minimises(tmp_path: Path) -> None:
     front = changed(search("budget=front"), "studies", str(tmp_path))
     assert check(changed(front, "search.thresholds", {"loss": 4.0, "keep_ratio": 0.85})) == []
     assert len(check(changed(front, "search.thresholds", {"nll": 4.0, "loss": 0.0}))) == 2
+    (problem,) = check(changed(front, "search.thresholds", {"keep_ratio": 0.3}))
+    assert "expected a number above budget.lowest=0.5" in problem
+    assert check(changed(front, "search.size", "macs_per_token")) == []
+    (problem,) = check(changed(one, "search.size", "macs_per_token"))
+    assert "is minimised where a front is searched" in problem
+    ratios = changed(search("budget=front", *RATIOS), "studies", str(tmp_path))
+    assert check(ratios) == []
+    (problem,) = check(changed(ratios, "space.bounds", [0.2, 0.85]))
+    assert problem.startswith("space.bounds=[0.2, 0.85]: expected an upper bound of at least")
     (problem,) = check(changed(front, "search.racing", 0.99))
     assert "have no single best to race against" in problem
     assert front.study.endswith("_keep0.5-0.9_seed0")

@@ -17,7 +17,7 @@ from lrbo.trial import TrialRecord, TrialRequest, TrialResult
 
 def trial(index: int, nll: float, parameters: int) -> TrialRecord:
     request = TrialRequest(index, "sobol", {}, Allocation({}, parameters, Budget(99)), index)
-    metrics = {"nll": nll, "parameters": float(parameters)}
+    metrics = {"objective": nll, "parameters": float(parameters)}
     return TrialRecord(request, TrialResult(index, "completed", metrics))
 
 
@@ -29,8 +29,8 @@ def without_value(index: int, outcome: str | None) -> TrialRecord:
 
 
 def beats(one: TrialRecord, other: TrialRecord) -> bool:
-    mine = (one.metrics["nll"], one.metrics["parameters"])
-    theirs = (other.metrics["nll"], other.metrics["parameters"])
+    mine = (one.metrics["objective"], one.metrics["parameters"])
+    theirs = (other.metrics["objective"], other.metrics["parameters"])
     return mine[0] <= theirs[0] and mine[1] <= theirs[1] and mine != theirs
 
 
@@ -67,7 +67,7 @@ def test_equals_the_comparison_of_all_pairs_in_any_order(values, chooser) -> Non
 def test_runs_from_small_to_large_and_from_high_loss_to_low(values) -> None:
     front = pareto_front(trial(index, *value) for index, value in enumerate(values))
     sizes = [t.metrics["parameters"] for t in front]
-    losses = [t.metrics["nll"] for t in front]
+    losses = [t.metrics["objective"] for t in front]
     assert sizes == sorted(set(sizes))
     assert losses == sorted(set(losses), reverse=True)
     assert bool(front) == bool(values)

@@ -215,3 +215,31 @@ def test_a_point_of_one_s_own_becomes_a_trial_like_all_others(tmp_path: Path) ->
     again.run()  # the tenth trial is there already
     assert again.study.state.trials[9] == record
     assert len(again.study.state.trials) == 10
+
+
+def test_a_point_of_one_s_own_takes_no_number_that_the_search_gives(tmp_path: Path) -> None:
+    """What a search begins with is told by its number."""
+    space = make_front_space(highest=0.76666)
+    search = Search(tmp_path, trials=6, initial=6, space=space, size="keep_ratio")
+    search.run()
+    study = search.study
+    with study.locked():
+        loop = SearchLoop(
+            study=study,
+            client=FakeClient(space, seed=3),
+            worker=FakeWorker(space),
+            executor=FakeExecutor(1, (0,), Fuse()),
+            tracker=NullTracker(),
+            settings=SearchSettings(6, 6, 0.0, 3, "keep_ratio"),
+            poll_s=0.0,
+        )
+        record = loop.evaluate("between", space.sobol_point(0, 0))
+    assert record.request.trial_index == 8
+    again = Search(tmp_path, trials=9, initial=8, space=space, size="keep_ratio")
+    again.run()
+    records = again.study.state.records
+    origins = [record.request.origin for record in records]
+    assert origins == ["uniform"] * 4 + ["analytic"] * 4 + ["between"]
+    # Neither is the ceiling rounded up.
+    assert records[0].request.allocation.parameters <= space.budget.parameters
+    assert records[4].request.variables["keep_ratio"] == 0.76666

@@ -60,21 +60,36 @@ def test_one_look_gives_an_equal_up_as_often_as_it_says(confidence: float) -> No
     lost = 0
     for _ in range(4000):
         differences = list(generator.normal(0.0, 0.3, 5))
-        lost += race.is_lost(differences, [0.0] * 5, windows=10**9)
+        lost += race.is_lost(differences, [0.0] * 5, windows=10**9, looks=1)
     assert lost / 4000 == pytest.approx(1 - confidence, abs=TOLERANCES["share"])
     quantile = stats.t(4).ppf(confidence)  # by its definition, from another module
     even = np.array([0.0, 1.0, 2.0, 3.0, 4.0])
     error = even.std(ddof=1) / 5**0.5
     for share in (0.99, 1.01):
         mine = list(even - even.mean() + share * quantile * error)
-        assert race.is_lost(mine, [0.0] * 5, 10**9) is (share > 1)
+        assert race.is_lost(mine, [0.0] * 5, 10**9, 1) is (share > 1)
+
+
+def test_an_equal_is_given_up_no_more_often_than_it_says_however_often_it_is_looked_at() -> None:
+    """Over all windows the trial is no worse; looking after each batch must not find it so."""
+    generator = np.random.default_rng(2)
+    race, windows, batch, lost = Race(0.9), 64, 4, 0
+    for _ in range(1500):
+        differences = generator.normal(0.0, 0.3, windows)
+        differences -= differences.mean()
+        looked = range(batch, windows, batch)
+        lost += any(
+            race.is_lost(list(differences[:count]), [0.0] * count, windows, len(looked))
+            for count in looked
+        )
+    assert 0 < lost / 1500 <= 0.1
 
 
 def test_nothing_is_said_of_too_few_windows_nor_after_the_last() -> None:
     race = Race(0.9)
     worse, rival = [9.0 + 0.01 * i for i in range(8)], [1.0] * 8
     for count in range(1, 9):
-        assert race.is_lost(worse[:count], rival[:count], 8) is (LEAST <= count < 8)
+        assert race.is_lost(worse[:count], rival[:count], 8, looks=7) is (LEAST <= count < 8)
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 32, 100])

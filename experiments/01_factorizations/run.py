@@ -324,7 +324,7 @@ def show(results: list[dict[str, Any]]) -> None:
             row.get("method", "dense"),
             row.get("allocation", "-"),
             row.get("storage", "-"),
-            _refit_of(row),
+            "yes" if row.get("refit") else "no",
             _calibration_of(row),
             *(_perplexity(row[text]["nll"], dense[text]["nll"]) for text in texts),
             f"{divergence:.3f}",
@@ -339,13 +339,6 @@ def _calibration_of(row: Mapping[str, Any]) -> str:
         return "-"
     seed = f", seed {row['seed']}" if row.get("seed") else ""
     return f"{row['calibration']} {row['tokens'] // 1024}k{seed}"
-
-
-def _refit_of(row: Mapping[str, Any]) -> str:
-    """Return whether a row is refit, and whether with feedback: there are results from before."""
-    if not row.get("refit"):
-        return "no"
-    return "yes" if row["feedback"] else "without feedback"
 
 
 def _perplexity(nll: float, dense: float) -> str:

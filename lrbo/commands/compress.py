@@ -41,7 +41,7 @@ def run(chosen: CompressConfig, reporter: Reporter) -> dict[str, Any]:
     about = study.about()
     point = str(chosen.point)
     records = _points(study, point, chosen.refit.candidates)
-    stored = config.stored_config(study.config_yaml(), [])
+    stored = config.stored_config(study.config_yaml(), [f"studies={chosen.studies}"])
     plan = builders.plan_search(stored, study, checks.check(stored))
     if point.startswith("keep="):
         evaluate_between(plan, study, float(point.removeprefix("keep=")), reporter)
@@ -152,9 +152,11 @@ def _points(study: Study, point: str, candidates: int) -> list[TrialRecord]:
     if not found:
         ratios = sorted(r.metrics["keep_ratio"] for r in completed)
         indices = [r.request.trial_index for r in completed]
+        stopped = [r.request.trial_index for r in study.state.stopped]
         raise StudyError(
             f"study {study.name} has no completed trial for point={point}; it has the trials "
             f"{indices}"
+            + (f", and stopped early: {stopped}" if stopped else "")
             + (f" with keep ratios {ratios[0]:.4f} to {ratios[-1]:.4f}" if ratios else "")
         )
     return found[:candidates]

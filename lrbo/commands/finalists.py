@@ -102,6 +102,7 @@ def output_metric(layers: ModelMap, statistics: LayerStatistics, power: float) -
         layers: The map of the model.
         statistics: Of its layers.
         power: Flattens the moment's spectrum: 1 takes it as it is, 0 weighs all outputs alike.
+            Sizes of errors, which only this changes, are not compared between layers.
     """
 
     def metric(name: str) -> torch.Tensor | None:

@@ -67,16 +67,16 @@ def _search(plan: builders.Plan, study: Study, reporter: Reporter) -> dict[str, 
     chosen = plan.config
     trials = chosen.search.trials
     if study.state.trials:
-        reporter.say(
-            f"Continuing study {study.name}: {len(study.state.ended)} of {trials} trials are done"
-        )
+        done = sum(record.request.origin != "between" for record in study.state.ended)
+        reporter.say(f"Continuing study {study.name}: {done} of {trials} trials are done")
+    is_front = chosen.budget.lowest is not None
     worker = builders.build_worker(plan, study, reporter)
     loop = search_loop(
         plan,
         study,
         worker,
         reporter,
-        on_trial=lambda record: reporter.say(_trial_line(record, study, trials)),
+        on_trial=lambda record: reporter.say(_trial_line(record, study, trials, is_front=is_front)),
     )
     tracker = loop.tracker
     completed = False
@@ -90,11 +90,12 @@ def _search(plan: builders.Plan, study: Study, reporter: Reporter) -> dict[str, 
         tracker.finish(completed=completed)
     print_report(study, Console(highlight=False))
     reporter.say(f"Figures: {study.folder / 'figures'}")
-    reporter.say(f"Next: lrbo compress study={chosen.study} out=FOLDER, or: lrbo dashboard")
+    point = "" if chosen.budget.lowest is None else " point=keep=RATIO"
+    reporter.say(f"Next: lrbo compress study={chosen.study}{point} out=FOLDER, or: lrbo dashboard")
     return summary(study)
 
 
-def _trial_line(record: TrialRecord, study: Study, trials: int) -> str:
+def _trial_line(record: TrialRecord, study: Study, trials: int, *, is_front: bool) -> str:
     """Return one line about a trial that ended."""
     index, origin = record.request.trial_index, record.request.origin
     head = f"Trial {index + 1:>3}/{trials} {origin:<7}"
@@ -109,10 +110,11 @@ def _trial_line(record: TrialRecord, study: Study, trials: int) -> str:
         return f"{head} {record.result.outcome}: {record.result.error}"
     best = study.state.best()
     assert best is not None
+    kept = f" at {record.metrics['keep_ratio']:.1%}" if is_front else ""
     mark = " *" if best.request.trial_index == index else ""
     seconds = record.seconds
     return (
-        f"{head} perplexity {record.metrics['perplexity']:9.3f}  "
+        f"{head} perplexity {record.metrics['perplexity']:9.3f}{kept}  "
         f"best {best.metrics['perplexity']:9.3f}  {seconds['scoring']:5.1f} s "
         f"(+ {seconds['suggestion'] + seconds['allocation']:.1f} s to suggest){mark}"
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from lrbo import builders, config
-from lrbo.commands.view import digests, make_tracker
+from lrbo.commands.view import digests, make_tracker, show
 from lrbo.executors.inline import InlineExecutor
 from lrbo.progress import Reporter
 from lrbo.search.client import SearchClient
@@ -48,6 +48,12 @@ def search_loop(
         races=chosen.search.racing is not None,
     )
     space = builders.informed_space(plan, study, worker, reporter)
+    starts = len(space.warm_starts())
+    if starts >= settings.trials:
+        reporter.say(
+            f"The first {starts} trials are what a search begins with: search.trials="
+            f"{settings.trials} leaves none to search; raise it"
+        )
     tracker = make_tracker(chosen, study)
     tracker.start(config.flat(chosen) | digests(study))
     tracker.sync(study.state.records)
@@ -66,8 +72,8 @@ def evaluate_between(plan: builders.Plan, study: Study, ratio: float, reporter: 
     """Evaluate the point of a front at a keep ratio, on the line between its neighbours.
 
     It becomes a trial of the study, so that it is chosen only if it is better than what was
-    found before. Nothing is done at one budget, where a trial is close already, or where the
-    ratio is not between two points of the front.
+    found before. Nothing is done at one budget, where a trial is close already, where the ratio
+    is not between two points of the front, or where these ranks were tried.
 
     Args:
         plan: Of the study.
@@ -81,22 +87,32 @@ def evaluate_between(plan: builders.Plan, study: Study, ratio: float, reporter: 
     space = plan.space
     if not isinstance(space, FrontSpace):
         return
-    front = pareto_front(study.state.completed)
-    if any(0 <= ratio - record.metrics["keep_ratio"] < CLOSE for record in front):
+    front = pareto_front(study.state.completed, KEEP_RATIO)  # whatever the search minimised
+    if any(0 <= ratio - record.metrics[KEEP_RATIO] < CLOSE for record in front):
         return
     points = [record.request.variables for record in front]
     point = space.between([found for found in points if KEEP_RATIO in found], ratio)
     if point is None:
+        reporter.say(
+            f"keep={ratio:g} is not between two trials of the front that stand in the search "
+            "space: the best trial that keeps at most so much is taken"
+        )
         return
     with study.locked():
         worker = builders.build_worker(plan, study, reporter)
         loop = search_loop(plan, study, worker, reporter)
+        ranks = loop.client.space.allocate(point).ranks
+        done = 0
         try:
-            record = loop.evaluate("between", point)
+            if all(ranks != record.request.allocation.ranks for record in study.state.records):
+                record = loop.evaluate("between", point)
+                if record.is_completed:
+                    reporter.say(
+                        f"Trial {record.request.trial_index}, between two points of the front: "
+                        f"keep ratio {record.metrics[KEEP_RATIO]:.4f}, perplexity "
+                        f"{record.metrics['perplexity']:.3f}"
+                    )
+            show(study, loop.tracker)
+            done = sum(record.request.origin != "between" for record in study.state.ended)
         finally:
-            loop.tracker.finish(completed=True)
-    if record.is_completed:
-        reporter.say(
-            f"Trial {record.request.trial_index}, between two points of the front: keep ratio "
-            f"{record.metrics['keep_ratio']:.4f}, perplexity {record.metrics['perplexity']:.3f}"
-        )
+            loop.tracker.finish(completed=done >= plan.config.search.trials)

@@ -119,11 +119,20 @@ class Space(Protocol):
         """Return the trials that need no search, first the baseline."""
         ...
 
-    def at(self, budget: Budget) -> Space:
+    def with_curves(self, curves: Curves) -> Space:
+        """Return the space with the loss curves of the layers."""
+        ...
+
+
+@runtime_checkable
+class BudgetSpace(Space, Protocol):
+    """A space of one budget, which can be had under another one."""
+
+    def at(self, budget: Budget) -> BudgetSpace:
         """Return the space under another budget."""
         ...
 
-    def with_curves(self, curves: Curves) -> Space:
+    def with_curves(self, curves: Curves) -> BudgetSpace:
         """Return the space with the loss curves of the layers."""
         ...
 

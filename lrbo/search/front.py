@@ -14,7 +14,7 @@ LOSS = "loss"  # the search's objective: nll, and the divergence if it is weight
 def pareto_front(trials: Iterable[TrialRecord], size: str = "parameters") -> list[TrialRecord]:
     """Return the completed trials that no other beats in both loss and size.
 
-    A trial is on the front if no other has a lower or equal ``nll`` and a lower or equal
+    A trial is on the front if no other has a lower or equal ``objective`` and a lower or equal
     size with at least one of them lower. Of equal trials the first is kept.
 
     Args:
@@ -25,10 +25,10 @@ def pareto_front(trials: Iterable[TrialRecord], size: str = "parameters") -> lis
         The front from small to large.
     """
     completed = [trial for trial in trials if trial.is_completed]
-    completed.sort(key=lambda t: (t.metrics[size], t.metrics["nll"], t.request.trial_index))
+    completed.sort(key=lambda t: (t.metrics[size], t.metrics["objective"], t.request.trial_index))
     front: list[TrialRecord] = []
     for trial in completed:
-        if not front or trial.metrics["nll"] < front[-1].metrics["nll"]:
+        if not front or trial.metrics["objective"] < front[-1].metrics["objective"]:
             front.append(trial)
     return front
 

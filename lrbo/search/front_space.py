@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from lrbo.accounting import dense_parameters
 from lrbo.allocation import Allocation, Budget, Cost
 from lrbo.model import LayerSpec
-from lrbo.search.base import LinearConstraint, Space, WarmStart, unit_sobol
+from lrbo.search.base import BudgetSpace, LinearConstraint, WarmStart, unit_sobol
 from lrbo.sensitivity import Curves
 
 KEEP_RATIO = "keep_ratio"
@@ -29,15 +29,10 @@ class FrontSpace:
         highest: Largest one: the ceiling.
     """
 
-    inside: Space
+    inside: BudgetSpace
     layers: tuple[LayerSpec, ...]
     lowest: float
     highest: float
-
-    def at(self, budget: Budget) -> FrontSpace:
-        """Return the same space: it has budgets of its own."""
-        del budget
-        return self
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -103,10 +98,10 @@ class FrontSpace:
         step = (self.highest - self.lowest) / (BASELINES - 1)
         # Decimals as one would type them, not 0.7666666666666667.
         ratios = [round(self.highest - step * place, 4) for place in range(BASELINES)]
-        ratios[-1] = self.lowest
+        ratios[0], ratios[-1] = self.highest, self.lowest
         found = [(ratio, self._at(ratio).warm_starts()) for ratio in ratios]
         return [
-            WarmStart(start.origin, self._with_ratio(start.point, ratio), start.allocation)
+            WarmStart(start.origin, self._place_of(start, ratio), start.allocation)
             for place in range(max(len(starts) for _, starts in found))
             for ratio, starts in found
             for start in starts[place : place + 1]
@@ -160,9 +155,15 @@ class FrontSpace:
         ]
         return dict(zip(self.names, self.project(values), strict=True))
 
-    def _at(self, ratio: float) -> Space:
+    def _at(self, ratio: float) -> BudgetSpace:
         """Return the space inside, at one budget."""
         return self.inside.at(Budget.from_keep_ratio(self.layers, ratio))
+
+    def _place_of(self, start: WarmStart, ratio: float) -> Mapping[str, float]:
+        """Return where a start of the space inside stands here; ``{}`` if nowhere."""
+        if not start.point:
+            return {}
+        return self.realised(start.allocation, self._with_ratio(start.point, ratio)) or {}
 
     def _with_ratio(self, point: Mapping[str, float], ratio: float) -> dict[str, float]:
         """Return a point with its keep ratio; no point stays none."""

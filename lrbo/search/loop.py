@@ -115,7 +115,12 @@ class SearchLoop:
             origin: Who chose it.
             point: Of the space.
         """
-        index = max(self.study.state.trials, default=-1) + 1
+        # Behind all numbers that the search will give: it knows what to begin with by them.
+        index = max(
+            max(self.study.state.trials, default=-1) + 1,
+            self.settings.trials,
+            len(self._warm_starts),
+        )
         start = time.perf_counter()
         allocation = self.client.space.allocate(point)
         variables = self.client.space.realised(allocation, point) or {}
