@@ -400,5 +400,6 @@ def informed_space(plan: Plan, study: Study, worker: Worker, reporter: Reporter)
         settings,
         sensitivity_file(study.folder),
         reporter,
+        apply=given.apply,
     )
     return plan.space.with_curves(curves)

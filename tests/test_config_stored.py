@@ -85,8 +85,11 @@ def test_what_a_study_from_before_did_otherwise_is_listed_and_nothing_else() -> 
     assert config.differences(text, search(*RATIOS)) == [
         "budget.storage: the study has 'factored', the command has 'pivoted'",
         "sensitivity.enabled: the study has False, the command has True",
+        "sensitivity.apply: the study has True, the command has False",
     ]
-    same = search(*RATIOS, "budget.storage=factored", "sensitivity.enabled=false")
+    same = search(
+        *RATIOS, "budget.storage=factored", "sensitivity.enabled=false", "sensitivity.apply=true"
+    )
     assert config.differences(text, same) == []
 
 

@@ -346,6 +346,7 @@ def arguments(tmp_path: Path) -> dict:
 def test_measurements_in_the_study_are_read_not_made_again(
     arguments: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    arguments["apply"] = True
     first = loss_curves(**arguments)
     written = arguments["file"].read_bytes()
     calibration = LossCalibration.load(arguments["file"])
@@ -361,6 +362,13 @@ def test_measurements_in_the_study_are_read_not_made_again(
     again = loss_curves(**arguments)
     assert all(np.array_equal(again[name], curve) for name, curve in first.items())
     assert arguments["file"].read_bytes() == written
+
+
+def test_measurements_are_kept_and_change_no_curve_unasked(arguments: dict) -> None:
+    found = loss_curves(**arguments)
+    for name, factors in arguments["factors"].items():
+        assert np.array_equal(found[name], factors.loss.numpy())
+    assert LossCalibration.load(arguments["file"]).measurements
 
 
 def test_without_points_predictions_are_taken_as_they_are(arguments: dict) -> None:
