@@ -1,5 +1,6 @@
 """Measured losses equal whole forward passes of changed models; predictions follow them."""
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -143,6 +144,48 @@ def test_memory_on_disk_and_the_size_of_chunks_change_nothing(
     assert [(m.layer, m.rank) for m in again] == [(m.layer, m.rank) for m in first]
     for one, other in zip(first, again, strict=True):
         assert other.measured == pytest.approx(one.measured, rel=TOLERANCES["divergence"])
+
+
+def rounded_divergence(
+    model: PreTrainedModel, name: str, factors: LowRankFactors, ids: Tensor
+) -> float:
+    """Return what it costs to run a layer as its factors of full rank, with whole models."""
+
+    def log_probabilities() -> Tensor:
+        with torch.no_grad():
+            return model(ids).logits.double().log_softmax(-1)
+
+    dense = log_probabilities()
+    before = replace_module(model, name, factors.at_rank(factors.max_rank))
+    other = log_probabilities()
+    replace_module(model, name, before)
+    return float((dense.exp() * (dense - other)).sum(-1).mean())
+
+
+def test_rounding_of_half_precision_is_not_taken_for_loss() -> None:
+    """Cuts so small that bfloat16 drowns them: what is left is far below what rounding costs."""
+    exact = build("llama_untied")
+    layers = map_model(exact)
+    factors = plain_factors(layers, exact)
+    arguments = (token_ids(4, 24), SensitivitySettings(layers_per_kind=2, ranks=1, windows=4))
+    curves = curves_of(factors)
+    # The last direction alone is cut, and it is made a thousandth of what it was.
+    small = {}
+    for name, f in factors.items():
+        scale = torch.ones(f.max_rank)
+        scale[f.max_rank // 2 :] = 1e-3
+        small[name] = LowRankFactors(f.left * scale, f.right, f.tail, f.offset, loss=f.loss)
+    for name, f in small.items():
+        with torch.no_grad():
+            exact.get_submodule(name).weight.copy_(f.left @ f.right)
+    rough = copy.deepcopy(exact).bfloat16()
+    true = measure_losses(BlockwiseBody(exact), layers, small, curves, *arguments)
+    halved = {name: f.to(dtype=torch.bfloat16) for name, f in small.items()}
+    found = measure_losses(BlockwiseBody(rough), layers, halved, curves, *arguments)
+    rounding = [rounded_divergence(rough, m.layer, halved[m.layer], arguments[0]) for m in found]
+    assert max(m.measured for m in true) < 0.1 * min(rounding)
+    # Without the subtraction each would be about its rounding.
+    assert sum(m.measured for m in found) < 0.3 * sum(rounding)
 
 
 @pytest.mark.parametrize("place", ["the layer", "the factors"])
