@@ -96,7 +96,9 @@ def _problems(command: str, overrides: Sequence[str], *, sweeps: bool) -> list[s
     found: dict[str, None] = {}
     for job in jobs:
         problems = config.find_problems(command, job)
-        if problems:
+        # A command judges its own values; a sweep's later jobs would be judged hours too late.
+        # What Hydra only knows inside a job (${hydra:job.num}) cannot be judged here.
+        if problems or (sweeps and not any("hydra" in override for override in job)):
             rest = [override for override in job if override not in problems]
             found |= dict.fromkeys([*problems.values(), *_value_problems(command, rest)])
     return list(found)

@@ -241,6 +241,10 @@ def test_what_is_wrong_with_any_job_of_a_sweep_is_said_before_the_first(tmp_path
     assert ran.status == 2
     assert "method=magic" in ran.err
     assert ran.err.count("did you mean seed?") == 2  # for sead=0 and sead=1
+    with contextlib.chdir(tmp_path):
+        ran = lrbo_command("search", "-m", "experiment=tiny", "budget.keep_ratio=0.8,2.0")
+    assert ran.status == 2
+    assert "budget.keep_ratio=2.0: expected a number above 0 and up to 1" in ran.err
     assert not list(tmp_path.iterdir())
 
 
@@ -274,6 +278,13 @@ def test_a_sweep_makes_a_study_per_job_goes_on_when_typed_again_and_is_compared(
     found = json.loads(ran.stdout.splitlines()[-1])["studies"]
     assert [study["study"] for study in found] == sorted(names)
     assert all(study["trials_completed"] == 4 for study in found)
+    two = lrbo_process("report", "study=[sweep_bolaco_0,sweep_svd_llm_1]", "sync=true")
+    assert two.returncode == 0, two.stderr
+    assert "Perplexity of 2 studies" in two.stdout
+    assert two.stderr.count("trials were missing and are there now") == 2
+    assert (
+        "expected a name, a pattern or a list of names" in lrbo_process("report", "study=[]").stderr
+    )
     none = lrbo_process("report", "study=nothing_*")
     assert none.returncode == 2
     assert "no study in studies fits study=nothing_*" in none.stderr

@@ -12,7 +12,9 @@ from lrbo.search.client import Observation, SearchClient
 from lrbo.search.front import hypervolume
 from lrbo.search.front_space import KEEP_RATIO, FrontSpace
 from lrbo.search.loop import SearchLoop, SearchSettings
+from lrbo.search.study import Study
 from lrbo.tracking import NullTracker
+from lrbo.trial import TrialRecord
 from tests.fakes import FakeClient, FakeExecutor, FakeWorker, Fuse, Killed, make_front_space
 from tests.test_loop import Search, assert_same_search
 
@@ -189,6 +191,19 @@ def test_between_two_points_is_on_their_line_at_the_ratio(kind: str) -> None:
     assert space.between(points, ratios[0] - 0.01) is None
 
 
+def one_more(study: Study, space: FrontSpace, trials: int, point: dict[str, float]) -> TrialRecord:
+    """Evaluate a point of one's own, in a loop that would give out ``trials`` numbers."""
+    return SearchLoop(
+        study=study,
+        client=FakeClient(space, seed=3),
+        worker=FakeWorker(space),
+        executor=FakeExecutor(1, (2,), Fuse()),
+        tracker=NullTracker(),
+        settings=SearchSettings(trials, trials, 0.0, 3, "keep_ratio"),
+        poll_s=0.0,
+    ).evaluate("between", point)
+
+
 def test_a_point_of_one_s_own_becomes_a_trial_like_all_others(tmp_path: Path) -> None:
     space = make_front_space()
     search = Search(tmp_path, trials=9, initial=9, space=space, size="keep_ratio")
@@ -198,16 +213,7 @@ def test_a_point_of_one_s_own_becomes_a_trial_like_all_others(tmp_path: Path) ->
     assert point is not None
     study = search.study
     with study.locked():
-        loop = SearchLoop(
-            study=study,
-            client=FakeClient(space, seed=3),
-            worker=FakeWorker(space),
-            executor=FakeExecutor(1, (2,), Fuse()),
-            tracker=NullTracker(),
-            settings=SearchSettings(9, 9, 0.0, 3, "keep_ratio"),
-            poll_s=0.0,
-        )
-        record = loop.evaluate("between", point)
+        record = one_more(study, space, 9, point)
     assert record.is_completed
     assert record.request.origin == "between"
     assert record.request.allocation == space.allocate(point)
@@ -224,16 +230,7 @@ def test_a_point_of_one_s_own_takes_no_number_that_the_search_gives(tmp_path: Pa
     search.run()
     study = search.study
     with study.locked():
-        loop = SearchLoop(
-            study=study,
-            client=FakeClient(space, seed=3),
-            worker=FakeWorker(space),
-            executor=FakeExecutor(1, (0,), Fuse()),
-            tracker=NullTracker(),
-            settings=SearchSettings(6, 6, 0.0, 3, "keep_ratio"),
-            poll_s=0.0,
-        )
-        record = loop.evaluate("between", space.sobol_point(0, 0))
+        record = one_more(study, space, 6, space.sobol_point(0, 0))
     assert record.request.trial_index == 8
     again = Search(tmp_path, trials=9, initial=8, space=space, size="keep_ratio")
     again.run()

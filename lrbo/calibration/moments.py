@@ -37,7 +37,7 @@ def _column_sums(rows: Float[Tensor, "n d"], device: torch.device) -> Float[Tens
     shift sums are small, so that their rounding is nothing beside the entries.
     """
     whole = len(rows) // RUN * RUN
-    runs = rows[:whole].view(-1, RUN, rows.shape[1]).sum(1)
+    runs = rows[:whole].reshape(-1, RUN, rows.shape[1]).sum(1)
     runs = torch.cat([runs, rows[whole:].sum(0, keepdim=True)])
     return runs.to(device).sum(0, dtype=torch.float64)
 

@@ -30,6 +30,8 @@ def run(chosen: ReportConfig, reporter: Reporter) -> dict[str, Any]:
     studies = [Study(checks.study_folder(chosen.studies, name)) for name in names]
     for study in studies:
         study.about()  # there must be one
+        if chosen.sync:
+            _sync(chosen, study, reporter)
     if isinstance(chosen.study, str) and names == [chosen.study]:
         return _one(chosen, studies[0], reporter)
     table = comparison(studies)
@@ -50,7 +52,12 @@ def _names(chosen: ReportConfig) -> list[str]:
         StudyError: If a pattern fits none.
     """
     if not isinstance(chosen.study, str):
-        return [str(name) for name in chosen.study]
+        names = [str(name) for name in chosen.study] if isinstance(chosen.study, list) else []
+        if not names:
+            raise StudyError(
+                f"study={chosen.study!r}: expected a name, a pattern or a list of names"
+            )
+        return names
     if not set(chosen.study) & set("*?["):
         return [chosen.study]
     folder = Path(chosen.studies)
@@ -60,18 +67,21 @@ def _names(chosen: ReportConfig) -> list[str]:
     return found
 
 
+def _sync(chosen: ReportConfig, study: Study, reporter: Reporter) -> None:
+    """Show MLflow what it lacks of a study."""
+    changes = [f"studies={chosen.studies}", "tracking.enabled=true"]
+    stored = config.stored_config(study.config_yaml(), changes)
+    tracker = make_tracker(stored, study, strict=True)
+    tracker.start(config.flat(stored) | digests(study))
+    written = tracker.sync(study.state.records)
+    if study.state.dense:
+        show(study, tracker)
+    tracker.finish(completed=len(study.state.ended) >= stored.search.trials)
+    reporter.say(f"MLflow: {written} trials were missing and are there now")
+
+
 def _one(chosen: ReportConfig, study: Study, reporter: Reporter) -> dict[str, Any]:
     """Show what one study found."""
-    if chosen.sync:
-        changes = [f"studies={chosen.studies}", "tracking.enabled=true"]
-        stored = config.stored_config(study.config_yaml(), changes)
-        tracker = make_tracker(stored, study, strict=True)
-        tracker.start(config.flat(stored) | digests(study))
-        written = tracker.sync(study.state.records)
-        if study.state.dense:
-            show(study, tracker)
-        tracker.finish(completed=len(study.state.ended) >= stored.search.trials)
-        reporter.say(f"MLflow: {written} trials were missing and are there now")
     print_report(study, Console(highlight=False))
     if chosen.figures:
         for path in draw_figures(study):

@@ -48,16 +48,10 @@ def search_loop(
         races=chosen.search.racing is not None,
     )
     space = builders.informed_space(plan, study, worker, reporter)
-    starts = len(space.warm_starts())
-    if starts >= settings.trials:
-        reporter.say(
-            f"The first {starts} trials are what a search begins with: search.trials="
-            f"{settings.trials} leaves none to search; raise it"
-        )
     tracker = make_tracker(chosen, study)
     tracker.start(config.flat(chosen) | digests(study))
     tracker.sync(study.state.records)
-    return SearchLoop(
+    loop = SearchLoop(
         study=study,
         client=SearchClient(space, seed=chosen.seed),
         worker=worker,
@@ -66,6 +60,12 @@ def search_loop(
         settings=settings,
         on_trial=on_trial,
     )
+    if not study.state.trials and len(loop.warm_starts) >= settings.trials:
+        reporter.say(
+            f"The first {len(loop.warm_starts)} trials are what a search begins with: "
+            f"search.trials={settings.trials} leaves none to search; raise it"
+        )
+    return loop
 
 
 def evaluate_between(plan: builders.Plan, study: Study, ratio: float, reporter: Reporter) -> None:

@@ -104,7 +104,7 @@ class SearchLoop:
                 time.sleep(self.poll_s)
 
     @cached_property
-    def _warm_starts(self) -> list[WarmStart]:
+    def warm_starts(self) -> list[WarmStart]:
         """Return the trials that need no search."""
         return self.client.space.warm_starts()
 
@@ -119,7 +119,7 @@ class SearchLoop:
         index = max(
             max(self.study.state.trials, default=-1) + 1,
             self.settings.trials,
-            len(self._warm_starts),
+            len(self.warm_starts),
         )
         start = time.perf_counter()
         allocation = self.client.space.allocate(point)
@@ -164,8 +164,8 @@ class SearchLoop:
             return allocation
 
         variables: Mapping[str, float]
-        if index < len(self._warm_starts):
-            known_start = self._warm_starts[index]
+        if index < len(self.warm_starts):
+            known_start = self.warm_starts[index]
             origin, variables = known_start.origin, known_start.point
             allocation = known_start.allocation
         else:
@@ -184,7 +184,7 @@ class SearchLoop:
         }
         best = self.study.state.best() if self.settings.races else None
         # What the search begins with is scored whole: reports compare with it.
-        rival = None if best is None or index < len(self._warm_starts) else best
+        rival = None if best is None or index < len(self.warm_starts) else best
         request = TrialRequest(
             index,
             origin,
