@@ -6,7 +6,6 @@ import platform
 import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, cast
@@ -15,7 +14,6 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lrbo.accounting import Storage
-from lrbo.allocation import Budget
 from lrbo.calibration import corpus
 from lrbo.calibration.collect import CalibrationSettings
 from lrbo.calibration.corpus import CorpusSpec, Role, RoleText, TokenWindows
@@ -40,12 +38,10 @@ from lrbo.preparation import Preparation, curve_needs, loss_curves
 from lrbo.progress import Reporter
 from lrbo.racing import Race
 from lrbo.schema import DataConfig, EvaluateConfig, MethodConfig, ModelConfig, SearchConfig
-from lrbo.search.base import BudgetSpace, Space
-from lrbo.search.front_space import FrontSpace
-from lrbo.search.space import build_space
+from lrbo.search.base import Space
 from lrbo.search.study import Study
-from lrbo.search.weights import build_weight_space
 from lrbo.sensitivity import SensitivitySettings, sensitivity_file
+from lrbo.spaces import build_search_space
 from lrbo.worker import Worker
 
 TEST: Role = "test"
@@ -135,7 +131,7 @@ def plan_search(config: SearchConfig, study: Study, problems: list[str]) -> Plan
     layers, space, windows = None, None, None
     try:
         layers = map_model(load_skeleton(source))
-        space = _build_space(config, layers, method)
+        space = build_search_space(config, layers, method)
     except ConfigError as error:
         problems += error.problems
     except (ModelError, BudgetError) as error:
@@ -170,57 +166,6 @@ def build_method(config: MethodConfig) -> FactorizationMethod:
     if "one_sided" in options:
         options["one_sided"] = tuple(options["one_sided"])
     return method_named(options.pop("name"), options)
-
-
-def _build_space(config: SearchConfig, layers: ModelMap, method: FactorizationMethod) -> Space:
-    """Build the search space under the budget, or over a range of budgets.
-
-    Raises:
-        ConfigError: Listing what does not fit the model.
-        BudgetError: If a budget, the smallest of a range, cannot be met.
-    """
-    highest, lowest = config.budget.keep_ratio, config.budget.lowest
-    if lowest is None:
-        return _space_at(highest, config, layers, method)
-    try:
-        inside = _space_at(lowest, config, layers, method)
-    except BudgetError as error:
-        raise BudgetError(f"budget.lowest={lowest:g}, as one budget: {error}") from error
-    return FrontSpace(inside, tuple(layers.compressible), lowest, highest)
-
-
-def _space_at(
-    keep_ratio: float, config: SearchConfig, layers: ModelMap, method: FactorizationMethod
-) -> BudgetSpace:
-    """Build the search space under one budget."""
-    space = config.space
-    budget = Budget.from_keep_ratio(layers.compressible, keep_ratio)
-    cost = partial(method.parameters, storage=cast(Storage, config.budget.storage))
-    if space.type == "weights":
-        return build_weight_space(
-            layers.compressible,
-            budget,
-            groups=space.groups,
-            dense=space.dense,
-            knots=space.knots,
-            exponent=space.exponent,
-            width=space.bounds[1],
-            cost=cost,
-            rank_multiple=space.rank_multiple,
-            minimum=space.minimum_rank,
-        )
-    return build_space(
-        layers.compressible,
-        budget,
-        groups=space.groups,
-        dense=space.dense,
-        granularity=cast(Any, space.granularity),
-        depth_groups=space.depth_groups,
-        bounds=(space.bounds[0], space.bounds[1]),
-        start=space.start,
-        cost=cost,
-        rank_multiple=space.rank_multiple,
-    )
 
 
 def _token_windows(

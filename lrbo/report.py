@@ -50,7 +50,7 @@ def print_comparison(table: pd.DataFrame, console: Console) -> None:
     """Print several studies, one line each, at most 80 columns wide.
 
     Args:
-        table: From :func:`lrbo.results.comparison`.
+        table: From :func:`lrbo.comparison.compared`.
         console: Where to.
     """
     report = _Report(console, min(console.width, WIDTH))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
@@ -117,7 +117,7 @@ def summary(study: Study) -> dict[str, Any]:
 
 def size_metric(study: Study) -> str | None:
     """Return what a study minimises beside the loss; ``None`` at one budget."""
-    config = _config(study)
+    config = config_of(study)
     if config["budget"].get("lowest") is None:
         return None
     return str(config["search"]["size"])
@@ -128,7 +128,7 @@ def _hypervolume(study: Study) -> dict[str, Any] | None:
     size, completed = size_metric(study), study.state.completed
     if size is None:
         return None
-    thresholds = _config(study)["search"]["thresholds"]
+    thresholds = config_of(study)["search"]["thresholds"]
     reference = reference_point(completed, size, thresholds)
     if reference is None:
         return None
@@ -179,38 +179,6 @@ def frame(study: Study) -> pd.DataFrame:
     numbers = [*METRICS, "seconds", *(f"{stage}_s" for stage in STAGES), "best_perplexity"]
     types = {"trial": int, "is_best": bool, "on_front": bool, **dict.fromkeys(numbers, float)}
     return table.astype(types)
-
-
-def comparison(studies: Sequence[Study]) -> pd.DataFrame:
-    """Return a table with one row per study, in the given order.
-
-    Returns:
-        ``study``, ``model``, ``method``, ``space``, ``keep_ratio`` (that of the best trial),
-        ``seed``, ``trials`` (with a value), perplexity of ``dense``, ``uniform``, ``analytic``
-        and ``best`` on the validation text and of the best on the ``test`` text; missing where it
-        is not known.
-    """
-    rows = []
-    for study in studies:
-        config, found = _config(study), summary(study)
-        analytic = next((r for r in study.state.completed if r.request.origin == "analytic"), None)
-        best = found["best"] or {}
-        rows.append(
-            {
-                "study": study.name,
-                **{key: config[key]["name"] for key in ("model", "method", "space")},
-                "keep_ratio": best.get("keep_ratio"),
-                "seed": config["seed"],
-                "trials": found["trials_completed"] + found["trials_stopped"],
-                "dense": (found["dense"] or {}).get("perplexity"),
-                "uniform": (found["uniform"] or {}).get("perplexity"),
-                "analytic": None if analytic is None else analytic.metrics["perplexity"],
-                "best": best.get("perplexity"),
-                "test": found["test"].get("best", {}).get("perplexity"),
-            }
-        )
-    numbers = ("keep_ratio", "dense", "uniform", "analytic", "best", "test")
-    return pd.DataFrame(rows).astype(dict.fromkeys(numbers, float))
 
 
 def ranks_frame(study: Study, record: TrialRecord) -> pd.DataFrame:
@@ -351,7 +319,7 @@ def kept_by_depth(study: Study, record: TrialRecord) -> pd.DataFrame:
 
 def weights(study: Study, record: TrialRecord) -> dict[str, float]:
     """Return the weights of a trial in natural logarithms; empty where ratios are searched."""
-    is_weights = _config(study)["space"].get("type") == "weights"
+    is_weights = config_of(study)["space"].get("type") == "weights"
     found = record.request.variables if is_weights else {}
     return {name: value for name, value in found.items() if name != KEEP_RATIO}
 
@@ -370,7 +338,7 @@ def dense_kinds(study: Study, record: TrialRecord) -> list[str]:
     ]
 
 
-def _config(study: Study) -> Mapping[str, Any]:
+def config_of(study: Study) -> Mapping[str, Any]:
     """Return the configuration that the study was begun with."""
     found: Mapping[str, Any] = yaml.safe_load(study.config_yaml())
     return found
@@ -378,7 +346,7 @@ def _config(study: Study) -> Mapping[str, Any]:
 
 def described(study: Study) -> dict[str, str]:
     """Return what was searched, under which budget, as lines by name."""
-    about, config = study.about(), _config(study)
+    about, config = study.about(), config_of(study)
     keep, lowest = config["budget"]["keep_ratio"], config["budget"].get("lowest")
     budget = f"{about['budget_parameters']:,} parameters, {keep:.4g} of the compressible ones"
     if lowest is not None:
@@ -393,7 +361,7 @@ def described(study: Study) -> dict[str, str]:
 
 def _subtitle(study: Study) -> str:
     """Return study, model, method and budget in one line under a figure's title."""
-    config = _config(study)
+    config = config_of(study)
     keep, lowest = 100 * config["budget"]["keep_ratio"], config["budget"].get("lowest")
     names = [config[section]["name"] for section in ("model", "method")]
     budget = f"budget {keep:.4g}%" if lowest is None else f"budgets {100 * lowest:.4g}-{keep:.4g}%"

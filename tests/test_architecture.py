@@ -16,8 +16,8 @@ ROOMS = """
     cli
     commands.search commands.report commands.compress commands.evaluate commands.dashboard
     commands.trials commands.view commands.finalists
-    builders checks config schema preparation progress
-    report results plots drawing
+    builders spaces checks config schema preparation progress
+    report comparison results plots drawing
     export
     search.loop search.client search.study search.front_space search.weights search.space
     search.base search.front
@@ -49,8 +49,8 @@ BORDERS = {
     "hydra": {"config", "cli"},
     "omegaconf": {"config", "cli"},
     "datasets": {"calibration.corpus"},
-    "matplotlib": {"plots", "drawing"},
-    "pandas": {"results", "plots", "report", "search.client"},
+    "matplotlib": {"comparison", "plots", "drawing"},
+    "pandas": {"comparison", "results", "plots", "report", "search.client"},
     "accelerate": {"export", "lazy"},
     "tokenizers": {"loading"},
     "lm_eval": set[str](),

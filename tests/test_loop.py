@@ -69,6 +69,10 @@ class Search:
         self.executor = FakeExecutor(self.capacity, self.delays, fuse)
         tracker = self.tracker or FakeTracker(self.store, fuse)
 
+        races = self.race is not None
+        limits = self.trials, self.initial, self.kl_weight, SEED
+        settings = SearchSettings(*limits, size=self.size, races=races)
+
         def told(record: TrialRecord) -> None:
             fuse.burn("when told")
             self.told.append(record.request.trial_index)
@@ -81,14 +85,7 @@ class Search:
                 worker=self.worker,
                 executor=self.executor,
                 tracker=tracker,
-                settings=SearchSettings(
-                    self.trials,
-                    self.initial,
-                    self.kl_weight,
-                    SEED,
-                    self.size,
-                    races=self.race is not None,
-                ),
+                settings=settings,
                 on_trial=told,
                 poll_s=0.0,
             ).run()

@@ -59,36 +59,6 @@ def ranks() -> pd.DataFrame:
     return table
 
 
-@pytest.fixture
-def sweep() -> pd.DataFrame:
-    """Two methods at two sizes, one of them with two seeds; one study has no trial yet."""
-    rows = [
-        ("bolaco", 0.7998, 0, 40.0, 30.0, 20.0),
-        ("bolaco", 0.8, 1, 40.0, 32.0, 20.0),
-        ("bolaco", 0.6, 0, 90.0, 70.0, 20.0),
-        ("svd_llm", 0.8, 0, 50.0, 50.0, 20.0),
-        ("svd_llm", math.nan, 1, math.nan, math.nan, math.nan),
-    ]
-    columns = ["method", "keep_ratio", "seed", "uniform", "best", "dense"]
-    return pd.DataFrame(rows, columns=columns).assign(space="weights")
-
-
-def test_a_comparison_has_a_line_per_method_through_the_means_of_seeds(
-    sweep: pd.DataFrame,
-) -> None:
-    figure = plots.comparison(sweep, about="several")
-    (axes,) = figure.axes
-    drawn = lines(axes)
-    assert legend(figure) == ["bolaco weights", "svd_llm weights", "uniform", "dense"]
-    assert points(drawn["bolaco weights"]) == [(0.7998, 30.0), (0.8, 32.0), (0.6, 70.0)]
-    assert points(drawn["svd_llm weights"]) == [(0.8, 50.0)]
-    every = [points(line) for line in axes.lines]
-    assert [(0.6, 70.0), (pytest.approx(0.7999), 31.0)] in every
-    assert [(0.7998, 40.0), (0.8, 40.0), (0.6, 90.0)] in every
-    assert headings(figure) == ["Best perplexity of 4 studies", "several"]
-    assert_inside(figure)
-
-
 def lines(axes: Axes) -> dict[str, Line2D]:
     return {str(line.get_label()): line for line in axes.lines}
 

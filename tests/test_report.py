@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from lrbo.report import print_comparison, print_report
-from lrbo.results import comparison
+from lrbo.report import print_report
 from lrbo.search.study import Study
 from lrbo.worker import allocation_parameters
 from tests.journal import Journal
@@ -24,29 +23,6 @@ def printed(study: Study, width: int = 80) -> str:
     out = io.StringIO()
     print_report(study, Console(width=width, file=out, highlight=False))
     return out.getvalue()
-
-
-def test_several_studies_have_a_line_each(tmp_path: Path) -> None:
-    first, second = Journal(tmp_path / "first"), Journal(tmp_path / "second", "seed=3")
-    with_everything(first)
-    second.complete(0, 2.5, "uniform")
-    begun = Journal(tmp_path / "begun", "method=svd_llm")
-    table = comparison([first.study, second.study, begun.study])
-    assert list(table["study"]) == ["first", "second", "begun"]
-    assert list(table["method"]) == ["bolaco", "bolaco", "svd_llm"]
-    assert list(table["seed"]) == [0, 3, 0]
-    assert list(table["trials"]) == [4, 1, 0]
-    assert table["best"][0] == pytest.approx(math.exp(2.25))
-    assert table["test"][0] == pytest.approx(math.exp(2.375))
-    assert table[["test"]].isna()["test"].tolist() == [False, True, True]
-    out = io.StringIO()
-    print_comparison(table, Console(width=80, file=out, highlight=False))
-    text = out.getvalue()
-    assert max(map(len, text.splitlines())) <= 80
-    found = part(text, "Perplexity of 3 studies")
-    kept = f"{100 * table['keep_ratio'][0]:.1f}%"
-    assert found[1] == ["bolaco", "per_kind", kept, "0", "4", "20.09", "9.49", "10.75"]
-    assert found[3] == ["svd_llm", "per_kind", "-", "0", "0", "-", "-", "-"]
 
 
 def part(text: str, title: str) -> list[list[str]]:

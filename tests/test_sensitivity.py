@@ -13,14 +13,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lrbo import preparation
 from lrbo.blockwise import BlockwiseBody
 from lrbo.compression import replace_module
 from lrbo.errors import NonFiniteError
 from lrbo.model import LayerSpec, ModelMap, map_model
 from lrbo.nested import LowRankFactors
-from lrbo.preparation import loss_curves
-from lrbo.progress import Reporter
 from lrbo.sensitivity import (
     SLOPES,
     LossCalibration,
@@ -366,66 +363,3 @@ def test_what_is_saved_comes_back_to_the_last_bit(
         pytest.fail(f"{name} is no JSON")
 
     json.loads(file.read_text(encoding="utf-8"), parse_constant=refuse)
-
-
-# --- curves of a study -------------------------------------------------------------------------
-
-
-@pytest.fixture
-def arguments(tmp_path: Path) -> dict:
-    model = build("llama_untied")
-    layers = map_model(model)
-    return {
-        "model": model,
-        "layers": layers,
-        "factors": plain_factors(layers, model),
-        "windows": token_ids(3, 12),
-        "settings": SensitivitySettings(layers_per_kind=1, ranks=2, windows=2),
-        "file": sensitivity_file(tmp_path),
-        "reporter": Reporter(),
-    }
-
-
-def test_measurements_in_the_study_are_read_not_made_again(
-    arguments: dict, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    arguments["apply"] = True
-    first = loss_curves(**arguments)
-    written = arguments["file"].read_bytes()
-    calibration = LossCalibration.load(arguments["file"])
-    for name, found in arguments["factors"].items():
-        kind = arguments["layers"].by_name[name].kind
-        expected = calibration.apply(kind, found.loss.numpy())
-        assert np.array_equal(first[name], expected)
-        assert (np.diff(first[name]) <= 0).all()
-    assert {m.kind for m in calibration.measurements} == set(calibration.fits)
-    monkeypatch.setattr(
-        preparation, "measure_losses", lambda *_, **__: pytest.fail("measured again")
-    )
-    again = loss_curves(**arguments)
-    assert all(np.array_equal(again[name], curve) for name, curve in first.items())
-    assert arguments["file"].read_bytes() == written
-
-
-def test_measurements_are_kept_and_change_no_curve_unasked(arguments: dict) -> None:
-    found = loss_curves(**arguments)
-    for name, factors in arguments["factors"].items():
-        assert np.array_equal(found[name], factors.loss.numpy())
-    assert LossCalibration.load(arguments["file"]).measurements
-
-
-def test_without_points_predictions_are_taken_as_they_are(arguments: dict) -> None:
-    arguments["settings"] = SensitivitySettings(layers_per_kind=0)
-    found = loss_curves(**arguments)
-    for name, factors in arguments["factors"].items():
-        assert np.array_equal(found[name], factors.loss.numpy())
-    assert not arguments["file"].exists()
-
-
-def test_without_gradients_there_are_no_curves(arguments: dict) -> None:
-    arguments["factors"] = {
-        name: LowRankFactors(f.left, f.right, f.tail, f.offset)
-        for name, f in arguments["factors"].items()
-    }
-    assert loss_curves(**arguments) == {}
-    assert not arguments["file"].exists()

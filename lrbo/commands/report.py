@@ -7,12 +7,12 @@ from typing import Any
 
 from rich.console import Console
 
-from lrbo import checks, config, plots
+from lrbo import checks, comparison, config
 from lrbo.commands.view import digests, make_tracker, show
 from lrbo.errors import StudyError
 from lrbo.progress import Reporter
 from lrbo.report import print_comparison, print_report
-from lrbo.results import comparison, draw_figures, summary
+from lrbo.results import draw_figures, summary
 from lrbo.schema import ReportConfig
 from lrbo.search.study import Study
 from lrbo.storage import replacing
@@ -34,11 +34,11 @@ def run(chosen: ReportConfig, reporter: Reporter) -> dict[str, Any]:
             _sync(chosen, study, reporter)
     if isinstance(chosen.study, str) and names == [chosen.study]:
         return _one(chosen, studies[0], reporter)
-    table = comparison(studies)
+    table = comparison.compared(studies)
     print_comparison(table, Console(highlight=False))
     if chosen.figures and table["best"].notna().any():
         path = Path(chosen.studies) / "comparison.png"
-        figure = plots.comparison(table, about=", ".join(names))
+        figure = comparison.draw(table, about=", ".join(names))
         with replacing(path) as beside:
             figure.savefig(beside, format="png")
         reporter.say(f"Figure: {path}")
