@@ -11,7 +11,11 @@ from torch import nn
 
 from lrbo.allocation import Allocation, Budget
 from lrbo.blockwise import BlockwiseBody
+from lrbo.calibration.collect import Calibration
+from lrbo.commands.finalists import output_metric
 from lrbo.errors import DataError, StatisticsError
+from lrbo.factorization.base import Statistic
+from lrbo.factorization.loss_aware import PREDICTION_SHRINKAGE, shrunk
 from lrbo.model import map_model
 from lrbo.refit import Refit, RefitSettings, refit
 from tests.refits import (
@@ -154,3 +158,22 @@ def test_settings_that_cannot_be_meant_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         RefitSettings(**settings)
+
+
+def test_the_metric_of_errors_is_the_gradient_moment_with_its_spectrum_flattened() -> None:
+    layers = map_model(build("llama_untied"))
+    spec = layers.compressible[0]
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(40, spec.out_features, generator=generator, dtype=torch.float64)
+    moment = rows.T @ rows / 40
+    statistics = Calibration({spec.name: {Statistic.OUTPUT_GRADIENT: moment}})
+    seen = shrunk(moment, PREDICTION_SHRINKAGE)
+    whole, half, none = (output_metric(layers, statistics, power) for power in (1.0, 0.5, 0.0))
+    torch.testing.assert_close(whole(spec.name), seen)
+    root = half(spec.name)
+    assert root is not None
+    torch.testing.assert_close(root @ root, seen)
+    torch.testing.assert_close(root, root.T)
+    assert none(spec.name) is None
+    other = layers.compressible[1].name  # of which no gradient was gathered
+    assert whole(other) is None
