@@ -38,10 +38,12 @@ from lrbo.preparation import Preparation, curve_needs, loss_curves
 from lrbo.progress import Reporter
 from lrbo.racing import Race
 from lrbo.schema import DataConfig, EvaluateConfig, MethodConfig, ModelConfig, SearchConfig
-from lrbo.search.base import Space
+from lrbo.search.base import STARTS, Space, Start
 from lrbo.search.study import Study
 from lrbo.sensitivity import SensitivitySettings, sensitivity_file
 from lrbo.spaces import build_search_space
+from lrbo.starts import build_starts
+from lrbo.transfer import Donor
 from lrbo.worker import Worker
 
 TEST: Role = "test"
@@ -59,6 +61,7 @@ class Plan:
         method: The factorization.
         space: What is searched, under which budget.
         windows: Token windows of each role.
+        starts: What the search begins with.
     """
 
     config: SearchConfig
@@ -67,6 +70,7 @@ class Plan:
     method: FactorizationMethod
     space: Space
     windows: Mapping[Role, TokenWindows]
+    starts: tuple[Start, ...] = STARTS
 
     @property
     def preparation(self) -> Preparation:
@@ -129,6 +133,7 @@ def plan_search(config: SearchConfig, study: Study, problems: list[str]) -> Plan
         raise ConfigError(problems)
     method = build_method(config.method)
     layers, space, windows = None, None, None
+    starts: tuple[Start, ...] = ()
     try:
         layers = map_model(load_skeleton(source))
         space = build_search_space(config, layers, method)
@@ -136,6 +141,16 @@ def plan_search(config: SearchConfig, study: Study, problems: list[str]) -> Plan
         problems += error.problems
     except (ModelError, BudgetError) as error:
         problems.append(str(error))
+    if layers is not None:
+        try:
+            starts = build_starts(
+                config.warm_start,
+                layers.compressible,
+                studies=config.studies,
+                kept=study.about().get("donors", []) if study.exists else [],
+            )
+        except ConfigError as error:
+            problems += error.problems
     try:
         windows = _token_windows(config, source, study)
     except DataError as error:
@@ -145,7 +160,7 @@ def plan_search(config: SearchConfig, study: Study, problems: list[str]) -> Plan
             problems.append(str(error))
     if layers is None or space is None or windows is None or problems:
         raise ConfigError(problems)
-    return Plan(config, source, layers, method, space, windows)
+    return Plan(config, source, layers, method, space, windows, starts)
 
 
 def _missing_packages(config: SearchConfig, source: ModelSource) -> list[str]:
@@ -303,6 +318,7 @@ def _about(plan: Plan, digest: str, dtype: torch.dtype, device: torch.device) ->
         "storage": plan.config.budget.storage,
         "adds_bias": method.parameters(first, 1) > first.out_features + first.in_features,
         "layers": [asdict(spec) for spec in plan.layers.layers],
+        "donors": [start.to_dict() for start in plan.starts if isinstance(start, Donor)],
         "versions": versions(),
     }
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from lrbo.accounting import STORAGES
@@ -23,6 +25,7 @@ from lrbo.schema import (
 from lrbo.search.front import LOSS, SIZES
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+WARM_START = re.compile(r"uniform|analytic|start|paper|study:[^:]+(:\d+)?")
 
 
 def check(config: Config) -> list[str]:
@@ -189,6 +192,13 @@ def _check_search(config: SearchConfig) -> list[str]:
             "sensitivity.enabled=False: space.type='weights' multiplies loss curves; enable them, "
             "or choose a space of ratios"
         )
+    for name in config.warm_start:
+        expect(
+            bool(WARM_START.fullmatch(name)),
+            "warm_start",
+            name,
+            "uniform, analytic, start, paper, study:NAME or study:NAME:TRIAL",
+        )
     problems += check_writable("study", study_folder(config.studies, config.study))
     return problems
 
@@ -229,6 +239,17 @@ def _check_space(space: SpaceConfig) -> list[str]:
 
     expect(space.type in ("ratios", "weights"), "space.type", space.type, "ratios or weights")
     expect(space.rank_multiple >= 1, "space.rank_multiple", space.rank_multiple, "at least 1")
+    for name, value in variables(space).items():
+        ends = list(value) if isinstance(value, list | tuple) else [value]
+        numbers = all(isinstance(end, int | float) for end in ends)
+        expect(
+            numbers and (len(ends) == 1 or (len(ends) == 2 and ends[0] < ends[1])),
+            f"space.variables.{name}",
+            value,
+            "a number, or [low, high] with low < high",
+        )
+    for names in space.tied:
+        expect(len(names) > 0, "space.tied", space.tied, "lists of names or patterns of variables")
     bounds = list(space.bounds)
     if space.type == "weights":
         expect(space.minimum_rank >= 0, "space.minimum_rank", space.minimum_rank, "at least 0")
@@ -263,6 +284,19 @@ def _check_space(space: SpaceConfig) -> list[str]:
         good = ratios and all(isinstance(r, int | float) and 0 < r <= 1 for r in ratios)
         expect(bool(good), f"space.start.{group}", value, "a ratio in (0, 1], or a list of them")
     return problems
+
+
+def variables(space: SpaceConfig) -> dict[str, float | list[float]]:
+    """Return what is set of single variables; ``kind.q_proj`` may be nested, as when typed."""
+
+    def flat(node: Mapping[str, object], prefix: str) -> dict[str, object]:
+        found: dict[str, object] = {}
+        for name, value in node.items():
+            inner = isinstance(value, Mapping)
+            found |= flat(value, f"{prefix}{name}.") if inner else {f"{prefix}{name}": value}  # type: ignore[arg-type]
+        return found
+
+    return flat(space.variables, "")  # type: ignore[return-value]
 
 
 def check_new_folder(key: str, folder: Path) -> list[str]:

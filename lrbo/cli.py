@@ -1,4 +1,4 @@
-"""`lrbo search | report | compress | evaluate | dashboard`."""
+"""`lrbo search | transfer | report | compress | evaluate | dashboard`."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ lrbo: compress language models by low-rank factorization, with ranks chosen by
 Bayesian optimization.
 
   lrbo search      find the best low-rank model at a parameter budget, or continue
+  lrbo transfer    use what a study found for another model or budget
   lrbo report      what a study found: baseline, best, Pareto front, figures
   lrbo compress    write a model of a study as a checkpoint
   lrbo evaluate    perplexity of a checkpoint or a dense model on a named text
@@ -43,6 +44,21 @@ Bayesian optimization.
   lrbo COMMAND --help            what a command takes
   lrbo --completion bash         tab completion: eval "$(lrbo --completion bash)"
   lrbo --version
+"""
+TRANSFER_HELP = """\
+lrbo transfer: use what a study found for another model or another budget, without
+a search.
+
+  lrbo transfer donor=NAME model=hf model.path=ORGANISATION/MODEL
+  lrbo transfer donor=NAME:7 budget.keep_ratio=0.7     trial 7 instead of the best
+
+Begins a study on the model: the uniform baseline, the allocation of least predicted
+loss, and what the donor's trial comes to there. Where both studies have the same
+variables they are taken over, else the share that each kind of layer keeps over
+relative depth. It is a search that only begins, so all keys are those of lrbo search,
+and more trials continue it:
+
+  lrbo search study=STUDY search.trials=30
 """
 Command = Callable[[DictConfig, Reporter], None]
 INTERRUPTED = 130
@@ -63,17 +79,54 @@ def main(arguments: Sequence[str] | None = None) -> None:
         complete(os.environ["COMP_LINE"])
         return
     command = arguments[0] if arguments else "--help"
+    if command == "transfer" and not {"-h", "--help"} & set(arguments):
+        arguments = transfer_arguments(arguments[1:])
+        command = arguments[0]
     if command in ("-h", "--help"):
         print(USAGE, end="")
     elif command == "--version":
         print(f"lrbo {__version__}")
     elif command == "--completion":
         print_completion(arguments[1] if len(arguments) > 1 else "bash")
+    elif command == "transfer":
+        print(TRANSFER_HELP, end="")
     elif command in COMMANDS:
         run(command, arguments[1:])
     else:
-        print(f"error: no command {command!r}; known: {', '.join(COMMANDS)}", file=sys.stderr)
+        print(f"error: no command {command!r}; known: {', '.join(NAMES)}", file=sys.stderr)
         raise SystemExit(2)
+
+
+def transfer_arguments(typed: Sequence[str]) -> list[str]:
+    """Return the search that a transfer is.
+
+    Args:
+        typed: What follows ``transfer``.
+
+    Raises:
+        SystemExit: If no donor is named, or one of the keys is that of the transfer itself.
+    """
+    keys = [argument.partition("=")[0] for argument in typed]
+    if keys.count("donor") != 1 or "warm_start" in keys:
+        fail(
+            ConfigError(
+                [
+                    f"transfer {' '.join(typed)}: expected donor=NAME once, and no warm_start, "
+                    "which it sets; see lrbo transfer --help"
+                ]
+            )
+        )
+    donor = typed[keys.index("donor")].partition("=")[2]
+    rest = [argument for argument in typed if not argument.startswith("donor=")]
+    if "study" not in keys:
+        source = Path(donor.partition(":")[0]).name
+        rest.append(
+            "study='${model.name}_${method.name}_keep${range:${budget.lowest},"
+            f"${{budget.keep_ratio}}}}_seed${{seed}}_from_{source}'"
+        )
+    if "search.trials" not in keys:
+        rest.append("search.trials=3")
+    return ["search", f"warm_start=[uniform,analytic,'study:{donor}']", *rest]
 
 
 def run(command: str, arguments: Sequence[str]) -> None:
@@ -225,6 +278,7 @@ COMMANDS: dict[str, Command] = {
     "evaluate": _evaluate,
     "dashboard": _dashboard,
 }
+NAMES = ("search", "transfer", *list(COMMANDS)[1:])  # a transfer is run as the search that it is
 
 
 def _command(name: str) -> Any:
@@ -254,8 +308,9 @@ def complete(line: str) -> None:
     program, _, rest = line.partition(" ")
     command, typed, keys = rest.partition(" ")
     if not typed:
-        print(" ".join(COMMANDS))
-    elif command in COMMANDS:
+        print(" ".join(NAMES))
+    elif command in NAMES:
+        command = "search" if command == "transfer" else command  # which has its keys
         os.environ["COMP_LINE"] = f"{Path(program).name} {keys}"
         sys.argv = [Path(program).name, "-sc", "query=bash"]
         _application(command)()

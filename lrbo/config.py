@@ -135,7 +135,7 @@ def _keys(command: str) -> list[str]:
 
 def _is_key(command: str, key: str) -> bool:
     """Return whether a command takes a key; below a free mapping every key is taken."""
-    mappings = ("space.groups", "space.start", "search.thresholds")
+    mappings = ("space.groups", "space.start", "space.variables", "search.thresholds")
     free = [name for name in mappings if name in _keys(command)]
     below = any(key.startswith(f"{name}.") for name in [*free, "hydra"])
     return below or key in _keys(command)

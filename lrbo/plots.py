@@ -56,6 +56,7 @@ ORIGINS: Mapping[str, OriginStyle] = {
     "uniform": OriginStyle("uniform baseline", "s", VERMILLION),
     "analytic": OriginStyle("least predicted loss", "P", ORANGE),
     "start": OriginStyle("paper's ratios", "D", PURPLE),
+    "transfer": OriginStyle("of another study", "X", INK),
     "sobol": OriginStyle("Sobol", "^", SKY),
     "model": OriginStyle("surrogate model", "o", BLUE),
     "between": OriginStyle("between two of the front", "v", GREY),

@@ -123,6 +123,7 @@ def _print_results(study: Study, report: _Report) -> None:
         ("uniform", state.uniform),
         ("analytic", by_origin.get("analytic")),
         ("start", by_origin.get("start")),
+        ("transfer", by_origin.get("transfer")),
         ("best", best),
     ]
     tested = {
@@ -160,6 +161,8 @@ def _print_results(study: Study, report: _Report) -> None:
     notes += _agreement(study)
     if "start" in by_origin:
         notes.append("start: the ratios that the search space starts from")
+    if "transfer" in by_origin:
+        notes.append("transfer: an allocation of another study, at this budget")
     if state.tests:
         texts = dict.fromkeys(str(test["text"]) for test in state.tests.values())
         notes.append(f"test: {', '.join(texts)}")

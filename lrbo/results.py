@@ -20,8 +20,8 @@ from lrbo.accounting import (
     low_rank_parameters,
 )
 from lrbo.model import LayerSpec
+from lrbo.search.base import KEEP_RATIO
 from lrbo.search.front import LOSS, hypervolume, pareto_front, reference_point
-from lrbo.search.front_space import KEEP_RATIO
 from lrbo.search.study import Study
 from lrbo.sensitivity import LossCalibration, sensitivity_file
 from lrbo.storage import replacing

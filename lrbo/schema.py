@@ -72,6 +72,8 @@ class SpaceConfig:
     knots: int = 3
     exponent: bool = True
     start: dict[str, Any] = field(default_factory=dict)
+    variables: dict[str, Any] = field(default_factory=dict)
+    tied: list[list[str]] = field(default_factory=list)
 
 
 @dataclass
@@ -145,6 +147,7 @@ class SearchConfig:
     space: SpaceConfig = field(default_factory=SpaceConfig)
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     search: SearchSection = field(default_factory=SearchSection)
+    warm_start: list[str] = field(default_factory=lambda: ["uniform", "analytic", "start"])
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     sensitivity: SensitivityConfig = field(default_factory=SensitivityConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)

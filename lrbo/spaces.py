@@ -7,14 +7,19 @@ from typing import Any, cast
 
 from lrbo.accounting import Storage
 from lrbo.allocation import Budget
+from lrbo.checks import variables
 from lrbo.errors import BudgetError
 from lrbo.factorization.base import FactorizationMethod
 from lrbo.model import ModelMap
 from lrbo.schema import SearchConfig
 from lrbo.search.base import BudgetSpace, Space
 from lrbo.search.front_space import FrontSpace
+from lrbo.search.restricted import restrict
 from lrbo.search.space import build_space
 from lrbo.search.weights import build_weight_space
+
+SMALLEST_RATIO = 0.01
+WIDEST = 5.0  # natural logarithm of the largest factor of a loss curve
 
 
 def build_search_space(
@@ -38,10 +43,24 @@ def build_search_space(
         inside = _space_at(lowest, config, layers, method)
     except BudgetError as error:
         raise BudgetError(f"budget.lowest={lowest:g}, as one budget: {error}") from error
+    if config.space.variables:  # whose bounds may leave no room at the other end
+        _space_at(highest, config, layers, method)
     return FrontSpace(inside, tuple(layers.compressible), lowest, highest)
 
 
 def _space_at(
+    keep_ratio: float, config: SearchConfig, layers: ModelMap, method: FactorizationMethod
+) -> BudgetSpace:
+    """Build the search space under one budget, without what the configuration takes out."""
+    space = config.space
+    whole = _whole_space_at(keep_ratio, config, layers, method)
+    smallest, largest = (-WIDEST, WIDEST) if space.type == "weights" else (SMALLEST_RATIO, 1.0)
+    return restrict(
+        whole, cast(Any, variables(space)), space.tied, smallest=smallest, largest=largest
+    )
+
+
+def _whole_space_at(
     keep_ratio: float, config: SearchConfig, layers: ModelMap, method: FactorizationMethod
 ) -> BudgetSpace:
     """Build the search space under one budget."""

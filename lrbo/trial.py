@@ -9,7 +9,7 @@ from typing import Literal
 from lrbo.allocation import Allocation
 from lrbo.errors import Outcome
 
-Origin = Literal["uniform", "analytic", "start", "sobol", "model", "between"]
+Origin = Literal["uniform", "analytic", "start", "transfer", "sobol", "model", "between"]
 
 
 @dataclass(frozen=True)
@@ -19,8 +19,8 @@ class TrialRequest:
     Attributes:
         trial_index: Number of the trial in its study, from 0.
         origin: Who proposed it: the uniform baseline, the least predicted loss, the space's
-            start values, the initial Sobol design, the surrogate model, or the line between
-            two points of a front.
+            start values, an allocation of another study, the initial Sobol design, the
+            surrogate model, or the line between two points of a front.
         variables: The point of the search space that the allocation realises.
         allocation: The ranks to evaluate.
         seed: Of this trial.

@@ -16,17 +16,18 @@ ROOMS = """
     cli
     commands.search commands.report commands.compress commands.evaluate commands.dashboard
     commands.trials commands.view commands.finalists
-    builders spaces checks config schema preparation progress
+    builders spaces starts checks config schema preparation progress
     report comparison results plots drawing
     export
-    search.loop search.client search.study search.front_space search.weights search.space
+    search.loop search.client search.study search.front_space search.restricted search.weights
+    search.space
     search.base search.front
     tracking mlflow_store
     executors.inline executors.base
     worker trial racing
     evaluation.divergence evaluation.perplexity
     refit sensitivity
-    compression
+    compression transfer
     factorization.store allocation
     knapsack
     relaxation

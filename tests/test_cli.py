@@ -196,7 +196,7 @@ def test_without_a_command_the_commands_are_shown() -> None:
 def test_an_unknown_command_is_refused_with_the_known_ones() -> None:
     ran = lrbo_command("serach")
     assert ran.status == 2
-    assert "search, report, compress, evaluate, dashboard" in ran.err
+    assert "search, transfer, report, compress, evaluate, dashboard" in ran.err
 
 
 @pytest.mark.parametrize("command", list(cli.COMMANDS))
@@ -219,9 +219,10 @@ def complete(line: str) -> list[str]:
 
 
 def test_tab_completes_commands_groups_options_and_keys() -> None:
-    assert complete("lrbo ") == list(cli.COMMANDS)
+    assert complete("lrbo ") == list(cli.NAMES)
     assert "budget.keep_ratio=" in complete("lrbo search budget.")
     assert "space=per_kind" in complete("lrbo search space=per")
+    assert "space=per_kind" in complete("lrbo transfer space=per")
     assert "point=" in " ".join(complete("lrbo compress poi"))
 
 

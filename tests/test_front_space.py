@@ -7,7 +7,7 @@ import pytest
 
 from lrbo.accounting import dense_parameters
 from lrbo.allocation import Budget
-from lrbo.search.base import Space
+from lrbo.search.base import STARTS, Space
 from lrbo.search.client import Observation, SearchClient
 from lrbo.search.front import hypervolume
 from lrbo.search.front_space import KEEP_RATIO, FrontSpace
@@ -85,7 +85,7 @@ def test_points_beyond_the_range_are_taken_to_its_ends(kind: str) -> None:
 @both
 def test_a_search_begins_with_baselines_over_the_whole_range(kind: str) -> None:
     space = make_front_space(kind)
-    starts = space.warm_starts()
+    starts = space.warm_starts(STARTS)
     origins = ["uniform"] * 4 + (["analytic"] * 4 if kind == "weights" else ["start"] * 4)
     assert [start.origin for start in starts] == origins
     ratios = (0.8, 0.7, 0.6, 0.5)
@@ -174,7 +174,7 @@ def test_proposals_of_ratios_meet_the_budget_that_they_name() -> None:
 @both
 def test_between_two_points_is_on_their_line_at_the_ratio(kind: str) -> None:
     space = make_front_space(kind)
-    points = [dict(start.point) for start in space.warm_starts() if start.point]
+    points = [dict(start.point) for start in space.warm_starts(STARTS) if start.point]
     points += [space.sobol_point(index, 0) for index in range(4)]
     ratios = sorted(point[KEEP_RATIO] for point in points)
     middle = (ratios[2] + ratios[3]) / 2

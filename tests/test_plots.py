@@ -114,7 +114,7 @@ def test_convergence_shows_every_trial_in_the_colour_of_its_origin(trials: pd.Da
     looks = {
         (drawn[s.label].get_marker(), drawn[s.label].get_color())
         for origin, s in plots.ORIGINS.items()
-        if origin not in ("analytic", "between")
+        if origin not in ("analytic", "between", "transfer")
     }
     assert len(looks) == len({marker for marker, _ in looks}) == len({c for _, c in looks}) == 4
     assert headings(figure) == ["Perplexity over 7 trials", "a study"]

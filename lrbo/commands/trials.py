@@ -8,9 +8,10 @@ from lrbo import builders, config
 from lrbo.commands.view import digests, make_tracker, show
 from lrbo.executors.inline import InlineExecutor
 from lrbo.progress import Reporter
+from lrbo.search.base import KEEP_RATIO
 from lrbo.search.client import SearchClient
 from lrbo.search.front import pareto_front
-from lrbo.search.front_space import KEEP_RATIO, FrontSpace
+from lrbo.search.front_space import FrontSpace
 from lrbo.search.loop import SearchLoop, SearchSettings
 from lrbo.search.study import Study
 from lrbo.trial import TrialRecord
@@ -46,6 +47,7 @@ def search_loop(
         size=None if chosen.budget.lowest is None else chosen.search.size,
         thresholds=chosen.search.thresholds,
         races=chosen.search.racing is not None,
+        starts=plan.starts,
     )
     space = builders.informed_space(plan, study, worker, reporter)
     tracker = make_tracker(chosen, study)
@@ -63,7 +65,7 @@ def search_loop(
     if not study.state.trials and len(loop.warm_starts) >= settings.trials:
         reporter.say(
             f"The first {len(loop.warm_starts)} trials are what a search begins with: "
-            f"search.trials={settings.trials} leaves none to search; raise it"
+            f"search.trials={settings.trials} leaves none to search; raise it to go on"
         )
     return loop
 

@@ -23,7 +23,12 @@ from lrbo.allocation import (
 from lrbo.errors import BudgetError
 from lrbo.model import LayerSpec
 from lrbo.sensitivity import Curves
+from lrbo.transfer import Donor, transferred_ratios
 from lrbo.trial import Origin
+
+KEEP_RATIO = "keep_ratio"  # the variable of a front
+Start = str | Donor
+STARTS = ("uniform", "analytic", "start")
 
 
 @dataclass(frozen=True)
@@ -115,8 +120,8 @@ class Space(Protocol):
         """Return a point of a scrambled Sobol sequence; a function of index and seed alone."""
         ...
 
-    def warm_starts(self) -> list[WarmStart]:
-        """Return the trials that need no search, first the baseline."""
+    def warm_starts(self, wanted: Sequence[Start]) -> list[WarmStart]:
+        """Return the trials that need no search, in the order that is wanted."""
         ...
 
     def with_curves(self, curves: Curves) -> Space:
@@ -128,6 +133,21 @@ class Space(Protocol):
 class BudgetSpace(Space, Protocol):
     """A space of one budget, which can be had under another one."""
 
+    @property
+    def layers(self) -> tuple[LayerSpec, ...]:
+        """Return all layers that the budget covers."""
+        ...
+
+    @property
+    def dense(self) -> tuple[str, ...]:
+        """Return the layers that no trial of the search compresses."""
+        ...
+
+    @property
+    def rank_multiple(self) -> int:
+        """Return what ranks are multiples of."""
+        ...
+
     def at(self, budget: Budget) -> BudgetSpace:
         """Return the space under another budget."""
         ...
@@ -137,20 +157,92 @@ class BudgetSpace(Space, Protocol):
         ...
 
 
-def known_starts(space: Space) -> list[WarmStart]:
+def known_starts(space: BudgetSpace, wanted: Sequence[Start]) -> list[WarmStart]:
     """Return the trials that a space of one budget knows without a search.
 
-    Those are the uniform baseline, the allocation of least predicted loss if losses are known,
-    and the configured start.
+    Args:
+        space: The space.
+        wanted: ``"uniform"`` for the baseline, ``"analytic"`` for the allocation of least
+            predicted loss (none if losses are not predicted), ``"start"`` for the configured
+            start (none if there is none), or a donor (left out where it comes to ranks that
+            are there already).
+
+    Raises:
+        ConfigError: If a donor has no layers of a kind that the model has.
     """
-    uniform = space.uniform()
-    found = [WarmStart("uniform", space.realised(uniform, {}) or {}, uniform)]
-    if (analytic := space.analytic()) is not None:
-        found.append(WarmStart("analytic", analytic[1], analytic[0]))
-    if (point := space.start_point()) is not None:
-        start = space.allocate(point)
-        found.append(WarmStart("start", space.realised(start, point) or {}, start))
+    found: list[WarmStart] = []
+    for start in wanted:
+        one: WarmStart | None = None
+        if isinstance(start, Donor):
+            one = _transferred(space, start)
+        elif start == "uniform":
+            uniform = space.uniform()
+            one = WarmStart("uniform", space.realised(uniform, {}) or {}, uniform)
+        elif start == "analytic" and (analytic := space.analytic()) is not None:
+            one = WarmStart("analytic", analytic[1], analytic[0])
+        elif start == "start" and (point := space.start_point()) is not None:
+            allocation = space.allocate(point)
+            one = WarmStart("start", space.realised(allocation, point) or {}, allocation)
+        known = [other.allocation.ranks for other in found]
+        if one is not None and not (isinstance(start, Donor) and one.allocation.ranks in known):
+            found.append(one)
     return found
+
+
+def _transferred(space: BudgetSpace, donor: Donor) -> WarmStart:
+    """Return what a donor lends: its point where it has these variables, or else its ratios."""
+    trial = donor.at(space.budget.parameters / dense_parameters(space.layers))
+    if trial.variables and set(space.names) == set(trial.variables) - {KEEP_RATIO}:
+        values = space.project([trial.variables[name] for name in space.names])
+        point = dict(zip(space.names, values, strict=True))
+        allocation = space.allocate(point)
+    else:
+        point = {}
+        allocation = allocate(
+            transferred_ratios(donor.name, trial.profile, space.layers),
+            space.layers,
+            space.budget,
+            cost=space.cost,
+            rank_multiple=space.rank_multiple,
+            dense=space.dense,
+        )
+    return WarmStart("transfer", space.realised(allocation, point) or {}, allocation)
+
+
+def project(
+    values: Sequence[float],
+    limits: Sequence[tuple[float, float]],
+    constraint: LinearConstraint | None,
+) -> list[float]:
+    """Return the nearest point (Euclidean) within limits that meets a constraint with equality.
+
+    Args:
+        values: The point.
+        limits: Smallest and largest value of each variable.
+        constraint: Of positive weights, in the order of the values. More parameters never hurt a
+            search, so its bound is met with equality, unless all upper limits stay below it.
+    """
+    wanted = torch.tensor(values, dtype=torch.float64)
+    lower, upper = torch.tensor(limits, dtype=torch.float64).T
+    if constraint is None:
+        return [float(value) for value in wanted.clamp(lower, upper)]
+    weights = torch.tensor(list(constraint.weights.values()), dtype=torch.float64)
+
+    def at(multiplier: float) -> torch.Tensor:
+        return (wanted + multiplier * weights).clamp(lower, upper)
+
+    low, high = -1.0, 1.0
+    while float(at(low) @ weights) > constraint.bound and low > -1e9:
+        low *= 2
+    while float(at(high) @ weights) < constraint.bound and high < 1e9:
+        high *= 2
+    for _ in range(100):
+        middle = (low + high) / 2
+        if float(at(middle) @ weights) <= constraint.bound:
+            low = middle
+        else:
+            high = middle
+    return [float(value) for value in at(low)]
 
 
 def unit_sobol(dimensions: int, index: int, seed: int) -> list[float]:

@@ -8,10 +8,16 @@ from dataclasses import dataclass, replace
 from lrbo.accounting import dense_parameters
 from lrbo.allocation import Allocation, Budget, Cost
 from lrbo.model import LayerSpec
-from lrbo.search.base import BudgetSpace, LinearConstraint, WarmStart, unit_sobol
+from lrbo.search.base import (
+    KEEP_RATIO,
+    BudgetSpace,
+    LinearConstraint,
+    Start,
+    WarmStart,
+    unit_sobol,
+)
 from lrbo.sensitivity import Curves
 
-KEEP_RATIO = "keep_ratio"
 BASELINES = 4  # keep ratios at which the baselines of a front are evaluated
 
 
@@ -89,22 +95,20 @@ class FrontSpace:
         found = self._at(self.highest).start_point()
         return found and self._with_ratio(found, self.highest)
 
-    def warm_starts(self) -> list[WarmStart]:
+    def warm_starts(self, wanted: Sequence[Start]) -> list[WarmStart]:
         """Return what the space inside begins with, at keep ratios from the ceiling down.
 
-        All baselines come first, then all allocations of least predicted loss: the front that
-        the search has to beat.
+        All of one sort come before those of the next: the front that the search has to beat.
         """
         step = (self.highest - self.lowest) / (BASELINES - 1)
         # Decimals as one would type them, not 0.7666666666666667.
         ratios = [round(self.highest - step * place, 4) for place in range(BASELINES)]
         ratios[0], ratios[-1] = self.highest, self.lowest
-        found = [(ratio, self._at(ratio).warm_starts()) for ratio in ratios]
         return [
-            WarmStart(start.origin, self._place_of(start, ratio), start.allocation)
-            for place in range(max(len(starts) for _, starts in found))
-            for ratio, starts in found
-            for start in starts[place : place + 1]
+            WarmStart(found.origin, self._place_of(found, ratio), found.allocation)
+            for start in wanted
+            for ratio in ratios
+            for found in self._at(ratio).warm_starts([start])
         ]
 
     def between(

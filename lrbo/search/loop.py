@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -14,7 +14,7 @@ import torch
 from lrbo.allocation import Allocation
 from lrbo.errors import StudyError
 from lrbo.executors.base import Evaluate, Executor, Job
-from lrbo.search.base import WarmStart
+from lrbo.search.base import STARTS, Start, WarmStart
 from lrbo.search.client import Observation, SearchClient
 from lrbo.search.front import reference_point
 from lrbo.search.study import Study
@@ -39,6 +39,7 @@ class SearchSettings:
             lowest loss at one budget.
         thresholds: Loss and size from which on a trial of a front is of no use, by name.
         races: Whether trials may be given up that are surely worse than the best so far.
+        starts: What the search begins with, before it searches.
     """
 
     trials: int
@@ -48,6 +49,7 @@ class SearchSettings:
     size: str | None = None
     thresholds: Mapping[str, float] = field(default_factory=dict)
     races: bool = False
+    starts: Sequence[Start] = STARTS
 
     def objective(self, metrics: Mapping[str, float]) -> float:
         """Return what is minimised, nats per token."""
@@ -106,7 +108,7 @@ class SearchLoop:
     @cached_property
     def warm_starts(self) -> list[WarmStart]:
         """Return the trials that need no search."""
-        return self.client.space.warm_starts()
+        return self.client.space.warm_starts(self.settings.starts)
 
     def evaluate(self, origin: Origin, point: Mapping[str, float]) -> TrialRecord:
         """Evaluate one more point, chosen by the caller, as a trial like all others.

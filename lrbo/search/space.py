@@ -6,18 +6,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-import torch
-
 from lrbo.accounting import dense_parameters
 from lrbo.allocation import Allocation, Budget, Cost, allocate
 from lrbo.errors import ConfigError
 from lrbo.model import LayerSpec
 from lrbo.search.base import (
     LinearConstraint,
+    Start,
     WarmStart,
     assign_groups,
     known_starts,
     least_loss,
+    project,
     require_feasible,
     uniform_ratios,
     unit_sobol,
@@ -25,7 +25,7 @@ from lrbo.search.base import (
 from lrbo.sensitivity import Curves
 
 Granularity = Literal["kind", "depth", "layer"]
-Start = Mapping[str, float | Sequence[float]]
+Ratios = Mapping[str, float | Sequence[float]]
 
 
 @dataclass(frozen=True)
@@ -76,16 +76,16 @@ class SearchSpace:
     upper: float
     cost: Cost
     rank_multiple: int
-    start: Start
+    start: Ratios
     curves: Curves = field(default_factory=dict)
 
     def at(self, budget: Budget) -> SearchSpace:
         """Return the space under another budget."""
         return replace(self, budget=budget)
 
-    def warm_starts(self) -> list[WarmStart]:
-        """Return the trials that need no search, first the baseline."""
-        return known_starts(self)
+    def warm_starts(self, wanted: Sequence[Start]) -> list[WarmStart]:
+        """Return the trials that need no search."""
+        return known_starts(self, wanted)
 
     def with_curves(self, curves: Curves) -> SearchSpace:
         """Return the space with the loss curves of the layers."""
@@ -203,24 +203,7 @@ class SearchSpace:
         More parameters never hurt the search, so the budget is met with equality, unless even
         all upper bounds stay below it.
         """
-        wanted = torch.tensor(values, dtype=torch.float64)
-        shares = torch.tensor(self.shares, dtype=torch.float64)
-
-        def at(multiplier: float) -> torch.Tensor:
-            return (wanted + multiplier * shares).clamp(self.lower, self.upper)
-
-        low, high = -1.0, 1.0
-        while float(at(low) @ shares) > self.room and low > -1e9:
-            low *= 2
-        while float(at(high) @ shares) < self.room and high < 1e9:
-            high *= 2
-        for _ in range(100):
-            middle = (low + high) / 2
-            if float(at(middle) @ shares) <= self.room:
-                low = middle
-            else:
-                high = middle
-        return [float(value) for value in at(low)]
+        return project(values, list(self.bounds.values()), self.constraint)
 
     def sobol_point(self, index: int, seed: int) -> dict[str, float]:
         """Return a point of a scrambled Sobol sequence, projected onto the budget.
@@ -242,7 +225,7 @@ def build_space(
     granularity: Granularity,
     depth_groups: int,
     bounds: tuple[float, float],
-    start: Start,
+    start: Ratios,
     cost: Cost,
     rank_multiple: int,
 ) -> SearchSpace:

@@ -13,6 +13,7 @@ from lrbo.errors import ConfigError
 from lrbo.model import LayerSpec
 from lrbo.search.base import (
     LinearConstraint,
+    Start,
     WarmStart,
     assign_groups,
     known_starts,
@@ -83,9 +84,9 @@ class WeightSpace:
         """Return the space under another budget."""
         return replace(self, budget=budget)
 
-    def warm_starts(self) -> list[WarmStart]:
-        """Return the trials that need no search, first the baseline."""
-        return known_starts(self)
+    def warm_starts(self, wanted: Sequence[Start]) -> list[WarmStart]:
+        """Return the trials that need no search."""
+        return known_starts(self, wanted)
 
     def with_curves(self, curves: Curves) -> WeightSpace:
         """Return the space with the loss curves of the layers."""
