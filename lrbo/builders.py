@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import uuid
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lrbo.accounting import Storage
@@ -18,7 +20,7 @@ from lrbo.calibration import corpus
 from lrbo.calibration.collect import CalibrationSettings
 from lrbo.calibration.corpus import CorpusSpec, Role, RoleText, TokenWindows
 from lrbo.checks import role_paths
-from lrbo.config import to_yaml
+from lrbo.config import stored_config, to_yaml
 from lrbo.errors import BudgetError, ConfigError, DataError, ModelError, StudyError
 from lrbo.evaluation.divergence import DenseReference, measure_dense
 from lrbo.factorization.base import FactorizationMethod
@@ -253,6 +255,31 @@ def build_worker(plan: Plan, study: Study, reporter: Reporter) -> Worker:
         if config.search.racing is None
         else Race(config.search.racing, config.search.kl_weight),
     )
+
+
+def study_worker(folder: Path, config_yaml: str, place: Path, cache: Path) -> Worker:
+    """Build the worker of a study in another process, from what its files say.
+
+    Args:
+        folder: Of the study, absolute.
+        config_yaml: What :func:`lrbo.config.to_yaml` wrote of the values of the search.
+        place: The folder that the search was started in.
+        cache: Where statistics and factors are.
+
+    Raises:
+        StudyError: If this machine does not see the study.
+    """
+    study = Study(folder)
+    if not study.exists:
+        raise StudyError(
+            f"{platform.node()} does not see {folder}: all nodes need the study and the cache "
+            f"({cache}) under the same paths, on a file system that they share"
+        )
+    os.environ["LRBO_CACHE"] = str(cache)
+    if place.is_dir():
+        os.chdir(place)
+    plan = plan_search(stored_config(config_yaml, []), study, [])
+    return build_worker(plan, study, Reporter(Console(quiet=True)))
 
 
 def require_same_model(study: Study, model: PreTrainedModel) -> None:

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from lrbo.accounting import STORAGES
 from lrbo.calibration.corpus import SOURCES
@@ -24,6 +25,7 @@ from lrbo.schema import (
 )
 from lrbo.search.front import LOSS, SIZES
 
+EXECUTORS = ("inline", "ray")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 WARM_START = re.compile(r"uniform|analytic|start|paper|study:[^:]+(:\d+)?")
 
@@ -199,6 +201,17 @@ def _check_search(config: SearchConfig) -> list[str]:
             name,
             "uniform, analytic, start, paper, study:NAME or study:NAME:TRIAL",
         )
+    executor = config.executor
+    expect(executor.name in EXECUTORS, "executor.name", executor.name, " or ".join(EXECUTORS))
+    for key in ("workers", "devices"):
+        value = getattr(executor, key)
+        expect(value is None or value >= 1, f"executor.{key}", value, "at least 1, or null")
+    many = (executor.workers or 1) > 1 or executor.address is not None
+    if executor.name == "inline" and many:
+        problems.append(
+            f"executor.workers={executor.workers} and executor.address={executor.address!r}: the "
+            "inline executor runs one trial at a time in this process; choose executor=ray"
+        )
     problems += check_writable("study", study_folder(config.studies, config.study))
     return problems
 
@@ -286,7 +299,7 @@ def _check_space(space: SpaceConfig) -> list[str]:
     return problems
 
 
-def variables(space: SpaceConfig) -> dict[str, float | list[float]]:
+def variables(space: SpaceConfig) -> dict[str, Any]:
     """Return what is set of single variables; ``kind.q_proj`` may be nested, as when typed."""
 
     def flat(node: Mapping[str, object], prefix: str) -> dict[str, object]:
@@ -296,7 +309,7 @@ def variables(space: SpaceConfig) -> dict[str, float | list[float]]:
             found |= flat(value, f"{prefix}{name}.") if inner else {f"{prefix}{name}": value}  # type: ignore[arg-type]
         return found
 
-    return flat(space.variables, "")  # type: ignore[return-value]
+    return flat(space.variables, "")
 
 
 def check_new_folder(key: str, folder: Path) -> list[str]:

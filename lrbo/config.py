@@ -28,7 +28,7 @@ from lrbo.schema import (
 )
 
 # What may differ when a study is continued: where and how long it runs, not what it measures.
-FREE_KEYS = ("search.trials", "tracking", "model.device", "output", "study", "studies")
+FREE_KEYS = ("search.trials", "tracking", "executor", "model.device", "output", "study", "studies")
 
 # What a study did that was begun before these keys existed, where that is not today's default.
 BEFORE: Mapping[str, Any] = {
@@ -138,7 +138,7 @@ def _is_key(command: str, key: str) -> bool:
     mappings = ("space.groups", "space.start", "space.variables", "search.thresholds")
     free = [name for name in mappings if name in _keys(command)]
     below = any(key.startswith(f"{name}.") for name in [*free, "hydra"])
-    return below or key in _keys(command)
+    return below or key.startswith("hydra/") or key in _keys(command)
 
 
 def _compose_error(command: str, overrides: Sequence[str]) -> str | None:
@@ -215,12 +215,15 @@ def is_free(key: str) -> bool:
     return any(key == free or key.startswith(f"{free}.") for free in FREE_KEYS)
 
 
-def stored_config(stored_yaml: str, overrides: Sequence[str]) -> SearchConfig:
+def stored_config(
+    stored_yaml: str, overrides: Sequence[str], typed: SearchConfig | None = None
+) -> SearchConfig:
     """Return the configuration of a study with some free keys changed.
 
     Args:
         stored_yaml: What :func:`to_yaml` wrote.
         overrides: ``key=value``, as typed; only free keys.
+        typed: What Hydra composed of them, which knows what a group's option stands for.
     """
     stored = OmegaConf.create(stored_yaml)
     default_uri = OmegaConf.structured(SearchConfig(studies=stored.studies)).tracking.uri
@@ -229,7 +232,11 @@ def stored_config(stored_yaml: str, overrides: Sequence[str]) -> SearchConfig:
     merged = _completed(stored)
     for override in overrides:
         key, _, value = override.partition("=")
-        OmegaConf.update(merged, key, OmegaConf.create(f"x: {value}").x)
+        if typed is not None:
+            value = OmegaConf.select(OmegaConf.structured(typed), key.lstrip("+~"))
+        else:
+            value = OmegaConf.create(f"x: {value}").x
+        OmegaConf.update(merged, key.lstrip("+~"), value)
     found = to_object(merged)
     assert isinstance(found, SearchConfig)
     return found

@@ -62,6 +62,10 @@ class CheckpointError(LrboError):
     """A compressed checkpoint cannot be written or read."""
 
 
+class WorkerError(LrboError):
+    """No process that evaluates trials can start."""
+
+
 class TrackingError(LrboError):
     """MLflow does not take what it was asked to show."""
 

@@ -138,6 +138,17 @@ class TrackingConfig:
 
 
 @dataclass
+class ExecutorConfig:
+    """conf/executor."""
+
+    name: str = "inline"
+    address: str | None = None
+    workers: int | None = 1
+    devices: int | None = None
+    oversubscribe: bool = False
+
+
+@dataclass
 class SearchConfig:
     """conf/search.yaml."""
 
@@ -152,6 +163,7 @@ class SearchConfig:
     sensitivity: SensitivityConfig = field(default_factory=SensitivityConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    executor: ExecutorConfig = field(default_factory=ExecutorConfig)
     study: str = MISSING
     studies: str = "studies"
     seed: int = 0

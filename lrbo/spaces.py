@@ -55,9 +55,7 @@ def _space_at(
     space = config.space
     whole = _whole_space_at(keep_ratio, config, layers, method)
     smallest, largest = (-WIDEST, WIDEST) if space.type == "weights" else (SMALLEST_RATIO, 1.0)
-    return restrict(
-        whole, cast(Any, variables(space)), space.tied, smallest=smallest, largest=largest
-    )
+    return restrict(whole, variables(space), space.tied, smallest=smallest, largest=largest)
 
 
 def _whole_space_at(

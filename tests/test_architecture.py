@@ -23,7 +23,7 @@ ROOMS = """
     search.space
     search.base search.front
     tracking mlflow_store
-    executors.inline executors.base
+    executors.ray_tasks executors.inline executors.base
     worker trial racing
     evaluation.divergence evaluation.perplexity
     refit sensitivity
@@ -55,7 +55,7 @@ BORDERS = {
     "accelerate": {"export", "lazy"},
     "tokenizers": {"loading"},
     "lm_eval": set[str](),
-    "ray": set[str](),
+    "ray": {"executors.ray_tasks"},
 }
 # Of transformers everybody may name these types, and only these modules do more.
 TRANSFORMERS_TYPES = {"PreTrainedModel", "PreTrainedTokenizerBase"}

@@ -42,7 +42,7 @@ def test_conf_holds_what_the_tests_look_at() -> None:
     assert len(list(CONF.rglob("*.yaml"))) == len(COMMANDS) + len(OPTIONS)
     assert COMMANDS == ["compress", "dashboard", "evaluate", "report", "search"]
     assert len(OPTIONS) >= 22
-    assert set(GROUPS) == {"model", "data", "method", "space", "budget", "experiment"}
+    assert set(GROUPS) == {"model", "data", "method", "space", "budget", "executor", "experiment"}
 
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
@@ -199,6 +199,12 @@ BAD_SEARCH: dict[str, Any] = {
     "sensitivity.layers_per_kind": [-1],
     "sensitivity.ranks": [0],
     "sensitivity.windows": [0],
+    "warm_start": [["best"], ["study:"], ["study:a:b"]],
+    "space.variables": [{"qk": [0.5, 0.2]}, {"qk": "much"}, {"q": {"k": [0.1, 0.2, 0.3]}}],
+    "space.tied": [[[]]],
+    "executor.name": ["slurm"],
+    "executor.workers": [0, 2],  # of which the inline executor has one
+    "executor.devices": [0],
     "evaluation.batch_windows": [0],
     "evaluation.chunk_tokens": [0],
     "evaluation.kl_top": [0],

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -13,6 +16,10 @@ from lrbo.commands.view import show
 from lrbo.compression import compressed
 from lrbo.errors import ConfigError
 from lrbo.evaluation.perplexity import score
+from lrbo.executors.base import Executor
+from lrbo.executors.inline import InlineExecutor
+from lrbo.executors.ray_tasks import RayExecutor, RaySettings, connected
+from lrbo.loading import cache_folder, resolve_device
 from lrbo.progress import Reporter
 from lrbo.report import print_report
 from lrbo.results import summary
@@ -43,7 +50,7 @@ def run(chosen: SearchConfig, typed: Sequence[str], reporter: Reporter) -> dict[
     if study.exists:
         study.about()
         if all(config.is_free(override.lstrip("+~").partition("=")[0]) for override in typed):
-            chosen = config.stored_config(study.config_yaml(), typed)
+            chosen = config.stored_config(study.config_yaml(), typed, chosen)
         else:
             problems += [
                 f"study {study.name} was begun with another configuration; {difference}"
@@ -59,10 +66,42 @@ def run(chosen: SearchConfig, typed: Sequence[str], reporter: Reporter) -> dict[
         raise ConfigError(problems)
     with study.locked():
         plan = builders.plan_search(chosen, study, problems)
-        return _search(plan, study, reporter)
+        with _executor(plan, study) as executor:
+            return _search(plan, study, executor, reporter)
 
 
-def _search(plan: builders.Plan, study: Study, reporter: Reporter) -> dict[str, Any]:
+@contextmanager
+def _executor(plan: builders.Plan, study: Study) -> Iterator[Executor]:
+    """Yield where trials run; a cluster is reached before a model is loaded."""
+    given = plan.config.executor
+    if given.name == "inline":
+        yield InlineExecutor()
+        return
+    settings = RaySettings(
+        address=given.address,
+        workers=given.workers,
+        devices=given.devices,
+        oversubscribe=given.oversubscribe,
+        uses_gpu=resolve_device(plan.config.model.device).type == "cuda",
+    )
+    build = partial(
+        builders.study_worker,
+        study.folder.absolute(),
+        config.to_yaml(plan.config),
+        Path.cwd(),
+        cache_folder().absolute(),
+    )
+    with connected(settings) as ray:
+        executor = RayExecutor(ray, settings, build)
+        try:
+            yield executor
+        finally:
+            executor.shut_down()
+
+
+def _search(
+    plan: builders.Plan, study: Study, executor: Executor, reporter: Reporter
+) -> dict[str, Any]:
     """Search, test and report, with the study locked."""
     chosen = plan.config
     trials = chosen.search.trials
@@ -76,6 +115,7 @@ def _search(plan: builders.Plan, study: Study, reporter: Reporter) -> dict[str, 
         study,
         worker,
         reporter,
+        executor=executor,
         on_trial=lambda record: reporter.say(_trial_line(record, study, trials, is_front=is_front)),
     )
     tracker = loop.tracker

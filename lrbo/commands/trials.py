@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from lrbo import builders, config
 from lrbo.commands.view import digests, make_tracker, show
+from lrbo.executors.base import Executor
 from lrbo.executors.inline import InlineExecutor
 from lrbo.progress import Reporter
 from lrbo.search.base import KEEP_RATIO
@@ -27,6 +28,7 @@ def search_loop(
     worker: Worker,
     reporter: Reporter,
     *,
+    executor: Executor | None = None,
     on_trial: Callable[[TrialRecord], None] = lambda _: None,
 ) -> SearchLoop:
     """Return the loop of a study, its tracker started and up to date.
@@ -36,6 +38,7 @@ def search_loop(
         study: Locked.
         worker: Evaluates a request.
         reporter: Shows progress.
+        executor: Where trials run; ``None`` is this process.
         on_trial: Told each trial that ended.
     """
     chosen = plan.config
@@ -57,7 +60,7 @@ def search_loop(
         study=study,
         client=SearchClient(space, seed=chosen.seed),
         worker=worker,
-        executor=InlineExecutor(),
+        executor=executor or InlineExecutor(),
         tracker=tracker,
         settings=settings,
         on_trial=on_trial,

@@ -1,0 +1,152 @@
+"""Real Ray: two actors on this machine, actors that are killed, nodes that join and leave."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from lrbo.executors import ray_tasks
+from lrbo.executors.ray_tasks import RayExecutor, RaySettings, connected
+from lrbo.search.study import Study, StudyState
+from lrbo.trial import TrialRequest, TrialResult
+from tests.test_executors import request
+
+pytestmark = pytest.mark.slow
+pytest.importorskip("ray")
+
+RAY = ["executor=ray", "executor.workers=2", "executor.oversubscribe=true"]
+TINY = ["experiment=tiny", "output=json"]
+ROUNDING = 1e-5  # nats: threads may add in another order
+
+
+def start(folder: Path, *arguments: str) -> "subprocess.Popen[str]":
+    """Start a search in a process of its own, as a user would."""
+    line = [sys.executable, "-c", "from lrbo.cli import main; main()", "search", *arguments]
+    return subprocess.Popen(
+        line, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def search(folder: Path, *arguments: str) -> dict[str, Any]:
+    """Run a search to its end and return what it found."""
+    out, err = start(folder, *arguments).communicate(timeout=240)
+    assert out, err
+    found: dict[str, Any] = json.loads(out.splitlines()[-1])
+    return found
+
+
+def state_of(folder: Path, study: str) -> StudyState:
+    return Study(folder / "studies" / study).state
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 120.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.02)
+
+
+def test_two_actors_score_what_one_process_scores(tmp_path: Path) -> None:
+    together = search(tmp_path, *TINY, "study=together", "search.trials=8", *RAY)
+    assert together["trials_completed"] == 8
+    search(tmp_path, *TINY, "study=alone", "search.trials=4")
+    states = [state_of(tmp_path, name) for name in ("together", "alone")]
+    for index in range(4):
+        one, other = (state.trials[index] for state in states)
+        assert one.request == other.request
+        assert one.metrics["nll"] == pytest.approx(other.metrics["nll"], abs=ROUNDING)
+    # Where trials run may change: the other executor goes on with the same study.
+    more = search(tmp_path, "study=together", "search.trials=9", "executor=inline", "output=json")
+    assert more["trials_completed"] == 9
+    more = search(tmp_path, "study=alone", "search.trials=6", *RAY, "output=json")
+    assert more["trials_completed"] == 6
+
+
+def actors_of(search_: int) -> list[int]:
+    """Return the processes of the actors that a search started."""
+    below = psutil.Process(search_).children(recursive=True)
+    return [child.pid for child in below if child.cmdline()[:1] == ["ray::Actor"]]
+
+
+def test_a_search_loses_no_trial_with_a_killed_actor(tmp_path: Path) -> None:
+    process = start(tmp_path, *TINY, "study=killed", "search.trials=30", *RAY)
+    wait_for(lambda: len(state_of(tmp_path, "killed").ended) >= 3)
+    victims = actors_of(process.pid)
+    assert len(victims) == 2
+    os.kill(victims[0], signal.SIGKILL)
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+    assert json.loads(out.splitlines()[-1])["trials_completed"] == 30
+    state = state_of(tmp_path, "killed")
+    assert sorted(state.trials) == list(range(30))
+    ended = [
+        json.loads(line)["trial"]
+        for line in (tmp_path / "studies/killed/journal.jsonl").read_text().splitlines()
+        if json.loads(line)["event"] == "ended"
+    ]
+    assert sorted(ended) == list(range(30))
+
+
+def test_a_search_that_is_killed_with_its_actors_goes_on(tmp_path: Path) -> None:
+    process = start(tmp_path, *TINY, "study=cut", "search.trials=40", *RAY)
+    wait_for(lambda: len(state_of(tmp_path, "cut").ended) >= 4)
+    process.kill()
+    process.communicate()
+    kept = len(state_of(tmp_path, "cut").ended)
+    found = search(tmp_path, "study=cut", "search.trials=12", "output=json")
+    assert found["trials_completed"] == max(12, kept)
+    assert not state_of(tmp_path, "cut").open or kept > 12
+
+
+def slow_worker() -> Callable[[TrialRequest], TrialResult]:
+    def worker(asked: TrialRequest) -> TrialResult:
+        time.sleep(1.0)
+        return TrialResult(asked.trial_index, "completed", {"pid": float(os.getpid())})
+
+    return worker
+
+
+def not_used(_: TrialRequest) -> TrialResult:
+    raise AssertionError("actors have workers of their own")
+
+
+@pytest.fixture
+def cluster() -> Iterator[Any]:
+    """Two nodes of one core each, in processes of this machine."""
+    utils = pytest.importorskip("ray.cluster_utils")
+    found = utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    found.add_node(num_cpus=1)
+    yield found
+    found.shutdown()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # files of Ray
+def test_nodes_of_a_cluster_leave_and_join(
+    cluster: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(ray_tasks, "JOIN_S", 0.5)
+    with connected(RaySettings(address=cluster.address)) as module:
+        executor = RayExecutor(module, RaySettings(address=cluster.address), slow_worker)
+        wait_for(lambda: executor.capacity == 2)
+        jobs = [executor.submit(not_used, request(index)) for index in range(2)]
+        wait_for(lambda: all(job.done() for job in jobs))
+        assert len({job.result().metrics["pid"] for job in jobs}) == 2
+        jobs = [executor.submit(not_used, request(index)) for index in range(4)]
+        gone = next(iter(cluster.worker_nodes))
+        threading.Thread(target=cluster.remove_node, args=(gone,)).start()
+        wait_for(lambda: all(job.done() for job in jobs))
+        assert [job.result().trial_index for job in jobs] == [0, 1, 2, 3]
+        assert "was lost; the trial runs again" in caplog.text
+        wait_for(lambda: len(executor.seats) == 1)
+        cluster.add_node(num_cpus=1)
+        wait_for(lambda: executor.capacity == 2)
+        executor.shut_down()
