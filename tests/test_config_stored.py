@@ -104,3 +104,15 @@ def test_a_study_that_this_version_does_not_understand_is_refused(line: str, wor
     ):
         with pytest.raises(ConfigError, match=rf"config\.yaml: .*{word}.*version of lrbo"):
             read()
+
+
+def test_where_trials_run_may_change_by_the_name_of_a_group() -> None:
+    stored = config.to_yaml(search("method=bolaco", "space=per_kind", "seed=3"))
+    typed = ["executor=ray", "executor.workers=2", "search.trials=9"]
+    found = config.stored_config(stored, typed, search(*typed))
+    assert (found.executor.name, found.executor.workers) == ("ray", 2)
+    assert (found.search.trials, found.seed, found.method.name) == (9, 3, "bolaco")
+    assert config.differences(stored, found) == []
+    back = config.stored_config(config.to_yaml(found), ["executor=inline"], search("executor=inline"))
+    assert (back.executor.name, back.executor.workers) == ("inline", 1)
+    assert back.search.trials == 9
