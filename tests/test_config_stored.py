@@ -113,6 +113,8 @@ def test_where_trials_run_may_change_by_the_name_of_a_group() -> None:
     assert (found.executor.name, found.executor.workers) == ("ray", 2)
     assert (found.search.trials, found.seed, found.method.name) == (9, 3, "bolaco")
     assert config.differences(stored, found) == []
-    back = config.stored_config(config.to_yaml(found), ["executor=inline"], search("executor=inline"))
+    back = config.stored_config(
+        config.to_yaml(found), ["executor=inline"], search("executor=inline")
+    )
     assert (back.executor.name, back.executor.workers) == ("inline", 1)
     assert back.search.trials == 9
