@@ -259,7 +259,7 @@ def connected(settings: RaySettings) -> Iterator[Any]:
     if address is not None and address != "auto":
         _require_answer(address)
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
-    local = {"include_dashboard": False, "num_cpus": len(os.sched_getaffinity(0))}
+    local = {"include_dashboard": False, "num_cpus": _cores()}
     try:
         ray.init(address=address, **quiet, **(local if address is None else {}))
     except (ConnectionError, ValueError, RuntimeError) as error:
@@ -270,6 +270,14 @@ def connected(settings: RaySettings) -> Iterator[Any]:
         yield ray
     finally:
         ray.shutdown()
+
+
+def _cores() -> int:
+    """Return how many cores this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not on macOS and Windows
+        return os.cpu_count() or 1
 
 
 def _imported() -> Any:
