@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lrbo.accounting import STORAGES
 from lrbo.calibration.corpus import SOURCES
+from lrbo.config import flatten
 from lrbo.errors import ConfigError
 from lrbo.factorization.registry import METHODS, options_of
 from lrbo.schema import (
@@ -301,15 +301,7 @@ def _check_space(space: SpaceConfig) -> list[str]:
 
 def variables(space: SpaceConfig) -> dict[str, Any]:
     """Return what is set of single variables; ``kind.q_proj`` may be nested, as when typed."""
-
-    def flat(node: Mapping[str, object], prefix: str) -> dict[str, object]:
-        found: dict[str, object] = {}
-        for name, value in node.items():
-            inner = isinstance(value, Mapping)
-            found |= flat(value, f"{prefix}{name}.") if inner else {f"{prefix}{name}": value}  # type: ignore[arg-type]
-        return found
-
-    return flat(space.variables, "")
+    return flatten(space.variables) if space.variables else {}
 
 
 def check_new_folder(key: str, folder: Path) -> list[str]:

@@ -127,7 +127,7 @@ def composed(command: str, overrides: Sequence[str]) -> Config:
 
 def _keys(command: str) -> list[str]:
     """Return every dotted key and every group that a command takes."""
-    keys = list(_flatten(asdict(SCHEMAS[command]())))
+    keys = list(flatten(asdict(SCHEMAS[command]())))
     sections = {key.partition(".")[0] for key in keys if "." in key}
     groups = {folder.name for folder in conf_folder().iterdir() if folder.is_dir()}
     return [*keys, *sections, *groups]
@@ -200,7 +200,7 @@ def differences(stored_yaml: str, config: SearchConfig) -> list[str]:
     Where it runs, how long it runs and how it is shown may differ. A key that did not exist when
     the study was begun stands for what was done then.
     """
-    stored = _flatten(OmegaConf.to_container(_completed(OmegaConf.create(stored_yaml))))
+    stored = flatten(OmegaConf.to_container(_completed(OmegaConf.create(stored_yaml))))
     given = flat(config)
     keys = [key for key in dict.fromkeys([*stored, *given]) if not is_free(key)]
     return [
@@ -266,15 +266,15 @@ def to_yaml(config: Config) -> str:
 
 def flat(config: Config) -> dict[str, Any]:
     """Return a configuration as one level of dotted keys."""
-    return _flatten(asdict(config))
+    return flatten(asdict(config))
 
 
-def _flatten(node: Any, prefix: str = "") -> dict[str, Any]:
+def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
     """Flatten nested mappings into dotted keys."""
     if not isinstance(node, Mapping) or not node:
         return {prefix.rstrip("."): node}
     return {
         key: value
         for name, child in node.items()
-        for key, value in _flatten(child, f"{prefix}{name}.").items()
+        for key, value in flatten(child, f"{prefix}{name}.").items()
     }

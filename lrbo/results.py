@@ -17,12 +17,10 @@ from lrbo.accounting import (
     dense_parameters,
     index_bytes,
     low_rank_macs,
-    low_rank_parameters,
 )
-from lrbo.model import LayerSpec
 from lrbo.search.base import KEEP_RATIO
 from lrbo.search.front import LOSS, hypervolume, pareto_front, reference_point
-from lrbo.search.study import Study
+from lrbo.search.study import Study, layers_of, stored_parameters
 from lrbo.sensitivity import LossCalibration, sensitivity_file
 from lrbo.storage import replacing
 from lrbo.trial import TrialRecord
@@ -189,11 +187,11 @@ def ranks_frame(study: Study, record: TrialRecord) -> pd.DataFrame:
         and ``dense`` (parameters), and ``kept``, their ratio.
     """
     about = study.about()
-    specs = _specs(about)
+    specs = layers_of(about)
     rows = []
     for name, rank in record.request.allocation.ranks.items():
         spec = specs[name]
-        stored = _stored(spec, rank, about)
+        stored = stored_parameters(spec, rank, about)
         rows.append((name, spec.kind, spec.block, rank, stored, spec.parameters))
     table = pd.DataFrame(rows, columns=["name", "kind", "block", "rank", "stored", "dense"])
     table = table.astype({"rank": "Int64", "block": "Int64"})
@@ -249,19 +247,6 @@ def _pick(metrics: Mapping[str, Any], *names: str) -> dict[str, Any]:
     return {name: metrics.get(name) for name in names}
 
 
-def _specs(about: Mapping[str, Any]) -> dict[str, LayerSpec]:
-    """Return the layers that ``study.json`` describes, by name."""
-    return {layer["name"]: LayerSpec(**layer) for layer in about["layers"]}
-
-
-def _stored(spec: LayerSpec, rank: int | None, about: Mapping[str, Any]) -> int:
-    """Return the parameters of a layer at a rank, counted as the study's budget counts them."""
-    if rank is None:
-        return spec.parameters
-    bias = about["adds_bias"] or spec.has_bias
-    return low_rank_parameters(spec, rank, bias=bias, storage=about["storage"])
-
-
 def dense_size(study: Study) -> dict[str, float]:
     """Return size and cost of the dense model: those of a trial plus what it left out.
 
@@ -270,7 +255,7 @@ def dense_size(study: Study) -> dict[str, float]:
     if not study.state.completed:
         return {}
     about = study.about()
-    record, specs, storage = study.state.completed[0], _specs(about), about["storage"]
+    record, specs, storage = study.state.completed[0], layers_of(about), about["storage"]
     metrics, ranks = record.metrics, record.request.allocation.ranks
     layers = [specs[name] for name in ranks]
     parameters = metrics["model_parameters"] - metrics["parameters"] + dense_parameters(layers)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
-from lrbo.accounting import low_rank_parameters
 from lrbo.checks import study_folder
 from lrbo.errors import ConfigError, StudyError
 from lrbo.model import LayerSpec
 from lrbo.search.base import KEEP_RATIO, STARTS, Start
 from lrbo.search.front import pareto_front
-from lrbo.search.study import Study
+from lrbo.search.study import Study, layers_of, stored_parameters
 from lrbo.transfer import PAPER, Donor, DonorTrial, profile_of, transferred_ratios
 from lrbo.trial import TrialRecord
 
@@ -89,11 +89,7 @@ def donor_study(name: str, studies: str) -> Donor:
 def _lent(record: TrialRecord, about: Mapping[str, Any]) -> DonorTrial:
     """Return a trial without the names of its layers."""
     allocation = record.request.allocation
-    layers = [LayerSpec(**spec) for spec in about["layers"] if spec["name"] in allocation.ranks]
-
-    def cost(spec: LayerSpec, rank: int) -> int:
-        bias = about["adds_bias"] or spec.has_bias
-        return low_rank_parameters(spec, rank, bias=bias, storage=about["storage"])
-
-    profile = profile_of(layers, allocation, cost)
+    specs = layers_of(about)
+    layers = [specs[name] for name in specs if name in allocation.ranks]
+    profile = profile_of(layers, allocation, partial(stored_parameters, about=about))
     return DonorTrial(record.metrics[KEEP_RATIO], record.request.variables, profile)

@@ -79,9 +79,8 @@ def main() -> None:
     study = Study(options.folder)
     base = ["data.validation.tokens=8192", "sensitivity.layers_per_kind=0"]
     plan = planned([*base, "space=weights"], study)
-    same = ["data.validation.tokens=8192", "sensitivity.layers_per_kind=0"]
     ratios: dict[str, Any] = {
-        name: planned([*same, f"space={name}"], Study(Path("studies/none"))).space
+        name: planned([*base, f"space={name}"], Study(Path("studies/none"))).space
         for name in ("per_kind", "per_kind_and_depth")
     }
     reporter = Reporter()

@@ -283,7 +283,7 @@ def _cores() -> int:
 def _imported() -> Any:
     """Return the module ``ray``."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # sends nothing home
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # or it warns of its future
     try:
         import ray
     except ImportError as error:

@@ -245,11 +245,16 @@ def project(
     return [float(value) for value in at(low)]
 
 
-def unit_sobol(dimensions: int, index: int, seed: int) -> list[float]:
-    """Return one point of a scrambled Sobol sequence in the unit cube."""
+def sobol_within(space: Space, index: int, seed: int) -> dict[str, float]:
+    """Return a point of a scrambled Sobol sequence over the bounds, taken into the space."""
     make: Any = torch.quasirandom.SobolEngine  # untyped in torch
-    engine = make(dimensions, scramble=True, seed=seed)
-    return [float(value) for value in engine.fast_forward(index).draw(1, dtype=torch.float64)[0]]
+    engine = make(len(space.names), scramble=True, seed=seed)
+    unit = engine.fast_forward(index).draw(1, dtype=torch.float64)[0]
+    values = [
+        low + (high - low) * float(value)
+        for value, (low, high) in zip(unit, space.bounds.values(), strict=True)
+    ]
+    return dict(zip(space.names, space.project(values), strict=True))
 
 
 def uniform_ratios(

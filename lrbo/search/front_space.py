@@ -14,7 +14,7 @@ from lrbo.search.base import (
     LinearConstraint,
     Start,
     WarmStart,
-    unit_sobol,
+    sobol_within,
 )
 from lrbo.sensitivity import Curves
 
@@ -152,12 +152,7 @@ class FrontSpace:
 
     def sobol_point(self, index: int, seed: int) -> dict[str, float]:
         """Return a point of a scrambled Sobol sequence; a function of index and seed alone."""
-        unit = unit_sobol(len(self.names), index, seed)
-        values = [
-            low + (high - low) * value
-            for value, (low, high) in zip(unit, self.bounds.values(), strict=True)
-        ]
-        return dict(zip(self.names, self.project(values), strict=True))
+        return sobol_within(self, index, seed)
 
     def _at(self, ratio: float) -> BudgetSpace:
         """Return the space inside, at one budget."""

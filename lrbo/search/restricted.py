@@ -16,7 +16,7 @@ from lrbo.search.base import (
     WarmStart,
     known_starts,
     project,
-    unit_sobol,
+    sobol_within,
 )
 from lrbo.sensitivity import Curves
 
@@ -115,7 +115,7 @@ class RestrictedSpace:
     def analytic(self) -> tuple[Allocation, Mapping[str, float]] | None:
         """Return the allocation of least predicted loss, with its point, ``{}`` if none."""
         found = self.inside.analytic()
-        return found and (found[0], self._point_of(found[1], CLOSE) or {})
+        return found and (found[0], self._point_of(found[1]) or {})
 
     def start_point(self) -> Mapping[str, float] | None:
         """Return the configured start, as near as the restrictions let it be."""
@@ -131,7 +131,7 @@ class RestrictedSpace:
         if point:
             found = self.inside.realised(allocation, self._whole(point))
             return found and self._means(found)
-        return self._point_of(self.inside.realised(allocation, {}) or {}, CLOSE)
+        return self._point_of(self.inside.realised(allocation, {}) or {})
 
     def project(self, values: Sequence[float]) -> list[float]:
         """Return the nearest point that the restrictions and the budget allow."""
@@ -139,12 +139,7 @@ class RestrictedSpace:
 
     def sobol_point(self, index: int, seed: int) -> dict[str, float]:
         """Return a point of a scrambled Sobol sequence; a function of index and seed alone."""
-        unit = unit_sobol(len(self.names), index, seed)
-        values = [
-            low + (high - low) * value
-            for value, (low, high) in zip(unit, self.limits.values(), strict=True)
-        ]
-        return dict(zip(self.names, self.project(values), strict=True))
+        return sobol_within(self, index, seed)
 
     def _whole(self, point: Mapping[str, float]) -> dict[str, float]:
         """Return the point of the space inside."""
@@ -164,16 +159,16 @@ class RestrictedSpace:
             for name, found in self.members.items()
         }
 
-    def _point_of(self, whole: Mapping[str, float], close: float) -> dict[str, float] | None:
+    def _point_of(self, whole: Mapping[str, float]) -> dict[str, float] | None:
         """Return the point of a point of the space inside, ``None`` if it is not one of these."""
         if not whole:
             return None
         point = self._means(whole)
         inside = self._whole(point)
         allowed = all(
-            low - close <= point[name] <= high + close for name, (low, high) in self.limits.items()
+            low - CLOSE <= point[name] <= high + CLOSE for name, (low, high) in self.limits.items()
         )
-        if not allowed or any(abs(inside[name] - whole[name]) > close for name in whole):
+        if not allowed or any(abs(inside[name] - whole[name]) > CLOSE for name in whole):
             return None
         return point
 

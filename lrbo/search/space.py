@@ -19,8 +19,8 @@ from lrbo.search.base import (
     least_loss,
     project,
     require_feasible,
+    sobol_within,
     uniform_ratios,
-    unit_sobol,
 )
 from lrbo.sensitivity import Curves
 
@@ -211,9 +211,7 @@ class SearchSpace:
         The point depends on ``index`` and ``seed`` only, so that a resumed search finds the
         same one. Ax's own initial design collapses to near copies under a tight constraint.
         """
-        unit = unit_sobol(len(self.variables), index, seed)
-        values = [self.lower + (self.upper - self.lower) * value for value in unit]
-        return dict(zip(self.names, self.project(values), strict=True))
+        return sobol_within(self, index, seed)
 
 
 def build_space(

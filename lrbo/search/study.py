@@ -16,8 +16,10 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from lrbo.accounting import low_rank_parameters
 from lrbo.allocation import Allocation
 from lrbo.errors import StudyError
+from lrbo.model import LayerSpec
 from lrbo.storage import write_text
 from lrbo.trial import TrialRecord, TrialRequest, TrialResult
 
@@ -290,3 +292,16 @@ class Study:
             with self.journal.open("rb+") as file:
                 file.truncate(whole)
                 os.fsync(file.fileno())
+
+
+def layers_of(about: Mapping[str, Any]) -> dict[str, LayerSpec]:
+    """Return the layers that ``study.json`` describes, by name."""
+    return {layer["name"]: LayerSpec(**layer) for layer in about["layers"]}
+
+
+def stored_parameters(spec: LayerSpec, rank: int | None, about: Mapping[str, Any]) -> int:
+    """Return the parameters of a layer at a rank, counted as the study's budget counts them."""
+    if rank is None:
+        return spec.parameters
+    bias = about["adds_bias"] or spec.has_bias
+    return low_rank_parameters(spec, rank, bias=bias, storage=about["storage"])

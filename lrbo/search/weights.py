@@ -19,8 +19,8 @@ from lrbo.search.base import (
     known_starts,
     least_loss,
     require_feasible,
+    sobol_within,
     uniform_ratios,
-    unit_sobol,
 )
 from lrbo.sensitivity import Curves
 
@@ -151,10 +151,7 @@ class WeightSpace:
 
     def sobol_point(self, index: int, seed: int) -> dict[str, float]:
         """Return a point of a scrambled Sobol sequence; a function of index and seed alone."""
-        unit = unit_sobol(len(self.names), index, seed)
-        return {
-            name: self.width * (2 * value - 1) for name, value in zip(self.names, unit, strict=True)
-        }
+        return sobol_within(self, index, seed)
 
 
 def build_weight_space(
