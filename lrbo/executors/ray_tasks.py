@@ -262,8 +262,9 @@ def connected(settings: RaySettings) -> Iterator[Any]:
     local = {"include_dashboard": False, "num_cpus": _cores()}
     try:
         ray.init(address=address, **quiet, **(local if address is None else {}))
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
+    except (ConnectionError, ValueError, RuntimeError, SystemExit) as error:
+        # Ray leaves with a number where something else than a cluster listens.
+        reason = "no Ray answers" if isinstance(error, SystemExit) else str(error).splitlines()[0]
         raise ConfigError([f"executor.address={address!r}: {reason}"]) from error
     try:
         _require_devices(settings, ray)
