@@ -1,5 +1,6 @@
 """Real Ray: two actors on this machine, actors that are killed, nodes that join and leave."""
 
+import contextlib
 import json
 import os
 import signal
@@ -72,17 +73,23 @@ def test_two_actors_score_what_one_process_scores(tmp_path: Path) -> None:
 
 
 def actors_of(search_: int) -> list[int]:
-    """Return the processes of the actors that a search started."""
-    below = psutil.Process(search_).children(recursive=True)
-    return [child.pid for child in below if child.cmdline()[:1] == ["ray::Actor"]]
+    """Return the processes of the actors that a search started.
+
+    Ray names them after what they do: ``ray::Actor``, and ``ray::Actor.evaluate`` in a trial.
+    """
+    found = []
+    for child in psutil.Process(search_).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # short-lived ones of Ray
+            if "".join(child.cmdline()[:1]).startswith("ray::Actor"):
+                found.append(child.pid)
+    return found
 
 
 def test_a_search_loses_no_trial_with_a_killed_actor(tmp_path: Path) -> None:
     process = start(tmp_path, *TINY, "study=killed", "search.trials=30", *RAY)
     wait_for(lambda: len(state_of(tmp_path, "killed").ended) >= 3)
-    victims = actors_of(process.pid)
-    assert len(victims) == 2
-    os.kill(victims[0], signal.SIGKILL)
+    wait_for(lambda: len(actors_of(process.pid)) == 2)
+    os.kill(actors_of(process.pid)[0], signal.SIGKILL)
     out, err = process.communicate(timeout=240)
     assert process.returncode == 0, err
     assert json.loads(out.splitlines()[-1])["trials_completed"] == 30
