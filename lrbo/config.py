@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from itertools import product
@@ -11,6 +12,7 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -121,8 +123,13 @@ def composed(command: str, overrides: Sequence[str]) -> Config:
         ConfigError: Listing required values that are missing.
     """
     register()
-    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        return to_object(compose(command, list(overrides)))
+    running = GlobalHydra.instance().hydra  # inside a command that Hydra itself has started
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+            return to_object(compose(command, list(overrides)))
+    finally:
+        GlobalHydra.instance().hydra = running
 
 
 def _keys(command: str) -> list[str]:
@@ -256,6 +263,64 @@ def _completed(stored: DictConfig | ListConfig) -> DictConfig:
         ) from error
     assert isinstance(merged, DictConfig)
     return merged
+
+
+def typed(command: str, values: Mapping[str, Any]) -> list[str]:
+    """Return what to type after a command's name to get these values.
+
+    A group is chosen by its option where one has the name that the values have; what then still
+    differs is typed key by key.
+
+    Args:
+        command: Name of the command.
+        values: By dotted key, as :func:`flat` has them; keys that are not there may be anything.
+
+    Raises:
+        ConfigError: If the values cannot be typed, such as those of an older version.
+    """
+    register()
+    chosen = []
+    for folder in sorted(path for path in conf_folder().iterdir() if path.is_dir()):
+        group = folder.name
+        file = folder / f"{values.get(f'{group}.name')}.yaml"
+        if values.get(f"{group}.source") == "hf" and not file.is_file():
+            file = folder / "hf.yaml"  # whose models are called what their path ends with
+        if file.is_file():
+            chosen.append(f"{group}={file.stem}")
+            own = flatten(OmegaConf.to_container(OmegaConf.load(file)), f"{group}.")
+            chosen += [_assigned(key, values[key]) for key, v in own.items() if v == "???"]
+    required = [k for k, v in flatten(asdict(SCHEMAS[command]())).items() if v == "???"]
+    top = [_assigned(key, values[key]) for key in required if "." not in key and key in values]
+    before = flat(composed(command, [*chosen, *top]))
+    more = [
+        ("" if key in before else "+") + _assigned(key, value)
+        for key, value in values.items()
+        if before.get(key, ...) != value and value != {}
+    ]
+    gone = {key.rpartition(".")[0] for key in before} & {k for k, v in values.items() if v == {}}
+    found = [*chosen, *top, *more, *(f"~{key}" for key in sorted(gone))]
+    after = flat(composed(command, found))
+    if wrong := [key for key, value in values.items() if after.get(key, ...) != value]:
+        raise ConfigError([f"{key}={values[key]!r} cannot be typed" for key in wrong])
+    return found
+
+
+def _assigned(key: str, value: Any) -> str:
+    """Return an override, its value in Hydra's grammar."""
+    return f"{key}={_grammar(value)}"
+
+
+def _grammar(value: Any) -> str:
+    """Return a value as Hydra's grammar has it."""
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    if isinstance(value, list):
+        return f"[{','.join(map(_grammar, value))}]"
+    if isinstance(value, str):
+        plain = re.fullmatch(r"[A-Za-z_./][\w./-]*", value)
+        special = value.lower() in ("null", "true", "false", "nan", "inf")
+        return value if plain and not special else "'" + value.replace("'", "\\'") + "'"
+    return str(value)
 
 
 def to_yaml(config: Config) -> str:

