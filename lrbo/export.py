@@ -411,7 +411,9 @@ def _read_json(folder: Path, name: str) -> dict[str, Any]:
     try:
         found = json.loads((folder / name).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder} is not a compressed checkpoint: {error}") from error
+        raise CheckpointError(
+            f"{folder / name} cannot be read, so this is no whole checkpoint: {error}"
+        ) from error
     if not isinstance(found, dict):
         raise CheckpointError(f"{folder / name} holds no JSON object.")
     return found

@@ -49,7 +49,8 @@ tokenizer = AutoTokenizer.from_pretrained({folder})
 
 FORMS = {
     "pivoted": """\
-A layer is stored as some rows of the product and the others as combinations of them (`pivoted`).""",
+A layer is stored as some rows of the product, and the others as combinations of them
+(`pivoted`).""",
     "factored": "A layer is stored as two thin matrices (`factored`).",
     "merged": "The products are multiplied out again here: dense layers that any loader opens.",
 }

@@ -6,6 +6,7 @@ import pickle
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -45,6 +46,7 @@ TOLERANCE = {
 
 TOKENIZER = byte_tokenizer()
 TIED = {case for case in CASES if map_model(build(case)).layers[-1].tied_to}
+OPTIONS = {"card", "with_code"}
 every_case = pytest.mark.parametrize("case", CASES)
 # Every family in the form that is written by default, and some in the other one.
 FACTORED = ("llama_tied", "llama_biased", "gpt2")
@@ -93,6 +95,7 @@ class Compressed:
     ) -> int:
         about = {"method": "svd", "base": "tiny"}
         parameters = changes.pop("parameters", self.parameters)
+        options: dict[str, Any] = {k: changes.pop(k) for k in OPTIONS & changes.keys()}
         return save(
             folder,
             self.model,
@@ -102,6 +105,7 @@ class Compressed:
             storage=self.storage,
             parameters=parameters,
             parts=parts,
+            **options,
         )
 
     def write(self, folder: Path, *, merged: bool) -> None:
