@@ -32,6 +32,9 @@ from lrbo.schema import (
 # What may differ when a study is continued: where and how long it runs, not what it measures.
 FREE_KEYS = ("search.trials", "tracking", "executor", "model.device", "output", "study", "studies")
 
+# Below these every key is taken.
+MAPPINGS = ("space.groups", "space.start", "space.variables", "search.thresholds")
+
 # What a study did that was begun before these keys existed, where that is not today's default.
 BEFORE: Mapping[str, Any] = {
     "budget": {"storage": "factored"},
@@ -142,8 +145,7 @@ def _keys(command: str) -> list[str]:
 
 def _is_key(command: str, key: str) -> bool:
     """Return whether a command takes a key; below a free mapping every key is taken."""
-    mappings = ("space.groups", "space.start", "space.variables", "search.thresholds")
-    free = [name for name in mappings if name in _keys(command)]
+    free = [name for name in MAPPINGS if name in _keys(command)]
     below = any(key.startswith(f"{name}.") for name in [*free, "hydra"])
     return below or key.startswith("hydra/") or key in _keys(command)
 
@@ -297,8 +299,13 @@ def typed(command: str, values: Mapping[str, Any]) -> list[str]:
         for key, value in values.items()
         if before.get(key, ...) != value and value != {}
     ]
-    gone = {key.rpartition(".")[0] for key in before} & {k for k, v in values.items() if v == {}}
-    found = [*chosen, *top, *more, *(f"~{key}" for key in sorted(gone))]
+    given = {key if value == {} else key.rpartition(".")[0] for key, value in values.items()}
+    less = [
+        f"~{key}"
+        for key in before
+        if key not in values and key.rpartition(".")[0] in given & set(MAPPINGS)
+    ]
+    found = [*chosen, *top, *more, *less]
     after = flat(composed(command, found))
     if wrong := [key for key, value in values.items() if after.get(key, ...) != value]:
         raise ConfigError([f"{key}={values[key]!r} cannot be typed" for key in wrong])

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml  # type: ignore[import-untyped]  # comes with omegaconf, without types
 from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
@@ -189,6 +190,6 @@ def _license(card: Path) -> str | None:
     """Return the license that a card states, if it can be read."""
     try:
         found = ModelCard.load(card, ignore_metadata_errors=True).data.license
-    except (OSError, ValueError):
+    except (OSError, ValueError, yaml.YAMLError):
         return None
     return found if isinstance(found, str) else None
