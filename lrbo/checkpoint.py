@@ -57,6 +57,7 @@ class LowRankConfig(QuantizationConfigMixin):
                 f"the quantization_config of the checkpoint has {strange}, which format {FORMAT} "
                 "does not have; restore config.json."
             )
+        known = self.ranks if isinstance(self.ranks, dict) else {}
         for name, value, holds, expected in (
             ("storage", self.storage, self.storage in STORAGES, " or ".join(STORAGES)),
             ("parameters", self.parameters, _is_count(self.parameters), "a whole number"),
@@ -64,7 +65,8 @@ class LowRankConfig(QuantizationConfigMixin):
             (
                 "added_biases",
                 self.added_biases,
-                isinstance(self.added_biases, list) and set(self.added_biases) <= set(self.ranks),
+                isinstance(self.added_biases, list)
+                and all(isinstance(name, str) and name in known for name in self.added_biases),
                 "a list of layers with a rank",
             ),
             ("provenance", self.provenance, isinstance(self.provenance, dict), "an object"),

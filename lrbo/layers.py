@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from lrbo.pivoting import Pivoting
 
 
-# What stands in a checkpoint under the name of the dense weight: no number at all. A loader that
-# does not know low-rank layers would find nothing there and start the layer at random; over
-# another shape it stops.
 def no_weight(like: Tensor) -> Tensor:
-    """Return the tensor of size 0 that a low-rank layer has in place of the dense weight."""
+    """Return what a low-rank layer has under the name of the dense weight: no number at all.
+
+    A loader that does not know low-rank layers would find nothing under that name in a
+    checkpoint and start the layer at random; over another shape it stops.
+    """
     return like.new_empty(0)
 
 

@@ -27,6 +27,8 @@ def describe(config: PretrainedConfig, low_rank: Mapping[str, Any]) -> None:
     config.architectures = [CLASS]
     config.auto_map = {"AutoModelForCausalLM": f"{FILE.removesuffix('.py')}.{CLASS}"}
     setattr(config, KEY, dict(low_rank))
+    if hasattr(config, "quantization_config"):  # of a checkpoint that is written again
+        del config.quantization_config
 
 
 def source_for(architecture: str) -> str:

@@ -18,7 +18,7 @@ ROOMS = """
     commands.trials commands.view commands.finalists
     builders spaces starts checks config schema preparation progress
     report comparison results plots drawing
-    export remote_code modeling_low_rank model_card
+    merging export remote_code modeling_low_rank model_card
     search.loop search.client search.study search.front_space search.restricted search.weights
     search.space
     search.base search.front
@@ -52,7 +52,7 @@ BORDERS = {
     "datasets": {"calibration.corpus"},
     "matplotlib": {"comparison", "plots", "drawing"},
     "pandas": {"comparison", "results", "plots", "report", "search.client"},
-    "accelerate": {"export", "lazy"},
+    "accelerate": {"merging", "lazy"},
     "huggingface_hub": {"model_card"},
     "tokenizers": {"loading"},
     "lm_eval": set[str](),
@@ -61,7 +61,7 @@ BORDERS = {
 # Of transformers everybody may name these types, and only these modules do more.
 TRANSFORMERS_TYPES = {"PreTrainedModel", "PreTrainedTokenizerBase"}
 TRANSFORMERS = {"model", "loading", "lazy", "export", "cli"}
-TRANSFORMERS |= {"checkpoint", "remote_code", "modeling_low_rank"}
+TRANSFORMERS |= {"checkpoint", "merging", "remote_code", "modeling_low_rank"}
 
 
 def sources() -> dict[str, ast.Module]:

@@ -1,5 +1,6 @@
 """transformers opens checkpoints by itself, and what it offers for models works on them."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -13,9 +14,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, p
 from transformers.trainer_utils import validate_quantization_for_training
 
 from lrbo.checkpoint import FORMAT, LowRankConfig
+from lrbo.errors import ModelError
 from lrbo.evaluation.perplexity import score
 from lrbo.export import CARD, CONFIG, INDEX, WEIGHTS, load
 from lrbo.layers import LowRankLinear, PivotedLinear
+from lrbo.loading import ModelSource, load_skeleton
 from tests import reference
 from tests.test_export import Compressed, every_form
 from tests.tiny import build, token_ids
@@ -252,6 +255,13 @@ def test_adapters_sit_on_the_thin_matrices_and_can_be_merged(storage: Any, tmp_p
     assert distance <= TOLERANCE["merged adapters"]
 
 
+@pytest.mark.parametrize("with_code", [False, True])
+def test_it_is_not_compressed_a_second_time(with_code: bool, tmp_path: Path) -> None:
+    Compressed("llama_tied").save(tmp_path / "model", with_code=with_code)
+    with pytest.raises(ModelError, match="compressed already .* only a dense model can be"):
+        load_skeleton(ModelSource("hf", str(tmp_path / "model")))
+
+
 # --- with a modelling file -----------------------------------------------------------------------
 
 WITHOUT_LRBO = """
@@ -303,6 +313,16 @@ def test_lrbo_reads_such_a_folder_without_its_code(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "again")
     assert torch.equal(says(opened(tmp_path / "again")), says(load(tmp_path / "model")))
     assert not (tmp_path / "again" / "modeling_low_rank.py").exists()
+
+
+def test_a_loaded_model_can_be_given_a_modelling_file(tmp_path: Path) -> None:
+    compressed = Compressed("llama_tied")
+    compressed.save(tmp_path / "model")
+    compressed.model = load(tmp_path / "model")
+    compressed.save(tmp_path / "coded", with_code=True)
+    config = json.loads((tmp_path / "coded" / CONFIG).read_text(encoding="utf-8"))
+    assert "quantization_config" not in config
+    assert torch.equal(says(load(tmp_path / "coded")), says(load(tmp_path / "model")))
 
 
 def test_a_card_lies_beside_the_weights_where_one_is_given(tmp_path: Path) -> None:

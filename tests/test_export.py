@@ -25,13 +25,13 @@ from lrbo.export import (
     is_checkpoint,
     load,
     save,
-    save_merged,
     streamed,
 )
 from lrbo.factorization.registry import method_named
 from lrbo.layers import LowRankLinear, PivotedLinear
 from lrbo.lazy import LazyModel
 from lrbo.loading import byte_tokenizer
+from lrbo.merging import save_merged
 from lrbo.model import linear_bias, linear_weight, map_model
 from lrbo.nested import LowRankFactors, NestedFactors, PivotedFactors
 from lrbo.worker import allocation_parameters

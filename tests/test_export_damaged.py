@@ -129,6 +129,8 @@ def test_a_checkpoint_of_the_first_formats_says_how_to_write_it_again(
         ({"parameters": 1234}, r"model holds [\d_]+ parameters, its config\.json states 1_234"),
         ({"ranks": [1, 2]}, r"ranks=\[1, 2\], expected ranks by layer name"),
         ({"added_biases": [f"{LAYER}x"]}, "expected a list of layers with a rank"),
+        ({"added_biases": [{}]}, r"added_biases=\[\{\}\], expected a list of layers with a rank"),
+        ({"ranks": 3, "added_biases": ["x"]}, "ranks=3, expected ranks by layer name"),
         ({"added_biases": [LAYER]}, rf"missing {LAYER}\.bias, not expected nothing"),
         ({"provenance": None}, "provenance=None, expected an object"),
         ({"runs": "code"}, r"has \['runs'\], which format 3 does not have"),

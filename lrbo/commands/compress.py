@@ -21,6 +21,7 @@ from lrbo.compression import compress_
 from lrbo.errors import ConfigError, StudyError
 from lrbo.layers import PivotedLinear
 from lrbo.loading import load_model, load_tokenizer, resolve_dtype
+from lrbo.merging import save_merged
 from lrbo.model_card import Score, model_card
 from lrbo.nested import LowRankFactors, NestedFactors, PivotedFactors
 from lrbo.progress import Reporter
@@ -90,7 +91,7 @@ def run(chosen: CompressConfig, reporter: Reporter) -> dict[str, Any]:
         commands=_commands(chosen, stored, about["dtype"], record.request.trial_index),
     )
     if chosen.format == "merged":
-        in_file = export.save_merged(out, model, tokenizer, card)
+        in_file = save_merged(out, model, tokenizer, card)
         reporter.say(
             f"format=merged: {in_file:,} dense parameters; it opens everywhere and saves nothing"
         )
