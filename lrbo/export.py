@@ -319,8 +319,6 @@ def _config(folder: Path) -> PretrainedConfig:
         config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except CheckpointError as error:
         raise CheckpointError(f"{folder / CONFIG}: {error}") from error
-    except KeyError as error:
-        raise CheckpointError(f"{folder / CONFIG} lacks {error}; copy the folder whole.") from error
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{folder / CONFIG} cannot be read by transformers {transformers.__version__}: {error}"

@@ -258,7 +258,7 @@ def test_adapters_sit_on_the_thin_matrices_and_can_be_merged(storage: Any, tmp_p
 @pytest.mark.parametrize("with_code", [False, True])
 def test_it_is_not_compressed_a_second_time(with_code: bool, tmp_path: Path) -> None:
     Compressed("llama_tied").save(tmp_path / "model", with_code=with_code)
-    with pytest.raises(ModelError, match="compressed already .* only a dense model can be"):
+    with pytest.raises(ModelError, match=r"compressed already .* only a dense model can be"):
         load_skeleton(ModelSource("hf", str(tmp_path / "model")))
 
 
