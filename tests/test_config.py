@@ -396,5 +396,5 @@ def test_only_what_differs_is_typed() -> None:
 
 def test_values_that_no_command_line_gives_are_named() -> None:
     wanted = config.flat(config.composed("search", [])) | {"space.bound": 3}
-    with pytest.raises(ConfigError, match=r"space\.bound=3 cannot be typed"):
+    with pytest.raises(ConfigError, match=r"space\.bound"):
         config.typed("search", wanted)
