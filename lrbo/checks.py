@@ -27,6 +27,7 @@ from lrbo.schema import (
 from lrbo.search.front import LOSS, SIZES
 
 EXECUTORS = ("inline", "ray")
+FORMATS = ("lrbo", "remote_code", "merged")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 WARM_START = re.compile(r"uniform|analytic|start|paper|study:[^:]+(:\d+)?")
 
@@ -48,6 +49,7 @@ def check(config: Config) -> list[str]:
             problems.append(f"format=html study={config.study}: expected the name of one study")
     if isinstance(config, CompressConfig):
         expect(config.dtype in DTYPES, "dtype", config.dtype, " or ".join(DTYPES))
+        expect(config.format in FORMATS, "format", config.format, " or ".join(FORMATS))
         expect(_is_point(config.point), "point", config.point, "best, a trial number or keep=RATIO")
         refit = config.refit
         expect(0 <= refit.blend <= 1, "refit.blend", refit.blend, "a number from 0 to 1")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from itertools import product
@@ -12,6 +13,7 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -30,6 +32,9 @@ from lrbo.schema import (
 
 # What may differ when a study is continued: where and how long it runs, not what it measures.
 FREE_KEYS = ("search.trials", "tracking", "executor", "model.device", "output", "study", "studies")
+
+# Below these every key is taken.
+MAPPINGS = ("space.groups", "space.start", "space.variables", "search.thresholds")
 
 # What a study did that was begun before these keys existed, where that is not today's default.
 BEFORE: Mapping[str, Any] = {
@@ -122,8 +127,13 @@ def composed(command: str, overrides: Sequence[str]) -> Config:
         ConfigError: Listing required values that are missing.
     """
     register()
-    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        return to_object(compose(command, list(overrides)))
+    running = GlobalHydra.instance().hydra  # inside a command that Hydra itself has started
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+            return to_object(compose(command, list(overrides)))
+    finally:
+        GlobalHydra.instance().hydra = running
 
 
 def _keys(command: str) -> list[str]:
@@ -136,8 +146,7 @@ def _keys(command: str) -> list[str]:
 
 def _is_key(command: str, key: str) -> bool:
     """Return whether a command takes a key; below a free mapping every key is taken."""
-    mappings = ("space.groups", "space.start", "space.variables", "search.thresholds")
-    free = [name for name in mappings if name in _keys(command)]
+    free = [name for name in MAPPINGS if name in _keys(command)]
     below = any(key.startswith(f"{name}.") for name in [*free, "hydra"])
     return below or key.startswith("hydra/") or key in _keys(command)
 
@@ -211,47 +220,6 @@ def differences(stored_yaml: str, config: SearchConfig) -> list[str]:
     ]
 
 
-def command_line(stored_yaml: str) -> list[str]:
-    """Return overrides of ``lrbo search`` that begin a study with the same configuration again.
-
-    Groups whose option changes a value are named, then every value that still differs from them.
-
-    Args:
-        stored_yaml: What :func:`to_yaml` wrote.
-    """
-    wanted = stored_config(stored_yaml, [])
-    found: list[str] = []
-    for group in sorted(folder.name for folder in conf_folder().iterdir() if folder.is_dir()):
-        option = getattr(getattr(wanted, group, None), "name", None)
-        if option and (conf_folder() / group / f"{option}.yaml").is_file():
-            found.append(f"{group}={option}")
-    found = [one for one in found if composed("search", [one]) != composed("search", [])]
-    values, target = flat(composed("search", found)), flat(wanted)
-    repeated = [key for key in target if key == "search.trials" or not is_free(key)]
-    for key in [*repeated, "study"]:
-        if target[key] == {}:  # what is below it is taken away
-            continue
-        if key not in values:
-            found.append(f"+{key}={_typed(target[key])}")
-        elif values[key] != target[key]:
-            found.append(f"{key}={_typed(target[key])}")
-    return found + [f"~{key}" for key in values if key not in target and values[key] != {}]
-
-
-def _typed(value: Any) -> str:
-    """Return a value as Hydra's grammar reads it."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, Mapping):
-        return "{" + ",".join(f"{key}:{_typed(child)}" for key, child in value.items()) + "}"
-    if isinstance(value, list | tuple):
-        return "[" + ",".join(_typed(child) for child in value) + "]"
-    if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace("'", "\\'")
-        return value if re.fullmatch(r"[A-Za-z_][\w.-]*", value) else f"'{escaped}'"
-    return repr(value)
-
-
 def is_free(key: str) -> bool:
     """Return whether a key may differ when a study is continued."""
     return any(key == free or key.startswith(f"{free}.") for free in FREE_KEYS)
@@ -298,6 +266,90 @@ def _completed(stored: DictConfig | ListConfig) -> DictConfig:
         ) from error
     assert isinstance(merged, DictConfig)
     return merged
+
+
+def repeating(searched: SearchConfig) -> dict[str, Any]:
+    """Return what begins the same search again, by dotted key, for :func:`command_line`."""
+    kept = ("search.trials", "study")
+    return {key: value for key, value in flat(searched).items() if key in kept or not is_free(key)}
+
+
+def command_line(command: str, values: Mapping[str, Any], study: str) -> str:
+    """Return what to type in a shell to get some values.
+
+    Args:
+        command: Name of the command.
+        values: By dotted key.
+        study: Whose values they are, for a remark in place of the line where they cannot be
+            typed, such as those of an older version.
+    """
+    try:
+        return shlex.join(["lrbo", command, *typed(command, values)])
+    except ConfigError:
+        return f"# lrbo {command} with the config.yaml of the study {study}"
+
+
+def typed(command: str, values: Mapping[str, Any]) -> list[str]:
+    """Return what to type after a command's name to get these values.
+
+    A group is chosen by its option where one has the name that the values have; what then still
+    differs is typed key by key.
+
+    Args:
+        command: Name of the command.
+        values: By dotted key, as :func:`flat` has them; keys that are not there may be anything.
+
+    Raises:
+        ConfigError: If the values cannot be typed, such as those of an older version.
+    """
+    register()
+    chosen = []
+    for folder in sorted(path for path in conf_folder().iterdir() if path.is_dir()):
+        group = folder.name
+        file = folder / f"{values.get(f'{group}.name')}.yaml"
+        if values.get(f"{group}.source") == "hf" and not file.is_file():
+            file = folder / "hf.yaml"  # whose models are called what their path ends with
+        if file.is_file():
+            chosen.append(f"{group}={file.stem}")
+            own = flatten(OmegaConf.to_container(OmegaConf.load(file)), f"{group}.")
+            chosen += [_assigned(key, values[key]) for key, v in own.items() if v == "???"]
+    required = [k for k, v in flatten(asdict(SCHEMAS[command]())).items() if v == "???"]
+    top = [_assigned(key, values[key]) for key in required if "." not in key and key in values]
+    before = flat(composed(command, [*chosen, *top]))
+    more = [
+        ("" if key in before else "+") + _assigned(key, value)
+        for key, value in values.items()
+        if before.get(key, ...) != value and value != {}
+    ]
+    given = {key if value == {} else key.rpartition(".")[0] for key, value in values.items()}
+    less = [
+        f"~{key}"
+        for key in before
+        if key not in values and key.rpartition(".")[0] in given & set(MAPPINGS)
+    ]
+    found = [*chosen, *top, *more, *less]
+    after = flat(composed(command, found))
+    if wrong := [key for key, value in values.items() if after.get(key, ...) != value]:
+        raise ConfigError([f"{key}={values[key]!r} cannot be typed" for key in wrong])
+    return found
+
+
+def _assigned(key: str, value: Any) -> str:
+    """Return an override, its value in Hydra's grammar."""
+    return f"{key}={_grammar(value)}"
+
+
+def _grammar(value: Any) -> str:
+    """Return a value as Hydra's grammar has it."""
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    if isinstance(value, list):
+        return f"[{','.join(map(_grammar, value))}]"
+    if isinstance(value, str):
+        plain = re.fullmatch(r"[A-Za-z_./][\w./-]*", value)
+        special = value.lower() in ("null", "true", "false", "nan", "inf")
+        return value if plain and not special else "'" + value.replace("'", "\\'") + "'"
+    return str(value)
 
 
 def to_yaml(config: Config) -> str:

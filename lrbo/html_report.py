@@ -5,7 +5,6 @@ from __future__ import annotations
 import html
 import math
 import re
-import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from string import Template
@@ -15,7 +14,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
-from lrbo.config import command_line
+from lrbo.config import command_line, repeating, stored_config
 from lrbo.drawing import (
     BLUE,
     FAINT,
@@ -361,7 +360,8 @@ def _trials(table: pd.DataFrame) -> Iterator[str]:
 def _repeat(study: Study) -> Iterator[str]:
     """Yield how to repeat the search, and what it depended on."""
     about = study.about()
-    line = shlex.join(["lrbo", "search", *command_line(study.config_yaml())])
+    stored = stored_config(study.config_yaml(), [])
+    line = command_line("search", repeating(stored), study.name)
     yield "<h2>To repeat it</h2>"
     yield f"<pre>{html.escape(line)}</pre>"
     versions = ", ".join(f"{name} {found}" for name, found in about["versions"].items())

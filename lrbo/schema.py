@@ -203,7 +203,7 @@ class CompressConfig:
     studies: str = "studies"
     point: Any = "best"
     out: str = MISSING
-    merged: bool = False
+    format: str = "lrbo"
     refit: RefitConfig = field(default_factory=RefitConfig)
     dtype: str = "auto"
     output: str = "text"

@@ -369,3 +369,42 @@ def test_flat_has_every_value_under_its_dotted_key() -> None:
         "output": "text",
     }
     assert config.flat(search())["data.calibration.tokens"] == 65536
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        [],
+        ["experiment=tiny", "seed=3"],
+        ["experiment=paper"],
+        ["model=hf", "model.path=Qwen/Qwen3-0.6B", "data=wikitext2", "budget.keep_ratio=0.7"],
+        ["budget=front", "+search.thresholds.loss=4.5", "study=null_or_true"],
+        ["warm_start=[uniform,analytic,'study:smaller']", "method.alpha=1e-3", "study='true'"],
+        ["space=per_kind", "+space.variables.qk=0.4", "space.tied=[[a,b]]", "~space.start.o"],
+        [
+            *("model=hf", "model.path=/models/mine", "data=files"),
+            *("data.calibration.path='my train.txt'", 'data.validation.path=[a,"it\'s"]'),
+            "data.test.path=test.txt",
+        ],
+    ],
+)
+def test_what_was_composed_can_be_typed_again(given: list[str]) -> None:
+    wanted = config.flat(config.composed("search", given))
+    typed = config.typed("search", wanted)
+    assert config.flat(config.composed("search", typed)) == wanted
+    assert config.find_problems("search", typed) == {}
+
+
+def test_only_what_differs_is_typed() -> None:
+    wanted = config.flat(config.composed("search", ["experiment=tiny", "search.trials=5"]))
+    typed = config.typed("search", wanted)
+    assert {"model=tiny", "data=generated", "search.trials=5", "space.rank_multiple=1"} <= set(
+        typed
+    )
+    assert not [text for text in typed if text.startswith(("data.", "model.", "evaluation."))]
+
+
+def test_values_that_no_command_line_gives_are_named() -> None:
+    wanted = config.flat(config.composed("search", [])) | {"space.bound": 3}
+    with pytest.raises(ConfigError, match=r"space\.bound"):
+        config.typed("search", wanted)

@@ -122,7 +122,7 @@ def test_pivoted_layers_answer_as_factors_do(dtype: torch.dtype) -> None:
     for name, found in running.items():
         x = torch.randn(3, found.right.shape[1], device=GPU)
         pivoted = PivotedFactors(found, dtype, name).at_rank(RANK)
-        assert pivoted.rows.device.type == "cuda"
+        assert pivoted.rows.weight.device.type == "cuda"
         expected = found.at_rank(RANK)(x)
         error = (pivoted(x.to(dtype)).float() - expected).norm() / expected.norm()
         assert float(error) <= (1e-4 if dtype is torch.float32 else 0.1)

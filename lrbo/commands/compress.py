@@ -14,15 +14,17 @@ from transformers import PreTrainedModel
 from lrbo import builders, checks, config, export
 from lrbo.accounting import account
 from lrbo.allocation import Allocation
-from lrbo.commands.finalists import finalist
+from lrbo.commands.finalists import Finalist, finalist
 from lrbo.commands.trials import evaluate_between
 from lrbo.compression import compress_
 from lrbo.errors import StudyError
 from lrbo.layers import PivotedLinear
 from lrbo.loading import load_model, load_tokenizer, resolve_dtype
+from lrbo.merging import save_merged
+from lrbo.model_card import Score, model_card
 from lrbo.nested import LowRankFactors, NestedFactors, PivotedFactors
 from lrbo.progress import Reporter
-from lrbo.schema import CompressConfig
+from lrbo.schema import CompressConfig, SearchConfig
 from lrbo.search.study import Study
 from lrbo.trial import TrialRecord
 from lrbo.worker import allocation_parameters
@@ -59,31 +61,40 @@ def run(chosen: CompressConfig, reporter: Reporter) -> dict[str, Any]:
         storage=plan.storage,
         bytes_per_parameter=model.dtype.itemsize,
     )
-    tokenizer = load_tokenizer(plan.source)
-    out = Path(chosen.out)
-    if chosen.merged:
-        in_file = export.save_merged(out, model, tokenizer)
+    written = {
+        "study": study.name,
+        "trial": record.request.trial_index,
+        "base_model": asdict(plan.source),
+        "base_fingerprint": about["model_fingerprint"],
+        "method": plan.method.name,
+        "keep_ratio": counted.keep_ratio,
+        "validation": {
+            "nll": found.nll,
+            "perplexity": math.exp(found.nll) if found.nll < 700 else math.inf,
+            "tokens": record.metrics["tokens"],
+            "dtype": about["dtype"],
+        },
+        "refit": found.refit,
+        "data": about["data"],
+        "versions": builders.versions(),
+    }
+    out, tokenizer = Path(chosen.out), load_tokenizer(plan.source)
+    card = model_card(
+        out.name,
+        chosen.format,
+        written,
+        source=plan.source,
+        parameters=(counted.model, counted.model_dense),
+        storage=plan.storage,
+        scores=_scores(study, found, written["validation"]["perplexity"]),
+        commands=_commands(chosen, stored, about["dtype"], record.request.trial_index),
+    )
+    if chosen.format == "merged":
+        in_file = save_merged(out, model, tokenizer, card)
         reporter.say(
-            f"merged=true: {in_file:,} dense parameters; it opens everywhere and saves nothing"
+            f"format=merged: {in_file:,} dense parameters; it opens everywhere and saves nothing"
         )
     else:
-        written = {
-            "study": study.name,
-            "trial": record.request.trial_index,
-            "base_model": asdict(plan.source),
-            "base_fingerprint": about["model_fingerprint"],
-            "method": plan.method.name,
-            "keep_ratio": counted.keep_ratio,
-            "validation": {
-                "nll": found.nll,
-                "perplexity": math.exp(found.nll) if found.nll < 700 else math.inf,
-                "tokens": record.metrics["tokens"],
-                "dtype": about["dtype"],
-            },
-            "refit": found.refit,
-            "data": about["data"],
-            "versions": builders.versions(),
-        }
         in_file = export.save(
             out,
             model,
@@ -92,16 +103,57 @@ def run(chosen: CompressConfig, reporter: Reporter) -> dict[str, Any]:
             written,
             storage=plan.storage,
             parameters=counted.model,
+            card=card,
+            with_code=chosen.format == "remote_code",
         )
-        reporter.say(f"Open it with: import lrbo; model = lrbo.load({str(out)!r})")
+    reporter.say(f"How to open it, what it scored and how it was made: {out / export.CARD}")
     return {
         "folder": str(out),
-        "parameters": in_file if chosen.merged else counted.model,
+        "parameters": in_file if chosen.format == "merged" else counted.model,
         "parameters_in_file": in_file,
         "keep_ratio": counted.keep_ratio,
-        "storage": "dense" if chosen.merged else plan.storage,
+        "storage": "dense" if chosen.format == "merged" else plan.storage,
         "refit": found.refit,
     }
+
+
+def _scores(study: Study, found: Finalist, perplexity: float) -> list[Score]:
+    """Return what is known of the dense model, the uniform baseline and the model itself.
+
+    The test text was scored before the refit: of a model that was solved again its score says
+    nothing.
+    """
+    state, record = study.state, found.record
+    tests = {label: test["metrics"]["perplexity"] for label, test in state.tests.items()}
+    rows = [Score("dense", 1.0, state.dense.get("perplexity"), tests.get("dense"))]
+    if (uniform := state.uniform) is not None:
+        ratio, value = uniform.metrics["keep_ratio"], uniform.metrics["perplexity"]
+        rows.append(Score("uniform ranks", ratio, value, tests.get("uniform")))
+    as_scored = found.nll == record.metrics["nll"]
+    same = [t for t in state.tests.values() if t["trial"] == record.request.trial_index]
+    test = same[0]["metrics"]["perplexity"] if same and as_scored else None
+    return [*rows, Score("this model", record.metrics["keep_ratio"], perplexity, test)]
+
+
+def _commands(chosen: CompressConfig, searched: SearchConfig, dtype: str, trial: int) -> list[str]:
+    """Return the command lines that make the checkpoint again.
+
+    Args:
+        chosen: What was typed now.
+        searched: Of the study.
+        dtype: That the study's model ran in, which ``auto`` may not choose elsewhere.
+        trial: That was written.
+    """
+    own = {"point": trial, "out": Path(chosen.out).name, "study": searched.study}
+    skipped = ("studies", "output", "refit.candidates")
+    options = {k: v for k, v in config.flat(chosen).items() if k not in skipped} | own
+    return [
+        config.command_line(command, values, searched.study)
+        for command, values in (
+            ("search", config.repeating(searched) | {"model.dtype": dtype}),
+            ("compress", options),
+        )
+    ]
 
 
 def _put_in(
