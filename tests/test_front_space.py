@@ -14,6 +14,7 @@ from lrbo.search.front_space import KEEP_RATIO, FrontSpace
 from lrbo.search.loop import SearchLoop, SearchSettings
 from lrbo.search.study import Study
 from lrbo.tracking import NullTracker
+from lrbo.transfer import Donor, DonorTrial
 from lrbo.trial import TrialRecord
 from tests.fakes import FakeClient, FakeExecutor, FakeWorker, Fuse, Killed, make_front_space
 from tests.test_loop import Search, assert_same_search
@@ -101,6 +102,24 @@ def test_a_search_begins_with_baselines_over_the_whole_range(kind: str) -> None:
                 0.0, abs=MISSED_BY_ROUNDING * dense_parameters(space.layers)
             )
     assert space.uniform() == starts[0].allocation
+
+
+def test_a_donor_adds_only_what_the_baselines_do_not_have() -> None:
+    """It lends the analytic allocations of all ratios but one, and a point of its own there."""
+    space = make_front_space("weights")
+    starts = space.warm_starts(["analytic"])
+    lent = [dict(start.point) for start in starts]
+    lent[1] |= {name: 0.5 * (-1) ** i for i, name in enumerate(space.inside.names)}
+    total = dense_parameters(space.layers)
+    kept = [start.allocation.parameters / total for start in starts]
+    trials = [DonorTrial(ratio, point, {}) for ratio, point in zip(kept, lent, strict=True)]
+    donor = Donor("study:other", tuple(trials))
+    assert space.allocate(lent[1]).ranks != starts[1].allocation.ranks
+    found = space.warm_starts(["analytic", donor, donor])
+    assert [start.origin for start in found] == ["analytic"] * 4 + ["transfer"]
+    assert found[-1].allocation == space.allocate(lent[1])
+    before = space.warm_starts([donor, "analytic"])  # the baseline stays, wherever it is named
+    assert [start.origin for start in before] == ["transfer"] + ["analytic"] * 4
 
 
 @both
