@@ -24,6 +24,7 @@ from lrbo.progress import Reporter
 from lrbo.report import print_report
 from lrbo.results import summary
 from lrbo.schema import SearchConfig
+from lrbo.search.front import LATENCIES
 from lrbo.search.study import Study
 from lrbo.trial import TrialRecord
 from lrbo.worker import Worker
@@ -151,6 +152,11 @@ def _trial_line(record: TrialRecord, study: Study, trials: int, *, is_front: boo
     best = study.state.best()
     assert best is not None
     kept = f" at {record.metrics['keep_ratio']:.1%}" if is_front else ""
+    kept += "".join(
+        f", {name.partition('_')[0]} {record.metrics[name]:.3f}"
+        for name in LATENCIES
+        if name in record.metrics
+    )
     mark = " *" if best.request.trial_index == index else ""
     seconds = record.seconds
     return (

@@ -42,12 +42,14 @@ class Observation:
         loss: The objective, to be minimised; ``None`` while the trial runs.
         size: What is minimised as well, where a front is searched.
         error: Standard error of the loss, of a trial that was given up early.
+        size_error: Standard error of the size, where that is measured.
     """
 
     point: Mapping[str, float]
     loss: float | None
     size: float | None = None
     error: float = 0.0
+    size_error: float = 0.0
 
 
 class CappedSingleTaskGP(SingleTaskGP):  # type: ignore[misc]
@@ -164,7 +166,10 @@ class SearchClient:
             point = {self._ids[name]: value for name, value in observation.point.items()}
             trial = experiment.new_trial(generator_run=GeneratorRun(arms=[Arm(parameters=point)]))
             trial.mark_running(no_runner_required=True)
-            values = {METRIC: observation.loss, SIZE: observation.size}
+            values = {
+                METRIC: (observation.loss, observation.error),
+                SIZE: (observation.size, observation.size_error),
+            }
             rows += [
                 {
                     "trial_index": trial.index,
@@ -173,9 +178,9 @@ class SearchClient:
                     "metric_signature": metric,
                     "mean": value,
                     # Without noise where nothing was estimated, which also makes Ax repeatable.
-                    "sem": observation.error if metric == METRIC else 0.0,
+                    "sem": error,
                 }
-                for metric, value in values.items()
+                for metric, (value, error) in values.items()
                 if value is not None and (reference is not None or metric == METRIC)
             ]
         client = Client(random_seed=seed)

@@ -241,14 +241,23 @@ class SearchLoop:
                 continue  # the baseline compresses layers that the space keeps dense
             if record.is_completed:
                 loss = self.settings.objective(record.metrics)
-                size = record.metrics[self.settings.size] if self.settings.size else None
-                seen.append(Observation(record.request.variables, loss, size))
+                seen.append(Observation(record.request.variables, loss, **self._size_of(record)))
             elif record.is_stopped:
                 loss, error = record.metrics["objective"], record.metrics["objective_sem"]
                 seen.append(Observation(record.request.variables, loss, error=error))
             elif record.result is None:
                 seen.append(Observation(record.request.variables, None))
         return seen
+
+    def _size_of(self, record: TrialRecord) -> dict[str, float]:
+        """Return the size of a trial and its standard error, where a front is searched."""
+        size = self.settings.size
+        if size is None:
+            return {}
+        return {
+            "size": record.metrics[size],
+            "size_error": record.metrics.get(f"{size}_sem", 0.0),
+        }
 
     def _start(self, request: TrialRequest) -> None:
         """Write down that a trial runs, and hand it out."""
