@@ -150,6 +150,32 @@ def test_a_front_that_is_killed_at_any_moment_equals_the_uninterrupted_one(
     assert reference[0] > max(r.metrics["objective"] for r in records[4:8])
 
 
+def test_a_measured_size_is_told_with_its_error(tmp_path: Path) -> None:
+    times = {
+        index: {"prefill_latency_ratio": 1.0 - index / 20, "prefill_latency_ratio_sem": index / 99}
+        for index in range(10)
+    }
+    search = Search(
+        tmp_path,
+        trials=10,
+        initial=8,
+        space=make_front_space(),
+        size="prefill_latency_ratio",
+        outcomes=times,
+    )
+    search.run()
+    told, reference = search.client.asked[9], search.client.references[9]
+    records = search.study.state.records[:9]
+    known = [r.request.trial_index for r in records if r.request.variables]
+    assert len(known) >= 5
+    assert [(o.size, o.size_error) for o in told] == [
+        (1.0 - index / 20, index / 99) for index in known
+    ]
+    # A tenth beyond the slowest of the analytic allocations, which are trials 4 to 7.
+    assert reference is not None
+    assert reference[1] == pytest.approx(0.8 + 0.1 * 0.15)
+
+
 def test_proposals_stay_in_range_repeat_and_fill_the_front() -> None:
     """One variable decides the loss, and the middle of the front is missing."""
     space = make_front_space("weights", knots=0, exponent=False)
