@@ -25,6 +25,7 @@ from lrbo.schema import (
     SpaceConfig,
 )
 from lrbo.search.front import LATENCIES, is_point
+from lrbo.search.restricted import RANGES
 
 EXECUTORS = ("inline", "ray")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -174,11 +175,19 @@ def _check_search(config: SearchConfig) -> list[str]:
     for key in ("workers", "devices"):
         value = getattr(executor, key)
         expect(value is None or value >= 1, f"executor.{key}", value, "at least 1, or null")
-    many = (executor.workers or 1) > 1 or executor.address is not None
-    if executor.name == "inline" and many:
+    shared = {
+        "workers": (executor.workers or 1) > 1,
+        "address": executor.address is not None,
+        "devices": (executor.devices or 0) > 0,
+        "oversubscribe": executor.oversubscribe,
+    }
+    asked = [
+        f"executor.{key}={getattr(executor, key)!r}" for key, is_set in shared.items() if is_set
+    ]
+    if executor.name == "inline" and asked:
         problems.append(
-            f"executor.workers={executor.workers} and executor.address={executor.address!r}: the "
-            "inline executor runs one trial at a time in this process; choose executor=ray"
+            f"{' and '.join(asked)}: the inline executor runs one trial at a time in this "
+            "process; choose executor=ray"
         )
     problems += check_writable("study", study_folder(config.studies, config.study))
     return problems
@@ -220,14 +229,17 @@ def _check_space(space: SpaceConfig) -> list[str]:
 
     expect(space.type in ("ratios", "weights"), "space.type", space.type, "ratios or weights")
     expect(space.rank_multiple >= 1, "space.rank_multiple", space.rank_multiple, "at least 1")
+    least, most = RANGES.get(space.type, (-math.inf, math.inf))
     for name, value in variables(space).items():
         ends = list(value) if isinstance(value, list | tuple) else [value]
         numbers = all(isinstance(end, int | float) for end in ends)
         expect(
-            numbers and (len(ends) == 1 or (len(ends) == 2 and ends[0] < ends[1])),
+            numbers
+            and (len(ends) == 1 or (len(ends) == 2 and ends[0] < ends[1]))
+            and all(least <= end <= most for end in ends),
             f"space.variables.{name}",
             value,
-            "a number, or [low, high] with low < high",
+            f"a number, or [low, high] with low < high, from {least:g} to {most:g}",
         )
     for names in space.tied:
         expect(len(names) > 0, "space.tied", space.tied, "lists of names or patterns of variables")
@@ -244,8 +256,8 @@ def _check_space(space: SpaceConfig) -> list[str]:
         expect(knots == 0 or knots >= 2, "space.knots", knots, "0, or at least 2")
         expect(not space.start, "space.start", dict(space.start), "nothing: weights start at 0")
         return problems
-    least = space.minimum_rank
-    expect(least == 0, "space.minimum_rank", least, "0: only space.type=weights has one")
+    rank = space.minimum_rank
+    expect(rank == 0, "space.minimum_rank", rank, "0: only space.type=weights has one")
     granularities = ("kind", "depth", "layer")
     expect(
         space.granularity in granularities,

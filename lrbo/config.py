@@ -207,6 +207,8 @@ def differences(stored_yaml: str, config: SearchConfig) -> list[str]:
         f"{key}: the study has {stored.get(key)!r}, the command has {given.get(key)!r}"
         for key in keys
         if stored.get(key) != given.get(key)
+        # An empty mapping differs from one with entries in each of these, which are named.
+        and not any(other.startswith(f"{key}.") for other in keys)
     ]
 
 

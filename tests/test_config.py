@@ -200,11 +200,17 @@ BAD_SEARCH: dict[str, Any] = {
     "sensitivity.ranks": [0],
     "sensitivity.windows": [0],
     "warm_start": [["best"], ["study:"], ["study:a:b"]],
-    "space.variables": [{"qk": [0.5, 0.2]}, {"qk": "much"}, {"q": {"k": [0.1, 0.2, 0.3]}}],
+    "space.variables": [
+        {"qk": 1.5},
+        {"qk": [0.5, 0.2]},
+        {"qk": "much"},
+        {"q": {"k": [0.1, 0.2, 0.3]}},
+    ],
     "space.tied": [[[]]],
     "executor.name": ["slurm"],
     "executor.workers": [0, 2],  # of which the inline executor has one
-    "executor.devices": [0],
+    "executor.devices": [0, 1],  # of which it shares out none
+    "executor.oversubscribe": [True],
     "evaluation.batch_windows": [0],
     "evaluation.chunk_tokens": [0],
     "evaluation.kl_top": [0],

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lrbo.accounting import STORAGES, Storage, account
+from lrbo.evaluation import latency
 from lrbo.evaluation.latency import (
     STEPS,
     Latency,
@@ -127,6 +128,25 @@ def test_who_is_first_takes_turns(clock: WorkClock) -> None:
     clock.looks, clock.slowness = 0, [1.0, 1.0, 1.0, 2.0] * 100  # start, end, start, end
     found = measured("pivoted", clock, repeats=4, warmup=0)["prefill_latency_ratio"]
     assert found == pytest.approx((2 + 1 / 2) / 2 * expected, rel=TOLERANCE["ratio"])
+
+
+def test_the_clock_is_read_when_the_device_has_finished(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    def clock() -> float:
+        seen.append("clock")
+        return float(len(seen))
+
+    monkeypatch.setattr(latency, "_wait_for", lambda device: seen.append("wait"))
+    settings = LatencySettings(TOKENS, repeats=1, warmup=0)
+    measure_latency(make_worker().model, {}, IDS, settings, clock=clock)
+    assert seen == ["wait", "clock"] * 8  # begin and end, of two models, in two phases
+    waited: list[torch.device] = []
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    latency._wait_for(torch.device("cpu"))
+    latency._wait_for(torch.device("cuda:1"))
+    assert waited == [torch.device("cuda:1")]
 
 
 @pytest.mark.parametrize("storage", STORAGES)
