@@ -357,6 +357,7 @@ def _about(plan: Plan, digest: str, dtype: torch.dtype, device: torch.device) ->
         "storage": plan.config.budget.storage,
         "adds_bias": method.parameters(first, 1) > first.out_features + first.in_features,
         "layers": [asdict(spec) for spec in plan.layers.layers],
+        "variables": {name: list(ends) for name, ends in plan.space.bounds.items()},
         "donors": [start.to_dict() for start in plan.starts if isinstance(start, Donor)],
         "versions": versions(),
     }

@@ -20,6 +20,7 @@ from lrbo.schema import (
     DashboardConfig,
     EvaluateConfig,
     MethodConfig,
+    ReportConfig,
     RoleConfig,
     SearchConfig,
     SpaceConfig,
@@ -42,6 +43,11 @@ def check(config: Config) -> list[str]:
 
     if not isinstance(config, DashboardConfig):
         expect(config.output in ("text", "json"), "output", config.output, "text or json")
+    if isinstance(config, ReportConfig):
+        expect(config.format in ("text", "html"), "format", config.format, "text or html")
+        several = not isinstance(config.study, str) or set(config.study) & set("*?[")
+        if config.format == "html" and several:
+            problems.append(f"format=html study={config.study}: expected the name of one study")
     if isinstance(config, CompressConfig):
         expect(config.dtype in DTYPES, "dtype", config.dtype, " or ".join(DTYPES))
         expect(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from itertools import product
@@ -210,6 +211,47 @@ def differences(stored_yaml: str, config: SearchConfig) -> list[str]:
         # An empty mapping differs from one with entries in each of these, which are named.
         and not any(other.startswith(f"{key}.") for other in keys)
     ]
+
+
+def command_line(stored_yaml: str) -> list[str]:
+    """Return overrides of ``lrbo search`` that begin a study with the same configuration again.
+
+    Groups whose option changes a value are named, then every value that still differs from them.
+
+    Args:
+        stored_yaml: What :func:`to_yaml` wrote.
+    """
+    wanted = stored_config(stored_yaml, [])
+    found: list[str] = []
+    for group in sorted(folder.name for folder in conf_folder().iterdir() if folder.is_dir()):
+        option = getattr(getattr(wanted, group, None), "name", None)
+        if option and (conf_folder() / group / f"{option}.yaml").is_file():
+            found.append(f"{group}={option}")
+    found = [one for one in found if composed("search", [one]) != composed("search", [])]
+    values, target = flat(composed("search", found)), flat(wanted)
+    repeated = [key for key in target if key == "search.trials" or not is_free(key)]
+    for key in [*repeated, "study"]:
+        if target[key] == {}:  # what is below it is taken away
+            continue
+        if key not in values:
+            found.append(f"+{key}={_typed(target[key])}")
+        elif values[key] != target[key]:
+            found.append(f"{key}={_typed(target[key])}")
+    return found + [f"~{key}" for key in values if key not in target and values[key] != {}]
+
+
+def _typed(value: Any) -> str:
+    """Return a value as Hydra's grammar reads it."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{key}:{_typed(child)}" for key, child in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ",".join(_typed(child) for child in value) + "]"
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+        return value if re.fullmatch(r"[A-Za-z_][\w.-]*", value) else f"'{escaped}'"
+    return repr(value)
 
 
 def is_free(key: str) -> bool:

@@ -189,6 +189,7 @@ class ReportConfig:
     studies: str = "studies"
     sync: bool = False
     figures: bool = True
+    format: str = "text"
     output: str = "text"
 
 

@@ -16,6 +16,7 @@ ROOMS = """
     cli
     commands.search commands.report commands.compress commands.evaluate commands.dashboard
     commands.trials commands.view commands.finalists
+    html_report
     builders spaces starts checks front_checks config schema preparation progress
     report comparison results plots drawing
     export
@@ -51,7 +52,8 @@ BORDERS = {
     "omegaconf": {"config", "cli"},
     "datasets": {"calibration.corpus"},
     "matplotlib": {"comparison", "plots", "drawing"},
-    "pandas": {"comparison", "results", "plots", "report", "search.client"},
+    "pandas": {"comparison", "html_report", "results", "plots", "report", "search.client"},
+    "plotly": {"html_report"},
     "accelerate": {"export", "lazy"},
     "tokenizers": {"loading"},
     "lm_eval": set[str](),

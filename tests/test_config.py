@@ -378,6 +378,15 @@ def test_evaluate_needs_only_the_test_text_and_a_checkpoint_that_is_there(tmp_pa
     assert check(found) == [f"checkpoint={found.checkpoint!r}: no such folder"]
 
 
+def test_a_page_is_of_one_study() -> None:
+    assert check(ReportConfig(study="mine", format="html")) == []
+    for study in ("sweep_*", ["one", "other"]):
+        (problem,) = check(ReportConfig(study=study, format="html"))
+        assert "expected the name of one study" in problem
+    (problem,) = check(ReportConfig(study="mine", format="pdf"))
+    assert problem == "format='pdf': expected text or html"
+
+
 def test_a_study_is_a_name_or_a_path(tmp_path: Path) -> None:
     assert study_folder("studies", "mine") == Path("studies/mine")
     assert study_folder("studies", str(tmp_path / "mine")) == tmp_path / "mine"
@@ -390,6 +399,7 @@ def test_flat_has_every_value_under_its_dotted_key() -> None:
         "studies": "studies",
         "sync": False,
         "figures": True,
+        "format": "text",
         "output": "text",
     }
     assert config.flat(search())["data.calibration.tokens"] == 65536

@@ -28,6 +28,29 @@ def test_free_keys_may_change_when_a_study_is_continued() -> None:
     assert config.differences(text, found) == []
 
 
+@pytest.mark.parametrize(
+    "typed",
+    [
+        [],
+        ["experiment=tiny", "study='it\\'s a name'"],
+        ["experiment=paper", "space.start.qk=0.5", "search.trials=7"],
+        ["space=per_kind_and_depth", "+space.groups.mine=[a,'b c']", "warm_start=[uniform]"],
+        ["model=hf", "model.path=some/model", "data=files", "data.test.path=[a.txt,b.txt]"],
+        ["budget=front", "+search.thresholds.loss=4.5", "search.racing=0.9", "data.bos=true"],
+        ["~space.groups.qk", "space=per_kind"],
+        ["method=bolaco", "executor=ray", "tracking.enabled=false"],
+    ],
+)
+def test_a_command_line_begins_the_same_study_again(typed: list[str]) -> None:
+    found = search(*typed)
+    line = config.command_line(config.to_yaml(found))
+    again = config.composed("search", line)
+    assert isinstance(again, SearchConfig)
+    assert config.differences(config.to_yaml(found), again) == []
+    assert (again.study, again.search.trials) == (found.study, found.search.trials)
+    assert len(line) <= 12
+
+
 def test_the_mlflow_store_follows_the_folder_of_the_studies() -> None:
     text = config.to_yaml(search("studies=here"))
     assert "sqlite:///here/mlflow.db" in text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,14 @@ def digests(study: Study) -> dict[str, Any]:
     return digests | versions | {"model.fingerprint": about["model_fingerprint"]}
 
 
+def write_page(study: Study) -> Path:
+    """Write the report of a study as one HTML file, and return where it is."""
+    path = study.folder / "report.html"
+    # It asks Ax, whose import takes seconds that a plain report must not cost.
+    importlib.import_module("lrbo.html_report").write_html(study, path)
+    return path
+
+
 def show(study: Study, tracker: Tracker) -> None:
     """Draw the figures and put them, the front and the configuration on the parent run."""
     figures = draw_figures(study)
@@ -64,4 +73,6 @@ def show(study: Study, tracker: Tracker) -> None:
     if found["hypervolume"] is not None:
         numbers["hypervolume"] = found["hypervolume"]["value"]
     artifacts = [*figures, front, study.folder / "config.yaml", study.folder / "study.json"]
+    if not isinstance(tracker, NullTracker):
+        artifacts.append(write_page(study))
     tracker.summary(numbers, artifacts)
