@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, fields, is_dataclass
 from itertools import product
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -122,8 +124,23 @@ def composed(command: str, overrides: Sequence[str]) -> Config:
         ConfigError: Listing required values that are missing.
     """
     register()
-    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+    with _conf():
         return to_object(compose(command, list(overrides)))
+
+
+@contextmanager
+def _conf() -> Iterator[None]:
+    """Let Hydra compose from conf/, also within a command that Hydra runs.
+
+    It refuses to be initialized twice, and puts back what it found only where that was nothing.
+    """
+    running = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+            yield
+    finally:
+        GlobalHydra.instance().hydra = running
 
 
 def _keys(command: str) -> list[str]:
@@ -145,7 +162,7 @@ def _is_key(command: str, key: str) -> bool:
 def _compose_error(command: str, overrides: Sequence[str]) -> str | None:
     """Return why the overrides cannot be composed, or ``None``."""
     try:
-        with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        with _conf():
             compose(command, list(overrides))
     except (HydraException, OmegaConfBaseException) as error:
         return _plain(error)

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 
 from lrbo import config
 from lrbo.checks import check, require_valid, study_folder
@@ -113,6 +115,16 @@ def test_the_name_of_a_study_tells_different_settings_apart() -> None:
         for overrides in ([], ["budget=keep_60"], ["method=svd"], ["seed=1"], ["space=per_layer"])
     }
     assert len(names) == 5
+
+
+def test_conf_is_composed_within_a_command_that_hydra_runs_too() -> None:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        running = GlobalHydra.instance().hydra
+        assert running is not None
+        assert search("seed=3").seed == 3
+        assert config.find_problems("search", ["seed=much"]) != {}
+        assert GlobalHydra.instance().hydra is running
+    assert search("seed=4").seed == 4
 
 
 # --- what the command line cannot mean ---------------------------------------------------------
