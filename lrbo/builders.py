@@ -23,6 +23,7 @@ from lrbo.checks import role_paths
 from lrbo.config import stored_config, to_yaml
 from lrbo.errors import BudgetError, ConfigError, DataError, ModelError, StudyError
 from lrbo.evaluation.divergence import DenseReference, measure_dense
+from lrbo.evaluation.latency import LatencySettings
 from lrbo.factorization.base import FactorizationMethod
 from lrbo.factorization.registry import method_named
 from lrbo.factorization.store import largest_rank
@@ -128,9 +129,16 @@ def plan_search(config: SearchConfig, study: Study, problems: list[str]) -> Plan
     source = model_source(config.model)
     problems += _missing_packages(config, source)
     try:
-        resolve_device(config.model.device)
+        device = resolve_device(config.model.device)
     except ConfigError as error:
         problems += error.problems
+    else:
+        if config.latency.enabled and study.exists and study.about()["device"] != str(device):
+            problems.append(
+                f"model.device={config.model.device!r} is {device} here: study {study.name} timed "
+                f"its trials on {study.about()['device']}, and times of two devices make no "
+                "front; continue it there, or begin another study=NAME"
+            )
     if problems:
         raise ConfigError(problems)
     method = build_method(config.method)
@@ -241,6 +249,7 @@ def build_worker(plan: Plan, study: Study, reporter: Reporter) -> Worker:
         if (rank := largest_rank(plan.layers.by_name[name], plan.space.cost))
     }
     dense = _dense_reference(plan, model, study, reporter)
+    timed = config.latency
     return Worker(
         model=model,
         layers=plan.layers,
@@ -251,6 +260,9 @@ def build_worker(plan: Plan, study: Study, reporter: Reporter) -> Worker:
         dense=dense,
         batch_windows=config.evaluation.batch_windows,
         chunk_tokens=config.evaluation.chunk_tokens,
+        latency=LatencySettings(timed.tokens or config.data.window, timed.repeats, timed.warmup)
+        if timed.enabled
+        else None,
         race=None
         if config.search.racing is None
         else Race(config.search.racing, config.search.kl_weight),

@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import re
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, fields, is_dataclass
 from itertools import product
 from pathlib import Path
@@ -127,11 +128,21 @@ def composed(command: str, overrides: Sequence[str]) -> Config:
         ConfigError: Listing required values that are missing.
     """
     register()
-    running = GlobalHydra.instance().hydra  # inside a command that Hydra itself has started
+    with _conf():
+        return to_object(compose(command, list(overrides)))
+
+
+@contextmanager
+def _conf() -> Iterator[None]:
+    """Let Hydra compose from conf/, also within a command that Hydra runs.
+
+    It refuses to be initialized twice, and puts back what it found only where that was nothing.
+    """
+    running = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-            return to_object(compose(command, list(overrides)))
+            yield
     finally:
         GlobalHydra.instance().hydra = running
 
@@ -154,7 +165,7 @@ def _is_key(command: str, key: str) -> bool:
 def _compose_error(command: str, overrides: Sequence[str]) -> str | None:
     """Return why the overrides cannot be composed, or ``None``."""
     try:
-        with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        with _conf():
             compose(command, list(overrides))
     except (HydraException, OmegaConfBaseException) as error:
         return _plain(error)
@@ -217,6 +228,8 @@ def differences(stored_yaml: str, config: SearchConfig) -> list[str]:
         f"{key}: the study has {stored.get(key)!r}, the command has {given.get(key)!r}"
         for key in keys
         if stored.get(key) != given.get(key)
+        # An empty mapping differs from one with entries in each of these, which are named.
+        and not any(other.startswith(f"{key}.") for other in keys)
     ]
 
 

@@ -26,7 +26,7 @@ from lrbo.drawing import (
     VERMILLION,
     perplexity_text,
 )
-from lrbo.plots import ORIGINS
+from lrbo.plots import ORIGINS, SIZE_LABELS
 from lrbo.results import (
     dense_size,
     described,
@@ -44,12 +44,6 @@ SYMBOLS = {
     "s": "square", "P": "cross", "D": "diamond", "X": "x", "^": "triangle-up", "o": "circle",
     "v": "triangle-down",
 }  # fmt: skip
-SIZES = {
-    "keep_ratio": "share of the parameters kept",
-    "model_parameters": "parameters of the model",
-    "model_bytes": "bytes of the model",
-    "macs_per_token": "multiply-adds per token",
-}
 PAGE = Template("""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
@@ -157,9 +151,8 @@ def _front(study: Study, table: pd.DataFrame) -> Iterator[str]:
         hoverinfo="skip", line={"shape": "hv", "color": INK, "width": 1.5},
     )  # fmt: skip
     _levels(figure, study, front[size].min(), front[size].max(), "dense")
-    figure.update_xaxes(title=SIZES.get(size, size), tickformat=".3~s" if size in SIZES else None)
-    if size == "keep_ratio":
-        figure.update_xaxes(tickformat=".1~%")
+    is_share = size.endswith("_ratio")
+    figure.update_xaxes(title=SIZE_LABELS[size], tickformat=".1~%" if is_share else ".3~s")
     _perplexity_axis(figure, done)
     area = summary(study)["hypervolume"]
     note = "" if area is None else f"Hypervolume {area['value']:.4g} (loss times {area['size']})."
@@ -332,8 +325,8 @@ def _accounting(study: Study, best: TrialRecord) -> Iterator[str]:
     whole, metrics = dense_size(study), best.metrics
     heads = ["whole model", "dense", "best trial", "share"]
     rows = [
-        [SIZES[name].removesuffix(" of the model"), f"{whole[name]:,.0f}", f"{metrics[name]:,.0f}",
-         f"{metrics[name] / whole[name]:.2%}"]
+        [SIZE_LABELS[name].removesuffix(" of the whole model"), f"{whole[name]:,.0f}",
+         f"{metrics[name]:,.0f}", f"{metrics[name] / whole[name]:.2%}"]
         for name in ("model_parameters", "model_bytes", "macs_per_token")
     ]  # fmt: skip
     yield _table(heads, rows)

@@ -129,6 +129,16 @@ class EvaluationConfig:
 
 
 @dataclass
+class LatencyConfig:
+    """How long the compressed model takes beside the dense one."""
+
+    enabled: bool = False
+    tokens: int | None = None
+    repeats: int = 7
+    warmup: int = 1
+
+
+@dataclass
 class TrackingConfig:
     """Where MLflow is."""
 
@@ -162,6 +172,7 @@ class SearchConfig:
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     sensitivity: SensitivityConfig = field(default_factory=SensitivityConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    latency: LatencyConfig = field(default_factory=LatencyConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     executor: ExecutorConfig = field(default_factory=ExecutorConfig)
     study: str = MISSING

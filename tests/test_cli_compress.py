@@ -147,6 +147,38 @@ def test_between_two_points_of_a_front_one_more_is_tried(
     assert "Trial 12, between two points of the front: keep ratio 0.7" in " ".join(ran.err.split())
 
 
+def test_a_front_of_latency_is_searched_reported_and_compressed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    timed = ["latency.enabled=true", "latency.repeats=3", "search.size=decode_latency_ratio"]
+    line = [*TINY, "budget=front", "search.trials=10", "study=timed", "sensitivity.windows=1"]
+    ran = lrbo_command("search", *line, *timed)
+    assert ran.status == 0, ran.err
+    front = ran.json["front"]
+    assert ran.json["hypervolume"]["size"] == "decode_latency_ratio"
+    ratios = [point["decode_latency_ratio"] for point in front]
+    assert ratios == sorted(ratios)
+    records = Study(Path("studies/timed")).state.completed
+    assert len(records) == 10
+    assert all(record.metrics["prefill_s"] > 0 for record in records)
+    assert lrbo_command("report", "study=timed", "output=json").json["front"] == front
+    fastest = f"point=decode_latency_ratio={ratios[0]!r}"
+    ran = lrbo_command("compress", "study=timed", fastest, "out=fast", "refit.enabled=false")
+    assert ran.status == 0, ran.err
+    about = json.loads(Path("fast/lrbo.json").read_text(encoding="utf-8"))
+    assert about["trial"] == front[0]["trial"]
+    ran = lrbo_command("compress", "study=timed", "point=prefill_latency_ratio=0.001", "out=none")
+    assert ran.status == 2
+    assert "with prefill_latency_ratio from" in ran.err
+
+
+def test_a_latency_that_was_not_measured_is_said(project: Path) -> None:
+    ran = lrbo_command("compress", "study=tiny", "point=prefill_latency_ratio=0.9", "out=none")
+    assert ran.status == 2
+    assert "prefill_latency_ratio was not measured" in ran.err
+
+
 def test_merged_weights_open_with_any_loader(project: Path) -> None:
     from transformers import AutoModelForCausalLM
 

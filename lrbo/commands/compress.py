@@ -25,6 +25,8 @@ from lrbo.model_card import Score, model_card
 from lrbo.nested import LowRankFactors, NestedFactors, PivotedFactors
 from lrbo.progress import Reporter
 from lrbo.schema import CompressConfig, SearchConfig
+from lrbo.search.base import KEEP_RATIO
+from lrbo.search.front import ceiling_of
 from lrbo.search.study import Study
 from lrbo.trial import TrialRecord
 from lrbo.worker import allocation_parameters
@@ -45,8 +47,9 @@ def run(chosen: CompressConfig, reporter: Reporter) -> dict[str, Any]:
     records = _points(study, point, chosen.refit.candidates)
     stored = config.stored_config(study.config_yaml(), [f"studies={chosen.studies}"])
     plan = builders.plan_search(stored, study, checks.check(stored))
-    if point.startswith("keep="):
-        evaluate_between(plan, study, float(point.removeprefix("keep=")), reporter)
+    ceiling = ceiling_of(point)
+    if ceiling is not None and ceiling[0] == KEEP_RATIO:
+        evaluate_between(plan, study, ceiling[1], reporter)
         records = _points(study, point, chosen.refit.candidates)
     found = finalist(plan, study, records, chosen.refit, reporter)
     record, allocation = found.record, found.record.request.allocation
@@ -189,26 +192,27 @@ def _put_in(
 
 
 def _points(study: Study, point: str, candidates: int) -> list[TrialRecord]:
-    """Return the trials that ``point`` names, best first: best, a number, or keep=RATIO.
+    """Return the trials that ``point`` names, best first: best, a number, or METRIC=CEILING.
 
     Raises:
         StudyError: If there is no such trial with a value; says which there are.
     """
     completed = study.state.completed
-    if point == "best" or point.startswith("keep="):
-        ceiling = 1.0 if point == "best" else float(point.removeprefix("keep="))
-        found = [r for r in completed if r.metrics["keep_ratio"] <= ceiling]
-        found.sort(key=lambda r: r.metrics["objective"])  # stable: the first of equals is first
-    else:
+    metric, ceiling = ceiling_of(point) or (KEEP_RATIO, math.inf)
+    if point.isdecimal():
         found = [r for r in completed if r.request.trial_index == int(point)]
+    else:
+        found = [r for r in completed if r.metrics.get(metric, math.inf) <= ceiling]
+        found.sort(key=lambda r: r.metrics["objective"])  # stable: the first of equals is first
     if not found:
-        ratios = sorted(r.metrics["keep_ratio"] for r in completed)
+        ratios = sorted(r.metrics[metric] for r in completed if metric in r.metrics)
         indices = [r.request.trial_index for r in completed]
         stopped = [r.request.trial_index for r in study.state.stopped]
         raise StudyError(
             f"study {study.name} has no completed trial for point={point}; it has the trials "
             f"{indices}"
             + (f", and stopped early: {stopped}" if stopped else "")
-            + (f" with keep ratios {ratios[0]:.4f} to {ratios[-1]:.4f}" if ratios else "")
+            + (f" with {metric} from {ratios[0]:.4f} to {ratios[-1]:.4f}" if ratios else "")
+            + ("" if ratios or not completed else f", of which {metric} was not measured")
         )
     return found[:candidates]

@@ -48,12 +48,14 @@ class Observation:
         loss: The objective, to be minimised; ``None`` while the trial runs.
         size: What is minimised as well, where a front is searched.
         error: Standard error of the loss, of a trial that was given up early.
+        size_error: Standard error of the size, where that is measured.
     """
 
     point: Mapping[str, float]
     loss: float | None
     size: float | None = None
     error: float = 0.0
+    size_error: float = 0.0
 
 
 def observations_of(records: Sequence[TrialRecord], size: str | None) -> list[Observation]:
@@ -68,14 +70,21 @@ def observations_of(records: Sequence[TrialRecord], size: str | None) -> list[Ob
         if not record.request.variables:
             continue  # the baseline compresses layers that the space keeps dense
         if record.is_completed:
-            found = record.metrics[size] if size else None
-            seen.append(Observation(record.request.variables, record.metrics["objective"], found))
+            found = {} if size is None else _size_of(record, size)
+            loss = record.metrics["objective"]
+            seen.append(Observation(record.request.variables, loss, **found))
         elif record.is_stopped:
             loss, error = record.metrics["objective"], record.metrics["objective_sem"]
             seen.append(Observation(record.request.variables, loss, error=error))
         elif record.result is None:
             seen.append(Observation(record.request.variables, None))
     return seen
+
+
+def _size_of(record: TrialRecord, size: str) -> dict[str, float]:
+    """Return the size of a trial, and its standard error where it was measured."""
+    error = record.metrics.get(f"{size}_sem", 0.0)
+    return {"size": record.metrics[size], "size_error": error}
 
 
 @dataclass(frozen=True)
@@ -221,7 +230,10 @@ def _rebuilt(
         point = {ids[name]: value for name, value in observation.point.items()}
         trial = experiment.new_trial(generator_run=GeneratorRun(arms=[Arm(parameters=point)]))
         trial.mark_running(no_runner_required=True)
-        values = {METRIC: observation.loss, SIZE: observation.size}
+        values = {
+            METRIC: (observation.loss, observation.error),
+            SIZE: (observation.size, observation.size_error),
+        }
         rows += [
             {
                 "trial_index": trial.index,
@@ -230,9 +242,9 @@ def _rebuilt(
                 "metric_signature": metric,
                 "mean": value,
                 # Without noise where nothing was estimated, which also makes Ax repeatable.
-                "sem": observation.error if metric == METRIC else 0.0,
+                "sem": error,
             }
-            for metric, value in values.items()
+            for metric, (value, error) in values.items()
             if value is not None and (reference is not None or metric == METRIC)
         ]
     client = Client(random_seed=seed)
