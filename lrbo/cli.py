@@ -213,11 +213,21 @@ def _set_up_logging(reporter: Reporter) -> None:
     warnings.showwarning = cast(Any, _log_warning)
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")  # it sets its own level on import
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not sys.stderr.isatty():  # where a bar of a library would fill a log with its steps
+        os.environ.setdefault("TQDM_DISABLE", "1")
     from transformers.utils import logging as transformers_logging  # after the command is known
 
     transformers_logging.disable_progress_bar()
     # The last two set level and handler when they are imported, so what is said here comes after.
-    for chatty in ("alembic", "mlflow", "ax", "httpx", "transformers", "huggingface_hub"):
+    for chatty in (
+        "alembic",
+        "mlflow",
+        "ax",
+        "httpx",
+        "transformers",
+        "huggingface_hub",
+        "lm_eval",
+    ):
         logging.getLogger(chatty).setLevel(logging.ERROR)
         logging.getLogger(chatty).handlers.clear()
 

@@ -24,6 +24,8 @@ from transformers import (
 
 from lrbo.accounting import STORAGES, Storage
 from lrbo.allocation import Allocation
+from lrbo.calibration.corpus import Role, TokenWindows
+from lrbo.calibration.seen import save_seen
 from lrbo.compression import compress_, replace_module
 from lrbo.errors import CheckpointError
 from lrbo.layers import LowRankLinear, PivotedLinear
@@ -58,6 +60,7 @@ def save(
     storage: Storage,
     parameters: int,
     parts: Iterable[Mapping[str, Tensor]] | None = None,
+    windows: Mapping[Role, TokenWindows] | None = None,
 ) -> int:
     """Write a compressed model as a checkpoint that :func:`load` opens.
 
@@ -74,6 +77,7 @@ def save(
         parameters: What the accountant says that the model holds.
         parts: The tensors, some at a time, where the model does not hold them all
             (:func:`streamed`); by default those of ``model``.
+        windows: Of the study, so that ``lrbo evaluate`` can refuse what was calibrated on.
 
     Returns:
         Parameters in the files.
@@ -89,6 +93,8 @@ def save(
         if model.generation_config is not None:
             model.generation_config.save_pretrained(beside)
         tokenizer.save_pretrained(beside)
+        if windows is not None:
+            save_seen(beside, windows)
         (beside / ALLOCATION).write_text(allocation.to_json() + "\n", encoding="utf-8")
         whole = {"format": FORMAT, "storage": storage, "parameters": parameters, **about}
         (beside / ABOUT).write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")

@@ -25,7 +25,7 @@ ROOMS = """
     tracking mlflow_store
     executors.ray_tasks executors.inline executors.base
     worker trial racing
-    evaluation.divergence evaluation.perplexity
+    evaluation.divergence evaluation.perplexity evaluation.protocols evaluation.zero_shot
     refit sensitivity
     compression transfer
     factorization.store allocation
@@ -37,6 +37,7 @@ ROOMS = """
     factorization.registry factorization.loss_aware
     factorization.pooled factorization.weighted factorization.base
     accounting nested layers pivoting
+    calibration.seen
     calibration.corpus calibration.moments
     lazy loading model families linalg storage errors
 """.split()  # noqa: SIM905
@@ -49,12 +50,12 @@ BORDERS = {
     "mlflow": {"mlflow_store"},
     "hydra": {"config", "cli"},
     "omegaconf": {"config", "cli"},
-    "datasets": {"calibration.corpus"},
+    "datasets": {"calibration.corpus", "evaluation.protocols"},
     "matplotlib": {"comparison", "plots", "drawing"},
     "pandas": {"comparison", "results", "plots", "report", "search.client"},
     "accelerate": {"export", "lazy"},
     "tokenizers": {"loading"},
-    "lm_eval": set[str](),
+    "lm_eval": {"evaluation.zero_shot"},
     "ray": {"executors.ray_tasks"},
 }
 # Of transformers everybody may name these types, and only these modules do more.

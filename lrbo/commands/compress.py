@@ -92,6 +92,7 @@ def run(chosen: CompressConfig, reporter: Reporter) -> dict[str, Any]:
             written,
             storage=plan.storage,
             parameters=counted.model,
+            windows=plan.windows,
         )
         reporter.say(f"Open it with: import lrbo; model = lrbo.load({str(out)!r})")
     return {
