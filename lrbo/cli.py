@@ -38,7 +38,7 @@ Bayesian optimization.
   lrbo transfer    use what a study found for another model or budget
   lrbo report      what a study found: baseline, best, Pareto front, figures
   lrbo compress    write a model of a study as a checkpoint
-  lrbo evaluate    perplexity of a checkpoint or a dense model on a named text
+  lrbo evaluate    perplexity by a named protocol, and accuracy on tasks
   lrbo dashboard   review the trials of all studies in the MLflow UI
 
   lrbo COMMAND --help            what a command takes
@@ -213,8 +213,6 @@ def _set_up_logging(reporter: Reporter) -> None:
     warnings.showwarning = cast(Any, _log_warning)
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")  # it sets its own level on import
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if not sys.stderr.isatty():  # where a bar of a library would fill a log with its steps
-        os.environ.setdefault("TQDM_DISABLE", "1")
     from transformers.utils import logging as transformers_logging  # after the command is known
 
     transformers_logging.disable_progress_bar()

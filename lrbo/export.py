@@ -267,12 +267,23 @@ def load(
     return model.to(device=device).eval().requires_grad_(False)
 
 
-def save_merged(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+def save_merged(
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    windows: Mapping[Role, TokenWindows] | None = None,
+) -> int:
     """Write dense weights that any loader opens; nothing is saved that way.
 
     Each low-rank layer is multiplied out in float64. A bias that the method added needs a place:
     the configuration's ``attention_bias`` and ``mlp_bias`` are switched on where the family has
     them, and every layer that gets a bias that way starts from zero.
+
+    Args:
+        folder: Must not exist.
+        model: With its low-rank layers in place.
+        tokenizer: Of the dense model.
+        windows: Of the study, so that ``lrbo evaluate`` can refuse what was calibrated on.
 
     Returns:
         Parameters in the files.
@@ -327,6 +338,8 @@ def save_merged(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedToken
         if model.generation_config is not None:
             model.generation_config.save_pretrained(beside)
         tokenizer.save_pretrained(beside)
+        if windows is not None:
+            save_seen(beside, windows)
         return sum(count_parameters(path) for path in beside.glob("*.safetensors"))
 
 

@@ -179,6 +179,9 @@ def test_merged_weights_open_with_any_loader(project: Path) -> None:
         torch.testing.assert_close(
             merged(ids).logits, lrbo.load("best")(ids).logits, rtol=1e-4, atol=1e-4
         )
+    scored = lrbo_command("evaluate", "checkpoint=merged", *EVALUATE)
+    assert scored.status == 0, scored.err
+    assert 0 <= scored.json["seen"] < 0.01
 
 
 def test_a_folder_that_exists_is_left_alone(project: Path) -> None:

@@ -62,7 +62,7 @@ def run(chosen: CompressConfig, reporter: Reporter) -> dict[str, Any]:
     tokenizer = load_tokenizer(plan.source)
     out = Path(chosen.out)
     if chosen.merged:
-        in_file = export.save_merged(out, model, tokenizer)
+        in_file = export.save_merged(out, model, tokenizer, plan.windows)
         reporter.say(
             f"merged=true: {in_file:,} dense parameters; it opens everywhere and saves nothing"
         )

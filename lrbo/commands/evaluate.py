@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lrbo import builders, checks, config, export
 from lrbo.calibration.corpus import Role, TokenWindows, make_windows
-from lrbo.calibration.seen import seen_shares
+from lrbo.calibration.seen import FILE, seen_shares
 from lrbo.errors import ConfigError, DataError
 from lrbo.evaluation import zero_shot
 from lrbo.evaluation.perplexity import score
@@ -50,7 +50,7 @@ class Subject:
         name: For reports.
         source: Of its configuration and tokenizer.
         load: Loads it in a dtype onto a device.
-        folder: Of the checkpoint, if it is one that lrbo wrote.
+        folder: Of the checkpoint; ``None`` for a model that was not compressed here.
     """
 
     name: str
@@ -133,8 +133,12 @@ def _subject(chosen: EvaluateConfig) -> Subject:
             lambda dtype, device: export.load(folder, dtype=dtype, device=device),
             Path(folder),
         )
+    merged = Path(folder) if folder is not None and (Path(folder) / FILE).is_file() else None
     return Subject(
-        source.path, source, lambda dtype, device: load_model(source, dtype=dtype, device=device)
+        source.path,
+        source,
+        lambda dtype, device: load_model(source, dtype=dtype, device=device),
+        merged,
     )
 
 
