@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import torch
 from rich.console import Console
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from lrbo.accounting import Storage
 from lrbo.calibration import corpus
@@ -40,7 +40,7 @@ from lrbo.model import ModelMap, fingerprint, map_model
 from lrbo.preparation import Preparation, curve_needs, loss_curves
 from lrbo.progress import Reporter
 from lrbo.racing import Race
-from lrbo.schema import DataConfig, EvaluateConfig, MethodConfig, ModelConfig, SearchConfig
+from lrbo.schema import DataConfig, MethodConfig, ModelConfig, SearchConfig
 from lrbo.search.base import STARTS, Space, Start
 from lrbo.search.study import Study
 from lrbo.sensitivity import SensitivitySettings, sensitivity_file
@@ -372,19 +372,6 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[package] = "not installed"
     return found
-
-
-def test_windows(config: EvaluateConfig, tokenizer: PreTrainedTokenizerBase) -> TokenWindows:
-    """Cut the windows of the test text.
-
-    Raises:
-        ConfigError: If the text is missing or too short.
-    """
-    try:
-        spec = corpus_spec(config.data, config.seed)
-        return corpus.make_windows(spec, tokenizer, only=[TEST])["test"]
-    except DataError as error:
-        raise ConfigError(error.problems) from error
 
 
 def informed_space(plan: Plan, study: Study, worker: Worker, reporter: Reporter) -> Space:

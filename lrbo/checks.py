@@ -12,6 +12,7 @@ from lrbo.accounting import STORAGES
 from lrbo.calibration.corpus import SOURCES
 from lrbo.config import flatten
 from lrbo.errors import ConfigError
+from lrbo.evaluation.protocols import BOS
 from lrbo.factorization.registry import METHODS, options_of
 from lrbo.front_checks import check_front
 from lrbo.schema import (
@@ -20,6 +21,7 @@ from lrbo.schema import (
     DashboardConfig,
     EvaluateConfig,
     MethodConfig,
+    ProtocolConfig,
     ReportConfig,
     RoleConfig,
     SearchConfig,
@@ -104,7 +106,7 @@ def check(config: Config) -> list[str]:
         problems += _check_folder("model.path", model.path if model.source == "hf" else None)
         expect(config.seed >= 0, "seed", config.seed, "a whole number from 0 on")
     if isinstance(config, EvaluateConfig):
-        problems += _check_folder("checkpoint", config.checkpoint)
+        problems += _check_evaluate(config)
     if isinstance(config, SearchConfig):
         problems += _check_search(config)
     return problems
@@ -199,6 +201,48 @@ def _check_search(config: SearchConfig) -> list[str]:
         )
     problems += check_writable("study", study_folder(config.studies, config.study))
     return problems
+
+
+def _check_evaluate(config: EvaluateConfig) -> list[str]:
+    """Return the problems of an evaluation."""
+    problems = _check_folder("checkpoint", config.checkpoint)
+
+    def expect(holds: bool, key: str, value: object, expected: str) -> None:
+        if not holds:
+            problems.append(f"{key}={value!r}: expected {expected}")
+
+    for key in ("batch_windows", "batch_items", "chunk_tokens"):
+        expect(getattr(config, key) >= 1, key, getattr(config, key), "at least 1")
+    expect(config.limit is None or config.limit >= 1, "limit", config.limit, "at least 1, or null")
+    for key in ("text_folder", "task_folder"):
+        folder = getattr(config, key)
+        expect(folder is None or Path(folder).is_dir(), key, folder, "a folder")
+    if config.text_folder is not None and not config.protocols:
+        problems.append("text_folder is for protocols; give protocols=[NAME], or leave it out")
+    for key in ("task_folder", "limit"):
+        if getattr(config, key) is not None and not config.tasks:
+            problems.append(f"{key} is for tasks; give tasks=[NAME], or leave it out")
+    for name, found in config.protocols.items():
+        key = f"protocols.{name}"
+        expect(found.bos in BOS, f"{key}.bos", found.bos, " or ".join(BOS))
+        expect(found.window >= 2, f"{key}.window", found.window, "at least 2 tokens")
+        for limit in ("documents", "max_windows"):
+            value = getattr(found, limit)
+            expect(value is None or value >= 1, f"{key}.{limit}", value, "at least 1, or null")
+        file = protocol_file(found, config.text_folder)
+        if file is not None and not file.is_file():
+            given = "text_folder" if found.path is None else f"{key}.path"
+            problems.append(f"{given}: no file {file}, which {key} needs")
+    if config.record is not None:
+        problems += check_writable("record", Path(config.record).parent)
+    return problems
+
+
+def protocol_file(protocol: ProtocolConfig, text_folder: str | None) -> Path | None:
+    """Return the file of a protocol's text; ``None`` is the hub."""
+    if protocol.path is not None:
+        return Path(protocol.path).expanduser()
+    return None if text_folder is None else Path(text_folder) / protocol.file
 
 
 def _check_method(config: MethodConfig) -> list[str]:

@@ -38,7 +38,7 @@ Bayesian optimization.
   lrbo transfer    use what a study found for another model or budget
   lrbo report      what a study found: baseline, best, Pareto front, figures
   lrbo compress    write a model of a study as a checkpoint
-  lrbo evaluate    perplexity of a checkpoint or a dense model on a named text
+  lrbo evaluate    perplexity by a named protocol, and accuracy on tasks
   lrbo dashboard   review the trials of all studies in the MLflow UI
 
   lrbo COMMAND --help            what a command takes
@@ -217,7 +217,15 @@ def _set_up_logging(reporter: Reporter) -> None:
 
     transformers_logging.disable_progress_bar()
     # The last two set level and handler when they are imported, so what is said here comes after.
-    for chatty in ("alembic", "mlflow", "ax", "httpx", "transformers", "huggingface_hub"):
+    for chatty in (
+        "alembic",
+        "mlflow",
+        "ax",
+        "httpx",
+        "transformers",
+        "huggingface_hub",
+        "lm_eval",
+    ):
         logging.getLogger(chatty).setLevel(logging.ERROR)
         logging.getLogger(chatty).handlers.clear()
 

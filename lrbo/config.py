@@ -35,7 +35,7 @@ from lrbo.schema import (
 FREE_KEYS = ("search.trials", "tracking", "executor", "model.device", "output", "study", "studies")
 
 # Below these every key is taken.
-MAPPINGS = ("space.groups", "space.start", "space.variables", "search.thresholds")
+MAPPINGS = ("space.groups", "space.start", "space.variables", "search.thresholds", "protocols")
 
 # What a study did that was begun before these keys existed, where that is not today's default.
 BEFORE: Mapping[str, Any] = {
@@ -109,16 +109,27 @@ def find_problems(command: str, overrides: Sequence[str]) -> dict[str, str]:
             close = difflib.get_close_matches(key, _keys(command), n=1)
             hint = f"; did you mean {close[0]}?" if close else f"; see lrbo {command} --help"
             problems[override] = f"{override}: {key} is no key{hint}"
+        elif unknown := _unknown_options(override):
+            problems[override] = f"{override}: {unknown}"
     known = [override for override in overrides if override not in problems]
     if _compose_error(command, known) is not None:
-        alone = {override: _compose_error(command, [override]) for override in known}
+        # Beside the chosen options, for a key may only be there with one of them.
+        options = [o for o in known if "." not in o and _compose_error(command, [o]) is None]
+        alone = {
+            override: _compose_error(command, [*(o for o in options if o != override), override])
+            for override in known
+        }
         found = {override: f"{override}: {error}" for override, error in alone.items() if error}
         for override in found:
             if "is not in struct" in found[override]:  # a key below a free mapping
+                section, name, *_ = [*override.split("."), ""]
                 found[override] = f"{override}: to add an entry, type +{override}"
+                if section == "protocols":  # which are chosen, not added
+                    found[override] = f"{override}: {name} is not chosen; type protocols=[{name}]"
         together = {" ".join(known): str(_compose_error(command, known))}
         problems |= found or together
-    return problems
+    typed = {override: problems[override] for override in overrides if override in problems}
+    return typed | problems
 
 
 def composed(command: str, overrides: Sequence[str]) -> Config:
@@ -153,6 +164,28 @@ def _keys(command: str) -> list[str]:
     sections = {key.partition(".")[0] for key in keys if "." in key}
     groups = {folder.name for folder in conf_folder().iterdir() if folder.is_dir()}
     return [*keys, *sections, *groups]
+
+
+def _unknown_options(override: str) -> str | None:
+    """Return what is wrong if an override chooses options that its group does not have."""
+    try:
+        (parsed,) = OverridesParser.create().parse_overrides([override])
+    except HydraException:  # which Hydra itself explains better
+        return None
+    folder = conf_folder() / str(parsed.key_or_group)
+    known = sorted(path.stem for path in folder.glob("*.yaml"))
+    if not known or parsed.is_delete() or parsed.is_sweep_override():
+        return None
+    chosen = parsed.value()
+    names = chosen if isinstance(chosen, list) else [chosen]
+    unknown = ["null" if name is None else str(name) for name in names if name not in known]
+    if not unknown or isinstance(chosen, dict):
+        return None
+    near = difflib.get_close_matches(unknown[0], known, n=len(known), cutoff=0.0)
+    return (
+        f"no {parsed.key_or_group} of the name {', '.join(unknown)}; "
+        f"known, the nearest first: {', '.join(near)}"
+    )
 
 
 def _is_key(command: str, key: str) -> bool:
@@ -363,6 +396,23 @@ def _grammar(value: Any) -> str:
         special = value.lower() in ("null", "true", "false", "nan", "inf")
         return value if plain and not special else "'" + value.replace("'", "\\'") + "'"
     return str(value)
+
+
+def protocol_changes(config: EvaluateConfig) -> dict[str, list[str]]:
+    """Return how the protocols differ from what their files say, by name.
+
+    A number under another rule must not pass for the protocol's. Where the text lies may differ.
+    """
+    changes = {}
+    for name, found in config.protocols.items():
+        stated = OmegaConf.load(conf_folder() / "protocols" / f"{name}.yaml")
+        assert isinstance(stated, DictConfig)
+        changes[name] = [
+            f"{key}={value!r}, not {stated[key]!r}"
+            for key, value in asdict(found).items()
+            if key in stated and stated[key] != value
+        ]
+    return changes
 
 
 def to_yaml(config: Config) -> str:

@@ -26,6 +26,8 @@ from transformers import (
 from lrbo import remote_code
 from lrbo.accounting import Storage
 from lrbo.allocation import Allocation
+from lrbo.calibration.corpus import Role, TokenWindows
+from lrbo.calibration.seen import save_seen
 from lrbo.checkpoint import (
     FORMAT,
     METHOD,
@@ -89,6 +91,7 @@ def save(
     parts: Iterable[Mapping[str, Tensor]] | None = None,
     card: str | None = None,
     with_code: bool = False,
+    windows: Mapping[Role, TokenWindows] | None = None,
 ) -> int:
     """Write a compressed model as a checkpoint that ``from_pretrained`` and :func:`load` open.
 
@@ -108,6 +111,7 @@ def save(
         card: Text of the model card, if one is to be written.
         with_code: Write a modelling file too, and a ``config.json`` that names it: the folder
             then opens without this package, with ``trust_remote_code=True``.
+        windows: Of the study, so that ``lrbo evaluate`` can refuse what was calibrated on.
 
     Returns:
         Parameters in the files.
@@ -146,7 +150,7 @@ def save(
         else:
             config.quantization_config = low_rank
         config.save_pretrained(beside)
-        write_rest(beside, model, tokenizer, card)
+        write_rest(beside, model, tokenizer, card, windows)
     return in_file
 
 
@@ -162,7 +166,11 @@ def _added_biases(model: nn.Module, ranks: Iterable[str], files: Iterable[Path])
 
 
 def write_rest(
-    folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, card: str | None
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    card: str | None,
+    windows: Mapping[Role, TokenWindows] | None,
 ) -> None:
     """Write what lies beside configuration and weights."""
     if model.generation_config is not None:
@@ -170,6 +178,8 @@ def write_rest(
     tokenizer.save_pretrained(folder)
     if card is not None:
         (folder / CARD).write_text(card, encoding="utf-8")
+    if windows is not None:
+        save_seen(folder, windows)
 
 
 def streamed(

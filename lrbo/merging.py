@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from lrbo.calibration.corpus import Role, TokenWindows
 from lrbo.checkpoint import count_parameters
 from lrbo.errors import CheckpointError
 from lrbo.export import checkpoint_folder, write_rest
@@ -20,6 +22,7 @@ def save_merged(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     card: str | None = None,
+    windows: Mapping[Role, TokenWindows] | None = None,
 ) -> int:
     """Write dense weights that any loader opens; nothing is saved that way.
 
@@ -32,6 +35,7 @@ def save_merged(
         model: With its low-rank layers in place; unchanged.
         tokenizer: Of the dense model.
         card: Text of the model card, if one is to be written.
+        windows: Of the study, so that ``lrbo evaluate`` can refuse what was calibrated on.
 
     Returns:
         Parameters in the files.
@@ -83,5 +87,6 @@ def save_merged(
     assert not empty, empty
     with checkpoint_folder(folder) as beside:
         merged.save_pretrained(beside)
-        write_rest(beside, model, tokenizer, card)
-        return sum(count_parameters(path) for path in beside.glob("*.safetensors"))
+        in_file = sum(count_parameters(path) for path in beside.glob("*.safetensors"))
+        write_rest(beside, model, tokenizer, card, windows)
+    return in_file

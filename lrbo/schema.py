@@ -221,15 +221,39 @@ class CompressConfig:
 
 
 @dataclass
+class ProtocolConfig:
+    """conf/protocols: from which text, and how, the windows of a perplexity are cut."""
+
+    hub: str = MISSING
+    file: str = MISSING
+    strip: bool = False
+    documents: int | None = None
+    join: str = "\n\n"
+    bos: str = "start"
+    window: int = 2048
+    max_windows: int | None = None
+    path: str | None = None
+
+
+@dataclass
 class EvaluateConfig:
     """conf/evaluate.yaml."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    protocols: dict[str, ProtocolConfig] = field(default_factory=dict)
+    text_folder: str | None = None
+    tasks: list[str] = field(default_factory=list)
+    task_folder: str | None = None
+    limit: int | None = None
     checkpoint: str | None = None
+    allow_seen: bool = False
     seed: int = 0
     batch_windows: int = 4
+    batch_items: int = 16
     chunk_tokens: int = 256
+    studies: str = "studies"
+    record: str | None = "${studies}/evaluations.jsonl"
     output: str = "text"
 
 

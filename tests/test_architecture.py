@@ -27,6 +27,7 @@ ROOMS = """
     executors.ray_tasks executors.inline executors.base
     worker trial racing
     evaluation.divergence evaluation.perplexity evaluation.latency
+    evaluation.protocols evaluation.zero_shot
     refit sensitivity
     compression transfer checkpoint
     factorization.store allocation
@@ -38,6 +39,7 @@ ROOMS = """
     factorization.registry factorization.loss_aware
     factorization.pooled factorization.weighted factorization.base
     accounting nested layers pivoting
+    calibration.seen
     calibration.corpus calibration.moments
     lazy loading model families linalg storage errors
 """.split()  # noqa: SIM905
@@ -50,14 +52,14 @@ BORDERS = {
     "mlflow": {"mlflow_store"},
     "hydra": {"config", "cli"},
     "omegaconf": {"config", "cli"},
-    "datasets": {"calibration.corpus"},
+    "datasets": {"calibration.corpus", "evaluation.protocols"},
     "matplotlib": {"comparison", "plots", "drawing"},
     "pandas": {"comparison", "html_report", "results", "plots", "report", "search.client"},
     "plotly": {"html_report"},
     "accelerate": {"merging", "lazy"},
     "huggingface_hub": {"model_card"},
     "tokenizers": {"loading"},
-    "lm_eval": set[str](),
+    "lm_eval": {"evaluation.zero_shot"},
     "ray": {"executors.ray_tasks"},
 }
 # Of transformers everybody may name these types, and only these modules do more.

@@ -11,6 +11,7 @@ import torch
 from huggingface_hub import ModelCard
 
 import lrbo
+from lrbo.calibration.corpus import documents
 from lrbo.search.study import Study
 from tests.commands import TINY, Ran, lrbo_command, project, searched
 
@@ -57,7 +58,8 @@ def test_evaluate_scores_the_dense_model_and_states_text_and_windows(
     ran = lrbo_command("evaluate", *EVALUATE)
     assert ran.status == 0, ran.err
     found = ran.json
-    assert set(found) == {"text", "window", "stride", "tokens", "nll", "perplexity"}
+    numbers = {"text", "digest", "windows", "window", "stride", "tokens", "nll", "perplexity"}
+    assert set(found) == numbers | {"model", "dtype", "device"}
     assert (found["window"], found["stride"], found["tokens"]) == (64, 64, 16 * 63)
     expected = searched[1].json["test"]["dense"]
     assert found["text"] == expected["text"]
@@ -74,6 +76,32 @@ def test_evaluate_reads_local_text(project: Path) -> None:
     assert ran.status == 0, ran.err
     assert ran.json["text"].startswith("files:mine.txt")
     assert ran.json["tokens"] == 24 * 40 // 32 * 31
+
+
+def test_a_text_that_was_calibrated_on_is_refused_unless_it_is_allowed(project: Path) -> None:
+    if not Path("best").exists():
+        assert lrbo_command("compress", "study=tiny", "out=best").status == 0
+    text = "".join(documents("generated", "words"))
+    Path("words.txt").write_text(text, encoding="utf-8")
+    line = ["evaluate", "checkpoint=best", "data=files", "data.test.path=words.txt",
+            "data.window=100", "model.dtype=float32", "output=json"]  # fmt: skip
+    ran = lrbo_command(*line)
+    assert ran.status == 2
+    assert "of files:words.txt[test] is in what best used for calibration (gen" in ran.err
+    assert "allow_seen=true" in ran.err
+    allowed = lrbo_command(*line, "data.max_windows=400", "allow_seen=true")
+    assert allowed.status == 0, allowed.err
+    share = allowed.json["seen"]
+    assert 0.01 < share < 0.5  # of the text, a part of which was read
+    assert f"the text: {share:.2%} of it is in what the model has seen" in allowed.out
+    own = lrbo_command("evaluate", "checkpoint=best", *EVALUATE)
+    assert own.json["seen"] < 0.01
+    (Path("best") / "lrbo_text.safetensors").rename("taken.safetensors")
+    unknown = lrbo_command(*line)
+    Path("taken.safetensors").rename("best/lrbo_text.safetensors")
+    assert unknown.status == 0, unknown.err
+    assert unknown.json["seen"] is None
+    assert "best does not say which text it has seen" in unknown.err
 
 
 def test_the_best_after_refits_is_written(project: Path) -> None:
@@ -194,6 +222,9 @@ def test_merged_weights_open_with_any_loader(project: Path) -> None:
         torch.testing.assert_close(
             merged(ids).logits, lrbo.load("best")(ids).logits, rtol=1e-4, atol=1e-4
         )
+    scored = lrbo_command("evaluate", "checkpoint=merged", *EVALUATE)
+    assert scored.status == 0, scored.err
+    assert 0 <= scored.json["seen"] < 0.01
 
 
 def test_a_folder_with_a_modelling_file_is_scored_like_the_other(project: Path) -> None:

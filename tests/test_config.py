@@ -10,7 +10,7 @@ from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 from lrbo import config
-from lrbo.checks import check, require_valid, study_folder
+from lrbo.checks import check, protocol_file, require_valid, study_folder
 from lrbo.errors import ConfigError
 from lrbo.factorization.registry import METHODS
 from lrbo.schema import SCHEMAS, CompressConfig, EvaluateConfig, ReportConfig, SearchConfig
@@ -44,10 +44,12 @@ def test_conf_holds_what_the_tests_look_at() -> None:
     assert len(list(CONF.rglob("*.yaml"))) == len(COMMANDS) + len(OPTIONS)
     assert COMMANDS == ["compress", "dashboard", "evaluate", "report", "search"]
     assert len(OPTIONS) >= 22
-    assert set(GROUPS) == {"model", "data", "method", "space", "budget", "executor", "experiment"}
+    assert set(GROUPS) == {
+        "model", "data", "method", "space", "budget", "executor", "experiment", "protocols",
+    }  # fmt: skip
 
 
-@pytest.mark.parametrize(("group", "option"), OPTIONS)
+@pytest.mark.parametrize(("group", "option"), [one for one in OPTIONS if one[0] != "protocols"])
 def test_every_option_composes_into_valid_values(
     group: str, option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -64,6 +66,7 @@ def test_every_file_begins_with_the_command_that_uses_it(path: Path) -> None:
     assert comments, path
     command, *overrides = comments[0].split("   ")[0].removeprefix("# lrbo ").split()
     assert command in COMMANDS
+    assert path.parent.name != "protocols" or overrides == [f"protocols=[{path.stem}]"]
     typed = [o.replace("...", "x") for o in overrides]
     problems = config.find_problems(command, typed)
     assert problems == {}, path
@@ -397,6 +400,112 @@ def test_a_page_is_of_one_study() -> None:
         assert "expected the name of one study" in problem
     (problem,) = check(ReportConfig(study="mine", format="pdf"))
     assert problem == "format='pdf': expected text or html"
+
+
+@pytest.mark.parametrize("name", GROUPS["protocols"])
+def test_every_protocol_composes_under_its_name_with_every_value_stated(name: str) -> None:
+    found = config.composed("evaluate", [f"protocols=[{name}]"])
+    assert isinstance(found, EvaluateConfig)
+    assert list(found.protocols) == [name]
+    assert check(found) == []
+    assert config.protocol_changes(found) == {name: []}
+    text = (CONF / "protocols" / f"{name}.yaml").read_text(encoding="utf-8")
+    for key in vars(found.protocols[name]):
+        assert (f"\n{key}: " in text) == (key != "path"), key
+
+
+def test_unknown_protocols_are_named_with_the_known_ones_nearest_first() -> None:
+    (problem,) = config.find_problems("evaluate", ["protocols=[wikitext2,c4,nope]"]).values()
+    assert (
+        "no protocols of the name wikitext2, nope; known, the nearest first: wikitext2_" in problem
+    )
+    assert all(name in problem for name in GROUPS["protocols"])
+
+
+def test_a_protocol_that_is_not_chosen_has_no_values() -> None:
+    override = "protocols.c4.window=64"
+    (problem,) = config.find_problems("evaluate", [override]).values()
+    assert problem == f"{override}: c4 is not chosen; type protocols=[c4]"
+    assert config.find_problems("evaluate", ["protocols=[c4]", override]) == {}
+    wrong = ["protocols=[c4]", "protocols.c4.widow=64"]
+    (problem,) = config.find_problems("evaluate", wrong).values()
+    assert "widow" in problem
+    assert "not chosen" not in problem
+
+
+def test_what_was_changed_of_a_protocol_is_stated_and_where_its_text_lies_is_not() -> None:
+    found = config.composed(
+        "evaluate",
+        ["protocols=[c4,ptb]", "protocols.c4.window=64", "protocols.ptb.path=ptb.txt"],
+    )
+    assert isinstance(found, EvaluateConfig)
+    assert config.protocol_changes(found) == {"c4": ["window=64, not 2048"], "ptb": []}
+
+
+BAD_EVALUATION: dict[str, Any] = {
+    "batch_windows": [0],
+    "batch_items": [0],
+    "chunk_tokens": [0],
+    "limit": [0],
+    "text_folder": ["/no/such/folder"],
+    "task_folder": ["/no/such/folder"],
+    "record": [f"{__file__}/evaluations.jsonl"],
+    "protocols.bos": ["always"],
+    "protocols.window": [1],
+    "protocols.documents": [0],
+    "protocols.max_windows": [0],
+    "protocols.path": ["/no/such/file"],
+}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [(key, value) for key, values in BAD_EVALUATION.items() for value in values]
+)
+def test_a_value_that_an_evaluation_cannot_work_with_is_named(
+    key: str, value: Any, tmp_path: Path
+) -> None:
+    found = config.composed("evaluate", ["protocols=[ptb]", "tasks=[piqa]"])
+    assert isinstance(found, EvaluateConfig)
+    found = changed(found, "record", str(tmp_path / "evaluations.jsonl"))
+    assert check(found) == []
+    if key.startswith("protocols."):
+        name = key.removeprefix("protocols.")
+        bad = changed(found.protocols["ptb"], name, value)
+        found = dataclasses.replace(found, protocols={"ptb": bad})
+        key = f"protocols.ptb.{name}"
+    else:
+        found = changed(found, key, value)
+    problems = check(found)
+    assert problems
+    assert problems[0].startswith(key)
+
+
+def test_the_file_of_a_protocol_is_looked_for_in_the_folder_unless_it_is_named(
+    tmp_path: Path,
+) -> None:
+    found = config.composed("evaluate", ["protocols=[ptb]", f"text_folder={tmp_path}"])
+    assert isinstance(found, EvaluateConfig)
+    ptb = found.protocols["ptb"]
+    (problem,) = check(found)
+    assert problem == f"text_folder: no file {tmp_path / 'ptb.test.txt'}, which protocols.ptb needs"
+    (tmp_path / "ptb.test.txt").touch()
+    assert check(found) == []
+    assert protocol_file(ptb, str(tmp_path)) == tmp_path / "ptb.test.txt"
+    assert protocol_file(ptb, None) is None
+    mine = dataclasses.replace(ptb, path="mine.txt")
+    assert protocol_file(mine, str(tmp_path)) == Path("mine.txt")
+
+
+def test_what_is_for_protocols_or_tasks_is_not_taken_without_them(tmp_path: Path) -> None:
+    alone = EvaluateConfig(text_folder=str(tmp_path), task_folder=str(tmp_path), limit=3)
+    found = dataclasses.replace(config.composed("evaluate", []), **{
+        key: getattr(alone, key) for key in ("text_folder", "task_folder", "limit")
+    })  # fmt: skip
+    assert [problem.partition(";")[0] for problem in check(found)] == [
+        "text_folder is for protocols",
+        "task_folder is for tasks",
+        "limit is for tasks",
+    ]
 
 
 def test_a_study_is_a_name_or_a_path(tmp_path: Path) -> None:

@@ -350,7 +350,7 @@ def overlaps(windows: Mapping[Role, TokenWindows], run: int = 32) -> list[str]:
     Returns:
         One sentence per pair of roles that share windows.
     """
-    hashes = {role: _run_hashes(found.ids, run) for role, found in windows.items()}
+    hashes = {role: run_hashes(found.ids, run) for role, found in windows.items()}
     problems = []
     roles = [role for role in ROLES if role in windows]
     for i, first in enumerate(roles):
@@ -366,7 +366,7 @@ def overlaps(windows: Mapping[Role, TokenWindows], run: int = 32) -> list[str]:
     return problems
 
 
-def _run_hashes(ids: Int[Tensor, "windows tokens"], run: int) -> NDArray[np.uint64]:
+def run_hashes(ids: Int[Tensor, "windows tokens"], run: int) -> NDArray[np.uint64]:
     """Hash each run of tokens inside each window, ``(windows, tokens - run + 1)``, uint64."""
     run = min(run, ids.shape[1])
     powers = np.full(run, 0x9E3779B97F4A7C15, dtype=np.uint64)

@@ -93,7 +93,7 @@ def run(chosen: CompressConfig, reporter: Reporter) -> dict[str, Any]:
         commands=_commands(chosen, stored, about["dtype"], record.request.trial_index),
     )
     if chosen.format == "merged":
-        in_file = save_merged(out, model, tokenizer, card)
+        in_file = save_merged(out, model, tokenizer, card, plan.windows)
         reporter.say(
             f"format=merged: {in_file:,} dense parameters; it opens everywhere and saves nothing"
         )
@@ -108,6 +108,7 @@ def run(chosen: CompressConfig, reporter: Reporter) -> dict[str, Any]:
             parameters=counted.model,
             card=card,
             with_code=chosen.format == "remote_code",
+            windows=plan.windows,
         )
     reporter.say(f"How to open it, what it scored and how it was made: {out / export.CARD}")
     return {

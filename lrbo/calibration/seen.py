@@ -1,0 +1,63 @@
+"""Which text a checkpoint has seen: hashes of short runs of tokens, kept beside its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from torch import Tensor
+
+from lrbo.calibration.corpus import Role, TokenWindows, run_hashes
+from lrbo.errors import CheckpointError
+
+FILE = "lrbo_text.safetensors"
+RUN = 32  # tokens: no phrase of that length recurs by chance, wherever windows begin
+ROLES: tuple[Role, ...] = ("calibration", "validation")
+
+
+def save_seen(folder: Path, windows: Mapping[Role, TokenWindows]) -> None:
+    """Write the hashes of what was calibrated on and searched on; the text itself stays out.
+
+    Args:
+        folder: Of the checkpoint.
+        windows: Of the study; roles that are only reported on are left out.
+    """
+    found = {role: windows[role] for role in ROLES if role in windows}
+    hashes = {role: np.unique(run_hashes(w.ids, RUN)) for role, w in found.items()}
+    save_file(hashes, folder / FILE, metadata={role: w.text for role, w in found.items()})
+
+
+def seen_shares(folder: Path, ids: Int[Tensor, "windows tokens"]) -> dict[str, float] | None:
+    """Return which part of the windows occurs in the text of each role.
+
+    Args:
+        folder: Of the checkpoint.
+        ids: ``(windows, tokens)`` of the model's tokenizer.
+
+    Returns:
+        Share of all runs of 32 tokens inside a window, by role and its text; ``None`` for a
+        checkpoint that does not say. In windows of fewer tokens nothing is found.
+
+    Raises:
+        CheckpointError: If the file is damaged.
+    """
+    path = folder / FILE
+    if not path.is_file():
+        return None
+    runs = run_hashes(ids, RUN)
+    shares = {}
+    try:
+        with safe_open(str(path), framework="numpy") as file:
+            texts = file.metadata()
+            for role in ROLES:
+                if role in texts:
+                    known: NDArray[np.uint64] = file.get_tensor(role)
+                    shares[f"{role} ({texts[role]})"] = float(np.isin(runs, known).mean())
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+    return shares
