@@ -28,7 +28,16 @@ from lrbo.schema import (
 )
 
 # What may differ when a study is continued: where and how long it runs, not what it measures.
-FREE_KEYS = ("search.trials", "tracking", "executor", "model.device", "output", "study", "studies")
+FREE_KEYS = (
+    "search.trials",
+    "search.other_versions",
+    "tracking",
+    "executor",
+    "model.device",
+    "output",
+    "study",
+    "studies",
+)
 
 # What a study did that was begun before these keys existed, where that is not today's default.
 BEFORE: Mapping[str, Any] = {

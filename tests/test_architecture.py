@@ -16,7 +16,7 @@ ROOMS = """
     cli
     commands.search commands.report commands.compress commands.evaluate commands.dashboard
     commands.trials commands.view commands.finalists
-    builders spaces starts checks config schema preparation progress
+    builders versions spaces starts checks config schema preparation progress
     report comparison results plots drawing
     export
     search.loop search.client search.study search.front_space search.restricted search.weights

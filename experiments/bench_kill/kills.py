@@ -327,6 +327,11 @@ def _mlflow_problems(folder: Path, ended: Mapping[int, Mapping[str, Any]]) -> li
         for run in runs
         if run.info.status != "FINISHED"
     ]
+    problems += [
+        f"run {run.info.run_name} ends before it begins"
+        for run in runs
+        if run.info.end_time is not None and run.info.end_time < run.info.start_time
+    ]
     if len(parents) != 1:
         problems.append(f"{len(parents)} parent runs")
     shown = Counter(int(run.data.tags["lrbo.trial"]) for run in children)
@@ -340,8 +345,6 @@ def _mlflow_problems(folder: Path, ended: Mapping[int, Mapping[str, Any]]) -> li
             problems.append(f"MLflow has other metrics of trial {index}: {', '.join(different)}")
         if run.data.tags["mlflow.parentRunId"] not in {run.info.run_id for run in parents}:
             problems.append(f"the run of trial {index} is below another parent")
-        if run.info.end_time < run.info.start_time:
-            problems.append(f"the run of trial {index} ends before it begins")
     best = min((event["metrics"].get("nll", math.inf) for event in ended.values()), default=None)
     problems += [
         f"the parent's best_nll is {run.data.metrics.get('best_nll')}, the journal's {best}"

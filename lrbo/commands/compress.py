@@ -25,6 +25,7 @@ from lrbo.progress import Reporter
 from lrbo.schema import CompressConfig
 from lrbo.search.study import Study
 from lrbo.trial import TrialRecord
+from lrbo.versions import versions
 from lrbo.worker import allocation_parameters
 
 
@@ -82,7 +83,7 @@ def run(chosen: CompressConfig, reporter: Reporter) -> dict[str, Any]:
             },
             "refit": found.refit,
             "data": about["data"],
-            "versions": builders.versions(),
+            "versions": versions(),
         }
         in_file = export.save(
             out,
