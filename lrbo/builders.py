@@ -7,7 +7,6 @@ import platform
 import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, cast
 
@@ -47,10 +46,10 @@ from lrbo.sensitivity import SensitivitySettings, sensitivity_file
 from lrbo.spaces import build_search_space
 from lrbo.starts import build_starts
 from lrbo.transfer import Donor
+from lrbo.versions import versions
 from lrbo.worker import Worker
 
 TEST: Role = "test"
-PACKAGES = ("lrbo", "torch", "transformers", "ax-platform", "botorch", "gpytorch", "mlflow")
 
 
 @dataclass(frozen=True)
@@ -198,7 +197,8 @@ def _token_windows(
 ) -> Mapping[Role, TokenWindows]:
     """Return the token windows: those of the study, or newly cut ones."""
     stored = tokens_file(study)
-    if stored.is_file():
+    # Without a study the file is of a beginning that was cut off, perhaps with another text.
+    if study.exists and stored.is_file():
         return corpus.load_windows(stored)
     return corpus.make_windows(corpus_spec(config.data, config.seed), load_tokenizer(source))
 
@@ -361,17 +361,6 @@ def _about(plan: Plan, digest: str, dtype: torch.dtype, device: torch.device) ->
         "donors": [start.to_dict() for start in plan.starts if isinstance(start, Donor)],
         "versions": versions(),
     }
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that results depend on."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
 
 
 def informed_space(plan: Plan, study: Study, worker: Worker, reporter: Reporter) -> Space:

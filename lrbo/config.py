@@ -32,7 +32,16 @@ from lrbo.schema import (
 )
 
 # What may differ when a study is continued: where and how long it runs, not what it measures.
-FREE_KEYS = ("search.trials", "tracking", "executor", "model.device", "output", "study", "studies")
+FREE_KEYS = (
+    "search.trials",
+    "search.other_versions",
+    "tracking",
+    "executor",
+    "model.device",
+    "output",
+    "study",
+    "studies",
+)
 
 # Below these every key is taken.
 MAPPINGS = ("space.groups", "space.start", "space.variables", "search.thresholds", "protocols")

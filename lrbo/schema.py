@@ -95,6 +95,7 @@ class SearchSection:
     racing: float | None = None
     size: str = "keep_ratio"
     thresholds: dict[str, float] = field(default_factory=dict)
+    other_versions: bool = False
 
 
 @dataclass

@@ -29,6 +29,7 @@ from lrbo.search.base import KEEP_RATIO
 from lrbo.search.front import ceiling_of
 from lrbo.search.study import Study
 from lrbo.trial import TrialRecord
+from lrbo.versions import versions
 from lrbo.worker import allocation_parameters
 
 
@@ -79,7 +80,7 @@ def run(chosen: CompressConfig, reporter: Reporter) -> dict[str, Any]:
         },
         "refit": found.refit,
         "data": about["data"],
-        "versions": builders.versions(),
+        "versions": versions(),
     }
     out, tokenizer = Path(chosen.out), load_tokenizer(plan.source)
     card = model_card(

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from lrbo import builders, checks, config
+from lrbo import builders, checks, config, versions
 from lrbo.commands.trials import search_loop
-from lrbo.commands.view import show
+from lrbo.commands.view import show_if_possible
 from lrbo.compression import compressed
 from lrbo.errors import ConfigError
 from lrbo.evaluation.perplexity import score
@@ -64,6 +64,7 @@ def run(chosen: SearchConfig, typed: Sequence[str], reporter: Reporter) -> dict[
                     f"to continue it: lrbo search study={chosen.study}; to begin another: "
                     "study=NEWNAME"
                 )
+        problems += versions.refusals(study, allowed=chosen.search.other_versions)
     problems += checks.check(chosen)
     if checks.check_writable("study", study.folder):  # then not even the lock can be taken
         raise ConfigError(problems)
@@ -75,6 +76,8 @@ def run(chosen: SearchConfig, typed: Sequence[str], reporter: Reporter) -> dict[
             raise ConfigError([*error.problems, *elsewhere]) from error
         if elsewhere:
             raise ConfigError(elsewhere)
+        if study.exists:
+            versions.note_changes(study)
         with _executor(plan, study) as executor:
             return _search(plan, study, executor, reporter)
 
@@ -158,7 +161,7 @@ def _search(
         completed = True
     finally:
         if study.state.dense:
-            show(study, tracker)
+            show_if_possible(study, tracker)
         tracker.finish(completed=completed)
     print_report(study, Console(highlight=False))
     reporter.say(f"Figures: {study.folder / 'figures'}")
