@@ -154,6 +154,12 @@ def _print_results(study: Study, report: _Report) -> None:
         "kept: share of the parameters of the compressible layers",
         "params, size (in the dtype it ran in), MACs (per token): of the whole model",
     ]
+    if chosen := state.chosen:
+        notes.append(
+            f"validation text: {len(chosen['windows'])} of {chosen['pool']} windows, chosen "
+            "because they tell allocations apart: its losses compare trials of this study, and "
+            "are not those of the text they came from; test figures are not touched"
+        )
     if size_metric(study) is not None:
         notes.append("best: the lowest loss at any size; uniform and others: at the ceiling")
     if "analytic" in by_origin:

@@ -16,7 +16,7 @@ ROOMS = """
     cli
     commands.search commands.report commands.compress commands.evaluate commands.dashboard
     commands.trials commands.view commands.finalists
-    builders spaces starts checks config schema preparation progress
+    builders spaces starts pool texts checks config schema preparation progress
     report comparison results plots drawing
     export
     search.loop search.client search.study search.front_space search.restricted search.weights
@@ -25,7 +25,7 @@ ROOMS = """
     tracking mlflow_store
     executors.ray_tasks executors.inline executors.base
     worker trial racing
-    evaluation.divergence evaluation.perplexity
+    evaluation.divergence evaluation.perplexity evaluation.selection
     refit sensitivity
     compression transfer
     factorization.store allocation

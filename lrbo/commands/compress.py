@@ -81,7 +81,7 @@ def run(chosen: CompressConfig, reporter: Reporter) -> dict[str, Any]:
                 "dtype": about["dtype"],
             },
             "refit": found.refit,
-            "data": about["data"],
+            "data": study.data(),
             "versions": builders.versions(),
         }
         in_file = export.save(

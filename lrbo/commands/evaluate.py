@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lrbo import builders, checks, export
+from lrbo import builders, checks, export, texts
 from lrbo.errors import ConfigError
 from lrbo.evaluation.perplexity import score
 from lrbo.loading import (
@@ -41,7 +41,7 @@ def run(chosen: EvaluateConfig, reporter: Reporter) -> dict[str, Any]:
     device = resolve_device(chosen.model.device)
     dtype = resolve_dtype(chosen.model.dtype, device)
     tokenizer, load = _to_evaluate(chosen, source)
-    windows = builders.test_windows(chosen, tokenizer)
+    windows = texts.test_windows(chosen, tokenizer)
     model = load(dtype, device)
     with reporter.step("Evaluation", windows.scored_tokens, "tokens") as advance:
         found = score(
