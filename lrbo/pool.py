@@ -63,10 +63,11 @@ def choose_windows(
     settings: PoolSettings,
     reporter: Reporter,
 ) -> TokenWindows:
-    """Return the windows of the pool that tell allocations apart best.
+    """Return the windows of the pool that rank allocations as the whole pool does.
 
-    What each allocation lost is a line of the journal, and so is the choice: a search that was
-    interrupted goes on with the next allocation, and one that was continued chooses nothing.
+    By their nll alone, whatever else the objective weighs. What each allocation lost is a line
+    of the journal, and so is the choice: a search that was interrupted goes on with the next
+    allocation, and one that was continued chooses nothing.
 
     Args:
         study: Locked, without a choice yet.
@@ -81,13 +82,13 @@ def choose_windows(
         StudyError: If fewer than two allocations have a finite loss.
     """
     allocations = pool_allocations(space, settings.allocations, settings.seed)
-    trials = len(allocations) * len(pool.ids) / settings.windows
+    missing = [place for place in range(len(allocations)) if place not in study.state.pooled]
+    trials = len(missing) * len(pool.ids) / settings.windows
     reporter.say(
         f"Choosing {settings.windows} of {len(pool.ids)} validation windows by what "
-        f"{len(allocations)} allocations lose on each: once per study, as long as {trials:.0f} "
-        "trials"
+        f"{len(allocations)} allocations lose on each: once per study, as many tokens as "
+        f"{trials:.0f} trials"
     )
-    missing = [place for place in range(len(allocations)) if place not in study.state.pooled]
     buffers: Buffers = {}
     total = len(missing) * pool.scored_tokens
     with reporter.step("Pool of validation text", total, "tokens") as advance:

@@ -157,8 +157,8 @@ def _print_results(study: Study, report: _Report) -> None:
     if chosen := state.chosen:
         notes.append(
             f"validation text: {len(chosen['windows'])} of {chosen['pool']} windows, chosen "
-            "because they tell allocations apart: its losses compare trials of this study, and "
-            "are not those of the text they came from; test figures are not touched"
+            "because they rank allocations as all of them do: its losses compare trials of this "
+            "study, their level is not that of the text they came from; the test text is whole"
         )
     if size_metric(study) is not None:
         notes.append("best: the lowest loss at any size; uniform and others: at the ceiling")
