@@ -6,7 +6,7 @@ import os
 import platform
 import uuid
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 from lrbo.accounting import Storage
 from lrbo.calibration import corpus
 from lrbo.calibration.collect import CalibrationSettings
-from lrbo.calibration.corpus import CorpusSpec, Role, RoleText, TokenWindows
-from lrbo.checks import role_paths
+from lrbo.calibration.corpus import Role, TokenWindows
+from lrbo.checks import windows_of
 from lrbo.config import stored_config, to_yaml
 from lrbo.errors import BudgetError, ConfigError, DataError, ModelError, StudyError
 from lrbo.evaluation.divergence import DenseReference, measure_dense
@@ -30,26 +30,26 @@ from lrbo.loading import (
     ModelSource,
     load_model,
     load_skeleton,
-    load_tokenizer,
     missing_package,
     resolve_device,
     resolve_dtype,
 )
 from lrbo.model import ModelMap, fingerprint, map_model
+from lrbo.nested import LowRankFactors
+from lrbo.pool import PoolSettings, choose_windows
 from lrbo.preparation import Preparation, curve_needs, loss_curves
 from lrbo.progress import Reporter
 from lrbo.racing import Race
-from lrbo.schema import DataConfig, MethodConfig, ModelConfig, SearchConfig
+from lrbo.schema import MethodConfig, ModelConfig, SearchConfig
 from lrbo.search.base import STARTS, Space, Start
 from lrbo.search.study import Study
 from lrbo.sensitivity import SensitivitySettings, sensitivity_file
 from lrbo.spaces import build_search_space
 from lrbo.starts import build_starts
+from lrbo.texts import token_windows, tokens_file
 from lrbo.transfer import Donor
 from lrbo.versions import versions
 from lrbo.worker import Worker
-
-TEST: Role = "test"
 
 
 @dataclass(frozen=True)
@@ -102,16 +102,6 @@ def model_source(config: ModelConfig) -> ModelSource:
     return ModelSource(source, config.path, config.revision)
 
 
-def corpus_spec(config: DataConfig, seed: int) -> CorpusSpec:
-    """Return what decides the token windows; roles without a text are left out."""
-    roles = {
-        role: RoleText(role_paths(found), found.tokens)
-        for role in corpus.ROLES
-        if role_paths(found := getattr(config, role))
-    }
-    return CorpusSpec(config.source, roles, config.window, config.max_windows, seed, config.bos)
-
-
 def plan_search(config: SearchConfig, study: Study, problems: list[str]) -> Plan:
     """Check everything that can be checked without the weights, and keep what it made.
 
@@ -161,7 +151,7 @@ def plan_search(config: SearchConfig, study: Study, problems: list[str]) -> Plan
         except ConfigError as error:
             problems += error.problems
     try:
-        windows = _token_windows(config, source, study)
+        windows = token_windows(config, source, study)
     except DataError as error:
         problems += error.problems
     except ModelError as error:
@@ -190,22 +180,6 @@ def build_method(config: MethodConfig) -> FactorizationMethod:
     if "one_sided" in options:
         options["one_sided"] = tuple(options["one_sided"])
     return method_named(options.pop("name"), options)
-
-
-def _token_windows(
-    config: SearchConfig, source: ModelSource, study: Study
-) -> Mapping[Role, TokenWindows]:
-    """Return the token windows: those of the study, or newly cut ones."""
-    stored = tokens_file(study)
-    # Without a study the file is of a beginning that was cut off, perhaps with another text.
-    if study.exists and stored.is_file():
-        return corpus.load_windows(stored)
-    return corpus.make_windows(corpus_spec(config.data, config.seed), load_tokenizer(source))
-
-
-def tokens_file(study: Study) -> Path:
-    """Return where the token windows of a study are."""
-    return study.folder / "tokens.safetensors"
 
 
 def build_worker(plan: Plan, study: Study, reporter: Reporter) -> Worker:
@@ -248,6 +222,7 @@ def build_worker(plan: Plan, study: Study, reporter: Reporter) -> Worker:
         # The file serves every storage form, and some use few of its directions.
         if (rank := largest_rank(plan.layers.by_name[name], plan.space.cost))
     }
+    plan = _with_chosen_windows(plan, study, model, factors, reporter)
     dense = _dense_reference(plan, model, study, reporter)
     timed = config.latency
     return Worker(
@@ -311,6 +286,31 @@ def require_same_model(study: Study, model: PreTrainedModel) -> None:
         )
 
 
+def _with_chosen_windows(
+    plan: Plan,
+    study: Study,
+    model: PreTrainedModel,
+    factors: Mapping[str, LowRankFactors],
+    reporter: Reporter,
+) -> Plan:
+    """Return the plan with the validation windows that trials are scored on."""
+    given, data = plan.config.evaluation, plan.config.data
+    if given.pool_tokens is None or study.state.chosen:
+        return plan
+    assert data.validation.tokens is not None  # checked: else there would be nothing to choose
+    settings = PoolSettings(
+        windows=windows_of(data.validation.tokens, data),
+        allocations=given.pool_allocations,
+        seed=plan.config.seed,
+        batch_windows=given.batch_windows,
+        chunk_tokens=given.chunk_tokens,
+    )
+    space = _space_with_curves(plan, study, model, factors, reporter)
+    pool = plan.windows["validation"]
+    chosen = choose_windows(study, space, model, factors, pool, settings, reporter)
+    return replace(plan, windows={**plan.windows, "validation": chosen})
+
+
 def _dense_reference(
     plan: Plan, model: PreTrainedModel, study: Study, reporter: Reporter
 ) -> DenseReference:
@@ -365,14 +365,25 @@ def _about(plan: Plan, digest: str, dtype: torch.dtype, device: torch.device) ->
 
 def informed_space(plan: Plan, study: Study, worker: Worker, reporter: Reporter) -> Space:
     """Return the space with the loss curves of the layers, measured once per study."""
+    return _space_with_curves(plan, study, worker.model, worker.factors, reporter)
+
+
+def _space_with_curves(
+    plan: Plan,
+    study: Study,
+    model: PreTrainedModel,
+    factors: Mapping[str, LowRankFactors],
+    reporter: Reporter,
+) -> Space:
+    """Return the space with the loss curves of the layers, from the study or newly measured."""
     given = plan.config.sensitivity
     if not given.enabled:
         return plan.space
     settings = SensitivitySettings(given.layers_per_kind, given.ranks, given.windows)
     curves = loss_curves(
-        worker.model,
+        model,
         plan.layers,
-        worker.factors,
+        factors,
         plan.windows["calibration"].ids,
         settings,
         sensitivity_file(study.folder),

@@ -19,6 +19,7 @@ from lrbo.schema import (
     CompressConfig,
     Config,
     DashboardConfig,
+    DataConfig,
     EvaluateConfig,
     MethodConfig,
     ProtocolConfig,
@@ -158,6 +159,7 @@ def _check_search(config: SearchConfig) -> list[str]:
         for key in keys:
             value = getattr(getattr(config, section), key)
             expect(value >= 1, f"{section}.{key}", value, "at least 1")
+    problems += _check_pool(config)
     calibration = config.calibration
     labels = calibration.labels
     expect(labels in ("sampled", "data"), "calibration.labels", labels, "sampled or data")
@@ -243,6 +245,40 @@ def protocol_file(protocol: ProtocolConfig, text_folder: str | None) -> Path | N
     if protocol.path is not None:
         return Path(protocol.path).expanduser()
     return None if text_folder is None else Path(text_folder) / protocol.file
+
+
+def _check_pool(config: SearchConfig) -> list[str]:
+    """Return the problems of the pool that validation windows are chosen from."""
+    problems = []
+    evaluation = config.evaluation
+    if evaluation.pool_allocations < 2:
+        problems.append(
+            f"evaluation.pool_allocations={evaluation.pool_allocations!r}: expected at least 2, "
+            "for windows differ in what they say of several allocations"
+        )
+    pool, wanted = evaluation.pool_tokens, config.data.validation.tokens
+    if pool is None or config.data.window < 2:
+        return problems
+    given = f"evaluation.pool_tokens={pool!r}"
+    if wanted is None:
+        problems.append(
+            f"{given}: data.validation.tokens=null takes all text, and there is nothing to choose; "
+            "say how many tokens are wanted, or set the pool to null"
+        )
+    elif windows_of(pool, config.data) <= windows_of(wanted, config.data):
+        most = config.data.max_windows
+        problems.append(
+            f"{given}: expected more windows of data.window={config.data.window} than the "
+            f"{windows_of(wanted, config.data)} that data.validation.tokens={wanted} asks for"
+            f"{'' if most is None else f', with at most data.max_windows={most}'}, or null"
+        )
+    return problems
+
+
+def windows_of(tokens: int, data: DataConfig) -> int:
+    """Return how many windows a role has that asks for so many tokens."""
+    most = data.max_windows
+    return tokens // data.window if most is None else min(tokens // data.window, most)
 
 
 def _check_method(config: MethodConfig) -> list[str]:

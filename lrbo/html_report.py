@@ -360,7 +360,7 @@ def _repeat(study: Study) -> Iterator[str]:
     versions = ", ".join(f"{name} {found}" for name, found in about["versions"].items())
     texts = [
         f"{role}: {found['text']}, {found['windows']} windows, digest {found['digest']}"
-        for role, found in about["data"].items()
+        for role, found in study.data().items()
     ]
     lines = [f"model fingerprint {about['model_fingerprint']}", *texts, versions]
     yield "<p class=note>" + "<br>".join(html.escape(line) for line in lines) + "</p>"

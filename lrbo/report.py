@@ -155,6 +155,12 @@ def _print_results(study: Study, report: _Report) -> None:
         "kept: share of the parameters of the compressible layers",
         "params, size (in the dtype it ran in), MACs (per token): of the whole model",
     ]
+    if chosen := state.chosen:
+        notes.append(
+            f"validation text: {len(chosen['windows'])} of {chosen['pool']} windows, chosen "
+            "because they rank allocations as all of them do: its losses compare trials of this "
+            "study, their level is not that of the text they came from; the test text is whole"
+        )
     if size_metric(study) is not None:
         notes.append("best: the lowest loss at any size; uniform and others: at the ceiling")
     if "analytic" in by_origin:

@@ -66,6 +66,7 @@ def summary(study: Study) -> dict[str, Any]:
         - ``trials_completed``, ``trials_stopped``: given up early, and ``trials_failed``: those
           that ended without a value;
         - ``tokens_scored``: over all trials with a value;
+        - ``validation_windows``: where they were chosen, ``chosen`` of how many in the ``pool``;
         - ``dense``: ``nll`` (nats per token) and ``perplexity`` on the validation text;
         - ``uniform``: the same, and ``keep_ratio``;
         - ``best``: ``trial``, ``nll``, ``perplexity``, ``keep_ratio``, ``parameters`` (of the
@@ -85,6 +86,12 @@ def summary(study: Study) -> dict[str, Any]:
         "trials_stopped": len(state.stopped),
         "trials_failed": len(state.ended) - len(state.completed) - len(state.stopped),
         "tokens_scored": int(sum(record.metrics.get("tokens", 0) for record in state.ended)),
+        "validation_windows": {
+            "chosen": len(state.chosen["windows"]),
+            "pool": state.chosen["pool"],
+        }
+        if state.chosen
+        else None,
         "dense": _pick(state.dense, "nll", "perplexity") if state.dense else None,
         "uniform": _pick(state.uniform.metrics, "nll", "perplexity", "keep_ratio")
         if state.uniform

@@ -127,6 +127,8 @@ class EvaluationConfig:
     batch_windows: int = 4
     chunk_tokens: int = 256
     kl_top: int = 128
+    pool_tokens: int | None = None
+    pool_allocations: int = 8
 
 
 @dataclass

@@ -17,7 +17,8 @@ ROOMS = """
     commands.search commands.report commands.compress commands.evaluate commands.dashboard
     commands.trials commands.view commands.finalists
     html_report
-    builders versions spaces starts checks front_checks config schema preparation progress
+    builders versions spaces starts pool texts checks front_checks config schema preparation
+    progress
     report comparison results plots drawing
     merging export remote_code modeling_low_rank model_card
     search.loop search.client search.study search.front_space search.restricted search.weights
@@ -26,7 +27,7 @@ ROOMS = """
     tracking mlflow_store
     executors.ray_tasks executors.inline executors.base
     worker trial racing
-    evaluation.divergence evaluation.perplexity evaluation.latency
+    evaluation.divergence evaluation.perplexity evaluation.latency evaluation.selection
     evaluation.protocols evaluation.zero_shot
     refit sensitivity
     compression transfer checkpoint

@@ -232,6 +232,8 @@ BAD_SEARCH: dict[str, Any] = {
     "latency.tokens": [4, 513],  # decoding steps, and more than a window
     "latency.repeats": [2],
     "latency.warmup": [-1],
+    "evaluation.pool_tokens": [0, 16384, 16895],  # no more windows than are wanted
+    "evaluation.pool_allocations": [1],
     "output": ["yaml"],
 }
 
@@ -328,6 +330,19 @@ def test_a_front_without_bounds_of_ratios_is_no_crash(tmp_path: Path) -> None:
     assert problem == "space.bounds=[]: expected [low, high] with 0 < low < high <= 1"
 
 
+def test_a_pool_has_more_windows_than_are_wanted(tmp_path: Path) -> None:
+    found = changed(search("evaluation.pool_tokens=16896"), "studies", str(tmp_path))
+    assert found.data.validation.tokens == 16384
+    assert check(found) == []  # one window more
+    (problem,) = check(changed(found, "data.validation.tokens", None))
+    assert "takes all text, and there is nothing to choose" in problem
+    assert check(changed(found, "data.max_windows", 33)) == []
+    (problem,) = check(changed(found, "data.max_windows", 32))  # which bounds the pool too
+    assert "the 32 that data.validation.tokens=16384 asks for, with at most data.max_w" in problem
+    (problem,) = config.find_problems("search", ["evaluation.pool_token=1"]).values()
+    assert "did you mean evaluation.pool_tokens?" in problem
+
+
 def test_keys_of_the_other_space_are_not_judged(tmp_path: Path) -> None:
     found = changed(search("space=weights"), "studies", str(tmp_path))
     for key, value in (("space.granularity", "none"), ("space.depth_groups", 0)):
@@ -338,9 +353,9 @@ def test_all_bad_values_are_named_in_one_error(tmp_path: Path) -> None:
     found = search("model=hf", "model.path=organisation/name", *RATIOS)
     bad = changed(found, "studies", str(tmp_path))
     # These are judged by others: by the source of the model, the length of a window, the method,
-    # the type of the space and the number of budgets.
+    # the type of the space, the number of budgets and the tokens that are wanted.
     judged = {"model.path", "data.validation.tokens", "method.alpha", "space.type"}
-    judged |= {"search.racing"}
+    judged |= {"search.racing", "evaluation.pool_tokens"}
     names = sorted(set(BAD_SEARCH) - judged)
     for key in names:
         bad = changed(bad, key, BAD_SEARCH[key][0])

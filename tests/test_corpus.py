@@ -110,6 +110,14 @@ def test_drawing_leaves_the_global_random_state_as_it_was(
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_some_windows_are_a_text_of_their_own() -> None:
+    ids = torch.arange(12).reshape(3, 4)
+    found = TokenWindows(ids, "text").only([2, 0])
+    assert found.ids.tolist() == [[8, 9, 10, 11], [0, 1, 2, 3]]
+    assert found.text == "text, 2 of 3 windows"
+    assert found.scored_tokens == 6
+
+
 def test_the_digest_depends_on_every_token() -> None:
     ids = torch.arange(12).reshape(3, 4)
     digest = TokenWindows(ids, "text").digest
@@ -262,6 +270,18 @@ def test_every_role_that_is_too_short_is_listed_at_once(
     )
     assert re.search(r"data\.calibration: .* has 6 windows .*\(shared with test\), 9 ", calibration)
     assert "data.calibration.tokens or data.window" in calibration
+
+
+def test_a_text_that_is_too_short_for_a_pool_is_named_by_the_key_of_the_pool(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    path = write(tmp_path / "short", letters(WINDOW * 8, 0))
+    text = RoleText((path,), 9 * WINDOW, key="evaluation.pool_tokens")
+    spec = replace(spec_of({"validation": ([path], 9)}), roles={"validation": text})
+    with pytest.raises(
+        DataError, match=r"9 are needed; .* lower evaluation\.pool_tokens or data\.w"
+    ):
+        make_windows(spec, tokenizer)
 
 
 def test_a_text_without_one_window_is_too_short_even_for_everything(

@@ -48,6 +48,7 @@ def test_a_study_that_only_began_has_every_key_and_no_value(journal: Journal) ->
         "trials_stopped": 0,
         "trials_failed": 0,
         "tokens_scored": 0,
+        "validation_windows": None,
         "dense": None,
         "uniform": None,
         "best": None,
@@ -79,6 +80,7 @@ def test_summary_says_what_was_written(full: Journal) -> None:
         "trials_stopped": 0,
         "trials_failed": 1,
         "tokens_scored": 4 * TOKENS,
+        "validation_windows": None,
         "dense": {"nll": 2.0, "perplexity": math.exp(2.0)},
         "uniform": {"nll": 3.0, "perplexity": math.exp(3.0), "keep_ratio": kept[0] / total},
         "best": {

@@ -7,7 +7,7 @@ import importlib.metadata
 import json
 import random
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -53,10 +53,13 @@ class RoleText:
         paths: Names of packaged texts, files, or ``dataset:config:split[:column]``; tokens are
             taken from all in equal parts.
         tokens: Tokens wanted; ``None`` takes everything that is there.
+        key: Of the configuration, which says how many tokens; for messages, where it is not that
+            of the role.
     """
 
     paths: tuple[str, ...]
     tokens: int | None
+    key: str | None = None
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,11 @@ class TokenWindows:
 
     ids: Int[Tensor, "windows tokens"]
     text: str
+
+    def only(self, places: Sequence[int]) -> TokenWindows:
+        """Return some of the windows, as a text of its own."""
+        text = f"{self.text}, {len(places)} of {len(self.ids)} windows"
+        return TokenWindows(self.ids[list(places)], text)
 
     @property
     def digest(self) -> str:
@@ -225,7 +233,7 @@ def _part(spec: CorpusSpec, role: Role, path: str, windows: Tensor) -> Tensor:
         raise DataError(
             f"text {path!r} has {len(part)} windows of {spec.window} tokens for this role"
             f"{divided if len(sharing) > 1 else ''}, {max(need, 1)} are needed; use a longer "
-            f"text, or lower data.{role}.tokens or data.window."
+            f"text, or lower {wanted.key or f'data.{role}.tokens'} or data.window."
         )
     if role == "test":
         return part[:need]

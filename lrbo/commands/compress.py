@@ -79,7 +79,7 @@ def run(chosen: CompressConfig, reporter: Reporter) -> dict[str, Any]:
             "dtype": about["dtype"],
         },
         "refit": found.refit,
-        "data": about["data"],
+        "data": study.data(),
         "versions": versions(),
     }
     out, tokenizer = Path(chosen.out), load_tokenizer(plan.source)

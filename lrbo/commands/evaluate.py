@@ -36,6 +36,7 @@ from lrbo.loading import (
 )
 from lrbo.progress import Reporter
 from lrbo.schema import EvaluateConfig
+from lrbo.texts import corpus_spec
 from lrbo.versions import versions
 
 TEST: Role = "test"
@@ -182,7 +183,7 @@ def _windows(chosen: EvaluateConfig, tokenizer: PreTrainedTokenizerBase) -> dict
         DataError: Listing every text that is missing or too short.
     """
     if not chosen.protocols and not chosen.tasks:
-        spec = builders.corpus_spec(chosen.data, chosen.seed)
+        spec = corpus_spec(chosen.data, chosen.seed)
         return {TEST: make_windows(spec, tokenizer, only=[TEST])[TEST]}
     problems: list[str] = []
     windows = {}

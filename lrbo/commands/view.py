@@ -44,7 +44,7 @@ def absolute_uri(uri: str) -> str:
 def digests(study: Study) -> dict[str, Any]:
     """Return the digests of model and data, for tracking."""
     about = study.about()
-    digests = {f"data.{role}.digest": found["digest"] for role, found in about["data"].items()}
+    digests = {f"data.{role}.digest": found["digest"] for role, found in study.data().items()}
     versions = {f"version.{name}": found for name, found in about["versions"].items()}
     return digests | versions | {"model.fingerprint": about["model_fingerprint"]}
 

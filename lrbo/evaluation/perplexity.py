@@ -138,3 +138,36 @@ def score(
         if on_tokens is not None:
             on_tokens(len(chunk.nll))
     return total
+
+
+def score_windows(
+    model: PreTrainedModel,
+    windows: Int[Tensor, "windows tokens"],
+    *,
+    batch_windows: int = 4,
+    chunk_tokens: int = 256,
+    on_tokens: OnTokens | None = None,
+) -> Float[Tensor, " windows"]:
+    """Score a model on each token window by itself.
+
+    Args:
+        model: In evaluation mode.
+        windows: ``(windows, tokens)`` ids; the first token of each is context only.
+        batch_windows: Windows per forward pass; does not change the result.
+        chunk_tokens: Rows of logits at a time; does not change the result.
+        on_tokens: Told the number of tokens after each chunk.
+
+    Returns:
+        Mean nats per token of each window, float64 on the CPU.
+
+    Raises:
+        NonFiniteError: With the count, if a token's loss is not finite.
+    """
+    found: list[Tensor] = []
+    for chunk in predictions(
+        model, windows, batch_windows=batch_windows, chunk_tokens=chunk_tokens
+    ):
+        found.append(chunk.nll.double().cpu())
+        if on_tokens is not None:
+            on_tokens(len(chunk.nll))
+    return torch.cat(found).view(len(windows), -1).mean(1)

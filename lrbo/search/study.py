@@ -34,12 +34,18 @@ class StudyState:
     """What the journal says.
 
     Attributes:
+        pooled: By place, what an allocation lost on each window of the pool that validation
+            windows are chosen from, nats per token; ``None`` if that is not finite.
+        chosen: Which ``windows`` of the pool are the validation text, how many are in the
+            ``pool``, ``text`` and ``digest`` of the chosen; empty without a choice.
         dense: Metrics of the dense model on the validation text; empty before it is measured.
         trials: By number.
         tests: Scores on the test text by label (``dense``, ``uniform``, ``best``).
         versions: Of packages, where the study went on with others than it was begun with.
     """
 
+    pooled: dict[int, list[float] | None] = field(default_factory=dict)
+    chosen: dict[str, Any] = field(default_factory=dict)
     dense: dict[str, float] = field(default_factory=dict)
     trials: dict[int, TrialRecord] = field(default_factory=dict)
     tests: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -90,6 +96,10 @@ class StudyState:
             self.dense = dict(event["metrics"])
         elif kind == "versions":
             self.versions = dict(event["versions"])
+        elif kind == "pooled":
+            self.pooled[event["place"]] = event["losses"]
+        elif kind == "chosen":
+            self.chosen = {k: event[k] for k in ("windows", "pool", "text", "digest")}
         elif kind == "tested":
             self.tests[event["label"]] = {k: event[k] for k in ("trial", "text", "metrics")}
         elif kind == "suggested":
@@ -197,6 +207,20 @@ class Study:
             )
         about.setdefault("storage", "factored")  # studies from before there was a choice
         return about
+
+    def data(self) -> dict[str, Any]:
+        """Return text, number of windows and digest of each role, as trials use them."""
+        data: dict[str, Any] = self.about()["data"]
+        if not self.state.chosen:
+            return data
+        chosen = self.state.chosen
+        validation = {
+            "text": chosen["text"],
+            "windows": len(chosen["windows"]),
+            "digest": chosen["digest"],
+            "pool": data["validation"],
+        }
+        return {**data, "validation": validation}
 
     def config_yaml(self) -> str:
         """Return the resolved configuration that the study was begun with."""
