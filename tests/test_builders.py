@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from lrbo import builders, loading
+from lrbo import builders, loading, texts
 from lrbo.commands import compress, dashboard, search, view
 from lrbo.config import composed
 from lrbo.errors import ConfigError, ModelError, StudyError
@@ -257,7 +257,7 @@ def test_a_model_that_cannot_be_read_is_named_once(
 
     # Skeleton and tokenizer come from the same place and fail with the same words.
     monkeypatch.setattr(builders, "load_skeleton", missing)
-    monkeypatch.setattr(builders, "load_tokenizer", missing)
+    monkeypatch.setattr(texts, "load_tokenizer", missing)
     with pytest.raises(ConfigError) as caught:
         builders.plan_search(chosen(), Study(Path("studies/none")), [])
     assert caught.value.problems == ["cannot load model 'gone'"]
