@@ -185,6 +185,7 @@ def test_a_front_of_latency_is_searched_reported_and_compressed(
     assert ran.status == 0, ran.err
     front = ran.json["front"]
     assert ran.json["hypervolume"]["size"] == "decode_latency_ratio"
+    assert "compress study=timed point=decode_latency_ratio=RATIO" in ran.err
     ratios = [point["decode_latency_ratio"] for point in front]
     assert ratios == sorted(ratios)
     records = Study(Path("studies/timed")).state.completed

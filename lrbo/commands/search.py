@@ -165,7 +165,8 @@ def _search(
         tracker.finish(completed=completed)
     print_report(study, Console(highlight=False))
     reporter.say(f"Figures: {study.folder / 'figures'}")
-    point = "" if chosen.budget.lowest is None else " point=keep=RATIO"
+    size = chosen.search.size if chosen.search.size in LATENCIES else "keep"
+    point = f" point={size}=RATIO" if is_front else ""
     reporter.say(f"Next: lrbo compress study={chosen.study}{point} out=FOLDER, or: lrbo dashboard")
     return summary(study)
 
