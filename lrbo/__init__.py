@@ -3,6 +3,8 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+import wrapt
+
 if TYPE_CHECKING:
     from lrbo.export import load as load
 
@@ -11,6 +13,15 @@ __version__ = "0.1.0"
 # Found when they are asked for: `import lrbo` must not cost the seconds that torch takes.
 _HOMES = {"load": "lrbo.export"}
 __all__ = ["__version__", "load"]
+
+
+@wrapt.when_imported("transformers.modeling_utils")
+def _register(_: object) -> None:
+    """Let transformers open checkpoints: at once if it is there, else as soon as it comes.
+
+    Importing it here would make every command line wait for it.
+    """
+    importlib.import_module("lrbo.checkpoint")
 
 
 def __getattr__(name: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -46,6 +47,10 @@ class Scratch:
         self._folder = self._folder or TemporaryDirectory(prefix="lrbo-")
         self._files += 1
         path = Path(self._folder.name) / str(self._files)
+        if hasattr(os, "posix_fallocate"):
+            # Room that is not there would end the process in the middle (SIGBUS), not as an error.
+            with path.open("wb") as file:
+                os.posix_fallocate(file.fileno(), 0, size * dtype.itemsize)
         return torch.from_file(str(path), shared=True, size=size, dtype=dtype).view(shape)
 
     def __enter__(self) -> Scratch:

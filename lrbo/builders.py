@@ -7,7 +7,6 @@ import platform
 import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,6 +22,7 @@ from lrbo.checks import role_paths
 from lrbo.config import stored_config, to_yaml
 from lrbo.errors import BudgetError, ConfigError, DataError, ModelError, StudyError
 from lrbo.evaluation.divergence import DenseReference, measure_dense
+from lrbo.evaluation.latency import LatencySettings
 from lrbo.factorization.base import FactorizationMethod
 from lrbo.factorization.registry import method_named
 from lrbo.factorization.store import largest_rank
@@ -46,10 +46,10 @@ from lrbo.sensitivity import SensitivitySettings, sensitivity_file
 from lrbo.spaces import build_search_space
 from lrbo.starts import build_starts
 from lrbo.transfer import Donor
+from lrbo.versions import versions
 from lrbo.worker import Worker
 
 TEST: Role = "test"
-PACKAGES = ("lrbo", "torch", "transformers", "ax-platform", "botorch", "gpytorch", "mlflow")
 
 
 @dataclass(frozen=True)
@@ -128,9 +128,16 @@ def plan_search(config: SearchConfig, study: Study, problems: list[str]) -> Plan
     source = model_source(config.model)
     problems += _missing_packages(config, source)
     try:
-        resolve_device(config.model.device)
+        device = resolve_device(config.model.device)
     except ConfigError as error:
         problems += error.problems
+    else:
+        if config.latency.enabled and study.exists and study.about()["device"] != str(device):
+            problems.append(
+                f"model.device={config.model.device!r} is {device} here: study {study.name} timed "
+                f"its trials on {study.about()['device']}, and times of two devices make no "
+                "front; continue it there, or begin another study=NAME"
+            )
     if problems:
         raise ConfigError(problems)
     method = build_method(config.method)
@@ -190,7 +197,8 @@ def _token_windows(
 ) -> Mapping[Role, TokenWindows]:
     """Return the token windows: those of the study, or newly cut ones."""
     stored = tokens_file(study)
-    if stored.is_file():
+    # Without a study the file is of a beginning that was cut off, perhaps with another text.
+    if study.exists and stored.is_file():
         return corpus.load_windows(stored)
     return corpus.make_windows(corpus_spec(config.data, config.seed), load_tokenizer(source))
 
@@ -241,6 +249,7 @@ def build_worker(plan: Plan, study: Study, reporter: Reporter) -> Worker:
         if (rank := largest_rank(plan.layers.by_name[name], plan.space.cost))
     }
     dense = _dense_reference(plan, model, study, reporter)
+    timed = config.latency
     return Worker(
         model=model,
         layers=plan.layers,
@@ -251,6 +260,9 @@ def build_worker(plan: Plan, study: Study, reporter: Reporter) -> Worker:
         dense=dense,
         batch_windows=config.evaluation.batch_windows,
         chunk_tokens=config.evaluation.chunk_tokens,
+        latency=LatencySettings(timed.tokens or config.data.window, timed.repeats, timed.warmup)
+        if timed.enabled
+        else None,
         race=None
         if config.search.racing is None
         else Race(config.search.racing, config.search.kl_weight),
@@ -345,20 +357,10 @@ def _about(plan: Plan, digest: str, dtype: torch.dtype, device: torch.device) ->
         "storage": plan.config.budget.storage,
         "adds_bias": method.parameters(first, 1) > first.out_features + first.in_features,
         "layers": [asdict(spec) for spec in plan.layers.layers],
+        "variables": {name: list(ends) for name, ends in plan.space.bounds.items()},
         "donors": [start.to_dict() for start in plan.starts if isinstance(start, Donor)],
         "versions": versions(),
     }
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that results depend on."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
 
 
 def informed_space(plan: Plan, study: Study, worker: Worker, reporter: Reporter) -> Space:

@@ -14,6 +14,7 @@ from lrbo.config import flatten
 from lrbo.errors import ConfigError
 from lrbo.evaluation.protocols import BOS
 from lrbo.factorization.registry import METHODS, options_of
+from lrbo.front_checks import check_front
 from lrbo.schema import (
     CompressConfig,
     Config,
@@ -21,13 +22,16 @@ from lrbo.schema import (
     EvaluateConfig,
     MethodConfig,
     ProtocolConfig,
+    ReportConfig,
     RoleConfig,
     SearchConfig,
     SpaceConfig,
 )
-from lrbo.search.front import LOSS, SIZES
+from lrbo.search.front import LATENCIES, is_point
+from lrbo.search.restricted import RANGES
 
 EXECUTORS = ("inline", "ray")
+FORMATS = ("lrbo", "remote_code", "merged")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 WARM_START = re.compile(r"uniform|analytic|start|paper|study:[^:]+(:\d+)?")
 
@@ -42,9 +46,21 @@ def check(config: Config) -> list[str]:
 
     if not isinstance(config, DashboardConfig):
         expect(config.output in ("text", "json"), "output", config.output, "text or json")
+    if isinstance(config, ReportConfig):
+        expect(config.format in ("text", "html"), "format", config.format, "text or html")
+        several = not isinstance(config.study, str) or set(config.study) & set("*?[")
+        if config.format == "html" and several:
+            problems.append(f"format=html study={config.study}: expected the name of one study")
     if isinstance(config, CompressConfig):
         expect(config.dtype in DTYPES, "dtype", config.dtype, " or ".join(DTYPES))
-        expect(_is_point(config.point), "point", config.point, "best, a trial number or keep=RATIO")
+        expect(config.format in FORMATS, "format", config.format, " or ".join(FORMATS))
+        expect(
+            is_point(config.point),
+            "point",
+            config.point,
+            f"best, a trial number or keep=RATIO ({', '.join(f'{x}=RATIO' for x in LATENCIES)}, "
+            "where that was measured)",
+        )
         refit = config.refit
         expect(0 <= refit.blend <= 1, "refit.blend", refit.blend, "a number from 0 to 1")
         expect(
@@ -118,13 +134,6 @@ def _check_search(config: SearchConfig) -> list[str]:
     problems += _check_method(config.method)
     keep = config.budget.keep_ratio
     expect(0 < keep <= 1, "budget.keep_ratio", keep, "a number above 0 and up to 1")
-    lowest = config.budget.lowest
-    expect(
-        lowest is None or 0 < lowest < keep,
-        "budget.lowest",
-        lowest,
-        f"a number above 0 and below budget.keep_ratio={keep:g}, or null for one budget",
-    )
     storage = config.budget.storage
     expect(storage in STORAGES, "budget.storage", storage, " or ".join(STORAGES))
     problems += _check_space(config.space)
@@ -140,39 +149,7 @@ def _check_search(config: SearchConfig) -> list[str]:
         racing,
         "a confidence above 0.5 and below 1, or null",
     )
-    if racing is not None and lowest is not None:
-        problems.append(
-            f"search.racing={racing!r}: trials of a front have no single best to race against; "
-            "set it to null, or give one budget"
-        )
-    sizes = " or ".join(SIZES)
-    expect(search.size in SIZES, "search.size", search.size, f"{sizes}: metrics of every trial")
-    for name, value in search.thresholds.items():
-        known = (LOSS, search.size)
-        expect(name in known, f"search.thresholds.{name}", value, f"a key out of {known}")
-        expect(0 < value < math.inf, f"search.thresholds.{name}", value, "a number above 0")
-    ceiling = search.thresholds.get("keep_ratio", math.inf)
-    if lowest is None:
-        if search.thresholds:
-            problems.append(
-                "search.thresholds are for a front; give budget.lowest, or none of them for one "
-                "budget"
-            )
-        if search.size in SIZES and search.size != "keep_ratio":
-            problems.append(
-                f"search.size={search.size!r} is minimised where a front is searched; give "
-                "budget.lowest, or leave it out"
-            )
-    elif ceiling <= lowest:
-        problems.append(
-            f"search.thresholds.keep_ratio={ceiling!r}: expected a number above budget.lowest="
-            f"{lowest:g}, for no trial is smaller"
-        )
-    if lowest is not None and config.space.type == "ratios" and not config.space.bounds[-1] >= keep:
-        problems.append(
-            f"space.bounds={list(config.space.bounds)}: expected an upper bound of at least "
-            f"budget.keep_ratio={keep:g}, so that every budget of the front can be used up"
-        )
+    problems += check_front(config)
     for section, keys in (
         ("calibration", ("groups", "batch_windows")),
         ("evaluation", ("batch_windows", "chunk_tokens", "kl_top")),
@@ -208,11 +185,19 @@ def _check_search(config: SearchConfig) -> list[str]:
     for key in ("workers", "devices"):
         value = getattr(executor, key)
         expect(value is None or value >= 1, f"executor.{key}", value, "at least 1, or null")
-    many = (executor.workers or 1) > 1 or executor.address is not None
-    if executor.name == "inline" and many:
+    shared = {
+        "workers": (executor.workers or 1) > 1,
+        "address": executor.address is not None,
+        "devices": (executor.devices or 0) > 0,
+        "oversubscribe": executor.oversubscribe,
+    }
+    asked = [
+        f"executor.{key}={getattr(executor, key)!r}" for key, is_set in shared.items() if is_set
+    ]
+    if executor.name == "inline" and asked:
         problems.append(
-            f"executor.workers={executor.workers} and executor.address={executor.address!r}: the "
-            "inline executor runs one trial at a time in this process; choose executor=ray"
+            f"{' and '.join(asked)}: the inline executor runs one trial at a time in this "
+            "process; choose executor=ray"
         )
     problems += check_writable("study", study_folder(config.studies, config.study))
     return problems
@@ -296,14 +281,17 @@ def _check_space(space: SpaceConfig) -> list[str]:
 
     expect(space.type in ("ratios", "weights"), "space.type", space.type, "ratios or weights")
     expect(space.rank_multiple >= 1, "space.rank_multiple", space.rank_multiple, "at least 1")
+    least, most = RANGES.get(space.type, (-math.inf, math.inf))
     for name, value in variables(space).items():
         ends = list(value) if isinstance(value, list | tuple) else [value]
         numbers = all(isinstance(end, int | float) for end in ends)
         expect(
-            numbers and (len(ends) == 1 or (len(ends) == 2 and ends[0] < ends[1])),
+            numbers
+            and (len(ends) == 1 or (len(ends) == 2 and ends[0] < ends[1]))
+            and all(least <= end <= most for end in ends),
             f"space.variables.{name}",
             value,
-            "a number, or [low, high] with low < high",
+            f"a number, or [low, high] with low < high, from {least:g} to {most:g}",
         )
     for names in space.tied:
         expect(len(names) > 0, "space.tied", space.tied, "lists of names or patterns of variables")
@@ -320,8 +308,8 @@ def _check_space(space: SpaceConfig) -> list[str]:
         expect(knots == 0 or knots >= 2, "space.knots", knots, "0, or at least 2")
         expect(not space.start, "space.start", dict(space.start), "nothing: weights start at 0")
         return problems
-    least = space.minimum_rank
-    expect(least == 0, "space.minimum_rank", least, "0: only space.type=weights has one")
+    rank = space.minimum_rank
+    expect(rank == 0, "space.minimum_rank", rank, "0: only space.type=weights has one")
     granularities = ("kind", "depth", "layer")
     expect(
         space.granularity in granularities,
@@ -383,14 +371,3 @@ def role_paths(role: RoleConfig) -> tuple[str, ...]:
 def study_folder(studies: str, study: str) -> Path:
     """Return the folder of a study: a name is one under ``studies``, a path is itself."""
     return Path(study) if os.sep in study else Path(studies) / study
-
-
-def _is_point(point: object) -> bool:
-    """Return whether ``point`` can name a trial."""
-    text = str(point)
-    if text.startswith("keep="):
-        try:
-            return 0 < float(text[5:]) <= 1
-        except ValueError:
-            return False
-    return text == "best" or text.isdigit()

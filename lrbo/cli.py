@@ -18,7 +18,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from lrbo import __version__, config
-from lrbo.errors import ConfigError, LrboError
+from lrbo.errors import ConfigError, DiskFullError, LrboError
 from lrbo.progress import LineHandler, Reporter
 from lrbo.schema import (
     CompressConfig,
@@ -27,6 +27,7 @@ from lrbo.schema import (
     ReportConfig,
     SearchConfig,
 )
+from lrbo.storage import is_full
 
 log = logging.getLogger(__name__)
 
@@ -194,6 +195,17 @@ def _guarded(command: Command) -> Callable[[DictConfig], None]:
             fail(error)
         except BrokenPipeError:  # the reader of our output left, as `head` does
             sys.stderr.close()
+        except Exception as error:
+            if not is_full(error):
+                raise
+            place = f" ({error})" if str(error) else ""
+            fail(
+                DiskFullError(
+                    f"a disk is full{place}. What was finished is kept and whole; make room and "
+                    "type the same command again. Statistics, factors and models of the cache "
+                    "can be made again; LRBO_CACHE moves it."
+                )
+            )
 
     return guarded
 

@@ -58,6 +58,16 @@ def _ranks(
     return chosen
 
 
+@contextmanager
+def replaced(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[nn.Module]:
+    """Put modules where their names are for the length of a ``with``."""
+    before = _replace(model, modules)
+    try:
+        yield model
+    finally:
+        _replace(model, before)
+
+
 def _replace(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     """Put modules where their names are, and return what was there."""
     return {name: replace_module(model, name, module) for name, module in modules.items()}
@@ -141,8 +151,5 @@ def compressed(
             modules[name] = multiplied_out(found, rank, buffers[name])
         else:
             modules[name] = found.at_rank(rank)
-    dense = _replace(model, modules)
-    try:
+    with replaced(model, modules):
         yield model
-    finally:
-        _replace(model, dense)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+import re
+import shlex
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, fields, is_dataclass
 from itertools import product
 from pathlib import Path
@@ -11,6 +14,7 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -28,7 +32,19 @@ from lrbo.schema import (
 )
 
 # What may differ when a study is continued: where and how long it runs, not what it measures.
-FREE_KEYS = ("search.trials", "tracking", "executor", "model.device", "output", "study", "studies")
+FREE_KEYS = (
+    "search.trials",
+    "search.other_versions",
+    "tracking",
+    "executor",
+    "model.device",
+    "output",
+    "study",
+    "studies",
+)
+
+# Below these every key is taken.
+MAPPINGS = ("space.groups", "space.start", "space.variables", "search.thresholds", "protocols")
 
 # What a study did that was begun before these keys existed, where that is not today's default.
 BEFORE: Mapping[str, Any] = {
@@ -132,8 +148,23 @@ def composed(command: str, overrides: Sequence[str]) -> Config:
         ConfigError: Listing required values that are missing.
     """
     register()
-    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+    with _conf():
         return to_object(compose(command, list(overrides)))
+
+
+@contextmanager
+def _conf() -> Iterator[None]:
+    """Let Hydra compose from conf/, also within a command that Hydra runs.
+
+    It refuses to be initialized twice, and puts back what it found only where that was nothing.
+    """
+    running = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+            yield
+    finally:
+        GlobalHydra.instance().hydra = running
 
 
 def _keys(command: str) -> list[str]:
@@ -168,8 +199,7 @@ def _unknown_options(override: str) -> str | None:
 
 def _is_key(command: str, key: str) -> bool:
     """Return whether a command takes a key; below a free mapping every key is taken."""
-    mappings = ("space.groups", "space.start", "space.variables", "search.thresholds", "protocols")
-    free = [name for name in mappings if name in _keys(command)]
+    free = [name for name in MAPPINGS if name in _keys(command)]
     below = any(key.startswith(f"{name}.") for name in [*free, "hydra"])
     return below or key.startswith("hydra/") or key in _keys(command)
 
@@ -177,7 +207,7 @@ def _is_key(command: str, key: str) -> bool:
 def _compose_error(command: str, overrides: Sequence[str]) -> str | None:
     """Return why the overrides cannot be composed, or ``None``."""
     try:
-        with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        with _conf():
             compose(command, list(overrides))
     except (HydraException, OmegaConfBaseException) as error:
         return _plain(error)
@@ -240,6 +270,8 @@ def differences(stored_yaml: str, config: SearchConfig) -> list[str]:
         f"{key}: the study has {stored.get(key)!r}, the command has {given.get(key)!r}"
         for key in keys
         if stored.get(key) != given.get(key)
+        # An empty mapping differs from one with entries in each of these, which are named.
+        and not any(other.startswith(f"{key}.") for other in keys)
     ]
 
 
@@ -289,6 +321,90 @@ def _completed(stored: DictConfig | ListConfig) -> DictConfig:
         ) from error
     assert isinstance(merged, DictConfig)
     return merged
+
+
+def repeating(searched: SearchConfig) -> dict[str, Any]:
+    """Return what begins the same search again, by dotted key, for :func:`command_line`."""
+    kept = ("search.trials", "study")
+    return {key: value for key, value in flat(searched).items() if key in kept or not is_free(key)}
+
+
+def command_line(command: str, values: Mapping[str, Any], study: str) -> str:
+    """Return what to type in a shell to get some values.
+
+    Args:
+        command: Name of the command.
+        values: By dotted key.
+        study: Whose values they are, for a remark in place of the line where they cannot be
+            typed, such as those of an older version.
+    """
+    try:
+        return shlex.join(["lrbo", command, *typed(command, values)])
+    except ConfigError:
+        return f"# lrbo {command} with the config.yaml of the study {study}"
+
+
+def typed(command: str, values: Mapping[str, Any]) -> list[str]:
+    """Return what to type after a command's name to get these values.
+
+    A group is chosen by its option where one has the name that the values have; what then still
+    differs is typed key by key.
+
+    Args:
+        command: Name of the command.
+        values: By dotted key, as :func:`flat` has them; keys that are not there may be anything.
+
+    Raises:
+        ConfigError: If the values cannot be typed, such as those of an older version.
+    """
+    register()
+    chosen = []
+    for folder in sorted(path for path in conf_folder().iterdir() if path.is_dir()):
+        group = folder.name
+        file = folder / f"{values.get(f'{group}.name')}.yaml"
+        if values.get(f"{group}.source") == "hf" and not file.is_file():
+            file = folder / "hf.yaml"  # whose models are called what their path ends with
+        if file.is_file():
+            chosen.append(f"{group}={file.stem}")
+            own = flatten(OmegaConf.to_container(OmegaConf.load(file)), f"{group}.")
+            chosen += [_assigned(key, values[key]) for key, v in own.items() if v == "???"]
+    required = [k for k, v in flatten(asdict(SCHEMAS[command]())).items() if v == "???"]
+    top = [_assigned(key, values[key]) for key in required if "." not in key and key in values]
+    before = flat(composed(command, [*chosen, *top]))
+    more = [
+        ("" if key in before else "+") + _assigned(key, value)
+        for key, value in values.items()
+        if before.get(key, ...) != value and value != {}
+    ]
+    given = {key if value == {} else key.rpartition(".")[0] for key, value in values.items()}
+    less = [
+        f"~{key}"
+        for key in before
+        if key not in values and key.rpartition(".")[0] in given & set(MAPPINGS)
+    ]
+    found = [*chosen, *top, *more, *less]
+    after = flat(composed(command, found))
+    if wrong := [key for key, value in values.items() if after.get(key, ...) != value]:
+        raise ConfigError([f"{key}={values[key]!r} cannot be typed" for key in wrong])
+    return found
+
+
+def _assigned(key: str, value: Any) -> str:
+    """Return an override, its value in Hydra's grammar."""
+    return f"{key}={_grammar(value)}"
+
+
+def _grammar(value: Any) -> str:
+    """Return a value as Hydra's grammar has it."""
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    if isinstance(value, list):
+        return f"[{','.join(map(_grammar, value))}]"
+    if isinstance(value, str):
+        plain = re.fullmatch(r"[A-Za-z_./][\w./-]*", value)
+        special = value.lower() in ("null", "true", "false", "nan", "inf")
+        return value if plain and not special else "'" + value.replace("'", "\\'") + "'"
+    return str(value)
 
 
 def protocol_changes(config: EvaluateConfig) -> dict[str, list[str]]:

@@ -58,6 +58,10 @@ class StudyError(LrboError):
     """A study folder is locked, damaged, or was made with another configuration."""
 
 
+class DiskFullError(LrboError):
+    """There is no room for what must be written."""
+
+
 class CheckpointError(LrboError):
     """A compressed checkpoint cannot be written or read."""
 

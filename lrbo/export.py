@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import copy
 import json
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -11,43 +11,72 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+import transformers
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from lrbo.accounting import STORAGES, Storage
+from lrbo import remote_code
+from lrbo.accounting import Storage
 from lrbo.allocation import Allocation
 from lrbo.calibration.corpus import Role, TokenWindows
 from lrbo.calibration.seen import save_seen
+from lrbo.checkpoint import (
+    FORMAT,
+    METHOD,
+    LowRankConfig,
+    check_files,
+    count_parameters,
+    how_to_rewrite,
+    put_in,
+    stored_tensors,
+)
 from lrbo.compression import compress_, replace_module
 from lrbo.errors import CheckpointError
 from lrbo.layers import LowRankLinear, PivotedLinear
 from lrbo.lazy import LazyModel
-from lrbo.model import is_linear, is_transposed, linear_bias, map_model
+from lrbo.model import linear_bias, map_model
 from lrbo.nested import NestedFactors
 from lrbo.storage import new_folder
 
-FORMAT = 2
-FACTORED_ONLY = 1  # an earlier format, without pivoted layers
-ABOUT = "lrbo.json"
-ALLOCATION = "allocation.json"
-# Not model.safetensors: a loader that does not know low-rank layers would find that name, leave
-# out what it does not know and start those layers at random. So it says that nothing is there.
-WEIGHTS = "lrbo_model.safetensors"
-SHARDS = "lrbo_model-*-of-*.safetensors"
+CONFIG = "config.json"
+CARD = "README.md"
+# What transformers calls them.
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+SHARD = "model-{:05d}-of-{:05d}.safetensors"
 SHARD_BYTES = 4 * 2**30
+# What a checkpoint of formats 1 and 2 holds, and a later one does not.
+OLD_ABOUT = "lrbo.json"
 
 
 def is_checkpoint(folder: str | Path) -> bool:
-    """Return whether a folder holds a compressed checkpoint of this package."""
-    return (Path(folder) / ABOUT).is_file()
+    """Return whether a folder holds a compressed checkpoint of this package, of any format."""
+    try:
+        return _about(_read_json(Path(folder), CONFIG)) is not None or _is_old(folder)
+    except CheckpointError:
+        return _is_old(folder)
+
+
+def _is_old(folder: str | Path) -> bool:
+    """Return whether a folder holds a checkpoint of a format without quantization config."""
+    return (Path(folder) / OLD_ABOUT).is_file()
+
+
+def _about(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return what a ``config.json`` says of low-rank layers, if anything."""
+    for key in ("quantization_config", remote_code.KEY):
+        found = config.get(key)
+        if isinstance(found, dict) and found.get("quant_method") == METHOD:
+            return found
+    return None
 
 
 def save(
@@ -60,9 +89,11 @@ def save(
     storage: Storage,
     parameters: int,
     parts: Iterable[Mapping[str, Tensor]] | None = None,
+    card: str | None = None,
+    with_code: bool = False,
     windows: Mapping[Role, TokenWindows] | None = None,
 ) -> int:
-    """Write a compressed model as a checkpoint that :func:`load` opens.
+    """Write a compressed model as a checkpoint that ``from_pretrained`` and :func:`load` open.
 
     The folder is written beside its place and renamed, so that it is never half there. Weights
     are written in files of about 4 GiB, as they come.
@@ -71,12 +102,15 @@ def save(
         folder: Must not exist.
         model: With its low-rank layers in place.
         tokenizer: Of the dense model.
-        allocation: What was decided, kept beside the weights.
+        allocation: What was decided.
         about: Method, base model and whatever else should be remembered.
         storage: The form of the low-rank layers.
         parameters: What the accountant says that the model holds.
         parts: The tensors, some at a time, where the model does not hold them all
             (:func:`streamed`); by default those of ``model``.
+        card: Text of the model card, if one is to be written.
+        with_code: Write a modelling file too, and a ``config.json`` that names it: the folder
+            then opens without this package, with ``trust_remote_code=True``.
         windows: Of the study, so that ``lrbo evaluate`` can refuse what was calibrated on.
 
     Returns:
@@ -85,20 +119,67 @@ def save(
     Raises:
         CheckpointError: If the folder exists, or file and accountant disagree.
     """
-    with _new_folder(folder) as beside:
-        _write(beside, [_tensors(model)] if parts is None else parts)
-        in_file = sum(map(count_parameters, _weights(beside)))
-        _require_equal(in_file, parameters, folder)
-        model.config.save_pretrained(beside)
-        if model.generation_config is not None:
-            model.generation_config.save_pretrained(beside)
-        tokenizer.save_pretrained(beside)
-        if windows is not None:
-            save_seen(beside, windows)
-        (beside / ALLOCATION).write_text(allocation.to_json() + "\n", encoding="utf-8")
-        whole = {"format": FORMAT, "storage": storage, "parameters": parameters, **about}
-        (beside / ABOUT).write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
+    with checkpoint_folder(folder) as beside:
+        files = _write(beside, [_tensors(model)] if parts is None else parts)
+        in_file = sum(map(count_parameters, files))
+        if in_file != parameters:
+            raise CheckpointError(
+                f"{folder}: the files hold {in_file:_} parameters, the accountant says "
+                f"{parameters:_}; nothing was written."
+            )
+        config = copy.deepcopy(model.config)
+        config.dtype = model.dtype
+        config.architectures = [type(model).__name__]
+        ranks = {name: rank for name, rank in allocation.ranks.items() if rank is not None}
+        with torch.device("meta"):
+            skeleton: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+        low_rank = LowRankConfig(
+            format=FORMAT,
+            storage=storage,
+            parameters=parameters,
+            ranks=ranks,
+            added_biases=_added_biases(skeleton, ranks, files),
+            provenance={**about, "budget": allocation.budget.parameters},
+        )
+        put_in(skeleton, low_rank)
+        check_files(skeleton, files, parameters)
+        if with_code:
+            remote_code.describe(config, low_rank.to_dict())
+            code = remote_code.source_for(type(model).__name__)
+            (beside / remote_code.FILE).write_text(code, encoding="utf-8")
+        else:
+            config.quantization_config = low_rank
+        config.save_pretrained(beside)
+        write_rest(beside, model, tokenizer, card, windows)
     return in_file
+
+
+def _added_biases(model: nn.Module, ranks: Iterable[str], files: Iterable[Path]) -> list[str]:
+    """Return the layers with a rank that are stored with a bias and have none when dense."""
+    stored = {name for file in files for name in stored_tensors(file)}
+    return [
+        name
+        for name in ranks
+        if {f"{name}.bias", f"{name}.left.bias"} & stored
+        and linear_bias(model.get_submodule(name)) is None
+    ]
+
+
+def write_rest(
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    card: str | None,
+    windows: Mapping[Role, TokenWindows] | None,
+) -> None:
+    """Write what lies beside configuration and weights."""
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    if card is not None:
+        (folder / CARD).write_text(card, encoding="utf-8")
+    if windows is not None:
+        save_seen(folder, windows)
 
 
 def streamed(
@@ -144,46 +225,46 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
     """Return what a checkpoint holds of a module, as far as it is in memory."""
     return {
         name: tensor.detach().contiguous().cpu()
-        for name, tensor in [*module.named_parameters(), *_places(module)]
+        for name, tensor in [*module.named_parameters(), *_buffers(module)]
         if not tensor.is_meta
     }
 
 
-def _write(folder: Path, parts: Iterable[Mapping[str, Tensor]]) -> None:
-    """Write tensors as they come, into one file or, beyond its size, several."""
+def _buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the buffers of low-rank layers: all that a file needs beside parameters."""
+    for name, module in model.named_modules():
+        if isinstance(module, LowRankLinear | PivotedLinear):
+            for own, buffer in module.named_buffers(recurse=False):
+                yield f"{name}.{own}", buffer
+
+
+def _write(folder: Path, parts: Iterable[Mapping[str, Tensor]]) -> list[Path]:
+    """Write tensors as they come, into one file or, beyond its size, several with an index."""
     waiting: dict[str, Tensor] = {}
-    files: list[Path] = []
+    shards: list[tuple[Path, list[str]]] = []
+    total = 0
 
     def flush() -> None:
-        files.append(folder / f"{len(files)}.part")
-        save_file(waiting, files[-1], metadata={"format": "pt"})
+        shards.append((folder / f"{len(shards)}.part", list(waiting)))
+        save_file(waiting, shards[-1][0], metadata={"format": "pt"})
         waiting.clear()
 
-    for part in parts:
-        if waiting and sum(t.nbytes for t in [*waiting.values(), *part.values()]) > SHARD_BYTES:
+    held = 0
+    for name, tensor in (pair for part in parts for pair in part.items()):
+        if waiting and held + tensor.nbytes > SHARD_BYTES:
             flush()
-        waiting |= part
+            held = 0
+        waiting[name] = tensor
+        held += tensor.nbytes
+        total += tensor.nbytes
     flush()
-    for place, file in enumerate(files, 1):
-        shard = SHARDS.replace("*", f"{place:05d}", 1).replace("*", f"{len(files):05d}")
-        file.rename(folder / (WEIGHTS if len(files) == 1 else shard))
-
-
-def _weights(folder: Path) -> list[Path]:
-    """Return the files of weights.
-
-    Raises:
-        CheckpointError: If one of several is missing.
-    """
-    shards = sorted(folder.glob(SHARDS))
-    if not shards:
-        return [folder / WEIGHTS]
-    expected = int(shards[0].stem.rpartition("-")[2])
-    if len(shards) != expected:
-        raise CheckpointError(
-            f"{folder} holds {len(shards)} of the {expected} files {SHARDS}; copy it whole."
-        )
-    return shards
+    if len(shards) == 1:
+        return [shards[0][0].rename(folder / WEIGHTS)]
+    names = [SHARD.format(place, len(shards)) for place in range(1, len(shards) + 1)]
+    where = {tensor: name for name, (_, held) in zip(names, shards, strict=True) for tensor in held}
+    index = {"metadata": {"total_size": total}, "weight_map": where}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return [file.rename(folder / name) for name, (file, _) in zip(names, shards, strict=True)]
 
 
 def load(
@@ -194,7 +275,8 @@ def load(
 ) -> PreTrainedModel:
     """Open a compressed checkpoint as a normal ``PreTrainedModel``.
 
-    No code of the folder is executed and nothing is unpickled.
+    The same as ``AutoModelForCausalLM.from_pretrained``, with every problem a
+    :class:`CheckpointError`. No code of the folder is executed and nothing is unpickled.
 
     Args:
         folder: What ``lrbo compress`` wrote.
@@ -209,167 +291,54 @@ def load(
             tensors and the number of parameters that it states.
     """
     folder = Path(folder)
-    about = _read_json(folder, ABOUT)
-    if about.get("format") not in (FACTORED_ONLY, FORMAT):
-        raise CheckpointError(
-            f"{folder / ABOUT} has format {about.get('format')!r}, this lrbo reads "
-            f"{FACTORED_ONLY} and {FORMAT}; use the version that wrote it."
-        )
-    storage = "factored" if about["format"] == FACTORED_ONLY else about.get("storage")
-    if storage not in STORAGES:
-        raise CheckpointError(
-            f"{folder / ABOUT} has storage {storage!r}, expected {' or '.join(STORAGES)}."
-        )
+    config = _config(folder)
     try:
-        allocation = Allocation.from_dict(_read_json(folder, ALLOCATION))
-        tensors: dict[str, Tensor] = {}
-        for file in _weights(folder):
-            tensors |= load_file(file)
-        config = AutoConfig.from_pretrained(folder)
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype or "auto",
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{folder} is not a whole checkpoint: {error}") from error
-    # Here and not by model.to(dtype): that would round the rotary frequencies too.
-    tensors = {
-        name: tensor.to(dtype) if tensor.is_floating_point() else tensor
-        for name, tensor in tensors.items()
-    }
-    with init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
-    specs = map_model(model).by_name
-    for name, rank in allocation.ranks.items():
-        if name not in specs:
-            raise CheckpointError(f"{folder}: {name} in {ALLOCATION} is no layer of the model.")
-        if rank is not None:
-            spec = specs[name]
-            if not 0 <= rank <= min(spec.out_features, spec.in_features):
-                raise CheckpointError(f"{folder}: {name} cannot have rank {rank}.")
-            kind = PivotedLinear if storage == "pivoted" else LowRankLinear
-            bias = f"{name}.bias" in tensors or f"{name}.left.bias" in tensors
-            module = kind.empty(spec.out_features, spec.in_features, rank, bias=bias)
-            replace_module(model, name, module)
-    try:
-        # Tied parameters are stored once, so some may be missing; tie_weights brings them back.
-        _, strange = model.load_state_dict(tensors, strict=False, assign=True)
-    except RuntimeError as error:
-        raise CheckpointError(f"{folder / WEIGHTS}: {error}") from error
-    model.tie_weights()
-    empty = [name for name, p in [*model.named_parameters(), *_places(model)] if p.is_meta]
-    if empty or strange:
-        raise CheckpointError(
-            f"{folder / WEIGHTS} does not fit its {ALLOCATION}: missing {empty or 'nothing'}, "
-            f"not expected {strange or 'nothing'}."
-        )
-    for name, places in _places(model):
-        if not torch.equal(places.sort().values, torch.arange(len(places), dtype=torch.int32)):
-            raise CheckpointError(f"{folder / WEIGHTS}: {name} is no order of its outputs.")
-    in_files = sum(map(count_parameters, _weights(folder)))
-    _require_equal(in_files, about.get("parameters"), folder)
     return model.to(device=device).eval().requires_grad_(False)
 
 
-def save_merged(
-    folder: Path,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    windows: Mapping[Role, TokenWindows] | None = None,
-) -> int:
-    """Write dense weights that any loader opens; nothing is saved that way.
-
-    Each low-rank layer is multiplied out in float64. A bias that the method added needs a place:
-    the configuration's ``attention_bias`` and ``mlp_bias`` are switched on where the family has
-    them, and every layer that gets a bias that way starts from zero.
-
-    Args:
-        folder: Must not exist.
-        model: With its low-rank layers in place.
-        tokenizer: Of the dense model.
-        windows: Of the study, so that ``lrbo evaluate`` can refuse what was calibrated on.
-
-    Returns:
-        Parameters in the files.
+def _config(folder: Path) -> PretrainedConfig:
+    """Return the configuration of a checkpoint, with what it says of low-rank layers.
 
     Raises:
-        CheckpointError: If the folder exists, or the architecture has no place for a bias.
+        CheckpointError: If it is damaged, or of another format.
     """
-    values = model.config.to_dict()
-    low_rank = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, LowRankLinear | PivotedLinear)
-    }
-    if any(module.bias is not None for module in low_rank.values()):
-        values |= {key: True for key in ("attention_bias", "mlp_bias") if key in values}
-    config = type(model.config).from_dict(values)
-    with init_empty_weights(include_buffers=False):
-        merged: PreTrainedModel = AutoModelForCausalLM.from_config(config)
-    tensors = {
-        name: tensor
-        for name, tensor in model.named_parameters()
-        if not any(name.startswith(f"{layer}.") for layer in low_rank)
-    }
-    homeless = []
-    for name, layer in low_rank.items():
-        target = merged.get_submodule(name)
-        assert is_linear(target)
-        weight = layer.multiplied().to(model.dtype)
-        tensors[f"{name}.weight"] = weight.T if is_transposed(target) else weight
-        bias = linear_bias(layer)
-        if bias is not None and linear_bias(target) is None:
-            homeless.append(name)
-        elif bias is not None:
-            tensors[f"{name}.bias"] = bias
-    if homeless:
+    if _is_old(folder):
+        old = _read_json(folder, OLD_ABOUT)
         raise CheckpointError(
-            f"{type(model).__name__} has no place for the bias of {len(homeless)} layers "
-            f"({homeless[0]} first), which the method added; use merged=false, or a method "
-            "without bias."
+            f"{folder} has format {old.get('format')!r}, this lrbo reads format {FORMAT}; an "
+            f"older lrbo wrote it: {how_to_rewrite(old)}."
         )
-    for name, parameter in merged.named_parameters():
-        if name not in tensors and name.endswith(".bias"):
-            tensors[name] = torch.zeros(parameter.shape, dtype=model.dtype, device=model.device)
-    merged.load_state_dict(
-        {name: tensor.contiguous() for name, tensor in tensors.items()}, strict=False, assign=True
-    )
-    merged.tie_weights()
-    empty = [name for name, p in merged.named_parameters() if p.is_meta]
-    assert not empty, empty
-    with _new_folder(folder) as beside:
-        merged.save_pretrained(beside)
-        if model.generation_config is not None:
-            model.generation_config.save_pretrained(beside)
-        tokenizer.save_pretrained(beside)
-        if windows is not None:
-            save_seen(beside, windows)
-        return sum(count_parameters(path) for path in beside.glob("*.safetensors"))
-
-
-def count_parameters(file: Path) -> int:
-    """Return the floating-point numbers in a safetensors file; reads its header only."""
-    total = 0
-    with safe_open(str(file), framework="pt") as opened:
-        reader: Any = opened
-        for name in reader.keys():  # noqa: SIM118 (not a mapping)
-            part = reader.get_slice(name)
-            if "F" in part.get_dtype():  # F32, BF16 and so on, but not I32
-                total += math.prod(part.get_shape())
-    return total
-
-
-def _places(model: nn.Module) -> list[tuple[str, Tensor]]:
-    """Return the orders of outputs that pivoted layers keep: all that a file needs of buffers."""
-    return [
-        (f"{name}.places", module.places)
-        for name, module in model.named_modules()
-        if isinstance(module, PivotedLinear)
-    ]
-
-
-def _require_equal(in_file: int, stated: object, folder: Path) -> None:
-    """Refuse a checkpoint whose file holds another number of parameters than it states."""
-    if in_file != stated:
+    values = _read_json(folder, CONFIG)
+    about = _about(values)
+    if about is None:
         raise CheckpointError(
-            f"{folder}: the file holds {in_file:_} parameters, {stated} are stated."
+            f"{folder / CONFIG} says nothing of low-rank layers, so this is no compressed "
+            "checkpoint; open it with transformers."
         )
+    try:
+        LowRankConfig.from_dict(about)
+        config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder / CONFIG}: {error}") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder / CONFIG} cannot be read by transformers {transformers.__version__}: {error}"
+        ) from error
+    # A folder with a modelling file is read as one without: its code is not executed.
+    for key in (remote_code.KEY, "auto_map"):
+        if hasattr(config, key):
+            delattr(config, key)
+    config.quantization_config = about
+    return config
 
 
 def _read_json(folder: Path, name: str) -> dict[str, Any]:
@@ -377,14 +346,16 @@ def _read_json(folder: Path, name: str) -> dict[str, Any]:
     try:
         found = json.loads((folder / name).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder} is not a compressed checkpoint: {error}") from error
+        raise CheckpointError(
+            f"{folder / name} cannot be read, so this is no whole checkpoint: {error}"
+        ) from error
     if not isinstance(found, dict):
         raise CheckpointError(f"{folder / name} holds no JSON object.")
     return found
 
 
 @contextmanager
-def _new_folder(folder: Path) -> Iterator[Path]:
+def checkpoint_folder(folder: Path) -> Iterator[Path]:
     """Give a folder beside ``folder`` to write to, and rename it if all went well."""
     try:
         with new_folder(folder) as beside:

@@ -7,23 +7,47 @@ import warnings
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn import functional
 
 from lrbo.pivoting import Pivoting
 
 
+def no_weight(like: Tensor) -> Tensor:
+    """Return what a low-rank layer has under the name of the dense weight: no number at all.
+
+    A loader that does not know low-rank layers would find nothing under that name in a
+    checkpoint and start the layer at random; over another shape it stops.
+    """
+    return like.new_empty(0)
+
+
+def linear_of(weight: Float[Tensor, "out in"], bias: Float[Tensor, " out"] | None) -> nn.Linear:
+    """Wrap tensors without copying them: views stay views."""
+    with torch.device("meta"), warnings.catch_warnings():
+        # Rank 0 is a layer too: the one that answers its bias.
+        warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
+        layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias, requires_grad=False)
+    return layer
+
+
 class LowRankLinear(nn.Module):
-    """x -> left(right(x)): two nn.Linear, so that export, dtype and device moves just work.
+    """x -> left(right(x)): two nn.Linear, so that dtype and device moves and adapters just work.
 
     Attributes:
         right: ``in -> rank``, without bias.
         left: ``rank -> out``, with the bias of the layer, if any.
+        weight: Empty; see :func:`no_weight`.
     """
+
+    weight: Tensor
 
     def __init__(self, right: nn.Linear, left: nn.Linear) -> None:
         super().__init__()
         self.right = right
         self.left = left
+        self.register_buffer("weight", no_weight(left.weight.detach()))
 
     @classmethod
     def from_tensors(
@@ -33,22 +57,17 @@ class LowRankLinear(nn.Module):
         bias: Float[Tensor, " out"] | None,
     ) -> LowRankLinear:
         """Wrap tensors without copying them: views stay views."""
-        module = cls.empty(left.shape[0], right.shape[1], right.shape[0], bias=bias is not None)
-        module.right.weight = nn.Parameter(right, requires_grad=False)
-        module.left.weight = nn.Parameter(left, requires_grad=False)
-        if bias is not None:
-            module.left.bias = nn.Parameter(bias, requires_grad=False)
-        return module
+        return cls(linear_of(right, None), linear_of(left, bias))
 
     @classmethod
     def empty(cls, out_features: int, in_features: int, rank: int, *, bias: bool) -> LowRankLinear:
         """Return a layer on the meta device, for weights to be loaded into."""
-        with torch.device("meta"), warnings.catch_warnings():
-            # Rank 0 is a layer too: the one that answers its bias.
-            warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
-            right = nn.Linear(in_features, rank, bias=False)
-            left = nn.Linear(rank, out_features, bias=bias)
-        return cls(right, left)
+        with torch.device("meta"):
+            return cls.from_tensors(
+                torch.empty(out_features, rank),
+                torch.empty(rank, in_features),
+                torch.empty(out_features) if bias else None,
+            )
 
     @property
     def rank(self) -> int:
@@ -76,16 +95,18 @@ class PivotedLinear(nn.Module):
 
     It holds ``rank * (in + out) - rank**2`` numbers and multiplies as often, where
     :class:`LowRankLinear` needs ``rank * (in + out)`` for the same function. See
-    :func:`lrbo.pivoting.pivot`.
+    :func:`lrbo.pivoting.pivot`. Both matrices are nn.Linear, for the same reasons as there.
 
     Attributes:
-        rows: ``(rank, in)``, the weights of the pivot outputs.
-        coefficients: ``(out - rank, rank)``, the other outputs in terms of the pivot outputs.
+        rows: ``in -> rank``, the pivot outputs.
+        coefficients: ``rank -> out - rank``, the other outputs in terms of the pivot outputs.
         places: ``(out,)``, int32: where each output is among pivots and others.
         bias: ``(out,)`` or ``None``.
+        weight: Empty; see :func:`no_weight`.
     """
 
     places: Tensor
+    weight: Tensor
 
     def __init__(
         self,
@@ -95,9 +116,10 @@ class PivotedLinear(nn.Module):
         bias: Float[Tensor, " out"] | None,
     ) -> None:
         super().__init__()
-        self.rows = nn.Parameter(rows, requires_grad=False)
-        self.coefficients = nn.Parameter(coefficients, requires_grad=False)
+        self.rows = linear_of(rows, None)
+        self.coefficients = linear_of(coefficients, None)
         self.register_buffer("places", places)
+        self.register_buffer("weight", no_weight(rows))
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     @classmethod
@@ -128,21 +150,22 @@ class PivotedLinear(nn.Module):
     @property
     def rank(self) -> int:
         """Return the number of pivots."""
-        return self.rows.shape[0]
+        return self.rows.out_features
 
     @property
     def growth(self) -> float:
         """Return the largest absolute coefficient."""
-        return float(self.coefficients.abs().max()) if self.coefficients.numel() else 0.0
+        coefficients = self.coefficients.weight
+        return float(coefficients.abs().max()) if coefficients.numel() else 0.0
 
     def multiplied(self) -> Float[Tensor, "out in"]:
         """Return the dense weight that the layer stands for, in float64."""
-        rows = self.rows.double()
-        return torch.cat([rows, self.coefficients.double() @ rows])[self.places]
+        rows = self.rows.weight.double()
+        return torch.cat([rows, self.coefficients.weight.double() @ rows])[self.places]
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         """Apply the layer."""
-        pivots = functional.linear(x, self.rows)
-        others = functional.linear(pivots, self.coefficients)
+        pivots = self.rows(x)
+        others = self.coefficients(pivots)
         result = torch.cat([pivots, others], -1).index_select(-1, self.places)
         return result if self.bias is None else result.add_(self.bias)

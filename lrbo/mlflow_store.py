@@ -7,6 +7,7 @@ import os
 import re
 import sqlite3
 import time
+import uuid
 from collections.abc import Iterable, Mapping
 from contextlib import closing, redirect_stdout
 from pathlib import Path
@@ -72,13 +73,15 @@ class StudyRuns:
             with FileLock(f"{self._database}.lock", timeout=MIGRATION_SECONDS):
                 if not self._database.exists():
                     _make_store(self._database)
+                self._file = _identity(self._database)
                 self._check_free()
                 self._client = MlflowClient(tracking_uri=uri)
-            _shorten_waits(self._client)
+            _prepare_engine(self._client)
             root = artifact_root or self._database.parent / "mlartifacts"
             location = (root.resolve() / experiment).as_uri()
         self._experiment_id = self._find_experiment(experiment, location)
         self._parent_id = ""
+        self._parent_started = 0
         self._shown: set[int] = set()
         self._half_written: dict[int, str] = {}
         self._nll: dict[int, float] = {}
@@ -97,6 +100,7 @@ class StudyRuns:
                 self._experiment_id, tags=tags, run_name=self._study_name
             )
         self._parent_id = parent.info.run_id
+        self._parent_started = parent.info.start_time
         known = parent.data.params
         params = {key: value for key, value in config.items() if _key(key) not in known}
         self._client.log_batch(self._parent_id, params=_params(params))
@@ -136,6 +140,7 @@ class StudyRuns:
             tags["lrbo.error"] = cut(result.error, _TAG_LENGTH)
         ended = _milliseconds(time.time() if record.ended is None else record.ended)
         started = ended if record.started is None else _milliseconds(record.started)
+        ended = max(started, ended)  # the clock of the machine may have been set back in between
         run = self._client.create_run(
             self._experiment_id, start_time=started, tags=tags, run_name=f"trial-{index:03d}"
         )
@@ -175,7 +180,8 @@ class StudyRuns:
     def finish(self, status: str) -> None:
         """Close the parent run."""
         self._check_free()
-        self._close(self._parent_id, status, _milliseconds(time.time()))
+        ended = max(self._parent_started, _milliseconds(time.time()))  # whatever the clock says
+        self._close(self._parent_id, status, ended)
 
     def _progress(self, record: TrialRecord) -> dict[str, float]:
         """Return what the parent shows over the trials; the best is of those up to this one."""
@@ -223,13 +229,22 @@ class StudyRuns:
                 return runs
 
     def _check_free(self) -> None:
-        """Raise soon if an SQLite file cannot be written now.
+        """Raise soon if an SQLite file cannot be written now, or is not the one that was opened.
 
-        Without this, mlflow would try to open a file that it cannot read ten times, for 100 s.
+        Without this, mlflow would try to open a file that it cannot read ten times, for 100 s; and
+        would write on, without an error, into a file that was deleted.
         """
         if self._database is None:
             return
-        connection = sqlite3.connect(self._database, timeout=BUSY_SECONDS, isolation_level=None)
+        if _identity(self._database) != self._file:
+            raise FileNotFoundError(f"{self._database} was replaced by another file")
+        # mode=rw: by default SQLite makes a file that is not there.
+        connection = sqlite3.connect(
+            f"{self._database.absolute().as_uri()}?mode=rw",
+            timeout=BUSY_SECONDS,
+            isolation_level=None,
+            uri=True,
+        )
         with closing(connection):
             connection.execute("BEGIN IMMEDIATE")
             connection.execute("ROLLBACK")
@@ -273,28 +288,45 @@ def _make_store(database: Path) -> None:
     """Make an SQLite store beside its place and rename it.
 
     A process that is killed while mlflow makes its tables leaves a file that mlflow can never
-    open again.
+    open again. The name is a new one each time, because mlflow keeps what it knows of an address,
+    and would make no tables there once more after the store was deleted.
     """
     from mlflow import MlflowClient
 
-    beside = database.with_name(f".{database.name}.new")
-    beside.unlink(missing_ok=True)  # of a process that was killed in here
+    for left in database.parent.glob(f".{database.name}.*.new"):
+        left.unlink()  # of a process that was killed in here
+    beside = database.with_name(f".{database.name}.{uuid.uuid4().hex}.new")
     MlflowClient(tracking_uri=f"sqlite:///{beside}")
     beside.rename(database)
 
 
-def _shorten_waits(client: Any) -> None:
-    """Make a session wait :data:`BUSY_SECONDS` for a locked file, not the 20 s of mlflow.
+def _identity(file: Path) -> tuple[int, int]:
+    """Return what tells a file from another one that took its place.
 
-    mlflow sets its own in each session and has no option for it. Its engine is not public: where
-    another version keeps it elsewhere, a lock that comes up in the middle of a call costs 20 s.
+    Raises:
+        FileNotFoundError: If there is none.
+    """
+    found = file.stat()
+    return found.st_dev, found.st_ino
+
+
+def _prepare_engine(client: Any) -> None:
+    """Drop connections to a file that was here before, and shorten the wait for a locked one.
+
+    mlflow keeps one engine per address for the whole process, and sets 20 s in each session, with
+    no option for it; here it is :data:`BUSY_SECONDS`. The engine is not public: where another
+    version keeps it elsewhere, a lock that comes up in the middle of a call costs 20 s, and a
+    store that was deleted comes back with the next process only.
     """
     from sqlalchemy import event
 
     store = getattr(getattr(client, "_tracking_client", None), "store", None)
     engine = getattr(store, "engine", None)
+    if engine is None:
+        return
+    engine.dispose()
     name = "before_cursor_execute"
-    if engine is not None and not event.contains(engine, name, _set_busy_timeout):
+    if not event.contains(engine, name, _set_busy_timeout):
         event.listen(engine, name, _set_busy_timeout, retval=True)
 
 

@@ -181,8 +181,9 @@ class PivotedFactors:
         layer = PivotedLinear.from_pivoting(form, dtype=self.dtype, device=device)
 
         def linear(x: Float[Tensor, " in"]) -> Float[Tensor, " out"]:
-            pivots = layer.rows.to(x.dtype) @ x
-            return torch.cat([pivots, layer.coefficients.to(x.dtype) @ pivots])[layer.places]
+            pivots = layer.rows.weight.to(x.dtype) @ x
+            others = layer.coefficients.weight.to(x.dtype) @ pivots
+            return torch.cat([pivots, others])[layer.places]
 
         bias = self.factors.bias_for(linear, self.dtype)
         layer.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)

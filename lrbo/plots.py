@@ -34,6 +34,14 @@ from lrbo.drawing import (
 
 COLOURS = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, INK)
 MARKERS = "os^Dv<>P"  # one more than colours: a pair repeats only after 56 kinds
+SIZE_LABELS = {
+    "keep_ratio": "parameters kept in the compressible layers",
+    "model_parameters": "parameters of the whole model",
+    "model_bytes": "bytes of the whole model",
+    "macs_per_token": "multiply-adds per token",
+    "prefill_latency_ratio": "time of a prefill",
+    "decode_latency_ratio": "time of a decoding step",
+}
 ONE_SIZE = 0.01  # keep ratios closer together than this differ only by the rounding of ranks
 
 
@@ -142,7 +150,14 @@ def convergence(
     return figure
 
 
-def front(frame: pd.DataFrame, dense: float | None, *, about: str = "") -> Figure:
+def front(
+    frame: pd.DataFrame,
+    dense: float | None,
+    size: str = "keep_ratio",
+    whole: float = 1.0,
+    *,
+    about: str = "",
+) -> Figure:
     """Draw perplexity against size: all trials, the Pareto front, baseline and dense model.
 
     The trials of one budget differ in size only by the rounding of ranks, which must not look
@@ -152,22 +167,25 @@ def front(frame: pd.DataFrame, dense: float | None, *, about: str = "") -> Figur
 
     Args:
         frame: Trials that ended, from :func:`lrbo.report.frame`; at least one has a value.
-        dense: Perplexity of the dense model, if known; its keep ratio is 1.
+        dense: Perplexity of the dense model, if known.
+        size: Column that says how large a trial is.
+        whole: What the dense model has in that column; sizes are drawn as shares of it.
         about: Second line of the title: study, model, budget.
     """
     done = frame[frame["outcome"] == "completed"]
     if done["keep_ratio"].max() - done["keep_ratio"].min() < ONE_SIZE:
         return _front_of_one_size(done, dense, about)
+    done = done.assign(share=done[size] / whole)
     figure, (axes,) = new_figure("Perplexity against size", about, 4.6)
     perplexity_axis(axes, [*done["perplexity"], *([] if dense is None else [dense])])
-    smallest = float(done["keep_ratio"].min())
-    reach = max(1.0 - smallest, 0.08)
-    axes.set_xlim(smallest - 0.12 * reach, 1.0 + 0.12 * reach)
+    smallest, largest = float(done["share"].min()), max(float(done["share"].max()), 1.0)
+    reach = max(largest - smallest, 0.08)
+    axes.set_xlim(smallest - 0.12 * reach, largest + 0.12 * reach)
     axes.xaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 5, 10]))
     axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    axes.set_xlabel("parameters kept in the compressible layers (dense = 100%)", fontsize=TEXT_PT)
-    for some, look in _front_series(done, "Pareto front"):
-        axes.plot(some["keep_ratio"], some["perplexity"], **look)
+    axes.set_xlabel(f"{SIZE_LABELS[size]} (dense = 100%)", fontsize=TEXT_PT)
+    for some, look in _front_series(done, "Pareto front", "share"):
+        axes.plot(some["share"], some["perplexity"], **look)
     if dense is not None:
         axes.axhline(dense, color=GREEN, linewidth=1.0, alpha=0.5, zorder=1)
         axes.plot([1.0], [dense], **DENSE_POINT)
@@ -206,12 +224,14 @@ def _front_of_one_size(done: pd.DataFrame, dense: float | None, about: str) -> F
     return figure
 
 
-def _front_series(done: pd.DataFrame, label: str) -> list[tuple[pd.DataFrame, dict[str, Any]]]:
+def _front_series(
+    done: pd.DataFrame, label: str, size: str = "keep_ratio"
+) -> list[tuple[pd.DataFrame, dict[str, Any]]]:
     """Return what a front figure shows, with its look: other trials, front (labelled), baseline.
 
     The baseline comes last and is the smaller mark: it stays visible where it is on the front.
     """
-    by_size = done.sort_values("keep_ratio", kind="stable")
+    by_size = done.sort_values(size, kind="stable")
     is_uniform = by_size["origin"] == "uniform"
     look = {"markeredgecolor": "white", "markersize": 9.0}
     return [

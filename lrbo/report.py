@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
@@ -24,8 +24,9 @@ from lrbo.results import (
     summary,
     weights,
 )
-from lrbo.search.front import pareto_front
+from lrbo.search.front import LATENCIES, pareto_front
 from lrbo.search.study import Study
+from lrbo.trial import TrialRecord
 
 WIDTH = 80
 SHOWN = 10  # rows of the front and of failures; what is left out is counted
@@ -158,7 +159,7 @@ def _print_results(study: Study, report: _Report) -> None:
         notes.append("best: the lowest loss at any size; uniform and others: at the ceiling")
     if "analytic" in by_origin:
         notes.append("analytic: the ranks of least predicted loss")
-    notes += _agreement(study)
+    notes += [*_latencies(rows), *_agreement(study)]
     if "start" in by_origin:
         notes.append("start: the ratios that the search space starts from")
     if "transfer" in by_origin:
@@ -168,6 +169,19 @@ def _print_results(study: Study, report: _Report) -> None:
         notes.append(f"test: {', '.join(texts)}")
     for note in notes:
         report.note(note)
+
+
+def _latencies(rows: Sequence[tuple[str, TrialRecord | None]]) -> list[str]:
+    """Return a remark on how long trials take beside the dense model, if that was measured."""
+    notes = []
+    for name in LATENCIES:
+        found = [
+            f"{label} {_size(name, record.metrics)}"
+            for label, record in rows
+            if record is not None and name in record.metrics
+        ]
+        notes += [f"{name}, compressed to dense: {', '.join(found)}"] if found else []
+    return notes
 
 
 def _agreement(study: Study) -> list[str]:
@@ -187,7 +201,11 @@ def _print_front(study: Study, report: _Report) -> None:
     front = pareto_front(study.state.completed, size or "parameters")
     if not front:
         return
-    table = _table("trial", "perplexity", "nll", "kept", "parameters")
+    # Of sizes that are columns anyway there is none beside them.
+    beside = size if size not in (None, "keep_ratio") else None
+    table = _table(
+        "trial", "perplexity", "nll", "kept", "parameters", *([beside] if beside else [])
+    )
     for record in front[:SHOWN]:
         metrics = record.metrics
         table.add_row(
@@ -196,6 +214,7 @@ def _print_front(study: Study, report: _Report) -> None:
             _number(metrics.get("nll"), ".4f"),
             _number(metrics.get("keep_ratio"), ".3%"),
             _number(metrics.get("parameters"), ",d"),
+            *([_size(beside, metrics)] if beside else []),
         )
     note = f"and {len(front) - SHOWN} larger" if len(front) > SHOWN else ""
     report.part("Front: no other trial is both smaller and better", table, note)
@@ -288,6 +307,14 @@ def _cells(metrics: Mapping[str, float]) -> list[str]:
         _bytes(metrics.get("model_bytes")),
         _count(metrics.get("macs_per_token")),
     ]
+
+
+def _size(name: str, metrics: Mapping[str, float]) -> str:
+    """Return what a front is minimised in, with its standard error where it was measured."""
+    value = metrics.get(name)
+    if name in LATENCIES:
+        return f"{_number(value, '.3f')} +- {_number(metrics.get(f'{name}_sem'), '.3f')}"
+    return _bytes(value) if name == "model_bytes" else _count(value)
 
 
 def _number(value: float | None, spec: str) -> str:

@@ -19,7 +19,7 @@ from lrbo.accounting import (
     low_rank_macs,
 )
 from lrbo.search.base import KEEP_RATIO
-from lrbo.search.front import LOSS, hypervolume, pareto_front, reference_point
+from lrbo.search.front import LATENCIES, LOSS, hypervolume, pareto_front, reference_point
 from lrbo.search.study import Study, layers_of, stored_parameters
 from lrbo.sensitivity import LossCalibration, sensitivity_file
 from lrbo.storage import replacing
@@ -39,6 +39,7 @@ METRICS = {  # column of the frame: metric
     "macs_per_token": "macs_per_token",
     "tokens": "tokens",
     "peak_memory_gib": "peak_memory_gib",
+    **{name: name for latency in LATENCIES for name in (latency, f"{latency}_sem")},
 }
 COLUMNS = (
     "trial",
@@ -69,13 +70,14 @@ def summary(study: Study) -> dict[str, Any]:
         - ``uniform``: the same, and ``keep_ratio``;
         - ``best``: ``trial``, ``nll``, ``perplexity``, ``keep_ratio``, ``parameters`` (of the
           compressible layers) of the trial with the lowest objective;
-        - ``front``: ``trial``, ``nll``, ``keep_ratio`` of each trial on it, from small to large;
+        - ``front``: ``trial``, ``nll``, ``keep_ratio`` of each trial on it, and what it was
+          minimised in, from small to large;
         - ``hypervolume``: where a front was searched, the area that it dominates below its
           ``reference``, loss times size, and ``size``, the name of the metric;
         - ``seconds``: sums over all trials, by stage;
         - ``test``: by label, ``trial``, ``text``, ``nll`` and ``perplexity`` on the test text.
     """
-    state = study.state
+    state, size = study.state, size_metric(study)
     best = state.best()
     return {
         "study": study.name,
@@ -94,8 +96,11 @@ def summary(study: Study) -> dict[str, Any]:
         if best
         else None,
         "front": [
-            {"trial": record.request.trial_index, **_pick(record.metrics, "nll", "keep_ratio")}
-            for record in pareto_front(state.completed, size_metric(study) or "parameters")
+            {
+                "trial": record.request.trial_index,
+                **_pick(record.metrics, "nll", "keep_ratio", *([size] if size else [])),
+            }
+            for record in pareto_front(state.completed, size or "parameters")
         ],
         "hypervolume": _hypervolume(study),
         "seconds": {
@@ -210,7 +215,7 @@ def draw_figures(study: Study) -> list[Path]:
     best, uniform = state.best(), state.uniform
     if best is None:
         return []
-    table = frame(study)
+    table, size = frame(study), size_metric(study)
     dense = state.dense.get("perplexity")
     title = _subtitle(study)
     figures = {
@@ -220,7 +225,9 @@ def draw_figures(study: Study) -> list[Path]:
             None if uniform is None else uniform.metrics["perplexity"],
             about=title,
         ),
-        "front": plots.front(table, dense, about=title),
+        "front": plots.front(
+            table, dense, size or "keep_ratio", dense_size(study).get(size or "", 1.0), about=title
+        ),
         "ranks": plots.ranks_over_depth(
             ranks_frame(study, best),
             None if uniform is None else ranks_frame(study, uniform),

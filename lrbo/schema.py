@@ -95,6 +95,7 @@ class SearchSection:
     racing: float | None = None
     size: str = "keep_ratio"
     thresholds: dict[str, float] = field(default_factory=dict)
+    other_versions: bool = False
 
 
 @dataclass
@@ -126,6 +127,16 @@ class EvaluationConfig:
     batch_windows: int = 4
     chunk_tokens: int = 256
     kl_top: int = 128
+
+
+@dataclass
+class LatencyConfig:
+    """How long the compressed model takes beside the dense one."""
+
+    enabled: bool = False
+    tokens: int | None = None
+    repeats: int = 7
+    warmup: int = 1
 
 
 @dataclass
@@ -162,6 +173,7 @@ class SearchConfig:
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     sensitivity: SensitivityConfig = field(default_factory=SensitivityConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    latency: LatencyConfig = field(default_factory=LatencyConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     executor: ExecutorConfig = field(default_factory=ExecutorConfig)
     study: str = MISSING
@@ -178,6 +190,7 @@ class ReportConfig:
     studies: str = "studies"
     sync: bool = False
     figures: bool = True
+    format: str = "text"
     output: str = "text"
 
 
@@ -202,7 +215,7 @@ class CompressConfig:
     studies: str = "studies"
     point: Any = "best"
     out: str = MISSING
-    merged: bool = False
+    format: str = "lrbo"
     refit: RefitConfig = field(default_factory=RefitConfig)
     dtype: str = "auto"
     output: str = "text"

@@ -14,12 +14,9 @@ from lrbo.model import ModelMap
 from lrbo.schema import SearchConfig
 from lrbo.search.base import BudgetSpace, Space
 from lrbo.search.front_space import FrontSpace
-from lrbo.search.restricted import restrict
+from lrbo.search.restricted import RANGES, restrict
 from lrbo.search.space import build_space
 from lrbo.search.weights import build_weight_space
-
-SMALLEST_RATIO = 0.01
-WIDEST = 5.0  # natural logarithm of the largest factor of a loss curve
 
 
 def build_search_space(
@@ -54,7 +51,7 @@ def _space_at(
     """Build the search space under one budget, without what the configuration takes out."""
     space = config.space
     whole = _whole_space_at(keep_ratio, config, layers, method)
-    smallest, largest = (-WIDEST, WIDEST) if space.type == "weights" else (SMALLEST_RATIO, 1.0)
+    smallest, largest = RANGES[space.type]
     return restrict(whole, variables(space), space.tied, smallest=smallest, largest=largest)
 
 

@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def is_full(error: BaseException | None) -> bool:
+    """Return whether an error, or what caused it, says that a disk is full.
+
+    safetensors has errors of its own, which only tell the number of the system's.
+    """
+    while error is not None:
+        code = error.errno if isinstance(error, OSError) else None
+        told = any(f"(os error {full})" in str(error) for full in FULL)
+        if code in FULL or told:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 @contextmanager

@@ -72,9 +72,9 @@ class MlflowTracker:
     child carries the variables, metrics, times and the allocation of its trial. The parent is
     found again by ``study_id``, so a resumed search continues it.
 
-    A store that cannot be reached, is locked or is full costs the search one warning and a few
-    seconds: what could not be shown is kept, and tried again with the next trials, at most once
-    a minute. What is still missing when the process ends is in the journal.
+    A store that cannot be reached, is locked, full or deleted costs the search one warning and a
+    few seconds: what it lacks is shown with the next trials, tried at most once a minute. What is
+    still missing when the process ends is in the journal.
 
     Note:
         The first use takes seconds (mlflow is imported; a new SQLite store gets its tables), a
@@ -113,7 +113,7 @@ class MlflowTracker:
         self._prefix = prefix
         self._config: dict[str, Any] = {}
         self._view: StudyRuns | None = None
-        self._missed: dict[int, TrialRecord] = {}
+        self._ended: dict[int, TrialRecord] = {}  # all of them: the store may be lost as a whole
         self._retry_at: float | None = None
 
     def start(self, config: Mapping[str, Any]) -> None:
@@ -132,7 +132,7 @@ class MlflowTracker:
         """Show one trial that ended, and those that could not be shown before."""
         if record.result is None:
             return
-        self._missed[record.request.trial_index] = record
+        self._ended[record.request.trial_index] = record
         if self._retry_at is None or time.monotonic() >= self._retry_at:
             self._show_missed()
 
@@ -140,7 +140,7 @@ class MlflowTracker:
         """Show every ended trial that is not shown yet, and return how many those were."""
         for record in records:
             if record.result is not None:
-                self._missed[record.request.trial_index] = record
+                self._ended[record.request.trial_index] = record
         return self._show_missed() if self._retry_at is None else 0
 
     def summary(self, metrics: Mapping[str, float], artifacts: Iterable[Path]) -> None:
@@ -160,9 +160,8 @@ class MlflowTracker:
         shown = 0
         with self._guarded():
             view = self._connected()
-            for index in sorted(self._missed):
-                shown += view.show(self._missed[index])
-                del self._missed[index]
+            for index in sorted(self._ended):
+                shown += view.show(self._ended[index])
         return shown
 
     def _connected(self) -> StudyRuns:

@@ -19,6 +19,7 @@ from lrbo.allocation import Allocation, Cost
 from lrbo.compression import Buffers, compressed
 from lrbo.errors import outcome_of
 from lrbo.evaluation.divergence import DenseReference
+from lrbo.evaluation.latency import LatencySettings, executed_layers, measure_latency
 from lrbo.evaluation.perplexity import OnTokens, Perplexity, predictions
 from lrbo.model import ModelMap
 from lrbo.nested import LowRankFactors
@@ -89,6 +90,8 @@ class Worker:
         chunk_tokens: Rows of logits at a time.
         on_tokens: Told the number of tokens after each chunk.
         race: When to give a trial up; ``None`` scores every one whole.
+        latency: What is timed after the scoring; ``None`` times nothing. It takes some prefills
+            more, and as much memory as the compressed layers.
         buffers: For prefixes that are multiplied out; filled by the first trials.
     """
 
@@ -103,6 +106,7 @@ class Worker:
     chunk_tokens: int = 256
     on_tokens: OnTokens | None = None
     race: Race | None = None
+    latency: LatencySettings | None = None
     buffers: Buffers = field(default_factory=dict)
 
     def __call__(self, request: TrialRequest) -> TrialResult:
@@ -115,14 +119,17 @@ class Worker:
         start = time.perf_counter()
         try:
             losses = self._scored(request)
+            metrics = self._metrics(request, losses)
+            is_whole = len(losses.weighted) == len(self.windows)
+            if is_whole:  # a trial that was given up is on no front
+                metrics |= self._latency(request.allocation)
         except Exception as error:
             outcome = outcome_of(error)
             seconds = time.perf_counter() - start
             reason = f"{type(error).__name__}: {error}"
             return TrialResult(request.trial_index, outcome, {}, seconds, reason)
-        metrics = self._metrics(request, losses)
         seconds = time.perf_counter() - start
-        if len(losses.weighted) < len(self.windows):
+        if not is_whole:
             return TrialResult(request.trial_index, "stopped", metrics, seconds)
         return TrialResult(
             request.trial_index,
@@ -167,6 +174,13 @@ class Worker:
                     if self.race.is_lost(mine, rival, count, len(order) - 1):
                         break
         return losses
+
+    def _latency(self, allocation: Allocation) -> dict[str, float]:
+        """Time the model as it would be exported, if that is asked for."""
+        if self.latency is None:
+            return {}
+        modules = executed_layers(allocation, self.factors, self.storage)
+        return measure_latency(self.model, modules, self.windows.flatten(), self.latency)
 
     def _metrics(self, request: TrialRequest, losses: WindowLosses) -> dict[str, float]:
         """Return the metrics of a trial: its losses, or what those scored say of its loss."""

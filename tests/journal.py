@@ -67,6 +67,11 @@ class Journal:
             )
         about = {
             "study_id": "an id",
+            "seed": config.seed,
+            "model_fingerprint": "a fingerprint",
+            "data": {"test": {"text": "words[test]", "windows": 15, "digest": "a digest"}},
+            "versions": {"lrbo": "0.1.0"},
+            "variables": {name: list(ends) for name, ends in self.space.bounds.items()},
             "dtype": "float32",
             "device": "cpu",
             "budget_parameters": self.budget.parameters,

@@ -304,7 +304,7 @@ def test_a_relative_store_stays_where_it_is_when_the_folder_changes(
 ) -> None:
     found = view.absolute_uri("sqlite:///below/this/mlflow.db")
     assert found == f"sqlite:///{cache.parent}/below/this/mlflow.db"
-    assert (cache.parent / "below" / "this").is_dir()
+    assert not (cache.parent / "below").exists()  # only who writes there makes it
     monkeypatch.chdir("/")
     assert view.absolute_uri(found) == found
 

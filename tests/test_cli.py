@@ -163,6 +163,21 @@ def test_report_rebuilds_a_lost_mlflow_store(
     assert again.json == first.json
 
 
+def test_report_writes_a_page_which_the_tracked_run_holds_too(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = list((project / "studies" / "mlflow-artifacts").rglob("report.html"))
+    assert len(held) == 1
+    shutil.copytree(project / "studies" / "tiny", tmp_path / "studies" / "tiny")
+    monkeypatch.chdir(tmp_path)
+    page = Path("studies/tiny/report.html")
+    page.unlink()
+    ran = lrbo_command("report", "study=tiny", "format=html", "figures=false")
+    assert ran.status == 0, ran.err
+    assert str(page) in ran.err
+    assert page.read_bytes() == held[0].read_bytes()
+
+
 def test_a_warning_of_ours_reaches_the_user(
     project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

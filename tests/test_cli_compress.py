@@ -1,11 +1,14 @@
 """`lrbo compress` and `lrbo evaluate`, in process, on the tiny model."""
 
 import json
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 
 import lrbo
 from lrbo.calibration.corpus import documents
@@ -37,6 +40,13 @@ def test_compress_writes_what_evaluate_scores_like_the_trial(project: Path, sear
     assert scored.status == 0, scored.err
     expected = searched[1].json["test"]["best"]["nll"]
     assert scored.json["nll"] == pytest.approx(expected, abs=TOLERANCE["nll"])
+
+
+def provenance(folder: str) -> dict[str, Any]:
+    """Return what a checkpoint says of its making."""
+    config = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
+    found: dict[str, Any] = config["quantization_config"]["provenance"]
+    return found
 
 
 EVALUATE = ["model=tiny", "data=generated", "output=json"]
@@ -105,7 +115,7 @@ def test_the_best_after_refits_is_written(project: Path) -> None:
     best = min(
         tried, key=lambda row: min(row["validation_nll_after"], row["validation_nll_before"])
     )
-    about = json.loads(Path("two/lrbo.json").read_text(encoding="utf-8"))
+    about = provenance("two")
     assert about["trial"] == best["trial"]
     assert about["refit"] == ran.json["refit"]
     assert about["validation"]["nll"] == min(
@@ -117,6 +127,7 @@ def test_the_best_after_refits_is_written(project: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
+        (["format=onnx"], "format='onnx': expected lrbo or remote_code or merged"),
         (["refit.candidates=0"], "refit.candidates=0: expected at least 1"),
         (["refit.held_back=1"], "refit.held_back=1.0: expected a number from 0 on and below 1"),
         (["refit.output_power=2"], "refit.output_power=2.0: expected a number from 0 to 1"),
@@ -136,7 +147,7 @@ def test_a_refit_that_makes_no_sense_is_refused(
 def test_a_trial_and_a_ratio_can_be_compressed(project: Path) -> None:
     one = lrbo_command("compress", "study=tiny", "point=1", "out=one", "output=json")
     assert one.status == 0, one.err
-    assert json.loads(Path("one/lrbo.json").read_text(encoding="utf-8"))["trial"] == 1
+    assert provenance("one")["trial"] == 1
     small = lrbo_command("compress", "study=tiny", "point=keep=0.8", "out=small", "output=json")
     assert small.status == 0, small.err
     assert small.json["keep_ratio"] <= 0.8
@@ -164,10 +175,42 @@ def test_between_two_points_of_a_front_one_more_is_tried(
     assert "Trial 12, between two points of the front: keep ratio 0.7" in " ".join(ran.err.split())
 
 
+def test_a_front_of_latency_is_searched_reported_and_compressed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    timed = ["latency.enabled=true", "latency.repeats=3", "search.size=decode_latency_ratio"]
+    line = [*TINY, "budget=front", "search.trials=10", "study=timed", "sensitivity.windows=1"]
+    ran = lrbo_command("search", *line, *timed)
+    assert ran.status == 0, ran.err
+    front = ran.json["front"]
+    assert ran.json["hypervolume"]["size"] == "decode_latency_ratio"
+    ratios = [point["decode_latency_ratio"] for point in front]
+    assert ratios == sorted(ratios)
+    records = Study(Path("studies/timed")).state.completed
+    assert len(records) == 10
+    assert all(record.metrics["prefill_s"] > 0 for record in records)
+    assert lrbo_command("report", "study=timed", "output=json").json["front"] == front
+    fastest = f"point=decode_latency_ratio={ratios[0]!r}"
+    ran = lrbo_command("compress", "study=timed", fastest, "out=fast", "refit.enabled=false")
+    assert ran.status == 0, ran.err
+    about = json.loads(Path("fast/lrbo.json").read_text(encoding="utf-8"))
+    assert about["trial"] == front[0]["trial"]
+    ran = lrbo_command("compress", "study=timed", "point=prefill_latency_ratio=0.001", "out=none")
+    assert ran.status == 2
+    assert "with prefill_latency_ratio from" in ran.err
+
+
+def test_a_latency_that_was_not_measured_is_said(project: Path) -> None:
+    ran = lrbo_command("compress", "study=tiny", "point=prefill_latency_ratio=0.9", "out=none")
+    assert ran.status == 2
+    assert "prefill_latency_ratio was not measured" in ran.err
+
+
 def test_merged_weights_open_with_any_loader(project: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    ran = lrbo_command("compress", "study=tiny", "merged=true", "out=merged", "output=json")
+    ran = lrbo_command("compress", "study=tiny", "format=merged", "out=merged", "output=json")
     assert ran.status == 0, ran.err
     assert "saves nothing" in ran.err
     assert ran.json["storage"] == "dense"
@@ -182,6 +225,46 @@ def test_merged_weights_open_with_any_loader(project: Path) -> None:
     scored = lrbo_command("evaluate", "checkpoint=merged", *EVALUATE)
     assert scored.status == 0, scored.err
     assert 0 <= scored.json["seen"] < 0.01
+
+
+def test_a_folder_with_a_modelling_file_is_scored_like_the_other(project: Path) -> None:
+    given = ["study=tiny", "format=remote_code", "out=coded", "output=json"]
+    ran = lrbo_command("compress", *given)
+    assert ran.status == 0, ran.err
+    assert ran.json["parameters"] == ran.json["parameters_in_file"]
+    text = Path("coded/modeling_low_rank.py").read_text(encoding="utf-8")
+    assert len(text.splitlines()) < 80
+    assert "import lrbo" not in text
+    if not Path("best").exists():
+        assert lrbo_command("compress", "study=tiny", "out=best").status == 0
+    scored = [
+        lrbo_command("evaluate", f"checkpoint={name}", *EVALUATE) for name in ("coded", "best")
+    ]
+    assert [ran.status for ran in scored] == [0, 0]
+    assert scored[0].json["nll"] == scored[1].json["nll"]
+
+
+def test_the_card_s_commands_write_the_same_checkpoint(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran = lrbo_command("compress", "study=tiny", "point=1", "refit.blend=0.25", "out=carded")
+    assert ran.status == 0, ran.err
+    assert "carded/README.md" in " ".join(ran.err.split())
+    card = ModelCard.load("carded/README.md")
+    assert card.data.library_name == "transformers"
+    state = Study(Path("studies/tiny")).state
+    tested = [state.tests[label]["metrics"]["perplexity"] for label in ("dense", "uniform")]
+    for label, value in zip(("dense", "uniform ranks"), tested, strict=True):
+        (row,) = [line for line in card.text.splitlines() if line.startswith(f"| {label} |")]
+        assert row.endswith(f"| {value:.2f} |")
+    lines = re.findall(r"^lrbo (?:search|compress) .*", card.text, re.MULTILINE)
+    assert len(lines) == 2
+    before = Path("carded/model.safetensors").read_bytes()
+    monkeypatch.chdir(tmp_path)  # where there is no study
+    for line in lines:
+        again = lrbo_command(*shlex.split(line)[1:])
+        assert again.status == 0, again.err
+    assert Path("carded/model.safetensors").read_bytes() == before
 
 
 def test_a_folder_that_exists_is_left_alone(project: Path) -> None:

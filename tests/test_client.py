@@ -120,6 +120,31 @@ def test_running_trials_are_taken_as_pending() -> None:
     assert distance(first, second) > 0.01
 
 
+def test_ax_is_told_how_sure_each_objective_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lrbo.search import client as module
+
+    told, make = [], module.Data
+
+    def watched(*, df):
+        told.append(df)
+        return make(df=df)
+
+    monkeypatch.setattr(module, "Data", watched)
+    space = space_of(5)
+    points = [space.sobol_point(index, 0) for index in range(4)]
+    errors = [0.01, 0.02, 0.03, 0.04]
+    seen = [
+        Observation(p, loss(p), 0.5 + index / 10, size_error=error)
+        for index, (p, error) in enumerate(zip(points, errors, strict=True))
+    ]
+    SearchClient(space, seed=0).ask(4, seen, (3.0, 1.0))
+    (table,) = told
+    sizes = table[table["metric_name"] == module.SIZE]
+    assert list(sizes["sem"]) == errors
+    assert list(sizes["mean"]) == [0.5, 0.6, 0.7, 0.8]
+    assert set(table[table["metric_name"] == module.METRIC]["sem"]) == {0.0}
+
+
 def test_observations_outside_the_bounds_count() -> None:
     """Rounding to ranks realises points a little below the lower bound."""
     space = space_of(5)

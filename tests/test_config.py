@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 
 from lrbo import config
 from lrbo.checks import check, protocol_file, require_valid, study_folder
@@ -118,6 +120,16 @@ def test_the_name_of_a_study_tells_different_settings_apart() -> None:
     assert len(names) == 5
 
 
+def test_conf_is_composed_within_a_command_that_hydra_runs_too() -> None:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        running = GlobalHydra.instance().hydra
+        assert running is not None
+        assert search("seed=3").seed == 3
+        assert config.find_problems("search", ["seed=much"]) != {}
+        assert GlobalHydra.instance().hydra is running
+    assert search("seed=4").seed == 4
+
+
 # --- what the command line cannot mean ---------------------------------------------------------
 
 
@@ -203,14 +215,23 @@ BAD_SEARCH: dict[str, Any] = {
     "sensitivity.ranks": [0],
     "sensitivity.windows": [0],
     "warm_start": [["best"], ["study:"], ["study:a:b"]],
-    "space.variables": [{"qk": [0.5, 0.2]}, {"qk": "much"}, {"q": {"k": [0.1, 0.2, 0.3]}}],
+    "space.variables": [
+        {"qk": 1.5},
+        {"qk": [0.5, 0.2]},
+        {"qk": "much"},
+        {"q": {"k": [0.1, 0.2, 0.3]}},
+    ],
     "space.tied": [[[]]],
     "executor.name": ["slurm"],
     "executor.workers": [0, 2],  # of which the inline executor has one
-    "executor.devices": [0],
+    "executor.devices": [0, 1],  # of which it shares out none
+    "executor.oversubscribe": [True],
     "evaluation.batch_windows": [0],
     "evaluation.chunk_tokens": [0],
     "evaluation.kl_top": [0],
+    "latency.tokens": [4, 513],  # decoding steps, and more than a window
+    "latency.repeats": [2],
+    "latency.warmup": [-1],
     "output": ["yaml"],
 }
 
@@ -284,6 +305,29 @@ def test_thresholds_are_of_what_a_front_minimises(tmp_path: Path) -> None:
     assert one.study.endswith("_keep0.8_seed0")
 
 
+def test_a_latency_is_an_objective_where_it_is_measured(tmp_path: Path) -> None:
+    timed = ["budget=front", "latency.enabled=true", "search.size=decode_latency_ratio"]
+    front = changed(search(*timed), "studies", str(tmp_path))
+    assert check(changed(front, "search.thresholds", {"decode_latency_ratio": 0.9})) == []
+    (problem,) = check(changed(front, "search.thresholds", {"prefill_latency_ratio": 0.9}))
+    assert problem.endswith("a threshold of what is minimised: loss or decode_latency_ratio")
+    (problem,) = check(changed(front, "latency.enabled", False))
+    assert "decode_latency_ratio' is measured only with latency.enabled=true" in problem
+    (problem,) = check(changed(front, "search.size", "latency"))
+    for known in ("macs_per_token", "latency.enabled=true", "prefill_latency_ratio"):
+        assert known in problem
+    (problem,) = check(changed(front, "budget.lowest", None))
+    assert problem.startswith("search.size='decode_latency_ratio' is minimised where a front is")
+    (problem,) = check(changed(front, "data.window", 4))
+    assert problem.startswith("latency.tokens=None: expected more than the 4 decoding steps")
+
+
+def test_a_front_without_bounds_of_ratios_is_no_crash(tmp_path: Path) -> None:
+    ratios = changed(search("budget=front", *RATIOS), "studies", str(tmp_path))
+    (problem,) = check(changed(ratios, "space.bounds", []))
+    assert problem == "space.bounds=[]: expected [low, high] with 0 < low < high <= 1"
+
+
 def test_keys_of_the_other_space_are_not_judged(tmp_path: Path) -> None:
     found = changed(search("space=weights"), "studies", str(tmp_path))
     for key, value in (("space.granularity", "none"), ("space.depth_groups", 0)):
@@ -326,12 +370,14 @@ def test_no_permission_to_write_is_named(tmp_path: Path, monkeypatch: pytest.Mon
     assert f"no permission to write in {tmp_path}" in problem
 
 
-@pytest.mark.parametrize("point", ["best", 7, "7", "keep=0.75", "keep=1"])
+@pytest.mark.parametrize("point", ["best", 7, "7", "keep=0.75", "decode_latency_ratio=1.1"])
 def test_a_point_is_best_a_number_or_a_ratio(point: Any, tmp_path: Path) -> None:
     assert check(CompressConfig(study="s", out=str(tmp_path / "new"), point=point)) == []
 
 
-@pytest.mark.parametrize("point", ["worst", -1, "keep=0", "keep=1.5", "keep=much", "0.75"])
+@pytest.mark.parametrize(
+    "point", ["worst", -1, "keep=0", "keep=1.5", "keep=much", "0.75", "nll=2", "keep"]
+)
 def test_any_other_point_is_refused(point: Any, tmp_path: Path) -> None:
     (problem,) = check(CompressConfig(study="s", out=str(tmp_path / "new"), point=point))
     assert "expected best, a trial number or keep=RATIO" in problem
@@ -345,6 +391,15 @@ def test_evaluate_needs_only_the_test_text_and_a_checkpoint_that_is_there(tmp_pa
     assert check(found) == []
     found.checkpoint = str(tmp_path / "none")
     assert check(found) == [f"checkpoint={found.checkpoint!r}: no such folder"]
+
+
+def test_a_page_is_of_one_study() -> None:
+    assert check(ReportConfig(study="mine", format="html")) == []
+    for study in ("sweep_*", ["one", "other"]):
+        (problem,) = check(ReportConfig(study=study, format="html"))
+        assert "expected the name of one study" in problem
+    (problem,) = check(ReportConfig(study="mine", format="pdf"))
+    assert problem == "format='pdf': expected text or html"
 
 
 @pytest.mark.parametrize("name", GROUPS["protocols"])
@@ -465,6 +520,46 @@ def test_flat_has_every_value_under_its_dotted_key() -> None:
         "studies": "studies",
         "sync": False,
         "figures": True,
+        "format": "text",
         "output": "text",
     }
     assert config.flat(search())["data.calibration.tokens"] == 65536
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        [],
+        ["experiment=tiny", "seed=3"],
+        ["experiment=paper"],
+        ["model=hf", "model.path=Qwen/Qwen3-0.6B", "data=wikitext2", "budget.keep_ratio=0.7"],
+        ["budget=front", "+search.thresholds.loss=4.5", "study=null_or_true"],
+        ["warm_start=[uniform,analytic,'study:smaller']", "method.alpha=1e-3", "study='true'"],
+        ["space=per_kind", "+space.variables.qk=0.4", "space.tied=[[a,b]]", "~space.start.o"],
+        [
+            *("model=hf", "model.path=/models/mine", "data=files"),
+            *("data.calibration.path='my train.txt'", 'data.validation.path=[a,"it\'s"]'),
+            "data.test.path=test.txt",
+        ],
+    ],
+)
+def test_what_was_composed_can_be_typed_again(given: list[str]) -> None:
+    wanted = config.flat(config.composed("search", given))
+    typed = config.typed("search", wanted)
+    assert config.flat(config.composed("search", typed)) == wanted
+    assert config.find_problems("search", typed) == {}
+
+
+def test_only_what_differs_is_typed() -> None:
+    wanted = config.flat(config.composed("search", ["experiment=tiny", "search.trials=5"]))
+    typed = config.typed("search", wanted)
+    assert {"model=tiny", "data=generated", "search.trials=5", "space.rank_multiple=1"} <= set(
+        typed
+    )
+    assert not [text for text in typed if text.startswith(("data.", "model.", "evaluation."))]
+
+
+def test_values_that_no_command_line_gives_are_named() -> None:
+    wanted = config.flat(config.composed("search", [])) | {"space.bound": 3}
+    with pytest.raises(ConfigError, match=r"space\.bound"):
+        config.typed("search", wanted)

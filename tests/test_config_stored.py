@@ -47,6 +47,12 @@ def test_every_other_difference_is_listed_with_both_values() -> None:
     ]
 
 
+def test_an_entry_of_a_mapping_is_one_difference() -> None:
+    text = config.to_yaml(search("+space.variables={exponent:0.5}"))
+    expected = ["space.variables.exponent: the study has 0.5, the command has None"]
+    assert config.differences(text, search()) == expected
+
+
 OLD_KEYS: dict[str, set[str]] = {
     "method": {"name"},
     "space": {

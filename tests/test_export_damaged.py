@@ -1,20 +1,43 @@
-"""A damaged checkpoint, or one of another kind, is refused by name."""
+"""A damaged checkpoint, or one of another kind, is refused by name, by transformers too."""
 
 import json
+import pickle
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from lrbo import export
 from lrbo.errors import CheckpointError
-from lrbo.export import ABOUT, ALLOCATION, WEIGHTS, load
-from tests.test_export import TOLERANCE, Compressed, checkpoint, logits, relative
+from lrbo.export import CONFIG, WEIGHTS, is_checkpoint, load
+from tests.test_export import Compressed, checkpoint
 
 __all__ = ["checkpoint"]  # a fixture
 
+Loader = Callable[[Path], PreTrainedModel]
+both_loaders = pytest.mark.parametrize("loader", [load, AutoModelForCausalLM.from_pretrained])
+LAYER = "model.layers.0.self_attn.q_proj"
 
-@pytest.mark.parametrize("name", [ABOUT, ALLOCATION, WEIGHTS, "config.json"])
+
+def change(checkpoint: Path, **values: object) -> None:
+    """Change what ``config.json`` says of the low-rank layers."""
+    config = json.loads((checkpoint / CONFIG).read_text(encoding="utf-8"))
+    config["quantization_config"] |= values
+    (checkpoint / CONFIG).write_text(json.dumps(config), encoding="utf-8")
+
+
+def ranks(checkpoint: Path) -> dict[str, Any]:
+    config = json.loads((checkpoint / CONFIG).read_text(encoding="utf-8"))
+    found: dict[str, Any] = config["quantization_config"]["ranks"]
+    return found
+
+
+@pytest.mark.parametrize("name", [CONFIG, WEIGHTS])
 @pytest.mark.parametrize("damage", ["missing", "empty", "cut", "binary"])
 def test_a_damaged_file_is_refused_by_name(checkpoint: Path, name: str, damage: str) -> None:
     path = checkpoint / name
@@ -26,112 +49,227 @@ def test_a_damaged_file_is_refused_by_name(checkpoint: Path, name: str, damage: 
     with pytest.raises(CheckpointError) as caught:
         load(checkpoint)
     assert str(checkpoint) in str(caught.value)
-
-
-def rewrite(path: Path, **changes: object) -> None:
-    fields = json.loads(path.read_text(encoding="utf-8")) | changes
-    path.write_text(json.dumps(fields), encoding="utf-8")
-
-
-@pytest.mark.parametrize("found", [3, None, "1"])
-def test_another_format_is_refused(checkpoint: Path, found: object) -> None:
-    rewrite(checkpoint / ABOUT, format=found)
-    message = rf"{ABOUT} has format {found!r}, this lrbo reads 1 and 2"
-    with pytest.raises(CheckpointError, match=message):
-        load(checkpoint)
-
-
-def test_another_count_is_refused(checkpoint: Path) -> None:
-    rewrite(checkpoint / ABOUT, parameters=1234)
-    with pytest.raises(CheckpointError, match=r"holds [\d_]+ parameters, 1234 are stated"):
-        load(checkpoint)
+    assert name in str(caught.value)
 
 
 @pytest.mark.parametrize("text", ["[]", "3", '"text"', "null"])
-@pytest.mark.parametrize("name", [ABOUT, ALLOCATION])
-def test_json_of_another_kind_is_refused(checkpoint: Path, name: str, text: str) -> None:
-    (checkpoint / name).write_text(text, encoding="utf-8")
-    with pytest.raises(CheckpointError, match=rf"{name} holds no JSON object"):
+def test_json_of_another_kind_is_refused(checkpoint: Path, text: str) -> None:
+    (checkpoint / CONFIG).write_text(text, encoding="utf-8")
+    with pytest.raises(CheckpointError, match=rf"{CONFIG} holds no JSON object"):
         load(checkpoint)
 
 
-LAYER = "model.layers.0.self_attn.q_proj"
-
-
-@pytest.mark.parametrize(
-    ("ranks", "message"),
-    [
-        ({"model.layers.9.mlp.up_proj": 2}, r"model\.layers\.9\.mlp\.up_proj in allocation\.json"),
-        ({LAYER: 3}, "size mismatch"),
-        ({LAYER: None}, rf"missing \['{LAYER}\.weight'\]"),
-        ({LAYER: "2"}, "wrong types"),
-        ({LAYER: -1}, "rank -1"),
-    ],
-)
-def test_ranks_that_do_not_fit_the_weights_are_refused(
-    checkpoint: Path, ranks: dict[str, object], message: str
-) -> None:
-    before = json.loads((checkpoint / ALLOCATION).read_text(encoding="utf-8"))["ranks"]
-    assert before[LAYER] == 1
-    rewrite(checkpoint / ALLOCATION, ranks=before | ranks)
-    with pytest.raises(CheckpointError, match=message) as caught:
-        load(checkpoint)
-    assert str(checkpoint) in str(caught.value)
-
-
-@pytest.mark.parametrize("change", ["missing", "strange"])
-def test_tensors_that_do_not_fit_are_named(checkpoint: Path, change: str) -> None:
-    tensors = load_file(checkpoint / WEIGHTS)
-    if change == "missing":
-        del tensors["model.norm.weight"]
-    else:
-        tensors["model.extra.weight"] = torch.ones(3)
-    save_file(tensors, checkpoint / WEIGHTS)
-    name = "model.norm.weight" if change == "missing" else "model.extra.weight"
-    with pytest.raises(CheckpointError, match=rf"{WEIGHTS} does not fit .*{name}"):
+def test_a_model_that_is_not_compressed_is_not_taken_for_one(checkpoint: Path) -> None:
+    config = json.loads((checkpoint / CONFIG).read_text(encoding="utf-8"))
+    del config["quantization_config"]
+    (checkpoint / CONFIG).write_text(json.dumps(config), encoding="utf-8")
+    assert not is_checkpoint(checkpoint)
+    with pytest.raises(CheckpointError, match=rf"{CONFIG} says nothing of low-rank layers"):
         load(checkpoint)
 
 
-# --- storage forms ---------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("found", ["dense", None, 3])
-def test_another_storage_is_refused(checkpoint: Path, found: object) -> None:
-    rewrite(checkpoint / ABOUT, storage=found)
-    message = rf"{ABOUT} has storage {found!r}, expected factored or pivoted"
+def test_an_architecture_that_transformers_lacks_is_named(checkpoint: Path) -> None:
+    config = json.loads((checkpoint / CONFIG).read_text(encoding="utf-8"))
+    config["model_type"] = "llama99"
+    config["architectures"] = ["Llama99ForCausalLM"]
+    (checkpoint / CONFIG).write_text(json.dumps(config), encoding="utf-8")
+    message = rf"{CONFIG} cannot be read by transformers \d.*llama99"
     with pytest.raises(CheckpointError, match=message):
         load(checkpoint)
 
 
-def test_a_storage_that_the_weights_are_not_in_is_refused(checkpoint: Path) -> None:
-    rewrite(checkpoint / ABOUT, storage="factored")
-    with pytest.raises(
-        CheckpointError, match=rf"does not fit .* missing \['{LAYER}\.right\.weight"
-    ):
-        load(checkpoint)
+# --- formats -----------------------------------------------------------------------------------
 
 
-def test_the_first_format_is_read_as_factored(tmp_path: Path) -> None:
-    compressed = Compressed("llama_tied", storage="factored")
-    compressed.save(tmp_path / "model")
-    about = json.loads((tmp_path / "model" / ABOUT).read_text(encoding="utf-8"))
-    del about["storage"]
-    text = json.dumps(about | {"format": 1})
-    (tmp_path / "model" / ABOUT).write_text(text, encoding="utf-8")
-    loaded = load(tmp_path / "model")
-    assert relative(logits(loaded), logits(compressed.model)) <= TOLERANCE["loaded"]
+@both_loaders
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        (4, "has format 4, this lrbo reads format 3; a newer lrbo wrote it: upgrade lrbo"),
+        (2, r"has format 2, .* an older lrbo wrote it: write it again with: lrbo compress study=s"),
+        (None, r"has format None, this lrbo reads format 3; restore config\.json"),
+        ("3", r"has format '3', this lrbo reads format 3; restore config\.json"),
+        (True, r"has format True, this lrbo reads format 3; restore config\.json"),
+    ],
+)
+def test_another_format_is_refused(
+    checkpoint: Path, loader: Loader, found: object, message: str
+) -> None:
+    change(checkpoint, format=found, provenance={"study": "s", "trial": 7})
+    with pytest.raises(CheckpointError, match=message):
+        loader(checkpoint)
 
 
-@pytest.mark.parametrize("damage", ["twice", "outside", "missing"])
-def test_an_order_that_is_none_is_refused_by_name(checkpoint: Path, damage: str) -> None:
+@pytest.mark.parametrize("found", [1, 2])
+def test_a_checkpoint_of_the_first_formats_says_how_to_write_it_again(
+    tmp_path: Path, found: int
+) -> None:
+    about = {"format": found, "storage": "pivoted", "study": "mine", "trial": 7}
+    (tmp_path / "lrbo.json").write_text(json.dumps(about), encoding="utf-8")
+    (tmp_path / CONFIG).write_text('{"model_type": "llama"}', encoding="utf-8")
+    assert is_checkpoint(tmp_path)  # so that it comes to `load`, which says what to do
+    message = (
+        rf"has format {found}, this lrbo reads format 3; an older lrbo wrote it: write it again "
+        "with: lrbo compress study=mine point=7 out=FOLDER"
+    )
+    with pytest.raises(CheckpointError, match=message):
+        load(tmp_path)
+
+
+# --- what config.json says ---------------------------------------------------------------------
+
+
+@both_loaders
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"storage": "dense"}, r"storage='dense', expected factored or pivoted"),
+        ({"storage": None}, "storage=None, expected factored or pivoted"),
+        ({"parameters": "many"}, "parameters='many', expected a whole number"),
+        ({"parameters": 1234}, r"model holds [\d_]+ parameters, its config\.json states 1_234"),
+        ({"ranks": [1, 2]}, r"ranks=\[1, 2\], expected ranks by layer name"),
+        ({"added_biases": [f"{LAYER}x"]}, "expected a list of layers with a rank"),
+        ({"added_biases": [{}]}, r"added_biases=\[\{\}\], expected a list of layers with a rank"),
+        ({"ranks": 3, "added_biases": ["x"]}, "ranks=3, expected ranks by layer name"),
+        ({"added_biases": [LAYER]}, rf"missing {LAYER}\.bias, not expected nothing"),
+        ({"provenance": None}, "provenance=None, expected an object"),
+        ({"runs": "code"}, r"has \['runs'\], which format 3 does not have"),
+    ],
+)
+def test_values_that_cannot_be_right_are_refused(
+    checkpoint: Path, loader: Loader, values: dict[str, object], message: str
+) -> None:
+    change(checkpoint, **values)
+    with pytest.raises(CheckpointError, match=message):
+        loader(checkpoint)
+
+
+@both_loaders
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        (
+            {"model.layers.9.mlp.up_proj": 2},
+            r"model\.layers\.9\.mlp\.up_proj in the ranks .* Llama",
+        ),
+        ({"model.norm": 2}, r"model\.norm in the ranks of the checkpoint is no linear layer"),
+        ({LAYER: 3}, rf"{LAYER}.* has shape \(\d+, \d+\), config\.json wants \(\d+, \d+\)"),
+        ({LAYER: 17}, rf"{LAYER} cannot have rank 17: the layer is 16 by 16"),
+        ({LAYER: "2"}, rf"gives {LAYER} the rank '2', expected a whole number"),
+        ({LAYER: -1}, rf"gives {LAYER} the rank -1, expected a whole number from 0 on"),
+        ({LAYER: True}, rf"gives {LAYER} the rank True, expected a whole number from 0 on"),
+    ],
+)
+def test_ranks_that_do_not_fit_are_refused(
+    checkpoint: Path, loader: Loader, found: dict[str, object], message: str
+) -> None:
+    assert ranks(checkpoint)[LAYER] == 1
+    change(checkpoint, ranks=ranks(checkpoint) | found)
+    with pytest.raises(CheckpointError, match=message):
+        loader(checkpoint)
+
+
+@both_loaders
+def test_a_rank_that_is_gone_is_missed(checkpoint: Path, loader: Loader) -> None:
+    left = ranks(checkpoint)
+    del left[LAYER]
+    change(checkpoint, ranks=left)
+    message = rf"do not fit its config\.json: missing nothing, not expected {LAYER}\.coeff"
+    with pytest.raises(CheckpointError, match=message):
+        loader(checkpoint)
+
+
+@both_loaders
+def test_a_storage_that_the_weights_are_not_in_is_refused(checkpoint: Path, loader: Loader) -> None:
+    change(checkpoint, storage="factored")
+    with pytest.raises(CheckpointError, match=r"missing model.*right\.weight.* not expected model"):
+        loader(checkpoint)
+
+
+# --- what the files hold -----------------------------------------------------------------------
+
+
+def rewrite(file: Path, edit: Callable[[dict[str, Tensor]], object]) -> None:
+    tensors = load_file(file)
+    edit(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+@both_loaders
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda t: t.pop("model.norm.weight"), r"missing model\.norm\.weight, not expected noth"),
+        (lambda t: t.pop(f"{LAYER}.places"), rf"missing {LAYER}\.places"),
+        (lambda t: t.update(extra=torch.ones(3)), "missing nothing, not expected extra"),
+        (
+            lambda t: t.update({"model.norm.weight": torch.ones(3)}),
+            r"model\.norm\.weight in .* has shape \(3,\), config\.json wants \(16,\)",
+        ),
+    ],
+)
+def test_tensors_that_do_not_fit_are_named(
+    checkpoint: Path, loader: Loader, edit: Callable[[dict[str, Tensor]], object], message: str
+) -> None:
+    """transformers alone would start a missing one at random and pass over one too many."""
+    rewrite(checkpoint / WEIGHTS, edit)
+    with pytest.raises(CheckpointError, match=message):
+        loader(checkpoint)
+
+
+@both_loaders
+@pytest.mark.parametrize("damage", ["twice", "outside"])
+def test_an_order_that_is_none_is_refused_by_name(
+    checkpoint: Path, loader: Loader, damage: str
+) -> None:
     """It would be read as other outputs, or beyond the end."""
-    tensors = load_file(checkpoint / WEIGHTS)
-    places = tensors[f"{LAYER}.places"]
-    if damage == "missing":
-        del tensors[f"{LAYER}.places"]
-    else:
+
+    def edit(tensors: dict[str, Tensor]) -> None:
+        places = tensors[f"{LAYER}.places"]
         places[0] = places[1] if damage == "twice" else len(places)
-    save_file(tensors, checkpoint / WEIGHTS)
-    expected = "does not fit" if damage == "missing" else "is no order"
-    with pytest.raises(CheckpointError, match=rf"{WEIGHTS}.*{LAYER}|{WEIGHTS} {expected}"):
-        load(checkpoint)
+
+    rewrite(checkpoint / WEIGHTS, edit)
+    with pytest.raises(CheckpointError, match=rf"{LAYER}\.places is no order"):
+        loader(checkpoint)
+
+
+@pytest.fixture
+def shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return a checkpoint of several files."""
+    monkeypatch.setattr(export, "SHARD_BYTES", 8_000)
+    Compressed("llama_tied").save(tmp_path / "model")
+    assert len(list((tmp_path / "model").glob("model-*.safetensors"))) >= 2
+    return tmp_path / "model"
+
+
+@both_loaders
+def test_a_missing_shard_is_named(shards: Path, loader: Loader) -> None:
+    gone = sorted(shards.glob("model-*.safetensors"))[-1]
+    gone.unlink()
+    with pytest.raises((CheckpointError, OSError), match=gone.name):
+        loader(shards)
+
+
+@both_loaders
+def test_shards_that_hold_the_same_tensor_are_refused(shards: Path, loader: Loader) -> None:
+    first, *_, last = sorted(shards.glob("model-*.safetensors"))
+    name, tensor = next(iter(load_file(first).items()))
+    rewrite(last, lambda tensors: tensors.update({name: tensor}))
+    with pytest.raises(CheckpointError, match=rf"{last.name} holds {name}, and so does another"):
+        loader(shards)
+
+
+@both_loaders
+def test_a_pickle_is_not_opened(
+    checkpoint: Path, loader: Loader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: object, **options: object) -> None:
+        raise AssertionError("a pickle was opened")
+
+    tensors = load_file(checkpoint / WEIGHTS)
+    torch.save(tensors, checkpoint / "pytorch_model.bin")
+    (checkpoint / WEIGHTS).unlink()
+    for module, name in ((pickle, "load"), (pickle, "loads"), (torch, "load")):
+        monkeypatch.setattr(module, name, refuse)
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin is no safetensors|model\.safet"):
+        loader(checkpoint)

@@ -14,6 +14,7 @@ from lrbo.search.front_space import KEEP_RATIO, FrontSpace
 from lrbo.search.loop import SearchLoop, SearchSettings
 from lrbo.search.study import Study
 from lrbo.tracking import NullTracker
+from lrbo.transfer import Donor, DonorTrial
 from lrbo.trial import TrialRecord
 from tests.fakes import FakeClient, FakeExecutor, FakeWorker, Fuse, Killed, make_front_space
 from tests.test_loop import Search, assert_same_search
@@ -103,6 +104,24 @@ def test_a_search_begins_with_baselines_over_the_whole_range(kind: str) -> None:
     assert space.uniform() == starts[0].allocation
 
 
+def test_a_donor_adds_only_what_the_baselines_do_not_have() -> None:
+    """It lends the analytic allocations of all ratios but one, and a point of its own there."""
+    space = make_front_space("weights")
+    starts = space.warm_starts(["analytic"])
+    lent = [dict(start.point) for start in starts]
+    lent[1] |= {name: 0.5 * (-1) ** i for i, name in enumerate(space.inside.names)}
+    total = dense_parameters(space.layers)
+    kept = [start.allocation.parameters / total for start in starts]
+    trials = [DonorTrial(ratio, point, {}) for ratio, point in zip(kept, lent, strict=True)]
+    donor = Donor("study:other", tuple(trials))
+    assert space.allocate(lent[1]).ranks != starts[1].allocation.ranks
+    found = space.warm_starts(["analytic", donor, donor])
+    assert [start.origin for start in found] == ["analytic"] * 4 + ["transfer"]
+    assert found[-1].allocation == space.allocate(lent[1])
+    before = space.warm_starts([donor, "analytic"])  # the baseline stays, wherever it is named
+    assert [start.origin for start in before] == ["transfer"] + ["analytic"] * 4
+
+
 @both
 def test_a_front_that_is_killed_at_any_moment_equals_the_uninterrupted_one(
     tmp_path: Path, kind: str
@@ -129,6 +148,32 @@ def test_a_front_that_is_killed_at_any_moment_equals_the_uninterrupted_one(
     assert reference is not None
     assert reference[1] > 0.8
     assert reference[0] > max(r.metrics["objective"] for r in records[4:8])
+
+
+def test_a_measured_size_is_told_with_its_error(tmp_path: Path) -> None:
+    times = {
+        index: {"prefill_latency_ratio": 1.0 - index / 20, "prefill_latency_ratio_sem": index / 99}
+        for index in range(10)
+    }
+    search = Search(
+        tmp_path,
+        trials=10,
+        initial=8,
+        space=make_front_space(),
+        size="prefill_latency_ratio",
+        outcomes=times,
+    )
+    search.run()
+    told, reference = search.client.asked[9], search.client.references[9]
+    records = search.study.state.records[:9]
+    known = [r.request.trial_index for r in records if r.request.variables]
+    assert len(known) >= 5
+    assert [(o.size, o.size_error) for o in told] == [
+        (1.0 - index / 20, index / 99) for index in known
+    ]
+    # A tenth beyond the slowest of the analytic allocations, which are trials 4 to 7.
+    assert reference is not None
+    assert reference[1] == pytest.approx(0.8 + 0.1 * 0.15)
 
 
 def test_proposals_stay_in_range_repeat_and_fill_the_front() -> None:

@@ -11,6 +11,7 @@ from lrbo.blockwise import BlockwiseBody
 from lrbo.calibration.collect import Calibration, CalibrationSettings, calibrate
 from lrbo.compression import compressed
 from lrbo.evaluation.divergence import measure_dense
+from lrbo.evaluation.latency import LatencySettings
 from lrbo.factorization.base import Statistic
 from lrbo.factorization.registry import METHODS, method_named
 from lrbo.factorization.store import factor_model
@@ -91,11 +92,14 @@ def test_a_trial_scores_as_on_the_cpu(dtype: torch.dtype) -> None:
             "pivoted",
             ids,
             measure_dense(model, ids),
+            latency=LatencySettings(12, repeats=3),
         )
         result = worker(TrialRequest(0, "uniform", {}, allocated(layers), seed=0))
         assert result.outcome == "completed", result.reason
         found[device.type] = result.metrics
         assert {parameter.device.type for parameter in model.parameters()} == {device.type}
+        assert result.metrics["prefill_latency_ratio"] > 0
+        assert result.metrics["decode_latency_ratio"] > 0
     near = 1e-4 if dtype is torch.float32 else 2e-2
     for key in ("nll", "kl_dense_to_compressed"):
         assert found["cuda"][key] == pytest.approx(found["cpu"][key], rel=near, abs=near)
@@ -122,7 +126,7 @@ def test_pivoted_layers_answer_as_factors_do(dtype: torch.dtype) -> None:
     for name, found in running.items():
         x = torch.randn(3, found.right.shape[1], device=GPU)
         pivoted = PivotedFactors(found, dtype, name).at_rank(RANK)
-        assert pivoted.rows.device.type == "cuda"
+        assert pivoted.rows.weight.device.type == "cuda"
         expected = found.at_rank(RANK)(x)
         error = (pivoted(x.to(dtype)).float() - expected).norm() / expected.norm()
         assert float(error) <= (1e-4 if dtype is torch.float32 else 0.1)

@@ -68,9 +68,11 @@ def test_tensors_are_wrapped_and_not_copied(bias: bool) -> None:
 
 @both_biases
 @pytest.mark.parametrize("rank", [0, 1, 5])
-def test_counts_and_names_are_those_of_two_linear_layers(rank: int, bias: bool) -> None:
+def test_counts_and_names_are_those_of_two_linear_layers_and_no_weight(
+    rank: int, bias: bool
+) -> None:
     layer = LowRankLinear.from_tensors(*parts(rank, bias=bias))
-    names = ["right.weight", "left.weight"] + (["left.bias"] if bias else [])
+    names = ["right.weight", "left.weight", "weight"] + (["left.bias"] if bias else [])
     assert sorted(layer.state_dict()) == sorted(names)
     assert reference.count_parameters(layer) == rank * (OUT + IN) + (OUT if bias else 0)
     assert layer.rank == rank
@@ -172,7 +174,8 @@ def test_a_pivoted_layer_holds_rank_squared_fewer_numbers(
         numbers = rank * sum(shape) - rank * rank + (shape[0] if bias else 0)
         assert reference.count_parameters(layer) == numbers
         assert layer.rank == rank
-        names = ["coefficients", "places", "rows", *(["bias"] if bias else [])]
+        names = ["coefficients.weight", "places", "rows.weight", "weight"]
+        names += ["bias"] if bias else []
         assert sorted(layer.state_dict()) == sorted(names)
         assert layer.places.dtype == torch.int32
         assert not any(parameter.requires_grad for parameter in layer.parameters())

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from lrbo import plots
+from lrbo.search.front import LATENCIES, SIZES
 from lrbo.trial import Origin
 
 COLUMNS = [
@@ -255,6 +256,26 @@ def test_front_over_budgets_reaches_to_the_dense_model(trials: pd.DataFrame) -> 
     assert "compressible layers" in axes.get_xlabel()
     assert headings(figure)[0] == "Perplexity against size"
     assert_inside(figure)
+
+
+def test_a_front_is_drawn_over_what_it_was_minimised_in(trials: pd.DataFrame) -> None:
+    """The front is a line from left to right, and not along the parameters."""
+    sizes = [0.5, 0.55, 0.8, math.nan, 0.6, 0.7, 0.9]
+    front = trials.assign(keep_ratio=sizes, macs_per_token=[200 * (2 - x) for x in sizes])
+    figure = plots.front(front, 17.0, "macs_per_token", 250.0)
+    (axes,) = figure.axes
+    drawn = points(lines(axes)["Pareto front"])
+    kept = {30.0: 0.5, 28.0: 0.8, 26.0: 0.7}
+    assert [y for _, y in drawn] == [28.0, 26.0, 30.0]
+    assert [x for x, _ in drawn] == pytest.approx([200 * (2 - kept[y]) / 250 for _, y in drawn])
+    assert axes.get_xlabel() == "multiply-adds per token (dense = 100%)"
+    assert axes.get_xlim()[1] > 1.2  # what takes longer than the dense model is drawn too
+    assert points(lines(axes)["dense model"]) == [(1.0, 17.0)]
+    assert_inside(figure)
+
+
+def test_every_size_has_a_label() -> None:
+    assert set(plots.SIZE_LABELS) == {*SIZES, *LATENCIES}
 
 
 def test_ranks_over_depth_has_a_panel_per_kind(ranks: pd.DataFrame) -> None:

@@ -274,10 +274,36 @@ def test_an_address_where_nobody_listens_is_refused_at_once() -> None:
 
 
 def test_more_workers_than_devices_must_be_asked_for() -> None:
-    check = ray_tasks._require_devices
-    check(RaySettings(workers=2), FakeRay([{"CPU": 2.0}]))
-    check(RaySettings(workers=3, oversubscribe=True), FakeRay([{"CPU": 2.0}]))
+    check = ray_tasks._require_enough
+    check(RaySettings(workers=2), 2)
+    check(RaySettings(workers=3, oversubscribe=True), 2)
     with pytest.raises(ConfigError, match=r"executor.workers=3: there are 2 cores.*oversubscribe"):
-        check(RaySettings(workers=3), FakeRay([{"CPU": 2.0}]))
+        check(RaySettings(workers=3), 2)
+    with pytest.raises(ConfigError, match=r"executor.workers=3: there are 2 cores.*oversubscribe"):
+        check(RaySettings(workers=3, devices=2), 8)
     with pytest.raises(ConfigError, match="Ray has no accelerators"):
-        check(RaySettings(uses_gpu=True), FakeRay([{"CPU": 2.0}]))
+        check(RaySettings(uses_gpu=True), 0)
+
+
+def test_what_a_local_ray_would_lack_is_known_without_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_tasks, "_imported", object)
+    monkeypatch.setattr(ray_tasks, "_cores", lambda: 2)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    find = ray_tasks.find_problems
+    assert find(RaySettings(workers=2)) == find(RaySettings(workers=4, uses_gpu=True)) == []
+    (problem,) = find(RaySettings(workers=3))
+    assert "there are 2 cores" in problem
+    (problem,) = find(RaySettings(workers=5, uses_gpu=True))
+    assert "there are 4 accelerators" in problem
+
+
+def test_a_cluster_is_asked_and_left_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = []
+    ray = FakeRay([{"CPU": 3.0}])
+    monkeypatch.setattr(ray, "init", lambda **given: said.append(given["address"]), raising=False)
+    monkeypatch.setattr(ray, "shutdown", lambda: said.append("left"), raising=False)
+    monkeypatch.setattr(ray_tasks, "_imported", lambda: ray)
+    assert ray_tasks.find_problems(RaySettings(address="auto", workers=3)) == []
+    (problem,) = ray_tasks.find_problems(RaySettings(address="auto", workers=4))
+    assert "there are 3 cores" in problem
+    assert said == ["auto", "left"] * 2

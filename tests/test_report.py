@@ -12,6 +12,7 @@ from lrbo.report import print_report
 from lrbo.search.study import Study
 from lrbo.worker import allocation_parameters
 from tests.journal import Journal
+from tests.test_results import timed_front
 
 
 @pytest.fixture
@@ -174,6 +175,34 @@ def test_a_long_front_says_how_many_were_left_out(journal: Journal, points: int,
     assert [int(cells[0]) for cells in shown] == list(range(min(points, 10)))
     assert shown[1] == ["1", f"{math.exp(2.875):.2f}", "2.8750", "50.000%", "1,001"]
     assert found[11:] == ([["and", str(left), "larger"]] if left else [])
+
+
+def test_a_front_of_latency_shows_ratios_with_their_errors(tmp_path: Path) -> None:
+    text = printed(timed_front(tmp_path / "mine").study)
+    assert max(map(len, text.splitlines())) <= 80
+    assert part(text, "Front")[1][-3:] == ["0.800", "+-", "0.010"]
+    assert part(text, "Front")[2][-3:] == ["0.900", "+-", "0.010"]
+    said = " ".join(text.split())
+    assert (
+        "prefill_latency_ratio, compressed to dense: uniform 1.100 +- 0.010, best 0.900 +- 0.010"
+        in said
+    )
+    assert "hypervolume" in said
+
+
+@pytest.mark.parametrize(
+    ("size", "shown"),
+    [("model_bytes", "2.0 KiB"), ("macs_per_token", "2.048k"), ("keep_ratio", "")],
+)
+def test_a_front_has_a_column_of_what_it_is_minimised_in(
+    tmp_path: Path, size: str, shown: str
+) -> None:
+    journal = Journal(tmp_path / "mine", "budget=front", f"search.size={size}")
+    journal.complete(0, 2.0, "uniform", model_bytes=2048.0, macs_per_token=2048.0, keep_ratio=0.5)
+    head, first, *_ = part(printed(journal.study), "Front")
+    columns = ["trial", "perplexity", "nll", "kept", "parameters", *([size] if shown else [])]
+    assert head == columns
+    assert " ".join(first).endswith(shown or first[4])
 
 
 @pytest.mark.parametrize("space", ["per_kind", "per_kind_and_depth", "per_layer", "weights"])

@@ -186,9 +186,11 @@ def test_frame_marks_the_best_so_far_and_misses_what_failed_trials_lack(full: Jo
     assert table.loc[2, "error"] == "NonFiniteError: loss is nan"
     for index in (0, 1, 3, 4):
         metrics = full.study.state.trials[index].metrics
-        assert {c: table.loc[index, c] for c in results.METRICS} == {
-            c: metrics[name] for c, name in results.METRICS.items()
-        }
+        measured = {c: metrics[name] for c, name in results.METRICS.items() if name in metrics}
+        assert {c: table.loc[index, c] for c in measured} == measured
+        unmeasured = set(results.METRICS) - set(measured)
+        assert unmeasured == {n for n in results.METRICS if "latency" in n}
+        assert table.loc[index, sorted(unmeasured)].isna().all()
         assert pd.isna(table.loc[index, "error"])
     assert list(table["seconds"]) == [sum(SECONDS.values())] * 5
     assert table.loc[0, "origin"] == "uniform"
@@ -199,6 +201,41 @@ def test_before_the_first_value_there_is_no_best_so_far(journal: Journal) -> Non
     journal.fail(0, "why")
     journal.complete(1, 2.0)
     assert list(results.frame(journal.study)["best_perplexity"].isna()) == [True, False]
+
+
+def timed_front(folder: Path) -> Journal:
+    """Four trials: the smallest is the slowest, and of the others one is beaten."""
+    journal = Journal(
+        folder, "budget=front", "latency.enabled=true", "search.size=prefill_latency_ratio"
+    )
+    journal.score_dense(2.0)
+    for index, (nll, kept, ratio) in enumerate(
+        [(3.0, 0.9, 1.1), (2.5, 0.8, 0.9), (2.75, 0.7, 0.95), (2.875, 0.6, 0.8)]
+    ):
+        metrics = {"prefill_latency_ratio": ratio, "prefill_latency_ratio_sem": 0.01}
+        origin = "uniform" if index in (0, 3) else "model"
+        journal.complete(index, nll, origin, keep_ratio=kept, **metrics)
+    return journal
+
+
+def test_a_front_of_latency_is_one_of_measured_times(tmp_path: Path) -> None:
+    journal = timed_front(tmp_path / "mine")
+    found = results.summary(journal.study)
+    assert found["front"] == [
+        {"trial": 3, "nll": 2.875, "keep_ratio": 0.6, "prefill_latency_ratio": 0.8},
+        {"trial": 1, "nll": 2.5, "keep_ratio": 0.8, "prefill_latency_ratio": 0.9},
+    ]
+    area = found["hypervolume"]
+    assert area["size"] == "prefill_latency_ratio"
+    # A tenth of the range of the baselines beyond the worse of them, in loss and in time.
+    loss, ratio = 3.0 + 0.0125, 1.1 + 0.03
+    assert area["reference"] == pytest.approx({"loss": loss, "prefill_latency_ratio": ratio})
+    expected = (ratio - 0.8) * (loss - 2.875) + (ratio - 0.9) * (2.875 - 2.5)
+    assert area["value"] == pytest.approx(expected)
+    table = results.frame(journal.study)
+    assert list(table["on_front"]) == [False, True, False, True]
+    assert list(table["prefill_latency_ratio_sem"]) == [0.01] * 4
+    assert "front.png" in [path.name for path in results.draw_figures(journal.study)]
 
 
 # --- sizes -------------------------------------------------------------------------------------

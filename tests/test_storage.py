@@ -1,11 +1,13 @@
 """A file or folder is the old one or the whole new one, and nothing is left beside it."""
 
+import errno
 import os
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
-from lrbo.storage import new_folder, replacing, write_text
+from lrbo.storage import is_full, new_folder, replacing, write_text
 
 
 class Interrupted(BaseException):
@@ -172,3 +174,30 @@ def test_contents_reach_the_disk_before_the_name_of_a_folder(
         for name in ("a", "deep/b", "deep/c"):
             (beside / name).write_text(name, encoding="utf-8")
     assert len(synced) == 3
+
+
+def caused(cause: BaseException, error: BaseException) -> BaseException:
+    error.__cause__ = cause
+    return error
+
+
+FULL = OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    ("error", "full"),
+    [
+        (FULL, True),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), True),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), True),
+        (caused(FULL, RuntimeError("could not save")), True),
+        (OSError(errno.EACCES, "Permission denied"), False),
+        (SafetensorError("I/O error: Permission denied (os error 13)"), False),
+        (SafetensorError("I/O error: ... (os error 280)"), False),
+        (ValueError("28"), False),
+        (caused(ValueError("28"), RuntimeError("28")), False),
+    ],
+    ids=str,
+)
+def test_a_full_disk_is_told_from_other_errors(error: BaseException, full: bool) -> None:
+    assert is_full(error) is full

@@ -80,10 +80,8 @@ def test_a_donor_with_ranks_that_are_there_already_is_left_out() -> None:
     donor = lend(space.uniform())
     origins = [start.origin for start in known_starts(space, ["uniform", donor])]
     assert origins == ["uniform"]
-    assert [start.origin for start in known_starts(space, [donor, "uniform"])] == [
-        "transfer",
-        "uniform",
-    ]
+    first = [start.origin for start in known_starts(space, [donor, "uniform"])]
+    assert first == ["uniform"]  # reports compare with the baseline, wherever it is named
 
 
 def test_kinds_that_the_donor_lacks_are_named_with_a_layer() -> None:

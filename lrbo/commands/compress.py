@@ -14,17 +14,22 @@ from transformers import PreTrainedModel
 from lrbo import builders, checks, config, export
 from lrbo.accounting import account
 from lrbo.allocation import Allocation
-from lrbo.commands.finalists import finalist
+from lrbo.commands.finalists import Finalist, finalist
 from lrbo.commands.trials import evaluate_between
 from lrbo.compression import compress_
 from lrbo.errors import StudyError
 from lrbo.layers import PivotedLinear
 from lrbo.loading import load_model, load_tokenizer, resolve_dtype
+from lrbo.merging import save_merged
+from lrbo.model_card import Score, model_card
 from lrbo.nested import LowRankFactors, NestedFactors, PivotedFactors
 from lrbo.progress import Reporter
-from lrbo.schema import CompressConfig
+from lrbo.schema import CompressConfig, SearchConfig
+from lrbo.search.base import KEEP_RATIO
+from lrbo.search.front import ceiling_of
 from lrbo.search.study import Study
 from lrbo.trial import TrialRecord
+from lrbo.versions import versions
 from lrbo.worker import allocation_parameters
 
 
@@ -43,8 +48,9 @@ def run(chosen: CompressConfig, reporter: Reporter) -> dict[str, Any]:
     records = _points(study, point, chosen.refit.candidates)
     stored = config.stored_config(study.config_yaml(), [f"studies={chosen.studies}"])
     plan = builders.plan_search(stored, study, checks.check(stored))
-    if point.startswith("keep="):
-        evaluate_between(plan, study, float(point.removeprefix("keep=")), reporter)
+    ceiling = ceiling_of(point)
+    if ceiling is not None and ceiling[0] == KEEP_RATIO:
+        evaluate_between(plan, study, ceiling[1], reporter)
         records = _points(study, point, chosen.refit.candidates)
     found = finalist(plan, study, records, chosen.refit, reporter)
     record, allocation = found.record, found.record.request.allocation
@@ -59,31 +65,40 @@ def run(chosen: CompressConfig, reporter: Reporter) -> dict[str, Any]:
         storage=plan.storage,
         bytes_per_parameter=model.dtype.itemsize,
     )
-    tokenizer = load_tokenizer(plan.source)
-    out = Path(chosen.out)
-    if chosen.merged:
-        in_file = export.save_merged(out, model, tokenizer, plan.windows)
+    written = {
+        "study": study.name,
+        "trial": record.request.trial_index,
+        "base_model": asdict(plan.source),
+        "base_fingerprint": about["model_fingerprint"],
+        "method": plan.method.name,
+        "keep_ratio": counted.keep_ratio,
+        "validation": {
+            "nll": found.nll,
+            "perplexity": math.exp(found.nll) if found.nll < 700 else math.inf,
+            "tokens": record.metrics["tokens"],
+            "dtype": about["dtype"],
+        },
+        "refit": found.refit,
+        "data": about["data"],
+        "versions": versions(),
+    }
+    out, tokenizer = Path(chosen.out), load_tokenizer(plan.source)
+    card = model_card(
+        out.name,
+        chosen.format,
+        written,
+        source=plan.source,
+        parameters=(counted.model, counted.model_dense),
+        storage=plan.storage,
+        scores=_scores(study, found, written["validation"]["perplexity"]),
+        commands=_commands(chosen, stored, about["dtype"], record.request.trial_index),
+    )
+    if chosen.format == "merged":
+        in_file = save_merged(out, model, tokenizer, card, plan.windows)
         reporter.say(
-            f"merged=true: {in_file:,} dense parameters; it opens everywhere and saves nothing"
+            f"format=merged: {in_file:,} dense parameters; it opens everywhere and saves nothing"
         )
     else:
-        written = {
-            "study": study.name,
-            "trial": record.request.trial_index,
-            "base_model": asdict(plan.source),
-            "base_fingerprint": about["model_fingerprint"],
-            "method": plan.method.name,
-            "keep_ratio": counted.keep_ratio,
-            "validation": {
-                "nll": found.nll,
-                "perplexity": math.exp(found.nll) if found.nll < 700 else math.inf,
-                "tokens": record.metrics["tokens"],
-                "dtype": about["dtype"],
-            },
-            "refit": found.refit,
-            "data": about["data"],
-            "versions": builders.versions(),
-        }
         in_file = export.save(
             out,
             model,
@@ -92,17 +107,58 @@ def run(chosen: CompressConfig, reporter: Reporter) -> dict[str, Any]:
             written,
             storage=plan.storage,
             parameters=counted.model,
+            card=card,
+            with_code=chosen.format == "remote_code",
             windows=plan.windows,
         )
-        reporter.say(f"Open it with: import lrbo; model = lrbo.load({str(out)!r})")
+    reporter.say(f"How to open it, what it scored and how it was made: {out / export.CARD}")
     return {
         "folder": str(out),
-        "parameters": in_file if chosen.merged else counted.model,
+        "parameters": in_file if chosen.format == "merged" else counted.model,
         "parameters_in_file": in_file,
         "keep_ratio": counted.keep_ratio,
-        "storage": "dense" if chosen.merged else plan.storage,
+        "storage": "dense" if chosen.format == "merged" else plan.storage,
         "refit": found.refit,
     }
+
+
+def _scores(study: Study, found: Finalist, perplexity: float) -> list[Score]:
+    """Return what is known of the dense model, the uniform baseline and the model itself.
+
+    The test text was scored before the refit: of a model that was solved again its score says
+    nothing.
+    """
+    state, record = study.state, found.record
+    tests = {label: test["metrics"]["perplexity"] for label, test in state.tests.items()}
+    rows = [Score("dense", 1.0, state.dense.get("perplexity"), tests.get("dense"))]
+    if (uniform := state.uniform) is not None:
+        ratio, value = uniform.metrics["keep_ratio"], uniform.metrics["perplexity"]
+        rows.append(Score("uniform ranks", ratio, value, tests.get("uniform")))
+    as_scored = found.nll == record.metrics["nll"]
+    same = [t for t in state.tests.values() if t["trial"] == record.request.trial_index]
+    test = same[0]["metrics"]["perplexity"] if same and as_scored else None
+    return [*rows, Score("this model", record.metrics["keep_ratio"], perplexity, test)]
+
+
+def _commands(chosen: CompressConfig, searched: SearchConfig, dtype: str, trial: int) -> list[str]:
+    """Return the command lines that make the checkpoint again.
+
+    Args:
+        chosen: What was typed now.
+        searched: Of the study.
+        dtype: That the study's model ran in, which ``auto`` may not choose elsewhere.
+        trial: That was written.
+    """
+    own = {"point": trial, "out": Path(chosen.out).name, "study": searched.study}
+    skipped = ("studies", "output", "refit.candidates")
+    options = {k: v for k, v in config.flat(chosen).items() if k not in skipped} | own
+    return [
+        config.command_line(command, values, searched.study)
+        for command, values in (
+            ("search", config.repeating(searched) | {"model.dtype": dtype}),
+            ("compress", options),
+        )
+    ]
 
 
 def _put_in(
@@ -138,26 +194,27 @@ def _put_in(
 
 
 def _points(study: Study, point: str, candidates: int) -> list[TrialRecord]:
-    """Return the trials that ``point`` names, best first: best, a number, or keep=RATIO.
+    """Return the trials that ``point`` names, best first: best, a number, or METRIC=CEILING.
 
     Raises:
         StudyError: If there is no such trial with a value; says which there are.
     """
     completed = study.state.completed
-    if point == "best" or point.startswith("keep="):
-        ceiling = 1.0 if point == "best" else float(point.removeprefix("keep="))
-        found = [r for r in completed if r.metrics["keep_ratio"] <= ceiling]
-        found.sort(key=lambda r: r.metrics["objective"])  # stable: the first of equals is first
-    else:
+    metric, ceiling = ceiling_of(point) or (KEEP_RATIO, math.inf)
+    if point.isdecimal():
         found = [r for r in completed if r.request.trial_index == int(point)]
+    else:
+        found = [r for r in completed if r.metrics.get(metric, math.inf) <= ceiling]
+        found.sort(key=lambda r: r.metrics["objective"])  # stable: the first of equals is first
     if not found:
-        ratios = sorted(r.metrics["keep_ratio"] for r in completed)
+        ratios = sorted(r.metrics[metric] for r in completed if metric in r.metrics)
         indices = [r.request.trial_index for r in completed]
         stopped = [r.request.trial_index for r in study.state.stopped]
         raise StudyError(
             f"study {study.name} has no completed trial for point={point}; it has the trials "
             f"{indices}"
             + (f", and stopped early: {stopped}" if stopped else "")
-            + (f" with keep ratios {ratios[0]:.4f} to {ratios[-1]:.4f}" if ratios else "")
+            + (f" with {metric} from {ratios[0]:.4f} to {ratios[-1]:.4f}" if ratios else "")
+            + ("" if ratios or not completed else f", of which {metric} was not measured")
         )
     return found[:candidates]

@@ -35,6 +35,7 @@ from lrbo.loading import (
 )
 from lrbo.progress import Reporter
 from lrbo.schema import EvaluateConfig
+from lrbo.versions import versions
 
 TEST: Role = "test"
 # Share of a text that may occur in what was calibrated on: licences and page frames recur.
@@ -258,7 +259,7 @@ def _rules(chosen: EvaluateConfig) -> dict[str, dict[str, Any]]:
 
 def _record(file: Path, found: Mapping[str, Any]) -> None:
     """Add a result to the file of results, and see it onto the disk."""
-    line = {"time": time.time(), **found, "versions": builders.versions()}
+    line = {"time": time.time(), **found, "versions": versions()}
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a", encoding="utf-8") as opened:
         opened.write(json.dumps(line, allow_nan=False) + "\n")

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from lrbo import checks, comparison, config
-from lrbo.commands.view import digests, make_tracker, show
+from lrbo.commands.view import digests, make_tracker, show, write_page
 from lrbo.errors import StudyError
 from lrbo.progress import Reporter
 from lrbo.report import print_comparison, print_report
@@ -86,4 +86,6 @@ def _one(chosen: ReportConfig, study: Study, reporter: Reporter) -> dict[str, An
     if chosen.figures:
         for path in draw_figures(study):
             reporter.say(f"Figure: {path}")
+    if chosen.format == "html":
+        reporter.say(f"Page: {write_page(study)}")
     return summary(study)

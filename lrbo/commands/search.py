@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
-from lrbo import builders, checks, config
+from lrbo import builders, checks, config, versions
 from lrbo.commands.trials import search_loop
-from lrbo.commands.view import show
+from lrbo.commands.view import show_if_possible
 from lrbo.compression import compressed
 from lrbo.errors import ConfigError
 from lrbo.evaluation.perplexity import score
 from lrbo.executors.base import Executor
 from lrbo.executors.inline import InlineExecutor
-from lrbo.executors.ray_tasks import RayExecutor, RaySettings, connected
+from lrbo.executors.ray_tasks import RayExecutor, RaySettings, connected, find_problems
 from lrbo.loading import cache_folder, resolve_device
 from lrbo.progress import Reporter
 from lrbo.report import print_report
 from lrbo.results import summary
 from lrbo.schema import SearchConfig
+from lrbo.search.front import LATENCIES
 from lrbo.search.study import Study
-from lrbo.trial import TrialRecord
+from lrbo.trial import TrialRecord, TrialRequest, TrialResult
 from lrbo.worker import Worker
 
 
@@ -61,29 +64,57 @@ def run(chosen: SearchConfig, typed: Sequence[str], reporter: Reporter) -> dict[
                     f"to continue it: lrbo search study={chosen.study}; to begin another: "
                     "study=NEWNAME"
                 )
+        problems += versions.refusals(study, allowed=chosen.search.other_versions)
     problems += checks.check(chosen)
     if checks.check_writable("study", study.folder):  # then not even the lock can be taken
         raise ConfigError(problems)
     with study.locked():
-        plan = builders.plan_search(chosen, study, problems)
+        elsewhere = _executor_problems(chosen)
+        try:
+            plan = builders.plan_search(chosen, study, problems)
+        except ConfigError as error:
+            raise ConfigError([*error.problems, *elsewhere]) from error
+        if elsewhere:
+            raise ConfigError(elsewhere)
+        if study.exists:
+            versions.note_changes(study)
         with _executor(plan, study) as executor:
             return _search(plan, study, executor, reporter)
+
+
+def _executor_problems(chosen: SearchConfig) -> list[str]:
+    """Return why trials cannot run where they are to; a cluster is asked."""
+    if chosen.executor.name != "ray":
+        return []
+    try:
+        return find_problems(_ray_settings(chosen))
+    except ConfigError:  # of the device, which is named with the other values
+        return []
+
+
+def _ray_settings(chosen: SearchConfig) -> RaySettings:
+    """Return where trials run.
+
+    Raises:
+        ConfigError: If the device of the model is not there.
+    """
+    given = chosen.executor
+    return RaySettings(
+        address=given.address,
+        workers=given.workers,
+        devices=given.devices,
+        oversubscribe=given.oversubscribe,
+        uses_gpu=resolve_device(chosen.model.device).type == "cuda",
+    )
 
 
 @contextmanager
 def _executor(plan: builders.Plan, study: Study) -> Iterator[Executor]:
     """Yield where trials run; a cluster is reached before a model is loaded."""
-    given = plan.config.executor
-    if given.name == "inline":
+    if plan.config.executor.name == "inline":
         yield InlineExecutor()
         return
-    settings = RaySettings(
-        address=given.address,
-        workers=given.workers,
-        devices=given.devices,
-        oversubscribe=given.oversubscribe,
-        uses_gpu=resolve_device(plan.config.model.device).type == "cuda",
-    )
+    settings = _ray_settings(plan.config)
     build = partial(
         builders.study_worker,
         study.folder.absolute(),
@@ -109,30 +140,46 @@ def _search(
         done = sum(record.request.origin != "between" for record in study.state.ended)
         reporter.say(f"Continuing study {study.name}: {done} of {trials} trials are done")
     is_front = chosen.budget.lowest is not None
-    worker = builders.build_worker(plan, study, reporter)
     loop = search_loop(
         plan,
         study,
-        worker,
+        builders.build_worker(plan, study, reporter),
         reporter,
         executor=executor,
         on_trial=lambda record: reporter.say(_trial_line(record, study, trials, is_front=is_front)),
     )
     tracker = loop.tracker
     completed = False
+    if chosen.executor.name == "ray":
+        # Actors have model and factors of their own, which may be on the same device. Here they
+        # are needed again for the test text only, and come back from the cache.
+        loop.worker = _nowhere
+        _release_memory()
     try:
         loop.run()
-        _test(plan, study, worker, reporter)
+        _test(plan, study, loop.worker if isinstance(loop.worker, Worker) else None, reporter)
         completed = True
     finally:
         if study.state.dense:
-            show(study, tracker)
+            show_if_possible(study, tracker)
         tracker.finish(completed=completed)
     print_report(study, Console(highlight=False))
     reporter.say(f"Figures: {study.folder / 'figures'}")
     point = "" if chosen.budget.lowest is None else " point=keep=RATIO"
     reporter.say(f"Next: lrbo compress study={chosen.study}{point} out=FOLDER, or: lrbo dashboard")
     return summary(study)
+
+
+def _nowhere(request: TrialRequest) -> TrialResult:
+    """Stand for the worker where every actor has its own."""
+    raise AssertionError(f"trial {request.trial_index} was to be evaluated beside the actors")
+
+
+def _release_memory() -> None:
+    """Give memory of what nobody holds any more back to device and system."""
+    gc.collect()  # models hold themselves in circles
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _trial_line(record: TrialRecord, study: Study, trials: int, *, is_front: bool) -> str:
@@ -151,6 +198,11 @@ def _trial_line(record: TrialRecord, study: Study, trials: int, *, is_front: boo
     best = study.state.best()
     assert best is not None
     kept = f" at {record.metrics['keep_ratio']:.1%}" if is_front else ""
+    kept += "".join(
+        f", {name.partition('_')[0]} {record.metrics[name]:.3f}"
+        for name in LATENCIES
+        if name in record.metrics
+    )
     mark = " *" if best.request.trial_index == index else ""
     seconds = record.seconds
     return (
@@ -160,8 +212,15 @@ def _trial_line(record: TrialRecord, study: Study, trials: int, *, is_front: boo
     )
 
 
-def _test(plan: builders.Plan, study: Study, worker: Worker, reporter: Reporter) -> None:
-    """Score dense, uniform and best on the test text, once each."""
+def _test(plan: builders.Plan, study: Study, worker: Worker | None, reporter: Reporter) -> None:
+    """Score dense, uniform and best on the test text, once each.
+
+    Args:
+        plan: Of the study.
+        study: Locked.
+        worker: Has model and factors; ``None`` loads them, if anything is to be scored.
+        reporter: Shows progress.
+    """
     windows = plan.windows["test"]
     best, uniform = study.state.best(), study.state.uniform
     wanted: dict[str, TrialRecord | None] = {"dense": None}
@@ -169,10 +228,17 @@ def _test(plan: builders.Plan, study: Study, worker: Worker, reporter: Reporter)
         wanted["uniform"] = uniform
     if best is not None:
         wanted["best"] = best
-    for label, record in wanted.items():
+    missing = {
+        label: record
+        for label, record in wanted.items()
+        if study.state.tests.get(label, {}).get("trial", -1)
+        != (None if record is None else record.request.trial_index)
+    }
+    if not missing:
+        return
+    worker = worker or builders.build_worker(plan, study, reporter)
+    for label, record in missing.items():
         trial = None if record is None else record.request.trial_index
-        if label in study.state.tests and study.state.tests[label]["trial"] == trial:
-            continue
         with reporter.step(f"Test text, {label}", windows.scored_tokens, "tokens") as advance:
             sizes = {
                 "batch_windows": plan.config.evaluation.batch_windows,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from lrbo import builders, config
-from lrbo.commands.view import digests, make_tracker, show
+from lrbo import builders, config, versions
+from lrbo.commands.view import digests, make_tracker, show_if_possible
+from lrbo.errors import ConfigError
 from lrbo.executors.base import Executor
 from lrbo.executors.inline import InlineExecutor
 from lrbo.progress import Reporter
@@ -87,6 +88,7 @@ def evaluate_between(plan: builders.Plan, study: Study, ratio: float, reporter: 
         reporter: Shows progress.
 
     Raises:
+        ConfigError: If the study was run with packages that score otherwise.
         StudyError: If the study is locked: a search is adding trials to it.
     """
     space = plan.space
@@ -103,7 +105,11 @@ def evaluate_between(plan: builders.Plan, study: Study, ratio: float, reporter: 
             "space: the best trial that keeps at most so much is taken"
         )
         return
+    refused = versions.refusals(study, allowed=plan.config.search.other_versions)
+    if refused:
+        raise ConfigError(refused)
     with study.locked():
+        versions.note_changes(study)
         worker = builders.build_worker(plan, study, reporter)
         loop = search_loop(plan, study, worker, reporter)
         ranks = loop.client.space.allocate(point).ranks
@@ -117,7 +123,7 @@ def evaluate_between(plan: builders.Plan, study: Study, ratio: float, reporter: 
                         f"keep ratio {record.metrics[KEEP_RATIO]:.4f}, perplexity "
                         f"{record.metrics['perplexity']:.3f}"
                     )
-            show(study, loop.tracker)
+            show_if_possible(study, loop.tracker)
             done = sum(record.request.origin != "between" for record in study.state.ended)
         finally:
             loop.tracker.finish(completed=done >= plan.config.search.trials)

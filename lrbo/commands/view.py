@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ from lrbo.schema import SearchConfig
 from lrbo.search.study import Study
 from lrbo.storage import write_text
 from lrbo.tracking import MlflowTracker, NullTracker, Tracker
+
+log = logging.getLogger(__name__)
 
 
 def make_tracker(chosen: SearchConfig, study: Study, *, strict: bool = False) -> Tracker:
@@ -30,13 +34,11 @@ def make_tracker(chosen: SearchConfig, study: Study, *, strict: bool = False) ->
 
 
 def absolute_uri(uri: str) -> str:
-    """Return a SQLite address that does not depend on the working folder, its folder made."""
+    """Return a SQLite address that does not depend on the working folder."""
     scheme = "sqlite:///"
     if not uri.startswith(scheme) or uri == scheme:
         return uri
-    path = Path(uri.removeprefix(scheme)).absolute()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return f"{scheme}{path}"
+    return f"{scheme}{Path(uri.removeprefix(scheme)).absolute()}"
 
 
 def digests(study: Study) -> dict[str, Any]:
@@ -45,6 +47,28 @@ def digests(study: Study) -> dict[str, Any]:
     digests = {f"data.{role}.digest": found["digest"] for role, found in about["data"].items()}
     versions = {f"version.{name}": found for name, found in about["versions"].items()}
     return digests | versions | {"model.fingerprint": about["model_fingerprint"]}
+
+
+def write_page(study: Study) -> Path:
+    """Write the report of a study as one HTML file, and return where it is."""
+    path = study.folder / "report.html"
+    # It asks Ax, whose import takes seconds that a plain report must not cost.
+    importlib.import_module("lrbo.html_report").write_html(study, path)
+    return path
+
+
+def show_if_possible(study: Study, tracker: Tracker) -> None:
+    """Show a study where a full disk must not stop what it is shown for: it can be done later."""
+    try:
+        show(study, tracker)
+    except OSError as error:
+        log.warning(
+            "The figures of study %s are not all written (%s). Everything they show is in its "
+            "journal; draw them with: lrbo report study=%s",
+            study.name,
+            error,
+            study.name,
+        )
 
 
 def show(study: Study, tracker: Tracker) -> None:
@@ -64,4 +88,6 @@ def show(study: Study, tracker: Tracker) -> None:
     if found["hypervolume"] is not None:
         numbers["hypervolume"] = found["hypervolume"]["value"]
     artifacts = [*figures, front, study.folder / "config.yaml", study.folder / "study.json"]
+    if not isinstance(tracker, NullTracker):
+        artifacts.append(write_page(study))
     tracker.summary(numbers, artifacts)

@@ -243,6 +243,24 @@ def count_devices(settings: RaySettings, ray: Any) -> tuple[int, int]:
     return found, sum(count >= 1 for count in nodes)
 
 
+def find_problems(settings: RaySettings) -> list[str]:
+    """Return why trials cannot run there; nothing is started for it.
+
+    What a local Ray would have is known without one. A cluster is connected to and left again.
+    """
+    try:
+        if settings.address is None:
+            _imported()
+            found = torch.cuda.device_count() if settings.uses_gpu else _cores()
+            _require_enough(settings, found)
+        else:
+            with connected(settings):
+                pass
+    except ConfigError as error:
+        return error.problems
+    return []
+
+
 @contextlib.contextmanager
 def connected(settings: RaySettings) -> Iterator[Any]:
     """Connect to Ray, and leave it at the end.
@@ -267,7 +285,7 @@ def connected(settings: RaySettings) -> Iterator[Any]:
         reason = "no Ray answers" if isinstance(error, SystemExit) else str(error).splitlines()[0]
         raise ConfigError([f"executor.address={address!r}: {reason}"]) from error
     try:
-        _require_devices(settings, ray)
+        _require_enough(settings, count_devices(settings, ray)[0])
         yield ray
     finally:
         ray.shutdown()
@@ -309,9 +327,9 @@ def _require_answer(address: str) -> None:
         ) from error
 
 
-def _require_devices(settings: RaySettings, ray: Any) -> None:
+def _require_enough(settings: RaySettings, found: int) -> None:
     """Refuse more workers than devices, unless they may share."""
-    devices, _ = count_devices(settings, ray)
+    devices = found if settings.devices is None else min(found, settings.devices)
     what = "accelerators" if settings.uses_gpu else "cores"
     if devices < 1:
         raise ConfigError([f"executor: Ray has no {what}; see `ray status`"])

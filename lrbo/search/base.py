@@ -164,8 +164,8 @@ def known_starts(space: BudgetSpace, wanted: Sequence[Start]) -> list[WarmStart]
         space: The space.
         wanted: ``"uniform"`` for the baseline, ``"analytic"`` for the allocation of least
             predicted loss (none if losses are not predicted), ``"start"`` for the configured
-            start (none if there is none), or a donor (left out where it comes to ranks that
-            are there already).
+            start (none if there is none), or a donor (left out where one of the others has its
+            ranks).
 
     Raises:
         ConfigError: If a donor has no layers of a kind that the model has.
@@ -183,9 +183,24 @@ def known_starts(space: BudgetSpace, wanted: Sequence[Start]) -> list[WarmStart]
         elif start == "start" and (point := space.start_point()) is not None:
             allocation = space.allocate(point)
             one = WarmStart("start", space.realised(allocation, point) or {}, allocation)
-        known = [other.allocation.ranks for other in found]
-        if one is not None and not (isinstance(start, Donor) and one.allocation.ranks in known):
+        if one is not None:
             found.append(one)
+    return without_repeats(found)
+
+
+def without_repeats(starts: Sequence[WarmStart]) -> list[WarmStart]:
+    """Leave out what donors lend where a baseline or an earlier donor has the same ranks.
+
+    Baselines stay whatever their ranks are: reports compare with each of them.
+    """
+    lent = [start.origin == "transfer" for start in starts]
+    known = [s.allocation.ranks for s, is_lent in zip(starts, lent, strict=True) if not is_lent]
+    found = []
+    for start, is_lent in zip(starts, lent, strict=True):
+        if is_lent and start.allocation.ranks in known:
+            continue
+        known.append(start.allocation.ranks)
+        found.append(start)
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+from ax.adapter.cross_validation import cross_validate
 from ax.adapter.registry import Generators
 from ax.api.client import Client
 from ax.core.arm import Arm
@@ -25,12 +27,16 @@ from ax.generation_strategy.generation_strategy import GenerationStrategy
 from ax.generation_strategy.generator_spec import GeneratorSpec
 from ax.generators.torch.botorch_modular.surrogate import ModelConfig, SurrogateSpec
 from ax.utils.common.logger import set_ax_logger_levels
+from ax.utils.sensitivity.sobol_measures import ax_parameter_sens
 from botorch.fit import _fit_fallback
 from botorch.models import SingleTaskGP
 
-from lrbo.search.base import Space
+from lrbo.search.base import LinearConstraint, Space
+from lrbo.trial import TrialRecord
 
 METRIC, SIZE = "loss", "size"
+LEAST_TO_JUDGE = 4  # trials of which each is predicted from the others
+SOBOL_SAMPLES = 2048
 
 
 @dataclass(frozen=True)
@@ -42,12 +48,77 @@ class Observation:
         loss: The objective, to be minimised; ``None`` while the trial runs.
         size: What is minimised as well, where a front is searched.
         error: Standard error of the loss, of a trial that was given up early.
+        size_error: Standard error of the size, where that is measured.
     """
 
     point: Mapping[str, float]
     loss: float | None
     size: float | None = None
     error: float = 0.0
+    size_error: float = 0.0
+
+
+def observations_of(records: Sequence[TrialRecord], size: str | None) -> list[Observation]:
+    """Return what the surrogate may know: ended trials with a value, and running ones.
+
+    Args:
+        records: Of the study.
+        size: Metric that is minimised beside the loss, where a front is searched.
+    """
+    seen = []
+    for record in records:
+        if not record.request.variables:
+            continue  # the baseline compresses layers that the space keeps dense
+        if record.is_completed:
+            found = {} if size is None else _size_of(record, size)
+            loss = record.metrics["objective"]
+            seen.append(Observation(record.request.variables, loss, **found))
+        elif record.is_stopped:
+            loss, error = record.metrics["objective"], record.metrics["objective_sem"]
+            seen.append(Observation(record.request.variables, loss, error=error))
+        elif record.result is None:
+            seen.append(Observation(record.request.variables, None))
+    return seen
+
+
+def _size_of(record: TrialRecord, size: str) -> dict[str, float]:
+    """Return the size of a trial, and its standard error where it was measured."""
+    error = record.metrics.get(f"{size}_sem", 0.0)
+    return {"size": record.metrics[size], "size_error": error}
+
+
+@dataclass(frozen=True)
+class _Variables:
+    """What Ax is told of a space."""
+
+    bounds: Mapping[str, tuple[float, float]]
+    constraint: LinearConstraint | None = None
+
+    @property
+    def ids(self) -> dict[str, str]:
+        """Return plain identifiers by name: a dot in a constrained name is an error in Ax."""
+        return {name: f"r_{i:03d}" for i, name in enumerate(self.bounds)}
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What the surrogate model says of the loss, and how far it can be believed.
+
+    Attributes:
+        importance: By variable, the share of the variance of the loss over the bounds that it
+            takes part in (total Sobol index); negative where the loss falls as it rises.
+        observed: Loss of each trial.
+        predicted: What a model without that trial predicts for it.
+        errors: Standard errors of these predictions.
+        fit: Squared correlation of both, on the scale that the model works on, where outlying
+            losses are drawn in.
+    """
+
+    importance: Mapping[str, float]
+    observed: tuple[float, ...]
+    predicted: tuple[float, ...]
+    errors: tuple[float, ...]
+    fit: float
 
 
 class CappedSingleTaskGP(SingleTaskGP):  # type: ignore[misc]
@@ -92,8 +163,6 @@ class SearchClient:
         """Take the space to search and the seed of the study."""
         self.space = space
         self.seed = seed
-        # Ax wants plain identifiers: a dot in a constrained name is an error there.
-        self._ids = {name: f"r_{i:03d}" for i, name in enumerate(space.names)}
 
     def ask(
         self,
@@ -118,81 +187,127 @@ class SearchClient:
         if not any(observation.loss is not None for observation in observations):
             raise ValueError("the surrogate needs at least one trial with a value.")
         seed = self.seed * 100_003 + trial_index
-        set_ax_logger_levels(logging.ERROR)
-        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), _one_thread():
-            warnings.simplefilter("ignore")  # numerical chatter of gpytorch and ax
-            torch.manual_seed(seed)
-            client = self._rebuild(observations, reference, seed)
+        variables = _Variables(self.space.bounds, self.space.constraint)
+        with _quiet(seed):
+            client = _rebuilt(variables, observations, reference, seed)
+            client.set_generation_strategy(_strategy())
             (parameters,) = client.get_next_trials(max_trials=1).values()
-        return {name: float(parameters[identifier]) for name, identifier in self._ids.items()}
+        return {name: float(parameters[key]) for name, key in variables.ids.items()}
 
-    def _rebuild(
-        self,
-        observations: Sequence[Observation],
-        reference: tuple[float, float] | None,
-        seed: int,
-    ) -> Client:
-        """Return an Ax client that holds exactly these observations."""
-        space = self.space
-        constraints = []
-        if space.constraint is not None:
-            terms = (
-                f"{weight:.12f} * {self._ids[name]}"
-                for name, weight in space.constraint.weights.items()
-            )
-            relation = "==" if space.constraint.is_equality else "<="
-            whole = f"{' + '.join(terms)} {relation} {space.constraint.bound:.12f}"
-            kind = "equality" if space.constraint.is_equality else "inequality"
-            constraints.append(ParameterConstraint(**{kind: whole}))
-        experiment = Experiment(
-            name="lrbo",
-            search_space=AxSearchSpace(
-                parameters=[
-                    RangeParameter(
-                        name=identifier,
-                        parameter_type=ParameterType.FLOAT,
-                        lower=space.bounds[name][0],
-                        upper=space.bounds[name][1],
-                    )
-                    for name, identifier in self._ids.items()
-                ],
-                parameter_constraints=constraints,
-            ),
+
+def _rebuilt(
+    variables: _Variables,
+    observations: Sequence[Observation],
+    reference: tuple[float, float] | None,
+    seed: int,
+) -> Client:
+    """Return an Ax client that holds exactly these observations."""
+    ids, constraint = variables.ids, variables.constraint
+    constraints = []
+    if constraint is not None:
+        terms = (f"{weight:.12f} * {ids[name]}" for name, weight in constraint.weights.items())
+        relation = "==" if constraint.is_equality else "<="
+        whole = f"{' + '.join(terms)} {relation} {constraint.bound:.12f}"
+        kind = "equality" if constraint.is_equality else "inequality"
+        constraints.append(ParameterConstraint(**{kind: whole}))
+    experiment = Experiment(
+        name="lrbo",
+        search_space=AxSearchSpace(
+            parameters=[
+                RangeParameter(
+                    name=identifier,
+                    parameter_type=ParameterType.FLOAT,
+                    lower=variables.bounds[name][0],
+                    upper=variables.bounds[name][1],
+                )
+                for name, identifier in ids.items()
+            ],
+            parameter_constraints=constraints,
+        ),
+    )
+    rows = []
+    for observation in observations:
+        point = {ids[name]: value for name, value in observation.point.items()}
+        trial = experiment.new_trial(generator_run=GeneratorRun(arms=[Arm(parameters=point)]))
+        trial.mark_running(no_runner_required=True)
+        values = {
+            METRIC: (observation.loss, observation.error),
+            SIZE: (observation.size, observation.size_error),
+        }
+        rows += [
+            {
+                "trial_index": trial.index,
+                "arm_name": trial.arm.name,
+                "metric_name": metric,
+                "metric_signature": metric,
+                "mean": value,
+                # Without noise where nothing was estimated, which also makes Ax repeatable.
+                "sem": error,
+            }
+            for metric, (value, error) in values.items()
+            if value is not None and (reference is not None or metric == METRIC)
+        ]
+    client = Client(random_seed=seed)
+    client.set_experiment(experiment)
+    if reference is None:
+        client.configure_optimization(objective=f"-{METRIC}")
+    else:  # constraints on objectives are the reference point of their hypervolume
+        bounds = [f"{METRIC} <= {reference[0]:.12f}", f"{SIZE} <= {reference[1]:.12f}"]
+        client.configure_optimization(objective=f"-{METRIC}, -{SIZE}", outcome_constraints=bounds)
+    experiment.attach_data(Data(df=pd.DataFrame(rows)))
+    for trial, observation in zip(experiment.trials.values(), observations, strict=True):
+        if observation.loss is not None:
+            trial.mark_completed()
+    return client
+
+
+def diagnose(
+    bounds: Mapping[str, tuple[float, float]], observations: Sequence[Observation], *, seed: int
+) -> Diagnosis | None:
+    """Return what the surrogate model makes of the trials of a search.
+
+    Args:
+        bounds: Smallest and largest value of each variable.
+        observations: What it is told.
+        seed: Of the samples that importance is estimated with.
+
+    Returns:
+        The diagnosis, or ``None`` where there are too few trials, or all have one loss.
+    """
+    known = [observation for observation in observations if observation.loss is not None]
+    if len(known) < LEAST_TO_JUDGE or len({observation.loss for observation in known}) < 2:
+        return None
+    variables = _Variables(bounds)
+    with _quiet(seed):
+        experiment = _rebuilt(variables, known, None, seed)._experiment
+        adapter = Generators.BOTORCH_MODULAR(
+            experiment=experiment, data=experiment.lookup_data(), surrogate_spec=_surrogate()
         )
-        rows = []
-        for observation in observations:
-            point = {self._ids[name]: value for name, value in observation.point.items()}
-            trial = experiment.new_trial(generator_run=GeneratorRun(arms=[Arm(parameters=point)]))
-            trial.mark_running(no_runner_required=True)
-            values = {METRIC: observation.loss, SIZE: observation.size}
-            rows += [
-                {
-                    "trial_index": trial.index,
-                    "arm_name": trial.arm.name,
-                    "metric_name": metric,
-                    "metric_signature": metric,
-                    "mean": value,
-                    # Without noise where nothing was estimated, which also makes Ax repeatable.
-                    "sem": observation.error if metric == METRIC else 0.0,
-                }
-                for metric, value in values.items()
-                if value is not None and (reference is not None or metric == METRIC)
-            ]
-        client = Client(random_seed=seed)
-        client.set_experiment(experiment)
-        if reference is None:
-            client.configure_optimization(objective=f"-{METRIC}")
-        else:  # constraints on objectives are the reference point of their hypervolume
-            bounds = [f"{METRIC} <= {reference[0]:.12f}", f"{SIZE} <= {reference[1]:.12f}"]
-            client.configure_optimization(
-                objective=f"-{METRIC}, -{SIZE}", outcome_constraints=bounds
-            )
-        experiment.attach_data(Data(df=pd.DataFrame(rows)))
-        for trial, observation in zip(experiment.trials.values(), observations, strict=True):
-            if observation.loss is not None:
-                trial.mark_completed()
-        client.set_generation_strategy(_strategy())
-        return client
+        shares = ax_parameter_sens(adapter, [METRIC], order="total", num_mc_samples=SOBOL_SAMPLES)[
+            METRIC
+        ]
+        # Each trial left out once: in nats for people, and as the model sees losses.
+        plain = cross_validate(adapter, untransform=True)
+        own = cross_validate(adapter, untransform=False)
+    predictions = [found.predicted for found in plain]
+    pairs = [[found.observed.data.means[0], found.predicted.means[0]] for found in own]
+    return Diagnosis(
+        importance={name: float(shares[key]) for name, key in variables.ids.items()},
+        observed=tuple(float(found.observed.data.means[0]) for found in plain),
+        predicted=tuple(float(found.means[0]) for found in predictions),
+        errors=tuple(math.sqrt(found.covariance[0, 0]) for found in predictions),
+        fit=float(torch.corrcoef(torch.tensor(pairs).T)[0, 1] ** 2),
+    )
+
+
+@contextmanager
+def _quiet(seed: int) -> Iterator[None]:
+    """Run Ax with a random state of its own, on one thread, without its chatter."""
+    set_ax_logger_levels(logging.ERROR)
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), _one_thread():
+        warnings.simplefilter("ignore")  # numerical chatter of gpytorch and ax
+        torch.manual_seed(seed)
+        yield
 
 
 @contextmanager
@@ -210,15 +325,19 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+def _surrogate() -> SurrogateSpec:
+    """Return the Gaussian process of proposals and diagnoses."""
+    return SurrogateSpec(
+        model_configs=[ModelConfig(botorch_model_class=CappedSingleTaskGP, name="capped")]
+    )
+
+
 def _strategy() -> GenerationStrategy:
     """Return one node: a Gaussian process and log-noisy expected improvement, kept lean.
 
     Restarts, raw samples and the hit-and-run burn-in under a linear constraint are cut to what
     a trial of seconds can afford; Ax's defaults take 6 to 90 seconds per proposal here.
     """
-    surrogate = SurrogateSpec(
-        model_configs=[ModelConfig(botorch_model_class=CappedSingleTaskGP, name="capped")]
-    )
     options = {"maxiter": 100, "n_burnin": 500, "n_thinning": 4}
     optimizer = {"num_restarts": 4, "raw_samples": 128, "options": options}
     node = GenerationNode(
@@ -228,7 +347,7 @@ def _strategy() -> GenerationStrategy:
             GeneratorSpec(
                 generator_enum=Generators.BOTORCH_MODULAR,
                 generator_kwargs={
-                    "surrogate_spec": surrogate,
+                    "surrogate_spec": _surrogate(),
                     "warm_start_refit": False,
                     "fit_tracking_metrics": False,
                 },

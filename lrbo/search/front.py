@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from lrbo.trial import TrialRecord
 
-# What a search may trade loss against: metrics of every trial, smaller is better.
+# What a search may trade loss against, smaller is better: metrics of every trial, and those that
+# are measured where latency.enabled asks for it, each with its standard error beside it.
 SIZES = ("keep_ratio", "model_parameters", "model_bytes", "macs_per_token")
+LATENCIES = ("prefill_latency_ratio", "decode_latency_ratio")
 LOSS = "loss"  # the search's objective: nll, and the divergence if it is weighted
 
 
@@ -86,3 +89,28 @@ def reference_point(
         else:
             return None
     return found[0], found[1]
+
+
+def ceiling_of(point: object) -> tuple[str, float] | None:
+    """Return the metric and its largest value that ``keep=0.75`` and the like stand for.
+
+    Returns:
+        ``None`` where ``point`` is no such name and number.
+    """
+    name, is_given, value = str(point).partition("=")
+    metrics = {"keep": "keep_ratio"} | {latency: latency for latency in LATENCIES}
+    if not is_given or name not in metrics:
+        return None
+    try:
+        return metrics[name], float(value)
+    except ValueError:
+        return None
+
+
+def is_point(point: object) -> bool:
+    """Return whether ``point`` can name a trial."""
+    ceiling = ceiling_of(point)
+    if ceiling is None:
+        return str(point) == "best" or str(point).isdigit()
+    metric, value = ceiling
+    return 0 < value <= (1 if metric == "keep_ratio" else math.inf)

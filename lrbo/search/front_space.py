@@ -15,6 +15,7 @@ from lrbo.search.base import (
     Start,
     WarmStart,
     sobol_within,
+    without_repeats,
 )
 from lrbo.sensitivity import Curves
 
@@ -99,17 +100,20 @@ class FrontSpace:
         """Return what the space inside begins with, at keep ratios from the ceiling down.
 
         All of one sort come before those of the next: the front that the search has to beat.
+        What donors lend is left out where its ranks are there already.
         """
         step = (self.highest - self.lowest) / (BASELINES - 1)
         # Decimals as one would type them, not 0.7666666666666667.
         ratios = [round(self.highest - step * place, 4) for place in range(BASELINES)]
         ratios[0], ratios[-1] = self.highest, self.lowest
-        return [
-            WarmStart(found.origin, self._place_of(found, ratio), found.allocation)
-            for start in wanted
-            for ratio in ratios
-            for found in self._at(ratio).warm_starts([start])
-        ]
+        return without_repeats(
+            [
+                WarmStart(found.origin, self._place_of(found, ratio), found.allocation)
+                for start in wanted
+                for ratio in ratios
+                for found in self._at(ratio).warm_starts([start])
+            ]
+        )
 
     def between(
         self, points: Sequence[Mapping[str, float]], ratio: float

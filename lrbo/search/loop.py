@@ -15,7 +15,7 @@ from lrbo.allocation import Allocation
 from lrbo.errors import StudyError
 from lrbo.executors.base import Evaluate, Executor, Job
 from lrbo.search.base import STARTS, Start, WarmStart
-from lrbo.search.client import Observation, SearchClient
+from lrbo.search.client import SearchClient, observations_of
 from lrbo.search.front import reference_point
 from lrbo.search.study import Study
 from lrbo.tracking import Tracker
@@ -171,7 +171,7 @@ class SearchLoop:
             origin, variables = known_start.origin, known_start.point
             allocation = known_start.allocation
         else:
-            observations = self._observations()
+            observations = observations_of(self.study.state.records, self.settings.size)
             known = any(observation.loss is not None for observation in observations)
             if index < self.settings.initial or not known:
                 origin, point = "sobol", space.sobol_point(index - 1, seed)
@@ -232,23 +232,6 @@ class SearchLoop:
         if size is None:
             return None
         return reference_point(self.study.state.completed, size, self.settings.thresholds)
-
-    def _observations(self) -> list[Observation]:
-        """Return what the surrogate may know: ended trials with a value, and running ones."""
-        seen = []
-        for record in self.study.state.records:
-            if not record.request.variables:
-                continue  # the baseline compresses layers that the space keeps dense
-            if record.is_completed:
-                loss = self.settings.objective(record.metrics)
-                size = record.metrics[self.settings.size] if self.settings.size else None
-                seen.append(Observation(record.request.variables, loss, size))
-            elif record.is_stopped:
-                loss, error = record.metrics["objective"], record.metrics["objective_sem"]
-                seen.append(Observation(record.request.variables, loss, error=error))
-            elif record.result is None:
-                seen.append(Observation(record.request.variables, None))
-        return seen
 
     def _start(self, request: TrialRequest) -> None:
         """Write down that a trial runs, and hand it out."""

@@ -22,6 +22,9 @@ from lrbo.sensitivity import Curves
 
 Limits = tuple[float, float]
 
+# What a variable may be: a kept ratio, or the natural logarithm of a factor of a loss curve.
+RANGES: Mapping[str, Limits] = {"ratios": (0.01, 1.0), "weights": (-5.0, 5.0)}
+
 # A ratio of an allocation that was not made in the space may differ so much from a fixed one.
 CLOSE = 0.02
 

@@ -37,11 +37,13 @@ class StudyState:
         dense: Metrics of the dense model on the validation text; empty before it is measured.
         trials: By number.
         tests: Scores on the test text by label (``dense``, ``uniform``, ``best``).
+        versions: Of packages, where the study went on with others than it was begun with.
     """
 
     dense: dict[str, float] = field(default_factory=dict)
     trials: dict[int, TrialRecord] = field(default_factory=dict)
     tests: dict[str, dict[str, Any]] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
 
     @property
     def records(self) -> list[TrialRecord]:
@@ -86,6 +88,8 @@ class StudyState:
         kind = event["event"]
         if kind == "dense":
             self.dense = dict(event["metrics"])
+        elif kind == "versions":
+            self.versions = dict(event["versions"])
         elif kind == "tested":
             self.tests[event["label"]] = {k: event[k] for k in ("trial", "text", "metrics")}
         elif kind == "suggested":

@@ -1,0 +1,303 @@
+"""How transformers opens a checkpoint: the quantization config ``lrbo`` and its quantizer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from lrbo.accounting import STORAGES, Storage
+from lrbo.errors import CheckpointError
+from lrbo.layers import LowRankLinear, PivotedLinear
+from lrbo.model import is_linear, linear_bias, linear_weight
+
+METHOD = "lrbo"
+FORMAT = 3
+
+
+@register_quantization_config(METHOD)
+class LowRankConfig(QuantizationConfigMixin):
+    """What ``config.json`` says of the low-rank layers, under ``quantization_config``.
+
+    Attributes:
+        quant_method: ``"lrbo"``.
+        format: Version of what is written here.
+        storage: The form of every low-rank layer, ``"factored"`` or ``"pivoted"``.
+        parameters: Floating-point numbers in the files.
+        ranks: By layer name; dense layers are left out.
+        added_biases: Layers with a rank whose bias the dense layer does not have.
+        provenance: How the model was made; for readers, not for loading.
+    """
+
+    def __init__(self, **values: Any) -> None:
+        """Take the values of ``config.json``.
+
+        Raises:
+            CheckpointError: If they are of another format, or cannot be right.
+        """
+        self.quant_method = METHOD
+        self.format = values.get("format")
+        _require_format(self.format, values)
+        self.storage: Storage = values.get("storage")  # type: ignore[assignment] # looked at below
+        self.parameters: int = values.get("parameters", -1)
+        self.ranks: dict[str, int] = values.get("ranks", {})
+        self.added_biases: list[str] = values.get("added_biases", [])
+        self.provenance: dict[str, Any] = values.get("provenance", {})
+        if strange := sorted(set(values) - set(self.__dict__)):
+            raise CheckpointError(
+                f"the quantization_config of the checkpoint has {strange}, which format {FORMAT} "
+                "does not have; restore config.json."
+            )
+        known = self.ranks if isinstance(self.ranks, dict) else {}
+        for name, value, holds, expected in (
+            ("storage", self.storage, self.storage in STORAGES, " or ".join(STORAGES)),
+            ("parameters", self.parameters, _is_count(self.parameters), "a whole number"),
+            ("ranks", self.ranks, isinstance(self.ranks, dict), "ranks by layer name"),
+            (
+                "added_biases",
+                self.added_biases,
+                isinstance(self.added_biases, list)
+                and all(isinstance(name, str) and name in known for name in self.added_biases),
+                "a list of layers with a rank",
+            ),
+            ("provenance", self.provenance, isinstance(self.provenance, dict), "an object"),
+        ):
+            if not holds:
+                raise CheckpointError(
+                    f"the quantization_config of the checkpoint has {name}={value!r}, expected "
+                    f"{expected}; restore config.json."
+                )
+        for name, rank in self.ranks.items():
+            if not _is_count(rank):
+                raise CheckpointError(
+                    f"the quantization_config of the checkpoint gives {name} the rank {rank!r}, "
+                    "expected a whole number from 0 on; restore config.json."
+                )
+
+
+def _is_count(value: object) -> bool:
+    """Return whether a value of JSON is a whole number from 0 on."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _require_format(found: object, about: Mapping[str, Any]) -> None:
+    """Refuse a format that is not the present one, and say what to do.
+
+    Raises:
+        CheckpointError: If it is another one.
+    """
+    if found == FORMAT and _is_count(found):
+        return
+    if not _is_count(found):
+        todo = "restore config.json"
+    elif int(str(found)) > FORMAT:
+        todo = "a newer lrbo wrote it: upgrade lrbo"
+    else:
+        todo = f"an older lrbo wrote it: {how_to_rewrite(about.get('provenance', {}))}"
+    raise CheckpointError(
+        f"the checkpoint has format {found!r}, this lrbo reads format {FORMAT}; {todo}."
+    )
+
+
+def how_to_rewrite(about: object) -> str:
+    """Return how a checkpoint comes from its study again.
+
+    Args:
+        about: What is known of its making: ``study`` and ``trial``, perhaps.
+    """
+    known = about if isinstance(about, Mapping) else {}
+    study, trial = known.get("study", "NAME"), known.get("trial", "best")
+    return f"write it again with: lrbo compress study={study} point={trial} out=FOLDER"
+
+
+@register_quantizer(METHOD)
+class LowRankQuantizer(HfQuantizer):
+    """Puts empty low-rank layers into a model before its weights are read, and checks the files.
+
+    Nothing is quantized: it is the place where transformers lets layers of another kind in.
+    """
+
+    # Loading a dense model does not compress it; transformers then says so.
+    requires_calibration = True
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, **options: Any
+    ) -> PreTrainedModel:
+        """Replace layers, and compare the files with what the model then wants.
+
+        Raises:
+            CheckpointError: If a layer or a tensor is not what it should be, naming it.
+        """
+        put_in(model, self.quantization_config)
+        if (files := options.get("checkpoint_files")) is not None:
+            check_files(model, [Path(file) for file in files], self.quantization_config.parameters)
+        return model
+
+    def _process_model_after_weight_loading(
+        self, model: PreTrainedModel, **_options: Any
+    ) -> PreTrainedModel:
+        """Check the orders of outputs, which are numbers that decide where others go.
+
+        Raises:
+            CheckpointError: If one is no order, naming it.
+        """
+        for name, module in model.named_modules():
+            if isinstance(module, PivotedLinear) and not module.places.is_meta:
+                places = module.places.cpu()
+                if not torch.equal(places.sort().values, torch.arange(len(places)).int()):
+                    raise CheckpointError(
+                        f"{name}.places is no order of the layer's {len(places)} outputs; the "
+                        "weights of the checkpoint are damaged: copy it again."
+                    )
+        return model
+
+    def get_state_dict_and_metadata(
+        self, model: PreTrainedModel
+    ) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
+        """Count what ``save_pretrained`` is about to write: the embedding may have other rows."""
+        counted = sum(p.numel() for p in model.parameters())
+        model.config.quantization_config.parameters = counted
+        return None, {}
+
+    def is_serializable(self) -> bool:
+        """Return that ``save_pretrained`` writes what ``from_pretrained`` opens."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Return that adapters can be trained on it."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """Return that its weights can be trained: they are floating-point numbers."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """Return that ``torch.compile`` takes it."""
+        return True
+
+
+def put_in(model: nn.Module, config: LowRankConfig) -> None:
+    """Replace the layers that have a rank by empty ones of that rank, on the meta device.
+
+    Args:
+        model: Changed.
+        config: What ``config.json`` says.
+
+    Raises:
+        CheckpointError: If there is no such layer, or it cannot have the rank.
+    """
+    kind = PivotedLinear if config.storage == "pivoted" else LowRankLinear
+    for name, rank in config.ranks.items():
+        try:
+            dense = model.get_submodule(name)
+        except AttributeError:
+            dense = nn.Identity()
+        if not is_linear(dense):
+            raise CheckpointError(
+                f"{name} in the ranks of the checkpoint is no linear layer of "
+                f"{type(model).__name__}; config.json was changed, or is of another model."
+            )
+        rows, columns = linear_weight(dense).shape
+        if rank > min(rows, columns):
+            raise CheckpointError(
+                f"{name} cannot have rank {rank}: the layer is {rows} by {columns}; restore "
+                "config.json."
+            )
+        bias = linear_bias(dense) is not None or name in config.added_biases
+        model.set_submodule(name, kind.empty(rows, columns, rank, bias=bias).train(dense.training))
+
+
+def check_files(model: PreTrainedModel, files: Iterable[Path], parameters: int) -> None:
+    """Compare names, shapes and count of the stored tensors with the model; reads headers only.
+
+    transformers starts a missing tensor at random and passes over one too many.
+
+    Args:
+        model: With its low-rank layers in place, perhaps on the meta device.
+        files: All files of weights.
+        parameters: Floating-point numbers that they should hold.
+
+    Raises:
+        CheckpointError: If they differ, naming the file and up to three tensors.
+    """
+    files = list(files)
+    where = files[0].parent
+    stored: dict[str, tuple[int, ...]] = {}
+    total = 0
+    for file in files:
+        for name, (shape, is_parameter) in stored_tensors(file).items():
+            if name in stored:
+                raise CheckpointError(f"{file} holds {name}, and so does another file of {where}.")
+            stored[name] = shape
+            total += math.prod(shape) if is_parameter else 0
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    excused = {name for pair in tied.items() if set(pair) & set(stored) for name in pair}
+    missing = sorted(set(wanted) - set(stored) - excused)
+    strange = sorted(set(stored) - set(wanted))
+    if missing or strange:
+        raise CheckpointError(
+            f"the files of weights in {where} do not fit its config.json: missing "
+            f"{_some(missing)}, not expected {_some(strange)}; copy the folder whole."
+        )
+    for name, shape in stored.items():
+        if shape != wanted[name]:
+            raise CheckpointError(
+                f"{name} in {where} has shape {shape}, config.json wants {wanted[name]}; the "
+                "weights or config.json were changed."
+            )
+    if total != parameters:
+        raise CheckpointError(
+            f"{where} holds {total:_} parameters, its config.json states {parameters:_}; the "
+            "weights or config.json were changed."
+        )
+
+
+def _some(names: list[str]) -> str:
+    """Return the first names of a list, for a message."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "") or "nothing"
+
+
+def stored_tensors(file: Path) -> dict[str, tuple[tuple[int, ...], bool]]:
+    """Return shape, and whether it counts as parameters, of each tensor; reads the header only.
+
+    Raises:
+        CheckpointError: If it is no whole safetensors file; others are not opened, because to
+            open a pickle may be to run what it says.
+    """
+    if file.suffix != ".safetensors":
+        raise CheckpointError(
+            f"{file} is no safetensors file, and lrbo opens no other: a pickle could run code."
+        )
+    found = {}
+    try:
+        with safe_open(str(file), framework="pt") as opened:
+            reader: Any = opened
+            for name in reader.keys():  # noqa: SIM118 (not a mapping)
+                part = reader.get_slice(name)
+                # F32, BF16 and so on, but not I32
+                found[name] = (tuple(part.get_shape()), "F" in part.get_dtype())
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file} is no whole safetensors file: {error}") from error
+    return found
+
+
+def count_parameters(file: Path) -> int:
+    """Return the floating-point numbers in a safetensors file; reads its header only.
+
+    Raises:
+        CheckpointError: If it is no whole safetensors file.
+    """
+    return sum(math.prod(shape) for shape, counts in stored_tensors(file).values() if counts)

@@ -1,0 +1,409 @@
+"""The report as one HTML file that needs no network: tables, figures with hover, how to repeat."""
+
+from __future__ import annotations
+
+import html
+import math
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import pandas as pd
+import plotly.graph_objects as go
+from plotly.offline import get_plotlyjs
+
+from lrbo.config import command_line, repeating, stored_config
+from lrbo.drawing import (
+    BLUE,
+    FAINT,
+    GREEN,
+    GREY,
+    INK,
+    LOG_FROM,
+    SKY,
+    VERMILLION,
+    perplexity_text,
+)
+from lrbo.plots import ORIGINS, SIZE_LABELS
+from lrbo.results import (
+    dense_size,
+    described,
+    frame,
+    ranks_frame,
+    size_metric,
+    summary,
+)
+from lrbo.search.client import Diagnosis, diagnose, observations_of
+from lrbo.search.study import Study
+from lrbo.storage import write_text
+from lrbo.trial import TrialRecord
+
+SYMBOLS = {
+    "s": "square", "P": "cross", "D": "diamond", "X": "x", "^": "triangle-up", "o": "circle",
+    "v": "triangle-down",
+}  # fmt: skip
+PAGE = Template("""<!doctype html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>$title</title>
+<style>
+body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 66rem; margin: 2rem auto;
+  padding: 0 1rem; }
+h1 { font-size: 1.6rem; margin-bottom: .2rem; } h2 { font-size: 1.2rem; margin-top: 2.4rem; }
+p.note { color: #666; max-width: 48rem; }
+div.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: .25rem .8rem .25rem 0; text-align: right; border-bottom: 1px solid #e6e6e6;
+  white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; }
+pre { background: #f6f6f6; padding: .8rem; overflow-x: auto; white-space: pre-wrap; }
+summary { cursor: pointer; }
+</style>
+<script>$plotly</script></head>
+<body>
+$body
+</body></html>
+""")
+
+
+def write_html(study: Study, path: Path) -> None:
+    """Write the report of a study, in place of an older one.
+
+    Raises:
+        StudyError: If there is no study.
+    """
+    write_text(path, html_report(study))
+
+
+def html_report(study: Study) -> str:
+    """Return the report of a study: one page with everything that it needs in it.
+
+    Raises:
+        StudyError: If there is no study.
+    """
+    parts = [f"<h1>{html.escape(study.name)}</h1>", *_head(study)]
+    best = study.state.best()
+    if best is None:
+        parts.append("<p>No trial has a value yet.</p>")
+    else:
+        table = frame(study)
+        parts += _front(study, table)
+        parts += _convergence(study, table)
+        parts += _ranks(study, best)
+        parts += _surrogate(study)
+        parts += _accounting(study, best)
+        parts += _trials(table)
+    parts += _repeat(study)
+    return PAGE.substitute(
+        title=html.escape(f"lrbo: {study.name}"), plotly=get_plotlyjs(), body="\n".join(parts)
+    )
+
+
+def _head(study: Study) -> Iterator[str]:
+    """Yield what was searched and what came of it."""
+    found = summary(study)
+    lines = {name: text for name, text in described(study).items() if name != "Study"}
+    counts = [f"{found['trials_completed']} completed"]
+    counts += [f"{found['trials_stopped']} stopped early"] if found["trials_stopped"] else []
+    counts += [f"{found['trials_failed']} without a value"] if found["trials_failed"] else []
+    lines["Trials"] = ", ".join(counts)
+    yield (
+        "<p class=note>"
+        + "<br>".join(f"{name}: {html.escape(text)}" for name, text in lines.items())
+        + "</p>"
+    )
+    rows = []
+    for label in ("dense", "uniform", "best"):
+        row, test = found[label], found["test"].get(label)
+        if row is None and test is None:
+            continue
+        row = row or {}
+        name = f"best, trial {row['trial']}" if label == "best" else label
+        kept = 1.0 if label == "dense" else row.get("keep_ratio")
+        rows.append(
+            [
+                name, _share(kept), _text(row.get("nll"), ".4f"),
+                _perplexity(row.get("perplexity")), _text((test or {}).get("nll"), ".4f"),
+                _perplexity((test or {}).get("perplexity")),
+            ]
+        )  # fmt: skip
+    heads = [
+        "model", "kept", "validation nll", "validation perplexity", "test nll", "test perplexity"
+    ]  # fmt: skip
+    if rows:
+        yield _table(heads, rows)
+        yield "<p class=note>nll: nats per token.</p>"
+
+
+def _front(study: Study, table: pd.DataFrame) -> Iterator[str]:
+    """Yield loss against size."""
+    size = size_metric(study)
+    if size is None:  # at one budget all trials are of one size
+        return
+    done = table[table["outcome"] == "completed"]
+    figure = go.Figure()
+    _points(figure, done, size)
+    front = done[done["on_front"]].sort_values(size)
+    figure.add_scatter(
+        x=front[size].tolist(), y=front["perplexity"].tolist(), mode="lines", name="front",
+        hoverinfo="skip", line={"shape": "hv", "color": INK, "width": 1.5},
+    )  # fmt: skip
+    _levels(figure, study, front[size].min(), front[size].max(), "dense")
+    is_share = size.endswith("_ratio")
+    figure.update_xaxes(title=SIZE_LABELS[size], tickformat=".1~%" if is_share else ".3~s")
+    _perplexity_axis(figure, done)
+    area = summary(study)["hypervolume"]
+    note = "" if area is None else f"Hypervolume {area['value']:.4g} (loss times {area['size']})."
+    yield _part("Loss against size", figure, note)
+
+
+def _convergence(study: Study, table: pd.DataFrame) -> Iterator[str]:
+    """Yield the trials in order."""
+    done = table[table["outcome"] == "completed"]
+    figure = go.Figure()
+    _points(figure, done, "trial")
+    figure.add_scatter(
+        x=done["trial"].tolist(), y=done["best_perplexity"].tolist(), mode="lines",
+        name="best so far", hoverinfo="skip", line={"shape": "hv", "color": INK, "width": 1.5},
+    )  # fmt: skip
+    _levels(figure, study, 0, float(done["trial"].max()), "dense", "uniform")
+    figure.update_xaxes(title="trial")
+    _perplexity_axis(figure, done)
+    yield _part("Trials in order", figure)
+
+
+def _levels(figure: go.Figure, study: Study, low: float, high: float, *labels: str) -> None:
+    """Add horizontal lines of what trials are compared with."""
+    found = summary(study)
+    for label in labels:
+        value = (found[label] or {}).get("perplexity")
+        if value is not None:
+            figure.add_scatter(
+                x=[low, high], y=[value, value], mode="lines",
+                name=f"{label} {perplexity_text(value)}", hoverinfo="skip",
+                line={"color": GREEN if label == "dense" else VERMILLION, "dash": "dash"},
+            )  # fmt: skip
+
+
+def _perplexity_axis(figure: go.Figure, done: pd.DataFrame) -> None:
+    """Name the axis; its scale is logarithmic where trials differ by much."""
+    wide = done["perplexity"].max() > LOG_FROM * done["perplexity"].min()
+    figure.update_yaxes(title="validation perplexity", type="log" if wide else "linear")
+    if wide:
+        figure.update_yaxes(dtick="D2", tickformat=",~r")
+
+
+def _points(figure: go.Figure, done: pd.DataFrame, x: str) -> None:
+    """Add a point per trial, told apart by what proposed it."""
+    for origin, style in ORIGINS.items():
+        some = done[done["origin"] == origin]
+        if len(some):
+            figure.add_scatter(
+                x=some[x].tolist(), y=some["perplexity"].tolist(), mode="markers", name=style.label,
+                marker={"symbol": SYMBOLS[style.marker], "color": style.colour, "size": 10,
+                        "line": {"color": "white", "width": 1}},
+                customdata=some[["trial", "nll", "kl", "keep_ratio", "model_parameters",
+                                 "seconds"]].to_numpy().tolist(),
+                hovertemplate="trial %{customdata[0]}<br>perplexity %{y:.3f}"
+                "<br>nll %{customdata[1]:.4f}<br>KL to dense %{customdata[2]:.4f}"
+                "<br>kept %{customdata[3]:.3%}<br>parameters %{customdata[4]:,.0f}"
+                "<br>%{customdata[5]:.1f} s<extra>" + style.label + "</extra>",
+            )  # fmt: skip
+
+
+def _ranks(study: Study, best: TrialRecord) -> Iterator[str]:
+    """Yield what each layer keeps in the best trial, kind by block."""
+    table = ranks_frame(study, best)
+    kinds = list(dict.fromkeys(table["kind"]))[::-1]
+    shares = table.pivot_table(index="kind", columns="block", values="kept", sort=False)
+    shares = shares.reindex(kinds)[sorted(shares.columns)]
+    specs = {spec["name"]: spec for spec in study.about()["layers"]}
+    texts = {
+        (row.kind, row.block): f"{row.name}<br>{specs[row.name]['out_features']:,} x "
+        f"{specs[row.name]['in_features']:,}<br>"
+        + ("dense" if pd.isna(row.rank) else f"rank {row.rank:,}")
+        + f"<br>{row.stored:,} of {row.dense:,} parameters"
+        for row in table.itertuples(index=False)
+    }
+    figure = go.Figure(
+        go.Heatmap(
+            z=shares.to_numpy(dtype=float).tolist(), x=[int(block) for block in shares.columns],
+            y=kinds, zmin=0, zmax=1, colorscale=[[0, "#f3f8fc"], [1, "#08306b"]],
+            xgap=1, ygap=1, colorbar={"title": "kept", "tickformat": ".0%"},
+            text=[[texts.get((kind, block), "") for block in shares.columns] for kind in kinds],
+            hovertemplate="%{text}<br>%{z:.1%} kept<extra></extra>",
+        )
+    )  # fmt: skip
+    figure.update_xaxes(title="block")
+    yield _part(f"What the best trial keeps, {best.request.trial_index}", figure)
+
+
+def _surrogate(study: Study) -> Iterator[str]:
+    """Yield which variables matter, and how well the surrogate model predicts."""
+    found = diagnosed(study)
+    if found is None:
+        return
+    names = sorted(found.importance, key=lambda name: abs(found.importance[name]))
+    shares = [found.importance[name] for name in names]
+    figure = go.Figure(
+        go.Bar(
+            x=[abs(share) for share in shares], y=names, orientation="h",
+            marker_color=[BLUE if share < 0 else VERMILLION for share in shares],
+            customdata=["falls" if share < 0 else "rises" for share in shares],
+            hovertemplate="%{y}: %{x:.3f}, the loss %{customdata} with it<extra></extra>",
+        )
+    )  # fmt: skip
+    figure.update_xaxes(title="share of the loss's variance (total Sobol index)")
+    figure.update_layout(height=160 + 22 * len(names))
+    yield _part(
+        "Which variables matter",
+        figure,
+        "Of the surrogate model, over the whole range of each variable. Blue: the loss falls as "
+        "the variable rises; red: it rises.",
+    )
+    figure = go.Figure(
+        go.Scatter(
+            x=found.observed, y=found.predicted, mode="markers", marker_color=SKY,
+            error_y={"array": [1.96 * error for error in found.errors], "color": FAINT},
+            hovertemplate="observed %{x:.4f}<br>predicted %{y:.4f}<extra></extra>",
+        )
+    )  # fmt: skip
+    ends = [min(found.observed), max(found.observed)]
+    figure.add_scatter(x=ends, y=ends, mode="lines", line_color=GREY, hoverinfo="skip")
+    figure.update_layout(showlegend=False)
+    figure.update_xaxes(title="observed loss, nats per token")
+    figure.update_yaxes(title="predicted without this trial")
+    yield _part(
+        "How well the surrogate model predicts",
+        figure,
+        f"Each trial predicted from the others, with 95% intervals; R<sup>2</sup> {found.fit:.2f} "
+        "on the scale that the model works on, where outlying losses are drawn in.",
+    )
+
+
+def diagnosed(study: Study) -> Diagnosis | None:
+    """Return what the surrogate model says of the trials of a study.
+
+    A study that does not hold the bounds of its variables was begun by an older version; then
+    the values that were tried bound them.
+    """
+    observations = observations_of(study.state.records, size_metric(study))
+    if not observations:
+        return None
+    bounds = study.about().get("variables") or {
+        name: (min(values) - 1e-6, max(values) + 1e-6)
+        for name in observations[0].point
+        if (values := [observation.point[name] for observation in observations])
+    }
+    ends = {name: (float(low), float(high)) for name, (low, high) in bounds.items()}
+    return diagnose(ends, observations, seed=int(study.about()["seed"]))
+
+
+def _accounting(study: Study, best: TrialRecord) -> Iterator[str]:
+    """Yield what the budget counts, kind by kind, and the whole model."""
+    table = ranks_frame(study, best)
+    sums = table.groupby("kind", sort=False)[["dense", "stored"]].sum()
+    dense = table.assign(is_dense=table["rank"].isna()).groupby("kind", sort=False)["is_dense"]
+    sums["layers"], sums["left"] = dense.size(), dense.sum()
+    sums.loc["all"] = sums.sum()
+    rows = [
+        [
+            str(kind), f"{row.layers:,.0f}", f"{row.left:,.0f}", f"{row.dense:,.0f}",
+            f"{row.stored:,.0f}", f"{row.stored / row.dense:.2%}",
+        ]
+        for kind, row in zip(sums.index, sums.itertuples(), strict=True)
+    ]  # fmt: skip
+    about = study.about()
+    yield f"<h2>Budget of the best trial, {best.request.trial_index}</h2>"
+    yield _table(["kind", "layers", "left dense", "parameters before", "after", "kept"], rows)
+    yield (
+        f"<p class=note>Budget: {about['budget_parameters']:,} parameters in the "
+        f"{about['storage']} form, biases that the method adds included.</p>"
+    )
+    whole, metrics = dense_size(study), best.metrics
+    heads = ["whole model", "dense", "best trial", "share"]
+    rows = [
+        [SIZE_LABELS[name].removesuffix(" of the whole model"), f"{whole[name]:,.0f}",
+         f"{metrics[name]:,.0f}", f"{metrics[name] / whole[name]:.2%}"]
+        for name in ("model_parameters", "model_bytes", "macs_per_token")
+    ]  # fmt: skip
+    yield _table(heads, rows)
+
+
+def _trials(table: pd.DataFrame) -> Iterator[str]:
+    """Yield all trials, folded away."""
+    rows = [
+        [
+            str(row.trial), row.origin, row.outcome, _text(row.nll, ".4f"),
+            _perplexity(row.perplexity), _text(row.kl, ".4f"), _share(row.keep_ratio),
+            _text(row.seconds, ".1f"), "" if row.error is None else str(row.error),
+        ]
+        for row in table.itertuples()
+    ]  # fmt: skip
+    heads = [
+        "trial", "origin", "outcome", "nll", "perplexity", "KL to dense", "kept", "seconds",
+        "reason",
+    ]  # fmt: skip
+    yield f"<h2>All trials</h2><details><summary>{len(rows)} trials</summary>"
+    yield f"{_table(heads, rows)}</details>"
+
+
+def _repeat(study: Study) -> Iterator[str]:
+    """Yield how to repeat the search, and what it depended on."""
+    about = study.about()
+    stored = stored_config(study.config_yaml(), [])
+    line = command_line("search", repeating(stored), study.name)
+    yield "<h2>To repeat it</h2>"
+    yield f"<pre>{html.escape(line)}</pre>"
+    versions = ", ".join(f"{name} {found}" for name, found in about["versions"].items())
+    texts = [
+        f"{role}: {found['text']}, {found['windows']} windows, digest {found['digest']}"
+        for role, found in about["data"].items()
+    ]
+    lines = [f"model fingerprint {about['model_fingerprint']}", *texts, versions]
+    yield "<p class=note>" + "<br>".join(html.escape(line) for line in lines) + "</p>"
+    yield "<details><summary>The whole configuration</summary>"
+    yield f"<pre>{html.escape(study.config_yaml())}</pre></details>"
+
+
+def _part(title: str, figure: go.Figure, note: str = "") -> str:
+    """Return a figure under its title."""
+    figure.update_layout(
+        template="plotly_white", margin={"l": 70, "r": 30, "t": 30, "b": 60},
+        legend={"orientation": "h", "y": -0.2, "yanchor": "top"},
+    )  # fmt: skip
+    drawn = figure.to_html(
+        full_html=False, include_plotlyjs=False, div_id=re.sub(r"\W+", "-", title.lower()),
+        config={"displaylogo": False, "responsive": True},
+    )  # fmt: skip
+    remark = f"<p class=note>{note}</p>" if note else ""
+    return f"<h2>{html.escape(title)}</h2>{remark}{drawn}"
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table; cells are escaped."""
+
+    def line(cells: Sequence[str], tag: str) -> str:
+        return "<tr>" + "".join(f"<{tag}>{html.escape(x)}</{tag}>" for x in cells) + "</tr>"
+
+    body = "\n".join([line(heads, "th"), *(line(row, "td") for row in rows)])
+    return f"<div class=wide><table>{body}</table></div>"
+
+
+def _is_known(value: Any) -> bool:
+    return value is not None and not math.isnan(value)
+
+
+def _text(value: float | None, spec: str) -> str:
+    """Return a formatted number, or a dash for none."""
+    return format(value, spec) if value is not None and _is_known(value) else "-"
+
+
+def _share(value: float | None) -> str:
+    return _text(value, ".2%")
+
+
+def _perplexity(value: float | None) -> str:
+    return perplexity_text(value) if value is not None and _is_known(value) else "-"

@@ -1,0 +1,195 @@
+"""The model card beside the weights: what it is, what it scored, how to load and repeat it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]  # comes with omegaconf, without types
+from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+
+from lrbo.loading import ORIGINS, ModelSource
+
+LOADING = {
+    "lrbo": """\
+```python
+import lrbo  # which tells transformers what a low-rank layer is
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained({folder})
+tokenizer = AutoTokenizer.from_pretrained({folder})
+```
+
+No code of the folder is executed and nothing is unpickled. Without `import lrbo` transformers
+stops at the sizes of the tensors.""",
+    "remote_code": """\
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained({folder}, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained({folder})
+```
+
+This executes `modeling_low_rank.py` of the folder: read it first. `lrbo.load({folder})` opens
+the same weights without it.""",
+    "merged": """\
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained({folder})
+tokenizer = AutoTokenizer.from_pretrained({folder})
+```
+
+`lrbo compress format=lrbo` writes the small model.""",
+}
+
+
+FORMS = {
+    "pivoted": """\
+A layer is stored as some rows of the product, and the others as combinations of them
+(`pivoted`).""",
+    "factored": "A layer is stored as two thin matrices (`factored`).",
+    "merged": "The products are multiplied out again here: dense layers that any loader opens.",
+}
+
+
+@dataclass(frozen=True)
+class Score:
+    """A row of the card's table.
+
+    Attributes:
+        model: What it is, for readers.
+        keep_ratio: Share of the compressible parameters that it keeps.
+        validation: Perplexity on the validation text, if known.
+        test: Perplexity on the test text, if known.
+    """
+
+    model: str
+    keep_ratio: float
+    validation: float | None
+    test: float | None
+
+
+def model_card(
+    name: str,
+    written_as: str,
+    about: Mapping[str, Any],
+    *,
+    source: ModelSource,
+    parameters: tuple[int, int],
+    storage: str,
+    scores: Sequence[Score],
+    commands: Sequence[str],
+) -> str:
+    """Return the text of a model card, with the head that the Hub reads.
+
+    Args:
+        name: Of the folder.
+        written_as: ``"lrbo"``, ``"remote_code"`` or ``"merged"``.
+        about: What the checkpoint says of its making: ``method``, ``refit``, ``validation``,
+            ``data`` and ``versions``.
+        source: Of the base model.
+        parameters: Of the whole model, low-rank and dense.
+        storage: Form of the low-rank layers, where they are written.
+        scores: Rows of the table, the model itself last.
+        commands: Command lines that make the checkpoint again.
+    """
+    origin, license_ = origin_of(source)
+    data = ModelCardData(
+        base_model=origin,
+        license=license_,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["lrbo", "low-rank", "compression"],
+    )
+    kept, dense = parameters
+    table = [
+        f"| {row.model} | {row.keep_ratio:.1%} | {_number(row.validation)} | {_number(row.test)} |"
+        for row in scores
+    ]
+    texts = [f"| {role} | {used['text']} |" for role, used in about["data"].items()]
+    solved = [row["taken"] for row in (about["refit"] or {"trials": []})["trials"]]
+    form = "merged" if written_as == "merged" else storage
+    base = f"[{origin}](https://huggingface.co/{origin})" if origin else f"`{source.path}`"
+    versions = ", ".join(f"{package} {found}" for package, found in about["versions"].items())
+    return f"""---
+{data.to_yaml()}
+---
+
+# {name}
+
+{base} with {scores[-1].keep_ratio:.1%} of the parameters in its linear layers, by low-rank
+factorization: made by lrbo with the method `{about["method"]}` and ranks found by search\
+{", weights solved again for these ranks" if any(solved) else ""}.
+{FORMS[form]} The low-rank model has {kept:,} parameters, the base model {dense:,}.
+
+| model | parameters kept | validation perplexity | test perplexity |
+|---|---:|---:|---:|
+{_lines(table)}
+
+Perplexity in {about["validation"]["dtype"]}; `parameters kept` counts the linear layers in the
+blocks. A dash was not measured; `lrbo evaluate checkpoint={name}` measures it.
+
+## Load
+
+{LOADING[written_as].format(folder=json.dumps(name))}
+
+## Data
+
+| role | text |
+|---|---|
+{_lines(texts)}
+
+Statistics come from the calibration text; trials and refits were judged on the validation text.
+
+## Make it again
+
+```bash
+{_lines(commands)}
+```
+
+With {versions}.
+"""
+
+
+def _lines(lines: Sequence[str]) -> str:
+    """Return lines as text."""
+    return "\n".join(lines)
+
+
+def _number(perplexity: float | None) -> str:
+    """Return a perplexity for the table."""
+    return "-" if perplexity is None else f"{perplexity:.2f}"
+
+
+def origin_of(source: ModelSource) -> tuple[str | None, str | None]:
+    """Return the hub id of a base model and its license, as far as they are known here.
+
+    The hub is not asked: the license is that of a card in the folder, or in the hub's cache.
+
+    Args:
+        source: Where the base model came from.
+    """
+    if source.source != "hf":
+        return ORIGINS.get(source.path, (None, None))
+    folder = Path(source.path)
+    if folder.is_dir():
+        return None, _license(folder / "README.md")
+    try:
+        cached = try_to_load_from_cache(source.path, "README.md", revision=source.revision)
+    except HFValidationError:
+        return None, None
+    return source.path, _license(Path(cached)) if isinstance(cached, str) else None
+
+
+def _license(card: Path) -> str | None:
+    """Return the license that a card states, if it can be read."""
+    try:
+        found = ModelCard.load(card, ignore_metadata_errors=True).data.license
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    return found if isinstance(found, str) else None

@@ -1,0 +1,332 @@
+"""transformers opens checkpoints by itself, and what it offers for models works on them."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, pipeline
+from transformers.trainer_utils import validate_quantization_for_training
+
+from lrbo.checkpoint import FORMAT, LowRankConfig
+from lrbo.errors import ModelError
+from lrbo.evaluation.perplexity import score
+from lrbo.export import CARD, CONFIG, INDEX, WEIGHTS, load
+from lrbo.layers import LowRankLinear, PivotedLinear
+from lrbo.loading import ModelSource, load_skeleton
+from tests import reference
+from tests.test_export import Compressed, every_form
+from tests.tiny import build, token_ids
+
+TOLERANCE = {
+    "compiled": 1e-5,  # relative: fused float32 operations round elsewhere
+    "merged adapters": 1e-5,  # relative: float32, one product instead of two sums
+}
+# Grouped queries with a tied embedding; biases; Conv1D with biases.
+SOME = ("llama_tied", "qwen2", "gpt2")
+some_cases = pytest.mark.parametrize("case", SOME)
+IDS = token_ids(2, 7)
+
+
+def says(model: PreTrainedModel, ids: Tensor = IDS) -> Tensor:
+    """Return the logits."""
+    with torch.no_grad():
+        logits: Tensor = model(ids).logits
+    return logits
+
+
+def opened(folder: Path, **options: Any) -> PreTrainedModel:
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, **options)
+    return model
+
+
+@pytest.fixture(params=SOME)
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """Return a checkpoint."""
+    Compressed(request.param).save(tmp_path / "model")
+    return tmp_path / "model"
+
+
+# --- from_pretrained -----------------------------------------------------------------------------
+
+
+@every_form
+@pytest.mark.parametrize("moving_bias", [False, True])
+def test_what_transformers_opens_scores_exactly_what_was_saved(
+    case: str, storage: Any, moving_bias: bool, tmp_path: Path
+) -> None:
+    compressed = Compressed(case, moving_bias=moving_bias, storage=storage)
+    compressed.save(tmp_path / "model")
+    model = opened(tmp_path / "model")
+    assert type(model) is type(compressed.model)
+    model.set_attn_implementation("eager")  # that of the saved one
+    windows = token_ids(4, 16)
+    found, expected = score(model, windows), score(compressed.model, windows)
+    assert (found.nll, found.tokens) == (expected.nll, expected.tokens)
+    assert reference.count_parameters(model) == compressed.parameters
+    assert not model.training
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("device_map", [None, "cpu", "auto"])
+def test_dtype_and_device_map_are_taken(
+    folder: Path, dtype: torch.dtype, device_map: str | None
+) -> None:
+    model = opened(folder, dtype=dtype, device_map=device_map)
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    places = [m.places for m in model.modules() if isinstance(m, PivotedLinear)]
+    assert len(places) >= 4
+    assert {tensor.dtype for tensor in places} == {torch.int32}
+    assert says(model).dtype == dtype
+    assert torch.equal(says(model), says(load(folder, dtype=dtype)))
+
+
+def test_blocks_may_stay_on_disk(tmp_path: Path) -> None:
+    Compressed("llama_tied").save(tmp_path / "model")
+    outside = ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head", "model.layers.0")
+    places = {**dict.fromkeys(outside, "cpu"), "model.layers.1": "disk"}
+    model = opened(tmp_path / "model", device_map=places, offload_folder=tmp_path / "offload")
+    assert any(parameter.is_meta for parameter in model.parameters())
+    assert torch.equal(says(model), says(load(tmp_path / "model")))
+
+
+def test_a_model_moves_to_another_dtype(folder: Path) -> None:
+    model = opened(folder).to(torch.bfloat16)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert says(model).isfinite().all()
+
+
+@pytest.mark.parametrize("first", ["lrbo", "transformers", "transformers.modeling_utils"])
+def test_it_is_enough_to_import_lrbo(first: str, tmp_path: Path) -> None:
+    """In any order; and it is lrbo that does it."""
+    Compressed("llama_tied").save(tmp_path / "model")
+    code = (
+        f"import {first}, lrbo, sys; assert 'torch' not in sys.modules or {first!r} != 'lrbo'\n"
+        "from transformers import AutoModelForCausalLM\n"
+        f"model = AutoModelForCausalLM.from_pretrained({str(tmp_path / 'model')!r})\n"
+        "print(sum(p.numel() for p in model.parameters()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) == Compressed("llama_tied").parameters
+
+
+@pytest.mark.parametrize("storage", ["pivoted", "factored"])
+def test_without_lrbo_transformers_stops(storage: Any, tmp_path: Path) -> None:
+    """It would start the layers that it does not know at random."""
+    Compressed("llama_tied", storage=storage).save(tmp_path / "model")
+    code = (
+        "from transformers import AutoModelForCausalLM\n"
+        f"AutoModelForCausalLM.from_pretrained({str(tmp_path / 'model')!r})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "Unknown quantization type, got lrbo" in done.stderr
+    assert "RuntimeError: You set `ignore_mismatched_sizes` to `False`" in done.stderr
+
+
+def test_a_dense_model_is_not_compressed_by_loading_it(tmp_path: Path) -> None:
+    build("llama_tied").save_pretrained(tmp_path)
+    wanted = LowRankConfig(format=FORMAT, storage="pivoted", parameters=1)
+    with pytest.raises(ValueError, match="lrbo does require the model to be pre-quantized"):
+        opened(tmp_path, quantization_config=wanted)
+
+
+# --- save_pretrained -----------------------------------------------------------------------------
+
+
+@every_form
+@pytest.mark.parametrize("max_shard_size", ["50GB", "6KB"])
+def test_save_pretrained_writes_it_again(
+    case: str, storage: Any, max_shard_size: str, tmp_path: Path
+) -> None:
+    Compressed(case, moving_bias=case == "opt", storage=storage).save(tmp_path / "model")
+    model = opened(tmp_path / "model")
+    model.save_pretrained(tmp_path / "again", max_shard_size=max_shard_size)
+    assert (tmp_path / "again" / INDEX).exists() == (max_shard_size == "6KB")
+    again = load(tmp_path / "again")
+    before, after = model.state_dict(), again.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    stored: dict[str, Tensor] = {}
+    for file in (tmp_path / "again").glob("*.safetensors"):
+        stored |= load_file(file)
+    assert stored.keys() == load_file(tmp_path / "model" / WEIGHTS).keys()
+    texts = [(tmp_path / name / CONFIG).read_text(encoding="utf-8") for name in ("model", "again")]
+    assert texts[0] == texts[1]
+
+
+def test_a_larger_vocabulary_is_counted_when_it_is_saved(tmp_path: Path) -> None:
+    Compressed("llama_tied").save(tmp_path / "model")
+    model = opened(tmp_path / "model")
+    model.resize_token_embeddings(70, mean_resizing=False)
+    model.save_pretrained(tmp_path / "again")
+    again = load(tmp_path / "again")
+    assert again.get_input_embeddings().weight.shape[0] == 70
+    more = reference.count_parameters(again) - Compressed("llama_tied").parameters
+    assert more == 6 * model.config.hidden_size
+
+
+# --- what models are used for --------------------------------------------------------------------
+
+
+def test_generating_with_a_cache_is_generating_without(folder: Path) -> None:
+    model = opened(folder)
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    ids = IDS[:1]
+    cached = model.generate(ids, **options)
+    assert cached.shape == (1, 15)
+    assert torch.equal(cached, model.generate(ids, **options, use_cache=False))
+
+
+def test_a_pipeline_opens_it_by_its_folder(tmp_path: Path) -> None:
+    Compressed("llama_tied").save(tmp_path / "model")
+    run = pipeline("text-generation", model=str(tmp_path / "model"))
+    options = {"max_new_tokens": 6, "do_sample": False}
+    (found,) = run("#%'", **options)  # tokens below 64, which the model has
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    ids = tokenizer("#%'", return_tensors="pt")
+    (expected,) = opened(tmp_path / "model").generate(**ids, **options)
+    assert len(expected) > 4
+    assert found["generated_text"] == tokenizer.decode(expected, skip_special_tokens=True)
+
+
+def test_all_of_it_can_be_trained(folder: Path) -> None:
+    model = opened(folder)
+    validate_quantization_for_training(model)  # the Trainer's own check
+    model(IDS, labels=IDS).loss.backward()
+    without = [name for name, p in model.named_parameters() if p.numel() and p.grad is None]
+    assert without == []
+
+
+COMPILED = """
+import sys
+import lrbo, torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+ids = torch.load(sys.argv[2], weights_only=True)
+with torch.no_grad():
+    expected = model(ids).logits
+    found = torch.compile(model, fullgraph=True, backend="aot_eager")(ids).logits
+print(float((found - expected).abs().max() / expected.abs().max()))
+"""
+
+
+@pytest.mark.parametrize("storage", ["pivoted", "factored"])
+def test_it_compiles_as_one_graph(storage: Any, tmp_path: Path) -> None:
+    """In a process of its own: the shape checks of the tests are no graph."""
+    Compressed("llama_tied", storage=storage).save(tmp_path / "model")
+    torch.save(IDS, tmp_path / "ids")
+    command = [sys.executable, "-c", COMPILED, str(tmp_path / "model"), str(tmp_path / "ids")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) <= TOLERANCE["compiled"]
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft asks it
+@pytest.mark.parametrize("storage", ["pivoted", "factored"])
+def test_adapters_sit_on_the_thin_matrices_and_can_be_merged(storage: Any, tmp_path: Path) -> None:
+    """The merged model is a checkpoint of the same ranks and size."""
+    peft = pytest.importorskip("peft")
+    compressed = Compressed("llama_tied", storage=storage)
+    compressed.save(tmp_path / "model")
+    wanted = peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    adapted = peft.get_peft_model(opened(tmp_path / "model"), wanted)
+    adapted(IDS, labels=IDS).loss.backward()
+    trained = [name for name, p in adapted.named_parameters() if p.grad is not None]
+    thin = ("rows", "coefficients") if storage == "pivoted" else ("left", "right")
+    assert all(any(f".q_proj.{part}.lora_A." in name for name in trained) for part in thin)
+    expected = says(adapted.eval())
+    assert not torch.equal(expected, says(opened(tmp_path / "model")))
+    adapted.save_pretrained(tmp_path / "adapter")
+    again = peft.PeftModel.from_pretrained(opened(tmp_path / "model"), tmp_path / "adapter")
+    assert torch.equal(says(again.eval()), expected)
+    adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
+    merged = load(tmp_path / "merged")
+    assert reference.count_parameters(merged) == compressed.parameters
+    kind = PivotedLinear if storage == "pivoted" else LowRankLinear
+    ranks = {name: m.rank for name, m in merged.named_modules() if isinstance(m, kind)}
+    assert ranks == {n: rank for n, rank in compressed.allocation.ranks.items() if rank is not None}
+    distance = float((says(merged) - expected).abs().max() / expected.abs().max())
+    assert distance <= TOLERANCE["merged adapters"]
+
+
+@pytest.mark.parametrize("with_code", [False, True])
+def test_it_is_not_compressed_a_second_time(with_code: bool, tmp_path: Path) -> None:
+    Compressed("llama_tied").save(tmp_path / "model", with_code=with_code)
+    with pytest.raises(ModelError, match=r"compressed already .* only a dense model can be"):
+        load_skeleton(ModelSource("hf", str(tmp_path / "model")))
+
+
+# --- with a modelling file -----------------------------------------------------------------------
+
+WITHOUT_LRBO = """
+import sys
+sys.modules["lrbo"] = None  # to import it is an error
+import torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+model.set_attn_implementation("eager")
+ids = torch.load(sys.argv[2], weights_only=True)
+with torch.no_grad():
+    torch.save(model(ids).logits, sys.argv[3])
+print(sum(p.numel() for p in model.parameters()), type(model).__mro__[1].__name__)
+model.save_pretrained(sys.argv[4])
+again = AutoModelForCausalLM.from_pretrained(sys.argv[4], trust_remote_code=True)
+before, after = model.state_dict(), again.state_dict()
+assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
+"""
+
+
+@some_cases
+@pytest.mark.parametrize("storage", ["pivoted", "factored"])
+def test_a_folder_with_a_modelling_file_opens_where_lrbo_is_not(
+    case: str, storage: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    compressed = Compressed(case, storage=storage, moving_bias=case == "gpt2")
+    compressed.save(tmp_path / "model", with_code=True)
+    torch.save(IDS, tmp_path / "ids")
+    arguments = [str(tmp_path / name) for name in ("model", "ids", "logits", "again")]
+    command = [sys.executable, "-c", WITHOUT_LRBO, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [str(compressed.parameters), type(compressed.model).__name__]
+    for word in ("MISSING", "UNEXPECTED", "Unknown quantization", "Traceback"):
+        assert word not in done.stderr
+    found = torch.load(tmp_path / "logits", weights_only=True)
+    assert torch.equal(found, says(compressed.model))
+
+
+def test_lrbo_reads_such_a_folder_without_its_code(tmp_path: Path) -> None:
+    compressed = Compressed("qwen2")
+    compressed.save(tmp_path / "model", with_code=True)
+    (tmp_path / "model" / "modeling_low_rank.py").write_text("raise SystemExit('was executed')")
+    model = load(tmp_path / "model")
+    assert type(model) is type(compressed.model)
+    model.set_attn_implementation("eager")
+    assert torch.equal(says(model), says(compressed.model))
+    model.save_pretrained(tmp_path / "again")
+    assert torch.equal(says(opened(tmp_path / "again")), says(load(tmp_path / "model")))
+    assert not (tmp_path / "again" / "modeling_low_rank.py").exists()
+
+
+def test_a_loaded_model_can_be_given_a_modelling_file(tmp_path: Path) -> None:
+    compressed = Compressed("llama_tied")
+    compressed.save(tmp_path / "model")
+    compressed.model = load(tmp_path / "model")
+    compressed.save(tmp_path / "coded", with_code=True)
+    config = json.loads((tmp_path / "coded" / CONFIG).read_text(encoding="utf-8"))
+    assert "quantization_config" not in config
+    assert torch.equal(says(load(tmp_path / "coded")), says(load(tmp_path / "model")))
+
+
+def test_a_card_lies_beside_the_weights_where_one_is_given(tmp_path: Path) -> None:
+    Compressed("llama_tied").save(tmp_path / "with", card="# Mine\n")
+    Compressed("llama_tied").save(tmp_path / "without")
+    assert (tmp_path / "with" / CARD).read_text(encoding="utf-8") == "# Mine\n"
+    assert not (tmp_path / "without" / CARD).exists()

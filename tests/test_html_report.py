@@ -1,0 +1,118 @@
+"""The page holds every number, needs no network, and its command begins the same search again."""
+
+import html
+import json
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lrbo import config
+from lrbo.html_report import diagnosed, html_report, write_html
+from lrbo.search.study import Study
+from tests.journal import Journal
+
+
+def figures(page: str) -> list[list[dict[str, Any]]]:
+    """Return the traces of every figure, in the order of the page."""
+    decoder = json.JSONDecoder()
+    return [
+        decoder.raw_decode(page[found.end() :])[0]
+        for found in re.finditer(r"Plotly\.newPlot\(\s*\"[\w-]+\",\s*", page)
+    ]
+
+
+def traces(page: str, title: str) -> dict[str, dict[str, Any]]:
+    """Return the traces of the figure under a title, by name."""
+    (found,) = figures(page[page.index(f"<h2>{title}") :].split("<h2>")[1])
+    return {trace.get("name", ""): trace for trace in found}
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
+    journal = Journal(tmp_path_factory.mktemp("studies") / "a <b> & c", "space=weights")
+    journal.score_dense(2.0)
+    journal.complete(0, 3.0, "uniform")
+    for index, nll in enumerate((2.75, 2.5, 2.25, 2.625, 2.375, 2.125), start=1):
+        journal.complete(index, nll, "model" if index > 2 else "sobol")
+    journal.fail(7, "NonFiniteError: <loss> is nan")
+    journal.tested("best", 6, 2.375)
+    return journal.study
+
+
+@pytest.fixture(scope="module")
+def page(study: Study) -> str:
+    return html_report(study)
+
+
+def test_the_page_is_whole_in_itself(study: Study, page: str, tmp_path: Path) -> None:
+    write_html(study, tmp_path / "page.html")
+    assert (tmp_path / "page.html").read_text(encoding="utf-8") == page
+    outside = re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL)
+    assert "http" not in outside
+    assert not re.search(r"<(script|link|img)[^>]*(src|href)=", page[: page.index("Plotly")])
+    assert not re.search(r"<script[^>]+src=", page)
+
+
+def test_names_and_reasons_are_text_and_not_markup(page: str) -> None:
+    assert "a <b>" not in page
+    assert "<h1>a &lt;b&gt; &amp; c</h1>" in page
+    assert "NonFiniteError: &lt;loss&gt; is nan" in page
+
+
+def test_the_trials_are_drawn_in_order_with_the_best_so_far(study: Study, page: str) -> None:
+    found = traces(page, "Trials in order")
+    assert found["uniform baseline"]["x"] == [0]
+    assert found["Sobol"]["x"] == [1, 2]
+    assert found["surrogate model"]["x"] == [3, 4, 5, 6]
+    best = [record.metrics["perplexity"] for record in study.state.completed]
+    assert found["best so far"]["y"] == [min(best[: k + 1]) for k in range(7)]
+
+
+def test_the_heat_map_holds_what_each_layer_keeps(study: Study, page: str) -> None:
+    best = study.state.best()
+    assert best is not None
+    (drawn,) = traces(page, "What the best trial keeps").values()
+    ranks = best.request.allocation.ranks
+    for kind, row, texts in zip(drawn["y"], drawn["z"], drawn["text"], strict=True):
+        for share, text in zip(row, texts, strict=True):
+            name = text.split("<br>")[0]
+            assert name.endswith(kind)
+            rank = ranks[name]
+            assert ("dense" in text) == (rank is None)
+            assert (share == 1.0) == (rank is None)
+            assert rank is None or f"rank {rank:,}" in text
+    assert sum(map(len, drawn["z"])) == len(ranks)
+
+
+def test_a_front_is_drawn_where_one_was_searched(tmp_path: Path, page: str) -> None:
+    assert "Loss against size" not in page
+    journal = Journal(tmp_path / "front", "budget.lowest=0.5", "search.trials=9")
+    journal.score_dense(2.0)
+    for index, nll in enumerate((3.0, 2.5, 2.75)):
+        journal.complete(index, nll)
+    found = traces(html_report(journal.study), "Loss against size")
+    assert found["front"]["y"]
+    assert set(found["front"]["y"]) <= {
+        record.metrics["perplexity"] for record in journal.study.state.completed
+    }
+
+
+def test_the_surrogate_is_judged_only_where_there_is_enough_to_judge(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "short")
+    journal.score_dense(2.0)
+    page = html_report(journal.study)
+    assert "No trial has a value yet" in page
+    for index in range(3):
+        journal.complete(index, 2.5 + index / 8)
+    assert diagnosed(journal.study) is None
+    assert "Which variables matter" not in html_report(journal.study)
+
+
+def test_the_command_on_the_page_begins_the_same_search_again(study: Study, page: str) -> None:
+    (shown,) = re.findall(r"<h2>To repeat it</h2>\n<pre>(.*?)</pre>", page)
+    name, command, *typed = shlex.split(html.unescape(shown))
+    assert (name, command) == ("lrbo", "search")
+    assert config.differences(study.config_yaml(), config.composed("search", typed)) == []  # type: ignore[arg-type]

@@ -1,0 +1,112 @@
+"""The card says what was given, and its head is what the Hub reads."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import ModelCard, constants
+
+from lrbo.loading import ModelSource
+from lrbo.model_card import Score, model_card, origin_of
+
+ABOUT: dict[str, Any] = {
+    "method": "loss_aware",
+    "refit": {"trials": [{"trial": 3, "taken": True}]},
+    "validation": {"dtype": "float32"},
+    "data": {"calibration": {"text": "c4[calibration]"}, "test": {"text": "wiki[test]"}},
+    "versions": {"lrbo": "0.1.0", "torch": "2.13.0"},
+}
+PACKAGED = ModelSource("packaged", "smollm2_135m")
+SCORES = [Score("dense", 1.0, 30.389, 25.888), Score("this model", 0.8, 35.763, None)]
+
+
+def card(**changes: Any) -> str:
+    options: dict[str, Any] = {
+        "source": PACKAGED,
+        "parameters": (113_000_000, 134_515_008),
+        "storage": "pivoted",
+        "scores": SCORES,
+        "commands": ["lrbo search study=mine", "lrbo compress study=mine out=mine-80"],
+    }
+    written_as = changes.pop("written_as", "lrbo")
+    about = ABOUT | changes.pop("about", {})
+    return model_card("mine-80", written_as, about, **(options | changes))
+
+
+def test_its_head_is_what_the_hub_reads() -> None:
+    found = ModelCard(card()).data.to_dict()
+    assert found == {
+        "base_model": "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "license": "apache-2.0",
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["lrbo", "low-rank", "compression"],
+    }
+
+
+def test_it_says_numbers_data_and_commands() -> None:
+    text = card()
+    assert "| dense | 100.0% | 30.39 | 25.89 |" in text
+    assert "| this model | 80.0% | 35.76 | - |" in text
+    assert "113,000,000 parameters, the base model 134,515,008" in text
+    assert "| calibration | c4[calibration] |" in text
+    assert "lrbo search study=mine\nlrbo compress study=mine out=mine-80\n" in text
+    assert "weights solved again" in text
+    assert "weights solved again" not in card(about={"refit": None})
+    kept = {"refit": {"trials": [{"trial": 3, "taken": False}]}}
+    assert "weights solved again" not in card(about=kept)
+
+
+@pytest.mark.parametrize(
+    ("written_as", "storage", "words", "others"),
+    [
+        (
+            "lrbo",
+            "pivoted",
+            ["import lrbo", "(`pivoted`)"],
+            ["trust_remote_code", "multiplied out"],
+        ),
+        ("remote_code", "factored", ["trust_remote_code=True", "(`factored`)"], ["import lrbo"]),
+        ("merged", "pivoted", ["multiplied out"], ["import lrbo", "trust_remote_code", "(`pivot"]),
+    ],
+)
+def test_it_says_how_this_kind_of_folder_is_loaded(
+    written_as: str, storage: str, words: list[str], others: list[str]
+) -> None:
+    text = card(written_as=written_as, storage=storage)
+    assert 'from_pretrained("mine-80"' in text
+    for word in words:
+        assert word in text
+    for word in others:
+        assert word not in text
+
+
+@pytest.mark.parametrize(
+    ("text", "license_"),
+    [
+        ("---\nlicense: mit\n---\n# Base\n", "mit"),
+        ("# Base, without a head\n", None),
+        ("---\nlicense: [unclosed\n---\n", None),
+        ("---\ntags: [a]\n---\n", None),
+        (None, None),
+    ],
+)
+def test_the_license_is_that_of_the_card_in_the_base_model_s_folder(
+    tmp_path: Path, text: str | None, license_: str | None
+) -> None:
+    if text is not None:
+        (tmp_path / "README.md").write_text(text, encoding="utf-8")
+    source = ModelSource("hf", str(tmp_path))
+    assert origin_of(source) == (None, license_)
+    head = ModelCard(card(source=source)).data.to_dict()
+    assert "base_model" not in head  # a folder is no hub id
+    assert head.get("license") == license_
+
+
+def test_a_hub_id_is_named_and_the_hub_is_not_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    assert origin_of(ModelSource("hf", "Qwen/Qwen3-0.6B")) == ("Qwen/Qwen3-0.6B", None)
+    assert origin_of(ModelSource("hf", "no/hub/id")) == (None, None)
+    assert origin_of(ModelSource("tiny", "tiny")) == (None, None)
