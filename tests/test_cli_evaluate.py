@@ -100,7 +100,7 @@ def test_windows_that_are_longer_than_the_model_s_positions_are_refused(texts: P
 def test_tasks_without_the_harness_say_how_to_install_it(
     texts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluate.zero_shot, "missing_package", lambda: "install it")
+    monkeypatch.setattr(evaluate, "missing_harness", lambda: "install it")
     ran = lrbo_command("evaluate", *MODEL, "tasks=[sums]", "task_folder=.", "limit=0")
     assert ran.status == 2
     assert "limit=0: expected at least 1, or null" in ran.err

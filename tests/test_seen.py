@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lrbo.calibration import seen
 from lrbo.calibration.corpus import TokenWindows
 from lrbo.calibration.seen import FILE, RUN, save_seen, seen_shares
 from lrbo.errors import CheckpointError
@@ -51,6 +52,16 @@ def test_the_share_is_that_of_the_text_and_what_is_only_reported_on_is_not_seen(
         "validation (mine[validation])": 0.0,
     }
     assert set((seen_shares(folder, windows(TEXT[3200:], 200)) or {}).values()) == {0.0}
+
+
+def test_many_windows_are_looked_at_in_parts_of_equal_weight(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = windows(TEXT[1000:5000], 100)
+    whole = seen_shares(folder, ids)
+    monkeypatch.setattr(seen, "PART", 7)
+    assert len(ids) % 7
+    assert seen_shares(folder, ids) == whole
 
 
 def test_the_text_itself_is_not_in_the_file(folder: Path) -> None:

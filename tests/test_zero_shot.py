@@ -156,9 +156,9 @@ def test_data_that_cannot_be_read_is_named_before_a_model_is_loaded(tmp_path: Pa
 def test_without_the_harness_the_command_to_install_it_is_named(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert zero_shot.missing_package() is None
+    assert zero_shot.missing_harness() is None
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert "pip install 'lrbo[eval]'" in str(zero_shot.missing_package())
+    assert "pip install 'lrbo[eval]'" in str(zero_shot.missing_harness())
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+import torch
 from jaxtyping import Int
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
@@ -17,6 +18,7 @@ from lrbo.errors import CheckpointError
 
 FILE = "lrbo_text.safetensors"
 RUN = 32  # tokens: no phrase of that length recurs by chance, wherever windows begin
+PART = 64  # windows at a time: a token takes 256 bytes while it is hashed
 ROLES: tuple[Role, ...] = ("calibration", "validation")
 
 
@@ -28,7 +30,7 @@ def save_seen(folder: Path, windows: Mapping[Role, TokenWindows]) -> None:
         windows: Of the study; roles that are only reported on are left out.
     """
     found = {role: windows[role] for role in ROLES if role in windows}
-    hashes = {role: np.unique(run_hashes(w.ids, RUN)) for role, w in found.items()}
+    hashes = {role: np.unique(_hashes(w.ids)) for role, w in found.items()}
     save_file(hashes, folder / FILE, metadata={role: w.text for role, w in found.items()})
 
 
@@ -49,7 +51,7 @@ def seen_shares(folder: Path, ids: Int[Tensor, "windows tokens"]) -> dict[str, f
     path = folder / FILE
     if not path.is_file():
         return None
-    runs = run_hashes(ids, RUN)
+    runs = _hashes(ids)
     shares = {}
     try:
         with safe_open(str(path), framework="numpy") as file:
@@ -61,3 +63,8 @@ def seen_shares(folder: Path, ids: Int[Tensor, "windows tokens"]) -> dict[str, f
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
     return shares
+
+
+def _hashes(ids: Int[Tensor, "windows tokens"]) -> NDArray[np.uint64]:
+    """Hash each run of tokens inside each window, some windows at a time."""
+    return np.concatenate([run_hashes(part, RUN) for part in torch.split(ids, PART)])

@@ -21,10 +21,9 @@ from lrbo import builders, checks, config, export
 from lrbo.calibration.corpus import Role, TokenWindows, make_windows
 from lrbo.calibration.seen import FILE, seen_shares
 from lrbo.errors import ConfigError, DataError
-from lrbo.evaluation import zero_shot
 from lrbo.evaluation.perplexity import score
 from lrbo.evaluation.protocols import Protocol, protocol_windows
-from lrbo.evaluation.zero_shot import TaskScore
+from lrbo.evaluation.zero_shot import TaskScore, load_tasks, missing_harness, score_tasks
 from lrbo.loading import (
     ModelSource,
     load_model,
@@ -74,7 +73,7 @@ def run(chosen: EvaluateConfig, reporter: Reporter) -> dict[str, Any]:
     if chosen.checkpoint is None:
         problems += _known(missing_package(builders.model_source(chosen.model)))
     if chosen.tasks:
-        problems += _known(zero_shot.missing_package())
+        problems += _known(missing_harness())
     if problems:
         raise ConfigError(problems)
     device = resolve_device(chosen.model.device)
@@ -108,7 +107,7 @@ def run(chosen: EvaluateConfig, reporter: Reporter) -> dict[str, Any]:
         found["protocols"] = texts
         _print_protocols(found)
     if tasks is not None:
-        scores = zero_shot.score_tasks(
+        scores = score_tasks(
             model, tokenizer, tasks, batch_items=chosen.batch_items, limit=chosen.limit
         )
         found["tasks"] = {one.task: asdict(one) for one in scores}
@@ -160,7 +159,7 @@ def _texts_and_tasks(
     if chosen.tasks:
         folder = None if chosen.task_folder is None else Path(chosen.task_folder)
         try:
-            tasks = zero_shot.load_tasks(chosen.tasks, folder)
+            tasks = load_tasks(chosen.tasks, folder)
         except DataError as error:
             problems += error.problems
     positions = getattr(load_skeleton(subject.source).config, "max_position_embeddings", None)

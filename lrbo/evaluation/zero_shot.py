@@ -52,7 +52,7 @@ class TaskScore:
     version: Any
 
 
-def missing_package() -> str | None:
+def missing_harness() -> str | None:
     """Return the problem, with its pip command, if the harness is not installed."""
     if importlib.util.find_spec("lm_eval") is not None:
         return None
