@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import re
 import sqlite3
@@ -59,6 +60,8 @@ class StudyRuns:
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
         from mlflow import MlflowClient
 
+        # It shows a traceback of everything that it raises; the import has set a level of its own.
+        logging.getLogger("mlflow").setLevel(logging.CRITICAL)
         self._study_id = study_id
         self._study_name = study_name
         self._prefix = prefix

@@ -183,6 +183,22 @@ def test_a_study_keeps_its_windows_when_its_text_is_gone(cache: Path) -> None:
     assert torch.equal(first.windows, again.windows)
 
 
+def test_a_beginning_that_was_cut_off_leaves_no_text_to_the_next(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Study, "begin", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            make_worker("one", "data.window=64")
+    assert Path("studies/one/tokens.safetensors").is_file()
+    again, _ = make_worker("one", "data.window=32")
+    other, _ = make_worker("two", "data.window=32")
+    assert torch.equal(again.windows, other.windows)
+
+
 # --- the same model, or none -------------------------------------------------------------------
 
 

@@ -166,6 +166,12 @@ def test_between_two_points_of_a_front_one_more_is_tried(
     # The loss of a random model does not rise as it shrinks: take the ends for its front.
     ends = [study.state.trials[index] for index in (11, 8)]
     monkeypatch.setattr("lrbo.commands.trials.pareto_front", lambda trials, size: ends)
+    with monkeypatch.context() as patch:  # which scores otherwise
+        patch.setattr("lrbo.versions.versions", lambda: {"torch": "1.13.0"})
+        ran = lrbo_command("compress", "study=front", "point=keep=0.72", "out=x")
+    assert ran.status == 2
+    assert "search.other_versions=true" in ran.err
+    assert 12 not in Study(Path("studies/front")).state.trials
     ran = lrbo_command("compress", "study=front", "point=keep=0.72", "out=x", "refit.enabled=false")
     assert ran.status == 0, ran.err
     record = Study(Path("studies/front")).state.trials[12]

@@ -60,6 +60,7 @@ for line in sys.stdin:
             status = 1
         os._exit(status)
     print(child, flush=True)
+    sys.stdin.readline()  # until it is asked for, the child keeps its number, dead or alive
     print(os.waitpid(child, 0)[1], flush=True)
 """
 
@@ -101,23 +102,31 @@ class Nursery:
 
     def start(self, folder: Path, arguments: Sequence[str]) -> int:
         """Start a command in a folder and return the id of its process."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps([str(folder), list(arguments)]) + "\n")
-        self._process.stdin.flush()
+        self._say(json.dumps([str(folder), list(arguments)]))
         return int(self.read())
 
     def kill(self, process: int) -> bool:
         """Kill a command; return whether it was alive until then."""
         os.kill(process, signal.SIGKILL)  # a zombie at worst: its parent has not waited for it
-        status = int(self.read())
+        status = self._status()
         assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, "it failed by itself"
         return os.WIFSIGNALED(status)
 
     def run(self, folder: Path, arguments: Sequence[str]) -> None:
         """Run a command to its end."""
         self.start(folder, arguments)
-        status = int(self.read())
+        status = self._status()
         assert status == 0, f"{folder / 'log.txt'}: it ended with {status}"
+
+    def _say(self, line: str) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(line + "\n")
+        self._process.stdin.flush()
+
+    def _status(self) -> int:
+        """Return what the system says of the last command, once it is over."""
+        self._say("")
+        return int(self.read())
 
 
 @contextmanager
@@ -237,10 +246,7 @@ def _place(before: bytes, after: bytes, seen: Sequence[Mapping[str, Any]]) -> st
 
 def _is_over(process: int) -> bool:
     """Return whether a process has ended; its parent waits for it only later."""
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except FileNotFoundError:
-        return True
+    return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
 
 
 @dataclass(frozen=True)
