@@ -15,13 +15,17 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from lrbo.accounting import STORAGES, Storage
+# Not its names: its import of transformers may be what imports this module.
+from lrbo import model as maps
 from lrbo.errors import CheckpointError
 from lrbo.layers import LowRankLinear, PivotedLinear
-from lrbo.model import is_linear, linear_bias, linear_weight
 
 METHOD = "lrbo"
 FORMAT = 3
+KINDS: Mapping[str, type[LowRankLinear] | type[PivotedLinear]] = {
+    "factored": LowRankLinear,
+    "pivoted": PivotedLinear,
+}
 
 
 @register_quantization_config(METHOD)
@@ -47,7 +51,7 @@ class LowRankConfig(QuantizationConfigMixin):
         self.quant_method = METHOD
         self.format = values.get("format")
         _require_format(self.format, values)
-        self.storage: Storage = values.get("storage")  # type: ignore[assignment] # looked at below
+        self.storage: str = values.get("storage", "")
         self.parameters: int = values.get("parameters", -1)
         self.ranks: dict[str, int] = values.get("ranks", {})
         self.added_biases: list[str] = values.get("added_biases", [])
@@ -59,7 +63,7 @@ class LowRankConfig(QuantizationConfigMixin):
             )
         known = self.ranks if isinstance(self.ranks, dict) else {}
         for name, value, holds, expected in (
-            ("storage", self.storage, self.storage in STORAGES, " or ".join(STORAGES)),
+            ("storage", self.storage, self.storage in KINDS, " or ".join(KINDS)),
             ("parameters", self.parameters, _is_count(self.parameters), "a whole number"),
             ("ranks", self.ranks, isinstance(self.ranks, dict), "ranks by layer name"),
             (
@@ -198,24 +202,24 @@ def put_in(model: nn.Module, config: LowRankConfig) -> None:
     Raises:
         CheckpointError: If there is no such layer, or it cannot have the rank.
     """
-    kind = PivotedLinear if config.storage == "pivoted" else LowRankLinear
+    kind = KINDS[config.storage]
     for name, rank in config.ranks.items():
         try:
             dense = model.get_submodule(name)
         except AttributeError:
             dense = nn.Identity()
-        if not is_linear(dense):
+        if not maps.is_linear(dense):
             raise CheckpointError(
                 f"{name} in the ranks of the checkpoint is no linear layer of "
                 f"{type(model).__name__}; config.json was changed, or is of another model."
             )
-        rows, columns = linear_weight(dense).shape
+        rows, columns = maps.linear_weight(dense).shape
         if rank > min(rows, columns):
             raise CheckpointError(
                 f"{name} cannot have rank {rank}: the layer is {rows} by {columns}; restore "
                 "config.json."
             )
-        bias = linear_bias(dense) is not None or name in config.added_biases
+        bias = maps.linear_bias(dense) is not None or name in config.added_biases
         model.set_submodule(name, kind.empty(rows, columns, rank, bias=bias).train(dense.training))
 
 

@@ -330,3 +330,18 @@ def test_a_card_lies_beside_the_weights_where_one_is_given(tmp_path: Path) -> No
     Compressed("llama_tied").save(tmp_path / "without")
     assert (tmp_path / "with" / CARD).read_text(encoding="utf-8") == "# Mine\n"
     assert not (tmp_path / "without" / CARD).exists()
+
+
+@pytest.mark.parametrize("first", ["model", "allocation", "export"])
+def test_transformers_knows_checkpoints_whatever_part_of_lrbo_came_first(first: str) -> None:
+    code = (
+        f"import lrbo.{first}, transformers.modeling_utils\n"
+        "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as known\n"
+        "assert 'lrbo' in known"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_forms_are_those_that_budgets_count() -> None:
+    assert tuple(KINDS) == STORAGES

@@ -77,7 +77,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
     study = Study(options.folder)
-    base = ["data.validation.tokens=8192", "sensitivity.layers_per_kind=0"]
+    # A worker that races keeps what each window lost.
+    base = ["data.validation.tokens=8192", "sensitivity.layers_per_kind=0", "search.racing=0.95"]
     plan = planned([*base, "space=weights"], study)
     ratios: dict[str, Any] = {
         name: planned([*base, f"space={name}"], Study(Path("studies/none"))).space
@@ -99,6 +100,7 @@ def main() -> None:
                 "sort": sort,
                 "nll": result.metrics["nll"],
                 "seconds": round(time.perf_counter() - start, 2),
+                "windows": [round(lost, 5) for lost in result.window_losses],
                 "ranks": [rank or 0 for rank in allocation.ranks.values()],
             }
             with file.open("a", encoding="utf-8") as out:
