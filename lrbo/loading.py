@@ -23,6 +23,7 @@ from transformers import (
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -152,6 +153,23 @@ def load_model(
     return model.to(device).eval().requires_grad_(False)
 
 
+def load_config(source: ModelSource) -> PretrainedConfig:
+    """Read the configuration of a model, compressed ones included.
+
+    Raises:
+        ModelError: If the hub or folder does not have it.
+    """
+    if source.source == "tiny":
+        return tiny_config()
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(
+            str(_folder(source)), revision=source.revision
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot load model {source.path!r}: {error}") from error
+    return config
+
+
 def load_skeleton(source: ModelSource) -> PreTrainedModel:
     """Build the model on the meta device: shapes without weights, in well under a second.
 
@@ -159,20 +177,14 @@ def load_skeleton(source: ModelSource) -> PreTrainedModel:
         ModelError: If the hub or folder does not have its configuration, or it is that of a
             model whose layers are not dense.
     """
-    if source.source == "tiny":
-        config = tiny_config()
-    else:
-        try:
-            config = AutoConfig.from_pretrained(str(_folder(source)), revision=source.revision)
-        except (OSError, ValueError) as error:
-            raise ModelError(f"cannot load model {source.path!r}: {error}") from error
-        for key in ("quantization_config", "lrbo"):  # the latter with a modelling file beside
-            if getattr(config, key, None) is not None:
-                raise ModelError(
-                    f"model {source.path!r} is quantized or compressed already ({key} in its "
-                    "config.json); only a dense model can be compressed: give the one that it was "
-                    "made from."
-                )
+    config = load_config(source)
+    for key in ("quantization_config", "lrbo"):  # the latter with a modelling file beside
+        if getattr(config, key, None) is not None:
+            raise ModelError(
+                f"model {source.path!r} is quantized or compressed already ({key} in its "
+                "config.json); only a dense model can be compressed: give the one that it was "
+                "made from."
+            )
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
 

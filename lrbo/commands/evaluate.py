@@ -26,8 +26,8 @@ from lrbo.evaluation.protocols import Protocol, protocol_windows
 from lrbo.evaluation.zero_shot import TaskScore, load_tasks, missing_harness, score_tasks
 from lrbo.loading import (
     ModelSource,
+    load_config,
     load_model,
-    load_skeleton,
     load_tokenizer,
     missing_package,
     resolve_device,
@@ -162,7 +162,7 @@ def _texts_and_tasks(
             tasks = load_tasks(chosen.tasks, folder)
         except DataError as error:
             problems += error.problems
-    positions = getattr(load_skeleton(subject.source).config, "max_position_embeddings", None)
+    positions = getattr(load_config(subject.source), "max_position_embeddings", None)
     problems += [
         f"{name}: windows of {found.ids.shape[1]:,} tokens, but {subject.name} has {positions:,} "
         "positions; choose shorter windows"
