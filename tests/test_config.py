@@ -335,9 +335,9 @@ def test_all_bad_values_are_named_in_one_error(tmp_path: Path) -> None:
     found = search("model=hf", "model.path=organisation/name", *RATIOS)
     bad = changed(found, "studies", str(tmp_path))
     # These are judged by others: by the source of the model, the length of a window, the method,
-    # the type of the space and the number of budgets.
+    # the type of the space, the number of budgets and the executor.
     judged = {"model.path", "data.validation.tokens", "method.alpha", "space.type"}
-    judged |= {"search.racing"}
+    judged |= {"search.racing", "executor.oversubscribe"}
     names = sorted(set(BAD_SEARCH) - judged)
     for key in names:
         bad = changed(bad, key, BAD_SEARCH[key][0])
