@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, pipeline
 from transformers.trainer_utils import validate_quantization_for_training
 
-from lrbo.checkpoint import FORMAT, LowRankConfig
+from lrbo.accounting import STORAGES
+from lrbo.checkpoint import FORMAT, KINDS, LowRankConfig
 from lrbo.errors import ModelError
 from lrbo.evaluation.perplexity import score
 from lrbo.export import CARD, CONFIG, INDEX, WEIGHTS, load

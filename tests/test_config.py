@@ -353,9 +353,9 @@ def test_all_bad_values_are_named_in_one_error(tmp_path: Path) -> None:
     found = search("model=hf", "model.path=organisation/name", *RATIOS)
     bad = changed(found, "studies", str(tmp_path))
     # These are judged by others: by the source of the model, the length of a window, the method,
-    # the type of the space, the number of budgets and the tokens that are wanted.
+    # the type of the space, the number of budgets, the executor and the tokens that are wanted.
     judged = {"model.path", "data.validation.tokens", "method.alpha", "space.type"}
-    judged |= {"search.racing", "evaluation.pool_tokens"}
+    judged |= {"search.racing", "executor.oversubscribe", "evaluation.pool_tokens"}
     names = sorted(set(BAD_SEARCH) - judged)
     for key in names:
         bad = changed(bad, key, BAD_SEARCH[key][0])
