@@ -201,8 +201,8 @@ def test_a_front_of_latency_is_searched_reported_and_compressed(
     fastest = f"point=decode_latency_ratio={ratios[0]!r}"
     ran = lrbo_command("compress", "study=timed", fastest, "out=fast", "refit.enabled=false")
     assert ran.status == 0, ran.err
-    about = json.loads(Path("fast/lrbo.json").read_text(encoding="utf-8"))
-    assert about["trial"] == front[0]["trial"]
+    written = json.loads(Path("fast/config.json").read_text(encoding="utf-8"))
+    assert written["quantization_config"]["provenance"]["trial"] == front[0]["trial"]
     ran = lrbo_command("compress", "study=timed", "point=prefill_latency_ratio=0.001", "out=none")
     assert ran.status == 2
     assert "with prefill_latency_ratio from" in ran.err

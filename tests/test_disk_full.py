@@ -81,7 +81,7 @@ def test_a_checkpoint_that_does_not_fit_leaves_nothing(project: Path, disk: Smal
     disk.make_room()
     ran = lrbo_command("compress", "study=tiny", f"out={out}", "refit.enabled=false")
     assert ran.status == 0, ran.err
-    assert (out / "lrbo.json").is_file()
+    assert (out / "config.json").is_file()
 
 
 def test_figures_that_cannot_be_written_do_not_stop_a_search(
