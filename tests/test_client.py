@@ -3,10 +3,12 @@
 import random
 import time
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from botorch.acquisition.multi_objective import logei
 
 from lrbo.search.client import CappedSingleTaskGP, Observation, SearchClient
 from lrbo.search.space import SearchSpace
@@ -143,6 +145,18 @@ def test_ax_is_told_how_sure_each_objective_is(monkeypatch: pytest.MonkeyPatch) 
     assert list(sizes["sem"]) == errors
     assert list(sizes["mean"]) == [0.5, 0.6, 0.7, 0.8]
     assert set(table[table["metric_name"] == module.METRIC]["sem"]) == {0.0}
+
+
+def test_nothing_is_compiled_for_a_front(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lock that a killed process left in the folder of compiled kernels would stop the search."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    (tmp_path / "logei_fused_ext").mkdir()
+    (tmp_path / "logei_fused_ext" / "lock").touch()
+    space = make_weight_space()
+    points = [space.sobol_point(index, 0) for index in range(5)]
+    seen = [Observation(point, 1.0 + i, 5.0 - i) for i, point in enumerate(points)]
+    assert set(SearchClient(space, seed=0).ask(5, seen, (7.0, 6.0))) == set(space.names)
+    assert logei._C is None
 
 
 def test_observations_outside_the_bounds_count() -> None:

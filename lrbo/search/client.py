@@ -28,11 +28,17 @@ from ax.generation_strategy.generator_spec import GeneratorSpec
 from ax.generators.torch.botorch_modular.surrogate import ModelConfig, SurrogateSpec
 from ax.utils.common.logger import set_ax_logger_levels
 from ax.utils.sensitivity.sobol_measures import ax_parameter_sens
+from botorch.acquisition.multi_objective import logei
 from botorch.fit import _fit_fallback
 from botorch.models import SingleTaskGP
 
 from lrbo.search.base import LinearConstraint, Space
 from lrbo.trial import TrialRecord
+
+# botorch compiles a kernel for fronts on first use, behind a lock file in the home folder: a search
+# that is killed meanwhile leaves the lock, and every later one waits for it for ever. Without the
+# kernel proposals do not depend on a compiler either.
+logei._load_attempted = True
 
 METRIC, SIZE = "loss", "size"
 LEAST_TO_JUDGE = 4  # trials of which each is predicted from the others
