@@ -32,7 +32,7 @@ SMOKE = bool(os.environ.get("LRBO_SMOKE"))
 COMPARED = [name for name in SEARCHES if not name[0].isdigit()]
 BUDGETS = [RECIPE, *(name for name in SEARCHES if name[0].isdigit())]
 # Fewer seeds of those whose proposals take seconds, by number of variables.
-SEEDS = {"5": 5, "20": 5, "210": 3}
+SEEDS = {"5": 5, "20": 3, "210": 2}
 CONFIDENCES = (0.99, 0.95)
 BATCH = 4  # windows per forward pass, after which a race is looked at
 SAME = 0.001  # nats per token, the spread of the search over seeds

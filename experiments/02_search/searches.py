@@ -1,0 +1,223 @@
+"""Searches of one surrogate: spaces, what proposes in them, and the loop that they share."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import numpy as np
+from botorch.models.map_saas import EnsembleMapSaasSingleTaskGP
+from surrogate import MULTIPLE, Recorded, Surrogate
+
+from lrbo.accounting import low_rank_parameters
+from lrbo.allocation import Allocation
+from lrbo.search.base import BudgetSpace, LinearConstraint
+from lrbo.search.client import Observation, SearchClient
+from lrbo.search.space import build_space
+from lrbo.search.weights import build_weight_space
+
+INITIAL = 7
+GROUPS = {
+    "qk": ["q_proj", "k_proj"], "o": ["o_proj"], "gate": ["gate_proj"], "up": ["up_proj"],
+    "down": ["down_proj"],
+}  # fmt: skip
+PAPER = {"qk": 0.363, "o": 0.789, "gate": 0.841, "up": 0.807, "down": 1.0}
+Losses = list[float]
+Point = Mapping[str, float]
+# The next point from what was seen, and from the losses of all trials in order.
+Propose = Callable[[list[Observation], Losses], Point]
+
+
+def spaces(recorded: Recorded) -> dict[str, BudgetSpace]:
+    """Return the spaces that are searched."""
+    cost = partial(low_rank_parameters, bias=False, storage="pivoted")
+    shared: dict[str, Any] = {"cost": cost, "rank_multiple": MULTIPLE}
+    of_ratios: dict[str, Any] = {"bounds": (0.2, 1.0), "start": PAPER, **shared}
+    ratios, deep, layers = (
+        build_space(
+            recorded.layers, recorded.budget, groups=groups, dense=dense, granularity=granularity,
+            depth_groups=4, **of_ratios,
+        )
+        for groups, dense, granularity in (
+            (GROUPS, ["v_proj"], "kind"),
+            (GROUPS, ["v_proj"], "depth"),
+            # The allocation of least predicted loss compresses v as well.
+            ({**GROUPS, "v": ["v_proj"]}, [], "layer"),
+        )
+    )  # fmt: skip
+    weights = build_weight_space(
+        recorded.layers, recorded.budget, groups={}, dense=[], knots=3, exponent=True, width=0.5,
+        **shared,
+    )  # fmt: skip
+    return {
+        "ratios": ratios,
+        "ratios by depth": deep,
+        "ratios by layer": layers.with_curves(recorded.curves),
+        "weights": weights.with_curves(recorded.curves),
+    }
+
+
+@dataclass(frozen=True)
+class Constrained:
+    """A space as Ax sees it, with another constraint than its own."""
+
+    inner: BudgetSpace
+    constraint: LinearConstraint | None
+
+    def __getattr__(self, name: str) -> Any:
+        """Return everything else from the space."""
+        return getattr(self.inner, name)
+
+
+def ax(space: BudgetSpace, seed: int, budget: str = "equality", model: Any = None) -> Propose:
+    """Return a search with Ax.
+
+    Args:
+        space: What is searched.
+        seed: Of the first points and of the proposals.
+        budget: How Ax is told of it: ``equality``, ``inequality``, or ``projection``, which tells
+            it nothing and takes what it proposes onto the budget.
+        model: Class of the Gaussian process instead of that of ``lrbo``.
+    """
+    told = space.constraint
+    if budget == "inequality" and told is not None:
+        told = LinearConstraint(told.weights, told.bound, is_equality=False)
+    seen_by_ax: Any = Constrained(space, None if budget == "projection" else told)
+    client = SearchClient(seen_by_ax, seed=seed)
+
+    def propose(seen: list[Observation], losses: Losses) -> Point:
+        if len(losses) < INITIAL:
+            return space.sobol_point(len(losses), seed)
+        with _model(model):
+            point = client.ask(len(losses), seen)
+        if budget == "projection":
+            return dict(zip(space.names, space.project(list(point.values())), strict=True))
+        return point
+
+    return propose
+
+
+@contextmanager
+def _model(found: Any) -> Iterator[None]:
+    """Let Ax use another class of Gaussian process."""
+    if found is None:
+        yield
+        return
+    with mock.patch("lrbo.search.client.CappedSingleTaskGP", found):
+        yield
+
+
+def saas(space: BudgetSpace, seed: int) -> Propose:
+    """Return a search with a model for many variables of which few matter."""
+    return ax(space, seed, model=EnsembleMapSaasSingleTaskGP)
+
+
+def random(space: BudgetSpace, seed: int) -> Propose:
+    """Return a search that draws points evenly."""
+    generator = np.random.default_rng(seed)
+
+    def propose(_: list[Observation], __: Losses) -> Point:
+        drawn = [generator.uniform(low, high) for low, high in space.bounds.values()]
+        return dict(zip(space.names, space.project(drawn), strict=True))
+
+    return propose
+
+
+def sobol(space: BudgetSpace, seed: int) -> Propose:
+    """Return a search along a Sobol sequence."""
+    return lambda _, losses: space.sobol_point(len(losses), seed)
+
+
+def tpe(space: BudgetSpace, seed: int) -> Propose:
+    """Return a search with Optuna; its points are taken onto the budget, as all others are."""
+    import optuna  # type: ignore[import-not-found,unused-ignore]
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed))
+    trials: list[Any] = []
+
+    def propose(_: list[Observation], losses: Losses) -> Point:
+        if trials:
+            study.tell(trials[-1], losses[-1])
+        trials.append(study.ask())
+        drawn = [trials[-1].suggest_float(name, *ends) for name, ends in space.bounds.items()]
+        return dict(zip(space.names, space.project(drawn), strict=True))
+
+    return propose
+
+
+@dataclass
+class Trials:
+    """What came of a search.
+
+    Attributes:
+        losses: Nats per token, trial by trial.
+        allocations: Their ranks.
+        seconds: That proposals took in all.
+    """
+
+    losses: Losses
+    allocations: list[Allocation]
+    seconds: float = 0.0
+
+
+# What a trial tells Ax: the loss, and its standard error where it was given up.
+Evaluate = Callable[[Allocation], tuple[float, float]]
+
+
+def search(
+    space: BudgetSpace, starts: Sequence[str], propose: Propose, evaluate: Evaluate, trials: int
+) -> Trials:
+    """Run a search."""
+    done = Trials([], [])
+    seen: list[Observation] = []
+
+    def tell(point: Point, allocation: Allocation) -> None:
+        loss, error = evaluate(allocation)
+        done.losses.append(loss)
+        done.allocations.append(allocation)
+        told = space.realised(allocation, point)
+        if told:
+            seen.append(Observation(told, loss, error=error))
+
+    for start in space.warm_starts(starts):
+        tell(start.point, start.allocation)
+    while len(done.losses) < trials:
+        begin = time.process_time()  # of one core, whatever else the machine does
+        point = propose(seen, done.losses)
+        done.seconds += time.process_time() - begin
+        tell(point, space.allocate(point))
+    return done
+
+
+def exact(model: Surrogate) -> Evaluate:
+    """Return the evaluation of whole trials."""
+    return lambda allocation: (model(allocation), 0.0)
+
+
+SEARCHES: dict[str, tuple[str, tuple[str, ...], Callable[[BudgetSpace, int], Propose]]] = {
+    "random ratios": ("ratios", (), random),
+    "sobol ratios": ("ratios", ("start",), sobol),
+    "tpe ratios": ("ratios", ("start",), tpe),
+    "ax ratios (the paper's)": ("ratios", ("start",), ax),
+    "random weights": ("weights", ("analytic",), random),
+    "sobol weights": ("weights", ("analytic",), sobol),
+    "tpe weights": ("weights", ("analytic",), tpe),
+    "ax weights (lrbo)": ("weights", ("analytic",), ax),
+    "5 ratios, inequality": ("ratios", ("start",), partial(ax, budget="inequality")),
+    "5 ratios, projection": ("ratios", ("start",), partial(ax, budget="projection")),
+    "20 ratios, equality": ("ratios by depth", ("start",), ax),
+    "20 ratios, inequality": ("ratios by depth", ("start",), partial(ax, budget="inequality")),
+    "20 ratios, projection": ("ratios by depth", ("start",), partial(ax, budget="projection")),
+    "210 ratios, projection": ("ratios by layer", ("analytic",), partial(ax, budget="projection")),
+    "210 ratios, projection, SAAS": (
+        "ratios by layer", ("analytic",), partial(ax, budget="projection",
+        model=EnsembleMapSaasSingleTaskGP),
+    ),
+}  # fmt: skip
+RECIPE, OURS = "ax ratios (the paper's)", "ax weights (lrbo)"

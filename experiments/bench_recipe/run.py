@@ -1,0 +1,118 @@
+"""What a trial costs beside its scoring: the paper's loop, and a trial of lrbo.
+
+The paper's code copies the whole model for each trial, cuts each layer's basis to its rank, puts
+two thin layers with a bias in its place, and throws the copy away afterwards. Both are timed in
+alternation in one process, on the same factors, the same ranks and the same windows.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from lrbo import builders, checks, config
+from lrbo.compression import replace_module
+from lrbo.evaluation.perplexity import score
+from lrbo.nested import LowRankFactors
+from lrbo.progress import Reporter
+from lrbo.schema import SearchConfig
+from lrbo.search.study import Study
+from lrbo.trial import TrialRequest
+
+SMOKE = bool(os.environ.get("LRBO_SMOKE"))
+REPEATS = 2 if SMOKE else 7
+
+
+def configured(studies: str) -> SearchConfig:
+    """Return the paper's method, ratios and storage on the quickstart's model, or a tiny one."""
+    overrides = [
+        "experiment=tiny" if SMOKE else "experiment=quickstart",
+        "method=bolaco", "space=per_kind", "budget.storage=factored", "sensitivity.enabled=false",
+        f"studies={studies}",
+    ]  # fmt: skip
+    found = config.composed("search", overrides)
+    assert isinstance(found, SearchConfig)
+    return found
+
+
+def sliced(factors: LowRankFactors, rank: int) -> nn.Sequential:
+    """Return two thin layers of their own memory, as the paper's code makes them."""
+    left, right = factors.left[:, :rank].contiguous(), factors.right[:rank].contiguous()
+    bias = factors.bias_at(rank)
+    first = nn.Linear(right.shape[1], rank, bias=False, device="meta")
+    second = nn.Linear(rank, left.shape[0], bias=bias is not None, device="meta")
+    first.weight = nn.Parameter(right, requires_grad=False)
+    second.weight = nn.Parameter(left, requires_grad=False)
+    if bias is not None:
+        second.bias = nn.Parameter(bias, requires_grad=False)
+    return nn.Sequential(first, second)
+
+
+def main() -> None:
+    """Measure and print the table."""
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
+    with tempfile.TemporaryDirectory() as studies:
+        chosen = configured(studies)
+        study = Study(Path(studies) / "bench")
+        with study.locked():
+            plan = builders.plan_search(chosen, study, checks.check(chosen))
+            worker = builders.build_worker(plan, study, Reporter())
+            point = plan.space.start_point() or plan.space.sobol_point(0, 0)
+            allocation = plan.space.allocate(point)
+    request = TrialRequest(0, "start", point, allocation, 0)
+    sizes = {"batch_windows": worker.batch_windows, "chunk_tokens": worker.chunk_tokens}
+    names = ("copying", "cutting", "scoring", "dropping", "the paper's", "lrbo's", "dense scoring")
+    taken: dict[str, list[float]] = {name: [] for name in names}
+
+    def paper() -> float:
+        marks = [time.perf_counter()]
+        model = copy.deepcopy(worker.model)
+        marks.append(time.perf_counter())
+        for name, rank in allocation.ranks.items():
+            if rank is not None:
+                replace_module(model, name, sliced(worker.factors[name], rank))
+        marks.append(time.perf_counter())
+        found = score(model, worker.windows, **sizes)
+        marks.append(time.perf_counter())
+        del model
+        marks.append(time.perf_counter())
+        for name, begin, end in zip(names, marks, marks[1:], strict=False):
+            taken[name].append(end - begin)
+        taken["the paper's"].append(marks[-1] - marks[0])
+        return found.mean
+
+    losses = paper(), worker(request).metrics["nll"]  # warm; they must be one model
+    assert abs(losses[0] - losses[1]) < 0.01, losses
+    for kept in taken.values():
+        kept.clear()
+    for _ in range(REPEATS):
+        paper()
+        start = time.perf_counter()
+        worker(request)
+        middle = time.perf_counter()
+        score(worker.model, worker.windows, **sizes)
+        taken["lrbo's"].append(middle - start)
+        taken["dense scoring"].append(time.perf_counter() - middle)
+
+    model = worker.model
+    print(
+        f"{chosen.model.name}, {model.dtype} on {model.device}, {torch.get_num_threads()} threads, "
+        f"{worker.windows.numel():,} tokens; losses {losses[0]:.5f} and {losses[1]:.5f}"
+    )
+    print("| part of a trial | seconds | of scoring the dense model |")
+    print("|---|---:|---:|")
+    for name in names:
+        shares = [a / b for a, b in zip(taken[name], taken["dense scoring"], strict=True)]
+        seconds, share = statistics.median(taken[name]), statistics.median(shares)
+        print(f"| {name} | {seconds:.3f} | {share:.3f} |")
+
+
+if __name__ == "__main__":
+    main()
