@@ -13,6 +13,7 @@ import torch
 from hypothesis import settings
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from lrbo import html_report
 from lrbo.loading import byte_tokenizer, tiny_model
 from lrbo.model import ModelMap, map_model
 from tests.tiny import build
@@ -31,6 +32,22 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LRBO_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(autouse=True)
+def _no_pages(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave the page out of searches: it takes longer than most of the tiny ones.
+
+    Studies that a module shares have theirs, and so has a test that asks for ``pages``.
+    """
+
+    if "pages" not in request.fixturenames:
+        monkeypatch.setattr(html_report, "write_html", lambda _, path: path.touch())
+
+
+@pytest.fixture
+def pages() -> None:
+    """Let searches of this test write their pages."""
 
 
 @pytest.fixture

@@ -164,7 +164,7 @@ def test_report_rebuilds_a_lost_mlflow_store(
 
 
 def test_report_writes_a_page_which_the_tracked_run_holds_too(
-    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pages: None
 ) -> None:
     held = list((project / "studies" / "mlflow-artifacts").rglob("report.html"))
     assert len(held) == 1

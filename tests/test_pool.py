@@ -291,8 +291,9 @@ def test_a_search_that_is_continued_by_its_name_and_its_model_have_the_chosen_wi
     best = ran.json["best"]
     rows = {row["trial"]: row for row in compressed_.json["refit"]["trials"]}
     assert rows[best["trial"]]["validation_nll_before"] == best["nll"]
-    written = json.loads(next(Path("mine").glob("lrbo*.json")).read_text(encoding="utf-8"))
-    assert written["data"]["validation"]["windows"] == WANTED
+    written = json.loads(Path("mine/config.json").read_text(encoding="utf-8"))
+    about = written["quantization_config"]["provenance"]
+    assert about["data"]["validation"]["windows"] == WANTED
     refused = lrbo_command("search", *TINY, "study=one")
     assert refused.status == 2
     assert "evaluation.pool_tokens: the study has 768, the command has None" in refused.err
