@@ -52,8 +52,13 @@ def digests(study: Study) -> dict[str, Any]:
 def write_page(study: Study) -> Path:
     """Write the report of a study as one HTML file, and return where it is."""
     path = study.folder / "report.html"
-    # It asks Ax, whose import takes seconds that a plain report must not cost.
-    importlib.import_module("lrbo.html_report").write_html(study, path)
+    # It asks Ax, whose import takes seconds that a plain report must not cost, and is not silent.
+    logging.disable(logging.INFO)
+    try:
+        pages = importlib.import_module("lrbo.html_report")
+    finally:
+        logging.disable(logging.NOTSET)
+    pages.write_html(study, path)
     return path
 
 
