@@ -13,10 +13,14 @@ from collections.abc import Iterable, Mapping
 from contextlib import closing, redirect_stdout
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlparse
 
 from filelock import FileLock
 
+from lrbo.storage import is_full
 from lrbo.trial import TrialRecord
+
+log = logging.getLogger(__name__)
 
 # mlflow is imported where it is first used, not here: it takes 1.5 to 2.5 s, which a search that
 # tracks nothing, and every command but search, resume and report, would pay for nothing.
@@ -85,6 +89,7 @@ class StudyRuns:
         self._experiment_id = self._find_experiment(experiment, location)
         self._parent_id = ""
         self._parent_started = 0
+        self._artifacts: Path | None = None  # of the parent run, where they are files here
         self._shown: set[int] = set()
         self._half_written: dict[int, str] = {}
         self._nll: dict[int, float] = {}
@@ -104,6 +109,8 @@ class StudyRuns:
             )
         self._parent_id = parent.info.run_id
         self._parent_started = parent.info.start_time
+        place = urlparse(parent.info.artifact_uri)
+        self._artifacts = Path(unquote(place.path)) if place.scheme == "file" else None
         known = parent.data.params
         params = {key: value for key, value in config.items() if _key(key) not in known}
         self._client.log_batch(self._parent_id, params=_params(params))
@@ -177,8 +184,15 @@ class StudyRuns:
         now = _milliseconds(time.time())
         self._client.log_batch(self._parent_id, metrics=_metrics(metrics, now, last))
         for path in artifacts:
-            folder = "figures" if path.suffix == ".png" else None
-            self._client.log_artifact(self._parent_id, str(path), folder)
+            folder = "figures" if path.suffix == ".png" else ""
+            try:
+                self._client.log_artifact(self._parent_id, str(path), folder or None)
+            except OSError as error:
+                if not is_full(error) or self._artifacts is None:
+                    raise
+                # Half of a copy is worth nothing, and holds the room that the store itself needs.
+                (self._artifacts / folder / path.name).unlink(missing_ok=True)
+                log.warning("%s has no room beside the runs of MLflow (%s)", path, error)
 
     def finish(self, status: str) -> None:
         """Close the parent run."""

@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from mlflow import MlflowClient
 
 from experiments.bench_kill import kills
 from lrbo.blockwise import Scratch
 from lrbo.search.study import Study
 from lrbo.storage import is_full
+from lrbo.tracking import MlflowTracker
 from tests.commands import TINY, Ran, lrbo_command, project, searched
 from tests.disks import SmallDisk, disk
 
@@ -24,7 +26,7 @@ ROOM = (0, 100, 900)
 
 @pytest.mark.slow
 def test_a_search_on_a_disk_that_is_full_again_and_again_ends_as_if_it_never_was(
-    searched: tuple[Path, Ran], disk: SmallDisk, monkeypatch: pytest.MonkeyPatch
+    searched: tuple[Path, Ran], disk: SmallDisk, monkeypatch: pytest.MonkeyPatch, pages: None
 ) -> None:
     monkeypatch.setenv("LRBO_CACHE", str(disk.folder / "cache"))
     monkeypatch.chdir(disk.folder)
@@ -82,6 +84,27 @@ def test_a_checkpoint_that_does_not_fit_leaves_nothing(project: Path, disk: Smal
     ran = lrbo_command("compress", "study=tiny", f"out={out}", "refit.enabled=false")
     assert ran.status == 0, ran.err
     assert (out / "config.json").is_file()
+
+
+def test_a_file_that_does_not_fit_leaves_the_run_whole(
+    disk: SmallDisk, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    large, small = tmp_path / "report.html", tmp_path / "front.json"
+    large.write_bytes(bytes(2**21))
+    small.write_text("[]", encoding="utf-8")
+    uri = f"sqlite:///{disk.folder / 'mlflow.db'}"
+    tracker = MlflowTracker(uri=uri, experiment="lrbo", study_id="id", study_name="mine")
+    tracker.start({})
+    disk.leave(1024)
+    tracker.summary({"best_nll": 2.0}, [large, small])
+    tracker.finish(completed=True)
+    assert "report.html has no room beside the runs" in caplog.text
+    client = MlflowClient(tracking_uri=uri)
+    (experiment,) = client.search_experiments(filter_string="name = 'lrbo'")
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.status == "FINISHED"
+    assert run.data.metrics["best_nll"] == 2.0
+    assert [found.path for found in client.list_artifacts(run.info.run_id)] == ["front.json"]
 
 
 def test_figures_that_cannot_be_written_do_not_stop_a_search(
