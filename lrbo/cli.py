@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 
 from lrbo import __version__, config
 from lrbo.errors import ConfigError, DiskFullError, LrboError
-from lrbo.progress import LineHandler, Reporter
+from lrbo.progress import LineHandler, Reporter, imported
 from lrbo.schema import (
     CompressConfig,
     DashboardConfig,
@@ -303,11 +303,7 @@ NAMES = ("search", "transfer", *list(COMMANDS)[1:])  # a transfer is run as the 
 
 def _command(name: str) -> Any:
     """Import what does the work: torch and Ax take seconds that --help and TAB must not cost."""
-    logging.disable(logging.INFO)  # ax reports on its database while it is imported
-    try:
-        return importlib.import_module(f"lrbo.commands.{name}")
-    finally:
-        logging.disable(logging.NOTSET)
+    return imported(f"lrbo.commands.{name}")
 
 
 def _print_result(result: dict[str, Any], output: str) -> None:

@@ -14,7 +14,8 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
-from lrbo.config import command_line, repeating, stored_config
+from lrbo.command_lines import command_line, repeating
+from lrbo.config import stored_config
 from lrbo.drawing import (
     BLUE,
     FAINT,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -19,6 +21,18 @@ from rich.progress import (
 from rich.text import Text
 
 Advance = Callable[[int], None]
+
+
+def imported(name: str) -> Any:
+    """Import a module where it is needed, without a report: Ax tells of its database meanwhile.
+
+    For what takes seconds that not every command must cost.
+    """
+    logging.disable(logging.INFO)
+    try:
+        return importlib.import_module(name)
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 class _Rate(ProgressColumn):

@@ -17,8 +17,8 @@ ROOMS = """
     commands.search commands.report commands.compress commands.evaluate commands.dashboard
     commands.trials commands.view commands.finalists
     html_report
-    builders versions spaces starts pool texts checks front_checks config schema preparation
-    progress
+    builders versions spaces starts pool texts checks front_checks command_lines config
+    schema preparation progress
     report comparison results plots drawing
     merging export remote_code modeling_low_rank model_card
     search.loop search.client search.study search.front_space search.restricted search.weights

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from lrbo import builders, checks, config, export
 from lrbo.accounting import account
 from lrbo.allocation import Allocation
+from lrbo.command_lines import command_line, repeating
 from lrbo.commands.finalists import Finalist, finalist
 from lrbo.commands.trials import evaluate_between
 from lrbo.compression import compress_
@@ -153,9 +154,9 @@ def _commands(chosen: CompressConfig, searched: SearchConfig, dtype: str, trial:
     skipped = ("studies", "output", "refit.candidates")
     options = {k: v for k, v in config.flat(chosen).items() if k not in skipped} | own
     return [
-        config.command_line(command, values, searched.study)
+        command_line(command, values, searched.study)
         for command, values in (
-            ("search", config.repeating(searched) | {"model.dtype": dtype}),
+            ("search", repeating(searched) | {"model.dtype": dtype}),
             ("compress", options),
         )
     ]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import logging
 from pathlib import Path
 from typing import Any
 
+from lrbo.progress import imported
 from lrbo.results import draw_figures, summary
 from lrbo.schema import SearchConfig
 from lrbo.search.study import Study
@@ -52,13 +52,7 @@ def digests(study: Study) -> dict[str, Any]:
 def write_page(study: Study) -> Path:
     """Write the report of a study as one HTML file, and return where it is."""
     path = study.folder / "report.html"
-    # It asks Ax, whose import takes seconds that a plain report must not cost, and is not silent.
-    logging.disable(logging.INFO)
-    try:
-        pages = importlib.import_module("lrbo.html_report")
-    finally:
-        logging.disable(logging.NOTSET)
-    pages.write_html(study, path)
+    imported("lrbo.html_report").write_html(study, path)  # it asks Ax
     return path
 
 
