@@ -380,9 +380,13 @@ def check_new_folder(key: str, folder: Path) -> list[str]:
 
 
 def _check_folder(key: str, path: str | None) -> list[str]:
-    """Return the problem if a path that cannot be a hub id is no folder."""
+    """Return the problem if a path that cannot be a hub id is no folder with a model."""
     is_local = path is not None and (path[:1] in ("/", ".", "~") or path.count("/") > 1)
-    return [f"{key}={path!r}: no such folder"] if is_local and not Path(str(path)).is_dir() else []
+    if is_local and not Path(str(path)).is_dir():
+        return [f"{key}={path!r}: no such folder"]
+    if path and Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+        return [f"{key}={path!r}: no config.json in it; it is no model, or not a whole one"]
+    return []
 
 
 def check_writable(key: str, folder: Path) -> list[str]:

@@ -402,10 +402,13 @@ def test_evaluate_needs_only_the_test_text_and_a_checkpoint_that_is_there(tmp_pa
     found = config.composed("evaluate", ["data=files", "data.test.path=a.txt"])
     assert isinstance(found, EvaluateConfig)
     assert check(found) == []
-    found.checkpoint = str(tmp_path)
-    assert check(found) == []
     found.checkpoint = str(tmp_path / "none")
     assert check(found) == [f"checkpoint={found.checkpoint!r}: no such folder"]
+    Path(found.checkpoint).mkdir()
+    (problem,) = check(found)
+    assert "no config.json in it" in problem
+    Path(found.checkpoint, "config.json").touch()
+    assert check(found) == []
 
 
 def test_a_page_is_of_one_study() -> None:
