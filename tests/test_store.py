@@ -122,6 +122,23 @@ def test_every_layer_is_factored_as_the_method_says(case: str, method: str) -> N
             assert float(difference.abs().max()) <= TOLERANCE["rounded"] * unit, rank
 
 
+def test_a_method_is_given_everything_on_the_device_that_decomposes() -> None:
+    places = set[str]()
+
+    class Watched(LossAware):
+        def factor(
+            self, weight: Tensor, bias: Tensor | None, statistics: Mapping[Statistic, Tensor]
+        ) -> LowRankFactors:
+            places.update(given.device.type for given in (weight, *statistics.values()))
+            raise StatisticsError("seen")
+
+    model = build("gpt2")
+    on_meta = factor_model(model, map_model(model), Watched(), Made(), device=torch.device("meta"))
+    with pytest.raises(StatisticsError, match="seen"):
+        next(on_meta)
+    assert places == {"meta"}
+
+
 def test_without_gradients_no_loss_is_predicted() -> None:
     model = build("gpt2")
     found = merged(factor_model(model, map_model(model), Bolaco(), Made(gradients=False)))

@@ -103,6 +103,7 @@ def _factor_layer(
     weight, bias = linear_weight(module), linear_bias(module)
     place = float64_device(weight.device if device is None else device)
     bias = None if bias is None else bias.to(place)
+    statistics = {key: found.to(place) for key, found in statistics.items()}
     full = method.for_kind(spec.kind).factor(weight.to(place), bias, statistics)
     if Statistic.OUTPUT_GRADIENT not in statistics:
         return full
