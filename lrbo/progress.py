@@ -19,6 +19,7 @@ from rich.text import Text
 
 Advance = Callable[[int], None]
 NARROW = 60  # columns, below which there is no room for a bar
+NAME, BAR, LEFT = 9, 9, 9  # columns of "Trial 100", of a short bar and of "1:02:03" with its blanks
 LINE_SECONDS, LINE_SHARE = 60.0, 0.1  # between two lines about a step, where there is no bar
 
 
@@ -59,9 +60,9 @@ def wrapped(message: str, width: int) -> str:
 class _Cell(ProgressColumn):
     """A column of a bar: one line of text, cut at its end where the terminal is narrow."""
 
-    def __init__(self, text: Callable[[Task], str], **column: Any) -> None:
+    def __init__(self, text: Callable[[Task], str], column: Column) -> None:
         self.text = text
-        super().__init__(Column(no_wrap=True, overflow="ellipsis", **column))
+        super().__init__(column)
 
     def render(self, task: Task) -> Text:
         """Return the text of a task."""
@@ -93,10 +94,13 @@ class _Bars(Progress):
     """Bars of all that goes on, each one line at any width."""
 
     def __init__(self, console: Console) -> None:
-        name = _Cell(lambda task: task.description, min_width=9)  # Trial 100: bars stay in place
-        cells = name, _Cell(_done), _Cell(_left, justify="right")
-        self.narrow: tuple[ProgressColumn, ...] = cells
-        self.wide: tuple[ProgressColumn, ...] = (cells[0], BarColumn(None), *cells[1:])
+        self.name = Column(no_wrap=True, overflow="ellipsis", min_width=NAME)
+        self.count = Column(no_wrap=True, overflow="ellipsis")
+        left = Column(no_wrap=True, justify="right")
+        name = _Cell(lambda task: task.description, self.name)
+        rest = (_Cell(_done, self.count), _Cell(_left, left))
+        self.narrow: tuple[ProgressColumn, ...] = (name, *rest)
+        self.wide: tuple[ProgressColumn, ...] = (name, BarColumn(None), *rest)
         self.height, self.screen = 0, console
         # What prints to stdout prints results, which may be piped elsewhere.
         super().__init__(
@@ -109,13 +113,19 @@ class _Bars(Progress):
         As many as there ever were: lines that come and go between two trials would make what is
         on the screen jump.
         """
-        self.columns = self.wide if self.screen.width >= NARROW else self.narrow
+        tasks = list(tasks)
+        # Terminals echo ^C behind the last line. If it did not fit, that line would stay.
+        room = self.screen.width - len("^C") - 1
+        bar = BAR if self.screen.width >= NARROW else 0
+        self.columns = self.wide if bar else self.narrow
+        longest = max((len(task.description) for task in tasks), default=0)
+        self.name.max_width = max(NAME, min(longest, room // 3))
+        self.count.max_width = max(room - self.name.max_width - bar - LEFT, 1)
         table = super().make_tasks_table(tasks)
+        table.width = room
         self.height = max(self.height, table.row_count)
         for _ in range(self.height - table.row_count):
             table.add_row()
-        # Terminals echo ^C behind the last line. If it did not fit, that line would stay.
-        table.width = max(self.screen.width - len("^C") - 1, 1)
         return table
 
 
@@ -236,10 +246,10 @@ class Reporter:
         try:
             yield bars, task
         finally:
-            bars.remove_task(task)
             if first:
                 bars.stop()
                 self._bars = None
+            bars.remove_task(task)
 
 
 class LineHandler(logging.Handler):
