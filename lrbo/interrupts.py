@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-SHOW_CURSOR = "\x1b[?25h"
+SHOW_CURSOR = "\x1b[?25h\n"
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
