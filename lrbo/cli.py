@@ -89,6 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         try:
             _dispatch(arguments)
         except KeyboardInterrupt as error:
+            Reporter().console.show_cursor()  # it may have come while a bar was put away
             if arguments and arguments[0] in KEPT:
                 again = shlex.join(["lrbo", *arguments])
                 _say(f"Stopped. {KEPT[arguments[0]]} Go on with:\n  {again}")

@@ -240,10 +240,10 @@ class Reporter:
             return
         first = self._bars is None
         bars = self._bars = self._bars or _Bars(self.console)
-        if first:
-            bars.start()
         task = bars.add_task(description, total=total, unit=unit, **fields)
         try:
+            if first:  # in here: an interrupt may come while the cursor is being hidden
+                bars.start()
             yield bars, task
         finally:
             if first:

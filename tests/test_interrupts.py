@@ -156,7 +156,8 @@ def continued(written: str) -> list[str]:
     """Return the arguments of the command that a stopped one names."""
     assert "Traceback" not in written
     assert written.rfind("\x1b[?25h") >= written.rfind("\x1b[?25l"), "the cursor is hidden"
-    program, *arguments = shlex.split(written.rstrip().splitlines()[-1])
+    text = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", written)
+    program, *arguments = shlex.split(text.rstrip().splitlines()[-1])
     assert program == "lrbo"
     return arguments
 

@@ -247,6 +247,22 @@ def test_an_error_inside_a_step_comes_through_and_claims_no_end(make) -> None:
     assert screen(out.getvalue()) == []  # on a terminal, the bar is taken away
 
 
+def test_an_interrupt_while_a_bar_is_put_up_leaves_the_cursor_visible(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    reporter, out = terminal()
+    start = progress._Bars.start
+
+    def interrupted(bars: progress._Bars) -> None:
+        start(bars)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(progress._Bars, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt), reporter.waiting("Starting"):
+        pytest.fail("it was not put up")
+    assert out.getvalue().rfind("\x1b[?25h") > out.getvalue().rfind("\x1b[?25l") >= 0
+
+
 def test_a_step_too_short_to_measure_has_no_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress.time, "perf_counter", lambda: 1.0)
     reporter, out = plain()
