@@ -29,6 +29,7 @@ from lrbo.results import summary
 from lrbo.schema import SearchConfig
 from lrbo.search.front import LATENCIES
 from lrbo.search.study import Study
+from lrbo.tracking import Tracker
 from lrbo.trial import TrialRecord, TrialRequest, TrialResult
 from lrbo.worker import Worker
 
@@ -144,9 +145,7 @@ def _search(
     worker = builders.build_worker(plan, study, reporter)
     loop = search_loop(plan, study, worker, reporter, executor=executor)
     here: Worker | None = None
-    tracker = loop.tracker
-    completed = interrupted = False
-    try:
+    with _closing(study, loop.tracker, trials, reporter):
         with live_search(reporter, study, chosen, lambda: executor.capacity) as live:
             loop.on_trial, loop.proposing = live.ended, live.proposing
             if chosen.executor.name == "inline":
@@ -159,24 +158,41 @@ def _search(
                 _release_memory()
             loop.run()
         _test(plan, study, here, reporter)
-        completed = True
-    except KeyboardInterrupt:
-        interrupted = True  # figures take longer than whoever interrupts will wait
-        reporter.say(
-            f"Stopping: {len(study.state.ended)} of {trials} trials are in {study.journal}"
-        )
-        raise
-    finally:
-        if study.state.dense and not interrupted:
-            with reporter.waiting("Drawing figures"):
-                show_if_possible(study, tracker)
-        tracker.finish(completed=completed)
     print_report(study, Console(highlight=False))
     reporter.say(f"Figures: {study.folder / 'figures'}")
     size = chosen.search.size if chosen.search.size in LATENCIES else "keep"
     point = "" if chosen.budget.lowest is None else f" point={size}=RATIO"
     reporter.say(f"Next: lrbo compress study={chosen.study}{point} out=FOLDER, or: lrbo dashboard")
     return summary(study)
+
+
+@contextmanager
+def _closing(study: Study, tracker: Tracker, trials: int, reporter: Reporter) -> Iterator[None]:
+    """Draw figures and close the run of a study, however its search ends.
+
+    An interrupt draws nothing: that takes longer than whoever interrupts will wait.
+    """
+
+    def draw() -> None:
+        if study.state.dense:
+            with reporter.waiting("Drawing figures"):
+                show_if_possible(study, tracker)
+
+    completed = False
+    try:
+        try:
+            yield
+            completed = True
+        except Exception:
+            draw()
+            raise
+        draw()
+    except KeyboardInterrupt:
+        ended = len(study.state.ended)
+        reporter.say(f"Stopping: {ended} of {trials} trials are in {study.journal}")
+        raise
+    finally:
+        tracker.finish(completed=completed)
 
 
 def _nowhere(request: TrialRequest) -> TrialResult:
