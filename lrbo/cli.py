@@ -64,6 +64,8 @@ are those of lrbo search, and more trials continue it:
   lrbo search study=STUDY search.trials=30
 """
 Command = Callable[[DictConfig, Reporter], None]
+# With these Hydra only shows something, also where required values are missing.
+SHOWING = {"-h", "--help", "--hydra-help", "-c", "--cfg", "-i", "--info"}
 # What is said of a command that was stopped, before how to go on.
 KEPT = {
     "search": "Trials that ended are kept, and so are statistics and factors that were finished.",
@@ -155,12 +157,12 @@ def run(command: str, arguments: Sequence[str]) -> None:
     """Run one command as a Hydra application."""
     arguments = [quoted(argument) for argument in arguments]
     overrides = [argument for argument in arguments if not argument.startswith("-")]
-    reporter = Reporter()
-    with reporter.waiting("Starting"):
-        sweeps = bool({"--multirun", "-m"} & set(arguments))
-        problems = _problems(command, overrides, sweeps=sweeps)
-    if problems:
-        fail(ConfigError(problems))
+    reporter, flags = Reporter(), set(arguments)
+    if not flags & SHOWING:
+        with reporter.waiting("Starting"):
+            problems = _problems(command, overrides, sweeps=bool({"--multirun", "-m"} & flags))
+        if problems:
+            fail(ConfigError(problems))
     sys.argv = [f"lrbo {command}", *arguments]
     _application(command, reporter)()
 

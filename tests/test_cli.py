@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 
 import lrbo
 from lrbo import cli, config
+from lrbo.schema import SCHEMAS
 from tests.commands import TINY, Ran, lrbo_command, project, searched, state_of
 
 __all__ = ["project", "searched"]  # fixtures
@@ -231,6 +233,19 @@ def test_help_fits_a_terminal_of_80_columns(command: str | None) -> None:
     lines = ran.out.splitlines()
     assert len(lines) >= 4
     assert [line for line in lines if len(line) > 80] == []
+
+
+@pytest.mark.parametrize("command", list(cli.COMMANDS))
+def test_all_values_of_a_command_are_shown_as_its_help_says(command: str) -> None:
+    ran = lrbo_command(command, "--cfg", "job")
+    assert ran.status == 0, ran.err
+    assert {line.partition(":")[0] for line in ran.out.splitlines() if line[0].isalpha()} == {
+        field.name for field in fields(SCHEMAS[command])
+    }
+    for line in re.findall(
+        r"^Everything: (lrbo .*?)(?:  .*)?$", lrbo_command(command, "--help").out
+    ):
+        assert lrbo_command(*line.split()[1:]).status == 0
 
 
 def test_help_lists_the_groups_that_a_command_has() -> None:
