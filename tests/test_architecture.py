@@ -13,9 +13,9 @@ PACKAGE = Path(__file__).resolve().parent.parent / "lrbo"
 
 # From top to bottom. A module imports only from further down.
 ROOMS = """
-    cli
+    __main__ cli
     commands.search commands.report commands.compress commands.evaluate commands.dashboard
-    commands.trials commands.view commands.finalists
+    commands.live commands.trials commands.view commands.finalists
     html_report
     builders versions spaces starts pool texts checks front_checks command_lines config
     schema preparation progress
@@ -42,7 +42,7 @@ ROOMS = """
     accounting nested layers pivoting
     calibration.seen
     calibration.corpus calibration.moments
-    lazy loading model families linalg storage errors
+    lazy loading model families linalg storage errors interrupts
 """.split()  # noqa: SIM905
 
 # Library: the modules that may import it.
