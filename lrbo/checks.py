@@ -16,6 +16,7 @@ from lrbo.evaluation.protocols import BOS
 from lrbo.factorization.registry import METHODS, options_of
 from lrbo.front_checks import check_front
 from lrbo.schema import (
+    BenchmarkConfig,
     CompressConfig,
     Config,
     DashboardConfig,
@@ -108,6 +109,8 @@ def check(config: Config) -> list[str]:
         expect(config.seed >= 0, "seed", config.seed, "a whole number from 0 on")
     if isinstance(config, EvaluateConfig):
         problems += _check_evaluate(config)
+    if isinstance(config, BenchmarkConfig):
+        problems += _check_benchmark(config)
     if isinstance(config, SearchConfig):
         problems += _check_search(config)
     return problems
@@ -235,6 +238,27 @@ def _check_evaluate(config: EvaluateConfig) -> list[str]:
         if file is not None and not file.is_file():
             given = "text_folder" if found.path is None else f"{key}.path"
             problems.append(f"{given}: no file {file}, which {key} needs")
+    if config.record is not None:
+        problems += check_writable("record", Path(config.record).parent)
+    return problems
+
+
+def _check_benchmark(config: BenchmarkConfig) -> list[str]:
+    """Return the problems of a benchmark."""
+    problems = _check_folder("checkpoint", config.checkpoint)
+
+    def expect(holds: bool, key: str, value: object, expected: str) -> None:
+        if not holds:
+            problems.append(f"{key}={value!r}: expected {expected}")
+
+    expect(config.dtype in DTYPES, "dtype", config.dtype, " or ".join(DTYPES))
+    lengths = config.prompts
+    expect(bool(lengths) and min(lengths) >= 1, "prompts", lengths, "lengths of at least 1 token")
+    for key in ("batch", "steps"):
+        expect(getattr(config, key) >= 1, key, getattr(config, key), "at least 1")
+    expect(config.repeats >= 3, "repeats", config.repeats, "at least 3, for a standard error")
+    expect(config.warmup >= 0, "warmup", config.warmup, "a whole number from 0 on")
+    expect(config.threads is None or config.threads >= 1, "threads", config.threads, "at least 1")
     if config.record is not None:
         problems += check_writable("record", Path(config.record).parent)
     return problems

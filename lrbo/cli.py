@@ -1,4 +1,4 @@
-"""`lrbo search | transfer | report | compress | evaluate | dashboard`."""
+"""`lrbo search | transfer | report | compress | evaluate | benchmark | dashboard`."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from lrbo.errors import ConfigError, DiskFullError, LrboError
 from lrbo.interrupts import listening, status_of
 from lrbo.progress import LineHandler, Reporter, imported
 from lrbo.schema import (
+    BenchmarkConfig,
     CompressConfig,
     DashboardConfig,
     EvaluateConfig,
@@ -42,6 +43,7 @@ Bayesian optimization.
   lrbo report      what a study found: baseline, best, Pareto front, figures
   lrbo compress    write a model of a study as a checkpoint
   lrbo evaluate    perplexity by a named protocol, and accuracy on tasks
+  lrbo benchmark   speed and memory of a checkpoint beside the dense model
   lrbo dashboard   review the trials of all studies in the MLflow UI
 
   lrbo COMMAND --help            what a command takes
@@ -72,6 +74,7 @@ KEPT = {
     "report": "The journal is as it was; figures may be from before.",
     "compress": "A folder is written whole or not at all; statistics and factors are kept.",
     "evaluate": "Nothing was recorded: that is done when everything is scored.",
+    "benchmark": "Nothing was recorded: that is done when everything is timed.",
 }
 KEPT["transfer"] = KEPT["search"]
 COMPLETION = """\
@@ -307,6 +310,13 @@ def _evaluate(values: DictConfig, reporter: Reporter) -> None:
     _print_result(_command("evaluate", reporter).run(chosen, reporter), chosen.output)
 
 
+def _benchmark(values: DictConfig, reporter: Reporter) -> None:
+    """Time a checkpoint and its dense architecture."""
+    chosen = config.to_object(values)
+    assert isinstance(chosen, BenchmarkConfig)
+    _print_result(_command("benchmark", reporter).run(chosen, reporter), chosen.output)
+
+
 def _dashboard(values: DictConfig, reporter: Reporter) -> None:
     """Start the MLflow UI on the store of the studies."""
     chosen = config.to_object(values)
@@ -319,6 +329,7 @@ COMMANDS: dict[str, Command] = {
     "report": _report,
     "compress": _compress,
     "evaluate": _evaluate,
+    "benchmark": _benchmark,
     "dashboard": _dashboard,
 }
 NAMES = ("search", "transfer", *list(COMMANDS)[1:])  # a transfer is run as the search that it is

@@ -22,11 +22,8 @@ from omegaconf.errors import OmegaConfBaseException
 from lrbo.errors import ConfigError
 from lrbo.schema import (
     SCHEMAS,
-    CompressConfig,
     Config,
-    DashboardConfig,
     EvaluateConfig,
-    ReportConfig,
     SearchConfig,
 )
 
@@ -246,9 +243,7 @@ def to_object(config: DictConfig) -> Config:
         found = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
         raise ConfigError([_plain(error)]) from error
-    assert isinstance(
-        found, SearchConfig | ReportConfig | CompressConfig | EvaluateConfig | DashboardConfig
-    )
+    assert isinstance(found, Config)
     strays = list(_strays(found))
     if strays:
         raise ConfigError(

@@ -261,6 +261,26 @@ class EvaluateConfig:
 
 
 @dataclass
+class BenchmarkConfig:
+    """conf/benchmark.yaml."""
+
+    checkpoint: str = MISSING
+    device: str = "auto"
+    dtype: str = "auto"
+    prompts: list[int] = field(default_factory=lambda: [128, 512])
+    batch: int = 1
+    steps: int = 16
+    repeats: int = 7
+    warmup: int = 2
+    threads: int | None = None
+    compile: bool = False
+    memory: bool = True
+    studies: str = "studies"
+    record: str | None = "${studies}/benchmarks.jsonl"
+    output: str = "text"
+
+
+@dataclass
 class DashboardConfig:
     """conf/dashboard.yaml."""
 
@@ -270,11 +290,19 @@ class DashboardConfig:
     port: int = 5000
 
 
-Config = SearchConfig | ReportConfig | CompressConfig | EvaluateConfig | DashboardConfig
+Config = (
+    SearchConfig
+    | ReportConfig
+    | CompressConfig
+    | EvaluateConfig
+    | BenchmarkConfig
+    | DashboardConfig
+)
 SCHEMAS: dict[str, type[Config]] = {
     "search": SearchConfig,
     "report": ReportConfig,
     "compress": CompressConfig,
     "evaluate": EvaluateConfig,
+    "benchmark": BenchmarkConfig,
     "dashboard": DashboardConfig,
 }

@@ -14,12 +14,14 @@ PACKAGE = Path(__file__).resolve().parent.parent / "lrbo"
 # From top to bottom. A module imports only from further down.
 ROOMS = """
     __main__ cli
-    commands.search commands.report commands.compress commands.evaluate commands.dashboard
-    commands.live commands.trials commands.view commands.finalists
+    commands.search commands.report commands.compress commands.evaluate commands.benchmark
+    commands.dashboard
+    commands.live commands.trials commands.view commands.finalists commands.tables
     html_report
     builders versions spaces starts pool texts checks front_checks command_lines config
     schema preparation progress
     report comparison results plots drawing
+    speed
     merging export remote_code modeling_low_rank model_card
     search.loop search.client search.study search.front_space search.restricted search.weights
     search.space

@@ -137,15 +137,15 @@ def test_the_clock_is_read_when_the_device_has_finished(monkeypatch: pytest.Monk
         seen.append("clock")
         return float(len(seen))
 
-    monkeypatch.setattr(latency, "_wait_for", lambda device: seen.append("wait"))
+    monkeypatch.setattr(latency, "wait_for", lambda device: seen.append("wait"))
     settings = LatencySettings(TOKENS, repeats=1, warmup=0)
     measure_latency(make_worker().model, {}, IDS, settings, clock=clock)
     assert seen == ["wait", "clock"] * 8  # begin and end, of two models, in two phases
     waited: list[torch.device] = []
     monkeypatch.undo()
     monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
-    latency._wait_for(torch.device("cpu"))
-    latency._wait_for(torch.device("cuda:1"))
+    latency.wait_for(torch.device("cpu"))
+    latency.wait_for(torch.device("cuda:1"))
     assert waited == [torch.device("cuda:1")]
 
 

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
-import os
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich import box
-from rich.console import Console
-from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lrbo import builders, checks, config, export
 from lrbo.calibration.corpus import Role, TokenWindows, make_windows
 from lrbo.calibration.seen import FILE, seen_shares
+from lrbo.commands.tables import console, print_table, record, table
 from lrbo.errors import ConfigError, DataError
 from lrbo.evaluation.perplexity import score
 from lrbo.evaluation.protocols import Protocol, protocol_windows
@@ -36,7 +31,6 @@ from lrbo.loading import (
 from lrbo.progress import Reporter
 from lrbo.schema import EvaluateConfig
 from lrbo.texts import corpus_spec
-from lrbo.versions import versions
 
 TEST: Role = "test"
 # Share of a text that may occur in what was calibrated on: licences and page frames recur.
@@ -116,7 +110,7 @@ def run(chosen: EvaluateConfig, reporter: Reporter) -> dict[str, Any]:
         found |= {"limit": chosen.limit, "lm_eval": importlib.metadata.version("lm_eval")}
         _print_tasks(found, scores)
     if chosen.record is not None:
-        _record(Path(chosen.record), found)
+        record(Path(chosen.record), found)
     return found
 
 
@@ -260,19 +254,9 @@ def _rules(chosen: EvaluateConfig) -> dict[str, dict[str, Any]]:
     }
 
 
-def _record(file: Path, found: Mapping[str, Any]) -> None:
-    """Add a result to the file of results, and see it onto the disk."""
-    line = {"time": time.time(), **found, "versions": versions()}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("a", encoding="utf-8") as opened:
-        opened.write(json.dumps(line, allow_nan=False) + "\n")
-        opened.flush()
-        os.fsync(opened.fileno())
-
-
 def _print_test(found: Mapping[str, Any]) -> None:
     """Print the perplexity on the test text."""
-    _console().print(
+    console().print(
         f"{found['model']}: perplexity {found['perplexity']:.4f} "
         f"(nll {found['nll']:.5f} nats/token)\n"
         f"on {found['text']}: {found['tokens']:,} tokens in {found['windows']} windows of "
@@ -282,7 +266,7 @@ def _print_test(found: Mapping[str, Any]) -> None:
         soft_wrap=True,
     )
     for note in _seen_notes("the text", found):
-        _console().print(note, markup=False, emoji=False, soft_wrap=True)
+        console().print(note, markup=False, emoji=False, soft_wrap=True)
 
 
 def _seen_notes(name: str, text: Mapping[str, Any]) -> list[str]:
@@ -293,10 +277,10 @@ def _seen_notes(name: str, text: Mapping[str, Any]) -> list[str]:
 
 def _print_protocols(found: Mapping[str, Any]) -> None:
     """Print a line per protocol, and below what is not as its name promises."""
-    table = _table("protocol", "perplexity", "nll", "tokens", "windows", "window", "stride")
+    rows = table("protocol", "perplexity", "nll", "tokens", "windows", "window", "stride")
     notes = []
     for name, text in found["protocols"].items():
-        table.add_row(
+        rows.add_row(
             f"{name} *" if text["changed"] else name,
             f"{text['perplexity']:.4f}",
             f"{text['nll']:.5f}",
@@ -309,43 +293,24 @@ def _print_protocols(found: Mapping[str, Any]) -> None:
         if text["changed"]:
             notes.append(f"* {name} is not the literature's: {'; '.join(text['changed'])}")
         notes += _seen_notes(name, text)
-    _print(found, table, notes)
+    print_table(_title(found), rows, notes)
 
 
 def _print_tasks(found: Mapping[str, Any], scores: list[TaskScore]) -> None:
     """Print a line per task and metric."""
-    table = _table("task", "metric", "value", "standard error", "items", "shots", "version")
+    rows = table("task", "metric", "value", "standard error", "items", "shots", "version")
     for one in scores:
         for metric in one.metrics:
-            table.add_row(
+            rows.add_row(
                 one.task,
                 metric.name,
                 *("-" if x is None else f"{x:.4f}" for x in (metric.value, metric.error)),
                 *("-" if x is None else str(x) for x in (one.items, one.shots, one.version)),
             )
     limited = [f"limit={found['limit']}: not the whole tasks"] if found["limit"] else []
-    _print(found, table, limited)
+    print_table(_title(found), rows, limited)
 
 
-def _table(*columns: str) -> Table:
-    """Return an empty table: the name to the left, numbers to the right."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for place, column in enumerate(columns):
-        table.add_column(column, justify="right" if place else "left", no_wrap=True)
-    return table
-
-
-def _print(found: Mapping[str, Any], table: Table, notes: list[str]) -> None:
-    """Print a table, over it which model it is of and under it remarks."""
-    console = _console()
-    width = max(console.width, console.measure(table).maximum)  # a log has no width to break at
-    title = f"{found['model']}, {found['dtype']} on {found['device']}"
-    console.print(title, markup=False, emoji=False, soft_wrap=True)
-    console.print(table, width=width)
-    for note in notes:
-        console.print(note, markup=False, emoji=False, soft_wrap=True)
-
-
-def _console() -> Console:
-    """Return what writes to stdout."""
-    return Console(highlight=False)
+def _title(found: Mapping[str, Any]) -> str:
+    """Return which model a table is of."""
+    return f"{found['model']}, {found['dtype']} on {found['device']}"

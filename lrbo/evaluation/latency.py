@@ -191,10 +191,10 @@ def _in_turns(
     def timed(layers: Mapping[str, nn.Module]) -> float:
         with replaced(model, layers):
             given = prepare()
-            _wait_for(model.device)
+            wait_for(model.device)
             start = clock()
             run(given)
-            _wait_for(model.device)
+            wait_for(model.device)
             return clock() - start
 
     dense, compressed = [], []
@@ -209,7 +209,7 @@ def _in_turns(
     return Latency.of(compressed, dense)
 
 
-def _wait_for(device: torch.device) -> None:
+def wait_for(device: torch.device) -> None:
     """Wait until a device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -1,0 +1,124 @@
+"""Time a checkpoint and its dense architecture, and measure what memory they take."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lrbo import checks, export
+from lrbo.commands.tables import console, print_table, record, table
+from lrbo.loading import resolve_device, resolve_dtype
+from lrbo.progress import Reporter
+from lrbo.schema import BenchmarkConfig
+from lrbo.speed import (
+    KindSpeed,
+    Speed,
+    SpeedSettings,
+    dense_twin,
+    measure_kinds,
+    measure_speed,
+    peak_memory_bytes,
+    weight_bytes,
+)
+
+MIB = 2**20
+
+
+def run(chosen: BenchmarkConfig, reporter: Reporter) -> dict[str, Any]:
+    """Time a checkpoint and its dense architecture, and measure what memory they take.
+
+    Raises:
+        ConfigError: If a value cannot work, or the device does not exist here.
+        CheckpointError: If the checkpoint cannot be opened, or has no low-rank layer.
+    """
+    checks.require_valid(chosen)
+    device = resolve_device(chosen.device)
+    dtype = resolve_dtype(chosen.dtype, device)
+    if chosen.threads is not None:
+        torch.set_num_threads(chosen.threads)
+    folder = Path(chosen.checkpoint)
+    with reporter.waiting("Loading the model"):
+        model = export.load(folder, dtype=dtype, device=device)
+        twin = dense_twin(model)
+    settings = SpeedSettings(
+        tuple(chosen.prompts), chosen.batch, chosen.steps, chosen.repeats, chosen.warmup
+    )
+    modes = (False, True) if chosen.compile else (False,)
+    speeds: list[Speed] = []
+    kinds: list[KindSpeed] = []
+    count = len(modes) * 2 * len(settings.prompts) + 1
+    with reporter.step("Benchmark", count, "timings") as advance:
+        done = partial(advance, 1)
+        for compiled in modes:
+            speeds += measure_speed(model, twin, settings, compiled=compiled, on_run=done)
+        kinds += measure_kinds(model, twin, settings)
+        advance(1)
+    files = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    found: dict[str, Any] = {
+        "checkpoint": str(folder),
+        "device": str(device),
+        "dtype": str(dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "batch": settings.batch,
+        "steps": settings.steps,
+        "speeds": [asdict(one) for one in speeds],
+        "kinds": [asdict(one) for one in kinds],
+        "weights_bytes": {"checkpoint": weight_bytes(model), "dense": weight_bytes(twin)},
+        "file_bytes": files,
+        "peak_bytes": None,
+    }
+    del model, twin
+    if chosen.memory:
+        with reporter.waiting("Measuring memory"):
+            found["peak_bytes"] = {
+                name: peak_memory_bytes(
+                    folder, settings, found["dtype"], str(device), dense=name == "dense"
+                )
+                for name in ("checkpoint", "dense")
+            }
+    _print(found, speeds, kinds)
+    if chosen.record is not None:
+        record(Path(chosen.record), found)
+    return found
+
+
+def _print(found: Mapping[str, Any], speeds: list[Speed], kinds: list[KindSpeed]) -> None:
+    """Print what was measured as three tables."""
+    threads = f", {found['threads']} threads" if found["device"] == "cpu" else ""
+    title = f"{found['checkpoint']}, {found['dtype']} on {found['device']}{threads}"
+    times = table("tokens per second", "prompt", "dense", "checkpoint", "times faster")
+    for one in speeds:
+        times.add_row(
+            f"{one.step}, compiled" if one.compiled else one.step,
+            f"{one.prompt:,}",
+            f"{one.dense_tokens_per_second:,.1f}",
+            f"{one.tokens_per_second:,.1f}",
+            f"{one.speedup:.2f} +- {one.error:.2f}",
+        )
+    print_table(title, times, [])
+    layers = table("kind", "layers", "kept", "dense ms", "ms", "times faster")
+    for kind in kinds:
+        layers.add_row(
+            kind.kind,
+            str(kind.layers),
+            f"{kind.keep_ratio:.1%}",
+            f"{kind.dense_ms:.2f}",
+            f"{kind.ms:.2f}",
+            f"{kind.speedup:.2f} +- {kind.error:.2f}",
+        )
+    longest = max(one.prompt for one in speeds)
+    print_table(f"Low-rank layers of each kind, one after another, prompt {longest:,}", layers, [])
+    sizes = table("MiB", "dense", "checkpoint", "ratio")
+    rows = {"weights in memory": found["weights_bytes"], "peak memory": found["peak_bytes"]}
+    for name, row in rows.items():
+        if row is not None:
+            mine, other = row["checkpoint"], row["dense"]
+            sizes.add_row(name, f"{other / MIB:,.1f}", f"{mine / MIB:,.1f}", f"{mine / other:.3f}")
+    sizes.add_row("files of weights", "", f"{found['file_bytes'] / MIB:,.1f}", "")
+    print_table(f"Sizes; batch {found['batch']}", sizes, [])
+    console().print()

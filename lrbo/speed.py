@@ -1,0 +1,445 @@
+"""How fast a compressed checkpoint is and what memory it takes, beside its dense architecture."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import re
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache, StaticCache
+from transformers.utils import logging as transformers_logging
+
+from lrbo import export
+from lrbo.compression import replace_module
+from lrbo.evaluation.latency import Clock, Latency, wait_for
+from lrbo.layers import LowRankLinear, PivotedLinear, linear_of
+from lrbo.model import body_and_head
+
+Step = Literal["prefill", "decode"]
+Pair = tuple[Callable[[], object], Callable[[], object]]
+LowRank = LowRankLinear | PivotedLinear
+PAGES = re.compile(r"^VmHWM:\s+(\d+) kB$", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class SpeedSettings:
+    """What is timed, and how often.
+
+    Attributes:
+        prompts: Lengths of prompts, tokens.
+        batch: Sequences at a time.
+        steps: Tokens of each sequence that one timing of decoding adds to a prompt.
+        repeats: Timings of each model.
+        warmup: Runs of each model before them that do not count.
+    """
+
+    prompts: tuple[int, ...]
+    batch: int = 1
+    steps: int = 16
+    repeats: int = 7
+    warmup: int = 2
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How fast both models are at one thing.
+
+    Attributes:
+        step: Reading a prompt, up to the logits after it, or adding tokens to it.
+        compiled: Whether both ran through ``torch.compile``.
+        prompt: Tokens of each sequence before that.
+        tokens_per_second: Of the compressed model, all sequences together.
+        dense_tokens_per_second: Of the dense one.
+        speedup: How many times faster the compressed model is: the median over neighbouring runs.
+        error: Standard error of the speed-up.
+    """
+
+    step: Step
+    compiled: bool
+    prompt: int
+    tokens_per_second: float
+    dense_tokens_per_second: float
+    speedup: float
+    error: float
+
+    @classmethod
+    def of(cls, step: Step, prompt: int, tokens: int, timed: Latency, *, compiled: bool) -> Speed:
+        """Turn times into speeds.
+
+        Args:
+            step: What was timed.
+            prompt: Length of the prompt.
+            tokens: That one timing processed.
+            timed: Seconds.
+            compiled: Whether through ``torch.compile``.
+        """
+        speedup = 1 / timed.ratio
+        return cls(
+            step,
+            compiled,
+            prompt,
+            tokens / timed.seconds,
+            tokens / timed.dense_seconds,
+            speedup,
+            timed.error * speedup**2,
+        )
+
+
+@dataclass(frozen=True)
+class KindSpeed:
+    """How fast the layers of a kind are, each alone and summed over the blocks.
+
+    Attributes:
+        kind: Of layers.
+        layers: How many of the kind are low rank.
+        keep_ratio: Their numbers to those of the dense ones.
+        dense_ms: Milliseconds of the dense layers, for the longest prompt.
+        ms: Of the low-rank ones.
+        speedup: Median over neighbouring runs.
+        error: Standard error of the speed-up.
+    """
+
+    kind: str
+    layers: int
+    keep_ratio: float
+    dense_ms: float
+    ms: float
+    speedup: float
+    error: float
+
+
+def low_rank_layers(model: nn.Module) -> dict[str, LowRank]:
+    """Return the low-rank layers of a model by name."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, LowRankLinear | PivotedLinear)
+    }
+
+
+def shape_of(layer: LowRank) -> tuple[int, int]:
+    """Return ``(out, in)`` of the dense layer that a low-rank layer stands for."""
+    if isinstance(layer, LowRankLinear):
+        return layer.left.out_features, layer.right.in_features
+    return len(layer.places), layer.rows.in_features
+
+
+def numbers_in(layer: nn.Module) -> int:
+    """Return the number of parameters of a layer."""
+    return sum(p.numel() for p in layer.parameters())
+
+
+def dense_like(layer: LowRank) -> nn.Linear:
+    """Return a dense layer of the shape, dtype and device of a low-rank one, of random numbers.
+
+    How long a product takes does not depend on its numbers, so the dense checkpoint is not needed.
+    """
+    like = layer.right.weight if isinstance(layer, LowRankLinear) else layer.rows.weight
+    out_features, in_features = shape_of(layer)
+    weight = torch.empty(out_features, in_features, dtype=like.dtype, device=like.device)
+    bias = None if layer.bias is None else torch.zeros_like(layer.bias)
+    return linear_of(weight.normal_(std=in_features**-0.5), bias)
+
+
+def dense_twin(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the model with dense layers in place of low-rank ones; all others are shared."""
+    layers = low_rank_layers(model)
+    inside = {id(tensor) for layer in layers.values() for tensor in layer.parameters()}
+    shared = {
+        id(tensor): tensor
+        for tensor in (*model.parameters(), *model.buffers())
+        if id(tensor) not in inside
+    }
+    # The memory of deepcopy: what is in it is not copied. Low-rank layers are kept out too.
+    held = {id(layer): nn.Identity() for layer in layers.values()}
+    twin = copy.deepcopy(model, shared | held)
+    for name, layer in layers.items():
+        replace_module(twin, name, dense_like(layer))
+    return twin
+
+
+def in_turns(
+    compressed: Pair,
+    dense: Pair,
+    device: torch.device,
+    settings: SpeedSettings,
+    clock: Clock = time.perf_counter,
+) -> Latency:
+    """Time two models in turns, so that what slows the machine slows both.
+
+    Args:
+        compressed: Of the compressed model, what prepares a run, and the run.
+        dense: The same of the dense one.
+        device: Waited for before and after.
+        settings: How often.
+        clock: Seconds.
+    """
+
+    def timed(pair: Pair) -> float:
+        prepare, run = pair
+        prepare()
+        wait_for(device)
+        start = clock()
+        run()
+        wait_for(device)
+        return clock() - start
+
+    mine, other = [], []
+    for turn in range(settings.warmup + settings.repeats):
+        if turn % 2:
+            one = timed(compressed)
+            two = timed(dense)
+        else:
+            two = timed(dense)
+            one = timed(compressed)
+        if turn >= settings.warmup:
+            mine.append(one)
+            other.append(two)
+    return Latency.of(mine, other)
+
+
+def prefill_of(model: PreTrainedModel, ids: Tensor, *, compiled: bool) -> Pair:
+    """Return what reads prompts, up to the logits after the last token.
+
+    Args:
+        model: Any causal language model.
+        ids: ``(batch, tokens)``.
+        compiled: Whether the body runs through ``torch.compile``.
+    """
+    body, head = body_and_head(model)
+    run = torch.compile(body, dynamic=False) if compiled else body
+    return (lambda: None), lambda: head(run(ids, use_cache=False).last_hidden_state[:, -1:])
+
+
+def decode_of(model: PreTrainedModel, ids: Tensor, steps: int, *, compiled: bool) -> Pair:
+    """Return what adds the last ``steps`` tokens to the others one by one, from their cache.
+
+    Compiled, the cache has a fixed size, as in ``generate(cache_implementation="static")``, and
+    on CUDA the steps are replayed as graphs.
+
+    Args:
+        model: Any causal language model.
+        ids: ``(batch, tokens + steps)``.
+        steps: How many.
+        compiled: Whether the body runs through ``torch.compile``.
+    """
+    body, head = body_and_head(model)
+    known = ids.shape[1] - steps
+    run: Callable[..., Any] = body
+    static = None
+    if compiled:
+        mode = "reduce-overhead" if ids.device.type == "cuda" else "default"
+        run = torch.compile(body, dynamic=False, mode=mode)
+        static = StaticCache(config=model.config, max_cache_len=ids.shape[1])
+    else:
+        read = DynamicCache(config=model.config)
+        body(ids[:, :known], past_key_values=read, use_cache=True)
+    cache: Any = static
+
+    def prepare() -> None:
+        nonlocal cache
+        if static is None:
+            cache = copy.deepcopy(read)
+        else:  # its place in memory is compiled in
+            static.reset()
+            body(ids[:, :known], past_key_values=static, use_cache=True)
+
+    def decode() -> None:
+        for place in range(known, known + steps):
+            step = run(ids[:, place : place + 1], past_key_values=cache, use_cache=True)
+            head(step.last_hidden_state)
+
+    return prepare, decode
+
+
+@torch.inference_mode()
+def measure_speed(
+    model: PreTrainedModel,
+    twin: PreTrainedModel,
+    settings: SpeedSettings,
+    *,
+    compiled: bool = False,
+    on_run: Callable[[], object] | None = None,
+) -> list[Speed]:
+    """Time reading prompts and decoding, of a compressed model and its dense twin.
+
+    Args:
+        model: Compressed.
+        twin: From :func:`dense_twin`.
+        settings: What is timed, and how often.
+        compiled: Whether both run through ``torch.compile``; compiling does not count.
+        on_run: Told of each that is done.
+
+    Returns:
+        For each length of prompt, prefill and decoding.
+    """
+    found = []
+    size = model.get_input_embeddings().weight.shape[0]
+    generator = torch.Generator().manual_seed(0)
+    for prompt in settings.prompts:
+        shape = (settings.batch, prompt + settings.steps)
+        ids = torch.randint(size, shape, generator=generator).to(model.device)
+        ways: dict[Step, tuple[Callable[[PreTrainedModel], Pair], int]] = {
+            "prefill": (partial(prefill_of, ids=ids[:, :prompt], compiled=compiled), prompt),
+            "decode": (
+                partial(decode_of, ids=ids, steps=settings.steps, compiled=compiled),
+                settings.steps,
+            ),
+        }
+        for step, (way, tokens) in ways.items():
+            torch.compiler.reset()  # else later lengths would be compiled for any length
+            timed = in_turns(way(model), way(twin), model.device, settings)
+            count = settings.batch * tokens
+            found.append(Speed.of(step, prompt, count, timed, compiled=compiled))
+            if on_run is not None:
+                on_run()
+    return found
+
+
+@torch.inference_mode()
+def measure_kinds(
+    model: PreTrainedModel, twin: PreTrainedModel, settings: SpeedSettings
+) -> list[KindSpeed]:
+    """Time the low-rank layers of each kind against dense ones, on as many rows as a prompt has.
+
+    Args:
+        model: Compressed.
+        twin: From :func:`dense_twin`.
+        settings: The longest prompt counts.
+    """
+    low_rank = low_rank_layers(model)
+    kinds: dict[str, list[str]] = {}
+    for name in low_rank:
+        kinds.setdefault(name.rpartition(".")[2], []).append(name)
+    found = []
+    for kind, names in kinds.items():
+        mine = [model.get_submodule(name) for name in names]
+        other = [twin.get_submodule(name) for name in names]
+        shape = (settings.batch, max(settings.prompts), shape_of(low_rank[names[0]])[1])
+        rows = torch.randn(shape, device=model.device).to(model.dtype)
+        timed = in_turns(_all_of(mine, rows), _all_of(other, rows), model.device, settings)
+        ratio = sum(map(numbers_in, mine)) / sum(map(numbers_in, other))
+        found.append(
+            KindSpeed(
+                kind,
+                len(names),
+                ratio,
+                1e3 * timed.dense_seconds,
+                1e3 * timed.seconds,
+                1 / timed.ratio,
+                timed.error / timed.ratio**2,
+            )
+        )
+    return found
+
+
+def _all_of(layers: list[nn.Module], rows: Tensor) -> Pair:
+    """Return what runs layers one after another on the same rows."""
+    return (lambda: None), lambda: [layer(rows) for layer in layers]
+
+
+def peak_memory_bytes(
+    folder: Path, settings: SpeedSettings, dtype: str, device: str, *, dense: bool
+) -> int:
+    """Return the peak memory of a process that opens a model, reads a prompt and adds a token.
+
+    Measured in a process of its own, after the model is loaded: on CUDA what tensors take, else
+    the resident memory of the process, libraries included.
+
+    Args:
+        folder: A checkpoint.
+        settings: The longest prompt counts.
+        dtype: Name of the dtype.
+        device: Name of the device.
+        dense: Whether dense layers take the place of low-rank ones.
+
+    Raises:
+        RuntimeError: If the process ends without an answer, mostly for lack of memory; with what
+            it said.
+    """
+    given = {
+        "folder": str(folder),
+        "batch": settings.batch,
+        "prompt": max(settings.prompts),
+        "dtype": dtype,
+        "device": device,
+        "dense": dense,
+    }
+    # A new interpreter, not multiprocessing, which would run the caller's script again.
+    command = [sys.executable, "-c", "from lrbo.speed import answer_peak; answer_peak()"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    ran = subprocess.run(
+        command,
+        input=json.dumps(given),
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if ran.returncode:
+        said = ran.stderr.strip().splitlines()[-1:] or ["nothing"]
+        raise RuntimeError(
+            f"the process that measures memory ended with status {ran.returncode} and said "
+            f"{said[0]!r}; it loads {folder} once more, so there may be too little memory: "
+            "memory=false leaves it out"
+        )
+    return int(ran.stdout.split()[-1])
+
+
+def answer_peak() -> None:
+    """Measure what stdin asks for in this process, and write the bytes to stdout."""
+    transformers_logging.disable_progress_bar()
+    given = json.load(sys.stdin)
+    place = torch.device(given["device"])
+    model = export.load(given["folder"], dtype=getattr(torch, given["dtype"]), device=place)
+    if given["dense"]:
+        for name in low_rank_layers(model):
+            layer: Any = model.get_submodule(name)
+            replace_module(model, name, dense_like(layer))
+    reset = _reset_peak(place)
+    ids = torch.zeros(given["batch"], given["prompt"] + 1, dtype=torch.long, device=place)
+    with torch.inference_mode():
+        prepare, decode = decode_of(model, ids, 1, compiled=False)
+        prepare()
+        decode()
+    sys.stdout.write(f"{_peak(place, reset=reset)}\n")
+
+
+def _reset_peak(device: torch.device) -> bool:
+    """Forget the peak so far; return whether this system can."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return True
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def _peak(device: torch.device, *, reset: bool) -> int:
+    """Return the peak memory in bytes, since the reset where there was one."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if reset and (found := PAGES.search(Path("/proc/self/status").read_text())):
+        return int(found[1]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Return the bytes of the parameters of a model, tied ones once."""
+    return sum(p.numel() * p.element_size() for p in model.parameters())
