@@ -10,8 +10,8 @@ from contextlib import suppress
 from typing import Any
 from urllib.parse import quote
 
-# The UI keeps a saved view as a tag of the experiment. Versions of mlflow before 3.17 do not list
-# it in their menu and show their default columns.
+# The UI keeps a saved view as a tag of the experiment. An older one, that of mlflow 3.14 for one,
+# keeps it in another form: it shows the runs with its default columns then.
 TAG = "mlflow.sharedViewState."
 ALL_STUDIES = "lrbo-studies"
 # Which columns come first, as the UI itself calls them.
@@ -24,17 +24,15 @@ def study_view(study_id: str) -> str:
     return f"lrbo-{study_id}"
 
 
-def address(experiment_id: str, view: str | None = None, *, charts: bool = False) -> str:
+def address(experiment_id: str, view: str | None = None) -> str:
     """Return the end of the UI's address that shows runs; without it, it opens on chat models.
 
     Args:
         experiment_id: Of the experiment.
         view: Key of a saved view; ``None`` is the UI's own.
-        charts: Whether charts are shown instead of the table.
     """
     end = f"#/experiments/{experiment_id}/runs?workflowType=machine_learning"
-    end += "" if view is None else f"&viewStateShareKey={quote(view)}"
-    return end + ("&compareRunsMode=CHART" if charts else "")
+    return end if view is None else f"{end}&viewStateShareKey={quote(view)}"
 
 
 def all_studies(when: float) -> str:

@@ -68,9 +68,8 @@ def test_own_views_are_listed_the_newest_first_and_others_are_left_alone() -> No
 
 
 def test_an_address_leads_to_a_view() -> None:
-    page, _, query = mlflow_ui.address("3", "lrbo-an id&x", charts=True).partition("?")
+    page, _, query = mlflow_ui.address("3", "lrbo-an id&x").partition("?")
     assert page == "#/experiments/3/runs"
     found = parse_qs(query)
     assert found["viewStateShareKey"] == ["lrbo-an id&x"]
-    assert found["compareRunsMode"] == ["CHART"]
     assert "viewStateShareKey" not in unquote(mlflow_ui.address("3"))
