@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup quickstart test lint bench
+.PHONY: setup quickstart test lint bench newest
 
 setup: $(READY)
 
@@ -29,6 +29,10 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# With the newest packages that the registry has instead of those of constraints.txt.
+newest: setup
+	LRBO_NEWEST=1 $(BIN)/python -m pytest -m slow tests/test_wheel.py -k newest
 
 bench: setup
 	$(BIN)/python experiments/bench_worker/run.py

@@ -56,6 +56,8 @@ def check(config: Config) -> list[str]:
     if isinstance(config, CompressConfig):
         expect(config.dtype in DTYPES, "dtype", config.dtype, " or ".join(DTYPES))
         expect(config.format in FORMATS, "format", config.format, " or ".join(FORMATS))
+        kinds = ("link", "copy", "none")
+        expect(config.register in kinds, "register", config.register, " or ".join(kinds))
         expect(
             is_point(config.point),
             "point",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import logging
 import os
-import re
 import sqlite3
 import time
 import uuid
@@ -17,6 +16,18 @@ from urllib.parse import unquote, urlparse
 
 from filelock import FileLock
 
+from lrbo import mlflow_registry, mlflow_ui
+from lrbo.errors import TrackingError
+from lrbo.mlflow_entities import (
+    TAG_LENGTH,
+    cut,
+    input_of,
+    key_of,
+    metrics_of,
+    milliseconds,
+    params_of,
+)
+from lrbo.presentation import Checkpoint, Presentation
 from lrbo.storage import is_full
 from lrbo.trial import TrialRecord
 
@@ -38,9 +49,6 @@ ENDED: Mapping[str, str] = {
 
 # Else the UI opens on traces of chat models instead of the table of runs.
 _EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
-_PARAM_LENGTH = 6000  # of a value, in characters; mlflow refuses longer ones
-_TAG_LENGTH = 5000
-_KEY_LENGTH = 250
 
 
 class StudyRuns:
@@ -103,7 +111,7 @@ class StudyRuns:
             parent = min(found, key=lambda run: (run.info.start_time, run.info.run_id))
             self._client.update_run(parent.info.run_id, status="RUNNING")
         else:
-            tags = {"lrbo.study_id": self._study_id, "lrbo.role": "study"}
+            tags = self._tags("study")
             parent = self._client.create_run(
                 self._experiment_id, tags=tags, run_name=self._study_name
             )
@@ -112,8 +120,8 @@ class StudyRuns:
         place = urlparse(parent.info.artifact_uri)
         self._artifacts = Path(unquote(place.path)) if place.scheme == "file" else None
         known = parent.data.params
-        params = {key: value for key, value in config.items() if _key(key) not in known}
-        self._client.log_batch(self._parent_id, params=_params(params))
+        params = {key: value for key, value in config.items() if key_of(key) not in known}
+        self._client.log_batch(self._parent_id, params=params_of(params))
         for run in self._search(f"tags.`mlflow.parentRunId` = '{self._parent_id}'"):
             number = run.data.tags.get("lrbo.trial", "")
             if not number.isdecimal():  # a run that somebody else put there
@@ -139,28 +147,28 @@ class StudyRuns:
         if index in self._half_written:
             self._client.delete_run(self._half_written.pop(index))
         tags = {
+            **self._tags("trial"),
             "mlflow.parentRunId": self._parent_id,
-            "lrbo.study_id": self._study_id,
-            "lrbo.role": "trial",
             "lrbo.trial": str(index),
             "lrbo.origin": request.origin,
             "lrbo.outcome": result.outcome,
         }
         if result.error is not None:
-            tags["lrbo.error"] = cut(result.error, _TAG_LENGTH)
-        ended = _milliseconds(time.time() if record.ended is None else record.ended)
-        started = ended if record.started is None else _milliseconds(record.started)
+            tags["lrbo.error"] = cut(result.error, TAG_LENGTH)
+        ended = milliseconds(time.time() if record.ended is None else record.ended)
+        started = ended if record.started is None else milliseconds(record.started)
         ended = max(started, ended)  # the clock of the machine may have been set back in between
         run = self._client.create_run(
             self._experiment_id, start_time=started, tags=tags, run_name=f"trial-{index:03d}"
         )
         run_id = run.info.run_id
         self._client.log_text(run_id, request.allocation.to_json(), "allocation.json")
-        seconds = {f"seconds.{name}": value for name, value in record.seconds.items()}
+        # What stands before a slash is a section of its own on the page of charts.
+        seconds = {f"seconds/{name}": value for name, value in record.seconds.items()}
         self._client.log_batch(
             run_id,
-            metrics=_metrics({**record.metrics, **seconds}, ended, index),
-            params=_params(
+            metrics=metrics_of({"trial": index, **record.metrics, **seconds}, ended, index),
+            params=params_of(
                 {
                     # The keep ratio of a front is no weight, whatever the others are.
                     k if k == "keep_ratio" else f"{self._prefix}{k}": v
@@ -171,7 +179,7 @@ class StudyRuns:
         # With the time of the trial, not of the writing: MLflow then drops a second copy, as
         # one left by a process that was killed before it closed the child run.
         self._client.log_batch(
-            self._parent_id, metrics=_metrics(self._progress(record), ended, index)
+            self._parent_id, metrics=metrics_of(self._progress(record), ended, index)
         )
         self._close(run_id, ENDED[result.outcome], ended)
         self._shown.add(index)
@@ -181,8 +189,8 @@ class StudyRuns:
         """Put numbers, at the step of the last trial, and files on the parent run."""
         self._check_free()
         last = max(self._shown, default=0)
-        now = _milliseconds(time.time())
-        self._client.log_batch(self._parent_id, metrics=_metrics(metrics, now, last))
+        now = milliseconds(time.time())
+        self._client.log_batch(self._parent_id, metrics=metrics_of(metrics, now, last))
         for path in artifacts:
             folder = "figures" if path.suffix == ".png" else ""
             try:
@@ -194,11 +202,56 @@ class StudyRuns:
                 (self._artifacts / folder / path.name).unlink(missing_ok=True)
                 log.warning("%s has no room beside the runs of MLflow (%s)", path, error)
 
+    def present(self, shown: Presentation) -> None:
+        """Put description and texts on the parent run, and saved views on the experiment."""
+        self._check_free()
+        if shown.note:
+            note = cut(shown.note, TAG_LENGTH)
+            self._client.set_tag(self._parent_id, "mlflow.note.content", note)
+        if shown.datasets:  # one that the run has already is not added again
+            self._client.log_inputs(self._parent_id, [input_of(one) for one in shown.datasets])
+        for name, value in shown.views.items():
+            self._client.set_experiment_tag(self._experiment_id, name, value)
+
+    def register(self, checkpoint: Checkpoint) -> bool:
+        """Make a checkpoint a version of the study's registered model; return whether it was not.
+
+        Raises:
+            MlflowException: If there is no run of its trial.
+        """
+        from mlflow.exceptions import MlflowException
+
+        self._check_free()
+        runs = self._search(
+            f"tags.`lrbo.study_id` = '{self._study_id}' and "
+            f"tags.`lrbo.trial` = '{checkpoint.trial}'"
+        )
+        if not runs:
+            raise MlflowException(f"it has no run of trial {checkpoint.trial}")
+        return mlflow_registry.register(
+            self._client,
+            self._study_name,
+            self._study_id,
+            checkpoint,
+            runs[0].info.run_id,
+            is_local=self._database is not None,
+        )
+
     def finish(self, status: str) -> None:
         """Close the parent run."""
         self._check_free()
-        ended = max(self._parent_started, _milliseconds(time.time()))  # whatever the clock says
+        ended = max(self._parent_started, milliseconds(time.time()))  # whatever the clock says
         self._close(self._parent_id, status, ended)
+
+    def _tags(self, role: str) -> dict[str, str]:
+        """Return what every run of the study is found and told apart by."""
+        return {
+            "lrbo.study": self._study_name,
+            "lrbo.study_id": self._study_id,
+            "lrbo.role": role,
+            "mlflow.source.name": "lrbo",
+            "mlflow.source.type": "LOCAL",
+        }
 
     def _progress(self, record: TrialRecord) -> dict[str, float]:
         """Return what the parent shows over the trials; the best is of those up to this one."""
@@ -268,22 +321,46 @@ class StudyRuns:
 
 
 def pages_of_runs(uri: str) -> dict[str, str]:
-    """Return, by experiment, the end of the UI's address that shows its table of runs.
+    """Return the ends of the UI's addresses that show runs, by what they show, newest study first.
 
-    Without it the UI opens on traces of chat models. Empty if the store cannot be read, which
-    the UI itself says best.
+    Raises:
+        TrackingError: If another version of mlflow made the store.
     """
     from mlflow import MlflowClient
 
     try:
         experiments = MlflowClient(tracking_uri=uri).search_experiments()
-    except store_errors():
-        return {}
-    return {
-        found.name: f"#/experiments/{found.experiment_id}/runs?workflowType=machine_learning"
-        for found in experiments
-        if found.name != "Default"  # mlflow's own, which is always there and empty
-    }
+    except store_errors() as error:
+        if is_other_version(error):
+            raise TrackingError(other_version(uri)) from error
+        return {}  # the UI itself says best why the store cannot be read
+    pages = {}
+    for found in experiments:
+        if found.name == "Default":  # mlflow's own, which is always there and empty
+            continue
+        pages[f"runs of {found.name}"] = mlflow_ui.address(found.experiment_id)
+        for key, name in mlflow_ui.saved_views(found.tags).items():
+            pages[f"{name} ({found.name})"] = mlflow_ui.address(found.experiment_id, key)
+    return pages
+
+
+def is_other_version(error: Exception) -> bool:
+    """Return whether a store failed because another version of mlflow made its tables."""
+    from alembic.util import CommandError
+
+    return isinstance(error, CommandError) or "database schema" in str(error)
+
+
+def other_version(uri: str) -> str:
+    """Return what to do with a store of another version."""
+    from mlflow import __version__
+
+    return (
+        f"the MLflow store at {uri} was made by another version of mlflow than {__version__}. If "
+        f"by an older one, upgrade it with: mlflow db upgrade {uri}. Or move it away and make it "
+        "again from the journals, which have everything that lrbo put there: lrbo report "
+        "'study=*' sync=true"
+    )
 
 
 def store_errors() -> tuple[type[Exception], ...]:
@@ -292,7 +369,8 @@ def store_errors() -> tuple[type[Exception], ...]:
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
-    return (MlflowException, SQLAlchemyError, CommandError, sqlite3.Error, OSError)
+    # ImportError: mlflow beside a SQLAlchemy that it does not know.
+    return (MlflowException, SQLAlchemyError, CommandError, sqlite3.Error, OSError, ImportError)
 
 
 def _sqlite_file(uri: str) -> Path | None:
@@ -355,32 +433,3 @@ def _set_busy_timeout(
     if statement.startswith("PRAGMA busy_timeout"):
         statement = f"PRAGMA busy_timeout = {round(1000 * BUSY_SECONDS)}"
     return statement, parameters
-
-
-def _metrics(values: Mapping[str, float], timestamp: int, step: int) -> list[Any]:
-    """Return numbers as mlflow takes them."""
-    from mlflow.entities import Metric
-
-    return [Metric(_key(name), float(value), timestamp, step) for name, value in values.items()]
-
-
-def _params(values: Mapping[str, Any]) -> list[Any]:
-    """Return settings as mlflow takes them."""
-    from mlflow.entities import Param
-
-    return [Param(_key(name), cut(str(value), _PARAM_LENGTH)) for name, value in values.items()]
-
-
-def _key(name: str) -> str:
-    """Return a name that mlflow accepts; lm-eval, for one, has commas in its own."""
-    return re.sub(r"[^\w\-. :/]", "_", name)[:_KEY_LENGTH]
-
-
-def cut(text: str, length: int) -> str:
-    """Return a text that is no longer than mlflow accepts."""
-    return text if len(text) <= length else text[: length - 3] + "..."
-
-
-def _milliseconds(seconds: float) -> int:
-    """Return a Unix time as mlflow counts it."""
-    return round(1000 * seconds)

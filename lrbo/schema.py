@@ -218,6 +218,7 @@ class CompressConfig:
     point: Any = "best"
     out: str = MISSING
     format: str = "lrbo"
+    register: str = "link"
     refit: RefitConfig = field(default_factory=RefitConfig)
     dtype: str = "auto"
     output: str = "text"

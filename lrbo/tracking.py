@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from lrbo.errors import TrackingError
-from lrbo.mlflow_store import StudyRuns, cut, store_errors
+from lrbo.mlflow_entities import cut
+from lrbo.mlflow_store import StudyRuns, is_other_version, other_version, store_errors
+from lrbo.presentation import Checkpoint, Presentation
 from lrbo.trial import TrialRecord
 
 log = logging.getLogger(__name__)
@@ -33,6 +35,14 @@ class Tracker(Protocol):
 
     def sync(self, records: Iterable[TrialRecord]) -> int:
         """Show every ended trial that is not shown yet, and return how many those were."""
+        ...
+
+    def present(self, shown: Presentation) -> None:
+        """Show what stands around the numbers: description, texts, saved views."""
+        ...
+
+    def checkpoint(self, written: Checkpoint) -> None:
+        """Show a compressed model that was written, once; needs no :meth:`start`."""
         ...
 
     def summary(self, metrics: Mapping[str, float], artifacts: Iterable[Path]) -> None:
@@ -57,6 +67,12 @@ class NullTracker:
         """Do nothing."""
         del records
         return 0
+
+    def present(self, shown: Presentation) -> None:
+        """Do nothing."""
+
+    def checkpoint(self, written: Checkpoint) -> None:
+        """Do nothing."""
 
     def summary(self, metrics: Mapping[str, float], artifacts: Iterable[Path]) -> None:
         """Do nothing."""
@@ -112,6 +128,7 @@ class MlflowTracker:
         self._strict = strict
         self._prefix = prefix
         self._config: dict[str, Any] = {}
+        self._presented = Presentation()
         self._view: StudyRuns | None = None
         self._ended: dict[int, TrialRecord] = {}  # all of them: the store may be lost as a whole
         self._retry_at: float | None = None
@@ -143,6 +160,21 @@ class MlflowTracker:
                 self._ended[record.request.trial_index] = record
         return self._show_missed() if self._retry_at is None else 0
 
+    def present(self, shown: Presentation) -> None:
+        """Show description, texts and saved views; again where the store was lost."""
+        self._presented = shown
+        if self._retry_at is None:
+            with self._guarded():
+                self._connected().present(shown)
+
+    def checkpoint(self, written: Checkpoint) -> None:
+        """Make a checkpoint a version of the study's registered model, unless it is one.
+
+        The parent run stays as it is: a search may be going on.
+        """
+        with self._guarded():
+            (self._view or self._opened()).register(written)
+
     def summary(self, metrics: Mapping[str, float], artifacts: Iterable[Path]) -> None:
         """Put study-wide numbers and files on the parent run, PNG files under ``figures/``."""
         if self._retry_at is None:
@@ -167,16 +199,21 @@ class MlflowTracker:
     def _connected(self) -> StudyRuns:
         """Return the view, opened anew at first and after a failure."""
         if self._view is None:
-            self._view = StudyRuns(
-                self._uri,
-                self._experiment,
-                self._study_id,
-                self._study_name,
-                self._artifact_root,
-                self._prefix,
-            )
+            self._view = self._opened()
             self._view.begin(self._config)
+            self._view.present(self._presented)
         return self._view
+
+    def _opened(self) -> StudyRuns:
+        """Connect to the store."""
+        return StudyRuns(
+            self._uri,
+            self._experiment,
+            self._study_id,
+            self._study_name,
+            self._artifact_root,
+            self._prefix,
+        )
 
     @contextmanager
     def _guarded(self) -> Iterator[None]:
@@ -187,6 +224,8 @@ class MlflowTracker:
             self._view = None  # what it remembers of the store may be wrong now
             reason = _one_line(f"{type(error).__name__}: {error}")
             where = _one_line(self._uri)
+            if is_other_version(error):
+                reason = other_version(where)
             command = f"lrbo report study={self._study_name} sync=true"
             if self._strict:
                 raise TrackingError(

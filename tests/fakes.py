@@ -15,6 +15,7 @@ from lrbo.accounting import dense_parameters, low_rank_parameters
 from lrbo.allocation import Budget
 from lrbo.errors import Outcome
 from lrbo.model import LayerSpec
+from lrbo.presentation import Checkpoint, Presentation
 from lrbo.racing import Race, paired_difference
 from lrbo.search.base import Space
 from lrbo.search.client import Observation, SearchClient
@@ -341,6 +342,14 @@ class FakeTracker:
         for record in missing:
             self.store[record.request.trial_index] = [record]
         return len(missing)
+
+    def present(self, shown: Presentation) -> None:
+        """Note the call."""
+        self.calls.append("present")
+
+    def checkpoint(self, written: Checkpoint) -> None:
+        """Note the call."""
+        self.calls.append("checkpoint")
 
     def summary(self, metrics: Mapping[str, float], artifacts: Iterable[Path]) -> None:
         """Note the call."""

@@ -58,9 +58,9 @@ class Store:
         self.study_id = uuid.uuid4().hex
         self.client = MlflowClient(tracking_uri=self.uri)
 
-    def tracker(self, **options: Any) -> MlflowTracker:
+    def tracker(self, study_name: str = "my-study", **options: Any) -> MlflowTracker:
         options = {"artifact_root": self.artifacts, **options}
-        return MlflowTracker(self.uri, self.experiment, self.study_id, "my-study", **options)
+        return MlflowTracker(self.uri, self.experiment, self.study_id, study_name, **options)
 
     def runs(self, view: int = ViewType.ACTIVE_ONLY) -> list[Run]:
         experiment = self.client.get_experiment_by_name(self.experiment)

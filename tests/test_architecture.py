@@ -26,7 +26,7 @@ ROOMS = """
     search.loop search.client search.study search.front_space search.restricted search.weights
     search.space
     search.base search.front
-    tracking mlflow_store
+    tracking mlflow_store mlflow_registry mlflow_entities mlflow_ui presentation
     executors.ray_tasks executors.inline executors.base
     worker trial racing
     evaluation.divergence evaluation.perplexity evaluation.latency evaluation.selection
@@ -52,12 +52,20 @@ BORDERS = {
     "ax": {"search.client"},
     "botorch": {"search.client"},
     "gpytorch": set[str](),
-    "mlflow": {"mlflow_store"},
+    "mlflow": {"mlflow_store", "mlflow_entities"},
     "hydra": {"config", "cli"},
     "omegaconf": {"config", "cli"},
     "datasets": {"calibration.corpus", "evaluation.protocols"},
     "matplotlib": {"comparison", "plots", "drawing"},
-    "pandas": {"comparison", "html_report", "results", "plots", "report", "search.client"},
+    "pandas": {
+        "commands.view",
+        "comparison",
+        "html_report",
+        "results",
+        "plots",
+        "report",
+        "search.client",
+    },
     "plotly": {"html_report"},
     "accelerate": {"merging", "lazy"},
     "huggingface_hub": {"model_card"},

@@ -1,8 +1,10 @@
 """Made once, used again; made anew as soon as anything that matters is different."""
 
 import shutil
+import socket
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -345,6 +347,13 @@ def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     return found
 
 
+def free_port() -> int:
+    """Return a port that nobody listens on."""
+    with closing(socket.create_server(("127.0.0.1", 0))) as server:
+        port: int = server.getsockname()[1]
+    return port
+
+
 def test_a_dashboard_without_a_store_says_how_to_make_one(
     cache: Path, commands: list[list[str]]
 ) -> None:
@@ -361,19 +370,30 @@ def test_a_dashboard_serves_the_store_on_host_and_port(
     store = cache.parent / "my store" / "mlflow.db"
     store.parent.mkdir()
     store.touch()
-    said = Said()
+    said, port = Said(), free_port()
     with pytest.raises(SystemExit) as caught:
-        dashboard.run(DashboardConfig(uri=uri, host="0.0.0.0", port=5001), said)
+        dashboard.run(DashboardConfig(uri=uri, host="0.0.0.0", port=port), said)
     assert caught.value.code == 3  # that of the server
     absolute = f"sqlite:///{store}" if uri.startswith("sqlite") else uri
     assert commands == [
         [
             sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", absolute,
-            "--host", "0.0.0.0", "--port", "5001",
+            "--host", "0.0.0.0", "--port", str(port), "--workers", "1",
         ]
     ]  # fmt: skip
-    assert "http://0.0.0.0:5001" in said.lines[0]
-    assert said.lines[1].endswith("mine: http://0.0.0.0:5001/#/runs")
+    assert f"http://0.0.0.0:{port}" in said.lines[0]
+    assert said.lines[1].endswith(f"mine: http://0.0.0.0:{port}/#/runs")
+
+
+def test_a_dashboard_whose_port_is_taken_names_it(cache: Path, commands: list[list[str]]) -> None:
+    with closing(socket.create_server(("127.0.0.1", 0))) as other:
+        port = other.getsockname()[1]
+        config = DashboardConfig(uri="http://127.0.0.1:8080", port=port)
+        with pytest.raises(ConfigError, match=rf"port={port} .*uses it.*dashboard port=5001"):
+            dashboard.run(config, Said())
+    with pytest.raises(ConfigError, match=r"port=70000 .*cannot be used.*dashboard port=5001"):
+        dashboard.run(DashboardConfig(uri="http://127.0.0.1:8080", port=70_000), Said())
+    assert commands == []
 
 
 def test_ctrl_c_ends_a_dashboard_in_order(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -382,6 +402,7 @@ def test_ctrl_c_ends_a_dashboard_in_order(cache: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(dashboard.subprocess, "run", interrupted)
     monkeypatch.setattr(dashboard, "pages_of_runs", lambda uri: {})
+    config = DashboardConfig(uri="http://127.0.0.1:8080", port=free_port())
     with pytest.raises(SystemExit) as caught:
-        dashboard.run(DashboardConfig(uri="http://127.0.0.1:8080"), Said())
+        dashboard.run(config, Said())
     assert caught.value.code == 0

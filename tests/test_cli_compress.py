@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,7 @@ def test_the_best_after_refits_is_written(project: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
+        (["register=yes"], "register='yes': expected link or copy or none"),
         (["format=onnx"], "format='onnx': expected lrbo or remote_code or merged"),
         (["refit.candidates=0"], "refit.candidates=0: expected at least 1"),
         (["refit.held_back=1"], "refit.held_back=1.0: expected a number from 0 on and below 1"),
@@ -290,3 +292,41 @@ def test_a_trial_that_is_not_there_is_named_with_those_that_are(project: Path) -
         assert ran.status == 2
         assert "it has the trials [0, 1, 2, 3, 4]" in ran.err
     assert not (project / "none").exists()
+
+
+def versions_of(study: str) -> dict[str, str]:
+    """Return the folders of a study's registered model, by version."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=f"sqlite:///{Path('studies/mlflow.db').absolute()}")
+    found = client.search_model_versions(f"name = '{study}'")
+    return {str(each.version): Path(each.tags["folder"]).name for each in found}
+
+
+def test_checkpoints_are_registered_and_come_back_with_a_sync(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, searched: tuple[Path, Ran]
+) -> None:
+    shutil.copytree(searched[0] / "studies", tmp_path / "studies")
+    monkeypatch.chdir(tmp_path)
+    for each in ("mlflow.db", "mlflow.db.lock"):  # its experiment keeps artifacts elsewhere
+        Path("studies", each).unlink()
+    before = len(Study(Path("studies/tiny")).state.checkpoints)
+    options = ["study=tiny", "refit.enabled=false"]
+    ran = lrbo_command("compress", *options, "out=early")  # MLflow has no run of the trial
+    assert ran.status == 0, ran.err
+    assert "lrbo report study=tiny sync=true" in ran.err
+    assert lrbo_command("compress", *options, "register=none", "out=hidden").status == 0
+    with Study(Path("studies/tiny")).locked():
+        ran = lrbo_command("compress", *options, "out=unnoted")
+        assert ran.status == 0, ran.err
+        assert "does not say that unnoted was written" in ran.err
+    for out in ("late", "gone"):
+        assert lrbo_command("compress", *options, f"out={out}").status == 0
+    shutil.rmtree("gone")
+    found = Study(Path("studies/tiny")).state.checkpoints[before:]
+    assert [Path(each["folder"]).name for each in found] == ["early", "hidden", "late", "gone"]
+    for _ in range(2):
+        ran = lrbo_command("report", "study=tiny", "sync=true")
+        assert ran.status == 0, ran.err
+        assert set(versions_of("tiny").values()) >= {"early", "late"}
+        assert set(versions_of("tiny").values()).isdisjoint({"hidden", "unnoted", "gone"})

@@ -1,8 +1,10 @@
 """MLflow shows what the journal says, whatever happens to either of them."""
 
 import dataclasses
+import json
 import math
 import os
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from mlflow.entities import ViewType
 
 from lrbo import mlflow_store, tracking
 from lrbo.allocation import Allocation
+from lrbo.presentation import Checkpoint, Dataset, Presentation
 from lrbo.tracking import MlflowTracker, NullTracker
 from lrbo.trial import TrialResult
 from tests.mlflow_runs import BEST, NLL, STARTED, Store, failed, record
@@ -55,8 +58,9 @@ def test_a_study_becomes_a_parent_and_its_trials_children(store: Store) -> None:
         assert {k: float(v) for k, v in child.data.params.items()} == each.request.variables
         assert child.data.metrics == {
             **each.metrics,
-            "seconds.suggestion": 0.5,
-            "seconds.scoring": 2.0,
+            "trial": index,
+            "seconds/suggestion": 0.5,
+            "seconds/scoring": 2.0,
         }
         text = store.artifact(child, "allocation.json").read_text(encoding="utf-8")
         assert text == each.request.allocation.to_json()
@@ -75,7 +79,7 @@ def test_a_trial_without_a_value_is_shown_as_failed_with_its_error(store: Store)
     assert first.data.tags["lrbo.error"] == "out of memory"
     assert second.data.tags["lrbo.outcome"] == "abandoned"
     assert second.data.tags["lrbo.error"].startswith("no rank fits no rank")
-    assert first.data.metrics == {"seconds.suggestion": 0.5, "seconds.scoring": 2.0}
+    assert first.data.metrics == {"trial": 0, "seconds/suggestion": 0.5, "seconds/scoring": 2.0}
     assert store.parent.data.metrics == {}
 
 
@@ -153,6 +157,98 @@ def test_the_best_is_that_of_the_trials_up_to_each(store: Store) -> None:
     assert store.history("best_nll") == dict(enumerate(BEST))
 
 
+PRESENTED = Presentation(
+    "**a note**",
+    [
+        Dataset("calibration", "words[train]", "abc", 8, 512),
+        Dataset("test", "words[test]", "x" * 64, 4, 256),
+    ],
+    {"mlflow.sharedViewState.lrbo-mine": "a view"},
+)
+
+
+def inputs(store: Store) -> dict[str, tuple[str, str, dict[str, int]]]:
+    return {
+        found.tags[0].value: (
+            found.dataset.name,
+            found.dataset.digest,
+            json.loads(found.dataset.profile or ""),
+        )
+        for found in store.parent.inputs.dataset_inputs
+    }
+
+
+def test_note_texts_and_views_stand_around_the_numbers_once(store: Store) -> None:
+    for _ in range(2):  # a search that goes on presents itself again
+        tracker = store.tracker(strict=True)
+        tracker.start({})
+        tracker.present(PRESENTED)
+    assert store.parent.data.tags["mlflow.note.content"] == "**a note**"
+    assert len(store.parent.inputs.dataset_inputs) == 2
+    assert inputs(store) == {
+        "calibration": ("words[train]", "abc", {"windows": 8, "tokens": 512}),
+        "test": ("words[test]", "x" * 36, {"windows": 4, "tokens": 256}),
+    }
+    experiment = store.client.get_experiment_by_name(store.experiment)
+    assert experiment is not None
+    assert experiment.tags["mlflow.sharedViewState.lrbo-mine"] == "a view"
+
+
+def test_a_deleted_view_is_presented_again(store: Store) -> None:
+    tracker = store.tracker(strict=True)
+    tracker.start({})
+    tracker.present(PRESENTED)
+    store.client.delete_run(store.parent.info.run_id)
+    again = store.tracker(strict=True)
+    again.start({})
+    again.present(PRESENTED)
+    assert set(inputs(store)) == {"calibration", "test"}
+
+
+# Checkpoints.
+
+
+def written(folder: Path, trial: int = 1, **changes: Any) -> Checkpoint:
+    (folder / "weights").mkdir(parents=True)
+    (folder / "weights" / "part").write_text("numbers", encoding="utf-8")
+    values: dict[str, Any] = {"copied": False, "tags": {"keep_ratio": "0.8"}} | changes
+    return Checkpoint(uuid.uuid4().hex, trial, folder, **values)
+
+
+def test_a_checkpoint_is_a_version_of_the_study_s_model_once(store: Store, tmp_path: Path) -> None:
+    tracker = store.tracker(strict=True, study_name=f"a/b:{store.study_id}")
+    tracker.start({})
+    tracker.sync([record(index) for index in range(2)])
+    tracker.finish(completed=False)
+    linked, copied = written(tmp_path / "linked"), written(tmp_path / "copied", 0, copied=True)
+    for checkpoint in (linked, copied, linked):
+        store.tracker(strict=True, study_name=f"a/b:{store.study_id}").checkpoint(checkpoint)
+    assert store.parent.info.status == "KILLED"  # it is not the search that goes on
+    name = f"a_b_{store.study_id}"
+    first, second = sorted(
+        store.client.search_model_versions(f"name = '{name}'"), key=lambda found: found.version
+    )
+    runs = {found.info.run_id: name for name, found in store.children.items()}
+    assert [runs[found.run_id] for found in (first, second)] == ["trial-001", "trial-000"]
+    assert first.source == (tmp_path / "linked").as_uri()
+    assert first.tags["folder"] == str(tmp_path / "linked")
+    assert first.tags["keep_ratio"] == "0.8"
+    assert not store.artifact(store.children["trial-001"], "checkpoint").exists()
+    part = store.artifact(store.children["trial-000"], "checkpoint/weights/part")
+    assert part.read_text(encoding="utf-8") == "numbers"
+    assert second.source.endswith("/checkpoint")
+
+
+def test_a_checkpoint_of_a_trial_that_is_not_shown_is_a_warning(
+    store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tracker = store.tracker()
+    tracker.start({})
+    tracker.checkpoint(written(tmp_path / "early"))
+    assert "no run of trial 1" in caplog.text
+    assert "lrbo report study=my-study sync=true" in caplog.text
+
+
 # Interruptions of the search.
 
 
@@ -167,7 +263,7 @@ def test_every_experiment_with_runs_has_a_page(store: Store) -> None:
     store.tracker().start({})
     experiment = store.client.get_experiment_by_name(store.experiment)
     assert experiment is not None
-    (page,) = mlflow_store.pages_of_runs(store.uri).values()
+    page = mlflow_store.pages_of_runs(store.uri)[f"runs of {store.experiment}"]
     assert page.startswith(f"#/experiments/{experiment.experiment_id}/runs")
 
 

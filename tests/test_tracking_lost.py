@@ -3,6 +3,7 @@
 import logging
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
@@ -223,3 +224,19 @@ MlflowTracker("sqlite:///{database}", "lrbo", "0", "my-study", strict=True).star
     tracker.start({})
     assert tracker.sync([record(0)]) == 1
     assert not list(tmp_path.glob(".mlflow.db.*.new"))
+
+
+def test_a_store_of_another_version_says_what_to_do(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = Store(tmp_path)
+    with closing(sqlite3.connect(store.file)) as connection:
+        connection.execute("UPDATE alembic_version SET version_num = '000000000000'")
+        connection.commit()
+    other = MlflowTracker(f"sqlite:///{tmp_path}/./mlflow.db", "lrbo", "0", "my-study")
+    other.start({})
+    (warning,) = warnings_of(caplog)
+    for part in ("another version of mlflow", "mlflow db upgrade", "'study=*' sync=true"):
+        assert part in warning
+    with pytest.raises(TrackingError, match="another version of mlflow"):
+        mlflow_store.pages_of_runs(f"sqlite:///{tmp_path}/./mlflow.db")

@@ -1,10 +1,12 @@
-"""The wheel works where the sources are not: in an environment of its own, from any folder."""
+"""What is released works where the checkout is not, with the oldest packages that it allows too."""
 
 import json
 import os
 import subprocess
 import sys
 import sysconfig
+import tarfile
+import tomllib
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,27 +49,50 @@ def python(*arguments: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.fixture(scope="module")
-def installed(tmp_path_factory: pytest.TempPathFactory) -> Environment:
-    """Build the wheel from the checkout and install it beside the running environment."""
-    folder = tmp_path_factory.mktemp("elsewhere")
-    empty = folder / "empty"
-    empty.mkdir()
-    python("-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(ROOT))
-    (wheel,) = folder.glob("*.whl")
-    home = folder / "venv"
+def environment(folder: Path, wheel: Path) -> Environment:
+    """Make a virtual environment without anything in it."""
+    home, empty = folder / "venv", folder / "empty"
+    empty.mkdir(parents=True)
     python("-m", "venv", "--without-pip", str(home))
     schemes = {"base": str(home), "platbase": str(home)}
     site = Path(sysconfig.get_path("purelib", "venv", schemes))
-    scripts = Path(sysconfig.get_path("scripts", "venv", schemes))
-    interpreter = str(scripts / "python")
-    # pip of the running environment, told to install into the other one.
-    python("-m", "pip", "--python", interpreter, "install", "--quiet", "--no-deps", "--no-index",
-           str(wheel))  # fmt: skip
+    return Environment(wheel, site, Path(sysconfig.get_path("scripts", "venv", schemes)), empty)
+
+
+def install(target: Environment, *arguments: str) -> None:
+    """Install with the pip of the running environment, told to install into the other one."""
+    python("-m", "pip", "--python", str(target.bin / "python"), "install", "--quiet", *arguments)
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Build the wheel from the checkout."""
+    folder = tmp_path_factory.mktemp("wheel")
+    python("-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(ROOT))
+    (found,) = folder.glob("*.whl")
+    return found
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Environment:
+    """Install the wheel beside the running environment."""
+    target = environment(tmp_path_factory.mktemp("elsewhere"), wheel)
+    install(target, "--no-deps", "--no-index", str(wheel))
     # The dependencies: torch is a gigabyte. A .pth file adds the folder after our own, and does
     # not follow the .pth files in it, so the editable install that may lie there stays out.
-    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
-    return Environment(wheel, site, scripts, empty)
+    path = target.site / "dependencies.pth"
+    path.write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
+    return target
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Build the source distribution, and from it a wheel."""
+    folder = tmp_path_factory.mktemp("dist")
+    python("-m", "build", "--outdir", str(folder), str(ROOT))
+    (source,) = folder.glob("*.tar.gz")
+    (built,) = folder.glob("*.whl")
+    return source, built
 
 
 def test_the_wheel_holds_package_and_configuration_and_no_tests(installed: Environment) -> None:
@@ -107,3 +132,57 @@ def test_a_search_runs_where_no_checkout_is(installed: Environment) -> None:
     assert {path.name for path in installed.empty.iterdir()} == {"studies"}
     about = json.loads((installed.empty / "studies/tiny/study.json").read_text(encoding="utf-8"))
     assert about["versions"]["lrbo"] == installed.wheel.name.split("-")[1]
+
+
+def test_the_source_distribution_has_all_that_make_test_needs(
+    released: tuple[Path, Path], wheel: Path
+) -> None:
+    with tarfile.open(released[0]) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    kept = set(listed.stdout.split())
+    if listed.returncode == 0 and kept:  # not in what was unpacked from a source distribution
+        assert kept - names == set()
+    for name in ("README.md", "LICENSE", "Makefile", "conf/search.yaml", "tests/test_wheel.py"):
+        assert name in names
+    mine, theirs = (sorted(zipfile.ZipFile(path).namelist()) for path in (wheel, released[1]))
+    assert mine == theirs
+
+
+def lower_bounds() -> dict[str, str]:
+    """Return the oldest version that is allowed of each package."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    return dict(each.split(">=") for each in tomllib.loads(text)["project"]["dependencies"])
+
+
+def link_torch(target: Environment) -> None:
+    """Let an environment have the torch of the running one, which no test may download again."""
+    linked = target.bin.parent / "torch"
+    linked.mkdir()
+    here = Path(sysconfig.get_path("purelib"))
+    for path in [*here.glob("torch-*.dist-info"), here / "torch", here / "torchgen"]:
+        (linked / path.name).symlink_to(path)
+    (target.site / "torch.pth").write_text(f"{linked}\n", encoding="utf-8")
+
+
+@pytest.mark.parametrize("which", ["lowest", "newest"])
+def test_a_search_runs_with_these_versions(which: str, wheel: Path, tmp_path: Path) -> None:
+    if which == "newest" and "LRBO_NEWEST" not in os.environ:
+        pytest.skip("what is newest changes from day to day: make newest")
+    target, bounds = environment(tmp_path, wheel), lower_bounds()
+    link_torch(target)
+    del bounds["torch"]
+    assert len(bounds) > 15
+    pins = tmp_path / "lowest.txt"
+    pins.write_text("".join(f"{k}=={v}\n" for k, v in bounds.items()), encoding="utf-8")
+    install(target, str(wheel), *(["-c", str(pins)] if which == "lowest" else []))
+    assert target.run("lrbo", "--version").split() == ["lrbo", wheel.name.split("-")[1]]
+    target.run("lrbo", "search", "experiment=tiny", "search.trials=2", "search.initial=2")
+    target.run("lrbo", "report", "study=tiny", "sync=true", "format=html")
+    target.run("lrbo", "compress", "study=tiny", "out=small")
+    loading = "from transformers import AutoModelForCausalLM as A; A.from_pretrained('small')"
+    target.run("python", "-c", f"import lrbo; {loading}")
+    about = json.loads((target.empty / "studies/tiny/study.json").read_text(encoding="utf-8"))
+    if which == "lowest":
+        for name in ("transformers", "ax-platform", "mlflow"):
+            assert about["versions"][name].startswith(bounds[name])

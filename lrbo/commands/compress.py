@@ -17,6 +17,7 @@ from lrbo.allocation import Allocation
 from lrbo.command_lines import command_line, repeating
 from lrbo.commands.finalists import Finalist, finalist
 from lrbo.commands.trials import evaluate_between
+from lrbo.commands.view import enter_checkpoint
 from lrbo.compression import compress_
 from lrbo.errors import StudyError
 from lrbo.layers import PivotedLinear
@@ -113,6 +114,18 @@ def run(chosen: CompressConfig, reporter: Reporter) -> dict[str, Any]:
             with_code=chosen.format == "remote_code",
             windows=plan.windows,
         )
+    enter_checkpoint(
+        stored,
+        study,
+        out,
+        record.request.trial_index,
+        chosen.register,
+        {
+            "keep_ratio": f"{counted.keep_ratio:.4f}",
+            "validation_perplexity": f"{math.exp(min(found.nll, 700)):.4f}",
+            "format": chosen.format,
+        },
+    )
     reporter.say(f"How to open it, what it scored and how it was made: {out / export.CARD}")
     return {
         "folder": str(out),

@@ -8,7 +8,14 @@ from typing import Any
 from rich.console import Console
 
 from lrbo import checks, comparison, config
-from lrbo.commands.view import digests, make_tracker, show, write_page
+from lrbo.commands.view import (
+    digests,
+    make_tracker,
+    presentation,
+    show,
+    show_checkpoint,
+    write_page,
+)
 from lrbo.errors import StudyError
 from lrbo.progress import Reporter
 from lrbo.report import print_comparison, print_report
@@ -73,9 +80,12 @@ def _sync(chosen: ReportConfig, study: Study, reporter: Reporter) -> None:
     stored = config.stored_config(study.config_yaml(), changes)
     tracker = make_tracker(stored, study, strict=True)
     tracker.start(config.flat(stored) | digests(study))
+    tracker.present(presentation(study))
     written = tracker.sync(study.state.records)
     if study.state.dense:
         show(study, tracker)
+    for written_before in study.state.checkpoints:
+        show_checkpoint(tracker, written_before)
     tracker.finish(completed=len(study.state.ended) >= stored.search.trials)
     reporter.say(f"MLflow: {written} trials were missing and are there now")
 

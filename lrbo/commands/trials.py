@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from lrbo import builders, config, versions
-from lrbo.commands.view import digests, make_tracker, show_if_possible
+from lrbo.commands.view import digests, make_tracker, presentation, show_if_possible
 from lrbo.errors import ConfigError
 from lrbo.executors.base import Executor
 from lrbo.executors.inline import InlineExecutor
@@ -57,6 +57,7 @@ def search_loop(
     tracker = make_tracker(chosen, study)
     with reporter.waiting("Opening MLflow"):
         tracker.start(config.flat(chosen) | digests(study))
+        tracker.present(presentation(study))
         tracker.sync(study.state.records)
     loop = SearchLoop(
         study=study,

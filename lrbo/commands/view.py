@@ -4,17 +4,29 @@ from __future__ import annotations
 
 import json
 import logging
+import time
+import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
+from lrbo import mlflow_ui
+from lrbo.drawing import perplexity_text
+from lrbo.errors import StudyError
+from lrbo.presentation import Checkpoint, Dataset, Presentation
 from lrbo.progress import imported
-from lrbo.results import draw_figures, summary
+from lrbo.results import config_of, described, draw_figures, size_metric, summary
 from lrbo.schema import SearchConfig
+from lrbo.search.front import LATENCIES
 from lrbo.search.study import Study
 from lrbo.storage import write_text
 from lrbo.tracking import MlflowTracker, NullTracker, Tracker
 
 log = logging.getLogger(__name__)
+
+AXES = 8  # of the variables in the parallel coordinates; more cannot be read
 
 
 def make_tracker(chosen: SearchConfig, study: Study, *, strict: bool = False) -> Tracker:
@@ -28,9 +40,13 @@ def make_tracker(chosen: SearchConfig, study: Study, *, strict: bool = False) ->
         study_name=study.name,
         artifact_root=Path(chosen.studies).absolute() / "mlflow-artifacts",
         strict=strict,
-        # Beside ratios of other studies a bare number would be taken for one.
-        prefix="log_weight." if chosen.space.type == "weights" else "",
+        prefix=_prefix(study),
     )
+
+
+def _prefix(study: Study) -> str:
+    """Return what variables are called by: a bare number would be taken for a ratio."""
+    return "log_weight." if config_of(study).get("space", {}).get("type") == "weights" else ""
 
 
 def absolute_uri(uri: str) -> str:
@@ -47,6 +63,106 @@ def digests(study: Study) -> dict[str, Any]:
     digests = {f"data.{role}.digest": found["digest"] for role, found in study.data().items()}
     versions = {f"version.{name}": found for name, found in about["versions"].items()}
     return digests | versions | {"model.fingerprint": about["model_fingerprint"]}
+
+
+def presentation(study: Study) -> Presentation:
+    """Return what a study is shown with beside its numbers."""
+    about, config = study.about(), config_of(study)
+    length = config["data"]["window"]
+    datasets = [
+        Dataset(role, found["text"], found["digest"], found["windows"], found["windows"] * length)
+        for role, found in study.data().items()
+    ]
+    now, identity, size = time.time(), about["study_id"], size_metric(study)
+    metrics = ["perplexity", "nll", "kl_dense_to_compressed", "keep_ratio"]
+    metrics += LATENCIES if config.get("latency", {}).get("enabled") else ()  # older have none
+    trials = mlflow_ui.trials_of(
+        study.name, identity, _variables(study),
+        list(dict.fromkeys([*metrics, *([size] if size else []), "seconds/scoring"])), size, now,
+    )  # fmt: skip
+    views = {
+        mlflow_ui.TAG + mlflow_ui.ALL_STUDIES: mlflow_ui.all_studies(now),
+        mlflow_ui.TAG + mlflow_ui.study_view(identity): trials,
+    }
+    return Presentation(_note(study), datasets, views)
+
+
+def _variables(study: Study) -> list[str]:
+    """Return the params that the loss goes with most, by rank correlation, in their own order.
+
+    Before there are trials they are those that the study begins with.
+    """
+    found = [(r.request.variables, r.metrics["nll"]) for r in study.state.completed]
+    points = pd.DataFrame([{**variables, "": nll} for variables, nll in found if variables])
+    names = [name for name in points if name] or list(study.about().get("variables", {}))
+    if len(points) > 2:
+        shares = points.rank().corr()[""].abs().fillna(0.0)
+        chosen = set(sorted(names, key=lambda name: -shares[name])[:AXES])
+        names = [name for name in names if name in chosen]
+    prefix = _prefix(study)
+    return [name if name == "keep_ratio" else f"{prefix}{name}" for name in names[:AXES]]
+
+
+def _note(study: Study) -> str:
+    """Return what stands on top of the page of a study's run, as Markdown."""
+    found = summary(study)
+    lines = [f"{name}: {text}  " for name, text in described(study).items() if name != "Study"]
+    rows = [
+        "| model | kept | validation perplexity | test perplexity |",
+        "|---|---:|---:|---:|",
+    ]
+    for label in ("dense", "uniform", "best"):
+        row, test = found[label] or {}, found["test"].get(label, {})
+        kept = 1.0 if label == "dense" else row.get("keep_ratio")
+        name = f"best, trial {row['trial']}" if label == "best" and row else label
+        values = (scores.get("perplexity") for scores in (row, test))
+        texts = ("-" if value is None else perplexity_text(value) for value in values)
+        rows.append(f"| {name} | {'-' if kept is None else f'{kept:.2%}'} | {' | '.join(texts)} |")
+    return "\n".join(
+        [*lines, "", *rows, "", "Artifacts: `report.html` has all figures to hover over."]
+    )
+
+
+def enter_checkpoint(
+    chosen: SearchConfig, study: Study, folder: Path, trial: int, register: str,
+    tags: Mapping[str, str],
+) -> None:  # fmt: skip
+    """Note in the journal that a checkpoint was written, and show it in MLflow.
+
+    Neither can fail: the checkpoint is there.
+
+    Args:
+        chosen: Of the study.
+        study: Not locked.
+        folder: Of the checkpoint.
+        trial: Number of the trial that it is.
+        register: ``link``, ``copy`` or ``none``.
+        tags: What is to be read of it in MLflow.
+    """
+    event = {
+        "id": uuid.uuid4().hex, "trial": trial, "folder": str(folder.absolute()),
+        "register": register, "tags": dict(tags),
+    }  # fmt: skip
+    try:
+        with study.locked():
+            study.record("compressed", **event)
+    except (StudyError, OSError) as error:
+        log.warning(
+            "The journal of study %s does not say that %s was written (%s), so that `lrbo report "
+            "sync=true` will not show it in MLflow.",
+            study.name,
+            folder,
+            error,
+        )
+    show_checkpoint(make_tracker(chosen, study), event)
+
+
+def show_checkpoint(tracker: Tracker, event: Mapping[str, Any]) -> None:
+    """Show a checkpoint as the journal has it, where it is wanted and still there."""
+    folder = Path(event["folder"])
+    if event["register"] != "none" and folder.is_dir():
+        copied = event["register"] == "copy"
+        tracker.checkpoint(Checkpoint(event["id"], event["trial"], folder, copied, event["tags"]))
 
 
 def write_page(study: Study) -> Path:
@@ -90,3 +206,4 @@ def show(study: Study, tracker: Tracker) -> None:
     if not isinstance(tracker, NullTracker):
         artifacts.append(write_page(study))
     tracker.summary(numbers, artifacts)
+    tracker.present(presentation(study))

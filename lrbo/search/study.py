@@ -41,6 +41,8 @@ class StudyState:
         dense: Metrics of the dense model on the validation text; empty before it is measured.
         trials: By number.
         tests: Scores on the test text by label (``dense``, ``uniform``, ``best``).
+        checkpoints: Compressed models that were written, in order: ``id``, ``trial``, ``folder``,
+            ``register`` (how MLflow has it) and ``tags``.
         versions: Of packages, where the study went on with others than it was begun with.
     """
 
@@ -49,6 +51,7 @@ class StudyState:
     dense: dict[str, float] = field(default_factory=dict)
     trials: dict[int, TrialRecord] = field(default_factory=dict)
     tests: dict[str, dict[str, Any]] = field(default_factory=dict)
+    checkpoints: list[dict[str, Any]] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -102,6 +105,9 @@ class StudyState:
             self.chosen = {k: event[k] for k in ("windows", "pool", "text", "digest")}
         elif kind == "tested":
             self.tests[event["label"]] = {k: event[k] for k in ("trial", "text", "metrics")}
+        elif kind == "compressed":
+            keys = ("id", "trial", "folder", "register", "tags")
+            self.checkpoints.append({k: event[k] for k in keys})
         elif kind == "suggested":
             request = TrialRequest(
                 event["trial"],

@@ -1,0 +1,50 @@
+"""Checkpoints as registered models of MLflow: a model per study, a version per checkpoint."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from lrbo.presentation import Checkpoint
+
+COPY = "checkpoint"  # folder of a run's artifacts
+
+
+def model_name(study: str) -> str:
+    """Return the name of a study's registered model; mlflow takes no slash or colon in it."""
+    return re.sub(r"[/:]", "_", study)
+
+
+def register(
+    client: Any, study: str, study_id: str, checkpoint: Checkpoint, run_id: str, *, is_local: bool
+) -> bool:
+    """Make a version of the study's model, unless it is there; return whether it was made.
+
+    Args:
+        client: Of mlflow.
+        study: Name of the study.
+        study_id: Of the study, whose name another one may have too.
+        checkpoint: That was written.
+        run_id: Of its trial.
+        is_local: Whether the store is a file here. A server refuses a version whose files are
+            not among its own artifacts, so that it is given the trial's; the folder is a tag.
+    """
+    name = model_name(study)
+    if not client.search_registered_models(f"name = '{name}'"):
+        client.create_registered_model(name, description=f"Checkpoints of the lrbo study {study}.")
+    tags: Mapping[str, str] = {
+        **checkpoint.tags,
+        "folder": str(checkpoint.folder),
+        "lrbo.study_id": study_id,
+        "lrbo.checkpoint": checkpoint.identity,
+    }
+    versions = client.search_model_versions(f"name = '{name}'")
+    if any(version.tags.get("lrbo.checkpoint") == checkpoint.identity for version in versions):
+        return False
+    source = checkpoint.folder.as_uri() if is_local else f"runs:/{run_id}/allocation.json"
+    if checkpoint.copied:
+        client.log_artifacts(run_id, str(checkpoint.folder), COPY)
+        source = f"runs:/{run_id}/{COPY}"
+    client.create_model_version(name, source, run_id, tags=tags, await_creation_for=0)
+    return True

@@ -1,0 +1,60 @@
+"""What a study is shown with beside its numbers: texts, a description, views, checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A text as a study uses it.
+
+    Attributes:
+        role: ``calibration``, ``validation`` or ``test``.
+        name: Of the text.
+        digest: Of its token windows.
+        windows: How many.
+        tokens: In all of them.
+    """
+
+    role: str
+    name: str
+    digest: str
+    windows: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A compressed model that was written.
+
+    Attributes:
+        identity: What it is found by; never changes.
+        trial: Number of the trial whose ranks it has.
+        folder: Where it was written, absolute.
+        copied: Whether the store is to hold the files too, instead of their place only.
+        tags: What is to be read of it.
+    """
+
+    identity: str
+    trial: int
+    folder: Path
+    copied: bool
+    tags: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Presentation:
+    """What stands around the runs of a study.
+
+    Attributes:
+        note: Description of the study, Markdown.
+        datasets: Its texts.
+        views: Tags of the experiment, by name, which hold saved views.
+    """
+
+    note: str = ""
+    datasets: Sequence[Dataset] = ()
+    views: Mapping[str, str] = field(default_factory=dict)
