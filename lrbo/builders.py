@@ -36,13 +36,13 @@ from lrbo.loading import (
 )
 from lrbo.model import ModelMap, fingerprint, map_model
 from lrbo.nested import LowRankFactors
+from lrbo.optimization.base import STARTS, Space, Start
+from lrbo.optimization.study import Study
 from lrbo.pool import PoolSettings, choose_windows
 from lrbo.preparation import Preparation, curve_needs, loss_curves
 from lrbo.progress import Reporter
 from lrbo.racing import Race
 from lrbo.schema import MethodConfig, ModelConfig, SearchConfig
-from lrbo.search.base import STARTS, Space, Start
-from lrbo.search.study import Study
 from lrbo.sensitivity import SensitivitySettings, sensitivity_file
 from lrbo.spaces import build_search_space
 from lrbo.starts import build_starts

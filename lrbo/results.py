@@ -18,9 +18,9 @@ from lrbo.accounting import (
     index_bytes,
     low_rank_macs,
 )
-from lrbo.search.base import KEEP_RATIO
-from lrbo.search.front import LATENCIES, LOSS, hypervolume, pareto_front, reference_point
-from lrbo.search.study import Study, layers_of, stored_parameters
+from lrbo.optimization.base import KEEP_RATIO
+from lrbo.optimization.front import LATENCIES, LOSS, hypervolume, pareto_front, reference_point
+from lrbo.optimization.study import Study, layers_of, stored_parameters
 from lrbo.sensitivity import LossCalibration, sensitivity_file
 from lrbo.storage import replacing
 from lrbo.trial import TrialRecord

@@ -21,9 +21,9 @@ ROOMS = """
     schema preparation progress
     report comparison results plots drawing
     merging export remote_code modeling_low_rank model_card
-    search.loop search.client search.study search.front_space search.restricted search.weights
-    search.space
-    search.base search.front
+    optimization.loop optimization.client optimization.study optimization.front_space
+    optimization.restricted optimization.weights optimization.space
+    optimization.base optimization.front
     tracking mlflow_store
     executors.ray_tasks executors.inline executors.base
     worker trial racing
@@ -47,15 +47,15 @@ ROOMS = """
 
 # Library: the modules that may import it.
 BORDERS = {
-    "ax": {"search.client"},
-    "botorch": {"search.client"},
+    "ax": {"optimization.client"},
+    "botorch": {"optimization.client"},
     "gpytorch": set[str](),
     "mlflow": {"mlflow_store"},
     "hydra": {"config", "cli"},
     "omegaconf": {"config", "cli"},
     "datasets": {"calibration.corpus", "evaluation.protocols"},
     "matplotlib": {"comparison", "plots", "drawing"},
-    "pandas": {"comparison", "html_report", "results", "plots", "report", "search.client"},
+    "pandas": {"comparison", "html_report", "results", "plots", "report", "optimization.client"},
     "plotly": {"html_report"},
     "accelerate": {"merging", "lazy"},
     "huggingface_hub": {"model_card"},

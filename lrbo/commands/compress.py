@@ -24,11 +24,11 @@ from lrbo.loading import load_model, load_tokenizer, resolve_dtype
 from lrbo.merging import save_merged
 from lrbo.model_card import Score, model_card
 from lrbo.nested import LowRankFactors, NestedFactors, PivotedFactors
+from lrbo.optimization.base import KEEP_RATIO
+from lrbo.optimization.front import ceiling_of
+from lrbo.optimization.study import Study
 from lrbo.progress import Reporter
 from lrbo.schema import CompressConfig, SearchConfig
-from lrbo.search.base import KEEP_RATIO
-from lrbo.search.front import ceiling_of
-from lrbo.search.study import Study
 from lrbo.trial import TrialRecord
 from lrbo.versions import versions
 from lrbo.worker import allocation_parameters

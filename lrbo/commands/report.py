@@ -10,11 +10,11 @@ from rich.console import Console
 from lrbo import checks, comparison, config
 from lrbo.commands.view import digests, make_tracker, show, write_page
 from lrbo.errors import StudyError
+from lrbo.optimization.study import Study
 from lrbo.progress import Reporter
 from lrbo.report import print_comparison, print_report
 from lrbo.results import draw_figures, summary
 from lrbo.schema import ReportConfig
-from lrbo.search.study import Study
 from lrbo.storage import replacing
 
 

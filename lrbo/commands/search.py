@@ -22,12 +22,12 @@ from lrbo.executors.base import Executor
 from lrbo.executors.inline import InlineExecutor
 from lrbo.executors.ray_tasks import RayExecutor, RaySettings, connected, find_problems
 from lrbo.loading import cache_folder, resolve_device
+from lrbo.optimization.front import LATENCIES
+from lrbo.optimization.study import Study
 from lrbo.progress import Reporter
 from lrbo.report import print_report
 from lrbo.results import summary
 from lrbo.schema import SearchConfig
-from lrbo.search.front import LATENCIES
-from lrbo.search.study import Study
 from lrbo.trial import TrialRecord, TrialRequest, TrialResult
 from lrbo.worker import Worker
 

@@ -7,10 +7,10 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from lrbo.optimization.study import Study
 from lrbo.progress import imported
 from lrbo.results import draw_figures, summary
 from lrbo.schema import SearchConfig
-from lrbo.search.study import Study
 from lrbo.storage import write_text
 from lrbo.tracking import MlflowTracker, NullTracker, Tracker
 
