@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from lrbo import cli, config
+from lrbo.overrides import quoted
 from tests.commands import lrbo_command
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -53,7 +54,7 @@ def test_every_other_command_line_is_one_that_lrbo_takes(line: str) -> None:
     assert command in cli.NAMES
     if command == "transfer":
         command, *arguments = cli.transfer_arguments(arguments)
-    overrides = [cli.quoted(argument) for argument in arguments if argument != "-m"]
+    overrides = [quoted(argument) for argument in arguments if argument != "-m"]
     jobs = config.jobs(overrides) if "-m" in arguments else [overrides]
     assert (len(jobs) > 1) == ("-m" in arguments)
     for job in jobs:
