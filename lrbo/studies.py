@@ -25,13 +25,13 @@ class StudyResults:
     """
 
     def __init__(self, study: Study) -> None:
-        """Read a study.
+        """Read a study as it is now.
 
         Raises:
             StudyError: If there is none.
         """
         study.about()
-        self._study = study
+        self._study = Study(study.folder.absolute())  # a notebook may change its folder
 
     def __repr__(self) -> str:
         """Return name, number of trials, and the best of them."""

@@ -3,10 +3,14 @@
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import lrbo
 from lrbo import cli, config
+from lrbo.calibration.corpus import documents
+from lrbo.loading import byte_tokenizer, tiny_model
 from lrbo.overrides import quoted
 from tests.commands import lrbo_command
 
@@ -23,6 +27,7 @@ def commands(text: str) -> list[str]:
 
 
 SHELL = [line for language, text in BLOCKS if language == "bash" for line in commands(text)]
+PYTHON = [text for language, text in BLOCKS if language == "python"]
 TINY = next(text for _, text in BLOCKS if "lrbo search experiment=tiny" in text)
 
 
@@ -30,6 +35,7 @@ def test_the_readme_has_what_the_tests_look_at() -> None:
     assert len(BLOCKS) >= 6
     assert len(SHELL) >= 14
     assert len(commands(TINY)) == 4
+    assert len(PYTHON) == 3
 
 
 def test_its_commands_on_the_tiny_model_run(
@@ -41,11 +47,28 @@ def test_its_commands_on_the_tiny_model_run(
         assert program == "lrbo"
         ran = lrbo_command(*arguments)
         assert ran.status == 0, ran.err
-    (python,) = [text for language, text in BLOCKS if language == "python"]
-    exec(compile(python, "README.md", "exec"), {})
+    exec(compile(PYTHON[0], "README.md", "exec"), {})
     kind, parameters = capsys.readouterr().out.split()
     assert kind == "LlamaForCausalLM"
     assert 20_000 < int(parameters) < 35_104  # fewer than the dense model has
+    found: dict[str, Any] = {}
+    exec(compile(PYTHON[1].replace("=12", "=9"), "README.md", "exec"), found)
+    assert len(found["study"].trials) == 9
+    assert "analytic" in capsys.readouterr().out
+    assert sum(p.numel() for p in found["model"].parameters()) < 35_104
+
+
+def test_its_steps_in_python_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tiny_model().save_pretrained("my-model")
+    byte_tokenizer().save_pretrained("my-model")
+    (tmp_path / "text.txt").write_text("".join(documents("generated", "words"))[:8_000])
+    exec(compile(PYTHON[2], "README.md", "exec"), {})
+    uniform, least = map(float, capsys.readouterr().out.split())
+    assert uniform != least
+    assert sum(p.numel() for p in lrbo.load("my-model-80").parameters()) < 35_104
 
 
 @pytest.mark.parametrize("line", [line for line in SHELL if line.startswith("lrbo ")])
