@@ -52,6 +52,12 @@ class Reporter:
     def __init__(self, console: Console | None = None) -> None:
         """Take the console to write to; the default is stderr."""
         self.console = console or Console(stderr=True, highlight=False)
+        if console is None and self.console.is_jupyter:
+            # Rich makes an output of its own of each line there, and a kernel's stderr says that
+            # it is a terminal, which cannot move its cursor.
+            self.console = Console(
+                stderr=True, highlight=False, force_jupyter=False, force_terminal=False
+            )
 
     def say(self, message: str) -> None:
         """Write one line."""
