@@ -107,6 +107,14 @@ def rungs(spec: LayerSpec, cost: Cost, rank_multiple: int) -> list[Rung]:
     A rank is a multiple of ``rank_multiple``; a rank whose form is not smaller than the dense
     layer is no choice, because dense is then both smaller and exact. A layer whose smaller side
     is below ``rank_multiple`` can only be dense.
+
+    Args:
+        spec: The layer.
+        cost: Stored parameters of a layer at a rank.
+        rank_multiple: Ranks are multiples of this.
+
+    Returns:
+        At least one step; the last has rank ``None`` and the dense parameters.
     """
     steps: list[Rung] = []
     for rank in range(rank_multiple, min(spec.out_features, spec.in_features) + 1, rank_multiple):
@@ -124,7 +132,14 @@ def smallest_parameters(
     rank_multiple: int = 1,
     dense: Collection[str] = (),
 ) -> int:
-    """Return the smallest budget that any allocation can meet."""
+    """Return the smallest budget that any allocation can meet.
+
+    Args:
+        layers: The layers that the budget covers.
+        cost: Stored parameters of a layer at a rank.
+        rank_multiple: Ranks are multiples of this; the smallest one is the least rank.
+        dense: Names of layers that stay dense.
+    """
     return sum(
         spec.parameters if spec.name in dense else rungs(spec, cost, rank_multiple)[0][1]
         for spec in layers

@@ -205,7 +205,8 @@ def build_worker(plan: Plan, study: Study, reporter: Reporter) -> Worker:
     else:
         about = {}
         dtype = resolve_dtype(config.model.dtype, device)
-    model = load_model(plan.source, dtype=dtype, device=device)
+    with reporter.waiting("Loading the model"):
+        model = load_model(plan.source, dtype=dtype, device=device)
     reporter.say(
         f"Model {config.model.name}: {plan.layers.parameters:,} parameters, {dtype} on {device}"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ from omegaconf import DictConfig
 
 from lrbo import __version__, config
 from lrbo.errors import ConfigError, LrboError
+from lrbo.interrupts import listening, status_of
 from lrbo.overrides import find_problems, quoted
 from lrbo.progress import LineHandler, Reporter, imported
 from lrbo.schema import (
@@ -34,7 +36,7 @@ USAGE = """\
 lrbo: compress language models by low-rank factorization, with ranks chosen by
 Bayesian optimization.
 
-  lrbo search      find the best low-rank model at a parameter budget, or continue
+  lrbo search      find the best low-rank model at a parameter budget, or go on
   lrbo transfer    use what a study found for another model or budget
   lrbo report      what a study found: baseline, best, Pareto front, figures
   lrbo compress    write a model of a study as a checkpoint
@@ -42,26 +44,35 @@ Bayesian optimization.
   lrbo dashboard   review the trials of all studies in the MLflow UI
 
   lrbo COMMAND --help            what a command takes
-  lrbo --completion bash         tab completion: eval "$(lrbo --completion bash)"
+  lrbo --completion bash         tab completion: eval it in your shell
   lrbo --version
 """
 TRANSFER_HELP = """\
-lrbo transfer: use what a study found for another model or another budget, without
-a search.
+lrbo transfer: use what a study found for another model or another budget,
+without a search.
 
   lrbo transfer donor=NAME model=hf model.path=ORGANISATION/MODEL
-  lrbo transfer donor=NAME:7 budget.keep_ratio=0.7     trial 7 instead of the best
+  lrbo transfer donor=NAME:7 budget.keep_ratio=0.7   trial 7 instead of the best
 
-Begins a study on the model: the uniform baseline, the allocation of least predicted
-loss, and what the donor's trial comes to there. Where both studies have the same
-variables they are taken over, else the share that each kind of layer keeps over
-relative depth. It is a search that only begins, so all keys are those of lrbo search,
-and more trials continue it:
+Begins a study on the model: the uniform baseline, the allocation of least
+predicted loss, and what the donor's trial comes to there. Where both studies
+have the same variables they are taken over, else the share that each kind of
+layer keeps over relative depth. It is a search that only begins, so all keys
+are those of lrbo search, and more trials continue it:
 
   lrbo search study=STUDY search.trials=30
 """
 Command = Callable[[DictConfig, Reporter], None]
-INTERRUPTED = 130
+# With these Hydra only shows something, also where required values are missing.
+SHOWING = {"-h", "--help", "--hydra-help", "-c", "--cfg", "-i", "--info"}
+# What is said of a command that was stopped, before how to go on.
+KEPT = {
+    "search": "Trials that ended are kept, and so are statistics and factors that were finished.",
+    "report": "The journal is as it was; figures may be from before.",
+    "compress": "A folder is written whole or not at all; statistics and factors are kept.",
+    "evaluate": "Nothing was recorded: that is done when everything is scored.",
+}
+KEPT["transfer"] = KEPT["search"]
 COMPLETION = """\
 _lrbo_complete() {
   local choices
@@ -75,6 +86,19 @@ complete -o nospace -o default -F _lrbo_complete lrbo"""
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command that the arguments name, and leave with its exit status."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    with listening():
+        try:
+            _dispatch(arguments)
+        except KeyboardInterrupt as error:
+            Reporter().console.show_cursor()  # it may have come while a bar was put away
+            if arguments and arguments[0] in KEPT:
+                again = shlex.join(["lrbo", *arguments])
+                _say(f"Stopped. {KEPT[arguments[0]]} Go on with:\n  {again}")
+            raise SystemExit(status_of(error)) from None
+
+
+def _dispatch(arguments: list[str]) -> None:
+    """Run what the arguments name."""
     if "COMP_LINE" in os.environ and arguments[:1] == ["-sc"]:
         complete(os.environ["COMP_LINE"])
         return
@@ -93,8 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     elif command in COMMANDS:
         run(command, arguments[1:])
     else:
-        print(f"error: no command {command!r}; known: {', '.join(NAMES)}", file=sys.stderr)
-        raise SystemExit(2)
+        fail(ConfigError([f"no command {command!r}; known: {', '.join(NAMES)}"]))
 
 
 def transfer_arguments(typed: Sequence[str]) -> list[str]:
@@ -133,31 +156,34 @@ def run(command: str, arguments: Sequence[str]) -> None:
     """Run one command as a Hydra application."""
     arguments = [quoted(argument) for argument in arguments]
     overrides = [argument for argument in arguments if not argument.startswith("-")]
-    sweeps = bool({"--multirun", "-m"} & set(arguments))
-    problems = find_problems(command, overrides, sweeps=sweeps)
-    if problems:
-        fail(ConfigError(problems))
+    reporter, flags = Reporter(), set(arguments)
+    if not flags & SHOWING:
+        with reporter.waiting("Starting"):
+            sweeps = bool({"--multirun", "-m"} & flags)
+            problems = find_problems(command, overrides, sweeps=sweeps)
+        if problems:
+            fail(ConfigError(problems))
     sys.argv = [f"lrbo {command}", *arguments]
-    _application(command)()
+    _application(command, reporter)()
 
 
-def _application(command: str) -> Callable[[], None]:
+def _application(command: str, reporter: Reporter) -> Callable[[], None]:
     """Return a command as a Hydra application, which reads ``sys.argv``."""
     config.register()
     decorate = hydra.main(
         version_base="1.3", config_path=str(config.conf_folder()), config_name=command
     )
-    application: Callable[[], None] = decorate(_guarded(COMMANDS[command]))
+    application: Callable[[], None] = decorate(_guarded(COMMANDS[command], reporter))
     return application
 
 
-def _guarded(command: Command) -> Callable[[DictConfig], None]:
+def _guarded(command: Command, reporter: Reporter) -> Callable[[DictConfig], None]:
     """Turn errors that a user can mend into messages without a traceback."""
 
     def guarded(values: DictConfig) -> None:
-        reporter = Reporter()
-        _set_up_logging(reporter)
         try:
+            with reporter.waiting("Starting"):
+                _set_up_logging(reporter)
             with naming_full_disk():
                 command(values, reporter)
         except LrboError as error:
@@ -170,8 +196,13 @@ def _guarded(command: Command) -> Callable[[DictConfig], None]:
 
 def fail(error: LrboError) -> None:
     """Print an error and leave with status 2."""
-    print(f"error: {error}", file=sys.stderr)
+    _say(f"error: {error}")
     raise SystemExit(2)
+
+
+def _say(message: str) -> None:
+    """Write to stderr, also where nothing is set up."""
+    Reporter().say(message)
 
 
 def _set_up_logging(reporter: Reporter) -> None:
@@ -210,43 +241,35 @@ def _search(values: DictConfig, reporter: Reporter) -> None:
     chosen = config.to_object(values)
     assert isinstance(chosen, SearchConfig)
     typed = list(HydraConfig.get().overrides.task)
-    try:
-        result = _command("search").run(chosen, typed, reporter)
-    except KeyboardInterrupt:
-        print(
-            f"interrupted; nothing is lost. Continue with: lrbo search study={chosen.study}",
-            file=sys.stderr,
-        )
-        raise SystemExit(INTERRUPTED) from None
-    _print_result(result, chosen.output)
+    _print_result(_command("search", reporter).run(chosen, typed, reporter), chosen.output)
 
 
 def _report(values: DictConfig, reporter: Reporter) -> None:
     """Show what a study found."""
     chosen = config.to_object(values)
     assert isinstance(chosen, ReportConfig)
-    _print_result(_command("report").run(chosen, reporter), chosen.output)
+    _print_result(_command("report", reporter).run(chosen, reporter), chosen.output)
 
 
 def _compress(values: DictConfig, reporter: Reporter) -> None:
     """Write a model of a study as a checkpoint."""
     chosen = config.to_object(values)
     assert isinstance(chosen, CompressConfig)
-    _print_result(_command("compress").run(chosen, reporter), chosen.output)
+    _print_result(_command("compress", reporter).run(chosen, reporter), chosen.output)
 
 
 def _evaluate(values: DictConfig, reporter: Reporter) -> None:
     """Score a checkpoint or a dense model on a text."""
     chosen = config.to_object(values)
     assert isinstance(chosen, EvaluateConfig)
-    _print_result(_command("evaluate").run(chosen, reporter), chosen.output)
+    _print_result(_command("evaluate", reporter).run(chosen, reporter), chosen.output)
 
 
 def _dashboard(values: DictConfig, reporter: Reporter) -> None:
     """Start the MLflow UI on the store of the studies."""
     chosen = config.to_object(values)
     assert isinstance(chosen, DashboardConfig)
-    _command("dashboard").run(chosen, reporter)
+    _command("dashboard", reporter).run(chosen, reporter)
 
 
 COMMANDS: dict[str, Command] = {
@@ -259,9 +282,10 @@ COMMANDS: dict[str, Command] = {
 NAMES = ("search", "transfer", *list(COMMANDS)[1:])  # a transfer is run as the search that it is
 
 
-def _command(name: str) -> Any:
+def _command(name: str, reporter: Reporter) -> Any:
     """Import what does the work: torch and Ax take seconds that --help and TAB must not cost."""
-    return imported(f"lrbo.commands.{name}")
+    with reporter.waiting("Starting"):
+        return imported(f"lrbo.commands.{name}")
 
 
 def _print_result(result: dict[str, Any], output: str) -> None:
@@ -287,7 +311,7 @@ def complete(line: str) -> None:
         command = "search" if command == "transfer" else command  # which has its keys
         os.environ["COMP_LINE"] = f"{Path(program).name} {keys}"
         sys.argv = [Path(program).name, "-sc", "query=bash"]
-        _application(command)()
+        _application(command, Reporter())()
 
 
 def print_completion(shell: str) -> None:

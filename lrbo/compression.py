@@ -115,7 +115,15 @@ def _ranks(
 
 @contextmanager
 def replaced(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[nn.Module]:
-    """Put modules where their names are for the length of a ``with``."""
+    """Put modules where their names are for the length of a ``with``.
+
+    Args:
+        model: Changed, and put back whatever happens inside.
+        modules: By dotted name, each of a module that the model has.
+
+    Yields:
+        The model.
+    """
     before = _replace(model, modules)
     try:
         yield model
@@ -129,7 +137,16 @@ def _replace(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, nn
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
-    """Put ``module`` where ``name`` is, and return what was there."""
+    """Put ``module`` where ``name`` is, and return what was there.
+
+    Args:
+        model: Changed.
+        name: Dotted path of a module in it.
+        module: Put there, in the training mode of what it replaces.
+
+    Raises:
+        AttributeError: If the model has no such module.
+    """
     parent, _, child = name.rpartition(".")
     owner = model.get_submodule(parent)
     before: nn.Module = getattr(owner, child)
@@ -142,6 +159,12 @@ def is_dearer(rank: int, out_features: int, in_features: int, tokens: int) -> bo
 
     Two products take ``rank * (out + in)`` operations per token. The dense one takes
     ``out * in``, after ``rank * out * in`` for making it.
+
+    Args:
+        rank: Of the layer.
+        out_features: Rows of its weight.
+        in_features: Columns of its weight.
+        tokens: That will be run through it before another rank takes its place.
     """
     dense = out_features * in_features
     return tokens * rank * (out_features + in_features) > (tokens + rank) * dense
@@ -194,6 +217,13 @@ def compressed(
         tokens: That will be run through the model; 0 multiplies nothing out.
         buffers: Where products are written, by layer name. Missing ones are made and stay there,
             so that trial after trial uses the same memory; ``None`` makes them for this ``with``.
+
+    Yields:
+        The model, compressed.
+
+    Raises:
+        KeyError: If a layer with a rank has no factors. The model is then unchanged.
+        AttributeError: If the model has no such layer. The model is then unchanged.
     """
     buffers = {} if buffers is None else buffers
     modules: dict[str, nn.Module] = {}

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, fields, is_dataclass
 from itertools import product
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from hydra import compose, initialize_config_dir
@@ -62,6 +63,17 @@ def register() -> None:
     OmegaConf.register_new_resolver(
         "range", lambda low, high: f"{high}" if low is None else f"{low}-{high}", replace=True
     )
+    OmegaConf.register_new_resolver("options", _options, replace=True)
+
+
+def _options(*groups: str) -> str:
+    """Return the options of configuration groups for a help page, which is 80 columns wide."""
+    found = []
+    for group in groups:
+        names = sorted(path.stem for path in (conf_folder() / group).glob("*.yaml"))
+        line = f"  {group}: {', '.join(names)}"
+        found.append(fill(line, 80, subsequent_indent="    ", break_on_hyphens=False))
+    return "\n".join(found)
 
 
 def conf_folder() -> Path:

@@ -8,6 +8,12 @@ from typing import Literal
 Outcome = Literal["completed", "stopped", "failed", "abandoned"]
 
 
+def listed(problems: Sequence[str]) -> str:
+    """Return problems as a list: their number, and a line for each."""
+    head = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+    return f"{head}:\n" + "\n".join(f"  - {problem}" for problem in problems)
+
+
 class LrboError(Exception):
     """Base of every error that a user can mend; its message says how."""
 
@@ -21,9 +27,7 @@ class ConfigError(LrboError):
 
     def __init__(self, problems: Sequence[str]) -> None:
         self.problems = list(problems)
-        count = len(self.problems)
-        head = "1 problem" if count == 1 else f"{count} problems"
-        super().__init__(f"{head}:\n" + "\n".join(f"  - {problem}" for problem in self.problems))
+        super().__init__(listed(self.problems))
 
 
 class BudgetError(LrboError):
@@ -43,7 +47,7 @@ class DataError(LrboError):
 
     def __init__(self, *problems: str) -> None:
         self.problems = list(problems)
-        super().__init__("; ".join(self.problems))
+        super().__init__(problems[0] if len(problems) == 1 else listed(problems))
 
 
 class StatisticsError(LrboError):

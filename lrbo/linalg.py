@@ -97,6 +97,9 @@ def psd_root(
 
     Returns:
         ``(d, k)`` root and ``(k, d)`` pseudo-inverse, float64.
+
+    Raises:
+        StatisticsError: If ``matrix`` is not finite.
     """
     eigenvalues, eigenvectors = psd_eigenpairs(matrix, name)
     largest = eigenvalues[0] if eigenvalues.numel() else eigenvalues.new_zeros(())
@@ -212,7 +215,15 @@ def output_directions(
 def column_space(
     weight: Float[Tensor, "out in"],
 ) -> tuple[Float[Tensor, "out in"] | None, Float[Tensor, "p in"]]:
-    """Return an orthonormal basis of a tall matrix and the matrix in it; else the matrix."""
+    """Return an orthonormal basis of a tall matrix and the matrix in it; else the matrix.
+
+    Args:
+        weight: ``(out, in)``.
+
+    Returns:
+        ``(out, in)`` basis ``Q`` and ``(in, in)`` ``Q^T W`` where ``out > in``, so that what
+        follows is done in the smaller space; else ``None`` and ``weight``.
+    """
     if weight.shape[0] <= weight.shape[1]:
         return None, weight
     basis, reduced = torch.linalg.qr(weight)

@@ -40,7 +40,7 @@ class PivotedLinear(nn.Module):
         """Apply the layer."""
         pivots = self.rows(x)
         both = torch.cat([pivots, self.coefficients(pivots)], -1)
-        result = both.index_select(-1, self.places)
+        result = both.gather(-1, self.places.long().expand_as(both))
         return result if self.bias is None else result + self.bias
 
 

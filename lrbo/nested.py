@@ -66,7 +66,10 @@ class LowRankFactors:
         return self.right.shape[0]
 
     def bias_at(self, rank: int) -> Float[Tensor, " out"] | None:
-        """Return the bias of the rank-``rank`` layer, shape ``(out,)``, or ``None``."""
+        """Return the bias of the rank-``rank`` layer, shape ``(out,)``, or ``None``.
+
+        It is ``offset`` itself, or, with a ``center``, ``offset - W_r center``.
+        """
 
         def linear(x: Float[Tensor, " in"]) -> Float[Tensor, " out"]:
             left, right = self.left[:, :rank].to(x.dtype), self.right[:rank].to(x.dtype)
@@ -126,6 +129,11 @@ class LowRankFactors:
 
         ``left`` is laid out by direction, so that a prefix of it is contiguous in memory. What
         the bias is made of stays in float32 at least.
+
+        Args:
+            dtype: Of ``left`` and ``right``; ``None`` keeps theirs.
+            device: Of all but the errors and losses; ``None`` keeps theirs.
+            max_rank: So many directions are kept, at most; ``None`` keeps all.
         """
         count = self.max_rank if max_rank is None else min(max_rank, self.max_rank)
         wide = None if dtype is None else torch.promote_types(dtype, torch.float32)

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import importlib
 import logging
+import sys
+import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TextColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID
+from rich.table import Column, Table
 from rich.text import Text
 
 Advance = Callable[[int], None]
+NARROW = 60  # columns, below which there is no room for a bar
+NAME, BAR, LEFT = 9, 9, 9  # columns of "Trial 100", of a short bar and of "1:02:03" with its blanks
+LINE_SECONDS, LINE_SHARE = 60.0, 0.1  # between two lines about a step, where there is no bar
 
 
 def imported(name: str) -> Any:
@@ -35,62 +35,227 @@ def imported(name: str) -> Any:
         logging.disable(logging.NOTSET)
 
 
-class _Rate(ProgressColumn):
-    """Done of total, and units per second."""
+def wrapped(message: str, width: int) -> str:
+    """Break a message at words; what continues a line or a list's item stands further in.
+
+    Left whole are indented lines that are no items, which are commands to be copied, and words
+    that are longer than a line, such as paths.
+    """
+    found = []
+    for line in message.splitlines():
+        indent = line[: len(line) - len(line.lstrip(" -"))]
+        if indent and "-" not in indent:
+            found.append(line)
+            continue
+        found += textwrap.wrap(
+            line,
+            max(width, 20),
+            subsequent_indent=" " * (len(indent) or 2),
+            break_long_words=False,
+            break_on_hyphens=False,
+        ) or [""]
+    return "\n".join(found)
+
+
+class _Cell(ProgressColumn):
+    """A column of a bar: one line of text, cut at its end where the terminal is narrow."""
+
+    def __init__(self, text: Callable[[Task], str], column: Column) -> None:
+        self.text = text
+        super().__init__(column)
 
     def render(self, task: Task) -> Text:
-        """Return for example ``8,192/32,768 tokens  1,210 tokens/s``."""
-        unit = task.fields["unit"]
-        speed = task.finished_speed or task.speed
-        rate = f"  {speed:,.0f} {unit}/s" if speed else ""
-        return Text(f"{task.completed:,.0f}/{task.total or 0:,.0f} {unit}{rate}")
+        """Return the text of a task."""
+        return Text(self.text(task), no_wrap=True, overflow="ellipsis")
+
+
+def _done(task: Task) -> str:
+    """Return for example ``8,192/32,768 tokens, 1,210/s``, and what is noted of the task."""
+    if task.total is None:
+        return str(task.fields["note"])
+    speed = task.finished_speed or task.speed
+    rate = f", {speed:,.0f}/s" if speed and "left_s" not in task.fields else ""
+    count = f"{task.completed:,.0f}/{task.total:,.0f} {task.fields['unit']}{rate}"
+    return "  ".join([count, *filter(None, [task.fields.get("note")])])
+
+
+def _left(task: Task) -> str:
+    """Return how long a task will take, ``h:mm:ss``; of one without a total how long it has."""
+    if task.total is None:
+        return str(timedelta(seconds=int(task.elapsed or 0)))
+    seconds = task.time_remaining
+    if "left_s" in task.fields:
+        left, since = task.fields["left_s"]
+        seconds = None if left is None else max(0.0, left - (task.get_time() - since))
+    return "-:--:--" if seconds is None else str(timedelta(seconds=int(seconds)))
+
+
+class _Bars(Progress):
+    """Bars of all that goes on, each one line at any width."""
+
+    def __init__(self, console: Console) -> None:
+        self.name = Column(no_wrap=True, overflow="ellipsis", min_width=NAME)
+        self.count = Column(no_wrap=True, overflow="ellipsis")
+        left = Column(no_wrap=True, justify="right")
+        name = _Cell(lambda task: task.description, self.name)
+        rest = (_Cell(_done, self.count), _Cell(_left, left))
+        self.narrow: tuple[ProgressColumn, ...] = (name, *rest)
+        self.wide: tuple[ProgressColumn, ...] = (name, BarColumn(None), *rest)
+        self.height, self.screen = 0, console
+        # What prints to stdout prints results, which may be piped elsewhere.
+        super().__init__(
+            *self.wide, console=console, transient=True, expand=True, redirect_stdout=False
+        )
+
+    def make_tasks_table(self, tasks: Iterable[Task]) -> Table:
+        """Return the lines, without bars where there is no room.
+
+        As many as there ever were: lines that come and go between two trials would make what is
+        on the screen jump.
+        """
+        tasks = list(tasks)
+        # Terminals echo ^C behind the last line. If it did not fit, that line would stay.
+        room = self.screen.width - len("^C") - 1
+        bar = BAR if self.screen.width >= NARROW else 0
+        self.columns = self.wide if bar else self.narrow
+        longest = max((len(task.description) for task in tasks), default=0)
+        self.name.max_width = max(NAME, min(longest, room // 3))
+        self.count.max_width = max(room - self.name.max_width - bar - LEFT, 1)
+        table = super().make_tasks_table(tasks)
+        table.width = room
+        self.height = max(self.height, table.row_count)
+        for _ in range(self.height - table.row_count):
+            table.add_row()
+        return table
+
+
+class Trials:
+    """The line about a search as a whole, on a terminal."""
+
+    def __init__(self, bars: _Bars | None, task: TaskID) -> None:
+        """Take the bars and the task among them; ``None`` shows nothing."""
+        self._bars, self._task = bars, task
+
+    def show(self, done: int, note: str, left_s: float | None) -> None:
+        """Show how far the search is.
+
+        Args:
+            done: Trials that ended.
+            note: What is best so far.
+            left_s: Seconds that the others will take; ``None`` while that is not known.
+        """
+        if self._bars is not None:
+            left = (left_s, self._bars.get_time())
+            self._bars.update(self._task, completed=done, note=note, left_s=left)
 
 
 class Reporter:
-    """Writes to stderr, so that stdout holds results only."""
+    """Writes to stderr, so that stdout holds results only.
+
+    Bars need a terminal that can move its cursor. A file, a pipe and ``TERM=dumb`` get plain
+    lines: one when a step ends, and before that one a minute at most, ten in all.
+    """
 
     def __init__(self, console: Console | None = None) -> None:
         """Take the console to write to; the default is stderr."""
-        self.console = console or Console(stderr=True, highlight=False)
+        # FORCE_COLOR may ask for colours in a log. Bars would fill it with control characters.
+        bars = None if sys.stderr.isatty() else False
+        self.console = console or Console(stderr=True, highlight=False, force_interactive=bars)
         if console is None and self.console.is_jupyter:
             # Rich makes an output of its own of each line there, and a kernel's stderr says that
             # it is a terminal, which cannot move its cursor.
             self.console = Console(
                 stderr=True, highlight=False, force_jupyter=False, force_terminal=False
             )
+        self._bars: _Bars | None = None
 
     def say(self, message: str) -> None:
-        """Write one line."""
+        """Write a line; on a terminal it is broken at words, elsewhere it stays one line."""
+        if self.console.is_terminal:
+            message = wrapped(message, self.console.width)
         self.console.print(message, markup=False, emoji=False, soft_wrap=True)
 
     @contextmanager
-    def step(self, description: str, total: int, unit: str) -> Iterator[Advance]:
+    def trials(self, total: int) -> Iterator[Trials]:
+        """Show a line about the search above the bar of what it does; it leaves nothing.
+
+        Args:
+            total: Trials in all.
+        """
+        fields = {"note": "", "left_s": (None, 0.0)}
+        with self._task("Search", total, "trials", **fields) as (bars, task):
+            yield Trials(bars, task)
+
+    @contextmanager
+    def waiting(self, description: str, note: str = "") -> Iterator[None]:
+        """Show that something goes on of which nobody knows how long it takes; leaves nothing."""
+        with self._task(description, None, "", note=note):
+            yield
+
+    @contextmanager
+    def step(
+        self, description: str, total: int, unit: str, *, leaves_line: bool = True
+    ) -> Iterator[Advance]:
         """Show a step of known length; what it took stays as one line.
 
         Args:
             description: What is done.
             total: How much there is to do.
             unit: Of ``total``, in the plural.
+            leaves_line: ``False`` for what something else will tell of.
 
         Yields:
             A function to call with the amount that was done.
         """
         start = time.perf_counter()
-        if self.console.is_terminal:
-            columns = (
-                TextColumn("{task.description}", markup=False),
-                BarColumn(),
-                _Rate(),
-                TimeRemainingColumn(),
-            )
-            with Progress(*columns, console=self.console, transient=True) as bar:
-                task = bar.add_task(description, total=total, unit=unit)
-                yield lambda amount: bar.advance(task, amount)
-        else:
-            yield lambda _: None
+        with self._task(description, total, unit) as (bars, task):
+            if bars is not None:
+                yield lambda amount: bars.advance(task, amount)
+            elif leaves_line:
+                yield self._lines(description, total, unit, start)
+            else:
+                yield lambda _: None
+        if not leaves_line:
+            return
         seconds = time.perf_counter() - start
         rate = total / seconds if seconds else 0.0
         self.say(f"{description}: {total:,} {unit} in {seconds:.1f} s ({rate:,.0f} {unit}/s)")
+
+    def _lines(self, description: str, total: int, unit: str, start: float) -> Advance:
+        """Return what tells of a long step where there is no bar."""
+        done, told, when = 0, 0, start
+
+        def advance(amount: int) -> None:
+            nonlocal done, told, when
+            done += amount
+            now = time.perf_counter()
+            if now - when >= LINE_SECONDS and LINE_SHARE * total <= done - told and done < total:
+                left = timedelta(seconds=int((now - start) * (total - done) / done))
+                self.say(f"{description}: {done:,} of {total:,} {unit}, {left} left")
+                told, when = done, now
+
+        return advance
+
+    @contextmanager
+    def _task(
+        self, description: str, total: int | None, unit: str, **fields: Any
+    ) -> Iterator[tuple[_Bars | None, TaskID]]:
+        """Add a bar below those that are there; the first gives the screen back at its end."""
+        if not self.console.is_interactive:
+            yield None, TaskID(0)
+            return
+        first = self._bars is None
+        bars = self._bars = self._bars or _Bars(self.console)
+        task = bars.add_task(description, total=total, unit=unit, **fields)
+        try:
+            if first:  # in here: an interrupt may come while the cursor is being hidden
+                bars.start()
+            yield bars, task
+        finally:
+            if first:
+                bars.stop()
+                self._bars = None
+            bars.remove_task(task)
 
 
 class LineHandler(logging.Handler):
@@ -108,8 +273,11 @@ class LineHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Write the level and the message."""
         try:
+            console = self.reporter.console
             level = (f"{record.levelname:<8} ", f"logging.level.{record.levelname.lower()}")
-            line = Text.assemble(level, self.format(record))
-            self.reporter.console.print(line, soft_wrap=True, highlight=False)
+            message = self.format(record)
+            if console.is_terminal:
+                message = wrapped(message, console.width - len(level[0])).replace("\n", "\n  ")
+            console.print(Text.assemble(level, message), soft_wrap=True, highlight=False)
         except Exception:  # as every handler: logging decides what becomes of it
             self.handleError(record)

@@ -46,7 +46,14 @@ class WindowLosses:
     def add(
         self, first: int, windows: int, nll: Float[Tensor, " n"], divergence: Float[Tensor, " n"]
     ) -> None:
-        """Take in consecutive windows, token by token."""
+        """Take in consecutive windows, token by token.
+
+        Args:
+            first: Number of the first window.
+            windows: How many there are.
+            nll: Of all their scored tokens, window after window, nats.
+            divergence: From the dense model, of the same tokens, nats.
+        """
         pairs = zip(nll.view(windows, -1), divergence.view(windows, -1), strict=True)
         for place, (lost, diverged) in enumerate(pairs):
             sums = float(lost.sum()), float(diverged.sum())
@@ -55,7 +62,11 @@ class WindowLosses:
         self.tokens += len(nll)
 
     def beside(self, rival: Sequence[float]) -> tuple[list[float], list[float]]:
-        """Return the losses so far, and those of another trial on the same windows."""
+        """Return the losses so far, and those of another trial on the same windows.
+
+        Args:
+            rival: Loss of every window, of the other trial.
+        """
         places = list(self.weighted)
         return [self.weighted[place] for place in places], [rival[place] for place in places]
 
@@ -221,7 +232,13 @@ class Worker:
 
 
 def allocation_parameters(layers: ModelMap, allocation: Allocation, cost: Cost) -> dict[str, int]:
-    """Return the stored parameters of each allocated layer."""
+    """Return the stored parameters of each allocated layer.
+
+    Args:
+        layers: The map of the dense model.
+        allocation: Ranks by layer name.
+        cost: Stored parameters of a layer at a rank, as the budget counts them.
+    """
     return {
         name: layers.by_name[name].parameters if rank is None else cost(layers.by_name[name], rank)
         for name, rank in allocation.ranks.items()

@@ -3,16 +3,19 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import lrbo
-from lrbo import cli
+from lrbo import cli, config
+from lrbo.schema import SCHEMAS
 from tests.commands import TINY, Ran, lrbo_command, project, searched, state_of
 
 __all__ = ["project", "searched"]  # fixtures
@@ -221,6 +224,37 @@ def test_help_names_the_command_and_an_example(command: str) -> None:
     assert ran.out.startswith(f"lrbo {command}:")
     assert ran.out.count(f"lrbo {command}") >= 3
     assert "{" not in ran.out.replace("${", ""), "an interpolation that was not resolved"
+
+
+@pytest.mark.parametrize("command", [None, *cli.NAMES])
+def test_help_fits_a_terminal_of_80_columns(command: str | None) -> None:
+    ran = lrbo_command(*([] if command is None else [command]), "--help")
+    assert ran.status == 0
+    lines = ran.out.splitlines()
+    assert len(lines) >= 4
+    assert [line for line in lines if len(line) > 80] == []
+
+
+@pytest.mark.parametrize("command", list(cli.COMMANDS))
+def test_all_values_of_a_command_are_shown_as_its_help_says(command: str) -> None:
+    ran = lrbo_command(command, "--cfg", "job")
+    assert ran.status == 0, ran.err
+    assert {line.partition(":")[0] for line in ran.out.splitlines() if line[0].isalpha()} == {
+        field.name for field in fields(SCHEMAS[command])
+    }
+    for line in re.findall(
+        r"^Everything: (lrbo .*?)(?:  .*)?$", lrbo_command(command, "--help").out
+    ):
+        assert lrbo_command(*line.split()[1:]).status == 0
+
+
+def test_help_lists_the_groups_that_a_command_has() -> None:
+    for command, missing in (("search", "protocols"), ("evaluate", "space")):
+        groups = re.findall(r"^  (\w+): ", lrbo_command(command, "--help").out, re.MULTILINE)
+        assert missing not in groups
+        values = vars(config.composed(command, []))
+        assert set(groups) - {"experiment"} <= set(values)
+        assert {g for g in values if (config.conf_folder() / g).is_dir()} <= set(groups)
 
 
 def complete(line: str) -> list[str]:

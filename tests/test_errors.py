@@ -77,7 +77,8 @@ def test_a_configuration_error_lists_every_problem() -> None:
 def test_a_data_error_lists_every_problem() -> None:
     error = DataError("first", "second")
     assert error.problems == ["first", "second"]
-    assert str(error) == "first; second"
+    assert str(error) == "2 problems:\n  - first\n  - second"
+    assert str(DataError("alone")) == "alone"
 
 
 def test_every_error_of_the_package_can_be_caught_as_one() -> None:

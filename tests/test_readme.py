@@ -1,7 +1,8 @@
-"""What the README says is true: its commands run, its links and targets exist."""
+"""What README and docs say is true: commands run, links exist, tables are the code's."""
 
 import re
 import shlex
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,28 @@ import pytest
 
 import lrbo
 from lrbo import cli, config
-from lrbo.calibration.corpus import documents
+from lrbo.accounting import STORAGES, low_rank_parameters
+from lrbo.calibration import corpus
 from lrbo.loading import byte_tokenizer, tiny_model
+from lrbo.model import LayerSpec
 from lrbo.overrides import quoted
 from tests.commands import lrbo_command
 
 ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+}
+README = PAGES["README.md"]
+
+
+def blocks(page: str) -> list[tuple[str, str]]:
+    """Return language and text of the code on a page, that inside of lists too."""
+    found = re.findall(r"^( *)```(\w+)\n(.*?)^\1```", page, re.MULTILINE | re.DOTALL)
+    return [(language, textwrap.dedent(text)) for _, language, text in found]
+
+
+BLOCKS = blocks(README)
 
 
 def commands(text: str) -> list[str]:
@@ -26,7 +41,24 @@ def commands(text: str) -> list[str]:
     return [line for line in lines if line]
 
 
-SHELL = [line for language, text in BLOCKS if language == "bash" for line in commands(text)]
+def shell(page: str) -> list[str]:
+    """Return the command lines of a page."""
+    return [
+        line for language, text in blocks(page) if language == "bash" for line in commands(text)
+    ]
+
+
+def in_text(page: str) -> list[str]:
+    """Return the command lines of lrbo within sentences; those with gaps are left out."""
+    prose = re.sub(r"^ *```.*?^ *```", "", page, flags=re.MULTILINE | re.DOTALL)
+    prose = re.sub(r"^\| `lrbo.*", "", prose, flags=re.MULTILINE)  # which only names commands
+    found = [" ".join(line.split()) for line in re.findall(r"`(lrbo \w+ [^`]+)`", prose)]
+    return [line for line in found if not re.search(r"\.\.\.|--|[$]", line)]
+
+
+SHELL = shell(README)
+EVERY = sorted({line for page in PAGES.values() for line in (*shell(page), *in_text(page))})
+LRBO = [line.removeprefix("srun ") for line in EVERY if re.match(r"(srun )?lrbo ", line)]
 PYTHON = [text for language, text in BLOCKS if language == "python"]
 TINY = next(text for _, text in BLOCKS if "lrbo search experiment=tiny" in text)
 
@@ -36,6 +68,10 @@ def test_the_readme_has_what_the_tests_look_at() -> None:
     assert len(SHELL) >= 14
     assert len(commands(TINY)) == 4
     assert len(PYTHON) == 3
+    names = {"concepts", "numbers", "families", "cluster", "faq"}
+    assert set(PAGES) >= {"README.md", *(f"docs/{name}.md" for name in names)}
+    assert len(LRBO) >= 40
+    assert sum(len(in_text(page)) for page in PAGES.values()) >= 3
 
 
 def test_its_commands_on_the_tiny_model_run(
@@ -64,14 +100,14 @@ def test_its_steps_in_python_run(
     monkeypatch.chdir(tmp_path)
     tiny_model().save_pretrained("my-model")
     byte_tokenizer().save_pretrained("my-model")
-    (tmp_path / "text.txt").write_text("".join(documents("generated", "words"))[:8_000])
+    (tmp_path / "text.txt").write_text("".join(corpus.documents("generated", "words"))[:8_000])
     exec(compile(PYTHON[2], "README.md", "exec"), {})
     uniform, least = map(float, capsys.readouterr().out.split())
     assert uniform != least
     assert sum(p.numel() for p in lrbo.load("my-model-80").parameters()) < 35_104
 
 
-@pytest.mark.parametrize("line", [line for line in SHELL if line.startswith("lrbo ")])
+@pytest.mark.parametrize("line", LRBO)
 def test_every_other_command_line_is_one_that_lrbo_takes(line: str) -> None:
     command, *arguments = shlex.split(line)[1:]
     assert command in cli.NAMES
@@ -87,7 +123,7 @@ def test_every_other_command_line_is_one_that_lrbo_takes(line: str) -> None:
 def test_every_make_target_exists() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     targets = re.findall(r"^(\w+):", makefile, re.MULTILINE)
-    used = [line.split()[1] for line in SHELL if line.startswith("make ")]
+    used = [line.split()[1] for line in EVERY if line.startswith("make ")]
     assert sorted(set(used)) == ["bench", "quickstart", "test"]
     assert set(used) <= set(targets)
 
@@ -97,12 +133,60 @@ def test_ci_runs_the_readme_s_test_command() -> None:
     assert [line for line in script.splitlines() if line.startswith("make")] == ["make test"]
 
 
-def test_every_link_and_every_file_it_names_exists() -> None:
-    links = re.findall(r"\]\((?!https?:)([^)]+)\)", README)
-    paths = re.findall(r"`((?:lrbo|conf)/[\w./]+|registry\.py)`", README)
-    assert len(links) + len(paths) >= 8
-    for link in links + [p for p in paths if "/" in p]:
-        assert (ROOT / link).exists(), link
+@pytest.mark.parametrize("name", PAGES)
+def test_every_link_and_every_file_that_a_page_names_exists(name: str) -> None:
+    page, here = PAGES[name], (ROOT / name).parent
+    for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", page):
+        assert (here / link).exists(), link
+    for path in re.findall(r"`((?:lrbo|conf|tests|experiments|docs)/[\w./]+)`", page):
+        assert (ROOT / path).exists() or "NAME" in path, path
+
+
+def test_the_readme_links_every_page_of_the_docs() -> None:
+    assert {name for name in PAGES if f"]({name})" in README} == set(PAGES) - {"README.md"}
+
+
+@pytest.mark.parametrize("name", [name for name in PAGES if name != "README.md"])
+def test_python_on_a_page_is_python_and_its_tests_exist(name: str) -> None:
+    for language, text in blocks(PAGES[name]):
+        if language == "python":
+            compile(text, name, "exec")
+        for path in re.findall(r"tests/\w+\.py", text):
+            assert (ROOT / path).is_file(), path
+
+
+def test_the_table_of_protocols_is_that_of_their_files() -> None:
+    rows = re.findall(
+        r"^\| `(\w+)` \| [^|]+ \| ([^|]+) \| ([^|]+) \| ([\d,]+) \| ([^|]+) \|$",
+        PAGES["docs/numbers.md"],
+        re.MULTILINE,
+    )
+    names = sorted(path.stem for path in (config.conf_folder() / "protocols").glob("*.yaml"))
+    assert sorted(row[0] for row in rows) == names
+    found = config.composed("evaluate", [f"protocols=[{','.join(names)}]"])
+    for name, documents, join, window, windows in rows:
+        protocol = found.protocols[name]
+        limits = protocol.documents, protocol.max_windows
+        stated = [re.sub(r"^first ", "", cell).replace(",", "") for cell in (documents, windows)]
+        assert stated == ["all" if limit is None else str(limit) for limit in limits], name
+        assert join == {"\n\n": "two line ends", " ": "a blank"}[protocol.join], name
+        assert int(window.replace(",", "")) == protocol.window, name
+        assert protocol.bos == "start", name
+
+
+def test_the_formulas_of_storage_are_those_of_the_accountant() -> None:
+    spec = LayerSpec("layer", "kind", 0, 7, 5, has_bias=False, site="layer")
+    rows = dict(
+        re.findall(
+            r"^\| `(\w+)`[^|]* \| [^|]+ \| `([^`]+)` \|$", PAGES["docs/concepts.md"], re.MULTILINE
+        )
+    )
+    assert set(rows) == set(STORAGES)
+    for storage in STORAGES:
+        for rank in range(6):
+            formula = rows[storage].replace("^", "**").replace("in)", "in_)")
+            expected = eval(formula, {"r": rank, "out": 7, "in_": 5})
+            assert low_rank_parameters(spec, rank, bias=False, storage=storage) == expected
 
 
 def test_its_table_of_commands_is_whole() -> None:

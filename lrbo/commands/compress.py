@@ -48,7 +48,8 @@ def run(chosen: CompressConfig, reporter: Reporter) -> dict[str, Any]:
     point = str(chosen.point)
     records = _points(study, point, chosen.refit.candidates)
     stored = config.stored_config(study.config_yaml(), [f"studies={chosen.studies}"])
-    plan = builders.plan_search(stored, study, checks.check(stored))
+    with reporter.waiting("Reading texts"):
+        plan = builders.plan_search(stored, study, checks.check(stored))
     ceiling = ceiling_of(point)
     if ceiling is not None and ceiling[0] == KEEP_RATIO:
         evaluate_between(plan, study, ceiling[1], reporter)

@@ -80,7 +80,8 @@ def run(chosen: EvaluateConfig, reporter: Reporter) -> dict[str, Any]:
     dtype = resolve_dtype(chosen.model.dtype, device)
     subject = _subject(chosen)
     tokenizer = load_tokenizer(subject.source)
-    windows, tasks = _texts_and_tasks(chosen, subject, tokenizer, problems)
+    with reporter.waiting("Reading texts"):
+        windows, tasks = _texts_and_tasks(chosen, subject, tokenizer, problems)
     seen = {} if subject.folder is None else _seen(chosen, subject.folder, windows, problems)
     if problems:
         raise ConfigError(problems)
@@ -89,7 +90,8 @@ def run(chosen: EvaluateConfig, reporter: Reporter) -> dict[str, Any]:
             f"{subject.name} does not say which text it has seen, so that is not checked; "
             "lrbo compress writes it since this version"
         )
-    model = subject.load(dtype, device)
+    with reporter.waiting("Loading the model"):
+        model = subject.load(dtype, device)
     found: dict[str, Any] = {
         "model": subject.name,
         "dtype": str(model.dtype).removeprefix("torch."),

@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 
 from lrbo import builders, checks, config, versions
+from lrbo.commands.live import live_search
 from lrbo.commands.trials import search_loop
 from lrbo.commands.view import show_if_possible
 from lrbo.compression import compressed
@@ -28,6 +29,7 @@ from lrbo.progress import Reporter
 from lrbo.report import print_report
 from lrbo.results import size_metric, summary
 from lrbo.schema import SearchConfig
+from lrbo.tracking import Tracker
 from lrbo.trial import TrialRecord, TrialRequest, TrialResult
 from lrbo.worker import Worker
 
@@ -82,7 +84,8 @@ def search(chosen: SearchConfig, typed: Sequence[str], reporter: Reporter) -> St
     with study.locked():
         elsewhere = _executor_problems(chosen)
         try:
-            plan = builders.plan_search(chosen, study, problems)
+            with reporter.waiting("Reading texts"):
+                plan = builders.plan_search(chosen, study, problems)
         except ConfigError as error:
             raise ConfigError([*error.problems, *elsewhere]) from error
         if elsewhere:
@@ -149,29 +152,50 @@ def _search(plan: builders.Plan, study: Study, executor: Executor, reporter: Rep
     if study.state.trials:
         done = sum(record.request.origin != "between" for record in study.state.ended)
         reporter.say(f"Continuing study {study.name}: {done} of {trials} trials are done")
-    is_front = chosen.budget.lowest is not None
-    loop = search_loop(
-        plan,
-        study,
-        builders.build_worker(plan, study, reporter),
-        reporter,
-        executor=executor,
-        on_trial=lambda record: reporter.say(_trial_line(record, study, trials, is_front=is_front)),
-    )
-    tracker = loop.tracker
-    completed = False
-    if chosen.executor.name == "ray":
-        # Actors have model and factors of their own, which may be on the same device. Here they
-        # are needed again for the test text only, and come back from the cache.
-        loop.worker = _nowhere
-        _release_memory()
-    try:
-        loop.run()
-        _test(plan, study, loop.worker if isinstance(loop.worker, Worker) else None, reporter)
-        completed = True
-    finally:
+    worker = builders.build_worker(plan, study, reporter)
+    loop = search_loop(plan, study, worker, reporter, executor=executor)
+    here: Worker | None = None
+    with _closing(study, loop.tracker, trials, reporter):
+        with live_search(reporter, study, chosen, lambda: executor.capacity) as live:
+            loop.on_trial, loop.proposing = live.ended, live.proposing
+            if chosen.executor.name == "inline":
+                loop.worker, here = live.scoring(worker), worker
+            else:
+                # Actors have model and factors of their own, which may be on the same device.
+                # Here they are needed again for the test text only, and come from the cache.
+                loop.worker = _nowhere
+                del worker
+                _release_memory()
+            loop.run()
+        _test(plan, study, here, reporter)
+
+
+@contextmanager
+def _closing(study: Study, tracker: Tracker, trials: int, reporter: Reporter) -> Iterator[None]:
+    """Draw figures and close the run of a study, however its search ends.
+
+    An interrupt draws nothing: that takes longer than whoever interrupts will wait.
+    """
+
+    def draw() -> None:
         if study.state.dense:
-            show_if_possible(study, tracker)
+            with reporter.waiting("Drawing figures"):
+                show_if_possible(study, tracker)
+
+    completed = False
+    try:
+        try:
+            yield
+            completed = True
+        except Exception:
+            draw()
+            raise
+        draw()
+    except KeyboardInterrupt:
+        ended = len(study.state.ended)
+        reporter.say(f"Stopping: {ended} of {trials} trials are in {study.journal}")
+        raise
+    finally:
         tracker.finish(completed=completed)
 
 
@@ -185,36 +209,6 @@ def _release_memory() -> None:
     gc.collect()  # models hold themselves in circles
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def _trial_line(record: TrialRecord, study: Study, trials: int, *, is_front: bool) -> str:
-    """Return one line about a trial that ended."""
-    index, origin = record.request.trial_index, record.request.origin
-    head = f"Trial {index + 1:>3}/{trials} {origin:<7}"
-    if record.is_stopped:
-        return (
-            f"{head} stopped after {record.metrics['tokens']:,.0f} tokens: loss "
-            f"{record.metrics['objective']:.4f} +- {record.metrics['objective_sem']:.4f}, "
-            f"{record.seconds['scoring']:5.1f} s"
-        )
-    if not record.is_completed:
-        assert record.result is not None
-        return f"{head} {record.result.outcome}: {record.result.error}"
-    best = study.state.best()
-    assert best is not None
-    kept = f" at {record.metrics['keep_ratio']:.1%}" if is_front else ""
-    kept += "".join(
-        f", {name.partition('_')[0]} {record.metrics[name]:.3f}"
-        for name in LATENCIES
-        if name in record.metrics
-    )
-    mark = " *" if best.request.trial_index == index else ""
-    seconds = record.seconds
-    return (
-        f"{head} perplexity {record.metrics['perplexity']:9.3f}{kept}  "
-        f"best {best.metrics['perplexity']:9.3f}  {seconds['scoring']:5.1f} s "
-        f"(+ {seconds['suggestion'] + seconds['allocation']:.1f} s to suggest){mark}"
-    )
 
 
 def _test(plan: builders.Plan, study: Study, worker: Worker | None, reporter: Reporter) -> None:

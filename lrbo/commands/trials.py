@@ -55,8 +55,9 @@ def search_loop(
     )
     space = builders.informed_space(plan, study, worker, reporter)
     tracker = make_tracker(chosen, study)
-    tracker.start(config.flat(chosen) | digests(study))
-    tracker.sync(study.state.records)
+    with reporter.waiting("Opening MLflow"):
+        tracker.start(config.flat(chosen) | digests(study))
+        tracker.sync(study.state.records)
     loop = SearchLoop(
         study=study,
         client=SearchClient(space, seed=chosen.seed),

@@ -16,6 +16,7 @@ import torch
 
 from lrbo.errors import ConfigError, WorkerError
 from lrbo.executors.base import Evaluate
+from lrbo.interrupts import kept
 from lrbo.trial import TrialRequest, TrialResult
 
 log = logging.getLogger(__name__)
@@ -279,7 +280,8 @@ def connected(settings: RaySettings) -> Iterator[Any]:
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
     local = {"include_dashboard": False, "num_cpus": _cores()}
     try:
-        ray.init(address=address, **quiet, **(local if address is None else {}))
+        with kept():  # it takes SIGTERM, and would leave without an end of the study's run
+            ray.init(address=address, **quiet, **(local if address is None else {}))
     except (ConnectionError, ValueError, RuntimeError, SystemExit) as error:
         # Ray leaves with a number where something else than a cluster listens.
         reason = "no Ray answers" if isinstance(error, SystemExit) else str(error).splitlines()[0]

@@ -71,11 +71,26 @@ class FactorizationMethod(Protocol):
         bias: Float[Tensor, " out"] | None,
         statistics: Mapping[Statistic, Tensor],
     ) -> LowRankFactors:
-        """Factor one layer, in float64, for every rank at once."""
+        """Factor one layer, in float64, for every rank at once.
+
+        Args:
+            weight: ``(out, in)``, any floating dtype; not modified.
+            bias: ``(out,)`` or ``None``.
+            statistics: At least what the method needs.
+
+        Raises:
+            StatisticsError: If a statistic is missing or anything is not finite.
+        """
         ...
 
     def parameters(self, spec: LayerSpec, rank: int, storage: Storage = "factored") -> int:
-        """Count what the layer holds at a rank, an added bias included."""
+        """Count what the layer holds at a rank, an added bias included.
+
+        Args:
+            spec: The layer.
+            rank: Inner dimension.
+            storage: The form that is counted.
+        """
         ...
 
 
@@ -86,6 +101,12 @@ def require_statistics(
     statistics: Mapping[Statistic, Tensor],
 ) -> None:
     """Refuse missing or non-finite input before any work is done.
+
+    Args:
+        method: Whose needs must be there.
+        weight: ``(out, in)``.
+        bias: ``(out,)`` or ``None``.
+        statistics: What calibration gathered; more than is needed is not looked at.
 
     Raises:
         StatisticsError: Naming what is missing, or counting what is not finite.

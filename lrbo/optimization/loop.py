@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -72,6 +73,7 @@ class SearchLoop:
         tracker: Gets every trial; losing it loses nothing.
         settings: How long and for what.
         on_trial: Told each trial that ended.
+        proposing: Entered with the number of a trial while its point is chosen.
     """
 
     study: Study
@@ -81,6 +83,7 @@ class SearchLoop:
     tracker: Tracker
     settings: SearchSettings
     on_trial: Callable[[TrialRecord], None] = lambda _: None
+    proposing: Callable[[int], AbstractContextManager[None]] = lambda _: nullcontext()
     poll_s: float = 0.05
     jobs: dict[int, Job] = field(default_factory=dict)
 
@@ -146,7 +149,10 @@ class SearchLoop:
         # Not their count: a damaged trial may have been taken out of the journal by hand.
         unused = (i for i in range(self.settings.trials) if i not in self.study.state.trials)
         index = next(unused, None)
-        return None if index is None else self._suggest(index)
+        if index is None:
+            return None
+        with self.proposing(index):
+            return self._suggest(index)
 
     def _suggest(self, index: int) -> TrialRequest:
         """Choose the next allocation and write it down."""

@@ -1,0 +1,126 @@
+"""Would a switch per kind between one- and two-sided factorization be worth a search variable?
+
+    python experiments/04_sides/run.py
+
+Every layer is factored twice: by inputs and gradients, and by inputs with the size of the
+gradients only. Each kind is switched alone, then all, and then those together that gained on the
+validation text; the ranks are each time those of least predicted loss.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from lrbo import builders, checks, config
+from lrbo.allocation import Allocation
+from lrbo.compression import compressed
+from lrbo.evaluation.perplexity import score
+from lrbo.nested import LowRankFactors
+from lrbo.optimization.study import Study
+from lrbo.progress import Reporter
+from lrbo.schema import SearchConfig
+from lrbo.worker import Worker
+
+SMOKE = bool(os.environ.get("LRBO_SMOKE"))
+BASE = ["experiment=tiny", "method=loss_aware", "space=weights"] if SMOKE else [
+    "experiment=quickstart", "data.validation.tokens=32768", "data.test.tokens=32768"
+]  # fmt: skip
+KEPT = (0.8, 0.6)
+TEXTS = ("validation", "test")
+Factors = Mapping[str, LowRankFactors]
+
+
+def planned(studies: str, *overrides: str) -> tuple[builders.Plan, Study]:
+    """Return the plan of a search with some overrides."""
+    chosen = config.composed("search", [
+        *BASE, "sensitivity.layers_per_kind=0", f"studies={studies}", *overrides
+    ])  # fmt: skip
+    assert isinstance(chosen, SearchConfig)
+    study = Study(Path(studies) / chosen.study)
+    return builders.plan_search(chosen, study, checks.check(chosen)), study
+
+
+def both_ways(studies: str) -> tuple[Worker, builders.Plan, Factors, Factors]:
+    """Return the worker and its plan, and the factors two-sided and one-sided."""
+    plan, study = planned(studies)
+    worker = builders.build_worker(plan, study, Reporter())
+    kinds = sorted({spec.kind for spec in plan.layers.compressible})
+    other, _ = planned(studies, f"method.one_sided=[{','.join(kinds)}]")
+    digest = study.about()["model_fingerprint"]
+    model = worker.model
+    stored = other.preparation.factors(digest, model.dtype, model.device, Reporter(), model)
+    one = {
+        name: stored[name].to(dtype=model.dtype, device=model.device, max_rank=two.max_rank)
+        for name, two in worker.factors.items()
+    }
+    return worker, plan, worker.factors, one
+
+
+def losses(
+    worker: Worker, plan: builders.Plan, factors: Factors, allocation: Allocation
+) -> list[float]:
+    """Return nats per token on each text."""
+
+    def on(ids: Tensor) -> float:
+        with compressed(worker.model, allocation, factors, tokens=ids.numel()):
+            return score(worker.model, ids, batch_windows=worker.batch_windows).mean
+
+    return [on(plan.windows[text].ids) for text in TEXTS]
+
+
+def measured(studies: str) -> Iterator[tuple[str, float, list[float]]]:
+    """Yield what was switched, the keep ratio, and the losses."""
+    worker, plan, two, one = both_ways(studies)
+    kinds = list(dict.fromkeys(spec.kind for spec in plan.layers.compressible))
+    for kept in KEPT:
+        budgeted, _ = planned(studies, f"budget.keep_ratio={kept}")
+
+        def switched(*sides: str, budgeted: builders.Plan = budgeted) -> list[float]:
+            mixed = {
+                name: (one if plan.layers.by_name[name].kind in sides else two)[name]
+                for name in two
+            }
+            curves = {
+                name: found.loss.numpy().astype(np.float64)
+                for name, found in mixed.items()
+                if found.loss is not None
+            }
+            space = budgeted.space.with_curves(curves)
+            analytic = space.analytic()
+            assert analytic is not None
+            return losses(worker, plan, mixed, analytic[0])
+
+        reference = switched()
+        yield "none", kept, reference
+        gained = []
+        for kind in kinds:
+            found = switched(kind)
+            yield kind, kept, found
+            if found[0] < reference[0]:
+                gained.append(kind)
+        yield "all", kept, switched(*kinds)
+        if len(gained) > 1:
+            yield " ".join(gained), kept, switched(*gained)
+
+
+def main() -> None:
+    """Measure and print the table."""
+    print("| one-sided | keep ratio | validation nll | difference | test nll | difference |")
+    print("|---|---:|---:|---:|---:|---:|")
+    reference: list[float] = []
+    with tempfile.TemporaryDirectory() as studies:
+        for sides, kept, found in measured(studies):
+            if sides == "none":
+                reference = found
+            cells = [f"{a:.5f} | {a - b:+.5f}" for a, b in zip(found, reference, strict=True)]
+            print(f"| {sides} | {kept} | {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

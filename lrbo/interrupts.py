@@ -1,0 +1,83 @@
+"""Ctrl-C and SIGTERM: stop where it is safe and say how to go on; a second one ends at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+SHOW_CURSOR = "\x1b[?25h\n"
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupted(KeyboardInterrupt):
+    """The process was asked to stop.
+
+    It is an interrupt from the keyboard also where a scheduler sent it, so that everything that
+    leaves files whole after the one does so after the other.
+
+    Attributes:
+        status: To leave with, as a shell counts: 128 and the number of the signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        self.status = 128 + number
+        super().__init__(signal.Signals(number).name)
+
+
+def status_of(error: KeyboardInterrupt) -> int:
+    """Return what to leave with after an interrupt, from whoever raised it."""
+    return error.status if isinstance(error, Interrupted) else 128 + signal.SIGINT
+
+
+@contextmanager
+def listening() -> Iterator[None]:
+    """Turn the first signal to stop into :class:`Interrupted`; a second one ends the process.
+
+    What holds signals already keeps them, and threads cannot.
+    """
+    mine = threading.current_thread() is threading.main_thread()
+    handlers = {number: signal.getsignal(number) for number in SIGNALS} if mine else {}
+    free = (signal.default_int_handler, signal.SIG_DFL)  # `nohup` and its like ignore some
+    taken = [number for number, handler in handlers.items() if handler in free]
+    handle = _handler()
+    for number in taken:
+        signal.signal(number, handle)
+    try:
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, handlers[number])
+
+
+@contextmanager
+def kept() -> Iterator[None]:
+    """Give signals back to who had them, after a library that takes them for itself."""
+    mine = threading.current_thread() is threading.main_thread()
+    handlers = {number: signal.getsignal(number) for number in SIGNALS} if mine else {}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def _handler() -> Callable[[int, FrameType | None], Any]:
+    """Return what a signal calls, with a memory of whether it is the first."""
+    asked = False
+
+    def handle(number: int, _: FrameType | None) -> None:
+        nonlocal asked
+        if asked:
+            if sys.stderr.isatty():  # a bar hides it
+                os.write(2, SHOW_CURSOR.encode())
+            os._exit(128 + number)
+        asked = True
+        raise Interrupted(number)
+
+    return handle

@@ -1,0 +1,211 @@
+"""Ctrl-C and SIGTERM end a command in order, wherever it is, and it says how to go on."""
+
+import fcntl
+import os
+import pty
+import re
+import select
+import shlex
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from lrbo import cli, interrupts
+from lrbo.interrupts import Interrupted, kept, listening, status_of
+from tests.commands import lrbo_command
+
+# What a shell does for a program in its foreground: a terminal of its own, interrupts on.
+PROGRAM = """
+import fcntl, signal, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from lrbo.__main__ import main
+main()
+"""
+
+
+@pytest.fixture(autouse=True)
+def _interrupts_on() -> Iterator[None]:
+    """Have the handlers of a program in the foreground, whatever runs the tests."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_the_first_signal_is_an_interrupt_that_knows_its_status(number: int, status: int) -> None:
+    before = signal.getsignal(number)
+    with pytest.raises(KeyboardInterrupt) as caught, listening():
+        signal.raise_signal(number)
+    assert isinstance(caught.value, Interrupted)
+    assert status_of(caught.value) == status
+    assert signal.getsignal(number) == before
+
+
+def test_an_interrupt_that_somebody_else_raised_is_one_of_the_keyboard() -> None:
+    assert status_of(KeyboardInterrupt()) == 130
+
+
+def test_a_second_signal_ends_the_process_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[int] = []
+    monkeypatch.setattr(interrupts.os, "_exit", ended.append)
+    with listening():
+        with pytest.raises(Interrupted), listening():  # __main__ has cli.main inside of it
+            signal.raise_signal(signal.SIGTERM)
+        assert ended == []
+        with suppress(Interrupted):
+            signal.raise_signal(signal.SIGINT)
+    assert ended == [130]
+
+
+def test_a_signal_that_is_ignored_stays_so() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # by nohup, or a shell's & in a script
+    with listening():
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_a_library_that_takes_signals_gives_them_back() -> None:
+    with listening():
+        mine = signal.getsignal(signal.SIGTERM)
+        with kept():
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        assert signal.getsignal(signal.SIGTERM) == mine
+
+
+@pytest.mark.parametrize("command", [name for name in cli.NAMES if name != "dashboard"])
+@pytest.mark.parametrize("number", interrupts.SIGNALS)
+def test_a_command_that_is_stopped_says_how_to_go_on(
+    command: str, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        signal.raise_signal(number)
+
+    monkeypatch.setattr(cli, "run", interrupted)
+    typed = ["donor=a", "study=my study", "warm_start=[uniform,study:b]"][command != "transfer" :]
+    ran = lrbo_command(command, *typed[:2])
+    assert ran.status == 128 + number
+    said, again = ran.err.splitlines()
+    assert said == f"Stopped. {cli.KEPT[command]} Go on with:"
+    assert shlex.split(again) == ["lrbo", command, *typed[:2]]
+
+
+def test_an_interrupt_without_a_command_has_nothing_to_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "print_completion", lambda _: signal.raise_signal(signal.SIGINT))
+    ran = lrbo_command("--completion", "bash")
+    assert (ran.status, ran.out, ran.err) == (130, "", "")
+
+
+# --- on a real terminal ------------------------------------------------------------------------
+
+
+def on_terminal(
+    folder: Path, arguments: list[str], moment: str, number: int = signal.SIGINT
+) -> tuple[int, str]:
+    """Run a command on a terminal of 80 columns, and stop it when it shows something.
+
+    Args:
+        folder: To stand in.
+        arguments: Of lrbo.
+        moment: What is waited for, a regular expression; ``""`` lets the command end by itself.
+        number: SIGINT is typed, which reaches all processes; another signal is sent to one.
+
+    Returns:
+        Its status, and all that it wrote.
+    """
+    mine, its = pty.openpty()
+    fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    environment = {**os.environ, "TERM": "xterm", "LRBO_CACHE": str(folder / "cache")}
+    for name in ("COLUMNS", "LINES", "NO_COLOR"):
+        environment.pop(name, None)
+    command = [sys.executable, "-c", PROGRAM, *arguments]
+    process = subprocess.Popen(
+        command, cwd=folder, stdin=its, stdout=its, stderr=its, start_new_session=True,
+        env=environment,
+    )  # fmt: skip
+    os.close(its)
+    written, asked, deadline = b"", not moment, time.monotonic() + 120
+    try:
+        while time.monotonic() < deadline:
+            if select.select([mine], [], [], 0.1)[0]:
+                try:
+                    written += os.read(mine, 65536)
+                except OSError:  # the other end is closed
+                    break
+            if not asked and re.search(moment, written.decode(errors="replace")):
+                asked = True
+                if number == signal.SIGINT:
+                    os.write(mine, b"\x03")
+                else:
+                    process.send_signal(number)
+        return process.wait(timeout=10), written.decode(errors="replace")
+    finally:
+        process.kill()
+        process.wait()
+        os.close(mine)
+
+
+def continued(written: str) -> list[str]:
+    """Return the arguments of the command that a stopped one names."""
+    assert "Traceback" not in written
+    assert written.rfind("\x1b[?25h") >= written.rfind("\x1b[?25l"), "the cursor is hidden"
+    text = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", written)
+    program, *arguments = shlex.split(text.rstrip().splitlines()[-1])
+    assert program == "lrbo"
+    return arguments
+
+
+SEARCH = ["search", "experiment=tiny", "search.trials=6", "search.initial=6"]
+
+
+@pytest.mark.slow
+def test_a_search_that_is_stopped_in_all_its_phases_goes_on_to_its_end(tmp_path: Path) -> None:
+    again = SEARCH
+    for moment, number in (
+        ("Starting", signal.SIGINT),
+        ("Calibration", signal.SIGTERM),
+        (r"Trial +2/6", signal.SIGINT),
+        ("Test text", signal.SIGTERM),
+    ):
+        status, written = on_terminal(tmp_path, again, moment, number)
+        assert status == 128 + number, written
+        again = continued(written)
+        assert again == SEARCH
+    assert "6 of 6 trials are in studies/tiny/journal.jsonl" in " ".join(written.split())
+    status, written = on_terminal(tmp_path, again, "")
+    assert status == 0, written
+    assert "6 of 6 trials are done" in written
+    text = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", written)
+    assert max(map(len, re.split(r"[\r\n]+", text))) <= 80
+
+
+@pytest.mark.slow
+def test_commands_on_a_study_that_are_stopped_leave_nothing_half_done(tmp_path: Path) -> None:
+    assert on_terminal(tmp_path, SEARCH, "")[0] == 0
+    compress = ["compress", "study=tiny", "out=best"]
+    for arguments, moment in (
+        (compress, "Refit of trial"),
+        (["report", "study=tiny", "format=html"], "Results"),
+        (["evaluate", "model=tiny", "data=generated"], "Reading texts"),
+    ):
+        status, written = on_terminal(tmp_path, arguments, moment)
+        assert status == 130, written
+        assert continued(written) == arguments
+    assert not (tmp_path / "best").exists()
+    assert not (tmp_path / "studies" / "evaluations.jsonl").exists()
+    assert on_terminal(tmp_path, compress, "")[0] == 0
+
+
+@pytest.mark.slow
+def test_a_search_on_ray_is_stopped_by_its_scheduler(tmp_path: Path) -> None:
+    search = [*SEARCH, "executor=ray", "executor.workers=1", "search.trials=400"]
+    status, written = on_terminal(tmp_path, search, r"Trial +1/400", signal.SIGTERM)
+    assert status == 143, written
+    assert continued(written) == search
