@@ -19,6 +19,7 @@ from lrbo.calibration import corpus
 from lrbo.calibration.collect import CalibrationSettings
 from lrbo.calibration.corpus import Role, TokenWindows
 from lrbo.checks import windows_of
+from lrbo.compression import running
 from lrbo.config import stored_config, to_yaml
 from lrbo.errors import BudgetError, ConfigError, DataError, ModelError, StudyError
 from lrbo.evaluation.divergence import DenseReference, measure_dense
@@ -36,13 +37,13 @@ from lrbo.loading import (
 )
 from lrbo.model import ModelMap, fingerprint, map_model
 from lrbo.nested import LowRankFactors
+from lrbo.optimization.base import STARTS, Space, Start
+from lrbo.optimization.study import Study
 from lrbo.pool import PoolSettings, choose_windows
 from lrbo.preparation import Preparation, curve_needs, loss_curves
 from lrbo.progress import Reporter
 from lrbo.racing import Race
 from lrbo.schema import MethodConfig, ModelConfig, SearchConfig
-from lrbo.search.base import STARTS, Space, Start
-from lrbo.search.study import Study
 from lrbo.sensitivity import SensitivitySettings, sensitivity_file
 from lrbo.spaces import build_search_space
 from lrbo.starts import build_starts
@@ -217,12 +218,9 @@ def build_worker(plan: Plan, study: Study, reporter: Reporter) -> Worker:
         corpus.save_windows(tokens_file(study), plan.windows)
         study.begin(_about(plan, digest, dtype, device), to_yaml(config))
     stored = plan.preparation.factors(digest, dtype, device, reporter, model)
-    factors = {
-        name: found.to(dtype=dtype, device=device, max_rank=rank)
-        for name, found in stored.items()
-        # The file serves every storage form, and some use few of its directions.
-        if (rank := largest_rank(plan.layers.by_name[name], plan.space.cost))
-    }
+    # The file serves every storage form, and some use few of its directions.
+    useful = {name: largest_rank(plan.layers.by_name[name], plan.space.cost) for name in stored}
+    factors = running(model, stored, {name: rank for name, rank in useful.items() if rank})
     plan = _with_chosen_windows(plan, study, model, factors, reporter)
     dense = _dense_reference(plan, model, study, reporter)
     timed = config.latency

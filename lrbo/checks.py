@@ -15,6 +15,8 @@ from lrbo.errors import ConfigError
 from lrbo.evaluation.protocols import BOS
 from lrbo.factorization.registry import METHODS, options_of
 from lrbo.front_checks import check_front
+from lrbo.optimization.front import LATENCIES, is_point
+from lrbo.optimization.restricted import RANGES
 from lrbo.schema import (
     BenchmarkConfig,
     CompressConfig,
@@ -29,8 +31,6 @@ from lrbo.schema import (
     SearchConfig,
     SpaceConfig,
 )
-from lrbo.search.front import LATENCIES, is_point
-from lrbo.search.restricted import RANGES
 
 EXECUTORS = ("inline", "ray")
 FORMATS = ("lrbo", "remote_code", "merged")

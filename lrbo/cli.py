@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import logging
 import os
-import re
 import shlex
 import sys
 import warnings
@@ -19,8 +17,9 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from lrbo import __version__, config
-from lrbo.errors import ConfigError, DiskFullError, LrboError
+from lrbo.errors import ConfigError, LrboError
 from lrbo.interrupts import listening, status_of
+from lrbo.overrides import find_problems, quoted
 from lrbo.progress import LineHandler, Reporter, imported
 from lrbo.schema import (
     BenchmarkConfig,
@@ -30,7 +29,7 @@ from lrbo.schema import (
     ReportConfig,
     SearchConfig,
 )
-from lrbo.storage import is_full
+from lrbo.storage import naming_full_disk
 
 log = logging.getLogger(__name__)
 
@@ -163,43 +162,12 @@ def run(command: str, arguments: Sequence[str]) -> None:
     reporter, flags = Reporter(), set(arguments)
     if not flags & SHOWING:
         with reporter.waiting("Starting"):
-            problems = _problems(command, overrides, sweeps=bool({"--multirun", "-m"} & flags))
+            sweeps = bool({"--multirun", "-m"} & flags)
+            problems = find_problems(command, overrides, sweeps=sweeps)
         if problems:
             fail(ConfigError(problems))
     sys.argv = [f"lrbo {command}", *arguments]
     _application(command, reporter)()
-
-
-def _problems(command: str, overrides: Sequence[str], *, sweeps: bool) -> list[str]:
-    """Return what is wrong with a command line, of a sweep with any of its jobs."""
-    try:
-        jobs = config.jobs(overrides) if sweeps else [list(overrides)]
-    except ConfigError as error:
-        return error.problems
-    found: dict[str, None] = {}
-    for job in jobs:
-        problems = config.find_problems(command, job)
-        # A command judges its own values; a sweep's later jobs would be judged hours too late.
-        # What Hydra only knows inside a job (${hydra:job.num}) cannot be judged here.
-        if problems or (sweeps and not any("hydra" in override for override in job)):
-            rest = [override for override in job if override not in problems]
-            found |= dict.fromkeys([*problems.values(), *_value_problems(command, rest)])
-    return list(found)
-
-
-def quoted(argument: str) -> str:
-    """Quote a value like that of ``point=keep=0.75``, which Hydra's grammar has no place for."""
-    return re.sub(r"^([\w.]+)=(\w+=[\w.]+)$", r"\1='\2'", argument)
-
-
-def _value_problems(command: str, overrides: Sequence[str]) -> list[str]:
-    """Return what else is wrong, so that one message says everything."""
-    try:
-        chosen = config.composed(command, overrides)
-    except ConfigError as error:
-        return error.problems
-    found: list[str] = importlib.import_module("lrbo.checks").check(chosen)
-    return found
 
 
 def _application(command: str, reporter: Reporter) -> Callable[[], None]:
@@ -219,22 +187,12 @@ def _guarded(command: Command, reporter: Reporter) -> Callable[[DictConfig], Non
         try:
             with reporter.waiting("Starting"):
                 _set_up_logging(reporter)
-            command(values, reporter)
+            with naming_full_disk():
+                command(values, reporter)
         except LrboError as error:
             fail(error)
         except BrokenPipeError:  # the reader of our output left, as `head` does
             sys.stderr.close()
-        except Exception as error:
-            if not is_full(error):
-                raise
-            place = f" ({error})" if str(error) else ""
-            fail(
-                DiskFullError(
-                    f"a disk is full{place}. What was finished is kept and whole; make room and "
-                    "type the same command again. Statistics, factors and models of the cache "
-                    "can be made again; LRBO_CACHE moves it."
-                )
-            )
 
     return guarded
 

@@ -10,9 +10,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from lrbo.drawing import GREEN, GREY, TEXT_PT, legend, new_figure, perplexity_axis
+from lrbo.optimization.study import Study
 from lrbo.plots import COLOURS, MARKERS
 from lrbo.results import config_of, summary
-from lrbo.search.study import Study
 
 
 def compared(studies: Sequence[Study]) -> pd.DataFrame:

@@ -9,8 +9,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from lrbo.accounting import Storage
 from lrbo.allocation import Allocation
-from lrbo.nested import LowRankFactors, NestedFactors
+from lrbo.model import linear_weight
+from lrbo.nested import LowRankFactors, NestedFactors, PivotedFactors
 
 Buffers = MutableMapping[str, Tensor]
 
@@ -43,6 +45,59 @@ def compress_(
         if on_layer is not None:
             on_layer(name)
     return _replace(model, modules)
+
+
+def store_(
+    model: nn.Module,
+    allocation: Allocation,
+    factors: Mapping[str, LowRankFactors],
+    storage: Storage,
+    *,
+    on_layer: Callable[[str], None] | None = None,
+) -> None:
+    """Replace layers by their low-rank forms as they are stored, in place.
+
+    Args:
+        model: Changed.
+        allocation: Ranks by layer name; ``None`` leaves a layer dense.
+        factors: As precise as they are at hand: pivots are chosen from these, and rounded after.
+        storage: The form.
+        on_layer: Told the name of each layer whose form is made.
+
+    Raises:
+        KeyError: If a layer with a rank has no factors. The model is then unchanged.
+        AttributeError: If the model has no such layer. The model is then unchanged.
+    """
+    places = {name: linear_weight(model.get_submodule(name)) for name in allocation.ranks}
+    forms: dict[str, NestedFactors] = {
+        name: found.to(dtype=places[name].dtype)
+        if storage == "factored"
+        else PivotedFactors(found, places[name].dtype, name)
+        for name, found in factors.items()
+        if name in places
+    }
+    compress_(model, allocation, forms, on_layer=on_layer)
+    for name, rank in allocation.ranks.items():
+        if rank is not None:
+            model.get_submodule(name).to(places[name].device)
+
+
+def running(
+    model: nn.Module, factors: Mapping[str, LowRankFactors], ranks: Mapping[str, int | None]
+) -> dict[str, LowRankFactors]:
+    """Return factors as a model runs them: in its dtype, on its device, no longer than needed.
+
+    Args:
+        model: With its dense layers in place.
+        factors: By layer name.
+        ranks: How many directions of each; layers that stay dense are left out.
+    """
+    found = {}
+    for name, rank in ranks.items():
+        if rank is not None and name in factors:
+            weight = linear_weight(model.get_submodule(name))
+            found[name] = factors[name].to(dtype=weight.dtype, device=weight.device, max_rank=rank)
+    return found
 
 
 def _ranks(

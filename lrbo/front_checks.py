@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 
 from lrbo.evaluation.latency import STEPS
+from lrbo.optimization.front import LATENCIES, LOSS, SIZES
 from lrbo.schema import SearchConfig
-from lrbo.search.front import LATENCIES, LOSS, SIZES
 
 
 def check_front(config: SearchConfig) -> list[str]:

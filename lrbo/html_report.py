@@ -27,6 +27,8 @@ from lrbo.drawing import (
     VERMILLION,
     perplexity_text,
 )
+from lrbo.optimization.client import Diagnosis, diagnose, observations_of
+from lrbo.optimization.study import Study
 from lrbo.plots import ORIGINS, SIZE_LABELS
 from lrbo.results import (
     dense_size,
@@ -36,8 +38,6 @@ from lrbo.results import (
     size_metric,
     summary,
 )
-from lrbo.search.client import Diagnosis, diagnose, observations_of
-from lrbo.search.study import Study
 from lrbo.storage import write_text
 from lrbo.trial import TrialRecord
 

@@ -31,7 +31,7 @@ from lrbo.drawing import (
     perplexity_axis,
     perplexity_text,
 )
-from lrbo.search.front import LATENCIES
+from lrbo.optimization.front import LATENCIES
 
 COLOURS = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, INK)
 MARKERS = "os^Dv<>P"  # one more than colours: a pair repeats only after 56 kinds

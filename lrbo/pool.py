@@ -16,9 +16,9 @@ from lrbo.errors import NonFiniteError, StudyError
 from lrbo.evaluation.perplexity import score_windows
 from lrbo.evaluation.selection import select_windows
 from lrbo.nested import LowRankFactors
+from lrbo.optimization.base import Space
+from lrbo.optimization.study import Study
 from lrbo.progress import Reporter
-from lrbo.search.base import Space
-from lrbo.search.study import Study
 
 
 @dataclass(frozen=True)

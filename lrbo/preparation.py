@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from lrbo.blockwise import BlockwiseBody
-from lrbo.calibration.collect import Calibration, CalibrationSettings, calibrate
+from lrbo.calibration.collect import Calibration, CalibrationSettings, Found, calibrate
 from lrbo.calibration.store import CalibrationFolder, calibration_fingerprint, save_calibration
 from lrbo.factorization.base import GRADIENT_STATISTICS, FactorizationMethod, Statistic
 from lrbo.factorization.store import (
@@ -28,7 +27,13 @@ from lrbo.loading import ModelSource, cache_folder, load_model
 from lrbo.model import ModelMap
 from lrbo.nested import LowRankFactors
 from lrbo.progress import Reporter
-from lrbo.sensitivity import Curves, LossCalibration, SensitivitySettings, measure_losses
+from lrbo.sensitivity import (
+    Curves,
+    LossCalibration,
+    SensitivitySettings,
+    measure_losses,
+    predicted_curves,
+)
 
 
 @dataclass(frozen=True)
@@ -67,14 +72,11 @@ class Preparation:
             return Calibration()
         folder = cache_folder() / "calibration" / name
         if not folder.is_dir():
-            body = BlockwiseBody(model)
-            passes = 2 if GRADIENT_STATISTICS & self.needs else 1
-            with reporter.step("Calibration", passes * len(body), "blocks") as advance:
-                found = calibrate(
-                    body, self.layers, self.windows, self.needs, self.settings, on_block=advance
-                )
-                with suppress(FileExistsError):  # another search was faster: the same statistics
-                    save_calibration(folder, found, name)
+            found = statistics_by_block(
+                model, self.layers, self.windows, self.needs, self.settings, reporter
+            )
+            with suppress(FileExistsError):  # another search was faster: the same statistics
+                save_calibration(folder, found, name)
         return CalibrationFolder(folder, name)
 
     def factors(
@@ -102,17 +104,16 @@ class Preparation:
             if model is None:
                 model = load_model(self.source, dtype=dtype, device=device)
             statistics = self.statistics(digest, dtype, reporter, model)
-            with reporter.step("Factorization", len(self.layers.compressible), "layers") as advance:
-                made = factor_model(
-                    self._source_weights(model),
-                    self.layers,
-                    self.method,
-                    statistics,
-                    device=device,
-                    on_layer=lambda _: advance(1),
-                )
-                with suppress(FileExistsError):  # another search was faster: the same factors
-                    save_factors(folder, made, name)
+            made = factors_by_block(
+                self._source_weights(model),
+                self.layers,
+                self.method,
+                statistics,
+                reporter,
+                device=device,
+            )
+            with suppress(FileExistsError):  # another search was faster: the same factors
+                save_factors(folder, made, name)
         return load_factors(folder, name)
 
     def _calibration(self, digest: str, dtype: torch.dtype) -> str | None:
@@ -125,6 +126,37 @@ class Preparation:
         """Return the model at the precision of its checkpoint, which may be finer than it runs."""
         own = load_model(self.source, dtype=None, device=torch.device("cpu"))
         return model if own.dtype == model.dtype else own
+
+
+def statistics_by_block(
+    model: PreTrainedModel,
+    layers: ModelMap,
+    windows: Int[Tensor, "windows tokens"],
+    needs: Collection[Statistic],
+    settings: CalibrationSettings,
+    reporter: Reporter,
+) -> Iterator[Found]:
+    """Yield the statistics of a model as :func:`calibrate` finds them, and show how far it is."""
+    body = BlockwiseBody(model)
+    passes = 2 if GRADIENT_STATISTICS & set(needs) else 1
+    with reporter.step("Calibration", passes * len(body), "blocks") as advance:
+        yield from calibrate(body, layers, windows, needs, settings, on_block=advance)
+
+
+def factors_by_block(
+    model: PreTrainedModel,
+    layers: ModelMap,
+    method: FactorizationMethod,
+    statistics: LayerStatistics,
+    reporter: Reporter,
+    *,
+    device: torch.device | None = None,
+) -> Iterator[dict[str, LowRankFactors]]:
+    """Yield factors as :func:`factor_model` makes them, and show how far it is."""
+    with reporter.step("Factorization", len(layers.compressible), "layers") as advance:
+        yield from factor_model(
+            model, layers, method, statistics, device=device, on_layer=lambda _: advance(1)
+        )
 
 
 def curve_needs(method: FactorizationMethod) -> frozenset[Statistic]:
@@ -164,11 +196,7 @@ def loss_curves(
         reporter: Shows progress.
         apply: Whether the curves are corrected by what was measured.
     """
-    curves = {
-        name: found.loss.numpy().astype(np.float64)
-        for name, found in factors.items()
-        if found.loss is not None
-    }
+    curves = predicted_curves(factors)
     if not curves or not settings.layers_per_kind:
         return curves
     if file.is_file():

@@ -161,6 +161,12 @@ class Reporter:
         # FORCE_COLOR may ask for colours in a log. Bars would fill it with control characters.
         bars = None if sys.stderr.isatty() else False
         self.console = console or Console(stderr=True, highlight=False, force_interactive=bars)
+        if console is None and self.console.is_jupyter:
+            # Rich makes an output of its own of each line there, and a kernel's stderr says that
+            # it is a terminal, which cannot move its cursor.
+            self.console = Console(
+                stderr=True, highlight=False, force_jupyter=False, force_terminal=False
+            )
         self._bars: _Bars | None = None
 
     def say(self, message: str) -> None:

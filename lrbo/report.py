@@ -14,6 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from lrbo.drawing import perplexity_text
+from lrbo.optimization.front import LATENCIES, pareto_front
+from lrbo.optimization.study import Study
 from lrbo.results import (
     dense_kinds,
     dense_size,
@@ -24,8 +26,6 @@ from lrbo.results import (
     summary,
     weights,
 )
-from lrbo.search.front import LATENCIES, pareto_front
-from lrbo.search.study import Study
 from lrbo.trial import TrialRecord
 
 WIDTH = 80

@@ -11,6 +11,7 @@ from typing import Any
 
 import pandas as pd
 import yaml  # type: ignore[import-untyped]  # comes with omegaconf, without types
+from matplotlib.figure import Figure
 
 from lrbo import plots
 from lrbo.accounting import (
@@ -18,9 +19,9 @@ from lrbo.accounting import (
     index_bytes,
     low_rank_macs,
 )
-from lrbo.search.base import KEEP_RATIO
-from lrbo.search.front import LATENCIES, LOSS, hypervolume, pareto_front, reference_point
-from lrbo.search.study import Study, layers_of, stored_parameters
+from lrbo.optimization.base import KEEP_RATIO
+from lrbo.optimization.front import LATENCIES, LOSS, hypervolume, pareto_front, reference_point
+from lrbo.optimization.study import Study, layers_of, stored_parameters
 from lrbo.sensitivity import LossCalibration, sensitivity_file
 from lrbo.storage import replacing
 from lrbo.trial import TrialRecord
@@ -215,17 +216,32 @@ def draw_figures(study: Study) -> list[Path]:
     """Draw what there is to draw into the study's ``figures/``, in place of older pictures.
 
     Returns:
-        Paths of ``convergence.png``, ``front.png``, ``ranks.png`` and ``sensitivity.png``; those
-        whose data do not exist, or not yet, are left out.
+        Paths of the pictures, such as ``convergence.png``.
+    """
+    paths = []
+    for name, figure in figures(study).items():
+        path = study.folder / "figures" / f"{name}.png"
+        with replacing(path) as beside:
+            figure.savefig(beside, format="png")
+        paths.append(path)
+    return paths
+
+
+def figures(study: Study) -> dict[str, Figure]:
+    """Draw what there is to draw.
+
+    Returns:
+        ``convergence``, ``front``, ``ranks`` and ``sensitivity``; those whose data do not exist,
+        or not yet, are left out.
     """
     state = study.state
     best, uniform = state.best(), state.uniform
     if best is None:
-        return []
+        return {}
     table, size = frame(study), size_metric(study)
     dense = state.dense.get("perplexity")
     title = _subtitle(study)
-    figures = {
+    drawn = {
         "convergence": plots.convergence(
             table,
             dense,
@@ -244,16 +260,10 @@ def draw_figures(study: Study) -> list[Path]:
     measured = sensitivity(study)
     if measured is not None:
         points = pd.DataFrame([asdict(point) for point in measured.measurements])
-        figures["sensitivity"] = plots.predicted_and_measured(
+        drawn["sensitivity"] = plots.predicted_and_measured(
             points, measured.rank_correlation, about=title
         )
-    paths = []
-    for name, figure in figures.items():
-        path = study.folder / "figures" / f"{name}.png"
-        with replacing(path) as beside:
-            figure.savefig(beside, format="png")
-        paths.append(path)
-    return paths
+    return drawn
 
 
 def _pick(metrics: Mapping[str, Any], *names: str) -> dict[str, Any]:

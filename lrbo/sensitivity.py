@@ -29,6 +29,15 @@ CHUNK_TOKENS = 256  # rows of logits at a time
 SLOPES = (0.5, 2.0)
 
 
+def predicted_curves(factors: Mapping[str, LowRankFactors]) -> Curves:
+    """Return the predicted loss of each layer at each rank; ``{}`` without gradients."""
+    return {
+        name: found.loss.numpy().astype(np.float64)
+        for name, found in factors.items()
+        if found.loss is not None
+    }
+
+
 @dataclass(frozen=True)
 class SensitivitySettings:
     """How predictions are checked against the model.

@@ -11,12 +11,12 @@ from lrbo.checks import variables
 from lrbo.errors import BudgetError
 from lrbo.factorization.base import FactorizationMethod
 from lrbo.model import ModelMap
+from lrbo.optimization.base import BudgetSpace, Space
+from lrbo.optimization.front_space import FrontSpace
+from lrbo.optimization.restricted import RANGES, restrict
+from lrbo.optimization.space import build_space
+from lrbo.optimization.weights import build_weight_space
 from lrbo.schema import SearchConfig
-from lrbo.search.base import BudgetSpace, Space
-from lrbo.search.front_space import FrontSpace
-from lrbo.search.restricted import RANGES, restrict
-from lrbo.search.space import build_space
-from lrbo.search.weights import build_weight_space
 
 
 def build_search_space(

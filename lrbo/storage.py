@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from lrbo.errors import DiskFullError, LrboError
+
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -25,6 +27,28 @@ def is_full(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+@contextmanager
+def naming_full_disk() -> Iterator[None]:
+    """Turn what says that a disk is full, in whatever words, into one error that says what to do.
+
+    Raises:
+        DiskFullError: Where that is what came.
+    """
+    try:
+        yield
+    except LrboError:  # which says already what to do
+        raise
+    except Exception as error:
+        if not is_full(error):
+            raise
+        place = f" ({error})" if str(error) else ""
+        raise DiskFullError(
+            f"a disk is full{place}. What was finished is kept and whole; make room and "
+            "type the same command again. Statistics, factors and models of the cache "
+            "can be made again; LRBO_CACHE moves it."
+        ) from error
 
 
 @contextmanager

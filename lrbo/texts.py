@@ -10,8 +10,8 @@ from lrbo.calibration import corpus
 from lrbo.calibration.corpus import CorpusSpec, Role, RoleText, TokenWindows
 from lrbo.checks import role_paths
 from lrbo.loading import ModelSource, load_tokenizer
+from lrbo.optimization.study import Study
 from lrbo.schema import DataConfig, SearchConfig
-from lrbo.search.study import Study
 
 
 def corpus_spec(config: DataConfig, seed: int, pool_tokens: int | None = None) -> CorpusSpec:

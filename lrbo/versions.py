@@ -7,7 +7,7 @@ import platform
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 
-from lrbo.search.study import Study
+from lrbo.optimization.study import Study
 
 log = logging.getLogger(__name__)
 

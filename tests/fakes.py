@@ -15,14 +15,14 @@ from lrbo.accounting import dense_parameters, low_rank_parameters
 from lrbo.allocation import Budget
 from lrbo.errors import Outcome
 from lrbo.model import LayerSpec
+from lrbo.optimization.base import Space
+from lrbo.optimization.client import Observation, SearchClient
+from lrbo.optimization.front_space import FrontSpace
+from lrbo.optimization.space import SearchSpace, build_space
+from lrbo.optimization.study import Study
+from lrbo.optimization.weights import WeightSpace, build_weight_space
 from lrbo.presentation import Checkpoint, Presentation
 from lrbo.racing import Race, paired_difference
-from lrbo.search.base import Space
-from lrbo.search.client import Observation, SearchClient
-from lrbo.search.front_space import FrontSpace
-from lrbo.search.space import SearchSpace, build_space
-from lrbo.search.study import Study
-from lrbo.search.weights import WeightSpace, build_weight_space
 from lrbo.sensitivity import Curves
 from lrbo.trial import TrialRecord, TrialRequest, TrialResult
 

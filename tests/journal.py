@@ -11,10 +11,10 @@ from lrbo.allocation import Allocation, Budget, Cost
 from lrbo.config import composed, to_yaml
 from lrbo.factorization.registry import method_named
 from lrbo.model import ModelMap, map_model
+from lrbo.optimization.space import SearchSpace, build_space
+from lrbo.optimization.study import Study
+from lrbo.optimization.weights import WeightSpace, build_weight_space
 from lrbo.schema import SearchConfig
-from lrbo.search.space import SearchSpace, build_space
-from lrbo.search.study import Study
-from lrbo.search.weights import WeightSpace, build_weight_space
 from lrbo.sensitivity import LossCalibration, Measurement, sensitivity_file
 from lrbo.trial import TrialRecord, TrialRequest
 from lrbo.worker import allocation_parameters

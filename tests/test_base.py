@@ -5,7 +5,7 @@ from hypothesis import given
 
 from lrbo.accounting import dense_parameters
 from lrbo.errors import BudgetError
-from lrbo.search.base import Space
+from lrbo.optimization.base import Space
 from tests.fakes import make_curves, make_layers, make_space, make_weight_space
 from tests.test_space import Case, cases
 

@@ -18,9 +18,9 @@ from lrbo.commands import compress, dashboard, search, view
 from lrbo.config import composed
 from lrbo.errors import ConfigError, ModelError, StudyError
 from lrbo.model import fingerprint
+from lrbo.optimization.study import Study
 from lrbo.progress import Reporter
 from lrbo.schema import CompressConfig, DashboardConfig, SearchConfig
-from lrbo.search.study import Study
 from lrbo.tracking import MlflowTracker, NullTracker
 
 SMALL = ["experiment=tiny", "search.trials=1", "search.initial=2", "tracking.enabled=false"]

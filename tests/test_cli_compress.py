@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard
 
 import lrbo
 from lrbo.calibration.corpus import documents
-from lrbo.search.study import Study
+from lrbo.optimization.study import Study
 from tests.commands import TINY, Ran, lrbo_command, project, searched
 
 __all__ = ["project", "searched"]  # fixtures

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from lrbo.search.study import Study
+from lrbo.optimization.study import Study
 from tests.commands import Ran, lrbo_command, project, searched
 from tests.journal import Journal
 

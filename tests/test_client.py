@@ -10,8 +10,8 @@ import pytest
 import torch
 from botorch.acquisition.multi_objective import logei
 
-from lrbo.search.client import CappedSingleTaskGP, Observation, SearchClient
-from lrbo.search.space import SearchSpace
+from lrbo.optimization.client import CappedSingleTaskGP, Observation, SearchClient
+from lrbo.optimization.space import SearchSpace
 from tests.fakes import make_layers, make_space, make_weight_space
 
 TOLERANCES = {
@@ -123,7 +123,7 @@ def test_running_trials_are_taken_as_pending() -> None:
 
 
 def test_ax_is_told_how_sure_each_objective_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lrbo.search import client as module
+    from lrbo.optimization import client as module
 
     told, make = [], module.Data
 
@@ -193,7 +193,7 @@ def test_the_same_point_twice_is_no_error() -> None:
 
 def test_fitting_is_capped(monkeypatch: pytest.MonkeyPatch) -> None:
     """The cap goes through a private function of botorch: it must still arrive there."""
-    from lrbo.search import client as module
+    from lrbo.optimization import client as module
 
     given = []
     fit = module._fit_fallback

@@ -17,7 +17,7 @@ import pytest
 
 from lrbo.commands import view
 from lrbo.config import flat, stored_config
-from lrbo.search.study import Study
+from lrbo.optimization.study import Study
 from tests.journal import Journal
 
 pytestmark = pytest.mark.slow

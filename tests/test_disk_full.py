@@ -11,7 +11,7 @@ from mlflow import MlflowClient
 
 from experiments.bench_kill import kills
 from lrbo.blockwise import Scratch
-from lrbo.search.study import Study
+from lrbo.optimization.study import Study
 from lrbo.storage import is_full
 from lrbo.tracking import MlflowTracker
 from tests.commands import TINY, Ran, lrbo_command, project, searched

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lrbo.allocation import Allocation, Budget
-from lrbo.search.front import hypervolume, pareto_front, reference_point
+from lrbo.optimization.front import hypervolume, pareto_front, reference_point
 from lrbo.trial import TrialRecord, TrialRequest, TrialResult
 
 # No tolerances: only comparisons of the numbers that were given.

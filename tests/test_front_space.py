@@ -7,12 +7,12 @@ import pytest
 
 from lrbo.accounting import dense_parameters
 from lrbo.allocation import Budget
-from lrbo.search.base import STARTS, Space
-from lrbo.search.client import Observation, SearchClient
-from lrbo.search.front import hypervolume
-from lrbo.search.front_space import KEEP_RATIO, FrontSpace
-from lrbo.search.loop import SearchLoop, SearchSettings
-from lrbo.search.study import Study
+from lrbo.optimization.base import STARTS, Space
+from lrbo.optimization.client import Observation, SearchClient
+from lrbo.optimization.front import hypervolume
+from lrbo.optimization.front_space import KEEP_RATIO, FrontSpace
+from lrbo.optimization.loop import SearchLoop, SearchSettings
+from lrbo.optimization.study import Study
 from lrbo.tracking import NullTracker
 from lrbo.transfer import Donor, DonorTrial
 from lrbo.trial import TrialRecord
@@ -33,7 +33,7 @@ both = pytest.mark.parametrize("kind", ["weights", "ratios"])
 
 @pytest.fixture(autouse=True)
 def _no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lrbo.search.study.os.fsync", lambda _: None)
+    monkeypatch.setattr("lrbo.optimization.study.os.fsync", lambda _: None)
 
 
 def inside(space: FrontSpace, ratio: float) -> Space:

@@ -11,7 +11,7 @@ import pytest
 
 from lrbo import config
 from lrbo.html_report import diagnosed, html_report, write_html
-from lrbo.search.study import Study
+from lrbo.optimization.study import Study
 from tests.journal import Journal
 
 

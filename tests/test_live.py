@@ -11,9 +11,9 @@ from lrbo.commands import search
 from lrbo.commands.live import LiveSearch, live_search, seconds_left
 from lrbo.config import composed
 from lrbo.errors import StudyError
+from lrbo.optimization.study import Study
 from lrbo.progress import Reporter, Trials
 from lrbo.schema import SearchConfig
-from lrbo.search.study import Study
 from lrbo.tracking import NullTracker
 from lrbo.trial import TrialRecord
 from tests.journal import SECONDS, Journal

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 
 from lrbo.errors import StudyError
+from lrbo.optimization.client import SearchClient
+from lrbo.optimization.front_space import FrontSpace
+from lrbo.optimization.loop import SearchLoop, SearchSettings
+from lrbo.optimization.space import SearchSpace
+from lrbo.optimization.study import Study
+from lrbo.optimization.weights import WeightSpace
 from lrbo.racing import Race
-from lrbo.search.client import SearchClient
-from lrbo.search.front_space import FrontSpace
-from lrbo.search.loop import SearchLoop, SearchSettings
-from lrbo.search.space import SearchSpace
-from lrbo.search.study import Study
-from lrbo.search.weights import WeightSpace
 from lrbo.tracking import NullTracker
 from lrbo.trial import TrialRecord
 from tests.fakes import (
@@ -104,7 +104,7 @@ class Search:
 
 @pytest.fixture(autouse=True)
 def _no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lrbo.search.study.os.fsync", lambda _: None)
+    monkeypatch.setattr("lrbo.optimization.study.os.fsync", lambda _: None)
 
 
 def assert_same_search(found: Search, expected: Search) -> None:

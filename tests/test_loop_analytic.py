@@ -10,7 +10,7 @@ from tests.test_loop import SEED, Search
 
 @pytest.fixture(autouse=True)
 def _no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lrbo.search.study.os.fsync", lambda _: None)
+    monkeypatch.setattr("lrbo.optimization.study.os.fsync", lambda _: None)
 
 
 def test_where_losses_are_known_trial_1_is_the_analytic_allocation(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from lrbo import builders
 from lrbo.commands.view import make_tracker
-from lrbo.search.study import Study
+from lrbo.optimization.study import Study
 from lrbo.tracking import MlflowTracker
 from tests.commands import TINY, lrbo_command
 from tests.test_builders import Said, chosen

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from lrbo import plots
-from lrbo.search.front import LATENCIES, SIZES
+from lrbo.optimization.front import LATENCIES, SIZES
 from lrbo.trial import Origin
 
 COLUMNS = [

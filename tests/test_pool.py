@@ -13,9 +13,9 @@ from lrbo.compression import compressed
 from lrbo.errors import ConfigError, NonFiniteError, StudyError
 from lrbo.evaluation.perplexity import score
 from lrbo.evaluation.selection import select_windows
+from lrbo.optimization.study import Study
 from lrbo.pool import pool_allocations
 from lrbo.schema import SearchConfig
-from lrbo.search.study import Study
 from tests.commands import lrbo_command
 from tests.fakes import Killed, make_front_space, make_space, make_weight_space
 from tests.test_builders import Said

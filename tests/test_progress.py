@@ -301,3 +301,13 @@ def test_a_log_record_stands_above_the_bar(clock: None) -> None:
     assert lines[0] == "WARNING  few tokens"
     assert lines[1].startswith("Calibration: 4 blocks in 2.0 s")
     assert len(lines) == 2
+
+
+def test_a_kernel_of_a_notebook_gets_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rich would make an output per line there, or move a cursor that does not exist."""
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    assert Console().is_jupyter
+    console = Reporter().console
+    assert not console.is_jupyter
+    assert not console.is_terminal
+    assert console.stderr

@@ -12,8 +12,8 @@ import torch
 from scipy import stats
 
 from lrbo.evaluation.divergence import measure_dense
+from lrbo.optimization.client import Observation, SearchClient
 from lrbo.racing import LEAST, Race, paired_difference, spread_order
-from lrbo.search.client import Observation, SearchClient
 from lrbo.trial import TrialRequest, TrialResult
 from lrbo.worker import Worker
 from tests.fakes import Fuse, Killed, make_space, make_weight_space
@@ -32,7 +32,7 @@ MANY = token_ids(11, 7)
 
 @pytest.fixture(autouse=True)
 def _no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lrbo.search.study.os.fsync", lambda _: None)
+    monkeypatch.setattr("lrbo.optimization.study.os.fsync", lambda _: None)
 
 
 def test_the_difference_and_its_error_are_those_of_a_sample_without_replacement() -> None:

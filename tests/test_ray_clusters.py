@@ -17,7 +17,7 @@ import pytest
 
 from lrbo.executors import ray_tasks
 from lrbo.executors.ray_tasks import RayExecutor, RaySettings, connected
-from lrbo.search.study import Study, StudyState
+from lrbo.optimization.study import Study, StudyState
 from lrbo.trial import TrialRequest, TrialResult
 from tests.test_executors import request
 

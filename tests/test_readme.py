@@ -4,12 +4,17 @@ import re
 import shlex
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import lrbo
 from lrbo import cli, config
 from lrbo.accounting import STORAGES, low_rank_parameters
+from lrbo.calibration import corpus
+from lrbo.loading import byte_tokenizer, tiny_model
 from lrbo.model import LayerSpec
+from lrbo.overrides import quoted
 from tests.commands import lrbo_command
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,6 +59,7 @@ def in_text(page: str) -> list[str]:
 SHELL = shell(README)
 EVERY = sorted({line for page in PAGES.values() for line in (*shell(page), *in_text(page))})
 LRBO = [line.removeprefix("srun ") for line in EVERY if re.match(r"(srun )?lrbo ", line)]
+PYTHON = [text for language, text in BLOCKS if language == "python"]
 TINY = next(text for _, text in BLOCKS if "lrbo search experiment=tiny" in text)
 
 
@@ -61,6 +67,7 @@ def test_the_readme_has_what_the_tests_look_at() -> None:
     assert len(BLOCKS) >= 6
     assert len(SHELL) >= 14
     assert len(commands(TINY)) == 4
+    assert len(PYTHON) == 3
     names = {"concepts", "numbers", "families", "cluster", "faq"}
     assert set(PAGES) >= {"README.md", *(f"docs/{name}.md" for name in names)}
     assert len(LRBO) >= 40
@@ -76,11 +83,28 @@ def test_its_commands_on_the_tiny_model_run(
         assert program == "lrbo"
         ran = lrbo_command(*arguments)
         assert ran.status == 0, ran.err
-    (python,) = [text for language, text in BLOCKS if language == "python"]
-    exec(compile(python, "README.md", "exec"), {})
+    exec(compile(PYTHON[0], "README.md", "exec"), {})
     kind, parameters = capsys.readouterr().out.split()
     assert kind == "LlamaForCausalLM"
     assert 20_000 < int(parameters) < 35_104  # fewer than the dense model has
+    found: dict[str, Any] = {}
+    exec(compile(PYTHON[1].replace("=12", "=9"), "README.md", "exec"), found)
+    assert len(found["study"].trials) == 9
+    assert "analytic" in capsys.readouterr().out
+    assert sum(p.numel() for p in found["model"].parameters()) < 35_104
+
+
+def test_its_steps_in_python_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tiny_model().save_pretrained("my-model")
+    byte_tokenizer().save_pretrained("my-model")
+    (tmp_path / "text.txt").write_text("".join(corpus.documents("generated", "words"))[:8_000])
+    exec(compile(PYTHON[2], "README.md", "exec"), {})
+    uniform, least = map(float, capsys.readouterr().out.split())
+    assert uniform != least
+    assert sum(p.numel() for p in lrbo.load("my-model-80").parameters()) < 35_104
 
 
 @pytest.mark.parametrize("line", LRBO)
@@ -89,7 +113,7 @@ def test_every_other_command_line_is_one_that_lrbo_takes(line: str) -> None:
     assert command in cli.NAMES
     if command == "transfer":
         command, *arguments = cli.transfer_arguments(arguments)
-    overrides = [cli.quoted(argument) for argument in arguments if argument != "-m"]
+    overrides = [quoted(argument) for argument in arguments if argument != "-m"]
     jobs = config.jobs(overrides) if "-m" in arguments else [overrides]
     assert (len(jobs) > 1) == ("-m" in arguments)
     for job in jobs:

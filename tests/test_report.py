@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from lrbo.optimization.study import Study
 from lrbo.report import print_report
-from lrbo.search.study import Study
 from lrbo.worker import allocation_parameters
 from tests.journal import Journal
 from tests.test_results import timed_front

@@ -10,10 +10,10 @@ from scipy.optimize import linprog
 from lrbo.accounting import dense_parameters
 from lrbo.allocation import Budget
 from lrbo.errors import BudgetError, ConfigError
-from lrbo.search.base import STARTS, BudgetSpace, Space
-from lrbo.search.client import Observation, SearchClient
-from lrbo.search.front_space import FrontSpace
-from lrbo.search.restricted import RestrictedSpace, restrict
+from lrbo.optimization.base import STARTS, BudgetSpace, Space
+from lrbo.optimization.client import Observation, SearchClient
+from lrbo.optimization.front_space import FrontSpace
+from lrbo.optimization.restricted import RestrictedSpace, restrict
 from tests.fakes import make_front_space, make_space, make_weight_space
 
 TOLERANCES = {

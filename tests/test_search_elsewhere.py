@@ -13,7 +13,7 @@ from lrbo import builders
 from lrbo.commands import search
 from lrbo.executors.base import Evaluate
 from lrbo.executors.inline import FinishedJob
-from lrbo.search.study import Study
+from lrbo.optimization.study import Study
 from lrbo.trial import TrialRequest
 from lrbo.worker import Worker
 from tests.commands import lrbo_command

@@ -16,8 +16,8 @@ import pytest
 
 from lrbo.allocation import Allocation, Budget
 from lrbo.errors import StudyError
-from lrbo.search import study as module
-from lrbo.search.study import FORMAT, Study, StudyState
+from lrbo.optimization import study as module
+from lrbo.optimization.study import FORMAT, Study, StudyState
 from lrbo.trial import TrialRequest
 from tests.fakes import fixed_clock
 

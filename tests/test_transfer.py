@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from lrbo.allocation import Allocation, Budget, allocate
 from lrbo.errors import ConfigError
-from lrbo.search.base import BudgetSpace, known_starts
+from lrbo.optimization.base import BudgetSpace, known_starts
 from lrbo.transfer import PAPER, Donor, DonorTrial, profile_of, transferred_ratios
 from tests.fakes import factored, make_layers, make_space, make_weight_space
 

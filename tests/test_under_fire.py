@@ -10,7 +10,7 @@ import pytest
 
 from experiments.bench_kill import kills
 from lrbo import mlflow_store, tracking
-from lrbo.search.study import Study
+from lrbo.optimization.study import Study
 from lrbo.tracking import MlflowTracker
 from lrbo.trial import TrialRecord
 from tests.commands import TINY, Ran, lrbo_command, searched

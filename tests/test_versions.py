@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from lrbo import versions as module
-from lrbo.search.study import Study
+from lrbo.optimization.study import Study
 from lrbo.versions import PACKAGES, changes, note_changes, refusals, versions
 from tests.commands import TINY, lrbo_command, project, searched
 

@@ -18,7 +18,7 @@ from lrbo.accounting import dense_parameters
 from lrbo.allocation import Allocation, Budget, allocate_by_loss, rungs
 from lrbo.errors import BudgetError, ConfigError
 from lrbo.model import LayerSpec
-from lrbo.search.weights import WeightSpace, build_weight_space
+from lrbo.optimization.weights import WeightSpace, build_weight_space
 from tests.fakes import factored, make_curves, make_layers, make_space, make_weight_space
 
 TOLERANCES = {

@@ -39,11 +39,11 @@ from lrbo.factorization.registry import METHODS, method_named
 from lrbo.loading import load_model, load_tokenizer, resolve_device, resolve_dtype
 from lrbo.model import fingerprint, map_model
 from lrbo.nested import LowRankFactors
+from lrbo.optimization.weights import WeightSpace, build_weight_space
 from lrbo.preparation import Preparation, curve_needs
 from lrbo.progress import Reporter
 from lrbo.refit import RefitSettings, refit
 from lrbo.schema import RefitConfig
-from lrbo.search.weights import WeightSpace, build_weight_space
 
 SMOKE = bool(os.environ.get("LRBO_SMOKE"))
 HERE = Path(__file__).parent

@@ -21,10 +21,10 @@ import torch
 
 from lrbo import builders, config
 from lrbo.allocation import Allocation, allocate
+from lrbo.optimization.base import BudgetSpace
+from lrbo.optimization.study import Study
+from lrbo.optimization.weights import WeightSpace
 from lrbo.progress import Reporter
-from lrbo.search.base import BudgetSpace
-from lrbo.search.study import Study
-from lrbo.search.weights import WeightSpace
 from lrbo.trial import TrialRequest
 
 HERE = Path(__file__).parent

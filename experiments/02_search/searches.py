@@ -16,10 +16,10 @@ from surrogate import MULTIPLE, Recorded, Surrogate
 
 from lrbo.accounting import low_rank_parameters
 from lrbo.allocation import Allocation
-from lrbo.search.base import BudgetSpace, LinearConstraint
-from lrbo.search.client import Observation, SearchClient
-from lrbo.search.space import build_space
-from lrbo.search.weights import build_weight_space
+from lrbo.optimization.base import BudgetSpace, LinearConstraint
+from lrbo.optimization.client import Observation, SearchClient
+from lrbo.optimization.space import build_space
+from lrbo.optimization.weights import build_weight_space
 
 INITIAL = 7
 GROUPS = {
@@ -108,7 +108,7 @@ def _model(found: Any) -> Iterator[None]:
     if found is None:
         yield
         return
-    with mock.patch("lrbo.search.client.CappedSingleTaskGP", found):
+    with mock.patch("lrbo.optimization.client.CappedSingleTaskGP", found):
         yield
 
 

@@ -20,9 +20,9 @@ from lrbo import builders, config
 from lrbo.allocation import Allocation
 from lrbo.compression import compressed
 from lrbo.evaluation.perplexity import score_windows
+from lrbo.optimization.study import Study
+from lrbo.optimization.weights import WeightSpace
 from lrbo.progress import Reporter
-from lrbo.search.study import Study
-from lrbo.search.weights import WeightSpace
 from lrbo.storage import replacing
 
 FILE = Path(__file__).with_name("losses.npz")

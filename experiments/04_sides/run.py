@@ -22,9 +22,9 @@ from lrbo.allocation import Allocation
 from lrbo.compression import compressed
 from lrbo.evaluation.perplexity import score
 from lrbo.nested import LowRankFactors
+from lrbo.optimization.study import Study
 from lrbo.progress import Reporter
 from lrbo.schema import SearchConfig
-from lrbo.search.study import Study
 from lrbo.worker import Worker
 
 SMOKE = bool(os.environ.get("LRBO_SMOKE"))

@@ -21,9 +21,9 @@ from lrbo import builders, checks, config
 from lrbo.compression import replace_module
 from lrbo.evaluation.perplexity import score
 from lrbo.nested import LowRankFactors
+from lrbo.optimization.study import Study
 from lrbo.progress import Reporter
 from lrbo.schema import SearchConfig
-from lrbo.search.study import Study
 from lrbo.trial import TrialRequest
 
 SMOKE = bool(os.environ.get("LRBO_SMOKE"))

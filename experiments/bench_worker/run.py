@@ -22,11 +22,11 @@ from lrbo.calibration.collect import calibrate
 from lrbo.evaluation.perplexity import score
 from lrbo.factorization.base import Statistic
 from lrbo.factorization.registry import METHODS
+from lrbo.optimization.base import Space
+from lrbo.optimization.client import Observation, SearchClient
+from lrbo.optimization.study import Study
 from lrbo.progress import Reporter
 from lrbo.schema import SearchConfig
-from lrbo.search.base import Space
-from lrbo.search.client import Observation, SearchClient
-from lrbo.search.study import Study
 from lrbo.trial import TrialRequest
 from lrbo.worker import peak_memory_gib
 

@@ -18,18 +18,18 @@ from lrbo.command_lines import command_line, repeating
 from lrbo.commands.finalists import Finalist, finalist
 from lrbo.commands.trials import evaluate_between
 from lrbo.commands.view import enter_checkpoint
-from lrbo.compression import compress_
+from lrbo.compression import store_
 from lrbo.errors import StudyError
 from lrbo.layers import PivotedLinear
 from lrbo.loading import load_model, load_tokenizer, resolve_dtype
 from lrbo.merging import save_merged
 from lrbo.model_card import Score, model_card
-from lrbo.nested import LowRankFactors, NestedFactors, PivotedFactors
+from lrbo.nested import LowRankFactors
+from lrbo.optimization.base import KEEP_RATIO
+from lrbo.optimization.front import ceiling_of
+from lrbo.optimization.study import Study
 from lrbo.progress import Reporter
 from lrbo.schema import CompressConfig, SearchConfig
-from lrbo.search.base import KEEP_RATIO
-from lrbo.search.front import ceiling_of
-from lrbo.search.study import Study
 from lrbo.trial import TrialRecord
 from lrbo.versions import versions
 from lrbo.worker import allocation_parameters
@@ -193,15 +193,11 @@ def _put_in(
         reporter: Shows progress and the largest coefficient.
     """
     if plan.storage == "factored":
-        rounded = {name: found.to(dtype=model.dtype) for name, found in factors.items()}
-        compress_(model, allocation, rounded)
+        store_(model, allocation, factors, plan.storage)
         return
-    pivoted: dict[str, NestedFactors] = {
-        name: PivotedFactors(found, model.dtype, name) for name, found in factors.items()
-    }
     count = sum(rank is not None for rank in allocation.ranks.values())
     with reporter.step("Pivoting", count, "layers") as advance:
-        compress_(model, allocation, pivoted, on_layer=lambda _: advance(1))
+        store_(model, allocation, factors, plan.storage, on_layer=lambda _: advance(1))
     layers = {name: m for name, m in model.named_modules() if isinstance(m, PivotedLinear)}
     if layers:
         name, largest = max(layers.items(), key=lambda item: item[1].growth)

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from lrbo import builders
 from lrbo.allocation import Allocation
-from lrbo.compression import compressed
+from lrbo.compression import compressed, running
 from lrbo.evaluation.perplexity import score
 from lrbo.factorization.base import Statistic
 from lrbo.factorization.loss_aware import PREDICTION_SHRINKAGE, shrunk
@@ -20,10 +20,10 @@ from lrbo.linalg import psd_eigenpairs
 from lrbo.loading import load_model, resolve_device
 from lrbo.model import ModelMap
 from lrbo.nested import LowRankFactors
+from lrbo.optimization.study import Study
 from lrbo.progress import Reporter
 from lrbo.refit import Metric, RefitSettings, refit
 from lrbo.schema import RefitConfig
-from lrbo.search.study import Study
 from lrbo.trial import TrialRecord
 
 
@@ -179,13 +179,9 @@ def _loss(
 ) -> float:
     """Return the loss on the validation text, nats per token."""
     windows = plan.windows["validation"]
-    running = {
-        name: factors[name].to(dtype=model.dtype, device=model.device, max_rank=rank)
-        for name, rank in allocation.ranks.items()
-        if rank is not None
-    }
+    prefixes = running(model, factors, allocation.ranks)
     with (
         reporter.step("Validation text after refit", windows.scored_tokens, "tokens") as advance,
-        compressed(model, allocation, running, tokens=windows.ids.numel()),
+        compressed(model, allocation, prefixes, tokens=windows.ids.numel()),
     ):
         return score(model, windows.ids, on_tokens=advance).mean

@@ -7,10 +7,10 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 from lrbo.executors.base import Evaluate
+from lrbo.optimization.front import LATENCIES, pareto_front
+from lrbo.optimization.study import Study
 from lrbo.progress import Reporter, Trials
 from lrbo.schema import SearchConfig
-from lrbo.search.front import LATENCIES, pareto_front
-from lrbo.search.study import Study
 from lrbo.trial import TrialRecord, TrialRequest, TrialResult
 from lrbo.worker import Worker
 

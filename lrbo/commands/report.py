@@ -17,11 +17,11 @@ from lrbo.commands.view import (
     write_page,
 )
 from lrbo.errors import StudyError
+from lrbo.optimization.study import Study
 from lrbo.progress import Reporter
 from lrbo.report import print_comparison, print_report
 from lrbo.results import draw_figures, summary
 from lrbo.schema import ReportConfig
-from lrbo.search.study import Study
 from lrbo.storage import replacing
 
 

@@ -23,18 +23,32 @@ from lrbo.executors.base import Executor
 from lrbo.executors.inline import InlineExecutor
 from lrbo.executors.ray_tasks import RayExecutor, RaySettings, connected, find_problems
 from lrbo.loading import cache_folder, resolve_device
+from lrbo.optimization.front import LATENCIES
+from lrbo.optimization.study import Study
 from lrbo.progress import Reporter
 from lrbo.report import print_report
-from lrbo.results import summary
+from lrbo.results import size_metric, summary
 from lrbo.schema import SearchConfig
-from lrbo.search.front import LATENCIES
-from lrbo.search.study import Study
 from lrbo.tracking import Tracker
 from lrbo.trial import TrialRecord, TrialRequest, TrialResult
 from lrbo.worker import Worker
 
 
 def run(chosen: SearchConfig, typed: Sequence[str], reporter: Reporter) -> dict[str, Any]:
+    """Run a search to its end, print its report, and return its summary.
+
+    Args and errors are those of :func:`search`.
+    """
+    study = search(chosen, typed, reporter)
+    print_report(study, Console(highlight=False))
+    reporter.say(f"Figures: {study.folder / 'figures'}")
+    size = size_metric(study)
+    point = "" if size is None else f" point={size if size in LATENCIES else 'keep'}=RATIO"
+    reporter.say(f"Next: lrbo compress study={chosen.study}{point} out=FOLDER, or: lrbo dashboard")
+    return summary(study)
+
+
+def search(chosen: SearchConfig, typed: Sequence[str], reporter: Reporter) -> Study:
     """Run a search to its end, continuing what exists of it.
 
     Args:
@@ -42,9 +56,6 @@ def run(chosen: SearchConfig, typed: Sequence[str], reporter: Reporter) -> dict[
         typed: Overrides as typed. If none of them changes what is measured, an existing study
             is continued with its own values, so that its name is all one needs to type.
         reporter: Shows progress.
-
-    Returns:
-        The summary of the study.
 
     Raises:
         ConfigError: Listing every problem, before any model is loaded.
@@ -82,7 +93,8 @@ def run(chosen: SearchConfig, typed: Sequence[str], reporter: Reporter) -> dict[
         if study.exists:
             versions.note_changes(study)
         with _executor(plan, study) as executor:
-            return _search(plan, study, executor, reporter)
+            _search(plan, study, executor, reporter)
+    return study
 
 
 def _executor_problems(chosen: SearchConfig) -> list[str]:
@@ -133,10 +145,8 @@ def _executor(plan: builders.Plan, study: Study) -> Iterator[Executor]:
             executor.shut_down()
 
 
-def _search(
-    plan: builders.Plan, study: Study, executor: Executor, reporter: Reporter
-) -> dict[str, Any]:
-    """Search, test and report, with the study locked."""
+def _search(plan: builders.Plan, study: Study, executor: Executor, reporter: Reporter) -> None:
+    """Search, test and draw, with the study locked."""
     chosen = plan.config
     trials = chosen.search.trials
     if study.state.trials:
@@ -158,12 +168,6 @@ def _search(
                 _release_memory()
             loop.run()
         _test(plan, study, here, reporter)
-    print_report(study, Console(highlight=False))
-    reporter.say(f"Figures: {study.folder / 'figures'}")
-    size = chosen.search.size if chosen.search.size in LATENCIES else "keep"
-    point = "" if chosen.budget.lowest is None else f" point={size}=RATIO"
-    reporter.say(f"Next: lrbo compress study={chosen.study}{point} out=FOLDER, or: lrbo dashboard")
-    return summary(study)
 
 
 @contextmanager

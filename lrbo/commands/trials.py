@@ -9,13 +9,13 @@ from lrbo.commands.view import digests, make_tracker, presentation, show_if_poss
 from lrbo.errors import ConfigError
 from lrbo.executors.base import Executor
 from lrbo.executors.inline import InlineExecutor
+from lrbo.optimization.base import KEEP_RATIO
+from lrbo.optimization.client import SearchClient
+from lrbo.optimization.front import pareto_front
+from lrbo.optimization.front_space import FrontSpace
+from lrbo.optimization.loop import SearchLoop, SearchSettings
+from lrbo.optimization.study import Study
 from lrbo.progress import Reporter
-from lrbo.search.base import KEEP_RATIO
-from lrbo.search.client import SearchClient
-from lrbo.search.front import pareto_front
-from lrbo.search.front_space import FrontSpace
-from lrbo.search.loop import SearchLoop, SearchSettings
-from lrbo.search.study import Study
 from lrbo.trial import TrialRecord
 from lrbo.worker import Worker
 

@@ -15,12 +15,12 @@ import pandas as pd
 from lrbo import mlflow_ui
 from lrbo.drawing import perplexity_text
 from lrbo.errors import StudyError
+from lrbo.optimization.front import LATENCIES
+from lrbo.optimization.study import Study
 from lrbo.presentation import Checkpoint, Dataset, Presentation
 from lrbo.progress import imported
 from lrbo.results import config_of, described, draw_figures, size_metric, summary
 from lrbo.schema import SearchConfig
-from lrbo.search.front import LATENCIES
-from lrbo.search.study import Study
 from lrbo.storage import write_text
 from lrbo.tracking import MlflowTracker, NullTracker, Tracker
 

@@ -11,7 +11,7 @@ import numpy as np
 from lrbo.allocation import Allocation, Budget, Cost
 from lrbo.errors import ConfigError
 from lrbo.model import LayerSpec
-from lrbo.search.base import (
+from lrbo.optimization.base import (
     LinearConstraint,
     Start,
     WarmStart,

@@ -10,7 +10,7 @@ from lrbo.accounting import dense_parameters
 from lrbo.allocation import Allocation, Budget, Cost, allocate
 from lrbo.errors import ConfigError
 from lrbo.model import LayerSpec
-from lrbo.search.base import (
+from lrbo.optimization.base import (
     LinearConstraint,
     Start,
     WarmStart,

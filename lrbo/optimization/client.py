@@ -32,7 +32,7 @@ from botorch.acquisition.multi_objective import logei
 from botorch.fit import _fit_fallback
 from botorch.models import SingleTaskGP
 
-from lrbo.search.base import LinearConstraint, Space
+from lrbo.optimization.base import LinearConstraint, Space
 from lrbo.trial import TrialRecord
 
 # botorch compiles a kernel for fronts on first use, behind a lock file in the home folder: a search

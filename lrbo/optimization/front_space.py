@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from lrbo.accounting import dense_parameters
 from lrbo.allocation import Allocation, Budget, Cost
 from lrbo.model import LayerSpec
-from lrbo.search.base import (
+from lrbo.optimization.base import (
     KEEP_RATIO,
     BudgetSpace,
     LinearConstraint,

@@ -15,10 +15,10 @@ import torch
 from lrbo.allocation import Allocation
 from lrbo.errors import StudyError
 from lrbo.executors.base import Evaluate, Executor, Job
-from lrbo.search.base import STARTS, Start, WarmStart
-from lrbo.search.client import SearchClient, observations_of
-from lrbo.search.front import reference_point
-from lrbo.search.study import Study
+from lrbo.optimization.base import STARTS, Start, WarmStart
+from lrbo.optimization.client import SearchClient, observations_of
+from lrbo.optimization.front import reference_point
+from lrbo.optimization.study import Study
 from lrbo.tracking import Tracker
 from lrbo.trial import Origin, TrialRecord, TrialRequest, TrialResult
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from lrbo.allocation import Allocation, Budget, Cost
 from lrbo.errors import BudgetError, ConfigError
 from lrbo.model import LayerSpec
-from lrbo.search.base import (
+from lrbo.optimization.base import (
     BudgetSpace,
     LinearConstraint,
     Start,

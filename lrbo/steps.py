@@ -1,0 +1,310 @@
+"""The steps from a dense model in memory to a compressed one: calibrate, factorize, allocate."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lrbo import compression, export
+from lrbo.accounting import ModelAccount, Storage, account
+from lrbo.allocation import Allocation, Budget, Cost
+from lrbo.calibration.collect import Calibration, CalibrationSettings
+from lrbo.errors import DataError, ModelError, StatisticsError
+from lrbo.factorization.base import FactorizationMethod, Statistic
+from lrbo.factorization.registry import method_named
+from lrbo.model import ModelMap, map_model
+from lrbo.nested import LowRankFactors
+from lrbo.optimization.base import least_loss, uniform_ratios
+from lrbo.preparation import curve_needs, factors_by_block, statistics_by_block
+from lrbo.progress import Reporter
+from lrbo.sensitivity import predicted_curves
+from lrbo.versions import versions
+from lrbo.worker import allocation_parameters
+
+Method = str | FactorizationMethod
+
+
+def calibrate(
+    model: PreTrainedModel,
+    ids: Tensor,
+    method: Method | Sequence[Method] = "loss_aware",
+    *,
+    curves: bool = True,
+    settings: CalibrationSettings | None = None,
+    progress: bool = True,
+) -> Calibration:
+    """Gather what a method must know of the inputs and output gradients of a model's layers.
+
+    The text passes through the model block by block, and back if gradients are needed.
+
+    Args:
+        model: A causal language model of a family in :mod:`lrbo.families`, in evaluation mode.
+        ids: ``(windows, tokens)`` token ids; every position enters.
+        method: Name or object, or several, which then share the statistics.
+        curves: Gather also what loss curves need, for :meth:`Factorization.least_loss`; takes
+            a pass back through the model, also for methods that need no gradients.
+        settings: How; the defaults are those of ``lrbo search``.
+        progress: Show on stderr how far it is.
+
+    Returns:
+        The statistics, in memory.
+
+    Raises:
+        ConfigError: If there is no method of that name; lists the known ones.
+        DataError: If the ids are no windows of tokens of this model.
+        ModelError: If the family of the model is unknown, or the model is in training mode.
+        StatisticsError: If a layer saw a value that is not finite, naming it.
+    """
+    layers = _mapped(model)
+    _check_ids(ids, model)
+    methods = [method] if isinstance(method, str | FactorizationMethod) else method
+    needs = frozenset[Statistic]().union(
+        *(curve_needs(one) if curves else one.needs for one in map(_method, methods))
+    )
+    parts = statistics_by_block(
+        model,
+        layers,
+        ids.cpu().long(),
+        needs,
+        settings or CalibrationSettings(),
+        _reporter(progress),
+    )
+    return Calibration.gather(parts) if needs else Calibration()
+
+
+def factorize(
+    model: PreTrainedModel,
+    calibration: Calibration | None = None,
+    method: Method = "loss_aware",
+    *,
+    storage: Storage = "pivoted",
+    progress: bool = True,
+) -> Factorization:
+    """Factor every layer of a model's blocks once, so that each rank is a prefix of the factors.
+
+    Args:
+        model: The dense model, which is not changed.
+        calibration: Of this model; ``None`` for a method that needs none.
+        method: Name or object.
+        storage: The form in which layers will be stored, and that budgets count.
+        progress: Show on stderr how far it is.
+
+    Raises:
+        ConfigError: If there is no method of that name; lists the known ones.
+        ModelError: If the family of the model is unknown.
+        StatisticsError: If the calibration lacks what the method needs, or a layer cannot be
+            factored with it.
+    """
+    layers, how = _mapped(model), _method(method)
+    known = calibration or Calibration()
+    found = known.of(layers.compressible[0])
+    missing = sorted(need.value for need in how.needs - set(found))
+    if missing:
+        name = repr(method) if isinstance(method, str) else type(method).__name__ + "()"
+        raise StatisticsError(
+            f"method {how.name!r} needs the statistics {', '.join(missing)}, and the calibration "
+            f"has {', '.join(sorted(found)) or 'none'}; gather them with "
+            f"lrbo.calibrate(model, ids, {name})"
+        )
+    factors: dict[str, LowRankFactors] = {}
+    for part in factors_by_block(model, layers, how, known, _reporter(progress)):
+        factors |= part
+    return Factorization(layers, how, storage, factors)
+
+
+@dataclass(frozen=True)
+class Factorization:
+    """A model factored once: allocations at any budget, and the models that they give.
+
+    Attributes:
+        layers: The map of the dense model.
+        method: How it was factored.
+        storage: The form in which layers are stored, and that budgets count.
+        factors: By layer name, float32 on the CPU; layers too small for any rank have none.
+    """
+
+    layers: ModelMap
+    method: FactorizationMethod
+    storage: Storage
+    factors: Mapping[str, LowRankFactors]
+
+    @property
+    def cost(self) -> Cost:
+        """Return what counts the stored parameters of a layer at a rank."""
+        return partial(self.method.parameters, storage=self.storage)
+
+    def uniform(self, keep_ratio: float, *, rank_multiple: int = 1) -> Allocation:
+        """Return the allocation that keeps the same share of every layer.
+
+        Args:
+            keep_ratio: Of the parameters of the layers in the blocks.
+            rank_multiple: Ranks are multiples of this.
+
+        Raises:
+            BudgetError: If even the smallest ranks exceed the budget.
+        """
+        budget = Budget.from_keep_ratio(self.layers.compressible, keep_ratio)
+        return uniform_ratios(
+            self.layers.compressible, budget, cost=self.cost, rank_multiple=rank_multiple
+        )
+
+    def least_loss(
+        self, keep_ratio: float, *, rank_multiple: int = 1, dense: Sequence[str] = ()
+    ) -> Allocation:
+        """Return the allocation of least predicted loss, from the loss curves of the layers.
+
+        Args:
+            keep_ratio: Of the parameters of the layers in the blocks.
+            rank_multiple: Ranks are multiples of this.
+            dense: Names of layers that stay dense.
+
+        Raises:
+            BudgetError: If even the smallest ranks exceed the budget.
+            StatisticsError: If calibration gathered nothing to predict losses from.
+        """
+        curves = predicted_curves(self.factors)
+        if not curves:
+            raise StatisticsError(
+                "there are no loss curves: the calibration has no output gradients. Gather them "
+                "with lrbo.calibrate(model, ids, curves=True), or take uniform(keep_ratio)."
+            )
+        return least_loss(
+            curves,
+            self.layers.compressible,
+            Budget.from_keep_ratio(self.layers.compressible, keep_ratio),
+            dense=dense,
+            cost=self.cost,
+            rank_multiple=rank_multiple,
+        )
+
+    def account(self, allocation: Allocation, *, bytes_per_parameter: int = 2) -> ModelAccount:
+        """Count the whole model under an allocation: parameters, bytes, multiply-adds."""
+        return account(
+            self.layers,
+            allocation.ranks,
+            allocation_parameters(self.layers, allocation, self.cost),
+            storage=self.storage,
+            bytes_per_parameter=bytes_per_parameter,
+        )
+
+    def compressed(
+        self, model: PreTrainedModel, allocation: Allocation, *, tokens: int = 0
+    ) -> AbstractContextManager[nn.Module]:
+        """Give the compressed model for the length of a ``with``; the dense one is put back.
+
+        Args:
+            model: That was factored.
+            allocation: Ranks by layer name.
+            tokens: That will be run through it; layers whose two thin products would take more
+                operations than a dense one are then multiplied out. 0 multiplies nothing out.
+        """
+        prefixes = compression.running(model, self.factors, allocation.ranks)
+        return compression.compressed(model, allocation, prefixes, tokens=tokens)
+
+    def compress_(self, model: PreTrainedModel, allocation: Allocation) -> None:
+        """Replace the layers of the model by their low-rank forms, as they are stored, for good.
+
+        Args:
+            model: That was factored; changed.
+            allocation: Ranks by layer name.
+        """
+        compression.store_(model, allocation, self.factors, self.storage)
+
+    def save(
+        self,
+        folder: str | Path,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        allocation: Allocation,
+    ) -> int:
+        """Write a compressed model as a checkpoint: :func:`lrbo.load` opens it, or transformers.
+
+        Args:
+            folder: Must not exist.
+            model: After :meth:`compress_`.
+            tokenizer: Of the model.
+            allocation: That was put in.
+
+        Returns:
+            Parameters in the files.
+
+        Raises:
+            CheckpointError: If the folder exists, or model and allocation do not agree.
+        """
+        counted = self.account(allocation, bytes_per_parameter=model.dtype.itemsize)
+        about: dict[str, Any] = {
+            "method": self.method.name,
+            "keep_ratio": counted.keep_ratio,
+            "versions": versions(),
+        }
+        return export.save(
+            Path(folder),
+            model,
+            tokenizer,
+            allocation,
+            about,
+            storage=self.storage,
+            parameters=counted.model,
+        )
+
+
+def _method(method: Method) -> FactorizationMethod:
+    """Return a method by its name, or as it is."""
+    return method_named(method) if isinstance(method, str) else method
+
+
+def _reporter(progress: bool) -> Reporter:
+    """Return what shows progress, or nothing."""
+    return Reporter() if progress else Reporter(Console(quiet=True))
+
+
+def _mapped(model: PreTrainedModel) -> ModelMap:
+    """Return the map of a model whose numbers mean something.
+
+    Raises:
+        ModelError: If the family is unknown, or dropout may be on.
+    """
+    layers = map_model(model)
+    if model.training:
+        raise ModelError(
+            f"{type(model).__name__} is in training mode, in which dropout changes what layers "
+            "see; call model.eval() first."
+        )
+    return layers
+
+
+def _check_ids(ids: Tensor, model: PreTrainedModel) -> None:
+    """Refuse what are no windows of tokens of a model.
+
+    Raises:
+        DataError: Saying what came, and what is expected.
+    """
+    shape = tuple(ids.shape)
+    if ids.dim() != 2 or 0 in shape or ids.is_floating_point() or ids.dtype == torch.bool:
+        raise DataError(
+            f"ids of shape {shape} and {ids.dtype}: expected whole numbers (windows, tokens), as "
+            'tokenizer(text, return_tensors="pt").input_ids has; cut a long text into windows '
+            "with ids[:, : count * 512].view(-1, 512)"
+        )
+    vocabulary = model.get_input_embeddings().num_embeddings
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= vocabulary:
+        raise DataError(
+            f"ids from {low} to {high}: expected 0 to {vocabulary - 1}, the vocabulary of this "
+            "model; use its own tokenizer, and no padding"
+        )
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and shape[1] > positions:
+        raise DataError(
+            f"windows of {shape[1]:,} tokens, but the model has {positions:,} positions; cut a "
+            "long text into windows with ids[:, : count * length].view(-1, length)"
+        )

@@ -1,0 +1,183 @@
+"""Steps on a model in memory: what the commands do, and refusals that say how to mend it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+import lrbo
+from lrbo import steps
+from lrbo.calibration.collect import Calibration, CalibrationSettings
+from lrbo.errors import BudgetError, ConfigError, DataError, ModelError, StatisticsError
+from lrbo.factorization.base import Statistic
+from lrbo.factorization.registry import METHODS
+from lrbo.loading import ModelSource, byte_tokenizer, load_model
+from lrbo.model import map_model
+from lrbo.steps import Factorization, calibrate, factorize
+from tests.test_preparation import Said, prepared
+from tests.tiny import build, token_ids
+
+CPU, FLOAT32 = torch.device("cpu"), torch.float32
+IDS = token_ids(7, 12)
+SETTINGS = CalibrationSettings(gradient_share=1.0, groups=3)
+
+
+def tiny() -> PreTrainedModel:
+    return load_model(ModelSource("tiny", "0"), dtype=FLOAT32, device=CPU)
+
+
+@pytest.fixture(scope="module")
+def calibration() -> Calibration:
+    return calibrate(tiny(), IDS, list(METHODS), settings=SETTINGS, progress=False)
+
+
+@pytest.fixture(scope="module")
+def factorization(calibration: Calibration) -> Factorization:
+    return factorize(tiny(), calibration, progress=False)
+
+
+def same(one: Factorization, other: dict) -> bool:
+    assert one.factors.keys() == other.keys()
+    return all(
+        torch.equal(found.left, other[name].left) and torch.equal(found.right, other[name].right)
+        for name, found in one.factors.items()
+    )
+
+
+@pytest.mark.parametrize("method", ["loss_aware", "bolaco", "svd"])
+def test_the_factors_are_those_of_the_commands(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LRBO_CACHE", str(tmp_path))
+    found = calibrate(tiny(), IDS, method, settings=SETTINGS, progress=False)
+    mine = factorize(tiny(), found, method, progress=False)
+    how = METHODS[method]
+    preparation = prepared(method=how, needs=steps.curve_needs(how), windows=IDS)
+    assert same(mine, preparation.factors("digest", FLOAT32, CPU, Said(), tiny()))
+
+
+def test_one_calibration_serves_all_methods_and_each_gives_the_same_alone(
+    calibration: Calibration,
+) -> None:
+    alone = calibrate(tiny(), IDS, "asvd", curves=False, settings=SETTINGS, progress=False)
+    assert set(next(iter(alone.found.values()))) == {Statistic.INPUT_MAGNITUDE}
+    shared = factorize(tiny(), calibration, "asvd", progress=False)
+    assert same(shared, dict(factorize(tiny(), alone, "asvd", progress=False).factors))
+
+
+@pytest.mark.parametrize("storage", ["pivoted", "factored"])
+def test_from_a_dense_model_to_a_checkpoint(
+    storage: str, calibration: Calibration, tmp_path: Path
+) -> None:
+    model, dense = tiny(), tiny()
+    found = factorize(model, calibration, storage=storage, progress=False)
+    allocation = found.least_loss(0.8)
+    assert allocation.parameters <= 0.8 * sum(s.parameters for s in found.layers.compressible)
+    before = lrbo.score(model, IDS).value
+    with found.compressed(model, allocation) as small:
+        within = lrbo.score(small, IDS).value
+    assert lrbo.score(model, IDS).value == before
+    assert within != before
+    found.compress_(model, allocation)
+    assert lrbo.score(model, IDS).value == pytest.approx(within, rel=1e-4)
+    held = found.save(tmp_path / "out", model, byte_tokenizer(), allocation)
+    assert held == found.account(allocation).model < map_model(dense).parameters
+    assert lrbo.load(str(tmp_path / "out"))(IDS).logits == pytest.approx(model(IDS).logits)
+
+
+def test_the_least_loss_is_predicted_to_be_below_the_uniform_one(
+    factorization: Factorization,
+) -> None:
+    def predicted(ranks: dict) -> float:
+        known = {name: rank for name, rank in ranks.items() if rank is not None}
+        return sum(float(factorization.factors[name].loss[rank]) for name, rank in known.items())
+
+    least, uniform = factorization.least_loss(0.6), factorization.uniform(0.6)
+    assert predicted(least.ranks) < predicted(uniform.ranks)
+    pinned = factorization.layers.compressible[0].name
+    assert factorization.least_loss(0.6, dense=[pinned]).ranks[pinned] is None
+    multiples = factorization.uniform(0.6, rank_multiple=4).ranks.values()
+    assert {rank % 4 for rank in multiples if rank is not None} == {0}
+    with pytest.raises(BudgetError, match="raise keep_ratio"):
+        factorization.uniform(0.01)
+
+
+def test_gradients_of_parameters_and_other_integers_change_nothing(
+    calibration: Calibration,
+) -> None:
+    model = tiny().requires_grad_(True)
+    again = calibrate(model, IDS.int(), list(METHODS), settings=SETTINGS, progress=False)
+    for owner, statistics in calibration.found.items():
+        for statistic, value in statistics.items():
+            assert torch.equal(value, again.found[owner][statistic])
+
+
+def test_a_model_in_half_precision_runs_factors_in_its_own(calibration: Calibration) -> None:
+    model = load_model(ModelSource("tiny", "0"), dtype=torch.bfloat16, device=CPU)
+    found = factorize(model, calibration, progress=False)
+    allocation = found.uniform(0.5)
+    found.compress_(model, allocation)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert lrbo.score(model, IDS).value > 1
+
+
+# --- refusals ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (IDS.flatten(), r"shape \(84,\).*expected whole numbers \(windows, tokens\)"),
+        (IDS[:0], r"shape \(0, 12\)"),
+        (IDS.float(), "torch.float32"),
+        (IDS + 250, "to 313: expected 0 to 257, the vocabulary"),
+        (IDS - 10, "ids from -7"),
+        (token_ids(1, 600), "windows of 600 tokens, but the model has 512 positions"),
+    ],
+)
+def test_ids_that_are_no_windows_of_the_model_are_refused(ids: torch.Tensor, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        calibrate(tiny(), ids, progress=False)
+
+
+def test_models_that_cannot_be_mapped_or_would_drop_out_are_refused() -> None:
+    strange = build("gpt2")
+    strange.config.model_type = "bloom"
+    for step in (lambda: calibrate(strange, IDS), lambda: factorize(strange)):
+        with pytest.raises(ModelError, match=r"'bloom'.*gpt2"):
+            step()
+    with pytest.raises(ModelError, match=r"training mode.*call model.eval\(\)"):
+        calibrate(tiny().train(), IDS)
+
+
+def test_an_unknown_method_names_those_there_are() -> None:
+    for step in (lambda: calibrate(tiny(), IDS, "swd"), lambda: factorize(tiny(), None, "swd")):
+        with pytest.raises(ConfigError, match="'swd' is unknown; known: svd, fwsvd"):
+            step()
+
+
+def test_what_calibration_lacks_is_named_with_the_call_that_gathers_it() -> None:
+    found = calibrate(tiny(), IDS, "asvd", curves=False, progress=False)
+    with pytest.raises(StatisticsError) as caught:
+        factorize(tiny(), found, "svd_llm", progress=False)
+    assert "'svd_llm' needs the statistics covariance, mean" in str(caught.value)
+    assert "the calibration has magnitude" in str(caught.value)
+    assert "lrbo.calibrate(model, ids, 'svd_llm')" in str(caught.value)
+    with pytest.raises(StatisticsError, match="has none; gather"):
+        factorize(tiny(), None, progress=False)
+    plain = factorize(tiny(), None, "svd", progress=False)
+    assert plain.uniform(0.5).parameters > 0
+    with pytest.raises(StatisticsError, match="curves=True"):
+        plain.least_loss(0.5)
+
+
+def test_progress_is_shown_unless_it_is_not_wanted(capsys: pytest.CaptureFixture[str]) -> None:
+    factorize(tiny(), calibrate(tiny(), IDS, "asvd", curves=False), "asvd")
+    said = capsys.readouterr()
+    assert "Calibration: 2 blocks" in said.err
+    assert "Factorization: 14 layers" in said.err
+    factorize(
+        tiny(), calibrate(tiny(), IDS, "asvd", curves=False, progress=False), "asvd", progress=False
+    )
+    assert capsys.readouterr() == ("", "")
