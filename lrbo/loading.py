@@ -79,8 +79,12 @@ def missing_package(source: ModelSource) -> str | None:
     return None
 
 
-def resolve_device(device: str) -> torch.device:
+def resolve_device(device: str, key: str = "model.device") -> torch.device:
     """Turn ``auto`` into the best device at hand: cuda, then mps, then cpu.
+
+    Args:
+        device: ``auto``, or what torch calls it.
+        key: Of the configuration, for the message.
 
     Raises:
         ConfigError: If the named device does not exist here.
@@ -93,7 +97,7 @@ def resolve_device(device: str) -> torch.device:
         torch.empty(1, device=chosen)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise ConfigError([f"model.device={device!r} cannot be used here: {reason}"]) from error
+        raise ConfigError([f"{key}={device!r} cannot be used here: {reason}"]) from error
     return chosen
 
 

@@ -24,6 +24,7 @@ from transformers.utils import logging as transformers_logging
 
 from lrbo import export
 from lrbo.compression import replace_module
+from lrbo.errors import ModelError
 from lrbo.evaluation.latency import Clock, Latency, wait_for
 from lrbo.layers import LowRankLinear, PivotedLinear, linear_of
 from lrbo.model import body_and_head
@@ -227,8 +228,8 @@ def prefill_of(model: PreTrainedModel, ids: Tensor, *, compiled: bool) -> Pair:
 def decode_of(model: PreTrainedModel, ids: Tensor, steps: int, *, compiled: bool) -> Pair:
     """Return what adds the last ``steps`` tokens to the others one by one, from their cache.
 
-    Compiled, the cache has a fixed size, as in ``generate(cache_implementation="static")``, and
-    on CUDA the steps are replayed as graphs.
+    It answers their logits. Compiled, the cache has a fixed size, as in
+    ``generate(cache_implementation="static")``, and on CUDA the steps are replayed as graphs.
 
     Args:
         model: Any causal language model.
@@ -257,10 +258,12 @@ def decode_of(model: PreTrainedModel, ids: Tensor, steps: int, *, compiled: bool
             static.reset()
             body(ids[:, :known], past_key_values=static, use_cache=True)
 
-    def decode() -> None:
+    def decode() -> Tensor:
+        logits = []
         for place in range(known, known + steps):
             step = run(ids[:, place : place + 1], past_key_values=cache, use_cache=True)
-            head(step.last_hidden_state)
+            logits.append(head(step.last_hidden_state))
+        return torch.cat(logits, 1)
 
     return prepare, decode
 
@@ -273,6 +276,7 @@ def measure_speed(
     *,
     compiled: bool = False,
     on_run: Callable[[], object] | None = None,
+    clock: Clock = time.perf_counter,
 ) -> list[Speed]:
     """Time reading prompts and decoding, of a compressed model and its dense twin.
 
@@ -282,6 +286,7 @@ def measure_speed(
         settings: What is timed, and how often.
         compiled: Whether both run through ``torch.compile``; compiling does not count.
         on_run: Told of each that is done.
+        clock: Seconds.
 
     Returns:
         For each length of prompt, prefill and decoding.
@@ -301,7 +306,7 @@ def measure_speed(
         }
         for step, (way, tokens) in ways.items():
             torch.compiler.reset()  # else later lengths would be compiled for any length
-            timed = in_turns(way(model), way(twin), model.device, settings)
+            timed = in_turns(way(model), way(twin), model.device, settings, clock)
             count = settings.batch * tokens
             found.append(Speed.of(step, prompt, count, timed, compiled=compiled))
             if on_run is not None:
@@ -311,7 +316,11 @@ def measure_speed(
 
 @torch.inference_mode()
 def measure_kinds(
-    model: PreTrainedModel, twin: PreTrainedModel, settings: SpeedSettings
+    model: PreTrainedModel,
+    twin: PreTrainedModel,
+    settings: SpeedSettings,
+    *,
+    clock: Clock = time.perf_counter,
 ) -> list[KindSpeed]:
     """Time the low-rank layers of each kind against dense ones, on as many rows as a prompt has.
 
@@ -319,6 +328,7 @@ def measure_kinds(
         model: Compressed.
         twin: From :func:`dense_twin`.
         settings: The longest prompt counts.
+        clock: Seconds.
     """
     low_rank = low_rank_layers(model)
     kinds: dict[str, list[str]] = {}
@@ -330,7 +340,7 @@ def measure_kinds(
         other = [twin.get_submodule(name) for name in names]
         shape = (settings.batch, max(settings.prompts), shape_of(low_rank[names[0]])[1])
         rows = torch.randn(shape, device=model.device).to(model.dtype)
-        timed = in_turns(_all_of(mine, rows), _all_of(other, rows), model.device, settings)
+        timed = in_turns(_all_of(mine, rows), _all_of(other, rows), model.device, settings, clock)
         ratio = sum(map(numbers_in, mine)) / sum(map(numbers_in, other))
         found.append(
             KindSpeed(
@@ -367,7 +377,7 @@ def peak_memory_bytes(
         dense: Whether dense layers take the place of low-rank ones.
 
     Raises:
-        RuntimeError: If the process ends without an answer, mostly for lack of memory; with what
+        ModelError: If the process ends without an answer, mostly for lack of memory; with what
             it said.
     """
     given = {
@@ -391,7 +401,7 @@ def peak_memory_bytes(
     )
     if ran.returncode:
         said = ran.stderr.strip().splitlines()[-1:] or ["nothing"]
-        raise RuntimeError(
+        raise ModelError(
             f"the process that measures memory ended with status {ran.returncode} and said "
             f"{said[0]!r}; it loads {folder} once more, so there may be too little memory: "
             "memory=false leaves it out"

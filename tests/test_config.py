@@ -477,6 +477,33 @@ BAD_EVALUATION: dict[str, Any] = {
 }
 
 
+BAD_BENCHMARK: dict[str, Any] = {
+    "checkpoint": ["/no/such/folder"],
+    "dtype": ["int8"],
+    "prompts": [[], [0]],
+    "batch": [0],
+    "steps": [0],
+    "repeats": [2],
+    "warmup": [-1],
+    "threads": [0],
+    "record": [f"{__file__}/benchmarks.jsonl"],
+    "output": ["yaml"],
+}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [(key, value) for key, values in BAD_BENCHMARK.items() for value in values]
+)
+def test_a_value_that_a_benchmark_cannot_work_with_is_named(
+    key: str, value: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    found = config.composed("benchmark", [f"checkpoint={tmp_path}", f"studies={tmp_path}"])
+    assert check(found) == []
+    (problem,) = check(changed(found, key, value))
+    assert problem.startswith(key)
+
+
 @pytest.mark.parametrize(
     ("key", "value"), [(key, value) for key, values in BAD_EVALUATION.items() for value in values]
 )

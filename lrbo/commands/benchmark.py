@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
@@ -12,6 +13,7 @@ import torch
 
 from lrbo import checks, export
 from lrbo.commands.tables import console, print_table, record, table
+from lrbo.errors import ModelError
 from lrbo.loading import resolve_device, resolve_dtype
 from lrbo.progress import Reporter
 from lrbo.schema import BenchmarkConfig
@@ -26,6 +28,8 @@ from lrbo.speed import (
     weight_bytes,
 )
 
+log = logging.getLogger(__name__)
+
 MIB = 2**20
 
 
@@ -34,10 +38,10 @@ def run(chosen: BenchmarkConfig, reporter: Reporter) -> dict[str, Any]:
 
     Raises:
         ConfigError: If a value cannot work, or the device does not exist here.
-        CheckpointError: If the checkpoint cannot be opened, or has no low-rank layer.
+        CheckpointError: If the checkpoint cannot be opened.
     """
     checks.require_valid(chosen)
-    device = resolve_device(chosen.device)
+    device = resolve_device(chosen.device, "device")
     dtype = resolve_dtype(chosen.dtype, device)
     if chosen.threads is not None:
         torch.set_num_threads(chosen.threads)
@@ -48,14 +52,19 @@ def run(chosen: BenchmarkConfig, reporter: Reporter) -> dict[str, Any]:
     settings = SpeedSettings(
         tuple(chosen.prompts), chosen.batch, chosen.steps, chosen.repeats, chosen.warmup
     )
-    modes = (False, True) if chosen.compile else (False,)
     speeds: list[Speed] = []
     kinds: list[KindSpeed] = []
-    count = len(modes) * 2 * len(settings.prompts) + 1
+    count = (1 + chosen.compile) * 2 * len(settings.prompts) + 1
     with reporter.step("Benchmark", count, "timings") as advance:
         done = partial(advance, 1)
-        for compiled in modes:
-            speeds += measure_speed(model, twin, settings, compiled=compiled, on_run=done)
+        speeds += measure_speed(model, twin, settings, on_run=done)
+        failure = None
+        if chosen.compile:
+            try:
+                speeds += measure_speed(model, twin, settings, compiled=True, on_run=done)
+            except Exception as error:  # of a compiler, on which the rest does not depend
+                failure = f"{type(error).__name__}: {error}".splitlines()[0]
+                log.warning("torch.compile failed, so nothing is compiled: %s", failure)
         kinds += measure_kinds(model, twin, settings)
         advance(1)
     files = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
@@ -66,6 +75,7 @@ def run(chosen: BenchmarkConfig, reporter: Reporter) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "batch": settings.batch,
         "steps": settings.steps,
+        "compile_error": failure,
         "speeds": [asdict(one) for one in speeds],
         "kinds": [asdict(one) for one in kinds],
         "weights_bytes": {"checkpoint": weight_bytes(model), "dense": weight_bytes(twin)},
@@ -75,12 +85,15 @@ def run(chosen: BenchmarkConfig, reporter: Reporter) -> dict[str, Any]:
     del model, twin
     if chosen.memory:
         with reporter.waiting("Measuring memory"):
-            found["peak_bytes"] = {
-                name: peak_memory_bytes(
-                    folder, settings, found["dtype"], str(device), dense=name == "dense"
-                )
-                for name in ("checkpoint", "dense")
-            }
+            try:
+                found["peak_bytes"] = {
+                    name: peak_memory_bytes(
+                        folder, settings, found["dtype"], str(device), dense=name == "dense"
+                    )
+                    for name in ("checkpoint", "dense")
+                }
+            except ModelError as error:  # what was timed is not lost for it
+                log.warning("No peak memory: %s", error)
     _print(found, speeds, kinds)
     if chosen.record is not None:
         record(Path(chosen.record), found)

@@ -1,0 +1,264 @@
+"""Speeds are compared with counts of multiply-adds, and what is timed is what a model answers."""
+
+import io
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lrbo import speed
+from lrbo.accounting import STORAGES
+from lrbo.cli import main
+from lrbo.errors import ModelError
+from lrbo.speed import (
+    SpeedSettings,
+    answer_peak,
+    decode_of,
+    dense_twin,
+    in_turns,
+    low_rank_layers,
+    measure_kinds,
+    measure_speed,
+    numbers_in,
+    peak_memory_bytes,
+    prefill_of,
+    shape_of,
+    weight_bytes,
+)
+from tests.test_export import Compressed
+from tests.test_latency import WorkClock, clock
+from tests.tiny import token_ids
+
+__all__ = ["clock"]  # a fixture
+TOLERANCE = {
+    "one by one": 1e-5,  # float32 products of other shapes, relative to logits of about one
+    "ratio": 1e-12,  # sums of whole numbers, divided once
+}
+CPU = torch.device("cpu")
+SETTINGS = SpeedSettings(prompts=(5, 9), batch=2, steps=3, repeats=4, warmup=1)
+some_forms = pytest.mark.parametrize(
+    ("case", "storage"), [(case, form) for case in ("llama_tied", "gpt2") for form in STORAGES]
+)
+
+
+@some_forms
+def test_a_twin_is_dense_and_shares_every_other_weight(case: str, storage: Any) -> None:
+    model = Compressed(case, storage=storage).model
+    layers = low_rank_layers(model)
+    before = {name: tensor.data_ptr() for name, tensor in model.named_parameters()}
+    twin = dense_twin(model)
+    assert layers
+    assert low_rank_layers(model) == layers
+    assert {name: tensor.data_ptr() for name, tensor in model.named_parameters()} == before
+    assert not low_rank_layers(twin)
+    for name, layer in layers.items():
+        dense = twin.get_submodule(name)
+        assert isinstance(dense, nn.Linear)
+        assert tuple(dense.weight.shape) == shape_of(layer)
+        assert (dense.bias is None) == (layer.bias is None)
+    inside = tuple(f"{name}." for name in layers)
+    shared = {n: t.data_ptr() for n, t in twin.named_parameters() if not n.startswith(inside)}
+    assert shared == {n: place for n, place in before.items() if not n.startswith(inside)}
+    assert twin.get_output_embeddings().weight is twin.get_input_embeddings().weight
+    assert weight_bytes(twin) - weight_bytes(model) == 4 * sum(
+        numbers_in(twin.get_submodule(name)) - numbers_in(layer) for name, layer in layers.items()
+    )
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@some_forms
+def test_what_is_timed_is_what_the_model_answers(
+    case: str, storage: Any, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if compiled: another cache, and the same functions, which take long to compile."""
+    monkeypatch.setattr(torch, "compile", lambda body, **_: body)
+    model = Compressed(case, storage=storage).model
+    ids, steps = token_ids(2, 9), 3
+    with torch.inference_mode():
+        logits = model(ids).logits
+        _, prefill = prefill_of(model, ids, compiled=compiled)
+        found: Any = prefill()
+        torch.testing.assert_close(found, logits[:, -1:], rtol=0, atol=TOLERANCE["one by one"])
+        prepare, decode = decode_of(model, ids, steps, compiled=compiled)
+        for _ in range(2):  # every timing begins with the same cache
+            prepare()
+            answered: Any = decode()
+            torch.testing.assert_close(
+                answered, logits[:, -steps:], rtol=0, atol=TOLERANCE["one by one"]
+            )
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_speeds_are_those_of_the_multiply_adds(storage: Any, clock: WorkClock) -> None:
+    model = Compressed("llama_tied", storage=storage).model
+    twin = dense_twin(model)
+    head = model.get_output_embeddings().weight.numel()
+    layers = [
+        sum(numbers_in(m) for m in one.modules() if isinstance(m, nn.Linear)) - head
+        for one in (model, twin)
+    ]
+    done = []
+    found = measure_speed(model, twin, SETTINGS, clock=clock, on_run=lambda: done.append("timed"))
+    assert [(one.step, one.prompt) for one in found] == [
+        ("prefill", 5), ("decode", 5), ("prefill", 9), ("decode", 9),
+    ]  # fmt: skip
+    assert len(done) == len(found)
+    for one in found:
+        tokens = one.prompt if one.step == "prefill" else SETTINGS.steps
+        heads = 1 if one.step == "prefill" else SETTINGS.steps
+        mine, dense = (SETTINGS.batch * (tokens * count + heads * head) for count in layers)
+        total = SETTINGS.batch * tokens
+        assert one.tokens_per_second == pytest.approx(total / mine, rel=TOLERANCE["ratio"])
+        assert one.dense_tokens_per_second == pytest.approx(total / dense, rel=TOLERANCE["ratio"])
+        assert one.speedup == pytest.approx(dense / mine, rel=TOLERANCE["ratio"])
+        assert one.error == 0
+    for kind in measure_kinds(model, twin, SETTINGS, clock=clock):
+        assert kind.speedup == pytest.approx(1 / kind.keep_ratio, rel=TOLERANCE["ratio"])
+        rows = SETTINGS.batch * max(SETTINGS.prompts)
+        names = [name for name in low_rank_layers(model) if name.endswith(kind.kind)]
+        assert kind.layers == len(names)
+        assert kind.ms == 1e3 * rows * sum(numbers_in(model.get_submodule(n)) for n in names)
+
+
+def test_models_take_turns_in_being_first_and_preparing_is_not_timed() -> None:
+    seen: list[str] = []
+    now = 0.0
+
+    def clock() -> float:
+        return now
+
+    def pair(name: str, takes: float) -> Any:
+        def spend(what: str, seconds: float) -> None:
+            nonlocal now
+            seen.append(f"{what} {name}")
+            now += seconds
+
+        return (lambda: spend("prepare", 100)), (lambda: spend("run", takes))
+
+    settings = replace(SETTINGS, repeats=4, warmup=1)
+    found = in_turns(pair("compressed", 1), pair("dense", 3), CPU, settings, clock)
+    assert (found.seconds, found.dense_seconds, found.ratio) == (1, 3, 1 / 3)
+    runs = [one.removeprefix("run ") for one in seen if one.startswith("run")]
+    assert runs == ["dense", "compressed", "compressed", "dense"] * 2 + ["dense", "compressed"]
+
+
+# --- memory --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    Compressed("llama_tied").save(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_a_process_answers_its_peak(
+    dense: bool, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: dict[str, Any] = {}
+
+    def run(command: list[str], *, input: str, **_: Any) -> Any:
+        asked.update(json.loads(input), command=command)
+        monkeypatch.setattr(sys, "stdin", io.StringIO(input))
+        answer_peak()
+        return subprocess.CompletedProcess(command, 0, capsys.readouterr().out, "")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    ran: list[str] = []
+    monkeypatch.setattr(speed, "dense_like", recorded(speed.dense_like, ran))
+    found = peak_memory_bytes(folder, SETTINGS, "float32", "cpu", dense=dense)
+    assert found > 2**20  # an interpreter at least
+    assert bool(ran) == dense
+    assert (asked["prompt"], asked["batch"]) == (9, 2)
+
+
+def recorded(function: Any, calls: list[str]) -> Any:
+    """Return a function that notes that it was called."""
+
+    def noted(*arguments: Any) -> Any:
+        calls.append("called")
+        return function(*arguments)
+
+    return noted
+
+
+def test_a_process_that_ends_is_an_error_that_says_what_it_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = subprocess.CompletedProcess([], -9, "", "first\nKilled: 9\n")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: ended)
+    with pytest.raises(ModelError, match=r"status -9 and said 'Killed: 9'.*memory=false"):
+        peak_memory_bytes(tmp_path, SETTINGS, "float32", "cpu", dense=False)
+
+
+# --- the command ---------------------------------------------------------------------------------
+
+QUICK = ["prompts=[4]", "steps=2", "repeats=3", "warmup=0", "device=cpu", "dtype=float32"]
+
+
+def benchmarked(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], *overrides: str
+) -> tuple[dict[str, Any], str]:
+    """Run the command; return its JSON and all that it printed."""
+    main(["benchmark", f"checkpoint={folder}", f"studies={tmp_path}", *QUICK, *overrides,
+          "output=json"])  # fmt: skip
+    ran = capsys.readouterr()
+    found: dict[str, Any] = json.loads(ran.out.splitlines()[-1])
+    return found, ran.out + ran.err
+
+
+def test_the_command_says_and_keeps_what_it_measured(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found, said = benchmarked(folder, tmp_path, capsys, "memory=false")
+    assert [(s["step"], s["prompt"], s["compiled"]) for s in found["speeds"]] == [
+        ("prefill", 4, False), ("decode", 4, False),
+    ]  # fmt: skip
+    assert {kind["kind"] for kind in found["kinds"]} <= {
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+    }  # fmt: skip
+    assert found["file_bytes"] == sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+    assert found["weights_bytes"]["checkpoint"] < found["weights_bytes"]["dense"]
+    assert found["peak_bytes"] is None
+    for shown in ("prefill", "decode", "times faster", "weights in memory"):
+        assert shown in said
+    (line,) = (tmp_path / "benchmarks.jsonl").read_text().splitlines()
+    assert json.loads(line)["speeds"] == found["speeds"]
+
+
+def test_what_fails_beside_leaves_the_times(
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def broken(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("no compiler here\nand so on")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    ended = subprocess.CompletedProcess([], 1, "", "MemoryError")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: ended)
+    found, said = benchmarked(folder, tmp_path, capsys, "compile=true")
+    assert len(found["speeds"]) == 2
+    assert found["compile_error"] == "RuntimeError: no compiler here"
+    assert "torch.compile failed" in said
+    assert "No peak memory" in said
+
+
+@pytest.mark.slow
+def test_compiled_and_with_memory(folder: Path, tmp_path: Path) -> None:
+    """In a process of its own: the shape checks of the tests cannot be compiled."""
+    command = [sys.executable, "-m", "lrbo", "benchmark", f"checkpoint={folder}", "compile=true"]
+    command += [f"studies={tmp_path}", *QUICK, "output=json"]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    found = json.loads(ran.stdout.splitlines()[-1])
+    assert found["compile_error"] is None
+    assert [s["compiled"] for s in found["speeds"]] == [False, False, True, True]
+    assert min(found["peak_bytes"].values()) > 2**20
