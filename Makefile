@@ -23,7 +23,7 @@ quickstart: setup
 
 test: setup lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist loadfile  # a process per core
-	$(BIN)/python -m pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n logical --dist loadfile
 
 lint: setup
 	$(BIN)/ruff format --check .

@@ -8,6 +8,7 @@ import pytest
 
 from lrbo import builders
 from lrbo.commands.view import make_tracker
+from lrbo.config import to_yaml
 from lrbo.optimization.study import Study
 from lrbo.tracking import MlflowTracker
 from tests.commands import TINY, lrbo_command
@@ -76,7 +77,8 @@ def test_weights_are_searched_around_the_least_predicted_loss() -> None:
 def test_the_tracker_is_told_that_weights_are_logarithms(tmp_path: Path) -> None:
     for space, prefix in (("weights", "log_weight."), ("per_kind", "")):
         study = Study(tmp_path / space)
-        study.begin({"study_id": "an id"}, "a: 1\n")
-        tracker = make_tracker(chosen(f"space={space}", "tracking.enabled=true"), study)
+        values = chosen(f"space={space}", "tracking.enabled=true")
+        study.begin({"study_id": "an id"}, to_yaml(values))
+        tracker = make_tracker(values, study)
         assert isinstance(tracker, MlflowTracker)
         assert tracker._prefix == prefix

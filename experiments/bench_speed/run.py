@@ -1,0 +1,162 @@
+"""How much faster than dense is a model in each storage form, and does fusing layers pay?
+
+    python experiments/bench_speed/run.py [--shape 135m|1b|7b] [--dtype bfloat16] [--compile]
+
+Models of a real shape with random weights, every layer at the same share of its parameters. What
+`lrbo benchmark` measures of a checkpoint is measured of each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from lrbo.accounting import STORAGES
+from lrbo.compression import replace_module
+from lrbo.layers import LowRankLinear, PivotedLinear
+from lrbo.speed import (
+    KindSpeed,
+    Speed,
+    SpeedSettings,
+    dense_twin,
+    low_rank_layers,
+    measure_kinds,
+    measure_speed,
+)
+
+SMOKE = bool(os.environ.get("LRBO_SMOKE"))
+# Of 1B and 7B fewer blocks than they have: their share of the time hardly changes.
+SHAPES: dict[str, dict[str, int]] = {
+    "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+             "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 256},
+    "135m": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+             "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152},
+    "1b": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 4,
+           "num_attention_heads": 32, "num_key_value_heads": 4, "vocab_size": 32000},
+    "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 8,
+           "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32000},
+}  # fmt: skip
+KEPT = (0.8, 0.5)
+FUSED = {"self_attn": ("q_proj", "k_proj", "v_proj"), "mlp": ("gate_proj", "up_proj")}
+
+
+class Fused(nn.Module):
+    """A pivoted layer whose rows are multiplied with those of its neighbours, by the first one."""
+
+    def __init__(self, layer: PivotedLinear, shared: dict[str, Any], place: int) -> None:
+        super().__init__()
+        self.layer, self.shared, self.place = layer, shared, place
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer."""
+        if self.place == 0:
+            product = nn.functional.linear(x, self.shared["rows"])
+            self.shared["pivots"] = product.split(self.shared["ranks"], -1)
+        pivots = self.shared["pivots"][self.place]
+        both = torch.cat([pivots, self.layer.coefficients(pivots)], -1)
+        return both.gather(-1, self.layer.places.long().expand_as(both))
+
+
+def fuse_(model: PreTrainedModel) -> None:
+    """Let layers that share an input share the product with their rows."""
+    for block in model.model.layers:
+        for parent, names in FUSED.items():
+            layers = [getattr(block.get_submodule(parent), name) for name in names]
+            shared = {"rows": torch.cat([one.rows.weight for one in layers]),
+                      "ranks": [one.rank for one in layers]}  # fmt: skip
+            for place, (name, layer) in enumerate(zip(names, layers, strict=True)):
+                setattr(block.get_submodule(parent), name, Fused(layer, shared, place))
+
+
+def rank_for(out: int, inputs: int, kept: float, storage: str) -> int:
+    """Return the largest rank at a share of the parameters, a multiple of 32 where there is one."""
+
+    def numbers(rank: int) -> int:
+        return rank * (out + inputs) - (rank**2 if storage == "pivoted" else 0)
+
+    fits = [r for r in range(1, min(out, inputs)) if numbers(r) <= kept * out * inputs]
+    return max([r for r in fits if r % 32 == 0] or fits)
+
+
+def made(shape: str, kept: float, storage: str, dtype: torch.dtype, device: str) -> PreTrainedModel:
+    """Return a model of random numbers."""
+
+    def some(*size: int) -> Tensor:
+        return torch.randn(*size, dtype=dtype, device=device) * 0.02
+
+    with torch.device(device):
+        config = LlamaConfig(**SHAPES[shape], max_position_embeddings=8192)
+        model = LlamaForCausalLM(config).to(dtype).eval().requires_grad_(False)
+    dense = {n: m for n, m in model.model.named_modules() if isinstance(m, nn.Linear)}
+    for name, layer in dense.items():
+        out, inputs = layer.weight.shape
+        rank = rank_for(out, inputs, kept, storage)
+        right = some(rank, inputs)
+        if storage == "pivoted":
+            places = torch.randperm(out, device=device).to(torch.int32)
+            new: nn.Module = PivotedLinear(right, some(out - rank, rank), places, None)
+        else:
+            new = LowRankLinear.from_tensors(some(out, rank), right, None)
+        replace_module(model.model, name, new)
+    assert len(low_rank_layers(model)) == len(dense)
+    return model
+
+
+def print_speeds(model: str, kept: float, storage: str, found: list[Speed]) -> None:
+    """Print a row for each."""
+    for one in found:
+        step = f"{one.step}, compiled" if one.compiled else one.step
+        print(
+            f"| {model} | {kept} | {storage} | {step} | {one.prompt:,} "
+            f"| {one.dense_tokens_per_second:,.0f} | {one.tokens_per_second:,.0f} "
+            f"| {one.speedup:.2f} +- {one.error:.2f} |",
+            flush=True,
+        )
+
+
+def main() -> None:
+    """Measure and print both tables."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--shape", choices=SHAPES, default="tiny" if SMOKE else "135m")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--prompts", type=int, nargs="+", default=[8] if SMOKE else [512])
+    parser.add_argument("--compile", action="store_true")
+    chosen = parser.parse_args()
+    settings = SpeedSettings(tuple(chosen.prompts), steps=8, repeats=3 if SMOKE else 7)
+    kinds: list[tuple[float, str, KindSpeed]] = []
+    label = f"{chosen.shape}, {chosen.dtype}, {chosen.device}"
+    print(f"{torch.get_num_threads()} threads\n")
+    print("| model | kept | storage | step | prompt | dense tokens/s | tokens/s | times faster |")
+    print("|---|---:|---|---|---:|---:|---:|---:|")
+    for kept in KEPT:
+        for storage in STORAGES:
+            dtype = getattr(torch, chosen.dtype)
+            model = made(chosen.shape, kept, storage, dtype, chosen.device)
+            twin = dense_twin(model)
+            print_speeds(label, kept, storage, measure_speed(model, twin, settings))
+            kinds += [(kept, storage, one) for one in measure_kinds(model, twin, settings)]
+            if chosen.compile:
+                shorter = replace(settings, prompts=settings.prompts[:1])
+                found = measure_speed(model, twin, shorter, compiled=True)
+                print_speeds(label, kept, storage, found)
+            if storage == "pivoted":
+                fuse_(model)
+                print_speeds(label, kept, "pivoted, fused", measure_speed(model, twin, settings))
+    print("\n| model | kept | storage | kind | dense ms | ms | times faster |")
+    print("|---|---:|---|---|---:|---:|---:|")
+    for kept, storage, kind in kinds:
+        print(
+            f"| {label} | {kept} | {storage} | {kind.kind} | {kind.dense_ms:.2f} | {kind.ms:.2f} "
+            f"| {kind.speedup:.2f} +- {kind.error:.2f} |"
+        )
+
+
+if __name__ == "__main__":
+    main()
