@@ -1,14 +1,16 @@
 """Made once, used again; made anew as soon as anything that matters is different."""
 
 import shutil
+import signal
 import socket
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from transformers import PreTrainedModel
@@ -332,17 +334,30 @@ def test_other_addresses_are_left_as_they_are(cache: Path, uri: str) -> None:
     assert view.absolute_uri(uri) == uri
 
 
+class Server:
+    """A process that ended with status 3."""
+
+    def __enter__(self) -> "Server":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def wait(self) -> int:
+        return 3
+
+
 @pytest.fixture
 def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """Collect what would be run; it ends with status 3."""
     found: list[list[str]] = []
 
-    def run(command: list[str], *, check: bool) -> SimpleNamespace:
-        assert check is False
+    def start(command: list[str], *, start_new_session: bool) -> Server:
+        assert start_new_session
         found.append(command)
-        return SimpleNamespace(returncode=3)
+        return Server()
 
-    monkeypatch.setattr(dashboard.subprocess, "run", run)
+    monkeypatch.setattr(dashboard.subprocess, "Popen", start)
     monkeypatch.setattr(dashboard, "pages_of_runs", lambda uri: {"mine": "#/runs"})
     return found
 
@@ -396,13 +411,36 @@ def test_a_dashboard_whose_port_is_taken_names_it(cache: Path, commands: list[li
     assert commands == []
 
 
-def test_ctrl_c_ends_a_dashboard_in_order(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(*_: object, **__: object) -> None:
+def test_ctrl_c_ends_a_dashboard_in_order(
+    cache: Path, commands: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(dashboard.subprocess, "run", interrupted)
-    monkeypatch.setattr(dashboard, "pages_of_runs", lambda uri: {})
+    ended: list[object] = []
+    monkeypatch.setattr(Server, "wait", interrupted)
+    monkeypatch.setattr(dashboard, "end", ended.append)
     config = DashboardConfig(uri="http://127.0.0.1:8080", port=free_port())
     with pytest.raises(SystemExit) as caught:
         dashboard.run(config, Said())
     assert caught.value.code == 0
+    assert [type(one) for one in ended] == [Server]
+
+
+@pytest.mark.parametrize("ignored", ["", "signal.signal(signal.SIGTERM, signal.SIG_IGN);"])
+def test_a_server_ends_with_what_it_started(ignored: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one that does not listen, as mlflow's does not while a page is open."""
+    monkeypatch.setattr(dashboard, "PATIENCE_S", 0.3)
+    code = (
+        f"import signal, subprocess, time; {ignored} child = subprocess.Popen(['sleep', '60']); "
+        "print(child.pid, flush=True); time.sleep(60)"
+    )
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True) as server:
+        assert server.stdout is not None
+        child = psutil.Process(int(server.stdout.readline()))
+        dashboard.end(server)
+        assert server.wait() == -(signal.SIGKILL if ignored else signal.SIGTERM)
+    _, alive = psutil.wait_procs([child], timeout=10)
+    # Nobody may be there to collect what is left of a child whose parent is gone.
+    assert all(one.status() == psutil.STATUS_ZOMBIE for one in alive)

@@ -1,9 +1,7 @@
 """The MLflow UI shows a study as it is meant to be read: in a real browser, on a served store."""
 
 import math
-import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -71,8 +69,12 @@ def pages(study: Study) -> Iterator[dict[str, str]]:
         named = [line.strip().partition(": http") for line in lines if "/runs?" in line]
         yield {name: f"http{address}" for name, _, address in named}
     finally:
-        os.killpg(server.pid, signal.SIGKILL)  # mlflow starts processes of its own
-        server.wait()
+        server.terminate()
+        try:
+            assert server.wait(SOON) == 0
+            assert not answers(f"http://127.0.0.1:{port}/health")  # mlflow's processes ended too
+        finally:
+            server.kill()
 
 
 def answers(address: str) -> bool:

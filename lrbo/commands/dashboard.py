@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import os
+import signal
 import socket
 import subprocess
 import sys
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 from lrbo.commands.view import absolute_uri
@@ -16,6 +18,7 @@ from lrbo.progress import Reporter
 from lrbo.schema import DashboardConfig
 
 PAGES = 8  # that are named; the UI's menu of views has all of them
+PATIENCE_S = 5  # an open page keeps a server waiting
 
 
 def run(chosen: DashboardConfig, reporter: Reporter) -> None:
@@ -42,10 +45,23 @@ def run(chosen: DashboardConfig, reporter: Reporter) -> None:
     reporter.say(f"MLflow UI on {address} (Ctrl-C stops it)")
     for name, page in list(pages.items())[:PAGES]:
         reporter.say(f"  {name}: {address}{page}")
-    try:
-        raise SystemExit(subprocess.run(command, check=False).returncode)
-    except KeyboardInterrupt:
-        raise SystemExit(0) from None
+    # A group of its own: mlflow starts processes that would go on without it.
+    with subprocess.Popen(command, start_new_session=True) as server:
+        try:
+            status = server.wait()
+        except KeyboardInterrupt:
+            end(server)
+            status = 0
+    raise SystemExit(status)
+
+
+def end(server: subprocess.Popen[bytes]) -> None:
+    """End a server and every process that it started; at once if it takes longer than seconds."""
+    os.killpg(server.pid, signal.SIGTERM)
+    with suppress(subprocess.TimeoutExpired):
+        server.wait(PATIENCE_S)
+    with suppress(ProcessLookupError):  # which would be all of them
+        os.killpg(server.pid, signal.SIGKILL)
 
 
 def require_free_port(host: str, port: int) -> None:
