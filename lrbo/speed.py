@@ -1,38 +1,27 @@
-"""How fast a compressed checkpoint is and what memory it takes, beside its dense architecture."""
+"""How fast a compressed model is beside its dense architecture, in turns."""
 
 from __future__ import annotations
 
 import copy
-import json
-import os
-import re
-import resource
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, StaticCache
-from transformers.utils import logging as transformers_logging
 
-from lrbo import export
 from lrbo.compression import replace_module
-from lrbo.errors import ModelError
-from lrbo.evaluation.latency import Clock, Latency, wait_for
+from lrbo.evaluation.latency import Clock, Latency, in_turns, seconds_of
 from lrbo.layers import LowRankLinear, PivotedLinear, linear_of
 from lrbo.model import body_and_head
 
 Step = Literal["prefill", "decode"]
 Pair = tuple[Callable[[], object], Callable[[], object]]
 LowRank = LowRankLinear | PivotedLinear
-PAGES = re.compile(r"^VmHWM:\s+(\d+) kB$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -172,44 +161,19 @@ def dense_twin(model: PreTrainedModel) -> PreTrainedModel:
     return twin
 
 
-def in_turns(
-    compressed: Pair,
-    dense: Pair,
-    device: torch.device,
-    settings: SpeedSettings,
-    clock: Clock = time.perf_counter,
+def _timed(
+    compressed: Pair, dense: Pair, device: torch.device, settings: SpeedSettings, clock: Clock
 ) -> Latency:
-    """Time two models in turns, so that what slows the machine slows both.
+    """Time what two models do, in turns; what prepares it does not count."""
 
-    Args:
-        compressed: Of the compressed model, what prepares a run, and the run.
-        dense: The same of the dense one.
-        device: Waited for before and after.
-        settings: How often.
-        clock: Seconds.
-    """
-
-    def timed(pair: Pair) -> float:
+    def seconds(pair: Pair) -> float:
         prepare, run = pair
         prepare()
-        wait_for(device)
-        start = clock()
-        run()
-        wait_for(device)
-        return clock() - start
+        return seconds_of(run, device, clock)
 
-    mine, other = [], []
-    for turn in range(settings.warmup + settings.repeats):
-        if turn % 2:
-            one = timed(compressed)
-            two = timed(dense)
-        else:
-            two = timed(dense)
-            one = timed(compressed)
-        if turn >= settings.warmup:
-            mine.append(one)
-            other.append(two)
-    return Latency.of(mine, other)
+    return in_turns(
+        partial(seconds, compressed), partial(seconds, dense), settings.repeats, settings.warmup
+    )
 
 
 def prefill_of(model: PreTrainedModel, ids: Tensor, *, compiled: bool) -> Pair:
@@ -306,7 +270,7 @@ def measure_speed(
         }
         for step, (way, tokens) in ways.items():
             torch.compiler.reset()  # else later lengths would be compiled for any length
-            timed = in_turns(way(model), way(twin), model.device, settings, clock)
+            timed = _timed(way(model), way(twin), model.device, settings, clock)
             count = settings.batch * tokens
             found.append(Speed.of(step, prompt, count, timed, compiled=compiled))
             if on_run is not None:
@@ -340,7 +304,7 @@ def measure_kinds(
         other = [twin.get_submodule(name) for name in names]
         shape = (settings.batch, max(settings.prompts), shape_of(low_rank[names[0]])[1])
         rows = torch.randn(shape, device=model.device).to(model.dtype)
-        timed = in_turns(_all_of(mine, rows), _all_of(other, rows), model.device, settings, clock)
+        timed = _timed(_all_of(mine, rows), _all_of(other, rows), model.device, settings, clock)
         ratio = sum(map(numbers_in, mine)) / sum(map(numbers_in, other))
         found.append(
             KindSpeed(
@@ -359,95 +323,6 @@ def measure_kinds(
 def _all_of(layers: list[nn.Module], rows: Tensor) -> Pair:
     """Return what runs layers one after another on the same rows."""
     return (lambda: None), lambda: [layer(rows) for layer in layers]
-
-
-def peak_memory_bytes(
-    folder: Path, settings: SpeedSettings, dtype: str, device: str, *, dense: bool
-) -> int:
-    """Return the peak memory of a process that opens a model, reads a prompt and adds a token.
-
-    Measured in a process of its own, after the model is loaded: on CUDA what tensors take, else
-    the resident memory of the process, libraries included.
-
-    Args:
-        folder: A checkpoint.
-        settings: The longest prompt counts.
-        dtype: Name of the dtype.
-        device: Name of the device.
-        dense: Whether dense layers take the place of low-rank ones.
-
-    Raises:
-        ModelError: If the process ends without an answer, mostly for lack of memory; with what
-            it said.
-    """
-    given = {
-        "folder": str(folder),
-        "batch": settings.batch,
-        "prompt": max(settings.prompts),
-        "dtype": dtype,
-        "device": device,
-        "dense": dense,
-    }
-    # A new interpreter, not multiprocessing, which would run the caller's script again.
-    command = [sys.executable, "-c", "from lrbo.speed import answer_peak; answer_peak()"]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    ran = subprocess.run(
-        command,
-        input=json.dumps(given),
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if ran.returncode:
-        said = ran.stderr.strip().splitlines()[-1:] or ["nothing"]
-        raise ModelError(
-            f"the process that measures memory ended with status {ran.returncode} and said "
-            f"{said[0]!r}; it loads {folder} once more, so there may be too little memory: "
-            "memory=false leaves it out"
-        )
-    return int(ran.stdout.split()[-1])
-
-
-def answer_peak() -> None:
-    """Measure what stdin asks for in this process, and write the bytes to stdout."""
-    transformers_logging.disable_progress_bar()
-    given = json.load(sys.stdin)
-    place = torch.device(given["device"])
-    model = export.load(given["folder"], dtype=getattr(torch, given["dtype"]), device=place)
-    if given["dense"]:
-        for name in low_rank_layers(model):
-            layer: Any = model.get_submodule(name)
-            replace_module(model, name, dense_like(layer))
-    reset = _reset_peak(place)
-    ids = torch.zeros(given["batch"], given["prompt"] + 1, dtype=torch.long, device=place)
-    with torch.inference_mode():
-        prepare, decode = decode_of(model, ids, 1, compiled=False)
-        prepare()
-        decode()
-    sys.stdout.write(f"{_peak(place, reset=reset)}\n")
-
-
-def _reset_peak(device: torch.device) -> bool:
-    """Forget the peak so far; return whether this system can."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return True
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return False
-    return True
-
-
-def _peak(device: torch.device, *, reset: bool) -> int:
-    """Return the peak memory in bytes, since the reset where there was one."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if reset and (found := PAGES.search(Path("/proc/self/status").read_text())):
-        return int(found[1]) * 1024
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def weight_bytes(model: nn.Module) -> int:

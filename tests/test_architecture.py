@@ -25,7 +25,7 @@ ROOMS = """
     config
     schema preparation progress
     report comparison results plots drawing
-    speed
+    peak_memory speed
     merging export remote_code modeling_low_rank model_card
     optimization.loop optimization.client optimization.study optimization.front_space
     optimization.restricted optimization.weights optimization.space
@@ -80,7 +80,7 @@ BORDERS = {
 }
 # Of transformers everybody may name these types, and only these modules do more.
 TRANSFORMERS_TYPES = {"PreTrainedModel", "PreTrainedTokenizerBase"}
-TRANSFORMERS = {"model", "loading", "lazy", "export", "cli", "speed"}
+TRANSFORMERS = {"model", "loading", "lazy", "export", "cli", "speed", "peak_memory"}
 TRANSFORMERS |= {"checkpoint", "merging", "remote_code", "modeling_low_rank"}
 
 

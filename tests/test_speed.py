@@ -1,6 +1,5 @@
 """Speeds are compared with counts of multiply-adds, and what is timed is what a model answers."""
 
-import io
 import json
 import subprocess
 import sys
@@ -15,18 +14,14 @@ from torch import nn
 from lrbo import speed
 from lrbo.accounting import STORAGES
 from lrbo.cli import main
-from lrbo.errors import ModelError
 from lrbo.speed import (
     SpeedSettings,
-    answer_peak,
     decode_of,
     dense_twin,
-    in_turns,
     low_rank_layers,
     measure_kinds,
     measure_speed,
     numbers_in,
-    peak_memory_bytes,
     prefill_of,
     shape_of,
     weight_bytes,
@@ -126,29 +121,31 @@ def test_speeds_are_those_of_the_multiply_adds(storage: Any, clock: WorkClock) -
         assert kind.ms == 1e3 * rows * sum(numbers_in(model.get_submodule(n)) for n in names)
 
 
-def test_models_take_turns_in_being_first_and_preparing_is_not_timed() -> None:
-    seen: list[str] = []
-    now = 0.0
+def test_preparing_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, prepared = 0.0, 0
 
-    def clock() -> float:
-        return now
+    def pair(takes: float) -> Any:
+        def prepare() -> None:
+            nonlocal now, prepared
+            now, prepared = now + 100, prepared + 1
 
-    def pair(name: str, takes: float) -> Any:
-        def spend(what: str, seconds: float) -> None:
+        def run() -> None:
             nonlocal now
-            seen.append(f"{what} {name}")
-            now += seconds
+            now += takes
 
-        return (lambda: spend("prepare", 100)), (lambda: spend("run", takes))
+        return prepare, run
 
-    settings = replace(SETTINGS, repeats=4, warmup=1)
-    found = in_turns(pair("compressed", 1), pair("dense", 3), CPU, settings, clock)
-    assert (found.seconds, found.dense_seconds, found.ratio) == (1, 3, 1 / 3)
-    runs = [one.removeprefix("run ") for one in seen if one.startswith("run")]
-    assert runs == ["dense", "compressed", "compressed", "dense"] * 2 + ["dense", "compressed"]
+    ways = iter([pair(1), pair(3)] * 2)  # compressed and dense, of a prefill and of decoding
+    monkeypatch.setattr(speed, "prefill_of", lambda *_, **__: next(ways))
+    monkeypatch.setattr(speed, "decode_of", lambda *_, **__: next(ways))
+    model = Compressed("llama_tied").model
+    settings = replace(SETTINGS, prompts=(5,))
+    for one in measure_speed(model, dense_twin(model), settings, clock=lambda: now):
+        assert (one.speedup, one.error) == (3, 0)
+    assert prepared == 4 * (settings.warmup + settings.repeats)
 
 
-# --- memory --------------------------------------------------------------------------------------
+# --- the command ---------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -156,48 +153,6 @@ def folder(tmp_path: Path) -> Path:
     Compressed("llama_tied").save(tmp_path / "model")
     return tmp_path / "model"
 
-
-@pytest.mark.parametrize("dense", [False, True])
-def test_a_process_answers_its_peak(
-    dense: bool, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    asked: dict[str, Any] = {}
-
-    def run(command: list[str], *, input: str, **_: Any) -> Any:
-        asked.update(json.loads(input), command=command)
-        monkeypatch.setattr(sys, "stdin", io.StringIO(input))
-        answer_peak()
-        return subprocess.CompletedProcess(command, 0, capsys.readouterr().out, "")
-
-    monkeypatch.setattr(subprocess, "run", run)
-    ran: list[str] = []
-    monkeypatch.setattr(speed, "dense_like", recorded(speed.dense_like, ran))
-    found = peak_memory_bytes(folder, SETTINGS, "float32", "cpu", dense=dense)
-    assert found > 2**20  # an interpreter at least
-    assert bool(ran) == dense
-    assert (asked["prompt"], asked["batch"]) == (9, 2)
-
-
-def recorded(function: Any, calls: list[str]) -> Any:
-    """Return a function that notes that it was called."""
-
-    def noted(*arguments: Any) -> Any:
-        calls.append("called")
-        return function(*arguments)
-
-    return noted
-
-
-def test_a_process_that_ends_is_an_error_that_says_what_it_said(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ended = subprocess.CompletedProcess([], -9, "", "first\nKilled: 9\n")
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: ended)
-    with pytest.raises(ModelError, match=r"status -9 and said 'Killed: 9'.*memory=false"):
-        peak_memory_bytes(tmp_path, SETTINGS, "float32", "cpu", dense=False)
-
-
-# --- the command ---------------------------------------------------------------------------------
 
 QUICK = ["prompts=[4]", "steps=2", "repeats=3", "warmup=0", "device=cpu", "dtype=float32"]
 

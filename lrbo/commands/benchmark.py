@@ -15,6 +15,7 @@ from lrbo import checks, export
 from lrbo.commands.tables import console, print_table, record, table
 from lrbo.errors import ModelError
 from lrbo.loading import resolve_device, resolve_dtype
+from lrbo.peak_memory import peak_memory_bytes
 from lrbo.progress import Reporter
 from lrbo.schema import BenchmarkConfig
 from lrbo.speed import (
@@ -24,7 +25,6 @@ from lrbo.speed import (
     dense_twin,
     measure_kinds,
     measure_speed,
-    peak_memory_bytes,
     weight_bytes,
 )
 

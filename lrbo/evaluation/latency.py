@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -191,22 +192,41 @@ def _in_turns(
     def timed(layers: Mapping[str, nn.Module]) -> float:
         with replaced(model, layers):
             given = prepare()
-            wait_for(model.device)
-            start = clock()
-            run(given)
-            wait_for(model.device)
-            return clock() - start
+            return seconds_of(partial(run, given), model.device, clock)
 
-    dense, compressed = [], []
-    for turn in range(settings.warmup + settings.repeats):
+    return in_turns(partial(timed, modules), partial(timed, {}), settings.repeats, settings.warmup)
+
+
+def in_turns(
+    compressed: Callable[[], float], dense: Callable[[], float], repeats: int, warmup: int
+) -> Latency:
+    """Time two models in turns, which take turns in being first.
+
+    Args:
+        compressed: Times the compressed model once and answers seconds.
+        dense: The same of the dense one.
+        repeats: Timings of each that count.
+        warmup: Timings of each before them that do not.
+    """
+    mine, other = [], []
+    for turn in range(warmup + repeats):
         if turn % 2:
-            mine, other = timed(modules), timed({})
+            one, two = compressed(), dense()
         else:
-            other, mine = timed({}), timed(modules)
-        if turn >= settings.warmup:
-            dense.append(other)
-            compressed.append(mine)
-    return Latency.of(compressed, dense)
+            two, one = dense(), compressed()
+        if turn >= warmup:
+            mine.append(one)
+            other.append(two)
+    return Latency.of(mine, other)
+
+
+def seconds_of(run: Callable[[], object], device: torch.device, clock: Clock) -> float:
+    """Time something, from when a device has done what it was given until it has done this."""
+    wait_for(device)
+    start = clock()
+    run()
+    wait_for(device)
+    return clock() - start
 
 
 def wait_for(device: torch.device) -> None:
