@@ -7,7 +7,7 @@ from lrbo import config
 from lrbo.checks import check
 from lrbo.errors import ConfigError
 from lrbo.schema import SearchConfig
-from tests.test_config import RATIOS, search
+from tests.test_checks import RATIOS, search
 
 
 def test_a_stored_configuration_comes_back_as_it_was() -> None:
