@@ -248,6 +248,8 @@ def _check_evaluate(config: EvaluateConfig) -> list[str]:
 def _check_benchmark(config: BenchmarkConfig) -> list[str]:
     """Return the problems of a benchmark."""
     problems = _check_folder("checkpoint", config.checkpoint)
+    if not problems and not Path(config.checkpoint).is_dir():  # a name of the hub, elsewhere
+        problems.append(f"checkpoint={config.checkpoint!r}: expected a folder of lrbo compress")
 
     def expect(holds: bool, key: str, value: object, expected: str) -> None:
         if not holds:

@@ -277,7 +277,7 @@ BAD_EVALUATION: dict[str, Any] = {
 
 
 BAD_BENCHMARK: dict[str, Any] = {
-    "checkpoint": ["/no/such/folder"],
+    "checkpoint": ["/no/such/folder", "nowhere", "organisation/name"],
     "dtype": ["int8"],
     "prompts": [[], [0]],
     "batch": [0],

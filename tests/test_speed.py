@@ -187,6 +187,17 @@ def test_the_command_says_and_keeps_what_it_measured(
     assert json.loads(line)["speeds"] == found["speeds"]
 
 
+def test_a_device_that_is_not_there_is_named_with_all_else_that_is_wrong(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["benchmark", "checkpoint=nowhere", "device=cuda:97", "batch=0",
+              f"studies={tmp_path}"])  # fmt: skip
+    said = capsys.readouterr().err
+    for key in ("checkpoint='nowhere': expected a folder", "device='cuda:97'", "batch=0"):
+        assert key in said
+
+
 def test_what_fails_beside_leaves_the_times(
     folder: Path,
     tmp_path: Path,

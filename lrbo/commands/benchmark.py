@@ -13,7 +13,7 @@ import torch
 
 from lrbo import checks, export
 from lrbo.commands.tables import console, print_table, record, table
-from lrbo.errors import ModelError
+from lrbo.errors import ConfigError, ModelError
 from lrbo.loading import resolve_device, resolve_dtype
 from lrbo.peak_memory import peak_memory_bytes
 from lrbo.progress import Reporter
@@ -40,8 +40,13 @@ def run(chosen: BenchmarkConfig, reporter: Reporter) -> dict[str, Any]:
         ConfigError: If a value cannot work, or the device does not exist here.
         CheckpointError: If the checkpoint cannot be opened.
     """
-    checks.require_valid(chosen)
-    device = resolve_device(chosen.device, "device")
+    problems = checks.check(chosen)
+    try:
+        device = resolve_device(chosen.device, "device")
+    except ConfigError as error:
+        raise ConfigError([*problems, *error.problems]) from error
+    if problems:
+        raise ConfigError(problems)
     dtype = resolve_dtype(chosen.dtype, device)
     if chosen.threads is not None:
         torch.set_num_threads(chosen.threads)
