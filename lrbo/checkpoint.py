@@ -18,6 +18,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 # Not its names: its import of transformers may be what imports this module.
 from lrbo import model as maps
 from lrbo.errors import CheckpointError
+from lrbo.families import is_pointwise
 from lrbo.layers import LowRankLinear, PivotedLinear
 
 METHOD = "lrbo"
@@ -220,7 +221,10 @@ def put_in(model: nn.Module, config: LowRankConfig) -> None:
                 "config.json."
             )
         bias = maps.linear_bias(dense) is not None or name in config.added_biases
-        model.set_submodule(name, kind.empty(rows, columns, rank, bias=bias).train(dense.training))
+        layer = kind.empty(rows, columns, rank, bias=bias).train(dense.training)
+        if isinstance(layer, PivotedLinear):
+            layer.take_pointwise(is_pointwise(name))
+        model.set_submodule(name, layer)
 
 
 def check_files(model: PreTrainedModel, files: Iterable[Path], parameters: int) -> None:

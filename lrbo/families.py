@@ -22,12 +22,15 @@ class Family:
         sites: Paths inside a block; one tuple per distinct input, in forward order.
         writers: Paths of the layers, each alone at its site, whose answers are added to the
             residual stream as they are: first attention's, then the MLP's.
+        pointwise: Paths of the layers whose answers the MLP takes number by number, through an
+            activation function or a product, so that they may lie in memory in any order.
     """
 
     model_types: tuple[str, ...]
     blocks: str
     sites: tuple[tuple[str, ...], ...]
     writers: tuple[str, str]
+    pointwise: tuple[str, ...]
 
     @cached_property
     def kinds(self) -> dict[str, str]:
@@ -51,12 +54,14 @@ FAMILIES = (
             ("mlp.down_proj",),
         ),
         ("self_attn.o_proj", "mlp.down_proj"),
+        ("mlp.gate_proj", "mlp.up_proj"),
     ),
     Family(
         ("gpt2",),
         "transformer.h",
         (("attn.c_attn",), ("attn.c_proj",), ("mlp.c_fc",), ("mlp.c_proj",)),
         ("attn.c_proj", "mlp.c_proj"),
+        ("mlp.c_fc",),
     ),
     Family(
         ("opt",),
@@ -68,6 +73,7 @@ FAMILIES = (
             ("fc2",),
         ),
         ("self_attn.out_proj", "fc2"),
+        ("fc1",),
     ),
     Family(
         ("gpt_neox",),
@@ -79,6 +85,7 @@ FAMILIES = (
             ("mlp.dense_4h_to_h",),
         ),
         ("attention.dense", "mlp.dense_4h_to_h"),
+        ("mlp.dense_h_to_4h",),
     ),
     Family(  # attention and MLP run in parallel behind one norm: fc1 reads what q, k, v read
         ("phi",),
@@ -89,6 +96,7 @@ FAMILIES = (
             ("mlp.fc2",),
         ),
         ("self_attn.dense", "mlp.fc2"),
+        ("mlp.fc1",),
     ),
     Family(
         ("phi3",),
@@ -100,8 +108,12 @@ FAMILIES = (
             ("mlp.down_proj",),
         ),
         ("self_attn.o_proj", "mlp.down_proj"),
+        ("mlp.gate_up_proj",),
     ),
 )
+
+
+POINTWISE = frozenset(path for family in FAMILIES for path in family.pointwise)
 
 
 def family_of(model_type: str) -> Family:
@@ -118,6 +130,15 @@ def family_of(model_type: str) -> Family:
         f"model type {model_type!r} is not mapped; known types: {', '.join(known)}. "
         "Describe it in lrbo/families.py."
     )
+
+
+def is_pointwise(name: str) -> bool:
+    """Return whether the answers of a layer are only taken number by number, in any family.
+
+    Args:
+        name: Module path, in a model or in a block.
+    """
+    return any(f".{name}".endswith(f".{path}") for path in POINTWISE)
 
 
 def writers_of(config: Any) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -20,12 +21,19 @@ def no_weight(like: Tensor) -> Tensor:
     return like.new_empty(0)
 
 
-def linear_of(weight: Float[Tensor, "out in"], bias: Float[Tensor, " out"] | None) -> nn.Linear:
+L = TypeVar("L", bound=nn.Linear)
+
+
+def linear_of(
+    weight: Float[Tensor, "out in"],
+    bias: Float[Tensor, " out"] | None,
+    kind: type[L] = nn.Linear,  # type: ignore[assignment]
+) -> L:
     """Wrap tensors without copying them: views stay views."""
     with torch.device("meta"), warnings.catch_warnings():
         # Rank 0 is a layer too: the one that answers its bias.
         warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
-        layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+        layer = kind(weight.shape[1], weight.shape[0], bias=bias is not None)
     layer.weight = nn.Parameter(weight, requires_grad=False)
     if bias is not None:
         layer.bias = nn.Parameter(bias, requires_grad=False)
@@ -90,12 +98,39 @@ class LowRankLinear(nn.Module):
         return result
 
 
+class Product(nn.Linear):
+    """A linear map whose answer may lie in memory by columns, all rows of one feature together.
+
+    Features are then put in order by copying rows of memory, several times as fast on a CPU as
+    moving numbers within rows (``experiments/bench_speed``).
+
+    Attributes:
+        pointwise: See :class:`PivotedLinear`.
+    """
+
+    pointwise = False
+
+    def forward(self, x: Float[Tensor, "rows in"]) -> Float[Tensor, "rows out"]:
+        """Apply the layer, which has no bias."""
+        if by_columns(x, self.pointwise):
+            return nn.functional.linear(self.weight, x).T
+        return super().forward(x)
+
+
+def by_columns(x: Tensor, pointwise: bool) -> bool:
+    """Return whether a pivoted layer works by columns.
+
+    What has to lie by rows in the end must be transposed, which pays for half precision on a CPU.
+    """
+    return pointwise or (x.device.type == "cpu" and x.element_size() == 2)
+
+
 class PivotedLinear(nn.Module):
     """Some outputs are rows times the input, the others combinations of these outputs.
 
     It holds ``rank * (in + out) - rank**2`` numbers and multiplies as often, where
     :class:`LowRankLinear` needs ``rank * (in + out)`` for the same function. See
-    :func:`lrbo.pivoting.pivot`. Both matrices are nn.Linear, for the same reasons as there.
+    :func:`lrbo.pivoting.pivot`. Both matrices are nn.Linear too, for the same reasons as there.
 
     Attributes:
         rows: ``in -> rank``, the pivot outputs.
@@ -103,6 +138,8 @@ class PivotedLinear(nn.Module):
         places: ``(out,)``, int32: where each output is among pivots and others.
         bias: ``(out,)`` or ``None``.
         weight: Empty; see :func:`no_weight`.
+        pointwise: Whether answers are only taken number by number, as an activation function
+            does, so that they may lie in memory by columns; ``False`` is always right.
     """
 
     places: Tensor
@@ -116,8 +153,9 @@ class PivotedLinear(nn.Module):
         bias: Float[Tensor, " out"] | None,
     ) -> None:
         super().__init__()
-        self.rows = linear_of(rows, None)
-        self.coefficients = linear_of(coefficients, None)
+        self.rows = linear_of(rows, None, Product)
+        self.coefficients = linear_of(coefficients, None, Product)
+        self.pointwise = False
         self.register_buffer("places", places)
         self.register_buffer("weight", no_weight(rows))
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
@@ -163,11 +201,25 @@ class PivotedLinear(nn.Module):
         rows = self.rows.weight.double()
         return torch.cat([rows, self.coefficients.weight.double() @ rows])[self.places]
 
+    def take_pointwise(self, pointwise: bool) -> PivotedLinear:
+        """Set ``pointwise``, here and in both matrices, and return the layer."""
+        self.pointwise = self.rows.pointwise = self.coefficients.pointwise = pointwise
+        return self
+
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         """Apply the layer."""
-        pivots = self.rows(x)
+        pivots = self.rows(x.reshape(-1, x.shape[-1]))
         others = self.coefficients(pivots)
-        both = torch.cat([pivots, others], -1)
-        # On a CPU up to ten times faster than index_select, which took as long as the products.
-        result = both.gather(-1, self.places.long().expand_as(both))
-        return result if self.bias is None else result.add_(self.bias)
+        if by_columns(x, self.pointwise):
+            result = torch.cat([pivots.T, others.T]).index_select(0, self.places).T
+            if not self.pointwise:
+                result = result.contiguous()
+        else:
+            both = torch.cat([pivots, others], -1)
+            if x.device.type == "cpu":  # there index_select takes up to ten times as long
+                result = both.gather(-1, self.places.long().expand_as(both))
+            else:
+                result = both.index_select(-1, self.places)
+        if self.bias is not None:
+            result = result.add_(self.bias)
+        return result.view(*x.shape[:-1], len(self.places))

@@ -7,6 +7,9 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+# Layers whose answers are only taken number by number, so that these may lie by columns.
+POINTWISE = {"gate_proj", "up_proj", "gate_up_proj", "c_fc", "fc1", "dense_h_to_4h"}
+
 
 class LowRankLinear(nn.Module):
     """Two thin layers for one: ``left(right(x))``."""
@@ -23,25 +26,52 @@ class LowRankLinear(nn.Module):
         return result
 
 
+def by_columns(x: Tensor, pointwise: bool) -> bool:
+    """Return whether a pivoted layer works by columns."""
+    return pointwise or (x.device.type == "cpu" and x.element_size() == 2)
+
+
+class Product(nn.Linear):
+    """A linear map whose answer may lie in memory by columns, which are fast to put in order."""
+
+    pointwise = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer, which has no bias."""
+        if by_columns(x, self.pointwise):
+            return nn.functional.linear(self.weight, x).T
+        return super().forward(x)
+
+
 class PivotedLinear(nn.Module):
     """Some outputs are rows times the input, the others combinations of these outputs."""
 
     places: Tensor
 
-    def __init__(self, inputs: int, outputs: int, rank: int, bias: bool) -> None:
+    def __init__(self, inputs: int, outputs: int, rank: int, bias: bool, pointwise: bool) -> None:
         super().__init__()
-        self.rows = nn.Linear(inputs, rank, bias=False)
-        self.coefficients = nn.Linear(rank, outputs - rank, bias=False)
+        self.rows = Product(inputs, rank, bias=False)
+        self.coefficients = Product(rank, outputs - rank, bias=False)
+        self.pointwise = self.rows.pointwise = self.coefficients.pointwise = pointwise
         self.register_buffer("places", torch.arange(outputs, dtype=torch.int32))
         self.register_buffer("weight", torch.empty(0))  # there is no dense weight
         self.bias = nn.Parameter(torch.zeros(outputs)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer."""
-        pivots = self.rows(x)
-        both = torch.cat([pivots, self.coefficients(pivots)], -1)
-        result = both.gather(-1, self.places.long().expand_as(both))
-        return result if self.bias is None else result + self.bias
+        pivots = self.rows(x.reshape(-1, x.shape[-1]))
+        others = self.coefficients(pivots)
+        if by_columns(x, self.pointwise):
+            result = torch.cat([pivots.T, others.T]).index_select(0, self.places).T
+            result = result if self.pointwise else result.contiguous()
+        else:
+            both = torch.cat([pivots, others], -1)
+            if x.device.type == "cpu":  # there index_select takes up to ten times as long
+                result = both.gather(-1, self.places.long().expand_as(both))
+            else:
+                result = both.index_select(-1, self.places)
+        result = result if self.bias is None else result + self.bias
+        return result.view(*x.shape[:-1], len(self.places))
 
 
 class LowRankForCausalLM(LlamaForCausalLM):
@@ -50,10 +80,14 @@ class LowRankForCausalLM(LlamaForCausalLM):
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         about = config.lrbo
-        kind = PivotedLinear if about["storage"] == "pivoted" else LowRankLinear
         for name, rank in about["ranks"].items():
             dense = self.get_submodule(name)
             shape = dense.weight.shape
             outputs, inputs = reversed(shape) if isinstance(dense, Conv1D) else shape
             bias = dense.bias is not None or name in about["added_biases"]
-            self.set_submodule(name, kind(inputs, outputs, rank, bias))
+            if about["storage"] == "pivoted":
+                pointwise = name.rpartition(".")[2] in POINTWISE
+                layer: nn.Module = PivotedLinear(inputs, outputs, rank, bias, pointwise)
+            else:
+                layer = LowRankLinear(inputs, outputs, rank, bias)
+            self.set_submodule(name, layer)

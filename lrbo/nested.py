@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from lrbo.families import is_pointwise
 from lrbo.layers import LowRankLinear, PivotedLinear
 from lrbo.pivoting import pivot
 
@@ -195,7 +196,7 @@ class PivotedFactors:
 
         bias = self.factors.bias_for(linear, self.dtype)
         layer.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-        return layer
+        return layer.take_pointwise(is_pointwise(self.name))
 
     def error_at(self, rank: int) -> float:
         """Return the error of the rank-``rank`` layer in the method's own metric.

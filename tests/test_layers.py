@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lrbo.layers import LowRankLinear, PivotedLinear
+from lrbo.layers import LowRankLinear, PivotedLinear, linear_of
 from lrbo.pivoting import GROWTH_BOUND, pivot
 from tests import reference
 
@@ -162,6 +162,36 @@ def test_a_pivoted_layer_is_the_dense_product(
     assert layer.growth <= GROWTH_BOUND + TOLERANCE[dtype]
     one = layer(x[0, 0])
     assert float((one - found[0, 0]).abs().max()) <= TOLERANCE[dtype]
+
+
+@both_biases
+@every_shape
+@pytest.mark.parametrize("rank", [0, 3])
+def test_pointwise_answers_are_the_same_by_columns(
+    shape: tuple[int, int], rank: int, bias: bool
+) -> None:
+    layer, _, _ = pivoted(shape, rank, bias=bias)
+    x = torch.randn(2, 3, shape[1], dtype=torch.float64)
+    expected = layer(x)
+    found = layer.take_pointwise(True)(x)
+    assert float((found - expected).abs().max()) <= TOLERANCE[torch.float64]
+    assert found.view(6, shape[0]).T.is_contiguous()
+    assert torch.equal(layer(x[:0]), expected[:0])
+    by_columns = x.view(6, -1).T.contiguous().T.view(2, 3, -1)  # as a pointwise layer answers
+    assert float((layer(by_columns) - expected).abs().max()) <= TOLERANCE[torch.float64]
+
+
+@pytest.mark.parametrize("pointwise", [False, True])
+def test_the_matrices_of_a_pivoted_layer_may_be_adapted(pointwise: bool) -> None:
+    """What adapters and hooks put in their places need not answer by columns."""
+    layer, _, _ = pivoted((5, 7), 3, bias=True)
+    layer.take_pointwise(pointwise)
+    x = torch.randn(2, 3, 7, dtype=torch.float64)
+    expected = layer(x)
+    for name in ("rows", "coefficients"):
+        plain = linear_of(layer.get_submodule(name).get_parameter("weight"), None)
+        setattr(layer, name, plain)
+        assert float((layer(x) - expected).abs().max()) <= TOLERANCE[torch.float64]
 
 
 @both_biases

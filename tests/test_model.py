@@ -11,7 +11,7 @@ from transformers import BertConfig, BertLMHeadModel, OPTConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lrbo.errors import ModelError
-from lrbo.families import FAMILIES, family_of, writers_of
+from lrbo.families import FAMILIES, family_of, is_pointwise, writers_of
 from lrbo.loading import tiny_model
 from lrbo.model import (
     LayerSpec,
@@ -21,6 +21,7 @@ from lrbo.model import (
     linear_weight,
     map_model,
 )
+from lrbo.modeling_low_rank import POINTWISE
 from tests import reference
 from tests.tiny import BLOCKS, CASES, HIDDEN, INNER, VOCABULARY, build, build_on_meta, token_ids
 
@@ -251,6 +252,35 @@ def test_writers_add_to_the_residual_stream_as_they_are(case: str) -> None:
     close(run(mlp)[0] - leaving, torch.full_like(leaving, SHIFT))
     for path in family.writers:
         assert (path,) in family.sites
+
+
+@every_case
+def test_pointwise_answers_are_taken_number_by_number(case: str) -> None:
+    """What the MLP's last layer reads depends, in each number, on one number of the answer."""
+    model = build(case).double()
+    family = family_of(model.config.model_type)
+    block = f"{family.blocks}.0"
+    last = model.get_submodule(f"{block}.{family.writers[1]}")
+    read: list[Tensor] = []
+    last.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0].detach().clone()))
+
+    def shift(module: nn.Module, inputs: object, output: Tensor) -> Tensor:
+        output = output.clone()
+        output[..., 3] += 1.0
+        return output
+
+    with torch.no_grad():
+        model(token_ids(2, 5))
+        for path in family.pointwise:
+            with model.get_submodule(f"{block}.{path}").register_forward_hook(shift):
+                model(token_ids(2, 5))
+            changed = (read[-1] != read[0]).view(10, INNER)
+            assert changed[:, 3].all()
+            assert int(changed.sum()) == 10
+    assert {path for path in family.kinds if is_pointwise(f"{block}.{path}")} == set(
+        family.pointwise
+    )
+    assert {path.rpartition(".")[2] for path in family.pointwise} <= POINTWISE
 
 
 def test_a_stream_that_is_normalized_has_no_writers() -> None:

@@ -79,7 +79,7 @@ def test_what_is_timed_is_what_the_model_answers(
         logits = model(ids).logits
         _, prefill = prefill_of(model, ids, compiled=compiled)
         found: Any = prefill()
-        torch.testing.assert_close(found, logits[:, -1:], rtol=0, atol=TOLERANCE["one by one"])
+        torch.testing.assert_close(found, logits[:, -1], rtol=0, atol=TOLERANCE["one by one"])
         prepare, decode = decode_of(model, ids, steps, compiled=compiled)
         for _ in range(2):  # every timing begins with the same cache
             prepare()

@@ -19,7 +19,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from lrbo.accounting import STORAGES
 from lrbo.compression import replace_module
-from lrbo.layers import LowRankLinear, PivotedLinear
+from lrbo.families import is_pointwise
+from lrbo.layers import LowRankLinear, PivotedLinear, Product, linear_of
 from lrbo.speed import (
     KindSpeed,
     Speed,
@@ -46,21 +47,19 @@ KEPT = (0.8, 0.5)
 FUSED = {"self_attn": ("q_proj", "k_proj", "v_proj"), "mlp": ("gate_proj", "up_proj")}
 
 
-class Fused(nn.Module):
-    """A pivoted layer whose rows are multiplied with those of its neighbours, by the first one."""
+class Shared(nn.Module):
+    """The rows of a pivoted layer, multiplied with those of its neighbours by the first one."""
 
-    def __init__(self, layer: PivotedLinear, shared: dict[str, Any], place: int) -> None:
+    def __init__(self, shared: dict[str, Any], place: int) -> None:
         super().__init__()
-        self.layer, self.shared, self.place = layer, shared, place
+        self.shared, self.place = shared, place
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply the layer."""
+        """Answer the pivots of the layer."""
         if self.place == 0:
-            product = nn.functional.linear(x, self.shared["rows"])
-            self.shared["pivots"] = product.split(self.shared["ranks"], -1)
-        pivots = self.shared["pivots"][self.place]
-        both = torch.cat([pivots, self.layer.coefficients(pivots)], -1)
-        return both.gather(-1, self.layer.places.long().expand_as(both))
+            self.shared["pivots"] = self.shared["rows"](x).split(self.shared["ranks"], -1)
+        pivots: Tensor = self.shared["pivots"][self.place]
+        return pivots
 
 
 def fuse_(model: PreTrainedModel) -> None:
@@ -68,10 +67,11 @@ def fuse_(model: PreTrainedModel) -> None:
     for block in model.model.layers:
         for parent, names in FUSED.items():
             layers = [getattr(block.get_submodule(parent), name) for name in names]
-            shared = {"rows": torch.cat([one.rows.weight for one in layers]),
-                      "ranks": [one.rank for one in layers]}  # fmt: skip
-            for place, (name, layer) in enumerate(zip(names, layers, strict=True)):
-                setattr(block.get_submodule(parent), name, Fused(layer, shared, place))
+            rows = linear_of(torch.cat([one.rows.weight for one in layers]), None, Product)
+            rows.pointwise = layers[0].pointwise
+            shared = {"rows": rows, "ranks": [one.rank for one in layers]}
+            for place, layer in enumerate(layers):
+                layer.rows = Shared(shared, place)
 
 
 def rank_for(out: int, inputs: int, kept: float, storage: str) -> int:
@@ -101,6 +101,7 @@ def made(shape: str, kept: float, storage: str, dtype: torch.dtype, device: str)
         if storage == "pivoted":
             places = torch.randperm(out, device=device).to(torch.int32)
             new: nn.Module = PivotedLinear(right, some(out - rank, rank), places, None)
+            new.take_pointwise(is_pointwise(name))
         else:
             new = LowRankLinear.from_tensors(some(out, rank), right, None)
         replace_module(model.model, name, new)

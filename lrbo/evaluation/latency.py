@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from lrbo.accounting import Storage
 from lrbo.allocation import Allocation
 from lrbo.compression import replaced
+from lrbo.families import is_pointwise
 from lrbo.layers import LowRankLinear, PivotedLinear
 from lrbo.model import body_and_head
 from lrbo.nested import LowRankFactors
@@ -102,7 +103,8 @@ def executed_layers(
             # Outputs are gathered from all over the place, as they are after a choice of pivots.
             generator = torch.Generator().manual_seed(rank)
             places = torch.randperm(len(left), generator=generator).to(left.device, torch.int32)
-            made[name] = PivotedLinear(right, left[rank:].contiguous(), places, found.bias)
+            layer = PivotedLinear(right, left[rank:].contiguous(), places, found.bias)
+            made[name] = layer.take_pointwise(is_pointwise(name))
     return made
 
 
@@ -147,7 +149,7 @@ def measure_latency(
     known = tokens - STEPS
 
     def prefill(_: None) -> None:
-        head(body(ids, use_cache=False).last_hidden_state[:, -1:])
+        head(body(ids, use_cache=False).last_hidden_state[:, -1])
 
     def decode(cache: Any) -> None:
         for place in range(known, tokens):
