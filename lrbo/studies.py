@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ class StudyResults:
     @property
     def config(self) -> dict[str, Any]:
         """Return the configuration that the study was begun with, as nested dicts."""
-        return dict(results.config_of(self._study))
+        return copy.deepcopy(dict(results.config_of(self._study)))
 
     def ranks(self, trial: int | None = None) -> pd.DataFrame:
         """Return a row per layer: its rank and what it keeps.

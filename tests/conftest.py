@@ -4,6 +4,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: it reads this once
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from hypothesis import settings
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from lrbo import html_report
+from lrbo import html_report, mlflow_store
 from lrbo.loading import byte_tokenizer, tiny_model
 from lrbo.model import ModelMap, map_model
 from tests.tiny import build
@@ -32,6 +33,27 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LRBO_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def make_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Path], None]]:
+    """Copy an empty MLflow store wherever a new one is made: its tables take a second each time.
+
+    What would make it is given to a test that asks for it.
+    """
+    template = tmp_path_factory.mktemp("template") / "mlflow.db"
+    make = mlflow_store._make_store
+
+    def copied(database: Path) -> None:
+        if not template.exists():
+            make(template)
+        beside = database.with_name(f".{database.name}.copy")
+        shutil.copy(template, beside)
+        beside.rename(database)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mlflow_store, "_make_store", copied)
+        yield make
 
 
 @pytest.fixture(autouse=True)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import uuid
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -199,7 +200,9 @@ def test_strict_mode_says_what_failed_and_what_to_do(store: Store, dead_server: 
     assert isinstance(caught.value, LrboError)
 
 
-def test_a_process_killed_while_the_tables_are_made_leaves_no_broken_store(tmp_path: Path) -> None:
+def test_a_process_killed_while_the_tables_are_made_leaves_no_broken_store(
+    tmp_path: Path, make_store: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """mlflow can never open a file again in which its migrations were cut off."""
     database = tmp_path / "mlflow.db"
     code = f"""
@@ -220,6 +223,7 @@ MlflowTracker("sqlite:///{database}", "lrbo", "0", "my-study", strict=True).star
     assert done.returncode == -signal.SIGKILL
     assert not database.exists()
     assert len(list(tmp_path.glob(".mlflow.db.*.new"))) == 1
+    monkeypatch.setattr(mlflow_store, "_make_store", make_store)
     tracker = MlflowTracker(f"sqlite:///{database}", "lrbo", "0", "my-study", strict=True)
     tracker.start({})
     assert tracker.sync([record(0)]) == 1
