@@ -22,7 +22,11 @@ from lrbo.trial import TrialRequest
 from lrbo.worker import Worker
 from tests.tiny import build, token_ids
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    # torch, when a backward pass is the first in its thread to multiply.
+    pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS:UserWarning"),
+]
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 CASE, RANK = "llama_biased", 4
