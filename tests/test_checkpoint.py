@@ -217,6 +217,7 @@ print(float((found - expected).abs().max() / expected.abs().max()))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("storage", ["pivoted", "factored"])
 def test_it_compiles_as_one_graph(storage: Any, tmp_path: Path) -> None:
     """In a process of its own: the shape checks of the tests are no graph."""

@@ -155,6 +155,7 @@ def test_a_trial_and_a_ratio_can_be_compressed(project: Path) -> None:
     assert small.json["keep_ratio"] <= 0.8
 
 
+@pytest.mark.slow
 def test_between_two_points_of_a_front_one_more_is_tried(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -183,6 +184,7 @@ def test_between_two_points_of_a_front_one_more_is_tried(
     assert "Trial 12, between two points of the front: keep ratio 0.7" in " ".join(ran.err.split())
 
 
+@pytest.mark.slow
 def test_a_front_of_latency_is_searched_reported_and_compressed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -253,6 +255,7 @@ def test_a_folder_with_a_modelling_file_is_scored_like_the_other(project: Path) 
     assert scored[0].json["nll"] == scored[1].json["nll"]
 
 
+@pytest.mark.slow
 def test_the_card_s_commands_write_the_same_checkpoint(
     project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

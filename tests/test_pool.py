@@ -277,6 +277,7 @@ def test_a_search_scores_its_trials_on_the_chosen_windows(overrides: list[str]) 
     assert len(events("one", "pooled")) == ALLOCATIONS
 
 
+@pytest.mark.slow
 def test_a_search_that_is_continued_by_its_name_and_its_model_have_the_chosen_windows() -> None:
     first = run("one", *CHOOSE)
     assert first["test"]["dense"] == run("plain")["test"]["dense"]

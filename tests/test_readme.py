@@ -74,6 +74,7 @@ def test_the_readme_has_what_the_tests_look_at() -> None:
     assert sum(len(in_text(page)) for page in PAGES.values()) >= 3
 
 
+@pytest.mark.slow
 def test_its_commands_on_the_tiny_model_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

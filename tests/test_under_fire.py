@@ -98,6 +98,7 @@ def test_a_store_that_may_only_be_read_is_made_up_for_by_the_next_run(
     assert kills.judge(place, searched[0]).problems == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("days", [-1.0, 400.0])
 def test_a_clock_that_jumps_confuses_nothing(
     place: Path, searched: tuple[Path, Ran], monkeypatch: pytest.MonkeyPatch, days: float
