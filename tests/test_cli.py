@@ -71,7 +71,7 @@ def test_a_finished_search_typed_again_adds_nothing(project: Path, searched: Any
     assert ran.status == 0, ran.err
     assert ran.json == searched[1].json
     assert state_of(project / "studies" / "tiny") == before
-    assert "5 of 5 trials are done" in ran.err
+    assert "its 5 trials are done; search.trials=15 adds ten" in " ".join(ran.err.split())
     # What was made once is not made again.
     for step in ("Calibration", "Factorization", "Dense model", "Loss of layers", "Test text"):
         assert step not in ran.err

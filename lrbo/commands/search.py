@@ -151,7 +151,13 @@ def _search(plan: builders.Plan, study: Study, executor: Executor, reporter: Rep
     trials = chosen.search.trials
     if study.state.trials:
         done = sum(record.request.origin != "between" for record in study.state.ended)
-        reporter.say(f"Continuing study {study.name}: {done} of {trials} trials are done")
+        if done < trials:
+            reporter.say(f"Continuing study {study.name}: {done} of {trials} trials are done")
+        else:
+            reporter.say(
+                f"Study {study.name}: its {done} trials are done; search.trials={done + 10} "
+                "adds ten"
+            )
     worker = builders.build_worker(plan, study, reporter)
     loop = search_loop(plan, study, worker, reporter, executor=executor)
     here: Worker | None = None
