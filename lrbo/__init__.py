@@ -12,11 +12,11 @@ if TYPE_CHECKING:
     from lrbo.calibration.collect import Calibration as Calibration
     from lrbo.calibration.collect import CalibrationSettings as CalibrationSettings
     from lrbo.errors import LrboError as LrboError
-    from lrbo.evaluation.perplexity import score as score
     from lrbo.export import load as load
     from lrbo.steps import Factorization as Factorization
     from lrbo.steps import calibrate as calibrate
     from lrbo.steps import factorize as factorize
+    from lrbo.steps import score as score
     from lrbo.studies import StudyResults as StudyResults
     from lrbo.studies import compare as compare
     from lrbo.studies import open_study as open_study
@@ -37,7 +37,7 @@ _HOMES = {
     "factorize": "lrbo.steps",
     "load": "lrbo.export",
     "open_study": "lrbo.studies",
-    "score": "lrbo.evaluation.perplexity",
+    "score": "lrbo.steps",
     "search": "lrbo.api",
 }
 __all__ = ["__version__", *_HOMES]

@@ -1,4 +1,8 @@
-"""The commands as functions: they take what the command line takes, and give results back."""
+"""The commands as functions: they take what the command line takes, and give results back.
+
+Each override is an argument of its own. A path that is put together wants quotes in its value,
+``f"out='{folder}'"``: Hydra reads brackets, commas and letters beyond ASCII in its own way.
+"""
 
 from __future__ import annotations
 

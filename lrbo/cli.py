@@ -147,7 +147,7 @@ def transfer_arguments(typed: Sequence[str]) -> list[str]:
     if "study" not in keys:
         source = Path(donor.partition(":")[0]).name
         rest.append(
-            "study='${model.name}_${method.name}_keep${range:${budget.lowest},"
+            "study='${model.name}_${method.name}_keep${lrbo.range:${budget.lowest},"
             f"${{budget.keep_ratio}}}}_seed${{seed}}_from_{source}'"
         )
     if "search.trials" not in keys:

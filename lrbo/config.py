@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import re
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields, is_dataclass
@@ -48,19 +50,24 @@ BEFORE: Mapping[str, Any] = {
     "sensitivity": {"enabled": False, "apply": True},
 }
 
+_HYDRA = threading.Lock()  # there is one in a process, which composes for one thread at a time
+
 
 def register() -> None:
-    """Give Hydra the schemas and the resolvers that conf/ uses; may be called twice."""
+    """Give Hydra the schemas and the resolvers that conf/ uses; may be called twice.
+
+    Resolvers are of the whole process, where a program may have a ``range`` of its own.
+    """
     store = ConfigStore.instance()
     for name, schema in SCHEMAS.items():
         store.store(name=f"{name}_schema", node=schema)
     OmegaConf.register_new_resolver(
-        "basename", lambda path: Path(str(path)).name or str(path), replace=True
+        "lrbo.basename", lambda path: Path(str(path)).name or str(path), replace=True
     )
     OmegaConf.register_new_resolver(
-        "range", lambda low, high: f"{high}" if low is None else f"{low}-{high}", replace=True
+        "lrbo.range", lambda low, high: f"{high}" if low is None else f"{low}-{high}", replace=True
     )
-    OmegaConf.register_new_resolver("options", _options, replace=True)
+    OmegaConf.register_new_resolver("lrbo.options", _options, replace=True)
 
 
 def _options(*groups: str) -> str:
@@ -93,12 +100,12 @@ def jobs(overrides: Sequence[str]) -> list[list[str]]:
         overrides: As typed: ``seed=0,1`` or ``seed=range(4)`` stands for several values.
 
     Raises:
-        ConfigError: If an override is not what Hydra can read.
+        ConfigError: Listing the overrides that Hydra cannot read.
     """
-    try:
-        parsed = OverridesParser.create().parse_overrides(list(overrides))
-    except HydraException as error:
-        raise ConfigError([_plain(error)]) from error
+    unread = [f"{one}: {why}" for one in overrides if (why := _unreadable(one)) is not None]
+    if unread:
+        raise ConfigError(unread)
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
     choices = [
         [f"{one.get_key_element()}={value}" for value in one.sweep_string_iterator()]
         if one.is_sweep_override()
@@ -125,6 +132,8 @@ def find_problems(command: str, overrides: Sequence[str]) -> dict[str, str]:
             close = difflib.get_close_matches(key, _keys(command), n=1)
             hint = f"; did you mean {close[0]}?" if close else f"; see lrbo {command} --help"
             problems[override] = f"{override}: {key} is no key{hint}"
+        elif unread := _unreadable(override):
+            problems[override] = f"{override}: {unread}"
         elif unknown := _unknown_options(override):
             problems[override] = f"{override}: {unknown}"
     known = [override for override in overrides if override not in problems]
@@ -165,13 +174,14 @@ def _conf() -> Iterator[None]:
 
     It refuses to be initialized twice, and puts back what it found only where that was nothing.
     """
-    running = GlobalHydra.instance().hydra
-    GlobalHydra.instance().clear()
-    try:
-        with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-            yield
-    finally:
-        GlobalHydra.instance().hydra = running
+    with _HYDRA:
+        running = GlobalHydra.instance().hydra
+        GlobalHydra.instance().clear()
+        try:
+            with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+                yield
+        finally:
+            GlobalHydra.instance().hydra = running
 
 
 def _keys(command: str) -> list[str]:
@@ -182,12 +192,25 @@ def _keys(command: str) -> list[str]:
     return [*keys, *sections, *groups]
 
 
+def _unreadable(override: str) -> str | None:
+    """Return what to do about an override that Hydra's grammar has no place for, if it has none.
+
+    Names of folders have blanks, brackets and letters of other alphabets in them.
+    """
+    try:
+        OverridesParser.create().parse_override(override)
+    except HydraException as error:
+        key, _, value = override.partition("=")
+        if not value or "'" in value:
+            return _plain(error)
+        apart = "; if it is several, give each by itself" if re.search(r"\s\S+=", value) else ""
+        return f"Hydra cannot read it; if that is one value, quote it: \"{key}='{value}'\"{apart}"
+    return None
+
+
 def _unknown_options(override: str) -> str | None:
     """Return what is wrong if an override chooses options that its group does not have."""
-    try:
-        (parsed,) = OverridesParser.create().parse_overrides([override])
-    except HydraException:  # which Hydra itself explains better
-        return None
+    parsed = OverridesParser.create().parse_override(override)
     folder = conf_folder() / str(parsed.key_or_group)
     known = sorted(path.stem for path in folder.glob("*.yaml"))
     if not known or parsed.is_delete() or parsed.is_sweep_override():

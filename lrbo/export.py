@@ -42,6 +42,7 @@ from lrbo.compression import compress_, replace_module
 from lrbo.errors import CheckpointError
 from lrbo.layers import LowRankLinear, PivotedLinear
 from lrbo.lazy import LazyModel
+from lrbo.loading import resolve_device
 from lrbo.model import linear_bias, map_model
 from lrbo.nested import NestedFactors
 from lrbo.storage import new_folder
@@ -281,16 +282,18 @@ def load(
     Args:
         folder: What ``lrbo compress`` wrote.
         dtype: Of the weights in memory; ``None`` is that of the file.
-        device: Where to.
+        device: Where to; ``"auto"`` is the best at hand.
 
     Returns:
         The model in evaluation mode, without gradients.
 
     Raises:
+        ConfigError: If there is no such device here.
         CheckpointError: If a file is missing, of another format, or does not hold exactly the
             tensors and the number of parameters that it states.
     """
     folder = Path(folder)
+    place = resolve_device(str(device), "device")
     config = _config(folder)
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
@@ -302,7 +305,7 @@ def load(
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{folder} is not a whole checkpoint: {error}") from error
-    return model.to(device=device).eval().requires_grad_(False)
+    return model.to(device=place).eval().requires_grad_(False)
 
 
 def _config(folder: Path) -> PretrainedConfig:

@@ -153,7 +153,7 @@ def load_model(
                 folder, revision=source.revision, dtype=dtype or "auto"
             )
         except (OSError, ValueError, SafetensorError) as error:
-            raise ModelError(f"cannot load model {source.path!r}: {error}") from error
+            raise ModelError(f"cannot load model {_named(source)}: {error}") from error
     return model.to(device).eval().requires_grad_(False)
 
 
@@ -170,7 +170,7 @@ def load_config(source: ModelSource) -> PretrainedConfig:
             str(_folder(source)), revision=source.revision
         )
     except (OSError, ValueError) as error:
-        raise ModelError(f"cannot load model {source.path!r}: {error}") from error
+        raise ModelError(f"cannot load model {_named(source)}: {error}") from error
     return config
 
 
@@ -204,7 +204,13 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(_folder(source)), revision=source.revision)
     except (OSError, ValueError) as error:
-        raise ModelError(f"cannot load the tokenizer of {source.path!r}: {error}") from error
+        folder = Path(source.path)
+        if folder.is_dir() and not [*folder.glob("*token*"), *folder.glob("vocab*")]:
+            raise ModelError(
+                f"cannot load the tokenizer of {source.path!r}: the folder has none; write the "
+                f"model's there with tokenizer.save_pretrained({source.path!r})"
+            ) from error
+        raise ModelError(f"cannot load the tokenizer of {_named(source)}: {error}") from error
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
     return tokenizer
 
@@ -243,6 +249,12 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<s>", "</s>"])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+
+
+def _named(source: ModelSource) -> str:
+    """Return what a model is called in an error: whether it was looked for here or at the hub."""
+    known = source.source == "packaged" or Path(source.path).is_dir()
+    return repr(source.path) if known else f"{source.path!r}, which is no folder here"
 
 
 def _folder(source: ModelSource) -> Path | str:

@@ -67,9 +67,11 @@ class StudyRuns:
 
         ``prefix`` is put before the names of the variables that a trial has as params.
         """
-        # mlflow's own 7 retries of 120 s would hold up a search for minutes.
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+        self._database = _sqlite_file(uri)
+        if self._database is None:
+            # mlflow's own 7 retries of 120 s would hold up a search for minutes.
+            os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+            os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
         from mlflow import MlflowClient
 
         # It shows a traceback of everything that it raises; the import has set a level of its own.
@@ -77,7 +79,6 @@ class StudyRuns:
         self._study_id = study_id
         self._study_name = study_name
         self._prefix = prefix
-        self._database = _sqlite_file(uri)
         self._client: Any
         location = None
         if self._database is None:

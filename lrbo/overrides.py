@@ -8,10 +8,10 @@ from collections.abc import Sequence
 
 from lrbo import config
 from lrbo.errors import ConfigError
-from lrbo.schema import Config
+from lrbo.schema import Config, SearchConfig
 
 
-def chosen_by(command: str, overrides: Sequence[str]) -> tuple[list[str], Config]:
+def chosen_by(command: str, overrides: Sequence[object]) -> tuple[list[str], Config]:
     """Return overrides as Hydra reads them, and the values of the command that they choose.
 
     Args:
@@ -21,7 +21,15 @@ def chosen_by(command: str, overrides: Sequence[str]) -> tuple[list[str], Config
     Raises:
         ConfigError: Listing every override that cannot be taken, and what else is wrong then.
     """
-    typed = [quoted(override) for override in overrides]
+    strange = [override for override in overrides if not isinstance(override, str)]
+    if strange:
+        raise ConfigError(
+            [
+                f"{override!r}: expected text such as 'seed=1', each an argument of its own"
+                for override in strange
+            ]
+        )
+    typed = [quoted(str(override)) for override in overrides]
     problems = find_problems(command, typed)
     if problems:
         raise ConfigError(problems)
@@ -47,8 +55,34 @@ def find_problems(command: str, overrides: Sequence[str], *, sweeps: bool = Fals
         # What Hydra only knows inside a job (${hydra:job.num}) cannot be judged here.
         if problems or (sweeps and not any("hydra" in override for override in job)):
             rest = [override for override in job if override not in problems]
-            found |= dict.fromkeys([*problems.values(), *_value_problems(command, rest)])
-    return list(found)
+            given = tuple(f"{override.partition('=')[0]} is required" for override in problems)
+            values = [p for p in _value_problems(command, rest) if not p.startswith(given)]
+            found |= dict.fromkeys([*problems.values(), *values])
+    return list(found) or (_shared_studies(command, jobs) if sweeps else [])
+
+
+def _shared_studies(command: str, jobs: Sequence[Sequence[str]]) -> list[str]:
+    """Return which jobs of a sweep would each go on with the study of another one.
+
+    The second would be refused when it begins, which may be the day after.
+    """
+    first: dict[tuple[str, str], str] = {}
+    found = {}
+    for job in jobs:
+        if any("hydra" in override for override in job):
+            continue
+        chosen = config.composed(command, job)
+        if not isinstance(chosen, SearchConfig):
+            continue
+        place = (chosen.studies, chosen.study)
+        before = first.setdefault(place, config.to_yaml(chosen))
+        if others := config.differences(before, chosen):
+            key = others[0].partition(":")[0]
+            found[place] = (
+                f"study={chosen.study}: jobs of this sweep that differ in {key} have the same "
+                f"study; name what differs: 'study={chosen.study}_${{{key}}}'"
+            )
+    return list(found.values())
 
 
 def quoted(argument: str) -> str:

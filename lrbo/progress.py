@@ -6,6 +6,7 @@ import importlib
 import logging
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from rich.text import Text
 Advance = Callable[[int], None]
 NARROW = 60  # columns, below which there is no room for a bar
 NAME, BAR, LEFT = 9, 9, 9  # columns of "Trial 100", of a short bar and of "1:02:03" with its blanks
+_QUIET = threading.RLock()  # what is said meanwhile is the process's
 LINE_SECONDS, LINE_SHARE = 60.0, 0.1  # between two lines about a step, where there is no bar
 
 
@@ -28,11 +30,13 @@ def imported(name: str) -> Any:
 
     For what takes seconds that not every command must cost.
     """
-    logging.disable(logging.INFO)
-    try:
-        return importlib.import_module(name)
-    finally:
-        logging.disable(logging.NOTSET)
+    with _QUIET:
+        before = logging.root.manager.disable
+        logging.disable(max(before, logging.INFO))
+        try:
+            return importlib.import_module(name)
+        finally:
+            logging.disable(before)
 
 
 def wrapped(message: str, width: int) -> str:

@@ -15,13 +15,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lrbo import compression, export
-from lrbo.accounting import ModelAccount, Storage, account
+from lrbo.accounting import STORAGES, ModelAccount, Storage, account
 from lrbo.allocation import Allocation, Budget, Cost
 from lrbo.calibration.collect import Calibration, CalibrationSettings
-from lrbo.errors import DataError, ModelError, StatisticsError
+from lrbo.errors import BudgetError, ConfigError, DataError, ModelError, StatisticsError
+from lrbo.evaluation.perplexity import Perplexity
+from lrbo.evaluation.perplexity import score as score_checked
 from lrbo.factorization.base import FactorizationMethod, Statistic
 from lrbo.factorization.registry import method_named
-from lrbo.model import ModelMap, map_model
+from lrbo.layers import LowRankLinear, PivotedLinear
+from lrbo.model import ModelMap, is_linear, linear_weight, map_model
 from lrbo.nested import LowRankFactors
 from lrbo.optimization.base import least_loss, uniform_ratios
 from lrbo.preparation import curve_needs, factors_by_block, statistics_by_block
@@ -61,7 +64,8 @@ def calibrate(
     Raises:
         ConfigError: If there is no method of that name; lists the known ones.
         DataError: If the ids are no windows of tokens of this model.
-        ModelError: If the family of the model is unknown, or the model is in training mode.
+        ModelError: If the family of the model is unknown, or the model is in training mode or
+            compressed.
         StatisticsError: If a layer saw a value that is not finite, naming it.
     """
     layers = _mapped(model)
@@ -70,15 +74,18 @@ def calibrate(
     needs = frozenset[Statistic]().union(
         *(curve_needs(one) if curves else one.needs for one in map(_method, methods))
     )
-    parts = statistics_by_block(
-        model,
-        layers,
-        ids.cpu().long(),
-        needs,
-        settings or CalibrationSettings(),
-        _reporter(progress),
-    )
-    return Calibration.gather(parts) if needs else Calibration()
+    if not needs:
+        return Calibration()
+    with torch.inference_mode(False):  # in which there would be no gradients
+        parts = statistics_by_block(
+            model,
+            layers,
+            ids.cpu().long().clone(),
+            needs,
+            settings or CalibrationSettings(),
+            _reporter(progress),
+        )
+        return Calibration.gather(parts)
 
 
 def factorize(
@@ -99,12 +106,20 @@ def factorize(
         progress: Show on stderr how far it is.
 
     Raises:
-        ConfigError: If there is no method of that name; lists the known ones.
-        ModelError: If the family of the model is unknown.
+        ConfigError: If there is no method or storage of that name; lists the known ones.
+        ModelError: If the family of the model is unknown, or the model is in training mode or
+            compressed.
         StatisticsError: If the calibration lacks what the method needs, or a layer cannot be
             factored with it.
     """
     layers, how = _mapped(model), _method(method)
+    if storage not in STORAGES:
+        raise ConfigError([f"storage={storage!r}: expected {' or '.join(STORAGES)}"])
+    if calibration is not None and not isinstance(calibration, Calibration):
+        raise StatisticsError(
+            f"calibration of type {type(calibration).__name__}: expected what lrbo.calibrate "
+            "gives, or None; a method is given as method=NAME"
+        )
     known = calibration or Calibration()
     found = known.of(layers.compressible[0])
     missing = sorted(need.value for need in how.needs - set(found))
@@ -121,7 +136,32 @@ def factorize(
     return Factorization(layers, how, storage, factors)
 
 
-@dataclass(frozen=True)
+def score(
+    model: PreTrainedModel, ids: Tensor, *, batch_windows: int = 4, chunk_tokens: int = 256
+) -> Perplexity:
+    """Score a model, dense or compressed, on windows of tokens.
+
+    Args:
+        model: A causal language model, in evaluation mode.
+        ids: ``(windows, tokens)`` token ids; the first token of each window is context only.
+        batch_windows: Windows per forward pass; does not change the result.
+        chunk_tokens: Rows of logits at a time; does not change the result.
+
+    Returns:
+        ``value``, the perplexity; ``mean``, nats per token; ``nll``, their sum; and ``tokens``,
+        how many were predicted.
+
+    Raises:
+        DataError: If the ids are no windows of tokens of this model.
+        ModelError: If the model is in training mode.
+        NonFiniteError: With the count, if a token's loss is not finite.
+    """
+    _check_model(model)
+    _check_ids(ids, model, least=2)
+    return score_checked(model, ids, batch_windows=batch_windows, chunk_tokens=chunk_tokens)
+
+
+@dataclass(frozen=True, repr=False)
 class Factorization:
     """A model factored once: allocations at any budget, and the models that they give.
 
@@ -137,6 +177,10 @@ class Factorization:
     storage: Storage
     factors: Mapping[str, LowRankFactors]
 
+    def __repr__(self) -> str:
+        """Return what it is, without the numbers."""
+        return f"<{len(self.factors)} layers factored by {self.method.name}, {self.storage}>"
+
     @property
     def cost(self) -> Cost:
         """Return what counts the stored parameters of a layer at a rank."""
@@ -150,9 +194,9 @@ class Factorization:
             rank_multiple: Ranks are multiples of this.
 
         Raises:
-            BudgetError: If even the smallest ranks exceed the budget.
+            BudgetError: If even the smallest ranks exceed the budget, or it is no share.
         """
-        budget = Budget.from_keep_ratio(self.layers.compressible, keep_ratio)
+        budget = self._budget(keep_ratio, rank_multiple)
         return uniform_ratios(
             self.layers.compressible, budget, cost=self.cost, rank_multiple=rank_multiple
         )
@@ -168,9 +212,17 @@ class Factorization:
             dense: Names of layers that stay dense.
 
         Raises:
-            BudgetError: If even the smallest ranks exceed the budget.
+            BudgetError: If even the smallest ranks exceed the budget, or it is no share.
+            ModelError: If one of ``dense`` is no layer of the blocks.
             StatisticsError: If calibration gathered nothing to predict losses from.
         """
+        budget = self._budget(keep_ratio, rank_multiple)
+        known = [spec.name for spec in self.layers.compressible]
+        if strange := sorted({dense} if isinstance(dense, str) else set(dense) - set(known)):
+            raise ModelError(
+                f"dense={strange}: expected a list of names of layers in the blocks, such as "
+                f"{known[0]!r}"
+            )
         curves = predicted_curves(self.factors)
         if not curves:
             raise StatisticsError(
@@ -180,7 +232,7 @@ class Factorization:
         return least_loss(
             curves,
             self.layers.compressible,
-            Budget.from_keep_ratio(self.layers.compressible, keep_ratio),
+            budget,
             dense=dense,
             cost=self.cost,
             rank_multiple=rank_multiple,
@@ -206,7 +258,11 @@ class Factorization:
             allocation: Ranks by layer name.
             tokens: That will be run through it; layers whose two thin products would take more
                 operations than a dense one are then multiplied out. 0 multiplies nothing out.
+
+        Raises:
+            ModelError: If it is not the dense model that was factored.
         """
+        self._check_dense(model, allocation)
         prefixes = compression.running(model, self.factors, allocation.ranks)
         return compression.compressed(model, allocation, prefixes, tokens=tokens)
 
@@ -216,7 +272,11 @@ class Factorization:
         Args:
             model: That was factored; changed.
             allocation: Ranks by layer name.
+
+        Raises:
+            ModelError: If it is not the dense model that was factored.
         """
+        self._check_dense(model, allocation)
         compression.store_(model, allocation, self.factors, self.storage)
 
     def save(
@@ -256,6 +316,36 @@ class Factorization:
             parameters=counted.model,
         )
 
+    def _budget(self, keep_ratio: float, rank_multiple: int) -> Budget:
+        """Return the budget that keeps a share of the parameters.
+
+        Raises:
+            BudgetError: If it is no share, or ranks cannot be such multiples.
+        """
+        if not 0 < keep_ratio <= 1:
+            raise BudgetError(
+                f"keep_ratio={keep_ratio!r}: expected a number above 0 and up to 1; 0.8 keeps 80%"
+            )
+        if rank_multiple < 1:
+            raise BudgetError(f"rank_multiple={rank_multiple!r}: expected at least 1")
+        return Budget.from_keep_ratio(self.layers.compressible, keep_ratio)
+
+    def _check_dense(self, model: PreTrainedModel, allocation: Allocation) -> None:
+        """Refuse a model whose layers are not those that were factored.
+
+        Raises:
+            ModelError: Naming the first of them.
+        """
+        modules = dict(model.named_modules())
+        for name in allocation.ranks:
+            module, spec = modules.get(name), self.layers.by_name.get(name)
+            shape = None if spec is None else (spec.out_features, spec.in_features)
+            if module is None or not is_linear(module) or linear_weight(module).shape != shape:
+                raise ModelError(
+                    f"{name} is no dense layer of shape {shape} in this {type(model).__name__}; "
+                    "give the dense model that was factored, and an allocation of the same"
+                )
+
 
 def _method(method: Method) -> FactorizationMethod:
     """Return a method by its name, or as it is."""
@@ -271,30 +361,58 @@ def _mapped(model: PreTrainedModel) -> ModelMap:
     """Return the map of a model whose numbers mean something.
 
     Raises:
-        ModelError: If the family is unknown, or dropout may be on.
+        ModelError: If the family is unknown, the model is compressed, or dropout may be on.
     """
-    layers = map_model(model)
+    _check_model(model)
+    if any(isinstance(module, LowRankLinear | PivotedLinear) for module in model.modules()):
+        raise ModelError(
+            f"this {type(model).__name__} is compressed already; only a dense model can be: give "
+            "the one that it was made from."
+        )
+    return map_model(model)
+
+
+def _check_model(model: object) -> None:
+    """Refuse what is no model whose numbers mean something.
+
+    Raises:
+        ModelError: Saying what came, and what is expected.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise ModelError(
+            f"model of type {type(model).__name__}: expected a model of transformers in memory, "
+            "as AutoModelForCausalLM.from_pretrained and lrbo.load give"
+        )
     if model.training:
         raise ModelError(
             f"{type(model).__name__} is in training mode, in which dropout changes what layers "
             "see; call model.eval() first."
         )
-    return layers
 
 
-def _check_ids(ids: Tensor, model: PreTrainedModel) -> None:
+def _check_ids(ids: Any, model: PreTrainedModel, least: int = 1) -> None:
     """Refuse what are no windows of tokens of a model.
+
+    Args:
+        ids: Whatever came.
+        model: Of which they are to be.
+        least: Tokens per window.
 
     Raises:
         DataError: Saying what came, and what is expected.
     """
-    shape = tuple(ids.shape)
-    if ids.dim() != 2 or 0 in shape or ids.is_floating_point() or ids.dtype == torch.bool:
+    came, good = f"ids of type {type(ids).__name__}", False
+    if isinstance(ids, Tensor):
+        came = f"ids of shape {tuple(ids.shape)} and {ids.dtype}"
+        good = ids.dim() == 2 and len(ids) > 0 and ids.shape[1] >= least
+        good = good and not ids.is_floating_point() and ids.dtype != torch.bool
+    if not good:
         raise DataError(
-            f"ids of shape {shape} and {ids.dtype}: expected whole numbers (windows, tokens), as "
+            f"{came}: expected whole numbers (windows, tokens), as "
             'tokenizer(text, return_tensors="pt").input_ids has; cut a long text into windows '
             "with ids[:, : count * 512].view(-1, 512)"
         )
+    shape = tuple(ids.shape)
     vocabulary = model.get_input_embeddings().num_embeddings
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= vocabulary:

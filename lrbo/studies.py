@@ -108,19 +108,30 @@ class StudyResults:
         print_report(self._study, Console(highlight=False))
 
 
-def open_study(study: str, *, studies: str = "studies") -> StudyResults:
+def open_study(study: str | Path, *, studies: str | Path = "studies") -> StudyResults:
     """Read a study, finished or not; a search may be adding trials to it.
 
     Args:
-        study: A name, or the path of a folder.
+        study: A name, or the path of a folder: text with a slash, or a ``Path``.
         studies: Folder that names are looked up in.
 
     Raises:
         StudyError: If there is no such study, or its files are damaged.
     """
-    return StudyResults(Study(study_folder(studies, study)))
+    folder = study if isinstance(study, Path) else study_folder(str(studies), study)
+    return StudyResults(Study(folder))
 
 
-def compare(*studies: StudyResults) -> pd.DataFrame:
-    """Return a table with one row per study; see :func:`lrbo.comparison.compared`."""
-    return comparison.compared([study._study for study in studies])
+def compare(*studies: StudyResults | str | Path) -> pd.DataFrame:
+    """Return a table with one row per study; see :func:`lrbo.comparison.compared`.
+
+    Args:
+        *studies: Studies, or what :func:`open_study` takes.
+
+    Raises:
+        StudyError: If there is no such study, or none was given.
+    """
+    if not studies:
+        raise StudyError('no study to compare: lrbo.compare("one", "other")')
+    opened = [s if isinstance(s, StudyResults) else open_study(s) for s in studies]
+    return comparison.compared([study._study for study in opened])

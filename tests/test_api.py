@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 
 import lrbo
 from lrbo.errors import ConfigError, DiskFullError, LrboError, StudyError
+from lrbo.overrides import chosen_by
 from lrbo.worker import Worker
 from tests.commands import lrbo_command, same_logging
 
@@ -133,6 +134,8 @@ def test_a_study_compresses_loads_and_is_scored(
         (lambda: lrbo.compress("study=tiny"), ["out is required"]),
         (lambda: lrbo.evaluate("checkpoint=a/b/c"), ["a/b/c"]),
         (lambda: lrbo.search("-m", "seed=0"), ["-m"]),
+        (lambda: chosen_by("search", [["seed=0"]]), ["1 problem:", "an argument of its own"]),
+        (lambda: lrbo.compress("study=a", "out=b (1)"), ["1 problem:", "\"out='b (1)'\""]),
     ],
 )
 def test_what_cannot_work_is_an_error_that_lists_everything(
@@ -184,8 +187,8 @@ def test_a_study_reads_into_tables(interrupted: Any, project: Path) -> None:
     assert all(isinstance(figure, Figure) for figure in results.figures().values())
     assert f"study tiny: 5 trials, best perplexity {best['perplexity']:.4g}" in repr(results)
     by_path = lrbo.open_study(str(Path("studies") / "tiny"))
-    table = lrbo.compare(results, by_path)
-    assert list(table["best"]) == [best["perplexity"]] * 2
+    table = lrbo.compare(results, "tiny", results.folder)
+    assert list(table["best"]) == [best["perplexity"]] * 3
     pd.testing.assert_frame_equal(by_path.trials, trials)
 
 
@@ -199,6 +202,8 @@ def test_a_study_reports_as_the_command_does(
 def test_studies_and_trials_that_are_not_there_are_named(project: Path) -> None:
     with pytest.raises(StudyError, match=r"no study at studies.nothing; start one with"):
         lrbo.open_study("nothing")
+    with pytest.raises(StudyError, match="no study to compare"):
+        lrbo.compare()
     with pytest.raises(StudyError, match=r"no trial 9; it has the trials \[0, 1, 2, 3, 4\]"):
         lrbo.open_study("tiny").ranks(9)
 

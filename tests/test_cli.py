@@ -15,6 +15,7 @@ import pytest
 
 import lrbo
 from lrbo import cli, config
+from lrbo.overrides import find_problems
 from lrbo.schema import SCHEMAS
 from tests.commands import TINY, Ran, lrbo_command, project, searched, state_of
 
@@ -83,6 +84,9 @@ def test_another_configuration_is_refused_with_the_differences(project: Path) ->
     assert ran.status == 2
     assert "budget.keep_ratio: the study has 0.8, the command has 0.7" in ran.err
     assert "data.window: the study has 64, the command has 32" in ran.err
+    ran = lrbo_command("search", "study=tiny", "budget.keep_ratio=0.7")
+    assert "budget.keep_ratio: the study has 0.8, the command has 0.7" in ran.err
+    assert re.search(r"3 problems:.* \d+ keys that were not typed differ too", ran.err, re.DOTALL)
     assert state_of(project / "studies" / "tiny") == before
 
 
@@ -296,6 +300,14 @@ def test_what_is_wrong_with_any_job_of_a_sweep_is_said_before_the_first(tmp_path
     assert ran.status == 2
     assert "budget.keep_ratio=2.0: expected a number above 0 and up to 1" in ran.err
     assert not list(tmp_path.iterdir())
+
+
+def test_jobs_of_a_sweep_that_would_share_a_study_are_refused() -> None:
+    (problem,) = find_problems("search", ["experiment=tiny", "seed=0,1"], sweeps=True)
+    assert problem.startswith("study=tiny: jobs of this sweep that differ in seed")
+    assert problem.endswith("'study=tiny_${seed}'")
+    for typed in (["study=tiny_${seed}", "seed=0,1"], ["search.trials=4,5"]):  # more of a study
+        assert find_problems("search", ["experiment=tiny", *typed], sweeps=True) == []
 
 
 @pytest.mark.slow

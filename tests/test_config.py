@@ -1,10 +1,12 @@
 """conf/ composes, values are checked before anything is loaded, problems come all at once."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
 
 from lrbo import config
 from lrbo.checks import check
@@ -128,6 +130,21 @@ def test_conf_is_composed_within_a_command_that_hydra_runs_too() -> None:
     assert search("seed=4").seed == 4
 
 
+def test_threads_compose_side_by_side() -> None:
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda seed: search(f"seed={seed}").seed, range(8)))
+    assert found == list(range(8))
+
+
+def test_a_program_keeps_its_own_resolvers() -> None:
+    OmegaConf.register_new_resolver("range", lambda low, high: f"{low} up to {high}")
+    try:
+        assert search().study.endswith("keep0.8_seed0")
+        assert OmegaConf.create({"x": "${range:1,2}"}).x == "1 up to 2"
+    finally:
+        OmegaConf.clear_resolver("range")
+
+
 # --- what the command line cannot mean ---------------------------------------------------------
 
 
@@ -157,6 +174,17 @@ def test_a_value_of_the_wrong_type_and_an_option_that_is_not_there_are_named() -
 )
 def test_free_mappings_and_hydra_s_grammar_are_taken(override: str) -> None:
     assert config.find_problems("search", ["space=per_kind", override]) == {}
+
+
+@pytest.mark.parametrize("value", ["a (1)", "~/a", "a[1]", "keep=0.7/a", "modèle", "a{b"])
+def test_a_value_that_hydra_cannot_read_is_named_as_it_must_be_quoted(value: str) -> None:
+    typed = f"model.path={value}"
+    quoted = f"model.path='{value}'"
+    (problem,) = config.find_problems("search", ["model=hf", typed]).values()
+    assert problem == f'{typed}: Hydra cannot read it; if that is one value, quote it: "{quoted}"'
+    assert search("model=hf", quoted).model.path == value
+    (both,) = config.find_problems("search", ["model=tiny seed=1"]).values()
+    assert "if it is several, give each by itself" in both
 
 
 def test_a_new_entry_of_a_free_mapping_is_added_with_a_plus() -> None:

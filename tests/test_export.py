@@ -18,7 +18,7 @@ from lrbo import export
 from lrbo.accounting import Storage, account
 from lrbo.allocation import Allocation, Budget
 from lrbo.compression import compress_
-from lrbo.errors import CheckpointError
+from lrbo.errors import CheckpointError, ConfigError
 from lrbo.export import (
     CONFIG,
     WEIGHTS,
@@ -200,6 +200,12 @@ def test_dtype_is_that_of_the_file_unless_another_is_asked_for(
     own = {f"{name}.{own}" for name, m in loaded.named_modules() for own in ("places", "weight")}
     assert found.keys() - own == exact.keys()
     assert all(torch.equal(found[name], exact[name]) for name in exact)
+
+
+def test_a_device_that_is_not_there_is_named_before_anything_is_read(checkpoint: Path) -> None:
+    assert load(checkpoint, device="auto").device.type in ("cpu", "cuda", "mps")
+    with pytest.raises(ConfigError, match="device='gpu' cannot be used here"):
+        load(checkpoint, device="gpu")
 
 
 def test_a_model_in_half_precision_comes_back_with_exact_positions(tmp_path: Path) -> None:

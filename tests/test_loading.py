@@ -180,8 +180,11 @@ def test_a_folder_without_a_model_is_refused_by_name(load: str, kind: str, tmp_p
     folder = tmp_path / "there" / "is" / "none"
     if kind == "empty":
         folder.mkdir(parents=True)
-    with pytest.raises(ModelError, match=r"cannot load .*there/is/none"):
+    with pytest.raises(ModelError, match=r"cannot load .*there/is/none") as caught:
         LOADERS[load](ModelSource("hf", str(folder)))
+    assert ("which is no folder here" in str(caught.value)) == (kind == "absent")
+    if (load, kind) == ("tokenizer", "empty"):
+        assert "the folder has none; write the model's there" in str(caught.value)
 
 
 def test_a_damaged_weight_file_is_refused_by_name(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from lrbo import progress
-from lrbo.progress import LineHandler, Reporter, wrapped
+from lrbo.progress import LineHandler, Reporter, imported, wrapped
 
 LINE = r"Dense \[model\] on text: 8,192 tokens in 2\.0 s \(4,096 tokens/s\)"
 
@@ -269,6 +269,16 @@ def test_a_step_too_short_to_measure_has_no_rate(monkeypatch: pytest.MonkeyPatch
     with reporter.step("Nothing", 0, "layers"):
         pass
     assert out.getvalue() == "Nothing: 0 layers in 0.0 s (0 layers/s)\n"
+
+
+@pytest.mark.parametrize("level", [logging.NOTSET, logging.ERROR])
+def test_an_import_leaves_silent_what_a_program_silenced(level: int) -> None:
+    logging.disable(level)
+    try:
+        assert imported("logging") is logging
+        assert logging.root.manager.disable == level
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def test_the_default_is_stderr(capsys: pytest.CaptureFixture[str]) -> None:

@@ -139,6 +139,71 @@ def test_a_model_in_half_precision_runs_factors_in_its_own(calibration: Calibrat
 def test_ids_that_are_no_windows_of_the_model_are_refused(ids: torch.Tensor, message: str) -> None:
     with pytest.raises(DataError, match=message):
         calibrate(tiny(), ids, progress=False)
+    with pytest.raises(DataError, match=message):
+        lrbo.score(tiny(), ids)
+
+
+def test_what_is_no_tensor_and_no_model_is_named() -> None:
+    for ids in (IDS.tolist(), {"input_ids": IDS}, "a text"):
+        with pytest.raises(DataError, match=f"ids of type {type(ids).__name__}: .*input_ids"):
+            steps._check_ids(ids, tiny())
+    with pytest.raises(ModelError, match="model of type str: expected a model"):
+        steps._check_model("my-model")
+
+
+def test_a_window_of_one_token_predicts_nothing() -> None:
+    with pytest.raises(DataError, match=r"shape \(7, 1\)"):
+        lrbo.score(tiny(), IDS[:, :1])
+
+
+def test_shares_multiples_and_names_that_mean_nothing_are_refused(
+    factorization: Factorization,
+) -> None:
+    for budget in (factorization.uniform, factorization.least_loss):
+        for ratio in (80, 0, -0.5, float("nan")):
+            with pytest.raises(BudgetError, match=r"up to 1; 0\.8 keeps"):
+                budget(ratio)
+        with pytest.raises(BudgetError, match="rank_multiple=0: expected at least 1"):
+            budget(0.8, rank_multiple=0)
+    for dense in (["q_proj"], "q_proj"):
+        with pytest.raises(ModelError, match=r"dense=\['q_proj'\].*model.layers.0.self_attn"):
+            factorization.least_loss(0.8, dense=dense)
+
+
+def test_only_the_dense_model_that_was_factored_is_compressed(
+    factorization: Factorization,
+) -> None:
+    allocation, other = factorization.uniform(0.5), build("llama_tied")
+    before = [type(module) for module in other.modules()]
+    for step in (factorization.compressed, factorization.compress_):
+        with pytest.raises(ModelError, match=r"self_attn.q_proj is no dense layer of shape"):
+            step(other, allocation)
+    assert [type(module) for module in other.modules()] == before
+    model = tiny()
+    factorization.compress_(model, allocation)
+    with pytest.raises(ModelError, match="give the dense model that was factored"):
+        factorization.compress_(model, allocation)
+    for again in (lambda: calibrate(model, IDS), lambda: factorize(model, None, "svd")):
+        with pytest.raises(ModelError, match="is compressed already"):
+            again()
+
+
+def test_what_a_notebook_shows_of_a_step_are_words(
+    calibration: Calibration, factorization: Factorization
+) -> None:
+    assert repr(factorization) == "<14 layers factored by loss_aware, pivoted>"
+    assert "output_gradient" in repr(calibration)
+    assert len(repr(calibration)) < 200
+
+
+def test_gradients_are_there_where_a_program_switched_them_off(calibration: Calibration) -> None:
+    model = tiny()
+    with torch.inference_mode():
+        again = calibrate(model, IDS.clone(), list(METHODS), settings=SETTINGS, progress=False)
+    assert calibration.found.keys() == again.found.keys()
+    assert same(
+        factorize(tiny(), again, progress=False), dict(factorize(tiny(), calibration).factors)
+    )
 
 
 def test_models_that_cannot_be_mapped_or_would_drop_out_are_refused() -> None:
@@ -147,8 +212,9 @@ def test_models_that_cannot_be_mapped_or_would_drop_out_are_refused() -> None:
     for step in (lambda: calibrate(strange, IDS), lambda: factorize(strange)):
         with pytest.raises(ModelError, match=r"'bloom'.*gpt2"):
             step()
-    with pytest.raises(ModelError, match=r"training mode.*call model.eval\(\)"):
-        calibrate(tiny().train(), IDS)
+    for step in (calibrate, lrbo.score):
+        with pytest.raises(ModelError, match=r"training mode.*call model.eval\(\)"):
+            step(tiny().train(), IDS)
 
 
 def test_an_unknown_method_names_those_there_are() -> None:

@@ -67,6 +67,15 @@ def test_a_study_becomes_a_parent_and_its_trials_children(store: Store) -> None:
         assert Allocation.from_json(text) == each.request.allocation
 
 
+def test_a_file_leaves_the_limits_of_a_program_s_own_servers(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_TIMEOUT"):
+        monkeypatch.delenv(name, raising=False)
+    store.tracker(strict=True).start({})
+    assert not [name for name in os.environ if name.startswith("MLFLOW_HTTP_REQUEST")]
+
+
 def test_a_trial_without_a_value_is_shown_as_failed_with_its_error(store: Store) -> None:
     tracker = store.tracker(strict=True)
     tracker.start({})

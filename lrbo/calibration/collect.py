@@ -53,7 +53,7 @@ class CalibrationSettings:
         return [index * windows // count for index in range(count)]
 
 
-@dataclass
+@dataclass(repr=False)
 class Calibration:
     """What calibration found, in memory.
 
@@ -62,6 +62,11 @@ class Calibration:
     """
 
     found: dict[str, dict[Statistic, Tensor]] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        """Return which statistics there are, without the numbers."""
+        kinds = sorted({key.value for statistics in self.found.values() for key in statistics})
+        return f"<statistics of {len(self.found)} inputs and layers: {', '.join(kinds) or 'none'}>"
 
     @classmethod
     def gather(cls, parts: Iterator[Found]) -> Calibration:

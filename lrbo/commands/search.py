@@ -70,7 +70,7 @@ def search(chosen: SearchConfig, typed: Sequence[str], reporter: Reporter) -> St
         else:
             problems += [
                 f"study {study.name} was begun with another configuration; {difference}"
-                for difference in config.differences(study.config_yaml(), chosen)
+                for difference in _differences(study, chosen, typed)
             ]
             if problems:
                 problems.append(
@@ -95,6 +95,21 @@ def search(chosen: SearchConfig, typed: Sequence[str], reporter: Reporter) -> St
         with _executor(plan, study) as executor:
             _search(plan, study, executor, reporter)
     return study
+
+
+def _differences(study: Study, chosen: SearchConfig, typed: Sequence[str]) -> list[str]:
+    """Return what a command has other than the study; what nobody typed is counted only.
+
+    Whoever types one key of a study gets the defaults of all others, and looks for that one.
+    """
+    found = config.differences(study.config_yaml(), chosen)
+    keys = [override.lstrip("+~").partition("=")[0] for override in typed]
+    starts = tuple(f"{key}{end}" for key in keys for end in (":", "."))
+    named = [difference for difference in found if difference.startswith(starts)]
+    others = [difference.partition(":")[0] for difference in found if difference not in named]
+    if not named or not others:
+        return found
+    return [*named, f"{len(others)} keys that were not typed differ too: {others[0]} first"]
 
 
 def _executor_problems(chosen: SearchConfig) -> list[str]:

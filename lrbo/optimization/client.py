@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -43,6 +44,7 @@ logei._load_attempted = True
 METRIC, SIZE = "loss", "size"
 LEAST_TO_JUDGE = 4  # trials of which each is predicted from the others
 SOBOL_SAMPLES = 2048
+_ALONE = threading.Lock()  # Ax takes random numbers from the state of the process
 
 
 @dataclass(frozen=True)
@@ -310,7 +312,7 @@ def diagnose(
 def _quiet(seed: int) -> Iterator[None]:
     """Run Ax with a random state of its own, on one thread, without its chatter."""
     set_ax_logger_levels(logging.ERROR)
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), _one_thread():
+    with _ALONE, warnings.catch_warnings(), torch.random.fork_rng(devices=[]), _one_thread():
         warnings.simplefilter("ignore")  # numerical chatter of gpytorch and ax
         torch.manual_seed(seed)
         yield
