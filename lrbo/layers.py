@@ -112,7 +112,9 @@ class Product(nn.Linear):
 
     def forward(self, x: Float[Tensor, "rows in"]) -> Float[Tensor, "rows out"]:
         """Apply the layer, which has no bias."""
-        if by_columns(x, self.pointwise):
+        # A quantized or distributed weight is a tensor of its own kind, which may only be a factor
+        # on the right.
+        if by_columns(x, self.pointwise) and type(self.weight) in (nn.Parameter, Tensor):
             return nn.functional.linear(self.weight, x).T
         return super().forward(x)
 

@@ -38,7 +38,8 @@ class Product(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer, which has no bias."""
-        if by_columns(x, self.pointwise):
+        # Quantized weights have a type of their own, and may only be a factor on the right.
+        if by_columns(x, self.pointwise) and type(self.weight) in (nn.Parameter, Tensor):
             return nn.functional.linear(self.weight, x).T
         return super().forward(x)
 

@@ -1,6 +1,7 @@
 """The low-rank layers equal a dense product, and behave like any other module."""
 
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -192,6 +193,28 @@ def test_the_matrices_of_a_pivoted_layer_may_be_adapted(pointwise: bool) -> None
         plain = linear_of(layer.get_submodule(name).get_parameter("weight"), None)
         setattr(layer, name, plain)
         assert float((layer(x) - expected).abs().max()) <= TOLERANCE[torch.float64]
+
+
+class Quantized(Tensor):
+    """A weight that takes part in products as quantized ones do: as a layer's weight alone."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is nn.functional.linear and isinstance(args[0], Quantized):
+            raise NotImplementedError
+        with torch._C.DisableTorchFunctionSubclass():  # what comes out is no weight
+            return func(*args, **kwargs or {})
+
+
+def test_the_matrices_of_a_pivoted_layer_may_be_quantized() -> None:
+    layer, weight, _ = pivoted((5, 7), 3, bias=False)
+    x = torch.randn(2, 3, 7, dtype=torch.float64)
+    for part in (layer.rows, layer.coefficients):
+        quantized = part.weight.detach().as_subclass(Quantized)
+        part.weight = nn.Parameter(quantized, requires_grad=False)
+    for pointwise in (False, True):
+        found = layer.take_pointwise(pointwise)(x).as_subclass(Tensor)
+        assert float((found - x @ weight.T).abs().max()) <= TOLERANCE[torch.float64]
 
 
 @both_biases
