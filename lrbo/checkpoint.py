@@ -19,7 +19,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from lrbo import model as maps
 from lrbo.errors import CheckpointError
 from lrbo.families import is_pointwise
-from lrbo.layers import LowRankLinear, PivotedLinear
+from lrbo.layers import LowRankLinear, PivotedLinear, no_weight
 
 METHOD = "lrbo"
 FORMAT = 3
@@ -142,6 +142,11 @@ class LowRankQuantizer(HfQuantizer):
         Raises:
             CheckpointError: If a layer or a tensor is not what it should be, naming it.
         """
+        if model.get_output_embeddings() is None:
+            raise CheckpointError(
+                f"the checkpoint is a causal language model and {type(model).__name__} is none: "
+                "open it with AutoModelForCausalLM, whose base_model is what lies below its head."
+            )
         put_in(model, self.quantization_config)
         if (files := options.get("checkpoint_files")) is not None:
             check_files(model, [Path(file) for file in files], self.quantization_config.parameters)
@@ -155,7 +160,12 @@ class LowRankQuantizer(HfQuantizer):
         Raises:
             CheckpointError: If one is no order, naming it.
         """
+        # transformers refuses float() and half() of a quantized model, and to train it compiled.
+        model.is_quantized = False
         for name, module in model.named_modules():
+            if isinstance(module, LowRankLinear | PivotedLinear) and not module.weight.is_meta:
+                # As read it begins in memory where the next tensor does, which torch.save refuses.
+                module.weight = no_weight(module.weight)
             if isinstance(module, PivotedLinear) and not module.places.is_meta:
                 places = module.places.cpu()
                 if not torch.equal(places.sort().values, torch.arange(len(places)).int()):

@@ -409,6 +409,8 @@ def check_new_folder(key: str, folder: Path) -> list[str]:
 
 def _check_folder(key: str, path: str | None) -> list[str]:
     """Return the problem if a path that cannot be a hub id is no folder with a model."""
+    if path and Path(path).is_file():
+        return [f"{key}={path!r}: a file; expected the folder of a model, with its config.json"]
     is_local = path is not None and (path[:1] in ("/", ".", "~") or path.count("/") > 1)
     if is_local and not Path(str(path)).is_dir():
         return [f"{key}={path!r}: no such folder"]

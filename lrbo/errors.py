@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Literal
 
 Outcome = Literal["completed", "stopped", "failed", "abandoned"]
@@ -111,7 +112,40 @@ def outcome_of(error: Exception) -> Literal["failed", "abandoned"]:
         return "abandoned"
     if isinstance(error, MemoryError | OSError | TimeoutError):
         return "failed"
-    # torch's OutOfMemoryError, and what its CPU allocator says, are RuntimeErrors.
-    if isinstance(error, RuntimeError) and "memory" in str(error).lower():
+    if is_out_of_memory(error):
         return "failed"
     raise error
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Return whether memory ran out.
+
+    torch's OutOfMemoryError, and what its CPU allocator says, are RuntimeErrors.
+    """
+    told = isinstance(error, RuntimeError) and "memory" in str(error).lower()
+    return told or isinstance(error, MemoryError)
+
+
+@contextmanager
+def reading(kind: type[LrboError], what: str) -> Iterator[None]:
+    """Turn whatever a library raises of a file that it cannot read into one error.
+
+    They raise dozens of kinds (a KeyError for an activation function that nobody knows), without
+    a common base.
+
+    Args:
+        kind: Of the error that is raised instead.
+        what: How its message begins.
+
+    Raises:
+        LrboError: Of that kind, where anything came but lack of memory.
+    """
+    try:
+        yield
+    except LrboError:  # which says already what to do
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        plain = isinstance(error, OSError | ValueError)  # others may be one word
+        raise kind(f"{what}: {error if plain else f'{type(error).__name__}: {error}'}") from error

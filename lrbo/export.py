@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
@@ -39,7 +38,7 @@ from lrbo.checkpoint import (
     stored_tensors,
 )
 from lrbo.compression import compress_, replace_module
-from lrbo.errors import CheckpointError
+from lrbo.errors import CheckpointError, reading
 from lrbo.layers import LowRankLinear, PivotedLinear
 from lrbo.lazy import LazyModel
 from lrbo.loading import resolve_device
@@ -130,6 +129,8 @@ def save(
             )
         config = copy.deepcopy(model.config)
         config.dtype = model.dtype
+        if hasattr(config, "auto_map"):  # of the dense model: names files that are not written here
+            del config.auto_map
         config.architectures = [type(model).__name__]
         ranks = {name: rank for name, rank in allocation.ranks.items() if rank is not None}
         with torch.device("meta"):
@@ -295,7 +296,7 @@ def load(
     folder = Path(folder)
     place = resolve_device(str(device), "device")
     config = _config(folder)
-    try:
+    with reading(CheckpointError, f"{folder} is not a whole checkpoint"):
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
@@ -303,8 +304,6 @@ def load(
             use_safetensors=True,
             trust_remote_code=False,
         )
-    except (OSError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"{folder} is not a whole checkpoint: {error}") from error
     return model.to(device=place).eval().requires_grad_(False)
 
 
@@ -329,13 +328,11 @@ def _config(folder: Path) -> PretrainedConfig:
         )
     try:
         LowRankConfig.from_dict(about)
-        config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except CheckpointError as error:
         raise CheckpointError(f"{folder / CONFIG}: {error}") from error
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{folder / CONFIG} cannot be read by transformers {transformers.__version__}: {error}"
-        ) from error
+    release = f"transformers {transformers.__version__}"
+    with reading(CheckpointError, f"{folder / CONFIG} cannot be read by {release}"):
+        config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     # A folder with a modelling file is read as one without: its code is not executed.
     for key in (remote_code.KEY, "auto_map"):
         if hasattr(config, key):

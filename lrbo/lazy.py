@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from lrbo.errors import ModelError
+from lrbo.errors import ModelError, reading
 from lrbo.families import family_of
 
 INDEX = "model.safetensors.index.json"
@@ -44,10 +44,8 @@ class LazyModel:
             ModelError: If the folder is no such checkpoint, or a tensor is missing.
         """
         self.folder, self._dtype, self._device = folder, dtype, torch.device(device)
-        try:
-            config = AutoConfig.from_pretrained(folder)
-        except (OSError, ValueError) as error:
-            raise ModelError(f"cannot read the model in {folder}: {error}") from error
+        with reading(ModelError, f"cannot read the model in {folder}"):
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         with init_empty_weights(include_buffers=False):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
         self.model = model.eval().requires_grad_(False)
@@ -116,8 +114,9 @@ class LazyModel:
     def _index(self) -> dict[str, Path]:
         """Return the file of every stored tensor."""
         if (index := self.folder / INDEX).is_file():
-            where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            return {name: self.folder / file for name, file in where.items()}
+            with reading(ModelError, f"cannot read {index}"):
+                where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+                return {name: self.folder / file for name, file in where.items()}
         single = self.folder / SINGLE
         if not single.is_file():
             raise ModelError(

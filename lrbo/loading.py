@@ -15,7 +15,6 @@ from typing import Literal
 
 import torch
 from platformdirs import user_cache_path
-from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoConfig,
@@ -29,7 +28,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from lrbo.errors import ConfigError, ModelError
+from lrbo.errors import ConfigError, ModelError, reading
 
 log = logging.getLogger(__name__)
 
@@ -138,7 +137,8 @@ def load_model(
         device: Where to.
 
     Raises:
-        ModelError: If the hub or folder does not have it, or a file of it is damaged.
+        ModelError: If the hub or folder does not have it, a file of it is damaged, or tensors are
+            missing.
     """
     if source.source == "tiny":
         model: PreTrainedModel = tiny_model()
@@ -148,12 +148,19 @@ def load_model(
             parameter.data = parameter.data.to(dtype)
     else:
         folder = str(_folder(source))
-        try:
-            model = AutoModelForCausalLM.from_pretrained(
-                folder, revision=source.revision, dtype=dtype or "auto"
+        with reading(ModelError, f"cannot load model {_named(source)}"):
+            model, found = AutoModelForCausalLM.from_pretrained(
+                folder,
+                revision=source.revision,
+                dtype=dtype or "auto",
+                trust_remote_code=False,
+                output_loading_info=True,
             )
-        except (OSError, ValueError, SafetensorError) as error:
-            raise ModelError(f"cannot load model {_named(source)}: {error}") from error
+        if missing := sorted(found["missing_keys"]):
+            raise ModelError(
+                f"model {source.path!r} lacks {len(missing)} of the tensors that its config.json "
+                f"wants ({missing[0]} first), which would start at random; copy it whole."
+            )
     return model.to(device).eval().requires_grad_(False)
 
 
@@ -165,12 +172,11 @@ def load_config(source: ModelSource) -> PretrainedConfig:
     """
     if source.source == "tiny":
         return tiny_config()
-    try:
+    folder = str(_folder(source))
+    with reading(ModelError, f"cannot load model {_named(source)}"):
         config: PretrainedConfig = AutoConfig.from_pretrained(
-            str(_folder(source)), revision=source.revision
+            folder, revision=source.revision, trust_remote_code=False
         )
-    except (OSError, ValueError) as error:
-        raise ModelError(f"cannot load model {_named(source)}: {error}") from error
     return config
 
 
@@ -189,8 +195,8 @@ def load_skeleton(source: ModelSource) -> PreTrainedModel:
                 "config.json); only a dense model can be compressed: give the one that it was "
                 "made from."
             )
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+    with torch.device("meta"), reading(ModelError, f"cannot load model {_named(source)}"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
@@ -202,15 +208,18 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     if source.source == "tiny":
         return byte_tokenizer()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(_folder(source)), revision=source.revision)
-    except (OSError, ValueError) as error:
+        with reading(ModelError, f"cannot load the tokenizer of {_named(source)}"):
+            tokenizer = AutoTokenizer.from_pretrained(
+                str(_folder(source)), revision=source.revision, trust_remote_code=False
+            )
+    except ModelError as error:
         folder = Path(source.path)
         if folder.is_dir() and not [*folder.glob("*token*"), *folder.glob("vocab*")]:
             raise ModelError(
                 f"cannot load the tokenizer of {source.path!r}: the folder has none; write the "
                 f"model's there with tokenizer.save_pretrained({source.path!r})"
             ) from error
-        raise ModelError(f"cannot load the tokenizer of {_named(source)}: {error}") from error
+        raise
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
     return tokenizer
 

@@ -44,6 +44,7 @@ def save_merged(
         CheckpointError: If the folder exists, or the architecture has no place for a bias.
     """
     values = model.config.to_dict()
+    values.pop("auto_map", None)  # names files that are not written here
     low_rank = {
         name: module
         for name, module in model.named_modules()

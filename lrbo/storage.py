@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -79,7 +79,8 @@ def write_text(path: Path, text: str) -> None:
 def new_folder(folder: Path) -> Iterator[Path]:
     """Give a folder beside ``folder`` to write to, and rename it if all went well.
 
-    As with :func:`replacing`, contents reach the disk before the name does.
+    As with :func:`replacing`, contents reach the disk before the name does. Who may read the folder
+    may read its files, whatever wrote them: safetensors makes them their owner's alone.
 
     Raises:
         FileExistsError: If ``folder`` exists, or was made by somebody else meanwhile.
@@ -88,14 +89,16 @@ def new_folder(folder: Path) -> Iterator[Path]:
     if folder.exists():
         raise taken
     folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    beside = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}")
+    beside.mkdir()  # not mkdtemp, which keeps others out where the umask does not
     try:
         yield beside
+        mode = beside.stat().st_mode & 0o666
         for path in beside.rglob("*"):
             if path.is_file():
+                path.chmod(mode)
                 with path.open("rb+") as file:
                     os.fsync(file.fileno())
-        beside.chmod(0o755)
         if folder.exists():  # a rename would replace an empty one
             raise taken
         beside.rename(folder)

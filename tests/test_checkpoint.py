@@ -10,19 +10,26 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, pipeline
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    pipeline,
+)
 from transformers.trainer_utils import validate_quantization_for_training
 
 from lrbo.accounting import STORAGES
 from lrbo.checkpoint import FORMAT, KINDS, LowRankConfig
-from lrbo.errors import ModelError
+from lrbo.errors import CheckpointError, ModelError
 from lrbo.evaluation.perplexity import score
 from lrbo.export import CARD, CONFIG, INDEX, WEIGHTS, load
 from lrbo.layers import LowRankLinear, PivotedLinear
 from lrbo.loading import ModelSource, load_skeleton
 from tests import reference
 from tests.test_export import Compressed, every_form
-from tests.tiny import build, token_ids
+from tests.tiny import CASES, build, token_ids
 
 TOLERANCE = {
     "compiled": 1e-5,  # relative: fused float32 operations round elsewhere
@@ -102,6 +109,24 @@ def test_a_model_moves_to_another_dtype(folder: Path) -> None:
     assert says(model).isfinite().all()
 
 
+def test_nothing_is_forbidden_as_it_is_of_quantized_models(folder: Path) -> None:
+    model = opened(folder)
+    assert {p.dtype for p in model.half().parameters()} == {torch.float16}
+    assert {p.dtype for p in model.float().parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_it_can_be_pickled_whatever_lies_side_by_side_in_the_file(
+    case: str, tmp_path: Path
+) -> None:
+    """torch.save refuses tensors of two dtypes at one address, an empty one and its neighbour."""
+    Compressed(case, moving_bias=True).save(tmp_path / "model")
+    model = opened(tmp_path / "model")
+    torch.save(model.state_dict(), tmp_path / "state")
+    state = torch.load(tmp_path / "state", weights_only=True)
+    assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
+
+
 @pytest.mark.parametrize("first", ["lrbo", "transformers", "transformers.modeling_utils"])
 def test_it_is_enough_to_import_lrbo(first: str, tmp_path: Path) -> None:
     """In any order; and it is lrbo that does it."""
@@ -135,6 +160,14 @@ def test_a_dense_model_is_not_compressed_by_loading_it(tmp_path: Path) -> None:
     wanted = LowRankConfig(format=FORMAT, storage="pivoted", parameters=1)
     with pytest.raises(ValueError, match="lrbo does require the model to be pre-quantized"):
         opened(tmp_path, quantization_config=wanted)
+
+
+@pytest.mark.parametrize(
+    "kind", [AutoModel, AutoModelForSequenceClassification], ids=lambda kind: kind.__name__
+)
+def test_a_model_without_the_head_says_how_to_open_it(kind: Any, folder: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"open it with AutoModelForCausalLM, whose base_mod"):
+        kind.from_pretrained(folder)
 
 
 # --- save_pretrained -----------------------------------------------------------------------------

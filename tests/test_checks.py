@@ -249,6 +249,11 @@ def test_evaluate_needs_only_the_test_text_and_a_checkpoint_that_is_there(tmp_pa
     assert "no config.json in it" in problem
     Path(found.checkpoint, "config.json").touch()
     assert check(found) == []
+    found.checkpoint += "/config.json"
+    assert check(found) == [
+        f"checkpoint={found.checkpoint!r}: a file; expected the folder of a model, with its "
+        "config.json"
+    ]
 
 
 def test_a_page_is_of_one_study() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from lrbo.commands import evaluate
+from lrbo.loading import tiny_config
 from tests.commands import lrbo_command
 from tests.test_zero_shot import write_task
 
@@ -94,6 +95,19 @@ def test_windows_that_are_longer_than_the_model_s_positions_are_refused(texts: P
     )
     assert ran.status == 2
     assert "ptb: windows of 600 tokens, but tiny has 512 positions; choose shorter" in ran.err
+
+
+@pytest.mark.usefixtures("unloadable")
+def test_a_tokenizer_of_another_model_is_refused(
+    texts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tokens that the model does not have end in an IndexError, or bring a GPU down."""
+    small = tiny_config()
+    small.vocab_size = 100
+    monkeypatch.setattr(evaluate, "load_config", lambda source: small)
+    ran = lrbo_command("evaluate", *MODEL, "protocols=[ptb_bolaco]", "text_folder=.")
+    assert ran.status == 2
+    assert "ptb_bolaco: the tokenizer gives the id 220, but tiny has a vocabulary of 100" in ran.err
 
 
 @pytest.mark.usefixtures("unloadable")

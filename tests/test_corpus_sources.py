@@ -42,6 +42,12 @@ def test_a_text_file_is_one_document(tmp_path: Path) -> None:
     assert listed("files", path) == ["one\n\ntwo: grün\n"]
 
 
+def test_a_mark_of_bytes_is_no_text(tmp_path: Path) -> None:
+    for name, text in (("text.txt", "one"), ("text.jsonl", '{"text": "one"}')):
+        (tmp_path / name).write_text(text, encoding="utf-8-sig")
+        assert listed("files", tmp_path / name) == ["one"]
+
+
 def test_home_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "text.txt").write_text("mine", encoding="utf-8")

@@ -9,10 +9,12 @@ from lrbo.errors import (
     ConfigError,
     DataError,
     LrboError,
+    ModelError,
     NonFiniteError,
     StatisticsError,
     TrialError,
     outcome_of,
+    reading,
 )
 
 TRANSIENT = [
@@ -89,3 +91,28 @@ def test_every_error_of_the_package_can_be_caught_as_one() -> None:
     ]
     assert len(own) >= 10
     assert all(issubclass(error, LrboError) for error in own)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (ValueError("no JSON"), "cannot read x: no JSON"),
+        (KeyError("gelu9"), "cannot read x: KeyError: 'gelu9'"),
+        (RuntimeError("sizes differ"), "cannot read x: RuntimeError: sizes differ"),
+    ],
+    ids=name_of,
+)
+def test_what_a_library_raises_of_a_file_is_one_error_of_ours(
+    error: Exception, message: str
+) -> None:
+    with pytest.raises(ModelError) as caught, reading(ModelError, "cannot read x"):
+        raise error
+    assert str(caught.value) == message
+    assert caught.value.__cause__ is error
+
+
+@pytest.mark.parametrize("error", [MemoryError(), TRANSIENT[4], TRANSIENT[5], DataError("short")])
+def test_lack_of_memory_and_our_own_errors_stay_what_they_are(error: Exception) -> None:
+    with pytest.raises(type(error)) as caught, reading(ModelError, "cannot read x"):
+        raise error
+    assert caught.value is error

@@ -275,6 +275,17 @@ def test_loading_executes_no_pickle(checkpoint: Path, monkeypatch: pytest.Monkey
     assert relative(logits(load(checkpoint)), logits(expected)) <= TOLERANCE["loaded"]
 
 
+@pytest.mark.parametrize("merged", [False, True])
+def test_code_of_the_dense_model_is_not_named(merged: bool, tmp_path: Path) -> None:
+    """Phi-3 of the hub names a class of its own, which is not copied."""
+    compressed = Compressed("phi3")
+    compressed.model.config = copy.deepcopy(compressed.model.config)
+    compressed.model.config.auto_map = {"AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"}
+    compressed.write(tmp_path / "model", merged=merged)
+    assert "auto_map" not in json.loads((tmp_path / "model" / CONFIG).read_text(encoding="utf-8"))
+    assert hasattr(compressed.model.config, "auto_map")
+
+
 # --- merged ------------------------------------------------------------------------------------
 
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lrbo import export
 from lrbo.errors import CheckpointError
-from lrbo.export import CONFIG, WEIGHTS, is_checkpoint, load
+from lrbo.export import CONFIG, INDEX, WEIGHTS, is_checkpoint, load
 from tests.test_export import Compressed, checkpoint
 
 __all__ = ["checkpoint"]  # a fixture
@@ -75,6 +75,26 @@ def test_an_architecture_that_transformers_lacks_is_named(checkpoint: Path) -> N
     (checkpoint / CONFIG).write_text(json.dumps(config), encoding="utf-8")
     message = rf"{CONFIG} cannot be read by transformers \d.*llama99"
     with pytest.raises(CheckpointError, match=message):
+        load(checkpoint)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"hidden_size": "16"},
+        {"num_attention_heads": 0},
+        {"hidden_act": "nope"},
+        {"dtype": "float99"},
+        {"auto_map": 3},
+    ],
+)
+def test_values_that_transformers_stumbles_over_are_errors_of_the_checkpoint(
+    checkpoint: Path, value: dict[str, object]
+) -> None:
+    """It raises a kind of its own, a ZeroDivisionError, a KeyError, an AttributeError."""
+    config = json.loads((checkpoint / CONFIG).read_text(encoding="utf-8"))
+    (checkpoint / CONFIG).write_text(json.dumps(config | value), encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"model.* (cannot be read by|is not a whole)"):
         load(checkpoint)
 
 
@@ -248,6 +268,13 @@ def test_a_missing_shard_is_named(shards: Path, loader: Loader) -> None:
     gone.unlink()
     with pytest.raises((CheckpointError, OSError), match=gone.name):
         loader(shards)
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"metadata": {}, "weight_map": null}', "{"])
+def test_an_index_that_is_none_is_refused(shards: Path, text: str) -> None:
+    (shards / INDEX).write_text(text, encoding="utf-8")
+    with pytest.raises(CheckpointError, match="is not a whole checkpoint"):
+        load(shards)
 
 
 @both_loaders

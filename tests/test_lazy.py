@@ -113,6 +113,9 @@ def test_what_is_wrong_with_a_folder_is_said(tmp_path: Path) -> None:
     file.write_bytes(b"not a tensor")
     with pytest.raises(ModelError, match=rf"{name}.*{file.name}"), lazy.open_block(1):
         pass
+    (folder / INDEX).write_text("{}")
+    with pytest.raises(ModelError, match=rf"cannot read .*{INDEX}: KeyError: 'weight_map'"):
+        LazyModel(folder)
     for path in folder.glob("*.safetensors*"):
         path.unlink()
     with pytest.raises(ModelError, match="neither"):

@@ -2,6 +2,7 @@
 
 import copy
 import importlib.metadata
+import json
 import time
 from collections.abc import Callable
 from functools import partial
@@ -11,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from lrbo import loading
@@ -194,6 +196,54 @@ def test_a_damaged_weight_file_is_refused_by_name(tmp_path: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:100])
     with pytest.raises(ModelError, match=str(tmp_path)):
         load_model(ModelSource("hf", str(tmp_path)), dtype=None, device=CPU)
+
+
+def test_a_missing_tensor_is_not_started_at_random(tmp_path: Path) -> None:
+    build("llama_tied").save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        ModelError, match=r"lacks 1 of the tensors .*model\.layers\.1\.mlp\.up_proj\.weig"
+    ):
+        load_model(ModelSource("hf", str(tmp_path)), dtype=None, device=CPU)
+
+
+@pytest.mark.parametrize(
+    ("load", "file", "changes", "message"),
+    [
+        ("model", "config.json", {"hidden_act": "nope"}, "cannot load model .*KeyError: 'nope'"),
+        ("skeleton", "config.json", {"hidden_act": "nope"}, "cannot load model .*KeyError: 'nope'"),
+        ("skeleton", "config.json", {"hidden_size": "16"}, "(?s)cannot load model .*expected int"),
+        ("model", "config.json", {"vocab_size": 3}, "cannot load model .*ignore_mismatched_sizes"),
+        ("tokenizer", "tokenizer.json", {"added_tokens": 3}, "cannot load the tokenizer of"),
+    ],
+)
+def test_what_transformers_stumbles_over_is_an_error_of_the_model(
+    load: str, file: str, changes: dict[str, object], message: str, tmp_path: Path
+) -> None:
+    build("llama_tied").save_pretrained(tmp_path)
+    BYTES.save_pretrained(tmp_path)
+    values = json.loads((tmp_path / file).read_text(encoding="utf-8"))
+    (tmp_path / file).write_text(json.dumps(values | changes), encoding="utf-8")
+    with pytest.raises(ModelError, match=message):
+        LOADERS[load](ModelSource("hf", str(tmp_path)))
+
+
+@pytest.mark.parametrize("load", LOADERS)
+def test_no_code_of_a_folder_is_executed_nor_asked_for(
+    load: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By itself transformers asks on a terminal, and executes it after a yes."""
+    code = {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}
+    (tmp_path / "evil.py").write_text("raise SystemExit('was executed')", encoding="utf-8")
+    config = {"model_type": "evil", "auto_map": code}
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    tokenizer = {"auto_map": {"AutoTokenizer": ["evil.T", "evil.T"]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(ModelError, match=r"cannot load .*custom code"):
+        LOADERS[load](ModelSource("hf", str(tmp_path)))
 
 
 # --- packaged ----------------------------------------------------------------------------------

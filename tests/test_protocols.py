@@ -193,6 +193,12 @@ def test_penn_treebank_s_lines_have_no_blanks_around_them(
     assert text_of(path, tokenizer, "ptb") == "no it was n't black <unk> but whil"
 
 
+def test_a_mark_of_bytes_is_no_text(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    path = tmp_path / "ptb.test.txt"
+    path.write_text("no it", encoding="utf-8-sig")
+    assert text_of(path, tokenizer, "ptb") == "no i"
+
+
 def test_a_text_that_is_cut_off_is_not_the_protocol_s(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:

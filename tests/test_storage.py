@@ -5,7 +5,9 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from lrbo.storage import is_full, new_folder, replacing, write_text
 
@@ -115,6 +117,21 @@ def test_a_new_folder_appears_only_when_it_is_whole(tmp_path: Path) -> None:
     assert files(folder / "deep") == {"a": "A"}
     assert (folder / "b").read_text(encoding="utf-8") == "B"
     assert folder.stat().st_mode & 0o777 == 0o755  # a temporary folder is its owner's alone
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_who_may_read_a_new_folder_is_the_umask_s_to_say(tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        with new_folder(tmp_path / "model") as beside:
+            save_file({"x": torch.ones(1)}, beside / "weights")  # its owner's alone as it is made
+            (beside / "inside").mkdir()
+            (beside / "inside" / "text").write_text("x", encoding="utf-8")
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*")}
+    folder, file = 0o777 & ~umask, 0o666 & ~umask
+    assert modes == {"model": folder, "inside": folder, "weights": file, "text": file}
 
 
 @pytest.mark.parametrize("error", [ValueError, OSError, KeyboardInterrupt, Interrupted])

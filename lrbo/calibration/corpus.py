@@ -293,7 +293,7 @@ def _packaged_documents(name: str) -> Iterator[str]:
 def _file_documents(path: Path) -> Iterator[str]:
     """Yield a text file whole, or the ``text`` field of each line of a .jsonl file."""
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:  # some editors write a mark of bytes first
             if path.suffix != ".jsonl":
                 yield file.read()
                 return

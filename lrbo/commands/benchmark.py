@@ -72,7 +72,8 @@ def run(chosen: BenchmarkConfig, reporter: Reporter) -> dict[str, Any]:
                 log.warning("torch.compile failed, so nothing is compiled: %s", failure)
         kinds += measure_kinds(model, twin, settings)
         advance(1)
-    files = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    # lrbo_text.safetensors beside them holds no weights
+    files = sum(file.stat().st_size for file in folder.glob("model*.safetensors"))
     found: dict[str, Any] = {
         "checkpoint": str(folder),
         "device": str(device),

@@ -158,7 +158,15 @@ def _texts_and_tasks(
             tasks = load_tasks(chosen.tasks, folder)
         except DataError as error:
             problems += error.problems
-    positions = getattr(load_config(subject.source), "max_position_embeddings", None)
+    about = load_config(subject.source)
+    positions = getattr(about, "max_position_embeddings", None)
+    vocabulary = getattr(about, "vocab_size", None)
+    problems += [
+        f"{name}: the tokenizer gives the id {int(found.ids.max()):,}, but {subject.name} has a "
+        f"vocabulary of {vocabulary:,}; restore tokenizer and config.json"
+        for name, found in windows.items()
+        if vocabulary is not None and int(found.ids.max()) >= vocabulary
+    ]
     problems += [
         f"{name}: windows of {found.ids.shape[1]:,} tokens, but {subject.name} has {positions:,} "
         "positions; choose shorter windows"

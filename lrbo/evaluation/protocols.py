@@ -156,7 +156,7 @@ def _lines(path: Path, *, strip: bool) -> Iterator[str]:
     is an empty row; Penn Treebank's have neither.
     """
     try:
-        with path.open(encoding="utf-8", newline="\n") as file:
+        with path.open(encoding="utf-8-sig", newline="\n") as file:
             for line in file:
                 yield line.strip() if strip or not line.strip() else line
     except (OSError, UnicodeDecodeError) as error:
