@@ -170,8 +170,9 @@ def _convergence(study: Study, table: pd.DataFrame) -> Iterator[str]:
         x=done["trial"].tolist(), y=done["best_perplexity"].tolist(), mode="lines",
         name="best so far", hoverinfo="skip", line={"shape": "hv", "color": INK, "width": 1.5},
     )  # fmt: skip
-    _levels(figure, study, 0, float(done["trial"].max()), "dense", "uniform")
-    figure.update_xaxes(title="trial", **_whole(len(table)))
+    last = float(table["trial"].max())
+    _levels(figure, study, 0, last, "dense", "uniform")
+    figure.update_xaxes(title="trial", range=[-0.5, last + 0.5], **_whole(len(table)))
     _perplexity_axis(figure, done)
     counts = [
         f"{count} {name}"
