@@ -229,6 +229,7 @@ def _set_up_logging(reporter: Reporter) -> None:
         "transformers",
         "huggingface_hub",
         "lm_eval",
+        "urllib3",
     ):
         logging.getLogger(chatty).setLevel(logging.ERROR)
         logging.getLogger(chatty).handlers.clear()

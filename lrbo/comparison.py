@@ -65,7 +65,7 @@ def draw(table: pd.DataFrame, *, about: str = "") -> Figure:
     reach = max(0.08 * (largest - smallest), 0.01)
     axes.set_xlim(smallest - reach, largest + reach)
     axes.xaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 5, 10]))
-    axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0))
     axes.set_xlabel("parameters kept in the compressible layers", fontsize=TEXT_PT)
     done["size"] = done["keep_ratio"].round(2)  # ranks round, seeds do not meet exactly
     for place, (name, some) in enumerate(done.groupby(["method", "space"], sort=False)):

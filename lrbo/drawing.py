@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, LogLocator
+from matplotlib.transforms import Bbox
 
 # Okabe and Ito's palette, which people with any form of colour blindness can tell apart.
 BLUE, SKY, GREEN = "#0072B2", "#56B4E9", "#009E73"
@@ -182,17 +183,33 @@ def label(
 
 
 def legend(figure: Figure, axes: Axes, more: Sequence[Patch] = ()) -> None:
-    """Put the legend in one line between title and data, where it covers nothing."""
+    """Put the legend between title and data, where it covers nothing.
+
+    It has as many lines as it needs, and all axes begin as much lower: what is placed by their
+    final size comes after it.
+    """
     handles = [*more, *axes.get_legend_handles_labels()[0]]
-    figure.legend(
-        handles=handles,
-        loc="upper left",
-        bbox_to_anchor=(0.004, 1 - 0.6 / figure.get_figheight()),
-        ncols=len(handles),
-        frameon=False,
-        fontsize=TEXT_PT - 1,
-        handlelength=1.6,
-        handletextpad=0.5,
-        columnspacing=1.4,
-        borderpad=0.2,
-    )
+
+    def put(columns: int) -> Bbox:
+        for earlier in figure.legends[:]:
+            earlier.remove()
+        return figure.legend(
+            handles=handles,
+            loc="upper left",
+            bbox_to_anchor=(0.004, 1 - 0.6 / figure.get_figheight()),
+            ncols=columns,
+            frameon=False,
+            fontsize=TEXT_PT - 1,
+            handlelength=1.6,
+            handletextpad=0.5,
+            columnspacing=1.4,
+            borderpad=0.2,
+        ).get_window_extent()
+
+    columns = len(handles)
+    one_line = place = put(columns)
+    while place.x1 > figure.bbox.x1 and columns > 1:
+        columns -= 1
+        place = put(columns)
+    lower = (place.height - one_line.height) / figure.bbox.height
+    figure.subplots_adjust(top=figure.subplotpars.top - lower)

@@ -29,7 +29,7 @@ from lrbo.drawing import (
 )
 from lrbo.optimization.client import Diagnosis, diagnose, observations_of
 from lrbo.optimization.study import Study
-from lrbo.plots import ORIGINS, SIZE_LABELS
+from lrbo.plots import ORIGINS, SIZE_LABELS, UNDRAWN
 from lrbo.results import (
     dense_size,
     described,
@@ -45,6 +45,7 @@ SYMBOLS = {
     "s": "square", "P": "cross", "D": "diamond", "X": "x", "^": "triangle-up", "o": "circle",
     "v": "triangle-down",
 }  # fmt: skip
+FEW = 12  # numbers on an axis, each of which has a tick
 PAGE = Template("""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
@@ -169,10 +170,22 @@ def _convergence(study: Study, table: pd.DataFrame) -> Iterator[str]:
         x=done["trial"].tolist(), y=done["best_perplexity"].tolist(), mode="lines",
         name="best so far", hoverinfo="skip", line={"shape": "hv", "color": INK, "width": 1.5},
     )  # fmt: skip
-    _levels(figure, study, 0, float(done["trial"].max()), "dense", "uniform")
-    figure.update_xaxes(title="trial")
+    last = float(table["trial"].max())
+    _levels(figure, study, 0, last, "dense", "uniform")
+    figure.update_xaxes(title="trial", range=[-0.5, last + 0.5], **_whole(len(table)))
     _perplexity_axis(figure, done)
-    yield _part("Trials in order", figure)
+    counts = [
+        f"{count} {name}"
+        for outcomes, _, name in UNDRAWN
+        if (count := int(table["outcome"].isin(outcomes).sum()))
+    ]
+    note = f"Not drawn, but in the table below: {', '.join(counts)}." if counts else ""
+    yield _part("Trials in order", figure, note)
+
+
+def _whole(count: int) -> dict[str, int]:
+    """Return ticks for an axis of so many whole numbers; of a few, plotly would mark halves."""
+    return {"dtick": 1} if count <= FEW else {}
 
 
 def _levels(figure: go.Figure, study: Study, low: float, high: float, *labels: str) -> None:
@@ -237,7 +250,7 @@ def _ranks(study: Study, best: TrialRecord) -> Iterator[str]:
             hovertemplate="%{text}<br>%{z:.1%} kept<extra></extra>",
         )
     )  # fmt: skip
-    figure.update_xaxes(title="block")
+    figure.update_xaxes(title="block", **_whole(len(shares.columns)))
     yield _part(f"What the best trial keeps, {best.request.trial_index}", figure)
 
 

@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -36,13 +36,13 @@ def status_of(error: KeyboardInterrupt) -> int:
 
 
 @contextmanager
-def listening() -> Iterator[None]:
+def listening(signals: Sequence[signal.Signals] = SIGNALS) -> Iterator[None]:
     """Turn the first signal to stop into :class:`Interrupted`; a second one ends the process.
 
     What holds signals already keeps them, and threads cannot.
     """
     mine = threading.current_thread() is threading.main_thread()
-    handlers = {number: signal.getsignal(number) for number in SIGNALS} if mine else {}
+    handlers = {number: signal.getsignal(number) for number in signals} if mine else {}
     free = (signal.default_int_handler, signal.SIG_DFL)  # `nohup` and its like ignore some
     taken = [number for number, handler in handlers.items() if handler in free]
     handle = _handler()
@@ -74,6 +74,8 @@ def _handler() -> Callable[[int, FrameType | None], Any]:
     def handle(number: int, _: FrameType | None) -> None:
         nonlocal asked
         if asked:
+            if number == signal.SIGHUP:  # shell and system both tell of a terminal that is gone
+                return
             if sys.stderr.isatty():  # a bar hides it
                 os.write(2, SHOW_CURSOR.encode())
             os._exit(128 + number)

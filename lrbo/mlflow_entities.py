@@ -55,6 +55,11 @@ def cut(text: str, length: int) -> str:
     return text if len(text) <= length else text[: length - 3] + "..."
 
 
+def first_line(text: str) -> str:
+    """Return the first line of a message, without a password that an address may carry."""
+    return cut(re.sub(r"//[^/@\s]+@", "//", text).strip().partition("\n")[0], 300)
+
+
 def milliseconds(seconds: float) -> int:
     """Return a Unix time as mlflow counts it."""
     return round(1000 * seconds)

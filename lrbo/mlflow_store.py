@@ -21,6 +21,7 @@ from lrbo.errors import TrackingError
 from lrbo.mlflow_entities import (
     TAG_LENGTH,
     cut,
+    first_line,
     input_of,
     key_of,
     metrics_of,
@@ -69,9 +70,7 @@ class StudyRuns:
         """
         self._database = _sqlite_file(uri)
         if self._database is None:
-            # mlflow's own 7 retries of 120 s would hold up a search for minutes.
-            os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-            os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+            _lose_patience()
         from mlflow import MlflowClient
 
         # It shows a traceback of everything that it raises; the import has set a level of its own.
@@ -101,7 +100,7 @@ class StudyRuns:
         self._artifacts: Path | None = None  # of the parent run, where they are files here
         self._shown: set[int] = set()
         self._half_written: dict[int, str] = {}
-        self._nll: dict[int, float] = {}
+        self._values: dict[int, tuple[float, float]] = {}  # objective and nll of a trial
 
     def begin(self, config: Mapping[str, Any]) -> None:
         """Find or make the parent run, and look up which trials have their child run."""
@@ -131,7 +130,7 @@ class StudyRuns:
             if run.info.status in ENDED.values():
                 self._shown.add(index)
                 if "nll" in run.data.metrics:
-                    self._nll[index] = run.data.metrics["nll"]
+                    self._values[index] = _values(run.data.metrics)
             else:
                 self._half_written[index] = run.info.run_id
 
@@ -259,8 +258,9 @@ class StudyRuns:
         index, metrics = record.request.trial_index, record.metrics
         progress = {name: metrics[name] for name in ("nll", "keep_ratio") if name in metrics}
         if "nll" in metrics:
-            self._nll[index] = metrics["nll"]
-            progress["best_nll"] = min(nll for other, nll in self._nll.items() if other <= index)
+            self._values[index] = _values(metrics)
+            so_far = (values for other, values in self._values.items() if other <= index)
+            progress["best_nll"] = min(so_far)[1]
         return progress
 
     def _close(self, run_id: str, status: str, ended: int) -> None:
@@ -321,20 +321,33 @@ class StudyRuns:
             connection.execute("ROLLBACK")
 
 
+def _lose_patience() -> None:
+    """Ask a server that does not answer twice; mlflow would try for minutes."""
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+
+
 def pages_of_runs(uri: str) -> dict[str, str]:
     """Return the ends of the UI's addresses that show runs, by what they show, newest study first.
 
     Raises:
-        TrackingError: If another version of mlflow made the store.
+        TrackingError: If the store cannot be read; the UI could not read it either.
     """
+    _lose_patience()
     from mlflow import MlflowClient
 
     try:
         experiments = MlflowClient(tracking_uri=uri).search_experiments()
     except store_errors() as error:
+        where = first_line(uri)
         if is_other_version(error):
-            raise TrackingError(other_version(uri)) from error
-        return {}  # the UI itself says best why the store cannot be read
+            raise TrackingError(other_version(where)) from error
+        reason = first_line(f"{type(error).__name__}: {error}")
+        raise TrackingError(
+            f"the MLflow store at {where} cannot be read ({reason}). What lrbo put there is in the "
+            "journals; move a damaged file away and make it again with: lrbo report 'study=*' "
+            "sync=true"
+        ) from error
     pages = {}
     for found in experiments:
         if found.name == "Default":  # mlflow's own, which is always there and empty
@@ -372,6 +385,11 @@ def store_errors() -> tuple[type[Exception], ...]:
 
     # ImportError: mlflow beside a SQLAlchemy that it does not know.
     return (MlflowException, SQLAlchemyError, CommandError, sqlite3.Error, OSError, ImportError)
+
+
+def _values(metrics: Mapping[str, float]) -> tuple[float, float]:
+    """Return what the best trial has lowest, and its nll."""
+    return metrics.get("objective", metrics["nll"]), metrics["nll"]
 
 
 def _sqlite_file(uri: str) -> Path | None:

@@ -54,6 +54,7 @@ def trials_of(
     metrics: Sequence[str],
     size: str | None,
     when: float,
+    loss: str = "nll",
 ) -> str:
     """Return the tag of the view of a study's trials: best first, and charts of all of them.
 
@@ -64,6 +65,7 @@ def trials_of(
         metrics: Columns of the table, in order.
         size: Metric that is minimised beside the loss; ``None`` at one budget.
         when: Unix time.
+        loss: Metric that the best trial has lowest.
     """
     columns = [
         *(f"metrics.`{name}`" for name in metrics),
@@ -88,7 +90,7 @@ def trials_of(
     )
     state = {
         "searchFilter": f"tags.`lrbo.study_id` = '{study_id}' and tags.`lrbo.role` = 'trial'",
-        "orderByKey": f"metrics.`{size or 'nll'}`",
+        "orderByKey": f"metrics.`{size or loss}`",
         "orderByAsc": True,
         **_table(columns),
         "runsHiddenMode": "SHOW_ALL",  # else charts have the first ten only

@@ -72,6 +72,8 @@ ORIGINS: Mapping[str, OriginStyle] = {
 }
 
 
+# Trials without a perplexity stand along the upper edge: outcomes, marker, what they are called.
+UNDRAWN = ((("stopped",), "|", "stopped early"), (("failed", "abandoned"), "x", "no value"))
 DENSE_POINT: Mapping[str, Any] = {
     "color": GREEN,
     "linestyle": "none",
@@ -95,7 +97,6 @@ def convergence(
         about: Second line of the title: study, model, budget.
     """
     done = frame[frame["outcome"] == "completed"]
-    lost = frame[frame["outcome"].isin(["failed", "abandoned"])]
     figure, (axes,) = new_figure(f"Perplexity over {_trials(len(frame))}", about, 4.6, right=0.83)
     known = [value for value in (dense, uniform) if value is not None]
     perplexity_axis(axes, [*done["perplexity"], *known])
@@ -134,20 +135,22 @@ def convergence(
                 label=style.label,
                 zorder=3,
             )
-    if len(lost):
-        axes.plot(
-            lost["trial"],
-            [0.97] * len(lost),
-            "x",
-            color=GREY,
-            markersize=7,
-            markeredgewidth=1.6,
-            transform=axes.get_xaxis_transform(),
-            label="no value",
-            zorder=3,
-        )
-    label_right(axes, labels)
+    for outcomes, marker, name in UNDRAWN:
+        lost = frame[frame["outcome"].isin(outcomes)]
+        if len(lost):
+            axes.plot(
+                lost["trial"],
+                [0.97] * len(lost),
+                marker,
+                color=GREY,
+                markersize=7,
+                markeredgewidth=1.6,
+                transform=axes.get_xaxis_transform(),
+                label=name,
+                zorder=3,
+            )
     legend(figure, axes)
+    label_right(axes, labels)
     return figure
 
 
@@ -205,13 +208,13 @@ def _front_of_one_size(done: pd.DataFrame, dense: float | None, about: str) -> F
     )
     perplexity_axis(axes, [*done["perplexity"], *([] if dense is None else [dense])], along="x")
     smallest, largest = float(done["keep_ratio"].min()), float(done["keep_ratio"].max())
-    rows = [f"{_share(smallest, largest)}\nkept"] + ([] if dense is None else ["dense\n100%"])
+    rows = [_share(smallest, largest)] + ([] if dense is None else ["dense\n100%"])
     axes.set_yticks(range(len(rows)), rows)
     axes.tick_params(axis="y", length=0)
     axes.set_ylim(-0.7, len(rows) - 0.5)
     axes.grid(visible=False, axis="y")
     axes.grid(axis="x", color=GRID, linewidth=0.8)
-    lowest = done.sort_values("perplexity", kind="stable").iloc[0]
+    lowest = done.sort_values("objective", kind="stable").iloc[0]
     alone = done.assign(on_front=done["trial"] == lowest["trial"])
     for some, look in _front_series(alone, "best trial"):
         axes.plot(some["perplexity"], [0.0] * len(some), **look)
@@ -399,6 +402,6 @@ def _trials(count: int) -> str:
 
 
 def _share(smallest: float, largest: float) -> str:
-    """Return a range of keep ratios in percent; one number where they print the same."""
+    """Return a range of keep ratios on two lines; one number where they print the same."""
     first, last = f"{smallest:.1%}", f"{largest:.1%}"
-    return first if first == last else f"{first} to {last}"
+    return f"{first}\nkept" if first == last else f"{first} to\n{last} kept"

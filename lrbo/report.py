@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
 from rich import box
 from rich.console import Console
+from rich.measure import Measurement
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
@@ -28,7 +30,7 @@ from lrbo.results import (
 )
 from lrbo.trial import TrialRecord
 
-WIDTH = 80
+WIDTH, INDENT = 80, 2
 SHOWN = 10  # rows of the front and of failures; what is left out is counted
 
 
@@ -50,18 +52,23 @@ def print_report(study: Study, console: Console) -> None:
 def print_comparison(table: pd.DataFrame, console: Console) -> None:
     """Print several studies, one line each, at most 80 columns wide.
 
+    They are called by their names where something else than method, space, size and seed tells
+    them apart.
+
     Args:
         table: From :func:`lrbo.comparison.compared`.
         console: Where to.
     """
     report = _Report(console, min(console.width, WIDTH))
-    shown = _table("method", "space", "kept", "seed", "trials", "uniform", "best", "test", gap=0)
-    for row in table.to_dict("records"):
+    settings = ["method", "space", "kept", "seed"]
+    rows = table.assign(kept=[_number(_known(kept), ".1%") for kept in table["keep_ratio"]])
+    if rows["model"].nunique() > 1 or rows.duplicated(settings).any():
+        settings = ["study", "kept"]
+    shown = _table(*settings, "trials", "uniform", "best", "test", gap=0)
+    shown.columns[0].no_wrap, shown.columns[0].overflow = False, "fold"
+    for row in rows.to_dict("records"):
         shown.add_row(
-            str(row["method"]),
-            str(row["space"]),
-            _number(_known(row["keep_ratio"]), ".1%"),
-            str(row["seed"]),
+            *(str(row[key]) for key in settings),
             str(row["trials"]),
             *(_perplexity(_known(row[key])) for key in ("uniform", "best", "test")),
         )
@@ -81,18 +88,34 @@ class _Report:
     console: Console
     width: int
 
-    def part(self, title: str, body: Table, note: str = "") -> None:
-        """Print one part."""
+    def part(self, title: str, body: Table, note: str = "", less: Sequence[str] = ()) -> None:
+        """Print one part.
+
+        Args:
+            title: Of the part.
+            body: Its table.
+            note: Printed below.
+            less: Columns that a narrow terminal goes without, the first one first: half a number
+                is worse than none.
+        """
+        wide, omitted = self.console.options.update_width(sys.maxsize), []
+        for name in less:
+            if Measurement.get(self.console, wide, body).maximum + INDENT <= self.width:
+                break
+            body.columns = [column for column in body.columns if column.header != name]
+            omitted.append(name)
         self.console.print()
         self.console.print(Text(title, style="bold"), width=self.width)
-        indented = Padding(body, (0, 0, 0, 2), expand=False)
+        indented = Padding(body, (0, 0, 0, INDENT), expand=False)
         self.console.print(indented, width=self.width, highlight=False)
+        if omitted:
+            self.note(f"no room here for {', '.join(omitted)}")
         if note:
             self.note(note)
 
     def note(self, text: str) -> None:
         """Print a remark."""
-        indented = Padding(Text(text, style="dim"), (0, 0, 0, 2), expand=False)
+        indented = Padding(Text(text, style="dim"), (0, 0, 0, INDENT), expand=False)
         self.console.print(indented, width=self.width)
 
 
@@ -149,7 +172,7 @@ def _print_results(study: Study, report: _Report) -> None:
             test = _perplexity(tested.get(index))
             style = "bold" if name == "best" else ""
             table.add_row(name, str(index), *_cells(record.metrics), test, style=style)
-    report.part("Results", table)
+    report.part("Results", table, less=("MACs", "size", "params", "KL", "nll"))
     notes = [
         "nll and KL(dense || compressed): nats per token on the validation text",
         "kept: share of the parameters of the compressible layers",
@@ -223,7 +246,8 @@ def _print_front(study: Study, report: _Report) -> None:
             *([_size(beside, metrics)] if beside else []),
         )
     note = f"and {len(front) - SHOWN} larger" if len(front) > SHOWN else ""
-    report.part("Front: no other trial is both smaller and better", table, note)
+    title = "Front: no other trial is both smaller and better"
+    report.part(title, table, note, less=("parameters", "nll"))
     if (area := summary(study)["hypervolume"]) is not None:
         ends = ", ".join(f"{name} {value:.6g}" for name, value in area["reference"].items())
         report.note(f"hypervolume {area['value']:.4g} (loss x {area['size']}) below {ends}")

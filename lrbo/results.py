@@ -367,12 +367,15 @@ def described(study: Study) -> dict[str, str]:
     budget = f"{about['budget_parameters']:,} parameters, {keep:.4g} of the compressible ones"
     if lowest is not None:
         budget = f"from {lowest:.4g} to {keep:.4g} of the parameters of compressible layers"
-    return {
+    lines = {
         "Study": study.name,
         "Model": f"{config['model']['name']} ({about['dtype']} on {about['device']})",
         "Method": f"{config['method']['name']}, space {config['space']['name']}",
         "Budget": budget,
     }
+    if weight := config["search"]["kl_weight"]:
+        lines["Loss"] = f"nll + {weight:g} KL(dense || compressed), which the best has lowest"
+    return lines
 
 
 def _subtitle(study: Study) -> str:

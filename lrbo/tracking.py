@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from lrbo.errors import TrackingError
-from lrbo.mlflow_entities import cut
+from lrbo.mlflow_entities import first_line
 from lrbo.mlflow_store import StudyRuns, is_other_version, other_version, store_errors
 from lrbo.presentation import Checkpoint, Presentation
 from lrbo.trial import TrialRecord
@@ -222,8 +221,8 @@ class MlflowTracker:
             yield
         except store_errors() as error:
             self._view = None  # what it remembers of the store may be wrong now
-            reason = _one_line(f"{type(error).__name__}: {error}")
-            where = _one_line(self._uri)
+            reason = first_line(f"{type(error).__name__}: {error}")
+            where = first_line(self._uri)
             if is_other_version(error):
                 reason = other_version(where)
             command = f"lrbo report study={self._study_name} sync=true"
@@ -244,10 +243,5 @@ class MlflowTracker:
             self._retry_at = time.monotonic() + RETRY_SECONDS
         else:
             if self._retry_at is not None:
-                log.info("MLflow at %s works again", _one_line(self._uri))
+                log.info("MLflow at %s works again", first_line(self._uri))
             self._retry_at = None
-
-
-def _one_line(text: str) -> str:
-    """Return the first line of a message, without a password that an address may carry."""
-    return cut(re.sub(r"//[^/@\s]+@", "//", text).strip().partition("\n")[0], 300)

@@ -411,11 +411,12 @@ def test_a_dashboard_whose_port_is_taken_names_it(cache: Path, commands: list[li
     assert commands == []
 
 
-def test_ctrl_c_ends_a_dashboard_in_order(
-    cache: Path, commands: list[list[str]], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_ctrl_c_and_a_closed_terminal_end_a_dashboard_in_order(
+    number: int, cache: Path, commands: list[list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(_: object) -> None:
-        raise KeyboardInterrupt
+        signal.raise_signal(number)
 
     ended: list[object] = []
     monkeypatch.setattr(Server, "wait", interrupted)

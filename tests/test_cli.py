@@ -63,7 +63,7 @@ def test_a_search_leaves_a_study_with_pictures(searched: tuple[Path, Ran]) -> No
         path.name for path in study.iterdir()
     }
     assert "Results" in ran.out
-    assert "Trial   5/5" in ran.err
+    assert "Trial   4 (5/5) model" in ran.err
 
 
 def test_a_finished_search_typed_again_adds_nothing(project: Path, searched: Any) -> None:

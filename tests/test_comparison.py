@@ -64,5 +64,19 @@ def test_several_studies_have_a_line_each(tmp_path: Path) -> None:
     assert max(map(len, text.splitlines())) <= 80
     found = part(text, "Perplexity of 3 studies")
     kept = f"{100 * table['keep_ratio'][0]:.1f}%"
+    assert "first" not in text
     assert found[1] == ["bolaco", "per_kind", kept, "0", "4", "20.09", "9.49", "10.75"]
     assert found[3] == ["svd_llm", "per_kind", "-", "0", "0", "-", "-", "-"]
+
+
+def test_studies_that_differ_in_something_else_are_called_by_their_names(tmp_path: Path) -> None:
+    names = ["one", "a_long_name_of_a_study_that_goes_on_and_on_until_it_does_not_fit_any_more"]
+    studies = [with_everything(Journal(tmp_path / name)) for name in names]
+    out = io.StringIO()
+    print_comparison(comparison.compared(studies), Console(width=80, file=out, highlight=False))
+    lines = out.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    found = part(out.getvalue(), "Perplexity of 2 studies")
+    assert found[0] == ["study", "kept", "trials", "uniform", "best", "test"]
+    assert found[1][0] == "one"
+    assert found[2][0] + found[3][0] == names[1]

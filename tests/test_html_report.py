@@ -67,6 +67,7 @@ def test_the_trials_are_drawn_in_order_with_the_best_so_far(study: Study, page: 
     assert found["uniform baseline"]["x"] == [0]
     assert found["Sobol"]["x"] == [1, 2]
     assert found["surrogate model"]["x"] == [3, 4, 5, 6]
+    assert "Not drawn, but in the table below: 1 no value." in page
     best = [record.metrics["perplexity"] for record in study.state.completed]
     assert found["best so far"]["y"] == [min(best[: k + 1]) for k in range(7)]
 

@@ -50,13 +50,13 @@ def test_a_search_tells_of_trials_and_keeps_best_and_time_up_to_date(tmp_path: P
     live.update()
     live.ended(journal.complete(0, 3.0, "uniform"))
     live.ended(journal.complete(1, 3.5, "start"))
-    live.ended(journal.fail(2, "NonFiniteError: loss is nan"))
+    live.ended(journal.fail(2, "NonFiniteError: loss is nan\nin window 3"))
     live.ended(journal.complete(3, 2.0, "model"))
     assert said == [
-        "Trial   1/8 uniform  perplexity    20.086  best    20.086    2.9 s *",
-        "Trial   2/8 start    perplexity    33.115  best    20.086    2.9 s",
-        "Trial   3/8 sobol    abandoned: NonFiniteError: loss is nan",
-        "Trial   4/8 model    perplexity     7.389  best     7.389    2.9 s *",
+        "Trial   0 (1/8) uniform  perplexity    20.086  best    20.086    2.9 s *",
+        "Trial   1 (2/8) start    perplexity    33.115  best    20.086    2.9 s",
+        "Trial   2 (3/8) sobol    abandoned: NonFiniteError: loss is nan",
+        "Trial   3 (4/8) model    perplexity     7.389  best     7.389    2.9 s *",
     ]
     assert shown == [
         (0, "", None),
@@ -115,7 +115,7 @@ def test_it_is_gone_from_the_screen_when_the_search_is_over(tmp_path: Path) -> N
         reporter._bars.refresh()
         search, trial = screen(out.getvalue())
     assert "0/8 trials" in search
-    assert trial.startswith("Trial 1 ")
+    assert trial.startswith("Trial 0 ")
     assert "proposing" in trial
     assert screen(out.getvalue()) == []
 
@@ -179,4 +179,4 @@ def test_in_a_log_there_are_the_lines_of_trials_alone(tmp_path: Path) -> None:
     with live_search(reporter, journal.study, chosen, lambda: 1) as live, live.proposing(0):
         live.ended(journal.complete(0, 3.0, "uniform"))
     (line,) = out.getvalue().splitlines()
-    assert line.startswith("Trial   1/8 uniform ")
+    assert line.startswith("Trial   0 (1/8) uniform ")

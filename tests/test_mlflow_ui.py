@@ -28,6 +28,8 @@ def test_the_trials_of_a_study_and_no_other_runs_are_shown_best_first() -> None:
     assert (state["orderByKey"], state["orderByAsc"]) == ("metrics.`nll`", True)
     assert state["selectedColumns"][0] == "metrics.`nll`"
     assert state["columnOrder"][-len(state["selectedColumns"]) :] == state["selectedColumns"]
+    weighted = mlflow_ui.trials_of("mine", "an-id", ["a"], ["nll"], None, 5.0, "objective")
+    assert unpacked(weighted)["orderByKey"] == "metrics.`objective`"
     assert unpacked(trials("model_bytes"))["orderByKey"] == "metrics.`model_bytes`"
 
 

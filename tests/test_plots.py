@@ -41,7 +41,7 @@ def trials() -> pd.DataFrame:
             (6, "model", "completed", 27.0, 0.6999, 26.0, False),
         ],
         columns=COLUMNS,
-    )
+    ).assign(objective=lambda table: table["perplexity"].map(math.log))
 
 
 @pytest.fixture
@@ -163,6 +163,18 @@ def test_convergence_labels_the_lines_themselves(trials: pd.DataFrame) -> None:
     assert figure.legends[0].get_window_extent().y0 > top_of_data
 
 
+def test_a_legend_of_every_origin_takes_lines_and_covers_nothing(trials: pd.DataFrame) -> None:
+    every = pd.concat([trials.iloc[[0]].assign(origin=one) for one in plots.ORIGINS])
+    lost = pd.concat([trials.iloc[[3]], trials.iloc[[3]].assign(trial=4, outcome="stopped")])
+    figure = plots.convergence(pd.concat([every, lost]), 17.0, 30.5)
+    (axes,) = figure.axes
+    assert len(legend(figure)) == len(plots.ORIGINS) + 3
+    assert [x for x, _ in points(lines(axes)["stopped early"])] == [4]
+    assert [x for x, _ in points(lines(axes)["no value"])] == [3]
+    assert_inside(figure)
+    assert figure.legends[0].get_window_extent().y0 > axes.get_window_extent().y1
+
+
 def test_convergence_leaves_out_what_is_not_known(trials: pd.DataFrame) -> None:
     first = trials.iloc[:1]
     figure = plots.convergence(first, None, 30.0)
@@ -217,10 +229,21 @@ def test_front_of_one_budget_is_a_strip_with_the_dense_model_apart(trials: pd.Da
     assert texts(axes) == ["uniform 30.00", "26.00 in trial 5", "dense 17.00"]
     assert [t.get_text() for t in axes.get_yticklabels()] == ["70.0%\nkept", "dense\n100%"] or [
         t.get_text() for t in axes.get_yticklabels()
-    ] == ["69.9% to 70.0%\nkept", "dense\n100%"]
+    ] == ["69.9% to\n70.0% kept", "dense\n100%"]
     assert headings(figure) == ["Perplexity of 6 trials within one budget", "a study"]
     assert axes.get_xlabel() == "validation perplexity"
     assert_inside(figure)
+
+
+def test_front_of_one_budget_marks_what_the_search_calls_best(trials: pd.DataFrame) -> None:
+    """With a weight on the divergence that is not the trial of least perplexity."""
+    wider = trials.assign(objective=range(7, 0, -1), keep_ratio=[0.695, *trials["keep_ratio"][1:]])
+    figure = plots.front(wider, 17.0)
+    (axes,) = figure.axes
+    assert points(lines(axes)["best trial"]) == [(27.0, 0)]
+    assert "27.00 in trial 6" in texts(axes)
+    FigureCanvasAgg(figure).draw()
+    assert all(label.get_window_extent().x0 >= 0 for label in axes.get_yticklabels())
 
 
 def test_front_of_one_budget_without_dense_model_or_search(trials: pd.DataFrame) -> None:
@@ -407,5 +430,5 @@ def test_a_long_or_mathematical_name_stays_within_the_figure(trials: pd.DataFram
 
 
 def test_share_is_one_number_where_the_ends_print_the_same() -> None:
-    assert plots._share(0.69996, 0.7) == "70.0%"
-    assert plots._share(0.695, 0.7) == "69.5% to 70.0%"
+    assert plots._share(0.69996, 0.7) == "70.0%\nkept"
+    assert plots._share(0.695, 0.7) == "69.5% to\n70.0% kept"

@@ -124,16 +124,16 @@ def test_what_a_search_has_found_stands_above_what_it_does(clock: None) -> None:
             advance(4096)
             reporter._bars.refresh()
             *_, search, trial = screen(out.getvalue())
-        reporter.say("Trial  13/30 model")
+        reporter.say("Trial  13 (14/30) model")
         reporter._bars.refresh()
         lines = screen(out.getvalue())
     assert re.fullmatch(
         r"Search +\S+ 12/30 trials  best 35\.764 at keep ratio 0\.8 1:02:0\d", search
     )
     assert re.fullmatch(r"Trial 13 +\S+ 4,096/8,192 tokens.* [\d:-]+", trial)
-    assert lines[0] == "Trial  13/30 model"  # what ended scrolls above
+    assert lines[0] == "Trial  13 (14/30) model"  # what ended scrolls above
     assert lines[1].startswith("Search")
-    assert screen(out.getvalue()) == ["Trial  13/30 model"]
+    assert screen(out.getvalue()) == ["Trial  13 (14/30) model"]
 
 
 def test_lines_of_a_search_do_not_come_and_go() -> None:

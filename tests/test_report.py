@@ -35,6 +35,23 @@ def part(text: str, title: str) -> list[list[str]]:
     return [re.split(r"\s{1,}", line.strip()) for line in body[:end] if "──" not in line]
 
 
+def test_a_narrow_terminal_has_fewer_columns_and_whole_numbers(journal: Journal) -> None:
+    study = with_everything(journal)
+    wide, narrow = printed(study), printed(study, 50)
+    assert "no room" not in wide
+    assert "no room here for MACs, size, params" in narrow
+    assert "…" not in narrow
+    assert max(map(len, narrow.splitlines())) <= 50
+    kept = [cells for cells in part(narrow, "Results") if cells[0] == "best"]
+    assert kept[0] == [cell for cell in row(wide, "Results", "best") if cell in kept[0]]
+    assert kept[0][-1] == row(wide, "Results", "best")[-1]
+
+
+def test_a_weight_on_the_divergence_is_said(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "mine", "search.kl_weight=0.5")
+    assert "nll + 0.5 KL(dense || compressed)" in printed(with_everything(journal))
+
+
 def row(text: str, title: str, first: str) -> list[str]:
     """Return the one row of a part that begins with a cell."""
     (found,) = [cells for cells in part(text, title) if cells[0] == first]

@@ -14,6 +14,7 @@ from mlflow.entities import ViewType
 
 from lrbo import mlflow_store, tracking
 from lrbo.allocation import Allocation
+from lrbo.errors import TrackingError
 from lrbo.presentation import Checkpoint, Dataset, Presentation
 from lrbo.tracking import MlflowTracker, NullTracker
 from lrbo.trial import TrialResult
@@ -295,6 +296,27 @@ def test_a_resumed_search_continues_the_same_parent(store: Store) -> None:
     assert parent.data.params == {"search.trials": "4", "seed": "0", "output": "text"}
     assert list(store.children) == ["trial-000", "trial-001"]
     assert store.history("best_nll") == {0: BEST[0], 1: BEST[1]}
+
+
+def test_the_best_so_far_is_what_the_search_calls_best(store: Store) -> None:
+    """Also in a run that goes on: it is not the lowest nll where the divergence has a weight."""
+    for index, (nll, objective) in enumerate([(3.5, 4.0), (3.25, 4.5), (3.375, 3.75)]):
+        one = record(index, nll)
+        assert one.result is not None
+        metrics = {**one.metrics, "objective": objective}
+        tracker = store.tracker(strict=True)
+        tracker.start({})
+        tracker.trial(
+            dataclasses.replace(one, result=dataclasses.replace(one.result, metrics=metrics))
+        )
+    assert store.history("best_nll") == {0: 3.5, 1: 3.5, 2: 3.375}
+
+
+def test_a_store_that_cannot_be_read_is_an_error_with_a_way_out(tmp_path: Path) -> None:
+    damaged = tmp_path / "mlflow.db"
+    damaged.write_text("no database", encoding="utf-8")
+    with pytest.raises(TrackingError, match=r"cannot be read .*'study=\*' sync=true"):
+        mlflow_store.pages_of_runs(f"sqlite:///{damaged}")
 
 
 def test_studies_in_one_experiment_are_kept_apart(store: Store, mlflow_folder: Path) -> None:

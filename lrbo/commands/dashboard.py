@@ -13,6 +13,7 @@ from pathlib import Path
 
 from lrbo.commands.view import absolute_uri
 from lrbo.errors import ConfigError, StudyError
+from lrbo.interrupts import listening
 from lrbo.mlflow_store import pages_of_runs
 from lrbo.progress import Reporter
 from lrbo.schema import DashboardConfig
@@ -27,7 +28,7 @@ def run(chosen: DashboardConfig, reporter: Reporter) -> None:
     Raises:
         ConfigError: If the port is taken, or cannot be used.
         StudyError: If no study was tracked there yet.
-        TrackingError: If another version of mlflow made the store.
+        TrackingError: If the store cannot be read.
     """
     file = chosen.uri.removeprefix("sqlite:///")
     if file != chosen.uri and not Path(file).is_file():
@@ -45,8 +46,14 @@ def run(chosen: DashboardConfig, reporter: Reporter) -> None:
     reporter.say(f"MLflow UI on {address} (Ctrl-C stops it)")
     for name, page in list(pages.items())[:PAGES]:
         reporter.say(f"  {name}: {address}{page}")
-    # A group of its own: mlflow starts processes that would go on without it.
-    with subprocess.Popen(command, start_new_session=True) as server:
+    if len(pages) > PAGES:
+        reporter.say(f"  and {len(pages) - PAGES} older: in the menu of views over the table")
+    # A group of its own: mlflow starts processes that would go on without it. A terminal that is
+    # closed does not reach it either, and it would hold the port.
+    with (
+        listening((signal.SIGHUP,)),
+        subprocess.Popen(command, start_new_session=True) as server,
+    ):
         try:
             status = server.wait()
         except KeyboardInterrupt:

@@ -42,13 +42,13 @@ class LiveSearch:
 
     def update(self) -> None:
         """Show how far the search is."""
-        done = sum(record.request.origin != "between" for record in self.study.state.ended)
+        done = self._done
         left = seconds_left(self.study.state.ended, self.chosen.search.trials - done, self.capacity)
         self.trials.show(done, self._best(), left)
 
     def proposing(self, index: int) -> AbstractContextManager[None]:
         """Show that the next trial is chosen, which takes seconds where Ax does it."""
-        return self.reporter.waiting(f"Trial {index + 1}", "proposing")
+        return self.reporter.waiting(f"Trial {index}", "proposing")
 
     def scoring(self, worker: Worker) -> Evaluate:
         """Return a worker of this process that shows how far a trial is."""
@@ -56,11 +56,16 @@ class LiveSearch:
 
         def evaluate(request: TrialRequest) -> TrialResult:
             with self.reporter.step(
-                f"Trial {request.trial_index + 1}", tokens, "tokens", leaves_line=False
+                f"Trial {request.trial_index}", tokens, "tokens", leaves_line=False
             ) as worker.on_tokens:
                 return worker(request)
 
         return evaluate
+
+    @property
+    def _done(self) -> int:
+        """Return how many trials of the search ended."""
+        return sum(record.request.origin != "between" for record in self.study.state.ended)
 
     @property
     def _size(self) -> str | None:
@@ -81,10 +86,13 @@ class LiveSearch:
     def _line(self, record: TrialRecord) -> str:
         """Return one line about a trial that ended; a star marks a new best, or one of the front.
 
-        The seconds are all that it took: to choose, to score and to log it.
+        Its number is the one that it has everywhere, from 0; behind it is how many have ended. The
+        seconds are all that it took: to choose, to score and to log it.
         """
         state, index = self.study.state, record.request.trial_index
-        head = f"Trial {index + 1:>3}/{self.chosen.search.trials} {record.request.origin:<8}"
+        trials = str(self.chosen.search.trials)
+        far = f"({self._done}/{trials})".ljust(2 * len(trials) + 3)
+        head = f"Trial {index:>3} {far} {record.request.origin:<8}"
         seconds = f"{sum(record.seconds.values()):6.1f} s"
         if record.is_stopped:
             return (
@@ -94,7 +102,8 @@ class LiveSearch:
             )
         if not record.is_completed:
             assert record.result is not None
-            return f"{head} {record.result.outcome}: {record.result.error}"
+            reason = (record.result.error or "no reason given").strip().partition("\n")[0]
+            return f"{head} {record.result.outcome}: {reason}"
         measured = f"perplexity {record.metrics['perplexity']:9.3f}"
         if self._size is None:
             best = state.best()

@@ -76,9 +76,11 @@ def presentation(study: Study) -> Presentation:
     now, identity, size = time.time(), about["study_id"], size_metric(study)
     metrics = ["perplexity", "nll", "kl_dense_to_compressed", "keep_ratio"]
     metrics += LATENCIES if config.get("latency", {}).get("enabled") else ()  # older have none
+    loss = "objective" if config["search"]["kl_weight"] else "nll"
     trials = mlflow_ui.trials_of(
         study.name, identity, _variables(study),
-        list(dict.fromkeys([*metrics, *([size] if size else []), "seconds/scoring"])), size, now,
+        list(dict.fromkeys([*metrics, loss, *([size] if size else []), "seconds/scoring"])),
+        size, now, loss,
     )  # fmt: skip
     views = {
         mlflow_ui.TAG + mlflow_ui.ALL_STUDIES: mlflow_ui.all_studies(now),
