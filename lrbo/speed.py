@@ -186,6 +186,7 @@ def prefill_of(model: PreTrainedModel, ids: Tensor, *, compiled: bool) -> Pair:
     """
     body, head = body_and_head(model)
     run = torch.compile(body, dynamic=False) if compiled else body
+    # Rows, not [:, -1:]: a CPU multiplies such a view by a frozen bfloat16 weight 60 times slower.
     return (lambda: None), lambda: head(run(ids, use_cache=False).last_hidden_state[:, -1])
 
 
