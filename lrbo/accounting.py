@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from lrbo.model import LayerSpec, ModelMap
+from lrbo.specs import LayerSpec, ModelMap
 
 Storage = Literal["factored", "pivoted"]
 STORAGES: tuple[Storage, ...] = ("factored", "pivoted")

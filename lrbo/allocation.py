@@ -16,7 +16,7 @@ import numpy.typing as npt
 from lrbo import knapsack
 from lrbo.accounting import dense_parameters
 from lrbo.errors import BudgetError
-from lrbo.model import LayerSpec
+from lrbo.specs import LayerSpec
 
 logger = logging.getLogger(__name__)
 

@@ -35,7 +35,8 @@ from lrbo.loading import (
     resolve_device,
     resolve_dtype,
 )
-from lrbo.model import ModelMap, fingerprint, map_model
+from lrbo.loss_calibration import sensitivity_file
+from lrbo.model import fingerprint, map_model
 from lrbo.nested import LowRankFactors
 from lrbo.optimization.base import STARTS, Space, Start
 from lrbo.optimization.study import Study
@@ -44,8 +45,9 @@ from lrbo.preparation import Preparation, curve_needs, loss_curves
 from lrbo.progress import Reporter
 from lrbo.racing import Race
 from lrbo.schema import MethodConfig, ModelConfig, SearchConfig
-from lrbo.sensitivity import SensitivitySettings, sensitivity_file
+from lrbo.sensitivity import SensitivitySettings
 from lrbo.spaces import build_search_space
+from lrbo.specs import ModelMap
 from lrbo.starts import build_starts
 from lrbo.texts import token_windows, tokens_file
 from lrbo.transfer import Donor

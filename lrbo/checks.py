@@ -9,14 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from lrbo.accounting import STORAGES
-from lrbo.calibration.corpus import SOURCES
-from lrbo.config import flatten
+from lrbo.config import flatten, group_keys
 from lrbo.errors import ConfigError
-from lrbo.evaluation.protocols import BOS
-from lrbo.factorization.registry import METHODS, options_of
 from lrbo.front_checks import check_front
 from lrbo.optimization.front import LATENCIES, is_point
-from lrbo.optimization.restricted import RANGES
+from lrbo.options import BOS, RANGES, SOURCES
 from lrbo.schema import (
     BenchmarkConfig,
     CompressConfig,
@@ -311,9 +308,10 @@ def windows_of(tokens: int, data: DataConfig) -> int:
 
 def _check_method(config: MethodConfig) -> list[str]:
     """Return the problems of the method and its options."""
-    if config.name not in METHODS:
-        return [f"method.name={config.name!r}: expected one of {', '.join(METHODS)}"]
-    known = options_of(config.name)
+    methods = group_keys("method")  # which the registry has too, with the tensors behind them
+    if config.name not in methods:
+        return [f"method.name={config.name!r}: expected one of {', '.join(methods)}"]
+    known = [key for key in methods[config.name] if key != "name"]
     problems = [
         f"method.{option}={value!r}: {config.name} has no such option; it has "
         f"{', '.join(known) or 'none'}"

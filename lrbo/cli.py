@@ -9,10 +9,12 @@ import shlex
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import hydra
+import wrapt
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
@@ -217,22 +219,26 @@ def _set_up_logging(reporter: Reporter) -> None:
     warnings.showwarning = cast(Any, _log_warning)
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")  # it sets its own level on import
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from transformers.utils import logging as transformers_logging  # after the command is known
+    for chatty in ("alembic", "mlflow", "ax", "httpx", "lm_eval", "urllib3"):
+        _hush(chatty)
+    # These take seconds to import, and set level and handler by themselves then.
+    for chatty in ("transformers", "huggingface_hub"):
+        wrapt.when_imported(f"{chatty}.utils.logging")(partial(_hush, chatty))
 
-    transformers_logging.disable_progress_bar()
-    # The last two set level and handler when they are imported, so what is said here comes after.
-    for chatty in (
-        "alembic",
-        "mlflow",
-        "ax",
-        "httpx",
-        "transformers",
-        "huggingface_hub",
-        "lm_eval",
-        "urllib3",
-    ):
-        logging.getLogger(chatty).setLevel(logging.ERROR)
-        logging.getLogger(chatty).handlers.clear()
+
+def _hush(name: str, settings: Any = None) -> None:
+    """Keep what a library logs down to errors, which our own handler shows.
+
+    Args:
+        name: Of its logger.
+        settings: Its module of settings, if it has one, which sets more when it is first asked.
+    """
+    if settings is not None:
+        settings.set_verbosity_error()
+    logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger(name).handlers.clear()
+    if hasattr(settings, "disable_progress_bar"):
+        settings.disable_progress_bar()
 
 
 def _log_warning(message: Warning | str, *_: Any) -> None:

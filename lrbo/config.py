@@ -93,6 +93,14 @@ def conf_folder() -> Path:
     raise ConfigError([f"no conf/ in or beside {package}; install lrbo again"])
 
 
+def group_keys(group: str) -> dict[str, list[str]]:
+    """Return the top keys of every option of a configuration group, by its name."""
+    return {
+        file.stem: [str(key) for key in OmegaConf.load(file)]
+        for file in sorted((conf_folder() / group).glob("*.yaml"))
+    }
+
+
 def jobs(overrides: Sequence[str]) -> list[list[str]]:
     """Return the overrides of every job of a sweep, as Hydra's own sweeper makes them.
 

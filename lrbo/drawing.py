@@ -24,18 +24,6 @@ ABOUT_CHARACTERS = 98  # what fits in one line
 LOG_FROM = 4.0  # a log axis where the largest perplexity is this many times the smallest
 
 
-def perplexity_text(value: float) -> str:
-    """Return a perplexity with as many digits as matter.
-
-    Example:
-        >>> perplexity_text(17.2345), perplexity_text(1234.5), perplexity_text(3.2e9)
-        ('17.23', '1,234', '3.2e+09')
-    """
-    if value < 1_000:
-        return f"{value:.2f}"
-    return f"{value:,.0f}" if value < 1_000_000 else f"{value:.1e}"
-
-
 def spread(values: Sequence[float], gap: float) -> list[float]:
     """Move numbers apart until neighbours are ``gap`` from each other, as little as possible.
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
-from lrbo.evaluation.latency import STEPS
 from lrbo.optimization.front import LATENCIES, LOSS, SIZES
+from lrbo.options import STEPS
 from lrbo.schema import SearchConfig
 
 

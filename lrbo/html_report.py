@@ -16,20 +16,11 @@ from plotly.offline import get_plotlyjs
 
 from lrbo.command_lines import command_line, repeating
 from lrbo.config import stored_config
-from lrbo.drawing import (
-    BLUE,
-    FAINT,
-    GREEN,
-    GREY,
-    INK,
-    LOG_FROM,
-    SKY,
-    VERMILLION,
-    perplexity_text,
-)
+from lrbo.drawing import BLUE, FAINT, GREEN, GREY, INK, LOG_FROM, SKY, VERMILLION
 from lrbo.optimization.client import Diagnosis, diagnose, observations_of
 from lrbo.optimization.study import Study
 from lrbo.plots import ORIGINS, SIZE_LABELS, UNDRAWN
+from lrbo.presentation import perplexity_text
 from lrbo.results import (
     dense_size,
     described,

@@ -392,6 +392,14 @@ def _values(metrics: Mapping[str, float]) -> tuple[float, float]:
     return metrics.get("objective", metrics["nll"]), metrics["nll"]
 
 
+def absolute_uri(uri: str) -> str:
+    """Return a SQLite address that does not depend on the working folder."""
+    scheme = "sqlite:///"
+    if not uri.startswith(scheme) or uri == scheme:
+        return uri
+    return f"{scheme}{Path(uri.removeprefix(scheme)).absolute()}"
+
+
 def _sqlite_file(uri: str) -> Path | None:
     """Return the file of an SQLite store, ``None`` for any other."""
     path = uri.removeprefix("sqlite:///")

@@ -24,16 +24,11 @@ from lrbo.factorization.store import (
     save_factors,
 )
 from lrbo.loading import ModelSource, cache_folder, load_model
-from lrbo.model import ModelMap
+from lrbo.loss_calibration import LossCalibration
 from lrbo.nested import LowRankFactors
 from lrbo.progress import Reporter
-from lrbo.sensitivity import (
-    Curves,
-    LossCalibration,
-    SensitivitySettings,
-    measure_losses,
-    predicted_curves,
-)
+from lrbo.sensitivity import Curves, SensitivitySettings, measure_losses, predicted_curves
+from lrbo.specs import ModelMap
 
 
 @dataclass(frozen=True)

@@ -58,3 +58,15 @@ class Presentation:
     note: str = ""
     datasets: Sequence[Dataset] = ()
     views: Mapping[str, str] = field(default_factory=dict)
+
+
+def perplexity_text(value: float) -> str:
+    """Return a perplexity with as many digits as matter.
+
+    Example:
+        >>> perplexity_text(17.2345), perplexity_text(1234.5), perplexity_text(3.2e9)
+        ('17.23', '1,234', '3.2e+09')
+    """
+    if value < 1_000:
+        return f"{value:.2f}"
+    return f"{value:,.0f}" if value < 1_000_000 else f"{value:.1e}"

@@ -17,9 +17,10 @@ from lrbo.blockwise import BlockwiseBody
 from lrbo.compression import replace_module
 from lrbo.errors import DataError
 from lrbo.families import writers_of
-from lrbo.model import LayerSpec, ModelMap, linear_bias, linear_weight
+from lrbo.model import linear_bias, linear_weight
 from lrbo.nested import LowRankFactors
 from lrbo.reduced_rank import OutputError, OutputMetric, PairMoments, solve
+from lrbo.specs import LayerSpec, ModelMap
 from lrbo.streams import Asked, Streams
 
 # Of a layer, by name: what weighs its output errors, or None for plain squares.

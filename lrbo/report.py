@@ -15,9 +15,9 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from lrbo.drawing import perplexity_text
 from lrbo.optimization.front import LATENCIES, pareto_front
 from lrbo.optimization.study import Study
+from lrbo.presentation import perplexity_text
 from lrbo.results import (
     dense_kinds,
     dense_size,

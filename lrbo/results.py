@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -12,19 +11,24 @@ from typing import Any
 
 import pandas as pd
 import yaml  # type: ignore[import-untyped]  # comes with omegaconf, without types
-from matplotlib.figure import Figure
 
-from lrbo import plots
 from lrbo.accounting import (
     dense_parameters,
     index_bytes,
     low_rank_macs,
 )
-from lrbo.optimization.base import KEEP_RATIO
-from lrbo.optimization.front import LATENCIES, LOSS, hypervolume, pareto_front, reference_point
+from lrbo.loss_calibration import LossCalibration, sensitivity_file
+from lrbo.optimization.front import (
+    KEEP_RATIO,
+    LATENCIES,
+    LOSS,
+    hypervolume,
+    pareto_front,
+    reference_point,
+)
 from lrbo.optimization.study import Study, layers_of, stored_parameters
-from lrbo.sensitivity import LossCalibration, sensitivity_file
-from lrbo.storage import replacing
+from lrbo.pictures import digest_of, is_of, write_picture
+from lrbo.progress import imported
 from lrbo.trial import TrialRecord
 
 DEPTHS = 3  # parts of the depth that are told apart
@@ -214,57 +218,27 @@ def ranks_frame(study: Study, record: TrialRecord) -> pd.DataFrame:
 
 
 def draw_figures(study: Study) -> list[Path]:
-    """Draw what there is to draw into the study's ``figures/``, in place of older pictures.
+    """Draw what there is to draw into the study's ``figures/``, unless it is there already.
 
     Returns:
         Paths of the pictures, such as ``convergence.png``.
     """
-    paths = []
-    for name, figure in figures(study).items():
-        path = study.folder / "figures" / f"{name}.png"
-        with replacing(path) as beside:
-            figure.savefig(beside, format="png")
-        paths.append(path)
+    paths = [study.folder / "figures" / f"{name}.png" for name in drawable(study)]
+    state, measured = study.state, sensitivity(study)
+    digest = digest_of(study.about(), study.config_yaml(), state.dense, state.trials, measured)
+    if not all(is_of(path, digest) for path in paths):
+        drawn = imported("lrbo.figures").figures(study)  # matplotlib, which nothing else asks for
+        for path in paths:
+            write_picture(path, drawn[path.stem], digest)
     return paths
 
 
-def figures(study: Study) -> dict[str, Figure]:
-    """Draw what there is to draw.
-
-    Returns:
-        ``convergence``, ``front``, ``ranks`` and ``sensitivity``; those whose data do not exist,
-        or not yet, are left out.
-    """
-    state = study.state
-    best, uniform = state.best(), state.uniform
-    if best is None:
-        return {}
-    table, size = frame(study), size_metric(study)
-    dense = state.dense.get("perplexity")
-    title = _subtitle(study)
-    drawn = {
-        "convergence": plots.convergence(
-            table,
-            dense,
-            None if uniform is None else uniform.metrics["perplexity"],
-            about=title,
-        ),
-        "front": plots.front(
-            table, dense, size or "keep_ratio", dense_size(study).get(size or "", 1.0), about=title
-        ),
-        "ranks": plots.ranks_over_depth(
-            ranks_frame(study, best),
-            None if uniform is None else ranks_frame(study, uniform),
-            about=f"{title}, best trial {best.request.trial_index}",
-        ),
-    }
-    measured = sensitivity(study)
-    if measured is not None:
-        points = pd.DataFrame([asdict(point) for point in measured.measurements])
-        drawn["sensitivity"] = plots.predicted_and_measured(
-            points, measured.rank_correlation, about=title
-        )
-    return drawn
+def drawable(study: Study) -> list[str]:
+    """Return the names of the figures that there is something to draw in."""
+    if study.state.best() is None:
+        return []
+    measured = ["sensitivity"] if sensitivity(study) is not None else []
+    return ["convergence", "front", "ranks", *measured]
 
 
 def _pick(metrics: Mapping[str, Any], *names: str) -> dict[str, Any]:
@@ -376,12 +350,3 @@ def described(study: Study) -> dict[str, str]:
     if weight := config["search"]["kl_weight"]:
         lines["Loss"] = f"nll + {weight:g} KL(dense || compressed), which the best has lowest"
     return lines
-
-
-def _subtitle(study: Study) -> str:
-    """Return study, model, method and budget in one line under a figure's title."""
-    config = config_of(study)
-    keep, lowest = 100 * config["budget"]["keep_ratio"], config["budget"].get("lowest")
-    names = [config[section]["name"] for section in ("model", "method")]
-    budget = f"budget {keep:.4g}%" if lowest is None else f"budgets {100 * lowest:.4g}-{keep:.4g}%"
-    return ", ".join([study.name, *names, budget])

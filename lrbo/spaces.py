@@ -10,13 +10,14 @@ from lrbo.allocation import Budget
 from lrbo.checks import variables
 from lrbo.errors import BudgetError
 from lrbo.factorization.base import FactorizationMethod
-from lrbo.model import ModelMap
 from lrbo.optimization.base import BudgetSpace, Space
 from lrbo.optimization.front_space import FrontSpace
-from lrbo.optimization.restricted import RANGES, restrict
+from lrbo.optimization.restricted import restrict
 from lrbo.optimization.space import build_space
 from lrbo.optimization.weights import build_weight_space
+from lrbo.options import RANGES
 from lrbo.schema import SearchConfig
+from lrbo.specs import ModelMap
 
 
 def build_search_space(

@@ -8,10 +8,10 @@ from typing import Any
 
 from lrbo.checks import study_folder
 from lrbo.errors import ConfigError, StudyError
-from lrbo.model import LayerSpec
-from lrbo.optimization.base import KEEP_RATIO, STARTS, Start
-from lrbo.optimization.front import pareto_front
+from lrbo.optimization.base import STARTS, Start
+from lrbo.optimization.front import KEEP_RATIO, pareto_front
 from lrbo.optimization.study import Study, layers_of, stored_parameters
+from lrbo.specs import LayerSpec
 from lrbo.transfer import PAPER, Donor, DonorTrial, profile_of, transferred_ratios
 from lrbo.trial import TrialRecord
 

@@ -24,12 +24,13 @@ from lrbo.evaluation.perplexity import score as score_checked
 from lrbo.factorization.base import FactorizationMethod, Statistic
 from lrbo.factorization.registry import method_named
 from lrbo.layers import LowRankLinear, PivotedLinear
-from lrbo.model import ModelMap, is_linear, linear_weight, map_model
+from lrbo.model import is_linear, linear_weight, map_model
 from lrbo.nested import LowRankFactors
 from lrbo.optimization.base import least_loss, uniform_ratios
 from lrbo.preparation import curve_needs, factors_by_block, statistics_by_block
 from lrbo.progress import Reporter
 from lrbo.sensitivity import predicted_curves
+from lrbo.specs import ModelMap
 from lrbo.versions import versions
 from lrbo.worker import allocation_parameters
 

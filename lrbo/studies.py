@@ -10,10 +10,10 @@ import pandas as pd
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from lrbo import comparison, results
+from lrbo import comparison, figures, results
 from lrbo.checks import study_folder
 from lrbo.errors import StudyError
-from lrbo.optimization.base import KEEP_RATIO
+from lrbo.optimization.front import KEEP_RATIO
 from lrbo.optimization.study import Study
 from lrbo.report import print_report
 from lrbo.trial import TrialRecord
@@ -100,8 +100,8 @@ class StudyResults:
         return results.ranks_frame(self._study, record)
 
     def figures(self) -> dict[str, Figure]:
-        """Draw what there is to draw: see :func:`lrbo.results.figures` for the names."""
-        return results.figures(self._study)
+        """Draw what there is to draw: see :func:`lrbo.figures.figures` for the names."""
+        return figures.figures(self._study)
 
     def report(self) -> None:
         """Print what ``lrbo report`` prints."""

@@ -10,7 +10,7 @@ import numpy as np
 from lrbo.accounting import dense_parameters
 from lrbo.allocation import Allocation, Cost
 from lrbo.errors import ConfigError
-from lrbo.model import LayerSpec
+from lrbo.specs import LayerSpec
 
 # By kind: kept shares at relative depths, 0 for the first block and 1 for the last.
 Profile = Mapping[str, Sequence[tuple[float, float]]]

@@ -21,9 +21,9 @@ from lrbo.errors import outcome_of
 from lrbo.evaluation.divergence import DenseReference
 from lrbo.evaluation.latency import LatencySettings, executed_layers, measure_latency
 from lrbo.evaluation.perplexity import OnTokens, Perplexity, predictions
-from lrbo.model import ModelMap
 from lrbo.nested import LowRankFactors
 from lrbo.racing import Race, paired_difference, spread_order
+from lrbo.specs import ModelMap
 from lrbo.trial import TrialRequest, TrialResult
 
 

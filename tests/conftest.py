@@ -16,7 +16,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from lrbo import html_report, mlflow_store
 from lrbo.loading import byte_tokenizer, tiny_model
-from lrbo.model import ModelMap, map_model
+from lrbo.model import map_model
+from lrbo.specs import ModelMap
 from tests.tiny import build
 
 # deadline=None: the machines that run this are shared. derandomize: a failure is the same for

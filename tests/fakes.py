@@ -14,7 +14,6 @@ import numpy as np
 from lrbo.accounting import dense_parameters, low_rank_parameters
 from lrbo.allocation import Budget
 from lrbo.errors import Outcome
-from lrbo.model import LayerSpec
 from lrbo.optimization.base import Space
 from lrbo.optimization.client import Observation, SearchClient
 from lrbo.optimization.front_space import FrontSpace
@@ -24,6 +23,7 @@ from lrbo.optimization.weights import WeightSpace, build_weight_space
 from lrbo.presentation import Checkpoint, Presentation
 from lrbo.racing import Race, paired_difference
 from lrbo.sensitivity import Curves
+from lrbo.specs import LayerSpec
 from lrbo.trial import TrialRecord, TrialRequest, TrialResult
 
 GROUPS = {"qk": ["q_proj", "k_proj"], "o": ["o_proj"], "up": ["up_proj"], "down": ["down_proj"]}

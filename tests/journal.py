@@ -10,12 +10,13 @@ from lrbo.accounting import ModelAccount, account
 from lrbo.allocation import Allocation, Budget, Cost
 from lrbo.config import composed, to_yaml
 from lrbo.factorization.registry import method_named
-from lrbo.model import ModelMap, map_model
+from lrbo.loss_calibration import LossCalibration, Measurement, sensitivity_file
+from lrbo.model import map_model
 from lrbo.optimization.space import SearchSpace, build_space
 from lrbo.optimization.study import Study
 from lrbo.optimization.weights import WeightSpace, build_weight_space
 from lrbo.schema import SearchConfig
-from lrbo.sensitivity import LossCalibration, Measurement, sensitivity_file
+from lrbo.specs import ModelMap
 from lrbo.trial import TrialRecord, TrialRequest
 from lrbo.worker import allocation_parameters
 from tests.fakes import make_curves

@@ -14,7 +14,7 @@ from lrbo.factorization.base import FactorizationMethod, Statistic
 from lrbo.factorization.loss_aware import LossAware
 from lrbo.factorization.registry import METHODS
 from lrbo.factorization.weighted import Asvd
-from lrbo.model import LayerSpec
+from lrbo.specs import LayerSpec
 from tests import reference
 from tests.reference import Affine, Matrix
 

@@ -13,9 +13,10 @@ from transformers import PreTrainedModel
 from lrbo.allocation import Allocation, Budget
 from lrbo.compression import compress_
 from lrbo.families import family_of
-from lrbo.model import LayerSpec, ModelMap, body_and_head, linear_bias, linear_weight, map_model
+from lrbo.model import body_and_head, linear_bias, linear_weight, map_model
 from lrbo.nested import LowRankFactors
 from lrbo.refit import Refit, RefitSettings
+from lrbo.specs import LayerSpec, ModelMap
 from tests import reference
 from tests.tiny import build, token_ids
 

@@ -19,7 +19,8 @@ from lrbo.accounting import (
 )
 from lrbo.compression import replace_module
 from lrbo.layers import LowRankLinear, PivotedLinear
-from lrbo.model import LayerSpec, ModelMap, map_model
+from lrbo.model import map_model
+from lrbo.specs import LayerSpec, ModelMap
 from tests import reference
 from tests.tiny import CASES, build, token_ids
 

@@ -13,7 +13,7 @@ from lrbo.accounting import STORAGES, Storage, dense_parameters, low_rank_parame
 from lrbo.allocation import Allocation, Budget, allocate, rungs, smallest_parameters
 from lrbo.errors import BudgetError
 from lrbo.factorization.registry import METHODS
-from lrbo.model import LayerSpec
+from lrbo.specs import LayerSpec
 from tests import reference
 
 # No tolerances: everything here is an integer.

@@ -15,7 +15,7 @@ from lrbo import knapsack
 from lrbo.accounting import STORAGES, Storage, dense_parameters, low_rank_parameters
 from lrbo.allocation import Allocation, Budget, allocate_by_loss
 from lrbo.errors import BudgetError
-from lrbo.model import LayerSpec
+from lrbo.specs import LayerSpec
 from tests import reference
 
 # No tolerances: parameters are integers, and so are losses where allocations are compared.

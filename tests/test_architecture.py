@@ -23,8 +23,8 @@ ROOMS = """
     html_report
     builders steps studies versions spaces starts pool texts checks front_checks command_lines
     config
-    schema preparation progress
-    report comparison results plots drawing
+    schema preparation
+    report figures comparison results plots drawing pictures
     peak_memory speed
     merging export remote_code modeling_low_rank model_card
     optimization.loop optimization.client optimization.study optimization.front_space
@@ -48,7 +48,8 @@ ROOMS = """
     accounting nested layers pivoting
     calibration.seen
     calibration.corpus calibration.moments
-    lazy loading model families linalg storage errors interrupts
+    loss_calibration lazy loading model specs families linalg storage progress options errors
+    interrupts
 """.split()  # noqa: SIM905
 
 # Library: the modules that may import it.
@@ -60,11 +61,13 @@ BORDERS = {
     "hydra": {"config", "cli"},
     "omegaconf": {"config", "cli"},
     "datasets": {"calibration.corpus", "evaluation.protocols"},
-    "matplotlib": {"comparison", "drawing", "plots", "results", "studies"},
+    "matplotlib": {"drawing", "figures", "plots", "studies"},
     "pandas": {
         "commands.view",
         "comparison",
+        "figures",
         "html_report",
+        "loss_calibration",
         "optimization.client",
         "plots",
         "report",

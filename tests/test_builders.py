@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from lrbo import builders, loading, texts
+from lrbo import builders, loading, mlflow_store, texts
 from lrbo.commands import compress, dashboard, search, view
 from lrbo.config import composed
 from lrbo.errors import ConfigError, ModelError, StudyError
@@ -322,16 +322,16 @@ def test_tracking_can_be_switched_off(cache: Path) -> None:
 def test_a_relative_store_stays_where_it_is_when_the_folder_changes(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = view.absolute_uri("sqlite:///below/this/mlflow.db")
+    found = mlflow_store.absolute_uri("sqlite:///below/this/mlflow.db")
     assert found == f"sqlite:///{cache.parent}/below/this/mlflow.db"
     assert not (cache.parent / "below").exists()  # only who writes there makes it
     monkeypatch.chdir("/")
-    assert view.absolute_uri(found) == found
+    assert mlflow_store.absolute_uri(found) == found
 
 
 @pytest.mark.parametrize("uri", ["http://127.0.0.1:5000", "sqlite:///", "postgresql://u@h/db"])
 def test_other_addresses_are_left_as_they_are(cache: Path, uri: str) -> None:
-    assert view.absolute_uri(uri) == uri
+    assert mlflow_store.absolute_uri(uri) == uri
 
 
 class Server:

@@ -17,7 +17,7 @@ from lrbo.calibration.collect import Calibration, CalibrationSettings, Found, ca
 from lrbo.calibration.store import CalibrationFolder, calibration_fingerprint, save_calibration
 from lrbo.errors import StatisticsError
 from lrbo.factorization.base import GRADIENT_STATISTICS, MATRICES, Statistic
-from lrbo.model import LayerSpec, ModelMap
+from lrbo.specs import LayerSpec, ModelMap
 from tests.tiny import token_ids
 
 ALL = frozenset(Statistic)

@@ -22,7 +22,8 @@ from lrbo.calibration.collect import (
 )
 from lrbo.errors import StatisticsError
 from lrbo.factorization.base import GRADIENT_STATISTICS, Statistic
-from lrbo.model import ModelMap, map_model
+from lrbo.model import map_model
+from lrbo.specs import ModelMap
 from tests import reference
 from tests.reference import Matrix
 from tests.tiny import build, token_ids

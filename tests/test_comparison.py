@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from lrbo import comparison
+from lrbo import comparison, plots
 from lrbo.report import print_comparison
 from tests.journal import Journal
 from tests.test_plots import assert_inside, headings, legend, lines, points
@@ -32,7 +32,7 @@ def sweep() -> pd.DataFrame:
 def test_a_comparison_has_a_line_per_method_through_the_means_of_seeds(
     sweep: pd.DataFrame,
 ) -> None:
-    figure = comparison.draw(sweep, about="several")
+    figure = plots.comparison(sweep, about="several")
     (axes,) = figure.axes
     drawn = lines(axes)
     assert legend(figure) == ["bolaco weights", "svd_llm weights", "uniform", "dense"]

@@ -16,7 +16,6 @@ from lrbo.calibration.corpus import (
     PACKAGE,
     PACKAGE_VERSION,
     PACKAGED,
-    SOURCES,
     CorpusSpec,
     RoleText,
     TokenWindows,
@@ -27,6 +26,7 @@ from lrbo.calibration.corpus import (
     save_windows,
 )
 from lrbo.errors import DataError
+from lrbo.options import SOURCES
 
 
 def listed(source: str, path: object, seed: int = 0) -> list[str]:

@@ -15,9 +15,10 @@ from lrbo.evaluation.latency import LatencySettings
 from lrbo.factorization.base import Statistic
 from lrbo.factorization.registry import METHODS, method_named
 from lrbo.factorization.store import factor_model
-from lrbo.model import ModelMap, map_model
+from lrbo.model import map_model
 from lrbo.nested import LowRankFactors, PivotedFactors
 from lrbo.refit import refit
+from lrbo.specs import ModelMap
 from lrbo.trial import TrialRequest
 from lrbo.worker import Worker
 from tests.tiny import build, token_ids

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from lrbo.calibration.gradients import GradientMoments
 from lrbo.errors import StatisticsError
 from lrbo.factorization.base import GRADIENT_STATISTICS, Statistic
-from lrbo.model import ModelMap
+from lrbo.specs import ModelMap
 from tests.test_gradients import gathered, same_bits
 from tests.tiny import HIDDEN, VOCABULARY, build, token_ids
 

@@ -11,14 +11,9 @@ from torch import Tensor
 
 from lrbo.accounting import STORAGES, Storage, account
 from lrbo.evaluation import latency
-from lrbo.evaluation.latency import (
-    STEPS,
-    Latency,
-    LatencySettings,
-    executed_layers,
-    measure_latency,
-)
+from lrbo.evaluation.latency import Latency, LatencySettings, executed_layers, measure_latency
 from lrbo.nested import PivotedFactors
+from lrbo.options import STEPS
 from lrbo.racing import Race
 from lrbo.trial import TrialRequest
 from lrbo.worker import allocation_parameters

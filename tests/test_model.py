@@ -13,15 +13,9 @@ from transformers.pytorch_utils import Conv1D
 from lrbo.errors import ModelError
 from lrbo.families import FAMILIES, family_of, is_pointwise, writers_of
 from lrbo.loading import tiny_model
-from lrbo.model import (
-    LayerSpec,
-    body_and_head,
-    fingerprint,
-    linear_bias,
-    linear_weight,
-    map_model,
-)
+from lrbo.model import body_and_head, fingerprint, linear_bias, linear_weight, map_model
 from lrbo.modeling_low_rank import POINTWISE
+from lrbo.specs import LayerSpec
 from tests import reference
 from tests.tiny import BLOCKS, CASES, HIDDEN, INNER, VOCABULARY, build, build_on_meta, token_ids
 

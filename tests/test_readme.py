@@ -13,8 +13,8 @@ from lrbo import cli, config
 from lrbo.accounting import STORAGES, low_rank_parameters
 from lrbo.calibration import corpus
 from lrbo.loading import byte_tokenizer, tiny_model
-from lrbo.model import LayerSpec
 from lrbo.overrides import quoted
+from lrbo.specs import LayerSpec
 from tests.commands import lrbo_command
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -336,13 +336,13 @@ def test_figures_replace_the_older_ones_whole_or_not_at_all(
         target.write_bytes(b"half a picture")
         raise OSError("No space left on device")
 
+    full.complete(6, 2.0)
     with monkeypatch.context() as patch:
         patch.setattr(Figure, "savefig", dying)
         with pytest.raises(OSError, match="No space left"):
             results.draw_figures(full.study)
     assert [path.read_bytes() for path in paths] == before
     assert sorted(p.name for p in paths[0].parent.iterdir()) == sorted(p.name for p in paths)
-    full.complete(6, 2.0)
     assert results.draw_figures(full.study) == paths
     assert all(path.read_bytes() != old for path, old in zip(paths, before, strict=True))
 

@@ -16,16 +16,11 @@ from transformers import PreTrainedModel
 from lrbo.blockwise import BlockwiseBody
 from lrbo.compression import replace_module
 from lrbo.errors import NonFiniteError
-from lrbo.model import LayerSpec, ModelMap, map_model
+from lrbo.loss_calibration import SLOPES, LossCalibration, Measurement, sensitivity_file
+from lrbo.model import map_model
 from lrbo.nested import LowRankFactors
-from lrbo.sensitivity import (
-    SLOPES,
-    LossCalibration,
-    Measurement,
-    SensitivitySettings,
-    measure_losses,
-    sensitivity_file,
-)
+from lrbo.sensitivity import SensitivitySettings, measure_losses
+from lrbo.specs import LayerSpec, ModelMap
 from tests.fakes import make_curves, make_layers
 from tests.tiny import build, token_ids
 

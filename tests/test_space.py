@@ -13,8 +13,8 @@ from scipy.optimize import linprog
 from lrbo.accounting import dense_parameters
 from lrbo.allocation import Budget, rungs, smallest_parameters
 from lrbo.errors import BudgetError, ConfigError
-from lrbo.model import LayerSpec, ModelMap
 from lrbo.optimization.space import SearchSpace, build_space
+from lrbo.specs import LayerSpec, ModelMap
 from tests.fakes import GROUPS, factored, make_layers, make_space
 
 TOLERANCES = {

@@ -27,8 +27,9 @@ from lrbo.factorization.store import (
 )
 from lrbo.factorization.weighted import Asvd, Svd, SvdLlm
 from lrbo.linalg import JitterWarning
-from lrbo.model import LayerSpec, fingerprint, linear_bias, linear_weight, map_model
+from lrbo.model import fingerprint, linear_bias, linear_weight, map_model
 from lrbo.nested import LowRankFactors
+from lrbo.specs import LayerSpec
 from tests.tiny import CASES, build
 
 TOLERANCE = {

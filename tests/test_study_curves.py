@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 from lrbo import preparation
+from lrbo.loss_calibration import LossCalibration, sensitivity_file
 from lrbo.model import map_model
 from lrbo.nested import LowRankFactors
 from lrbo.preparation import loss_curves
 from lrbo.progress import Reporter
-from lrbo.sensitivity import LossCalibration, SensitivitySettings, sensitivity_file
+from lrbo.sensitivity import SensitivitySettings
 from tests.test_sensitivity import plain_factors
 from tests.tiny import build, token_ids
 

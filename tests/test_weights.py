@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from lrbo.accounting import dense_parameters
 from lrbo.allocation import Allocation, Budget, allocate_by_loss, rungs
 from lrbo.errors import BudgetError, ConfigError
-from lrbo.model import LayerSpec
 from lrbo.optimization.weights import WeightSpace, build_weight_space
+from lrbo.specs import LayerSpec
 from tests.fakes import factored, make_curves, make_layers, make_space, make_weight_space
 
 TOLERANCES = {

@@ -22,7 +22,7 @@ from botorch.models import SingleTaskGP
 from gpytorch.mlls import ExactMarginalLogLikelihood
 
 from lrbo.allocation import Allocation, Budget
-from lrbo.model import LayerSpec
+from lrbo.specs import LayerSpec
 
 HERE = Path(__file__).parent
 MULTIPLE = 8

@@ -15,7 +15,7 @@ import numpy as np
 from lrbo import knapsack
 from lrbo.accounting import Storage, low_rank_parameters
 from lrbo.allocation import Budget, allocate_by_loss
-from lrbo.model import LayerSpec
+from lrbo.specs import LayerSpec
 
 SMOKE = bool(os.environ.get("LRBO_SMOKE"))
 SHRINK = 64 if SMOKE else 1  # of the sides of Llama-2-7B's layers

@@ -15,7 +15,7 @@ from lrbo.blockwise import BlockwiseBody, Scratch, watching_inputs
 from lrbo.calibration.gradients import GradientMoments, Labels, loss_gradients, scored_tokens
 from lrbo.calibration.sites import SiteMoments
 from lrbo.factorization.base import GRADIENT_STATISTICS, Statistic
-from lrbo.model import LayerSpec, ModelMap
+from lrbo.specs import LayerSpec, ModelMap
 
 OnBlock = Callable[[int], None]
 # Statistics by the name of the site or layer that they belong to.

@@ -22,13 +22,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lrbo.errors import DataError
+from lrbo.options import SOURCES
 from lrbo.storage import replacing
 
 Role = Literal["calibration", "validation", "test"]
 # In the order of the text: reports read the beginning, as the literature does.
 ROLES: tuple[Role, ...] = ("test", "validation", "calibration")
 SHARES: Mapping[Role, int] = {"test": 1, "validation": 1, "calibration": 2}
-SOURCES = ("packaged", "files", "hf", "generated")
 PACKAGE, PACKAGE_VERSION = "exllamav3", "1.6.5"
 PACKAGED = {"c4": "c4.utf8", "wiki": "wiki.utf8"}
 JOIN = "\n\n"  # between documents, as in the literature's WikiText protocol

@@ -18,7 +18,7 @@ from torch import Tensor
 from lrbo.calibration.collect import CalibrationSettings, Found, merged_statistics
 from lrbo.errors import StatisticsError
 from lrbo.factorization.base import GRADIENT_STATISTICS, MATRICES, Statistic
-from lrbo.model import LayerSpec
+from lrbo.specs import LayerSpec
 from lrbo.storage import new_folder, write_text
 
 FORMAT = 3

@@ -25,8 +25,7 @@ from lrbo.loading import load_model, load_tokenizer, resolve_dtype
 from lrbo.merging import save_merged
 from lrbo.model_card import Score, model_card
 from lrbo.nested import LowRankFactors
-from lrbo.optimization.base import KEEP_RATIO
-from lrbo.optimization.front import ceiling_of
+from lrbo.optimization.front import KEEP_RATIO, ceiling_of
 from lrbo.optimization.study import Study
 from lrbo.progress import Reporter
 from lrbo.schema import CompressConfig, SearchConfig

@@ -11,10 +11,9 @@ import sys
 from contextlib import closing, suppress
 from pathlib import Path
 
-from lrbo.commands.view import absolute_uri
 from lrbo.errors import ConfigError, StudyError
 from lrbo.interrupts import listening
-from lrbo.mlflow_store import pages_of_runs
+from lrbo.mlflow_store import absolute_uri, pages_of_runs
 from lrbo.progress import Reporter
 from lrbo.schema import DashboardConfig
 

@@ -18,12 +18,12 @@ from lrbo.factorization.loss_aware import PREDICTION_SHRINKAGE, shrunk
 from lrbo.factorization.store import LayerStatistics
 from lrbo.linalg import psd_eigenpairs
 from lrbo.loading import load_model, resolve_device
-from lrbo.model import ModelMap
 from lrbo.nested import LowRankFactors
 from lrbo.optimization.study import Study
 from lrbo.progress import Reporter
 from lrbo.refit import Metric, RefitSettings, refit
 from lrbo.schema import RefitConfig
+from lrbo.specs import ModelMap
 from lrbo.trial import TrialRecord
 
 

@@ -18,11 +18,11 @@ from lrbo.commands.view import (
 )
 from lrbo.errors import StudyError
 from lrbo.optimization.study import Study
-from lrbo.progress import Reporter
+from lrbo.pictures import digest_of, is_of, write_picture
+from lrbo.progress import Reporter, imported
 from lrbo.report import print_comparison, print_report
 from lrbo.results import draw_figures, summary
 from lrbo.schema import ReportConfig
-from lrbo.storage import replacing
 
 
 def run(chosen: ReportConfig, reporter: Reporter) -> dict[str, Any]:
@@ -45,9 +45,10 @@ def run(chosen: ReportConfig, reporter: Reporter) -> dict[str, Any]:
     print_comparison(table, Console(highlight=False))
     if chosen.figures and table["best"].notna().any():
         path = Path(chosen.studies) / "comparison.png"
-        figure = comparison.draw(table, about=", ".join(names))
-        with replacing(path) as beside:
-            figure.savefig(beside, format="png")
+        digest = digest_of(table.to_csv(), names)
+        if not is_of(path, digest):
+            figure = imported("lrbo.plots").comparison(table, about=", ".join(names))
+            write_picture(path, figure, digest)
         reporter.say(f"Figure: {path}")
     return {"studies": [summary(study) for study in studies]}
 

@@ -9,9 +9,8 @@ from lrbo.commands.view import digests, make_tracker, presentation, show_if_poss
 from lrbo.errors import ConfigError
 from lrbo.executors.base import Executor
 from lrbo.executors.inline import InlineExecutor
-from lrbo.optimization.base import KEEP_RATIO
 from lrbo.optimization.client import SearchClient
-from lrbo.optimization.front import pareto_front
+from lrbo.optimization.front import KEEP_RATIO, pareto_front
 from lrbo.optimization.front_space import FrontSpace
 from lrbo.optimization.loop import SearchLoop, SearchSettings
 from lrbo.optimization.study import Study

@@ -13,11 +13,11 @@ from typing import Any
 import pandas as pd
 
 from lrbo import mlflow_ui
-from lrbo.drawing import perplexity_text
 from lrbo.errors import StudyError
+from lrbo.mlflow_store import absolute_uri
 from lrbo.optimization.front import LATENCIES
 from lrbo.optimization.study import Study
-from lrbo.presentation import Checkpoint, Dataset, Presentation
+from lrbo.presentation import Checkpoint, Dataset, Presentation, perplexity_text
 from lrbo.progress import imported
 from lrbo.results import config_of, described, draw_figures, size_metric, summary
 from lrbo.schema import SearchConfig
@@ -47,14 +47,6 @@ def make_tracker(chosen: SearchConfig, study: Study, *, strict: bool = False) ->
 def _prefix(study: Study) -> str:
     """Return what variables are called by: a bare number would be taken for a ratio."""
     return "log_weight." if config_of(study).get("space", {}).get("type") == "weights" else ""
-
-
-def absolute_uri(uri: str) -> str:
-    """Return a SQLite address that does not depend on the working folder."""
-    scheme = "sqlite:///"
-    if not uri.startswith(scheme) or uri == scheme:
-        return uri
-    return f"{scheme}{Path(uri.removeprefix(scheme)).absolute()}"
 
 
 def digests(study: Study) -> dict[str, Any]:

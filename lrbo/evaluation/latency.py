@@ -22,9 +22,9 @@ from lrbo.families import is_pointwise
 from lrbo.layers import LowRankLinear, PivotedLinear
 from lrbo.model import body_and_head
 from lrbo.nested import LowRankFactors
+from lrbo.options import STEPS
 
 Clock = Callable[[], float]
-STEPS = 4  # decoding steps per timing, of one token each
 # Standard deviation of a normal variable per median absolute deviation, and standard error of
 # the median of many per that of their mean.
 NORMAL, MEDIAN = 1.4826, 1.2533

@@ -15,7 +15,6 @@ from torch import Tensor
 from lrbo.calibration.corpus import TextTokenizer, TokenWindows, documents
 from lrbo.errors import DataError
 
-BOS = ("start", "window", "none")
 # Files whose rows have columns; any other file is text, a row per line.
 READERS = {".json": "json", ".jsonl": "json", ".gz": "json", ".parquet": "parquet"}
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from lrbo.accounting import Storage
 from lrbo.errors import StatisticsError
 from lrbo.linalg import require_finite
-from lrbo.model import LayerSpec
 from lrbo.nested import LowRankFactors
+from lrbo.specs import LayerSpec
 
 
 class Statistic(StrEnum):

@@ -14,8 +14,8 @@ from lrbo.errors import StatisticsError
 from lrbo.factorization.base import Statistic, require_statistics
 from lrbo.factorization.weighted import balanced, second_moment, tail_sums
 from lrbo.linalg import column_space, output_directions, psd_eigenpairs
-from lrbo.model import LayerSpec
 from lrbo.nested import LowRankFactors
+from lrbo.specs import LayerSpec
 
 PREDICTION_SHRINKAGE = 0.01
 

@@ -13,8 +13,8 @@ from lrbo.accounting import Storage, low_rank_parameters
 from lrbo.factorization.base import Statistic, require_statistics
 from lrbo.factorization.weighted import tail_sums
 from lrbo.linalg import output_directions
-from lrbo.model import LayerSpec
 from lrbo.nested import LowRankFactors
+from lrbo.specs import LayerSpec
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,9 @@ from lrbo.errors import StatisticsError
 from lrbo.factorization.base import FactorizationMethod, Statistic
 from lrbo.factorization.loss_aware import predicted_loss
 from lrbo.linalg import float64_device
-from lrbo.model import LayerSpec, ModelMap, linear_bias, linear_weight
+from lrbo.model import linear_bias, linear_weight
 from lrbo.nested import LowRankFactors
+from lrbo.specs import LayerSpec, ModelMap
 from lrbo.storage import new_folder
 
 PARTS = ("left", "right", "tail", "offset", "center", "loss")

@@ -15,8 +15,8 @@ from lrbo.accounting import Storage, low_rank_parameters
 from lrbo.errors import StatisticsError
 from lrbo.factorization.base import Statistic, require_statistics
 from lrbo.linalg import psd_cholesky, psd_eigenpairs, weighted_svd
-from lrbo.model import LayerSpec
 from lrbo.nested import LowRankFactors
+from lrbo.specs import LayerSpec
 
 
 def tail_sums(energy: Float[Tensor, " k"]) -> Float[Tensor, " k_plus_1"]:

@@ -21,12 +21,12 @@ from lrbo.allocation import (
     smallest_parameters,
 )
 from lrbo.errors import BudgetError
-from lrbo.model import LayerSpec
+from lrbo.optimization.front import KEEP_RATIO
 from lrbo.sensitivity import Curves
+from lrbo.specs import LayerSpec
 from lrbo.transfer import Donor, transferred_ratios
 from lrbo.trial import Origin
 
-KEEP_RATIO = "keep_ratio"  # the variable of a front
 Start = str | Donor
 STARTS = ("uniform", "analytic", "start")
 

@@ -7,9 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from lrbo.trial import TrialRecord
 
+KEEP_RATIO = "keep_ratio"  # also the variable of a front
 # What a search may trade loss against, smaller is better: metrics of every trial, and those that
 # are measured where latency.enabled asks for it, each with its standard error beside it.
-SIZES = ("keep_ratio", "model_parameters", "model_bytes", "macs_per_token")
+SIZES = (KEEP_RATIO, "model_parameters", "model_bytes", "macs_per_token")
 LATENCIES = ("prefill_latency_ratio", "decode_latency_ratio")
 LOSS = "loss"  # the search's objective: nll, and the divergence if it is weighted
 

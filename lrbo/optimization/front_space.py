@@ -7,9 +7,7 @@ from dataclasses import dataclass, replace
 
 from lrbo.accounting import dense_parameters
 from lrbo.allocation import Allocation, Budget, Cost
-from lrbo.model import LayerSpec
 from lrbo.optimization.base import (
-    KEEP_RATIO,
     BudgetSpace,
     LinearConstraint,
     Start,
@@ -17,7 +15,9 @@ from lrbo.optimization.base import (
     sobol_within,
     without_repeats,
 )
+from lrbo.optimization.front import KEEP_RATIO
 from lrbo.sensitivity import Curves
+from lrbo.specs import LayerSpec
 
 BASELINES = 4  # keep ratios at which the baselines of a front are evaluated
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 
 from lrbo.allocation import Allocation, Budget, Cost
 from lrbo.errors import BudgetError, ConfigError
-from lrbo.model import LayerSpec
 from lrbo.optimization.base import (
     BudgetSpace,
     LinearConstraint,
@@ -19,11 +18,9 @@ from lrbo.optimization.base import (
     sobol_within,
 )
 from lrbo.sensitivity import Curves
+from lrbo.specs import LayerSpec
 
 Limits = tuple[float, float]
-
-# What a variable may be: a kept ratio, or the natural logarithm of a factor of a loss curve.
-RANGES: Mapping[str, Limits] = {"ratios": (0.01, 1.0), "weights": (-5.0, 5.0)}
 
 # A ratio of an allocation that was not made in the space may differ so much from a fixed one.
 CLOSE = 0.02

@@ -9,7 +9,6 @@ from typing import Literal
 from lrbo.accounting import dense_parameters
 from lrbo.allocation import Allocation, Budget, Cost, allocate
 from lrbo.errors import ConfigError
-from lrbo.model import LayerSpec
 from lrbo.optimization.base import (
     LinearConstraint,
     Start,
@@ -23,6 +22,7 @@ from lrbo.optimization.base import (
     uniform_ratios,
 )
 from lrbo.sensitivity import Curves
+from lrbo.specs import LayerSpec
 
 Granularity = Literal["kind", "depth", "layer"]
 Ratios = Mapping[str, float | Sequence[float]]

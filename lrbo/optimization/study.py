@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 from lrbo.accounting import low_rank_parameters
 from lrbo.allocation import Allocation
 from lrbo.errors import StudyError
-from lrbo.model import LayerSpec
+from lrbo.specs import LayerSpec
 from lrbo.storage import write_text
 from lrbo.trial import TrialRecord, TrialRequest, TrialResult
 

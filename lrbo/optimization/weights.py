@@ -10,7 +10,6 @@ import numpy as np
 
 from lrbo.allocation import Allocation, Budget, Cost
 from lrbo.errors import ConfigError
-from lrbo.model import LayerSpec
 from lrbo.optimization.base import (
     LinearConstraint,
     Start,
@@ -23,6 +22,7 @@ from lrbo.optimization.base import (
     uniform_ratios,
 )
 from lrbo.sensitivity import Curves
+from lrbo.specs import LayerSpec
 
 EXPONENT = "exponent"
 

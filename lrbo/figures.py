@@ -1,0 +1,67 @@
+"""The figures of a study, from its journal."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from lrbo import plots
+from lrbo.optimization.study import Study
+from lrbo.results import (
+    config_of,
+    dense_size,
+    frame,
+    ranks_frame,
+    sensitivity,
+    size_metric,
+)
+
+
+def figures(study: Study) -> dict[str, Figure]:
+    """Draw what there is to draw.
+
+    Returns:
+        ``convergence``, ``front``, ``ranks`` and ``sensitivity``; those whose data do not exist,
+        or not yet, are left out.
+    """
+    state = study.state
+    best, uniform = state.best(), state.uniform
+    if best is None:
+        return {}
+    table, size = frame(study), size_metric(study)
+    dense = state.dense.get("perplexity")
+    title = _subtitle(study)
+    drawn = {
+        "convergence": plots.convergence(
+            table,
+            dense,
+            None if uniform is None else uniform.metrics["perplexity"],
+            about=title,
+        ),
+        "front": plots.front(
+            table, dense, size or "keep_ratio", dense_size(study).get(size or "", 1.0), about=title
+        ),
+        "ranks": plots.ranks_over_depth(
+            ranks_frame(study, best),
+            None if uniform is None else ranks_frame(study, uniform),
+            about=f"{title}, best trial {best.request.trial_index}",
+        ),
+    }
+    measured = sensitivity(study)
+    if measured is not None:
+        points = pd.DataFrame([asdict(point) for point in measured.measurements])
+        drawn["sensitivity"] = plots.predicted_and_measured(
+            points, measured.rank_correlation, about=title
+        )
+    return drawn
+
+
+def _subtitle(study: Study) -> str:
+    """Return study, model, method and budget in one line under a figure's title."""
+    config = config_of(study)
+    keep, lowest = 100 * config["budget"]["keep_ratio"], config["budget"].get("lowest")
+    names = [config[section]["name"] for section in ("model", "method")]
+    budget = f"budget {keep:.4g}%" if lowest is None else f"budgets {100 * lowest:.4g}-{keep:.4g}%"
+    return ", ".join([study.name, *names, budget])

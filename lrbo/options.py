@@ -1,0 +1,12 @@
+"""What settings may be, for those who check them and those who use them: no tensors in here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+SOURCES = ("packaged", "files", "hf", "generated")  # of text
+BOS = ("start", "window", "none")  # of a protocol
+STEPS = 4  # of decoding in a timing, of one token each
+
+# What a variable may be: a kept ratio, or the natural logarithm of a factor of a loss curve.
+RANGES: Mapping[str, tuple[float, float]] = {"ratios": (0.01, 1.0), "weights": (-5.0, 5.0)}
