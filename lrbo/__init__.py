@@ -1,6 +1,14 @@
 """Compress language models by feature-based low-rank factorization, ranks found by search."""
 
 import importlib
+import sys
+
+from lrbo.interrupts import starting
+
+# The program, not the library, is ready for Ctrl-C before anything is imported that takes time.
+if [path.rpartition("/")[2] for path in sys.argv[:1]] in (["lrbo"], ["-m"]):
+    starting()
+
 from typing import TYPE_CHECKING, Any
 
 import wrapt

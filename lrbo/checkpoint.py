@@ -20,6 +20,7 @@ from lrbo import model as maps
 from lrbo.errors import CheckpointError
 from lrbo.families import is_pointwise
 from lrbo.layers import LowRankLinear, PivotedLinear, no_weight
+from lrbo.shell import command
 
 METHOD = "lrbo"
 FORMAT = 3
@@ -121,7 +122,7 @@ def how_to_rewrite(about: object) -> str:
     """
     known = about if isinstance(about, Mapping) else {}
     study, trial = known.get("study", "NAME"), known.get("trial", "best")
-    return f"write it again with: lrbo compress study={study} point={trial} out=FOLDER"
+    return f"write it again with: {command('compress', study=study, point=trial, out='FOLDER')}"
 
 
 @register_quantizer(METHOD)

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from lrbo import paths
 from lrbo.accounting import STORAGES
 from lrbo.config import flatten, group_keys
 from lrbo.errors import ConfigError
@@ -32,6 +33,8 @@ from lrbo.schema import (
 EXECUTORS = ("inline", "ray")
 FORMATS = ("lrbo", "remote_code", "merged")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+# What may lie in the folder of a study that was not begun yet.
+OWN = re.compile(r"\..*|lock|journal\..*|(config|study)\..*|(tokens|dense)\.safetensors")
 WARM_START = re.compile(r"uniform|analytic|start|paper|study:[^:]+(:\d+)?")
 
 
@@ -43,6 +46,9 @@ def check(config: Config) -> list[str]:
         if not holds:
             problems.append(f"{key}={value!r}: expected {expected}")
 
+    problems += paths.check_name("studies", config.studies, root=True)
+    if isinstance(config, SearchConfig | CompressConfig) and not problems:
+        problems += check_study(config)
     if not isinstance(config, DashboardConfig):
         expect(config.output in ("text", "json"), "output", config.output, "text or json")
     if isinstance(config, ReportConfig):
@@ -80,7 +86,7 @@ def check(config: Config) -> list[str]:
                 f"refit.candidates={count}: expected 1 with "
                 f"{f'point={config.point}, which names one trial' if named else 'no refit'}"
             )
-        problems += check_new_folder("out", Path(config.out))
+        problems += paths.check_new("out", config.out)
     if isinstance(config, SearchConfig | EvaluateConfig):
         model, data = config.model, config.data
         sources = ("packaged", "hf", "tiny")
@@ -95,16 +101,16 @@ def check(config: Config) -> list[str]:
             needed = isinstance(config, SearchConfig) or role == "test"
             if not needed:
                 continue
-            paths = role_paths(found)
-            expect(bool(paths), f"data.{role}.path", found.path, "a text or a list of texts")
+            texts = role_paths(found)
+            expect(bool(texts), f"data.{role}.path", found.path, "a text or a list of texts")
             tokens = found.tokens
             expect(
-                tokens is None or tokens >= data.window * max(len(paths), 1),
+                tokens is None or tokens >= data.window * max(len(texts), 1),
                 f"data.{role}.tokens",
                 tokens,
                 f"at least one window of {data.window} tokens per text",
             )
-        problems += _check_folder("model.path", model.path if model.source == "hf" else None)
+        problems += _check_model("model.path", model.path if model.source == "hf" else None)
         expect(config.seed >= 0, "seed", config.seed, "a whole number from 0 on")
     if isinstance(config, EvaluateConfig):
         problems += _check_evaluate(config)
@@ -184,6 +190,8 @@ def _check_search(config: SearchConfig) -> list[str]:
             name,
             "uniform, analytic, start, paper, study:NAME or study:NAME:TRIAL",
         )
+        if name.startswith("study:"):
+            problems += paths.check_name("warm_start=study", name.split(":")[1])
     executor = config.executor
     expect(executor.name in EXECUTORS, "executor.name", executor.name, " or ".join(EXECUTORS))
     for key in ("workers", "devices"):
@@ -203,13 +211,14 @@ def _check_search(config: SearchConfig) -> list[str]:
             f"{' and '.join(asked)}: the inline executor runs one trial at a time in this "
             "process; choose executor=ray"
         )
-    problems += check_writable("study", study_folder(config.studies, config.study))
+    if not check_study(config):
+        problems += _check_new_study(study_folder(config.studies, config.study))
     return problems
 
 
 def _check_evaluate(config: EvaluateConfig) -> list[str]:
     """Return the problems of an evaluation."""
-    problems = _check_folder("checkpoint", config.checkpoint)
+    problems = _check_model("checkpoint", config.checkpoint)
 
     def expect(holds: bool, key: str, value: object, expected: str) -> None:
         if not holds:
@@ -220,7 +229,7 @@ def _check_evaluate(config: EvaluateConfig) -> list[str]:
     expect(config.limit is None or config.limit >= 1, "limit", config.limit, "at least 1, or null")
     for key in ("text_folder", "task_folder"):
         folder = getattr(config, key)
-        expect(folder is None or Path(folder).is_dir(), key, folder, "a folder")
+        problems += [] if folder is None else paths.check_folder(key, folder)
     if config.text_folder is not None and not config.protocols:
         problems.append("text_folder is for protocols; give protocols=[NAME], or leave it out")
     for key in ("task_folder", "limit"):
@@ -234,17 +243,17 @@ def _check_evaluate(config: EvaluateConfig) -> list[str]:
             value = getattr(found, limit)
             expect(value is None or value >= 1, f"{key}.{limit}", value, "at least 1, or null")
         file = protocol_file(found, config.text_folder)
-        if file is not None and not file.is_file():
+        if file is not None and paths.kind_of(file) != "file":
             given = "text_folder" if found.path is None else f"{key}.path"
             problems.append(f"{given}: no file {file}, which {key} needs")
     if config.record is not None:
-        problems += check_writable("record", Path(config.record).parent)
+        problems += paths.check_appended("record", config.record)
     return problems
 
 
 def _check_benchmark(config: BenchmarkConfig) -> list[str]:
     """Return the problems of a benchmark."""
-    problems = _check_folder("checkpoint", config.checkpoint)
+    problems = _check_model("checkpoint", config.checkpoint)
     if not problems and not Path(config.checkpoint).is_dir():  # a name of the hub, elsewhere
         problems.append(f"checkpoint={config.checkpoint!r}: expected a folder of lrbo compress")
 
@@ -261,14 +270,14 @@ def _check_benchmark(config: BenchmarkConfig) -> list[str]:
     expect(config.warmup >= 0, "warmup", config.warmup, "a whole number from 0 on")
     expect(config.threads is None or config.threads >= 1, "threads", config.threads, "at least 1")
     if config.record is not None:
-        problems += check_writable("record", Path(config.record).parent)
+        problems += paths.check_appended("record", config.record)
     return problems
 
 
 def protocol_file(protocol: ProtocolConfig, text_folder: str | None) -> Path | None:
     """Return the file of a protocol's text; ``None`` is the hub."""
     if protocol.path is not None:
-        return Path(protocol.path).expanduser()
+        return Path(protocol.path)
     return None if text_folder is None else Path(text_folder) / protocol.file
 
 
@@ -398,35 +407,41 @@ def variables(space: SpaceConfig) -> dict[str, Any]:
     return flatten(space.variables) if space.variables else {}
 
 
-def check_new_folder(key: str, folder: Path) -> list[str]:
-    """Return the problem if ``folder`` exists already or cannot be made."""
-    if folder.exists():
-        return [f"{key}={str(folder)!r} exists already; lrbo overwrites nothing, choose another"]
-    return check_writable(key, folder)
-
-
-def _check_folder(key: str, path: str | None) -> list[str]:
+def _check_model(key: str, path: str | None) -> list[str]:
     """Return the problem if a path that cannot be a hub id is no folder with a model."""
-    if path and Path(path).is_file():
+    if path is None:
+        return []
+    kind = paths.kind_of(Path(path)) if path.strip() else "nothing"
+    if kind == "file":
         return [f"{key}={path!r}: a file; expected the folder of a model, with its config.json"]
-    is_local = path is not None and (path[:1] in ("/", ".", "~") or path.count("/") > 1)
-    if is_local and not Path(str(path)).is_dir():
+    if kind not in ("folder", "nothing"):
+        return [f"{key}={path[:60]!r}: {kind}; expected the folder of a model, or its hub id"]
+    is_hub_id = path[:1] not in ("/", ".", "~", "") and path.count("/") <= 1
+    if kind == "nothing" and not is_hub_id:
         return [f"{key}={path!r}: no such folder"]
-    if path and Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+    if kind == "folder" and not (Path(path) / "config.json").is_file():
         return [f"{key}={path!r}: no config.json in it; it is no model, or not a whole one"]
     return []
 
 
-def check_writable(key: str, folder: Path) -> list[str]:
-    """Return the problem if ``folder`` cannot be made or written."""
-    place = folder.absolute()
-    while not place.exists():
-        place = place.parent
-    if not place.is_dir():
-        return [f"{key}={str(folder)!r}: {place} is a file, not a folder"]
-    if not os.access(place, os.W_OK | os.X_OK):
-        return [f"{key}={str(folder)!r}: no permission to write in {place}"]
-    return []
+def check_study(config: SearchConfig | CompressConfig) -> list[str]:
+    """Return the problems of the path of a study, with which no file of it can be looked at."""
+    problems = paths.check_name("study", config.study)
+    return problems or paths.check_name("study", str(study_folder(config.studies, config.study)))
+
+
+def _check_new_study(folder: Path) -> list[str]:
+    """Return the problem if a study cannot be begun or gone on with in a folder."""
+    problems = paths.check_writable("study", str(folder))
+    if problems or not folder.is_dir() or (folder / "study.json").exists():
+        return problems
+    others = sorted(path.name for path in folder.iterdir() if not OWN.fullmatch(path.name))
+    if others:
+        problems.append(
+            f"study={str(folder)!r}: a folder that is no study, with {others[0]} in it; name one "
+            "that is new"
+        )
+    return problems
 
 
 def role_paths(role: RoleConfig) -> tuple[str, ...]:

@@ -19,9 +19,10 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from lrbo import __version__, config
+from lrbo.commands.asked import require_possible
 from lrbo.errors import ConfigError, LrboError
 from lrbo.interrupts import listening, status_of
-from lrbo.overrides import find_problems, quoted
+from lrbo.overrides import find_problems, spelled
 from lrbo.progress import LineHandler, Reporter, imported
 from lrbo.schema import (
     BenchmarkConfig,
@@ -31,6 +32,7 @@ from lrbo.schema import (
     ReportConfig,
     SearchConfig,
 )
+from lrbo.shell import text
 from lrbo.storage import naming_full_disk
 
 log = logging.getLogger(__name__)
@@ -144,22 +146,27 @@ def transfer_arguments(typed: Sequence[str]) -> list[str]:
                 ]
             )
         )
-    donor = typed[keys.index("donor")].partition("=")[2]
+    donor = str(config.read_value(spelled("search", f"study={_value(typed, 'donor')}")[6:]))
     rest = [argument for argument in typed if not argument.startswith("donor=")]
     if "study" not in keys:
-        source = Path(donor.partition(":")[0]).name
+        source = text(Path(donor.partition(":")[0]).name).strip("'")
         rest.append(
             "study='${model.name}_${method.name}_keep${lrbo.range:${budget.lowest},"
             f"${{budget.keep_ratio}}}}_seed${{seed}}_from_{source}'"
         )
     if "search.trials" not in keys:
         rest.append("search.trials=3")
-    return ["search", f"warm_start=[uniform,analytic,'study:{donor}']", *rest]
+    return ["search", f"warm_start=[uniform,analytic,{text(f'study:{donor}')}]", *rest]
+
+
+def _value(typed: Sequence[str], key: str) -> str:
+    """Return what is typed behind a key."""
+    return next(one.partition("=")[2] for one in typed if one.partition("=")[0] == key)
 
 
 def run(command: str, arguments: Sequence[str]) -> None:
     """Run one command as a Hydra application."""
-    arguments = [quoted(argument) for argument in arguments]
+    arguments = [spelled(command, argument) for argument in arguments]
     overrides = [argument for argument in arguments if not argument.startswith("-")]
     reporter, flags = Reporter(), set(arguments)
     if not flags & SHOWING:
@@ -251,6 +258,7 @@ def _search(values: DictConfig, reporter: Reporter) -> None:
     chosen = config.to_object(values)
     assert isinstance(chosen, SearchConfig)
     typed = list(HydraConfig.get().overrides.task)
+    require_possible(chosen, typed)
     _print_result(_command("search", reporter).run(chosen, typed, reporter), chosen.output)
 
 
@@ -258,6 +266,7 @@ def _report(values: DictConfig, reporter: Reporter) -> None:
     """Show what a study found."""
     chosen = config.to_object(values)
     assert isinstance(chosen, ReportConfig)
+    require_possible(chosen)
     _print_result(_command("report", reporter).run(chosen, reporter), chosen.output)
 
 
@@ -265,6 +274,7 @@ def _compress(values: DictConfig, reporter: Reporter) -> None:
     """Write a model of a study as a checkpoint."""
     chosen = config.to_object(values)
     assert isinstance(chosen, CompressConfig)
+    require_possible(chosen)
     _print_result(_command("compress", reporter).run(chosen, reporter), chosen.output)
 
 
@@ -272,6 +282,7 @@ def _evaluate(values: DictConfig, reporter: Reporter) -> None:
     """Score a checkpoint or a dense model on a text."""
     chosen = config.to_object(values)
     assert isinstance(chosen, EvaluateConfig)
+    require_possible(chosen)
     _print_result(_command("evaluate", reporter).run(chosen, reporter), chosen.output)
 
 
@@ -279,6 +290,7 @@ def _benchmark(values: DictConfig, reporter: Reporter) -> None:
     """Time a checkpoint and its dense architecture."""
     chosen = config.to_object(values)
     assert isinstance(chosen, BenchmarkConfig)
+    require_possible(chosen)
     _print_result(_command("benchmark", reporter).run(chosen, reporter), chosen.output)
 
 
@@ -286,6 +298,7 @@ def _dashboard(values: DictConfig, reporter: Reporter) -> None:
     """Start the MLflow UI on the store of the studies."""
     chosen = config.to_object(values)
     assert isinstance(chosen, DashboardConfig)
+    require_possible(chosen)
     _command("dashboard", reporter).run(chosen, reporter)
 
 

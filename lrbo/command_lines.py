@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-import yaml  # type: ignore[import-untyped]  # comes with omegaconf, without types
+import yaml  # type: ignore[import-untyped]  # has no types
 
 from lrbo.config import MAPPINGS, composed, conf_folder, flat, flatten, is_free
 from lrbo.errors import ConfigError
 from lrbo.schema import SCHEMAS, SearchConfig
+from lrbo.shell import assigned
 
 
 def repeating(searched: SearchConfig) -> dict[str, Any]:
@@ -58,12 +58,12 @@ def typed(command: str, values: Mapping[str, Any]) -> list[str]:
         if file.is_file():
             chosen.append(f"{group}={file.stem}")
             own = flatten(yaml.safe_load(file.read_text("utf-8")), f"{group}.")
-            chosen += [_assigned(key, values[key]) for key, v in own.items() if v == "???"]
+            chosen += [assigned(key, values[key]) for key, v in own.items() if v == "???"]
     required = [k for k, v in flatten(asdict(SCHEMAS[command]())).items() if v == "???"]
-    top = [_assigned(key, values[key]) for key in required if "." not in key and key in values]
+    top = [assigned(key, values[key]) for key in required if "." not in key and key in values]
     before = flat(composed(command, [*chosen, *top]))
     more = [
-        ("" if key in before else "+") + _assigned(key, value)
+        ("" if key in before else "+") + assigned(key, value)
         for key, value in values.items()
         if before.get(key, ...) != value and value != {}
     ]
@@ -78,21 +78,3 @@ def typed(command: str, values: Mapping[str, Any]) -> list[str]:
     if wrong := [key for key, value in values.items() if after.get(key, ...) != value]:
         raise ConfigError([f"{key}={values[key]!r} cannot be typed" for key in wrong])
     return found
-
-
-def _assigned(key: str, value: Any) -> str:
-    """Return an override, its value in Hydra's grammar."""
-    return f"{key}={_grammar(value)}"
-
-
-def _grammar(value: Any) -> str:
-    """Return a value as Hydra's grammar has it."""
-    if value is None or isinstance(value, bool):
-        return "null" if value is None else str(value).lower()
-    if isinstance(value, list):
-        return f"[{','.join(map(_grammar, value))}]"
-    if isinstance(value, str):
-        plain = re.fullmatch(r"[A-Za-z_./][\w./-]*", value)
-        special = value.lower() in ("null", "true", "false", "nan", "inf")
-        return value if plain and not special else "'" + value.replace("'", "\\'") + "'"
-    return str(value)

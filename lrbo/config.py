@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import fnmatch
+import os
 import re
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -11,7 +13,8 @@ from dataclasses import asdict, fields, is_dataclass
 from itertools import product
 from pathlib import Path
 from textwrap import fill
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
@@ -23,6 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lrbo.errors import ConfigError
 from lrbo.schema import (
+    PATHS,
     SCHEMAS,
     Config,
     EvaluateConfig,
@@ -50,6 +54,7 @@ BEFORE: Mapping[str, Any] = {
     "sensitivity": {"enabled": False, "apply": True},
 }
 
+SQLITE = "sqlite:///"
 _HYDRA = threading.Lock()  # there is one in a process, which composes for one thread at a time
 
 
@@ -200,6 +205,14 @@ def _keys(command: str) -> list[str]:
     return [*keys, *sections, *groups]
 
 
+def read_value(text: str) -> Any:
+    """Read a value as Hydra's grammar has it; a text that is none in it stays as it is."""
+    try:
+        return OverridesParser.create().parse_override(f"x={text}").value()
+    except HydraException:
+        return text
+
+
 def _unreadable(override: str) -> str | None:
     """Return what to do about an override that Hydra's grammar has no place for, if it has none.
 
@@ -275,12 +288,57 @@ def to_object(config: DictConfig) -> Config:
     except OmegaConfBaseException as error:
         raise ConfigError([_plain(error)]) from error
     assert isinstance(found, Config)
+    _expand(found)
     strays = list(_strays(found))
     if strays:
         raise ConfigError(
             [f"{key} is no key of this configuration; remove +{key}=" for key in strays]
         )
     return found
+
+
+def _expand(node: Any, prefix: str = "") -> None:
+    """Put home folders in place of ``~`` in every path of a configuration, in place.
+
+    No shell does it behind ``key=``, and one key must not mean another folder than the next.
+    """
+    items = vars(node) if is_dataclass(node) else node
+    for name, value in items.items():
+        key = f"{prefix}{name}"
+        if is_dataclass(value) or isinstance(value, dict):
+            _expand(value, f"{key}.")
+        elif any(fnmatch.fnmatchcase(key, pattern) for pattern in PATHS):
+            items[name] = [*map(_at_home, value)] if isinstance(value, list) else _at_home(value)
+
+
+def _at_home(value: Any) -> Any:
+    """Put the home folder in place of ``~`` in a path, or in the address of a file."""
+    if not isinstance(value, str):
+        return value
+    scheme = SQLITE if value.startswith(SQLITE) else ""
+    return scheme + os.path.expanduser(value.removeprefix(scheme))  # noqa: PTH111  # keeps a/./b
+
+
+def text_hint(command: str, key: str) -> tuple[bool, bool]:
+    """Look up in the schema whether a key holds text, or lists of it, and whether null is a value.
+
+    Args:
+        command: Name of the command.
+        key: Dotted, without ``+`` or ``~``.
+    """
+    hint: Any = SCHEMAS[command]
+    *_, last = key.split(".")
+    for name in key.split("."):
+        if is_dataclass(hint):
+            hint = get_type_hints(hint).get(name)
+        else:
+            hint = get_args(hint)[1] if get_origin(hint) is dict else None
+    if hint is Any:  # a text or several
+        return last in ("study", "path"), last == "path"
+    members = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    while get_origin(members[0]) is list:
+        members = (*get_args(members[0]), *members[1:])
+    return str in members, type(None) in members
 
 
 def _strays(node: object, prefix: str = "") -> Iterable[str]:
@@ -336,7 +394,7 @@ def stored_config(
         if typed is not None:
             value = OmegaConf.select(OmegaConf.structured(typed), key.lstrip("+~"))
         else:
-            value = OmegaConf.create(f"x: {value}").x
+            value = read_value(value)
         OmegaConf.update(merged, key.lstrip("+~"), value)
     found = to_object(merged)
     assert isinstance(found, SearchConfig)

@@ -12,6 +12,7 @@ from types import FrameType
 from typing import Any
 
 SHOW_CURSOR = "\x1b[?25h\n"
+SOON_S = 0.05  # until an import is asked again whether it is done
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -30,6 +31,21 @@ class Interrupted(KeyboardInterrupt):
         super().__init__(signal.Signals(number).name)
 
 
+def leave(number: int, _: FrameType | None) -> None:
+    """End the process with the status of a signal, and without a word."""
+    os._exit(128 + number)
+
+
+FREE = (signal.default_int_handler, signal.SIG_DFL, leave)  # `nohup` and its like ignore some
+
+
+def starting() -> None:
+    """End at once on a signal, until :func:`listening`: nothing was begun yet."""
+    for number in SIGNALS:
+        if signal.getsignal(number) in FREE:
+            signal.signal(number, leave)
+
+
 def status_of(error: KeyboardInterrupt) -> int:
     """Return what to leave with after an interrupt, from whoever raised it."""
     return error.status if isinstance(error, Interrupted) else 128 + signal.SIGINT
@@ -43,8 +59,7 @@ def listening(signals: Sequence[signal.Signals] = SIGNALS) -> Iterator[None]:
     """
     mine = threading.current_thread() is threading.main_thread()
     handlers = {number: signal.getsignal(number) for number in signals} if mine else {}
-    free = (signal.default_int_handler, signal.SIG_DFL)  # `nohup` and its like ignore some
-    taken = [number for number, handler in handlers.items() if handler in free]
+    taken = [number for number, handler in handlers.items() if handler in FREE]
     handle = _handler()
     for number in taken:
         signal.signal(number, handle)
@@ -67,19 +82,42 @@ def kept() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def is_importing(frame: FrameType | None) -> bool:
+    """Return whether a module is being imported by what runs in a frame.
+
+    Modules in C make other errors of an interrupt there, or swallow it, and one that was imported
+    by half may end everything later: it is raised when they are done.
+    """
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib._bootstrap"):
+            return True
+        frame = frame.f_back
+    return False
+
+
 def _handler() -> Callable[[int, FrameType | None], Any]:
     """Return what a signal calls, with a memory of whether it is the first."""
-    asked = False
+    asked = due = False
 
-    def handle(number: int, _: FrameType | None) -> None:
-        nonlocal asked
-        if asked:
+    def remind(number: int) -> None:
+        nonlocal due
+        due = True
+        signal.raise_signal(number)
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        nonlocal asked, due
+        reminded, due = due, False
+        if asked and not reminded:
             if number == signal.SIGHUP:  # shell and system both tell of a terminal that is gone
                 return
             if sys.stderr.isatty():  # a bar hides it
                 os.write(2, SHOW_CURSOR.encode())
             os._exit(128 + number)
         asked = True
-        raise Interrupted(number)
+        if not is_importing(frame):
+            raise Interrupted(number)
+        soon = threading.Timer(SOON_S, remind, [number])
+        soon.daemon = True
+        soon.start()
 
     return handle

@@ -8,5 +8,7 @@ SOURCES = ("packaged", "files", "hf", "generated")  # of text
 BOS = ("start", "window", "none")  # of a protocol
 STEPS = 4  # of decoding in a timing, of one token each
 
+STUDIES = "studies"  # the folder of studies, where none is named
+
 # What a variable may be: a kept ratio, or the natural logarithm of a factor of a loss curve.
 RANGES: Mapping[str, tuple[float, float]] = {"ratios": (0.01, 1.0), "weights": (-5.0, 5.0)}

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 from collections.abc import Sequence
 
-from lrbo import config
+from lrbo import config, shell
+from lrbo.checks import check
 from lrbo.errors import ConfigError
 from lrbo.schema import Config, SearchConfig
+
+# Texts of a list, or of a sweep: in quotes, or up to the next comma or bracket.
+TEXTS = re.compile(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|[^\[\],'"]+""")
 
 
 def chosen_by(command: str, overrides: Sequence[object]) -> tuple[list[str], Config]:
@@ -29,7 +32,7 @@ def chosen_by(command: str, overrides: Sequence[object]) -> tuple[list[str], Con
                 for override in strange
             ]
         )
-    typed = [quoted(str(override)) for override in overrides]
+    typed = [spelled(command, str(override)) for override in overrides]
     problems = find_problems(command, typed)
     if problems:
         raise ConfigError(problems)
@@ -85,9 +88,30 @@ def _shared_studies(command: str, jobs: Sequence[Sequence[str]]) -> list[str]:
     return list(found.values())
 
 
-def quoted(argument: str) -> str:
-    """Quote a value like that of ``point=keep=0.75``, which Hydra's grammar has no place for."""
-    return re.sub(r"^([\w.]+)=(\w+=[\w.]+)$", r"\1='\2'", argument)
+def spelled(command: str, argument: str) -> str:
+    """Quote a text that Hydra would read as something else, so that it stays as it was typed.
+
+    ``study=1e3`` would be called 1000.0, ``study=2026_11_28`` a number; ``point=keep=0.75`` has
+    no place in Hydra's grammar.
+
+    Args:
+        command: Name of the command.
+        argument: As typed.
+    """
+    key, is_given, value = argument.partition("=")
+    is_text, may_be_null = config.text_hint(command, key.lstrip("+"))
+    if not is_given or not is_text or set(value) & set("({$"):
+        return argument
+    if re.fullmatch(r"\w+=[\w.]+", value):
+        return f"{key}={shell.text(value)}"
+
+    def kept(part: re.Match[str]) -> str:
+        word = part[0].strip()
+        read = config.read_value(word) if word and word[0] not in "'\"" else word
+        misread = not isinstance(read, str) and not (read is None and may_be_null)
+        return part[0].replace(word, f"'{word}'") if misread else part[0]
+
+    return f"{key}={TEXTS.sub(kept, value)}"
 
 
 def _value_problems(command: str, overrides: Sequence[str]) -> list[str]:
@@ -96,6 +120,4 @@ def _value_problems(command: str, overrides: Sequence[str]) -> list[str]:
         chosen = config.composed(command, overrides)
     except ConfigError as error:
         return error.problems
-    # It imports torch, which --help and TAB must not cost.
-    found: list[str] = importlib.import_module("lrbo.checks").check(chosen)
-    return found
+    return check(chosen)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import yaml  # type: ignore[import-untyped]  # comes with omegaconf, without types
+import yaml  # type: ignore[import-untyped]  # has no types
 
 from lrbo.accounting import (
     dense_parameters,

@@ -7,6 +7,11 @@ from typing import Any
 
 # A required value; the string that OmegaConf's MISSING stands for.
 MISSING: Any = "???"
+# Keys whose values are paths, or the addresses of files, in which a leading ~ is a home folder.
+PATHS = (
+    "study", "studies", "out", "record", "text_folder", "task_folder", "checkpoint", "model.path",
+    "data.*.path", "protocols.*.path", "tracking.uri", "uri",
+)  # fmt: skip
 
 
 @dataclass
@@ -215,7 +220,7 @@ class CompressConfig:
 
     study: str = MISSING
     studies: str = "studies"
-    point: Any = "best"
+    point: str = "best"
     out: str = MISSING
     format: str = "lrbo"
     register: str = "link"

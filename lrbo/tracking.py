@@ -13,6 +13,7 @@ from lrbo.errors import TrackingError
 from lrbo.mlflow_entities import first_line
 from lrbo.mlflow_store import StudyRuns, is_other_version, other_version, store_errors
 from lrbo.presentation import Checkpoint, Presentation
+from lrbo.shell import command as command_line
 from lrbo.trial import TrialRecord
 
 log = logging.getLogger(__name__)
@@ -225,7 +226,7 @@ class MlflowTracker:
             where = first_line(self._uri)
             if is_other_version(error):
                 reason = other_version(where)
-            command = f"lrbo report study={self._study_name} sync=true"
+            command = command_line("report", study=self._study_name, sync=True)
             if self._strict:
                 raise TrackingError(
                     f"MLflow at {where} failed ({reason}). The journal of study "

@@ -250,7 +250,7 @@ def documents(source: str, path: str, seed: int = 0) -> Iterator[str]:
     if source == "packaged":
         yield from _packaged_documents(path)
     elif source == "files":
-        yield from _file_documents(Path(path).expanduser())
+        yield from _file_documents(Path(path))
     elif source == "hf":
         yield from _hub_documents(path)
     elif source == "generated":

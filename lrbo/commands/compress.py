@@ -15,11 +15,11 @@ from lrbo import builders, checks, config, export
 from lrbo.accounting import account
 from lrbo.allocation import Allocation
 from lrbo.command_lines import command_line, repeating
+from lrbo.commands.asked import points, study_of
 from lrbo.commands.finalists import Finalist, finalist
 from lrbo.commands.trials import evaluate_between
 from lrbo.commands.view import enter_checkpoint
 from lrbo.compression import store_
-from lrbo.errors import StudyError
 from lrbo.layers import PivotedLinear
 from lrbo.loading import load_model, load_tokenizer, resolve_dtype
 from lrbo.merging import save_merged
@@ -29,7 +29,7 @@ from lrbo.optimization.front import KEEP_RATIO, ceiling_of
 from lrbo.optimization.study import Study
 from lrbo.progress import Reporter
 from lrbo.schema import CompressConfig, SearchConfig
-from lrbo.trial import TrialRecord
+from lrbo.shell import assigned
 from lrbo.versions import versions
 from lrbo.worker import allocation_parameters
 
@@ -43,17 +43,17 @@ def run(chosen: CompressConfig, reporter: Reporter) -> dict[str, Any]:
         CheckpointError: If file and accountant disagree on the number of parameters.
     """
     checks.require_valid(chosen)
-    study = Study(checks.study_folder(chosen.studies, chosen.study))
+    study = study_of(chosen)
     about = study.about()
     point = str(chosen.point)
-    records = _points(study, point, chosen.refit.candidates)
-    stored = config.stored_config(study.config_yaml(), [f"studies={chosen.studies}"])
+    records = points(study, point, chosen.refit.candidates)
+    stored = config.stored_config(study.config_yaml(), [assigned("studies", chosen.studies)])
     with reporter.waiting("Reading texts"):
         plan = builders.plan_search(stored, study, checks.check(stored))
     ceiling = ceiling_of(point)
     if ceiling is not None and ceiling[0] == KEEP_RATIO:
         evaluate_between(plan, study, ceiling[1], reporter)
-        records = _points(study, point, chosen.refit.candidates)
+        records = points(study, point, chosen.refit.candidates)
     found = finalist(plan, study, records, chosen.refit, reporter)
     record, allocation = found.record, found.record.request.allocation
     dtype = None if chosen.dtype == "auto" else resolve_dtype(chosen.dtype, torch.device("cpu"))
@@ -163,7 +163,7 @@ def _commands(chosen: CompressConfig, searched: SearchConfig, dtype: str, trial:
         dtype: That the study's model ran in, which ``auto`` may not choose elsewhere.
         trial: That was written.
     """
-    own = {"point": trial, "out": Path(chosen.out).name, "study": searched.study}
+    own = {"point": str(trial), "out": Path(chosen.out).name, "study": searched.study}
     skipped = ("studies", "output", "refit.candidates")
     options = {k: v for k, v in config.flat(chosen).items() if k not in skipped} | own
     return [
@@ -201,30 +201,3 @@ def _put_in(
     if layers:
         name, largest = max(layers.items(), key=lambda item: item[1].growth)
         reporter.say(f"Largest coefficient of the pivoted layers: {largest.growth:.3f} in {name}")
-
-
-def _points(study: Study, point: str, candidates: int) -> list[TrialRecord]:
-    """Return the trials that ``point`` names, best first: best, a number, or METRIC=CEILING.
-
-    Raises:
-        StudyError: If there is no such trial with a value; says which there are.
-    """
-    completed = study.state.completed
-    metric, ceiling = ceiling_of(point) or (KEEP_RATIO, math.inf)
-    if point.isdecimal():
-        found = [r for r in completed if r.request.trial_index == int(point)]
-    else:
-        found = [r for r in completed if r.metrics.get(metric, math.inf) <= ceiling]
-        found.sort(key=lambda r: r.metrics["objective"])  # stable: the first of equals is first
-    if not found:
-        ratios = sorted(r.metrics[metric] for r in completed if metric in r.metrics)
-        indices = [r.request.trial_index for r in completed]
-        stopped = [r.request.trial_index for r in study.state.stopped]
-        raise StudyError(
-            f"study {study.name} has no completed trial for point={point}; it has the trials "
-            f"{indices}"
-            + (f", and stopped early: {stopped}" if stopped else "")
-            + (f" with {metric} from {ratios[0]:.4f} to {ratios[-1]:.4f}" if ratios else "")
-            + ("" if ratios or not completed else f", of which {metric} was not measured")
-        )
-    return found[:candidates]

@@ -23,6 +23,7 @@ from lrbo.progress import Reporter, imported
 from lrbo.report import print_comparison, print_report
 from lrbo.results import draw_figures, summary
 from lrbo.schema import ReportConfig
+from lrbo.shell import assigned
 
 
 def run(chosen: ReportConfig, reporter: Reporter) -> dict[str, Any]:
@@ -77,7 +78,7 @@ def _names(chosen: ReportConfig) -> list[str]:
 
 def _sync(chosen: ReportConfig, study: Study, reporter: Reporter) -> None:
     """Show MLflow what it lacks of a study."""
-    changes = [f"studies={chosen.studies}", "tracking.enabled=true"]
+    changes = [assigned("studies", chosen.studies), "tracking.enabled=true"]
     stored = config.stored_config(study.config_yaml(), changes)
     tracker = make_tracker(stored, study, strict=True)
     tracker.start(config.flat(stored) | digests(study))

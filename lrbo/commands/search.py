@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from lrbo import builders, checks, config, versions
+from lrbo import builders, config, paths, versions
+from lrbo.commands.asked import search_asked, study_of
 from lrbo.commands.live import live_search
 from lrbo.commands.trials import search_loop
 from lrbo.commands.view import show_if_possible
@@ -29,6 +30,7 @@ from lrbo.progress import Reporter
 from lrbo.report import print_report
 from lrbo.results import size_metric, summary
 from lrbo.schema import SearchConfig
+from lrbo.shell import command, study_at
 from lrbo.tracking import Tracker
 from lrbo.trial import TrialRecord, TrialRequest, TrialResult
 from lrbo.worker import Worker
@@ -43,8 +45,10 @@ def run(chosen: SearchConfig, typed: Sequence[str], reporter: Reporter) -> dict[
     print_report(study, Console(highlight=False))
     reporter.say(f"Figures: {study.folder / 'figures'}")
     size = size_metric(study)
-    point = "" if size is None else f" point={size if size in LATENCIES else 'keep'}=RATIO"
-    reporter.say(f"Next: lrbo compress study={chosen.study}{point} out=FOLDER, or: lrbo dashboard")
+    wanted = {"study": study_at(study.folder)}
+    if size is not None:
+        wanted["point"] = f"{size if size in LATENCIES else 'keep'}=RATIO"
+    reporter.say(f"Next: {command('compress', **wanted, out='FOLDER')}, or: lrbo dashboard")
     return summary(study)
 
 
@@ -61,25 +65,9 @@ def search(chosen: SearchConfig, typed: Sequence[str], reporter: Reporter) -> St
         ConfigError: Listing every problem, before any model is loaded.
         StudyError: If the study is locked, damaged or stuck.
     """
-    study = Study(checks.study_folder(chosen.studies, chosen.study))
-    problems: list[str] = []
-    if study.exists:
-        study.about()
-        if all(config.is_free(override.lstrip("+~").partition("=")[0]) for override in typed):
-            chosen = config.stored_config(study.config_yaml(), typed, chosen)
-        else:
-            problems += [
-                f"study {study.name} was begun with another configuration; {difference}"
-                for difference in _differences(study, chosen, typed)
-            ]
-            if problems:
-                problems.append(
-                    f"to continue it: lrbo search study={chosen.study}; to begin another: "
-                    "study=NEWNAME"
-                )
-        problems += versions.refusals(study, allowed=chosen.search.other_versions)
-    problems += checks.check(chosen)
-    if checks.check_writable("study", study.folder):  # then not even the lock can be taken
+    study = study_of(chosen)
+    chosen, problems = search_asked(chosen, typed, study)
+    if problems and paths.check_writable("study", str(study.folder)):  # not even the lock
         raise ConfigError(problems)
     with study.locked():
         elsewhere = _executor_problems(chosen)
@@ -95,21 +83,6 @@ def search(chosen: SearchConfig, typed: Sequence[str], reporter: Reporter) -> St
         with _executor(plan, study) as executor:
             _search(plan, study, executor, reporter)
     return study
-
-
-def _differences(study: Study, chosen: SearchConfig, typed: Sequence[str]) -> list[str]:
-    """Return what a command has other than the study; what nobody typed is counted only.
-
-    Whoever types one key of a study gets the defaults of all others, and looks for that one.
-    """
-    found = config.differences(study.config_yaml(), chosen)
-    keys = [override.lstrip("+~").partition("=")[0] for override in typed]
-    starts = tuple(f"{key}{end}" for key in keys for end in (":", "."))
-    named = [difference for difference in found if difference.startswith(starts)]
-    others = [difference.partition(":")[0] for difference in found if difference not in named]
-    if not named or not others:
-        return found
-    return [*named, f"{len(others)} keys that were not typed differ too: {others[0]} first"]
 
 
 def _executor_problems(chosen: SearchConfig) -> list[str]:

@@ -21,6 +21,7 @@ from lrbo.presentation import Checkpoint, Dataset, Presentation, perplexity_text
 from lrbo.progress import imported
 from lrbo.results import config_of, described, draw_figures, size_metric, summary
 from lrbo.schema import SearchConfig
+from lrbo.shell import command, study_at
 from lrbo.storage import write_text
 from lrbo.tracking import MlflowTracker, NullTracker, Tracker
 
@@ -173,10 +174,10 @@ def show_if_possible(study: Study, tracker: Tracker) -> None:
     except OSError as error:
         log.warning(
             "The figures of study %s are not all written (%s). Everything they show is in its "
-            "journal; draw them with: lrbo report study=%s",
+            "journal; draw them with: %s",
             study.name,
             error,
-            study.name,
+            command("report", study=study_at(study.folder)),
         )
 
 

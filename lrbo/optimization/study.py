@@ -19,6 +19,7 @@ from filelock import FileLock, Timeout
 from lrbo.accounting import low_rank_parameters
 from lrbo.allocation import Allocation
 from lrbo.errors import StudyError
+from lrbo.shell import command, study_at
 from lrbo.specs import LayerSpec
 from lrbo.storage import write_text
 from lrbo.trial import TrialRecord, TrialRequest, TrialResult
@@ -201,7 +202,8 @@ class Study:
             found = json.loads(path.read_text(encoding="utf-8"))
         except (FileNotFoundError, NotADirectoryError) as error:
             raise StudyError(
-                f"there is no study at {self.folder}; start one with: lrbo search study={self.name}"
+                f"there is no study at {self.folder}; start one with: "
+                f"{command('search', study=study_at(self.folder))}"
             ) from error
         except ValueError as error:
             raise StudyError(f"{path} is not JSON: {error}") from error

@@ -1,0 +1,139 @@
+"""Paths that commands read and write, judged before the work: what is tried is taken away again."""
+
+from __future__ import annotations
+
+import errno
+import os
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+
+BESIDE = 35  # bytes by which the name of what is written beside a file is longer than its own
+BELOW = 160  # bytes of the names of files below a folder that is written
+PATH_MAX = 4096
+
+
+def kind_of(path: Path) -> str:
+    """Say what is at a path: ``folder``, ``file``, ``nothing``, or in words what else."""
+    try:
+        if path.is_symlink() and not os.path.exists(path):  # noqa: PTH110  # takes any name
+            return f"a link to {os.readlink(path)}, which is not there"  # noqa: PTH115
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return "nothing"
+    except OSError as error:
+        return str(error.strerror).lower()
+    except ValueError as error:  # a null byte
+        return str(error)
+    return "folder" if path.is_dir() else "file"
+
+
+def check_folder(key: str, path: str) -> list[str]:
+    """Find the problem if there is no folder to read."""
+    kind = _named(path)
+    return [] if kind == "folder" else [f"{key}={path!r}: expected a folder, there is {_an(kind)}"]
+
+
+def check_file(key: str, path: str) -> list[str]:
+    """Find the problem if there is no file to read."""
+    kind = _named(path)
+    return [] if kind == "file" else [f"{key}={path!r}: expected a file, there is {_an(kind)}"]
+
+
+def check_new(key: str, path: str) -> list[str]:
+    """Find the problem if a folder exists already or cannot be made."""
+    if os.path.lexists(path) and "\0" not in path:
+        return [f"{key}={path!r} exists already; lrbo overwrites nothing, choose another"]
+    return check_writable(key, path)
+
+
+def check_writable(key: str, path: str) -> list[str]:
+    """Find the problem if a folder cannot be made or written."""
+    if problem := _unfit(path):
+        return [f"{key}={path!r}: {problem}"]
+    folder = Path(path).absolute()
+    while (kind := kind_of(folder)) == "nothing":
+        folder = folder.parent
+    if kind != "folder":
+        what = "is a file, not a folder" if kind == "file" else f"is {kind}; expected a folder"
+        return [f"{key}={path!r}: {folder} {what}"]
+    if not os.access(folder, os.W_OK | os.X_OK):
+        return [f"{key}={path!r}: no permission to write in {folder}"]
+    limit = _longest_name(folder)
+    for part in Path(path).parts:
+        if (length := len(os.fsencode(part))) > limit:
+            return [
+                f"{key}={path[:40] + '...'!r}: a name of {length} bytes; expected at most "
+                f"{limit}, for what is written beside it meanwhile has a longer one"
+            ]
+    try:  # permissions do not tell of /proc, of read-only disks, or of quotas on files
+        Path(tempfile.mkdtemp(prefix=".lrbo-", dir=folder)).rmdir()
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):  # room may be made meanwhile
+            return [f"{key}={path!r}: cannot write in {folder}: {error.strerror}"]
+    return []
+
+
+def check_appended(key: str, path: str) -> list[str]:
+    """Find the problem if a file cannot be made, or be added to."""
+    kind = _named(path)
+    if kind == "nothing" and not path.endswith(os.sep):
+        whole = Path(path)
+        return check_writable(key, str(whole)) or check_writable(key, str(whole.parent))
+    if kind != "file":
+        return [f"{key}={path!r}: expected a file, there is {_an(kind)}"]
+    if not os.access(path, os.W_OK):
+        return [f"{key}={path!r}: no permission to write to it"]
+    return []
+
+
+def check_name(key: str, path: str, *, root: bool = False) -> list[str]:
+    """Find the problem of a folder that others are made in or that is called by its name.
+
+    Args:
+        key: Of the configuration.
+        path: What it is set to.
+        root: Whether the folder only holds others, so that ``.`` will do.
+    """
+    parts = path.split("/")
+    if not path.strip():
+        return [f"{key}={path!r}: expected a folder, came nothing"]
+    if ".." in parts:
+        written = os.path.normpath(os.path.abspath(path))  # noqa: PTH100  # links stay links
+        return [f"{key}={path!r}: expected a folder without '..' in it, such as {written}"]
+    if not [part for part in parts if part not in ("", ".")] and not (root and path[0] == "."):
+        return [f"{key}={path!r}: expected a folder with a name of its own"]
+    kind = kind_of(Path(path))
+    problem = _unfit(path) or ("" if kind in ("folder", "file", "nothing") else f"it is {kind}")
+    return [f"{key}={path[:60]!r}: {problem}"] if problem else []
+
+
+def _named(path: str) -> str:
+    """Say what a value stands for; an empty one is not the working folder."""
+    return kind_of(Path(path)) if path.strip() else "no name"
+
+
+def _an(kind: str) -> str:
+    """Put an article before what is a thing."""
+    return f"a {kind}" if kind in ("folder", "file") else kind
+
+
+def _unfit(path: str) -> str:
+    """Say why no system or no terminal takes a path, if so."""
+    if not path.strip():
+        return "expected a name, came nothing"
+    if not path.isprintable():
+        return "it has characters that cannot be printed; leave them out"
+    if path.startswith("~"):
+        return "there is no such user; write the folder as it is"
+    if len(os.fsencode(Path(path).absolute())) + BELOW > PATH_MAX:
+        return f"a path of more than {PATH_MAX - BELOW:,} bytes; choose a shorter one"
+    return ""
+
+
+def _longest_name(folder: Path) -> int:
+    """Ask how long a name may be in a folder, for something that is written beside first."""
+    longest = 255
+    with suppress(OSError, ValueError):
+        longest = os.pathconf(folder, "PC_NAME_MAX")
+    return longest - BESIDE
