@@ -149,7 +149,8 @@ def transfer_arguments(typed: Sequence[str]) -> list[str]:
     donor = str(config.read_value(spelled("search", f"study={_value(typed, 'donor')}")[6:]))
     rest = [argument for argument in typed if not argument.startswith("donor=")]
     if "study" not in keys:
-        source = text(Path(donor.partition(":")[0]).name).strip("'")
+        source = text(Path(donor.partition(":")[0]).name)
+        source = source[1:-1] if source.startswith("'") else source  # the name is in quotes below
         rest.append(
             "study='${model.name}_${method.name}_keep${lrbo.range:${budget.lowest},"
             f"${{budget.keep_ratio}}}}_seed${{seed}}_from_{source}'"

@@ -52,13 +52,8 @@ def check_writable(key: str, path: str) -> list[str]:
     if problem := _unfit(path):
         return [f"{key}={path!r}: {problem}"]
     folder = Path(path).absolute()
-    while (kind := kind_of(folder)) == "nothing":
+    while not os.path.lexists(folder):
         folder = folder.parent
-    if kind != "folder":
-        what = "is a file, not a folder" if kind == "file" else f"is {kind}; expected a folder"
-        return [f"{key}={path!r}: {folder} {what}"]
-    if not os.access(folder, os.W_OK | os.X_OK):
-        return [f"{key}={path!r}: no permission to write in {folder}"]
     limit = _longest_name(folder)
     for part in Path(path).parts:
         if (length := len(os.fsencode(part))) > limit:
@@ -66,6 +61,11 @@ def check_writable(key: str, path: str) -> list[str]:
                 f"{key}={path[:40] + '...'!r}: a name of {length} bytes; expected at most "
                 f"{limit}, for what is written beside it meanwhile has a longer one"
             ]
+    if (kind := kind_of(folder)) != "folder":
+        what = "is a file, not a folder" if kind == "file" else f"is {kind}; expected a folder"
+        return [f"{key}={path!r}: {folder} {what}"]
+    if not os.access(folder, os.W_OK | os.X_OK):
+        return [f"{key}={path!r}: no permission to write in {folder}"]
     try:  # permissions do not tell of /proc, of read-only disks, or of quotas on files
         Path(tempfile.mkdtemp(prefix=".lrbo-", dir=folder)).rmdir()
     except OSError as error:
@@ -76,7 +76,9 @@ def check_writable(key: str, path: str) -> list[str]:
 
 def check_appended(key: str, path: str) -> list[str]:
     """Find the problem if a file cannot be made, or be added to."""
-    kind = _named(path)
+    if problem := _unfit(path):
+        return [f"{key}={path!r}: {problem}"]
+    kind = kind_of(Path(path))
     if kind == "nothing" and not path.endswith(os.sep):
         whole = Path(path)
         return check_writable(key, str(whole)) or check_writable(key, str(whole.parent))

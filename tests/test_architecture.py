@@ -5,7 +5,9 @@ import importlib
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -229,6 +231,7 @@ def test_public_names_are_listed_found_and_not_hidden_by_modules() -> None:
         for node in ast.walk(sources()["__init__"])
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lrbo.")
         for alias in node.names
+        if alias.asname  # the others are used here
     }
     assert typed == lrbo._HOMES
     for name, home in lrbo._HOMES.items():
@@ -249,3 +252,26 @@ def test_the_command_line_starts_without_what_does_the_work() -> None:
 def test_an_unknown_name_of_the_package_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no attribute 'lode'; it has"):
         _ = lrbo.lode
+
+
+ROOT = PACKAGE.parent
+
+
+def test_what_is_imported_is_declared_and_pinned() -> None:
+    """Else it is there only as long as another package brings it."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    optional = project["optional-dependencies"]
+    declared = {
+        re.split(r"[<>=!~ \[;]", each)[0].lower().replace("_", "-")
+        for each in [*project["dependencies"], *optional["ray"], *optional["eval"]]
+    }
+    brought = packages_distributions()
+    known = {*sys.stdlib_module_names, "lrbo"}
+    seen = {module.split(".")[0] for tree in sources().values() for module, _ in imports(tree)}
+    assert len(seen - known) > 20
+    for module in sorted(seen - known):
+        names = {name.lower().replace("_", "-") for name in brought.get(module, [module])}
+        assert names & declared, f"{module} is imported, and {names} not among the dependencies"
+    pins = (ROOT / "constraints.txt").read_text(encoding="utf-8").lower().replace("_", "-")
+    pinned = set(re.findall(r"^([\w.-]+)==", pins, re.MULTILINE))
+    assert declared <= pinned

@@ -1,10 +1,18 @@
 """What was composed can be typed again."""
 
-import pytest
+import shlex
+from pathlib import Path
 
-from lrbo import config
+import pytest
+from hypothesis import given as drawn
+from hypothesis import settings
+from hypothesis import strategies as st
+
+from lrbo import cli, config
 from lrbo.command_lines import typed
 from lrbo.errors import ConfigError
+from lrbo.overrides import spelled
+from lrbo.shell import command, study_at
 
 
 @pytest.mark.parametrize(
@@ -42,3 +50,76 @@ def test_values_that_no_command_line_gives_are_named() -> None:
     wanted = config.flat(config.composed("search", [])) | {"space.bound": 3}
     with pytest.raises(ConfigError, match=r"space\.bound"):
         typed("search", wanted)
+
+
+# --- what is printed can be pasted --------------------------------------------------------------
+
+TEXTS = ["1e3", "2026_11_28", "null", "true", "0x10", "1_000", "007", "nan", "-1", "1.0", "plain"]
+ODD = [
+    "it's",
+    "a\\",
+    "a\\'b",
+    "${x}",
+    "\\${x}",
+    "ä ö",
+    "a,b",
+    "[x]",
+    "x=y",
+    "{a}",
+    "$HOME",
+    "`id`",
+    "#",
+]
+
+
+@pytest.mark.parametrize("text", [*TEXTS, *ODD])
+def test_a_printed_command_gives_its_values_again(text: str) -> None:
+    program, name, *line = shlex.split(command("search", study=text, **{"model.revision": text}))
+    assert (program, name) == ("lrbo", "search")
+    found = config.flat(config.composed("search", [spelled("search", each) for each in line]))
+    assert (found["study"], found["model.revision"]) == (text, text)
+
+
+@settings(deadline=None, max_examples=25)
+@drawn(st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"])))
+def test_any_text_comes_back_from_shell_and_grammar(text: str) -> None:
+    *_, override = shlex.split(command("search", **{"tracking.experiment": text}))
+    found = config.flat(config.composed("search", [override]))
+    assert found["tracking.experiment"] == text
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_text_stays_as_it_was_typed(text: str) -> None:
+    for name, key, more in (
+        ("search", "study", []),
+        ("search", "tracking.experiment", []),
+        ("search", "model.path", ["model=hf"]),
+        ("compress", "out", ["study=x"]),
+        ("evaluate", "checkpoint", []) if text != "null" else ("compress", "study", ["out=x"]),
+        ("report", "study", []),
+    ):
+        line = [*more, spelled(name, f"{key}={text}")]
+        assert config.flat(config.composed(name, line))[key] == text
+
+
+def test_texts_of_lists_and_sweeps_stay_too_and_other_values_are_what_they_are() -> None:
+    assert spelled("search", "data.test.path=[1e3,b]") == "data.test.path=['1e3',b]"
+    assert spelled("search", "study=1e3,x") == "study='1e3',x"
+    assert spelled("search", "space.tied=[[1,a],['1',b]]") == "space.tied=[['1',a],['1',b]]"
+    for line in ("search.trials=7", "seed=0,1", "model.revision=null", "study=${seed}", "-m"):
+        assert spelled("search", line) == line
+
+
+@pytest.mark.parametrize("donor", ["1e3", "it's", "x'", "007", "a b", "/abs/path"])
+def test_a_transfer_names_its_donor_as_it_was_typed(donor: str) -> None:
+    _, *line = cli.transfer_arguments([f"donor={donor}", "experiment=tiny"])
+    found = config.flat(config.composed("search", line))
+    assert found["warm_start"][-1] == f"study:{donor}"
+    assert found["study"].endswith(f"_from_{Path(donor).name}")
+
+
+def test_a_study_is_named_so_that_it_is_found_from_here() -> None:
+    assert study_at(Path("studies/mine")) == "mine"
+    assert study_at(Path("other/mine")) == "other/mine"
+    assert study_at(Path("/abs/mine")) == "/abs/mine"
+    assert study_at(Path("mine")) == str(Path.cwd() / "mine")

@@ -1,6 +1,7 @@
 """Ctrl-C and SIGTERM end a command in order, wherever it is, and it says how to go on."""
 
 import fcntl
+import importlib
 import os
 import pty
 import re
@@ -216,3 +217,60 @@ def test_a_search_on_ray_is_stopped_by_its_scheduler(tmp_path: Path) -> None:
     status, written = on_terminal(tmp_path, search, r"\(1/400\)", signal.SIGTERM)
     assert status == 143, written
     assert continued(written) == search
+
+
+# --- during imports ----------------------------------------------------------------------------
+
+SLOW = """
+import signal, time
+signal.raise_signal(signal.SIGINT)
+try:
+    time.sleep(0.3)
+except BaseException as error:  # as modules in C do
+    raise ImportError("swallowed") from error
+whole = True
+"""
+
+
+def test_an_interrupt_waits_for_an_import_and_comes_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "slow_to_import.py").write_text(SLOW, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def import_and_wait() -> None:
+        assert importlib.import_module("slow_to_import").whole
+        time.sleep(10)
+
+    with listening(), pytest.raises(Interrupted, match="SIGINT"):
+        import_and_wait()
+
+
+def test_a_second_signal_ends_an_import_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[int] = []
+    monkeypatch.setattr(interrupts.os, "_exit", ended.append)
+    monkeypatch.setattr(interrupts, "is_importing", lambda _: True)
+    monkeypatch.setattr(interrupts, "SOON_S", 100.0)
+    with listening():
+        signal.raise_signal(signal.SIGINT)
+        assert ended == []
+        signal.raise_signal(signal.SIGTERM)
+    assert ended == [143]
+
+
+def test_the_program_leaves_without_a_word_before_it_has_begun() -> None:
+    code = "import sys; sys.argv = ['/bin/lrbo']; import lrbo, os; os.kill(os.getpid(), {})"
+    for number, status in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        done = subprocess.run(
+            [sys.executable, "-c", f"import signal; signal.signal(signal.SIGINT, "
+             f"signal.default_int_handler); {code.format(int(number))}"],
+            capture_output=True,
+        )  # fmt: skip
+        assert (done.returncode, done.stderr) == (status, b"")
+
+
+def test_importing_the_library_takes_no_signals() -> None:
+    code = "import signal; before = signal.getsignal(2), signal.getsignal(15); import lrbo;"
+    code += "print(before == (signal.getsignal(2), signal.getsignal(15)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "True\n"

@@ -103,7 +103,7 @@ def test_the_wheel_holds_package_and_configuration_and_no_tests(installed: Envir
     assert len(values) > 15
     assert len(names) == len(set(names))
     in_package = {name for name in names if ".dist-info/" not in name}
-    assert in_package == sources | values
+    assert in_package == sources | values | {"lrbo/py.typed"}
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
@@ -143,7 +143,14 @@ def test_the_source_distribution_has_all_that_make_test_needs(
     kept = set(listed.stdout.split())
     if listed.returncode == 0 and kept:  # not in what was unpacked from a source distribution
         assert kept - names == set()
-    for name in ("README.md", "LICENSE", "Makefile", "conf/search.yaml", "tests/test_wheel.py"):
+    for name in (
+        "README.md",
+        "LICENSE",
+        "Makefile",
+        "conf/search.yaml",
+        "tests/test_wheel.py",
+        "lrbo/py.typed",
+    ):
         assert name in names
     mine, theirs = (sorted(zipfile.ZipFile(path).namelist()) for path in (wheel, released[1]))
     assert mine == theirs

@@ -1,0 +1,154 @@
+"""A path that cannot be read or written is refused before any work; trying it leaves nothing."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lrbo import paths
+from lrbo.checks import check
+from lrbo.schema import BenchmarkConfig, CompressConfig, DashboardConfig, ReportConfig
+from tests.commands import TINY, lrbo_command
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Stand in a folder with one of each kind of thing."""
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("mine", encoding="utf-8")
+    Path("folder").mkdir()
+    Path("dangling").symlink_to("nowhere")
+    Path("loop").symlink_to("loop")
+    return tmp_path
+
+
+# Where nothing can be written, and what is said of it.
+UNWRITABLE = {
+    "dangling": "a link to nowhere, which is not there",
+    "dangling/below": "a link to nowhere, which is not there",
+    "loop": "loop",
+    "file/below": "is a file, not a folder",
+    "/proc/x": "cannot write in /proc",
+    "x" * 246: "expected at most 220",
+    "x" * 300: "expected at most 220",
+    "é" * 123: "246 bytes",
+    "folder/" + "x" * 230 + "/y": "expected at most 220",
+    "y/" * 2100 + "x": "a path of more than",
+    "": "came nothing",
+    "a\nb": "cannot be printed",
+    "a\0b": "cannot be printed",
+    "~nobody-of-this-name/x": "no such user",
+}
+
+
+@pytest.mark.parametrize(("path", "reason"), UNWRITABLE.items(), ids=lambda text: text[:20])
+@pytest.mark.parametrize("checked", [paths.check_new, paths.check_writable, paths.check_appended])
+def test_what_cannot_be_written_is_named_with_the_reason(
+    path: str, reason: str, checked: Callable[[str, str], list[str]], place: Path
+) -> None:
+    before = sorted(place.rglob("*"))
+    (problem,) = checked("out", path)
+    assert problem.startswith("out=")
+    is_there = checked is paths.check_new and os.path.lexists(path.replace("\0", "?"))
+    assert ("exists already" if is_there else reason) in problem or path == ""
+    assert sorted(place.rglob("*")) == before
+
+
+def test_what_can_be_written_has_no_problem_and_trying_leaves_nothing(place: Path) -> None:
+    before = sorted(place.rglob("*"))
+    for path in ("new", "new/deep/er", "folder/new", "x" * 220, str(place / "abs"), "ä ö", "a'b"):
+        assert paths.check_new("out", path) == []
+        assert paths.check_appended("record", path) == []
+    assert paths.check_writable("study", "folder") == []
+    assert paths.check_appended("record", "file") == []
+    assert sorted(place.rglob("*")) == before
+
+
+def test_the_longest_name_leaves_room_for_what_is_written_beside_it(place: Path) -> None:
+    from lrbo.storage import new_folder, replacing
+
+    name = "x" * 220
+    with new_folder(place / name) as beside:
+        (beside / "file").touch()
+    with replacing(place / name.replace("x", "y")) as other:
+        other.touch()
+    assert (place / name / "file").is_file()
+
+
+def test_a_file_is_no_folder_and_a_folder_no_file() -> None:
+    assert "expected a folder, there is a file" in paths.check_folder("text_folder", "file")[0]
+    assert "expected a file, there is a folder" in paths.check_file("data", "folder")[0]
+    assert "expected a file, there is a folder" in paths.check_appended("record", "folder")[0]
+    assert "there is nothing" in paths.check_folder("text_folder", "x")[0]
+    assert "name too long" in paths.check_folder("text_folder", "x" * 300)[0]
+    assert "a link to nowhere" in paths.check_file("data", "dangling")[0]
+
+
+@pytest.mark.parametrize("path", ["", " ", ".", "..", "a/..", "../a", "/", "//", "./", "a/../b"])
+def test_a_study_has_a_name_of_its_own(path: str) -> None:
+    (problem,) = check(CompressConfig(study=path, out="new"))
+    assert problem.startswith(f"study={path!r}: expected a folder")
+
+
+@pytest.mark.parametrize("config", [DashboardConfig(), BenchmarkConfig(), ReportConfig(study="s")])
+@pytest.mark.parametrize("path", ["", "..", "../a", "/", "a/.."])
+def test_studies_are_in_a_folder_that_is_named(path: str, config: object) -> None:
+    config.studies = path  # type: ignore[attr-defined]
+    assert any(problem.startswith(f"studies={path!r}: ") for problem in check(config))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("path", [".", "folder", "/tmp/x", "./folder"])
+def test_studies_may_be_in_any_other_folder(path: str) -> None:
+    assert paths.check_name("studies", path, root=True) == []
+
+
+SEARCHES = {
+    "study=": "study=''",
+    "study=..": "without '..'",
+    "studies=": "studies=''",
+    "studies=/": "a name of its own",
+    "study=folder/taken": "a folder that is no study, with thesis.txt in it",
+    f"study={'x' * 250}": "expected at most 220",
+    "study=dangling/x": "a link to nowhere",
+    "studies=/proc/x": "cannot write in /proc",
+    "study=~nobody-of-this-name/x": "no such user",
+    "warm_start=[uniform,'study:../x']": "without '..'",
+}
+
+
+@pytest.mark.parametrize(("override", "reason"), SEARCHES.items(), ids=lambda text: text[:20])
+def test_a_search_is_refused_before_it_reads_anything(
+    override: str, reason: str, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lrbo.cli._command", lambda *_: pytest.fail("work began"))
+    (place / "folder" / "taken").mkdir()
+    (place / "folder" / "taken" / "thesis.txt").touch()
+    before = sorted(place.rglob("*"))
+    ran = lrbo_command("search", *TINY, override)
+    assert ran.status == 2
+    assert reason in " ".join(ran.err.split()), ran.err
+    assert sorted(place.rglob("*")) == before
+
+
+def test_home_is_put_in_place_of_its_sign_in_every_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lrbo.config import composed, flat
+    from lrbo.overrides import chosen_by, spelled
+
+    monkeypatch.setenv("HOME", "/home/me")
+    typed = ["study=~/s/t", "studies=~/s", "model=hf", "model.path=~/m", "data=files"]
+    typed += ["data.calibration.path=[~/a,~/b]", "data.validation.path=~/c", "data.test.path=d~"]
+    found = flat(composed("search", [spelled("search", each) for each in typed]))
+    assert found["study"] == "/home/me/s/t"
+    assert found["studies"] == "/home/me/s"
+    assert found["tracking.uri"] == "sqlite:////home/me/s/mlflow.db"
+    assert found["model.path"] == "/home/me/m"
+    assert found["data.calibration.path"] == ["/home/me/a", "/home/me/b"]
+    assert found["data.validation.path"] == "/home/me/c"
+    assert found["data.test.path"] == "d~"
+    found = flat(chosen_by("compress", ["study=s", "out=~/o"])[1])
+    assert found["out"] == "/home/me/o"
+    typed = ["studies=~", "checkpoint=~/c", "text_folder=~/t"]
+    found = flat(chosen_by("evaluate", typed)[1])
+    assert found["record"] == "/home/me/evaluations.jsonl"
+    assert (found["checkpoint"], found["text_folder"]) == ("/home/me/c", "/home/me/t")
