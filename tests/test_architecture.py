@@ -48,7 +48,7 @@ ROOMS = """
     accounting nested layers pivoting
     calibration.seen
     calibration.corpus calibration.moments
-    lazy loading model families linalg storage errors interrupts
+    lazy loading model families linalg storage rendering errors interrupts
 """.split()  # noqa: SIM905
 
 # Library: the modules that may import it.
@@ -74,6 +74,7 @@ BORDERS = {
     "plotly": {"html_report"},
     "accelerate": {"merging", "lazy"},
     "huggingface_hub": {"model_card"},
+    "jinja2": {"rendering"},
     "tokenizers": {"loading"},
     "lm_eval": {"evaluation.zero_shot"},
     "ray": {"executors.ray_tasks"},
