@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lrbo.presentation import Checkpoint
+from lrbo.rendering import markdown
 
 COPY = "checkpoint"  # folder of a run's artifacts
 
@@ -32,7 +33,9 @@ def register(
     """
     name = model_name(study)
     if not client.search_registered_models(f"name = '{name}'"):
-        client.create_registered_model(name, description=f"Checkpoints of the lrbo study {study}.")
+        client.create_registered_model(
+            name, description=f"Checkpoints of the lrbo study {markdown(study)}."
+        )
     tags: Mapping[str, str] = {
         **checkpoint.tags,
         "folder": str(checkpoint.folder),

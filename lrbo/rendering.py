@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -25,7 +24,9 @@ def render(template: str, **values: Any) -> str:
         template: Name of the file, which ends with ``.html`` or ``.md``.
         **values: All that it names; one that is missing is an error.
     """
-    return _environment(template.endswith(".md")).get_template(template).render(values)
+    text = _environment(template.endswith(".md")).get_template(template).render(values)
+    # Half of a surrogate pair, which JSON and names of files may hold, is in no text file.
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 @cache
@@ -40,7 +41,7 @@ def _environment(is_markdown: bool) -> Environment:
         keep_trailing_newline=True,
     )
     if is_markdown:
-        made.filters |= {"code": code, "fenced": fenced, "quoted": shlex.quote}
+        made.filters |= {"code": code, "fenced": fenced}
     return made
 
 
