@@ -30,7 +30,7 @@ ROOMS = """
     optimization.loop optimization.client optimization.study optimization.front_space
     optimization.restricted optimization.weights optimization.space
     optimization.base optimization.front
-    tracking mlflow_store mlflow_registry mlflow_entities mlflow_ui presentation
+    tracking mlflow_store mlflow_registry mlflow_ui mlflow_entities presentation
     executors.ray_tasks executors.inline executors.base
     worker trial racing
     evaluation.divergence evaluation.perplexity evaluation.latency evaluation.selection
