@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import html
 import math
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from html import escape
 from pathlib import Path
-from string import Template
 from typing import Any
 
 import pandas as pd
@@ -21,6 +21,7 @@ from lrbo.optimization.client import Diagnosis, diagnose, observations_of
 from lrbo.optimization.study import Study
 from lrbo.plots import ORIGINS, SIZE_LABELS, UNDRAWN
 from lrbo.presentation import perplexity_text
+from lrbo.rendering import render
 from lrbo.results import (
     dense_size,
     described,
@@ -37,28 +38,49 @@ SYMBOLS = {
     "v": "triangle-down",
 }  # fmt: skip
 FEW = 12  # numbers on an axis, each of which has a tick
-PAGE = Template("""<!doctype html>
-<html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>$title</title>
-<style>
-body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 66rem; margin: 2rem auto;
-  padding: 0 1rem; }
-h1 { font-size: 1.6rem; margin-bottom: .2rem; } h2 { font-size: 1.2rem; margin-top: 2.4rem; }
-p.note { color: #666; max-width: 48rem; }
-div.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .8rem .25rem 0; text-align: right; border-bottom: 1px solid #e6e6e6;
-  white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; }
-pre { background: #f6f6f6; padding: .8rem; overflow-x: auto; white-space: pre-wrap; }
-summary { cursor: pointer; }
-</style>
-<script>$plotly</script></head>
-<body>
-$body
-</body></html>
-""")
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of the page.
+
+    Attributes:
+        heads: Of the columns.
+        rows: Cells as they are shown.
+        note: Below it.
+    """
+
+    heads: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Tables under a title.
+
+    Attributes:
+        title: Over them.
+        tables: In order.
+    """
+
+    title: str
+    tables: Sequence[Table]
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A figure under a title.
+
+    Attributes:
+        title: Over it.
+        note: Between the two.
+        drawn: HTML of plotly, which keeps what it draws from ending the script that it is in.
+    """
+
+    title: str
+    note: str
+    drawn: str
 
 
 def write_html(study: Study, path: Path) -> None:
@@ -76,37 +98,49 @@ def html_report(study: Study) -> str:
     Raises:
         StudyError: If there is no study.
     """
-    parts = [f"<h1>{html.escape(study.name)}</h1>", *_head(study)]
     best = study.state.best()
-    if best is None:
-        parts.append("<p>No trial has a value yet.</p>")
-    else:
+    figures: list[Drawing] = []
+    parts: list[Part] = []
+    trials = Table([], [])
+    if best is not None:
         table = frame(study)
-        parts += _front(study, table)
-        parts += _convergence(study, table)
-        parts += _ranks(study, best)
-        parts += _surrogate(study)
+        figures += _front(study, table)
+        figures += _convergence(study, table)
+        figures += _ranks(study, best)
+        figures += _surrogate(study)
         parts += _accounting(study, best)
-        parts += _trials(table)
-    parts += _repeat(study)
-    return PAGE.substitute(
-        title=html.escape(f"lrbo: {study.name}"), plotly=get_plotlyjs(), body="\n".join(parts)
+        trials = _trials(table)
+    stored = stored_config(study.config_yaml(), [])
+    return render(
+        "report.html",
+        study=study.name,
+        plotly=get_plotlyjs(),
+        searched=_searched(study),
+        scores=_scores(study),
+        has_best=best is not None,
+        figures=figures,
+        parts=parts,
+        trials=trials,
+        command=command_line("search", repeating(stored), study.name),
+        made_of=_made_of(study),
+        config_yaml=study.config_yaml(),
     )
 
 
-def _head(study: Study) -> Iterator[str]:
-    """Yield what was searched and what came of it."""
+def _searched(study: Study) -> list[str]:
+    """Say what was searched, a line each."""
     found = summary(study)
     lines = {name: text for name, text in described(study).items() if name != "Study"}
     counts = [f"{found['trials_completed']} completed"]
     counts += [f"{found['trials_stopped']} stopped early"] if found["trials_stopped"] else []
     counts += [f"{found['trials_failed']} without a value"] if found["trials_failed"] else []
     lines["Trials"] = ", ".join(counts)
-    yield (
-        "<p class=note>"
-        + "<br>".join(f"{name}: {html.escape(text)}" for name, text in lines.items())
-        + "</p>"
-    )
+    return [f"{name}: {text}" for name, text in lines.items()]
+
+
+def _scores(study: Study) -> Table:
+    """Say what came of it."""
+    found = summary(study)
     rows = []
     for label in ("dense", "uniform", "best"):
         row, test = found[label], found["test"].get(label)
@@ -125,12 +159,10 @@ def _head(study: Study) -> Iterator[str]:
     heads = [
         "model", "kept", "validation nll", "validation perplexity", "test nll", "test perplexity"
     ]  # fmt: skip
-    if rows:
-        yield _table(heads, rows)
-        yield "<p class=note>nll: nats per token.</p>"
+    return Table(heads, rows)
 
 
-def _front(study: Study, table: pd.DataFrame) -> Iterator[str]:
+def _front(study: Study, table: pd.DataFrame) -> Iterator[Drawing]:
     """Yield loss against size."""
     size = size_metric(study)
     if size is None:  # at one budget all trials are of one size
@@ -149,10 +181,10 @@ def _front(study: Study, table: pd.DataFrame) -> Iterator[str]:
     _perplexity_axis(figure, done)
     area = summary(study)["hypervolume"]
     note = "" if area is None else f"Hypervolume {area['value']:.4g} (loss times {area['size']})."
-    yield _part("Loss against size", figure, note)
+    yield _drawing("Loss against size", figure, note)
 
 
-def _convergence(study: Study, table: pd.DataFrame) -> Iterator[str]:
+def _convergence(study: Study, table: pd.DataFrame) -> Iterator[Drawing]:
     """Yield the trials in order."""
     done = table[table["outcome"] == "completed"]
     figure = go.Figure()
@@ -171,7 +203,7 @@ def _convergence(study: Study, table: pd.DataFrame) -> Iterator[str]:
         if (count := int(table["outcome"].isin(outcomes).sum()))
     ]
     note = f"Not drawn, but in the table below: {', '.join(counts)}." if counts else ""
-    yield _part("Trials in order", figure, note)
+    yield _drawing("Trials in order", figure, note)
 
 
 def _whole(count: int) -> dict[str, int]:
@@ -218,15 +250,15 @@ def _points(figure: go.Figure, done: pd.DataFrame, x: str) -> None:
             )  # fmt: skip
 
 
-def _ranks(study: Study, best: TrialRecord) -> Iterator[str]:
+def _ranks(study: Study, best: TrialRecord) -> Iterator[Drawing]:
     """Yield what each layer keeps in the best trial, kind by block."""
     table = ranks_frame(study, best)
     kinds = list(dict.fromkeys(table["kind"]))[::-1]
     shares = table.pivot_table(index="kind", columns="block", values="kept", sort=False)
     shares = shares.reindex(kinds)[sorted(shares.columns)]
     specs = {spec["name"]: spec for spec in study.about()["layers"]}
-    texts = {
-        (row.kind, row.block): f"{row.name}<br>{specs[row.name]['out_features']:,} x "
+    texts = {  # escaped because plotly reads some HTML in texts
+        (row.kind, row.block): f"{escape(row.name)}<br>{specs[row.name]['out_features']:,} x "
         f"{specs[row.name]['in_features']:,}<br>"
         + ("dense" if pd.isna(row.rank) else f"rank {row.rank:,}")
         + f"<br>{row.stored:,} of {row.dense:,} parameters"
@@ -235,17 +267,18 @@ def _ranks(study: Study, best: TrialRecord) -> Iterator[str]:
     figure = go.Figure(
         go.Heatmap(
             z=shares.to_numpy(dtype=float).tolist(), x=[int(block) for block in shares.columns],
-            y=kinds, zmin=0, zmax=1, colorscale=[[0, "#f3f8fc"], [1, "#08306b"]],
+            y=[escape(kind) for kind in kinds], zmin=0, zmax=1,
+            colorscale=[[0, "#f3f8fc"], [1, "#08306b"]],
             xgap=1, ygap=1, colorbar={"title": "kept", "tickformat": ".0%"},
             text=[[texts.get((kind, block), "") for block in shares.columns] for kind in kinds],
             hovertemplate="%{text}<br>%{z:.1%} kept<extra></extra>",
         )
     )  # fmt: skip
     figure.update_xaxes(title="block", **_whole(len(shares.columns)))
-    yield _part(f"What the best trial keeps, {best.request.trial_index}", figure)
+    yield _drawing(f"What the best trial keeps, {best.request.trial_index}", figure)
 
 
-def _surrogate(study: Study) -> Iterator[str]:
+def _surrogate(study: Study) -> Iterator[Drawing]:
     """Yield which variables matter, and how well the surrogate model predicts."""
     found = diagnosed(study)
     if found is None:
@@ -254,7 +287,7 @@ def _surrogate(study: Study) -> Iterator[str]:
     shares = [found.importance[name] for name in names]
     figure = go.Figure(
         go.Bar(
-            x=[abs(share) for share in shares], y=names, orientation="h",
+            x=[abs(share) for share in shares], y=[escape(name) for name in names], orientation="h",
             marker_color=[BLUE if share < 0 else VERMILLION for share in shares],
             customdata=["falls" if share < 0 else "rises" for share in shares],
             hovertemplate="%{y}: %{x:.3f}, the loss %{customdata} with it<extra></extra>",
@@ -262,7 +295,7 @@ def _surrogate(study: Study) -> Iterator[str]:
     )  # fmt: skip
     figure.update_xaxes(title="share of the loss's variance (total Sobol index)")
     figure.update_layout(height=160 + 22 * len(names))
-    yield _part(
+    yield _drawing(
         "Which variables matter",
         figure,
         "Of the surrogate model, over the whole range of each variable. Blue: the loss falls as "
@@ -280,10 +313,10 @@ def _surrogate(study: Study) -> Iterator[str]:
     figure.update_layout(showlegend=False)
     figure.update_xaxes(title="observed loss, nats per token")
     figure.update_yaxes(title="predicted without this trial")
-    yield _part(
+    yield _drawing(
         "How well the surrogate model predicts",
         figure,
-        f"Each trial predicted from the others, with 95% intervals; R<sup>2</sup> {found.fit:.2f} "
+        f"Each trial predicted from the others, with 95% intervals; R² {found.fit:.2f} "
         "on the scale that the model works on, where outlying losses are drawn in.",
     )
 
@@ -306,7 +339,7 @@ def diagnosed(study: Study) -> Diagnosis | None:
     return diagnose(ends, observations, seed=int(study.about()["seed"]))
 
 
-def _accounting(study: Study, best: TrialRecord) -> Iterator[str]:
+def _accounting(study: Study, best: TrialRecord) -> Iterator[Part]:
     """Yield what the budget counts, kind by kind, and the whole model."""
     table = ranks_frame(study, best)
     sums = table.groupby("kind", sort=False)[["dense", "stored"]].sum()
@@ -321,11 +354,11 @@ def _accounting(study: Study, best: TrialRecord) -> Iterator[str]:
         for kind, row in zip(sums.index, sums.itertuples(), strict=True)
     ]  # fmt: skip
     about = study.about()
-    yield f"<h2>Budget of the best trial, {best.request.trial_index}</h2>"
-    yield _table(["kind", "layers", "left dense", "parameters before", "after", "kept"], rows)
-    yield (
-        f"<p class=note>Budget: {about['budget_parameters']:,} parameters in the "
-        f"{about['storage']} form, biases that the method adds included.</p>"
+    counted = Table(
+        ["kind", "layers", "left dense", "parameters before", "after", "kept"],
+        rows,
+        f"Budget: {about['budget_parameters']:,} parameters in the {about['storage']} form, "
+        "biases that the method adds included.",
     )
     whole, metrics = dense_size(study), best.metrics
     heads = ["whole model", "dense", "best trial", "share"]
@@ -334,11 +367,12 @@ def _accounting(study: Study, best: TrialRecord) -> Iterator[str]:
          f"{metrics[name]:,.0f}", f"{metrics[name] / whole[name]:.2%}"]
         for name in ("model_parameters", "model_bytes", "macs_per_token")
     ]  # fmt: skip
-    yield _table(heads, rows)
+    title = f"Budget of the best trial, {best.request.trial_index}"
+    yield Part(title, [counted, Table(heads, rows)])
 
 
-def _trials(table: pd.DataFrame) -> Iterator[str]:
-    """Yield all trials, folded away."""
+def _trials(table: pd.DataFrame) -> Table:
+    """Tell of every trial."""
     rows = [
         [
             str(row.trial), row.origin, row.outcome, _text(row.nll, ".4f"),
@@ -351,30 +385,22 @@ def _trials(table: pd.DataFrame) -> Iterator[str]:
         "trial", "origin", "outcome", "nll", "perplexity", "KL to dense", "kept", "seconds",
         "reason",
     ]  # fmt: skip
-    yield f"<h2>All trials</h2><details><summary>{len(rows)} trials</summary>"
-    yield f"{_table(heads, rows)}</details>"
+    return Table(heads, rows)
 
 
-def _repeat(study: Study) -> Iterator[str]:
-    """Yield how to repeat the search, and what it depended on."""
+def _made_of(study: Study) -> list[str]:
+    """Say what the search depended on, a line each."""
     about = study.about()
-    stored = stored_config(study.config_yaml(), [])
-    line = command_line("search", repeating(stored), study.name)
-    yield "<h2>To repeat it</h2>"
-    yield f"<pre>{html.escape(line)}</pre>"
     versions = ", ".join(f"{name} {found}" for name, found in about["versions"].items())
     texts = [
         f"{role}: {found['text']}, {found['windows']} windows, digest {found['digest']}"
         for role, found in study.data().items()
     ]
-    lines = [f"model fingerprint {about['model_fingerprint']}", *texts, versions]
-    yield "<p class=note>" + "<br>".join(html.escape(line) for line in lines) + "</p>"
-    yield "<details><summary>The whole configuration</summary>"
-    yield f"<pre>{html.escape(study.config_yaml())}</pre></details>"
+    return [f"model fingerprint {about['model_fingerprint']}", *texts, versions]
 
 
-def _part(title: str, figure: go.Figure, note: str = "") -> str:
-    """Return a figure under its title."""
+def _drawing(title: str, figure: go.Figure, note: str = "") -> Drawing:
+    """Draw a figure."""
     figure.update_layout(
         template="plotly_white", margin={"l": 70, "r": 30, "t": 30, "b": 60},
         legend={"orientation": "h", "y": -0.2, "yanchor": "top"},
@@ -383,18 +409,7 @@ def _part(title: str, figure: go.Figure, note: str = "") -> str:
         full_html=False, include_plotlyjs=False, div_id=re.sub(r"\W+", "-", title.lower()),
         config={"displaylogo": False, "responsive": True},
     )  # fmt: skip
-    remark = f"<p class=note>{note}</p>" if note else ""
-    return f"<h2>{html.escape(title)}</h2>{remark}{drawn}"
-
-
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table; cells are escaped."""
-
-    def line(cells: Sequence[str], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(x)}</{tag}>" for x in cells) + "</tr>"
-
-    body = "\n".join([line(heads, "th"), *(line(row, "td") for row in rows)])
-    return f"<div class=wide><table>{body}</table></div>"
+    return Drawing(title, note, drawn)
 
 
 def _is_known(value: Any) -> bool:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from lrbo.errors import TrackingError
 from lrbo.presentation import Dataset
 
 TAG_LENGTH = 5000  # in characters; mlflow refuses longer values
@@ -48,6 +49,30 @@ def params_of(values: Mapping[str, Any]) -> list[Any]:
 def key_of(name: str) -> str:
     """Return a name that mlflow accepts; lm-eval, for one, has commas in its own."""
     return re.sub(r"[^\w\-. :/]", "_", name)[:_KEY_LENGTH]
+
+
+def with_tags(**values: str) -> str:
+    """Write the condition that runs or versions have these tags of ours.
+
+    MLflow's conditions know no escape for a quote or a backslash, so that only values that lrbo
+    itself makes are compared in them; a name of a study or a folder never is.
+
+    Raises:
+        TrackingError: If a value is not one of those, as in a file that somebody changed.
+    """
+    for name, value in values.items():
+        if not re.fullmatch(r"[\w -]+", value):
+            raise TrackingError(
+                f"lrbo.{name}={value!r}: expected letters, digits and hyphens, as lrbo makes them; "
+                "study.json or journal.jsonl of the study was changed"
+            )
+    return " and ".join(f"tags.`lrbo.{name}` = '{value}'" for name, value in values.items())
+
+
+def folder_name(experiment: str) -> str:
+    """Name the folder of an experiment's artifacts, which is below that of all and nowhere else."""
+    name = experiment.replace("/", "_")
+    return name if name.strip(".") else f"_{name}"
 
 
 def cut(text: str, length: int) -> str:

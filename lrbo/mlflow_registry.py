@@ -6,7 +6,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from lrbo.mlflow_entities import with_tags
 from lrbo.presentation import Checkpoint
+from lrbo.rendering import markdown
 
 COPY = "checkpoint"  # folder of a run's artifacts
 
@@ -31,16 +33,19 @@ def register(
             not among its own artifacts, so that it is given the trial's; the folder is a tag.
     """
     name = model_name(study)
-    if not client.search_registered_models(f"name = '{name}'"):
-        client.create_registered_model(name, description=f"Checkpoints of the lrbo study {study}.")
+    description = f"Checkpoints of the lrbo study {markdown(study)}."
+    try:
+        client.create_registered_model(name, description=description)
+    except Exception as error:
+        if getattr(error, "error_code", None) != "RESOURCE_ALREADY_EXISTS":
+            raise
     tags: Mapping[str, str] = {
         **checkpoint.tags,
         "folder": str(checkpoint.folder),
         "lrbo.study_id": study_id,
         "lrbo.checkpoint": checkpoint.identity,
     }
-    versions = client.search_model_versions(f"name = '{name}'")
-    if any(version.tags.get("lrbo.checkpoint") == checkpoint.identity for version in versions):
+    if client.search_model_versions(with_tags(checkpoint=checkpoint.identity)):
         return False
     source = checkpoint.folder.as_uri() if is_local else f"runs:/{run_id}/allocation.json"
     if checkpoint.copied:

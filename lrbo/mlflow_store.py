@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlparse
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from lrbo import mlflow_registry, mlflow_ui
 from lrbo.errors import TrackingError
@@ -22,11 +22,13 @@ from lrbo.mlflow_entities import (
     TAG_LENGTH,
     cut,
     first_line,
+    folder_name,
     input_of,
     key_of,
     metrics_of,
     milliseconds,
     params_of,
+    with_tags,
 )
 from lrbo.presentation import Checkpoint, Presentation
 from lrbo.storage import is_full
@@ -69,31 +71,27 @@ class StudyRuns:
         ``prefix`` is put before the names of the variables that a trial has as params.
         """
         self._database = _sqlite_file(uri)
-        if self._database is None:
-            _lose_patience()
-        from mlflow import MlflowClient
-
-        # It shows a traceback of everything that it raises; the import has set a level of its own.
-        logging.getLogger("mlflow").setLevel(logging.CRITICAL)
         self._study_id = study_id
         self._study_name = study_name
         self._prefix = prefix
         self._client: Any
         location = None
         if self._database is None:
-            self._client = MlflowClient(tracking_uri=uri)
+            self._client = _client(uri)
         else:
             self._database.parent.mkdir(parents=True, exist_ok=True)
-            # The lock, because two searches that begin at once would both make the tables.
-            with FileLock(f"{self._database}.lock", timeout=MIGRATION_SECONDS):
-                if not self._database.exists():
-                    _make_store(self._database)
-                self._file = _identity(self._database)
-                self._check_free()
-                self._client = MlflowClient(tracking_uri=uri)
+            if not self._database.exists():
+                _client_class()  # imported before, so that nobody waits for that
+                # The lock, because of searches that begin at once only one is to make the tables.
+                with FileLock(f"{self._database}.lock", timeout=MIGRATION_SECONDS):
+                    if not self._database.exists():
+                        _make_store(self._database)
+            self._file = _identity(self._database)
+            self._check_free()
+            self._client = _client(uri)
             _prepare_engine(self._client)
             root = artifact_root or self._database.parent / "mlartifacts"
-            location = (root.resolve() / experiment).as_uri()
+            location = (root.resolve() / folder_name(experiment)).as_uri()
         self._experiment_id = self._find_experiment(experiment, location)
         self._parent_id = ""
         self._parent_started = 0
@@ -104,9 +102,7 @@ class StudyRuns:
 
     def begin(self, config: Mapping[str, Any]) -> None:
         """Find or make the parent run, and look up which trials have their child run."""
-        found = self._search(
-            f"tags.`lrbo.study_id` = '{self._study_id}' and tags.`lrbo.role` = 'study'"
-        )
+        found = self._search(with_tags(study_id=self._study_id, role="study"))
         if found:
             parent = min(found, key=lambda run: (run.info.start_time, run.info.run_id))
             self._client.update_run(parent.info.run_id, status="RUNNING")
@@ -121,7 +117,7 @@ class StudyRuns:
         self._artifacts = Path(unquote(place.path)) if place.scheme == "file" else None
         known = parent.data.params
         params = {key: value for key, value in config.items() if key_of(key) not in known}
-        self._client.log_batch(self._parent_id, params=params_of(params))
+        self._log(self._parent_id, params=params_of(params))
         for run in self._search(f"tags.`mlflow.parentRunId` = '{self._parent_id}'"):
             number = run.data.tags.get("lrbo.trial", "")
             if not number.isdecimal():  # a run that somebody else put there
@@ -165,7 +161,7 @@ class StudyRuns:
         self._client.log_text(run_id, request.allocation.to_json(), "allocation.json")
         # What stands before a slash is a section of its own on the page of charts.
         seconds = {f"seconds/{name}": value for name, value in record.seconds.items()}
-        self._client.log_batch(
+        self._log(
             run_id,
             metrics=metrics_of({"trial": index, **record.metrics, **seconds}, ended, index),
             params=params_of(
@@ -178,9 +174,7 @@ class StudyRuns:
         )
         # With the time of the trial, not of the writing: MLflow then drops a second copy, as
         # one left by a process that was killed before it closed the child run.
-        self._client.log_batch(
-            self._parent_id, metrics=metrics_of(self._progress(record), ended, index)
-        )
+        self._log(self._parent_id, metrics=metrics_of(self._progress(record), ended, index))
         self._close(run_id, ENDED[result.outcome], ended)
         self._shown.add(index)
         return True
@@ -190,7 +184,7 @@ class StudyRuns:
         self._check_free()
         last = max(self._shown, default=0)
         now = milliseconds(time.time())
-        self._client.log_batch(self._parent_id, metrics=metrics_of(metrics, now, last))
+        self._log(self._parent_id, metrics=metrics_of(metrics, now, last))
         for path in artifacts:
             folder = "figures" if path.suffix == ".png" else ""
             try:
@@ -207,7 +201,7 @@ class StudyRuns:
         self._check_free()
         if shown.note:
             note = cut(shown.note, TAG_LENGTH)
-            self._client.set_tag(self._parent_id, "mlflow.note.content", note)
+            self._client.set_tag(self._parent_id, "mlflow.note.content", note, synchronous=True)
         if shown.datasets:  # one that the run has already is not added again
             self._client.log_inputs(self._parent_id, [input_of(one) for one in shown.datasets])
         for name, value in shown.views.items():
@@ -222,10 +216,7 @@ class StudyRuns:
         from mlflow.exceptions import MlflowException
 
         self._check_free()
-        runs = self._search(
-            f"tags.`lrbo.study_id` = '{self._study_id}' and "
-            f"tags.`lrbo.trial` = '{checkpoint.trial}'"
-        )
+        runs = self._search(with_tags(study_id=self._study_id, trial=str(checkpoint.trial)))
         if not runs:
             raise MlflowException(f"it has no run of trial {checkpoint.trial}")
         return mlflow_registry.register(
@@ -262,6 +253,13 @@ class StudyRuns:
             so_far = (values for other, values in self._values.items() if other <= index)
             progress["best_nll"] = min(so_far)[1]
         return progress
+
+    def _log(self, run_id: str, **values: Any) -> None:
+        """Write numbers or params now, whatever the environment wishes for other programs.
+
+        What is written later may fail unseen, and would end after the run is closed.
+        """
+        self._client.log_batch(run_id, synchronous=True, **values)
 
     def _close(self, run_id: str, status: str, ended: int) -> None:
         """Set the last status of a run."""
@@ -321,10 +319,28 @@ class StudyRuns:
             connection.execute("ROLLBACK")
 
 
-def _lose_patience() -> None:
-    """Ask a server that does not answer twice; mlflow would try for minutes."""
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+def _client_class() -> Any:
+    """Import mlflow's client, with the store of SQLite files, which takes a second of its own."""
+    import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
+    from mlflow import MlflowClient
+
+    # It shows a traceback of everything that it raises; the import has set a level of its own.
+    logging.getLogger("mlflow").setLevel(logging.CRITICAL)
+    return MlflowClient
+
+
+def _client(uri: str) -> Any:
+    """Open a store for runs and registered models, whatever else the environment names for them.
+
+    What it says on how to reach a server (user, password, token, certificates, proxies) counts, and
+    so does patience of the user's own. Without any, a server that does not answer is asked twice;
+    mlflow would try for minutes, or for as long as the server says.
+    """
+    if _sqlite_file(uri) is None:
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+        os.environ.setdefault("MLFLOW_HTTP_RESPECT_RETRY_AFTER_HEADER", "false")
+    return _client_class()(tracking_uri=uri, registry_uri=uri)
 
 
 def pages_of_runs(uri: str) -> dict[str, str]:
@@ -333,11 +349,8 @@ def pages_of_runs(uri: str) -> dict[str, str]:
     Raises:
         TrackingError: If the store cannot be read; the UI could not read it either.
     """
-    _lose_patience()
-    from mlflow import MlflowClient
-
     try:
-        experiments = MlflowClient(tracking_uri=uri).search_experiments()
+        experiments = _client(uri).search_experiments()
     except store_errors() as error:
         where = first_line(uri)
         if is_other_version(error):
@@ -363,6 +376,11 @@ def is_other_version(error: Exception) -> bool:
     from alembic.util import CommandError
 
     return isinstance(error, CommandError) or "database schema" in str(error)
+
+
+def is_busy(error: Exception) -> bool:
+    """Tell a file that other processes are writing from one that is lost."""
+    return isinstance(error, Timeout) or "database is locked" in str(error)
 
 
 def other_version(uri: str) -> str:
@@ -413,12 +431,10 @@ def _make_store(database: Path) -> None:
     open again. The name is a new one each time, because mlflow keeps what it knows of an address,
     and would make no tables there once more after the store was deleted.
     """
-    from mlflow import MlflowClient
-
     for left in database.parent.glob(f".{database.name}.*.new"):
         left.unlink()  # of a process that was killed in here
     beside = database.with_name(f".{database.name}.{uuid.uuid4().hex}.new")
-    MlflowClient(tracking_uri=f"sqlite:///{beside}")
+    _client(f"sqlite:///{beside}")
     beside.rename(database)
 
 

@@ -10,6 +10,8 @@ from contextlib import suppress
 from typing import Any
 from urllib.parse import quote
 
+from lrbo.mlflow_entities import with_tags
+
 # The UI keeps a saved view as a tag of the experiment. An older one, that of mlflow 3.14 for one,
 # keeps it in another form: it shows the runs with its default columns then.
 TAG = "mlflow.sharedViewState."
@@ -43,7 +45,7 @@ def all_studies(when: float) -> str:
     ]  # fmt: skip
     params = ["model.name", "method.name", "space.name", "budget.keep_ratio", "seed"]
     columns = [*(f"metrics.`{name}`" for name in metrics), *(f"params.`{name}`" for name in params)]
-    state = {"searchFilter": "tags.`lrbo.role` = 'study'", **_table(columns)}
+    state = {"searchFilter": with_tags(role="study"), **_table(columns)}
     return _tag("all studies", state, when)
 
 
@@ -89,7 +91,7 @@ def trials_of(
         }
     )
     state = {
-        "searchFilter": f"tags.`lrbo.study_id` = '{study_id}' and tags.`lrbo.role` = 'trial'",
+        "searchFilter": with_tags(study_id=study_id, role="trial"),
         "orderByKey": f"metrics.`{size or loss}`",
         "orderByAsc": True,
         **_table(columns),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,47 +14,25 @@ from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
 from lrbo.loading import ORIGINS, ModelSource
+from lrbo.rendering import render
 
 LOADING = {
     "lrbo": """\
-```python
 import lrbo  # which tells transformers what a low-rank layer is
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained({folder})
-tokenizer = AutoTokenizer.from_pretrained({folder})
-```
-
-No code of the folder is executed and nothing is unpickled. Without `import lrbo` transformers
-stops at the sizes of the tensors.""",
+tokenizer = AutoTokenizer.from_pretrained({folder})""",
     "remote_code": """\
-```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained({folder}, trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained({folder})
-```
-
-This executes `modeling_low_rank.py` of the folder: read it first. `lrbo.load({folder})` opens
-the same weights without it.""",
+tokenizer = AutoTokenizer.from_pretrained({folder})""",
     "merged": """\
-```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained({folder})
-tokenizer = AutoTokenizer.from_pretrained({folder})
-```
-
-`lrbo compress format=lrbo` writes the small model.""",
-}
-
-
-FORMS = {
-    "pivoted": """\
-A layer is stored as some rows of the product, and the others as combinations of them
-(`pivoted`).""",
-    "factored": "A layer is stored as two thin matrices (`factored`).",
-    "merged": "The products are multiplied out again here: dense layers that any loader opens.",
+tokenizer = AutoTokenizer.from_pretrained({folder})""",
 }
 
 
@@ -106,59 +85,34 @@ def model_card(
         pipeline_tag="text-generation",
         tags=["lrbo", "low-rank", "compression"],
     )
-    kept, dense = parameters
-    table = [
-        f"| {row.model} | {row.keep_ratio:.1%} | {_number(row.validation)} | {_number(row.test)} |"
-        for row in scores
-    ]
-    texts = [f"| {role} | {used['text']} |" for role, used in about["data"].items()]
     solved = [row["taken"] for row in (about["refit"] or {"trials": []})["trials"]]
-    form = "merged" if written_as == "merged" else storage
-    base = f"[{origin}](https://huggingface.co/{origin})" if origin else f"`{source.path}`"
-    versions = ", ".join(f"{package} {found}" for package, found in about["versions"].items())
-    return f"""---
-{data.to_yaml()}
----
-
-# {name}
-
-{base} with {scores[-1].keep_ratio:.1%} of the parameters in its linear layers, by low-rank
-factorization: made by lrbo with the method `{about["method"]}` and ranks found by search\
-{", weights solved again for these ranks" if any(solved) else ""}.
-{FORMS[form]} The low-rank model has {kept:,} parameters, the base model {dense:,}.
-
-| model | parameters kept | validation perplexity | test perplexity |
-|---|---:|---:|---:|
-{_lines(table)}
-
-Perplexity in {about["validation"]["dtype"]}; `parameters kept` counts the linear layers in the
-blocks. A dash was not measured; `lrbo evaluate checkpoint={name}` measures it.
-
-## Load
-
-{LOADING[written_as].format(folder=json.dumps(name))}
-
-## Data
-
-| role | text |
-|---|---|
-{_lines(texts)}
-
-Statistics come from the calibration text; trials and refits were judged on the validation text.
-
-## Make it again
-
-```bash
-{_lines(commands)}
-```
-
-With {versions}.
-"""
-
-
-def _lines(lines: Sequence[str]) -> str:
-    """Return lines as text."""
-    return "\n".join(lines)
+    # As Python has it too: JSON writes a character beyond U+FFFF as two escapes.
+    literal = json.dumps(name, ensure_ascii=False)
+    return render(
+        "model_card.md",
+        head=data.to_yaml(),
+        name=name,
+        origin=origin,
+        path=source.path,
+        kept=f"{scores[-1].keep_ratio:.1%}",
+        method=about["method"],
+        is_refit=any(solved),
+        form="merged" if written_as == "merged" else storage,
+        parameters=f"{parameters[0]:,}",
+        dense_parameters=f"{parameters[1]:,}",
+        scores=[
+            (row.model, f"{row.keep_ratio:.1%}", _number(row.validation), _number(row.test))
+            for row in scores
+        ],
+        dtype=about["validation"]["dtype"],
+        measuring=shlex.join(["lrbo", "evaluate", f"checkpoint={name}"]),
+        written_as=written_as,
+        loading=LOADING[written_as].format(folder=literal),
+        without_code=f"lrbo.load({literal})",
+        texts=[(role, used["text"]) for role, used in about["data"].items()],
+        commands="\n".join(commands),
+        versions=", ".join(f"{package} {found}" for package, found in about["versions"].items()),
+    )
 
 
 def _number(perplexity: float | None) -> str:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from lrbo.errors import TrackingError
 from lrbo.mlflow_entities import first_line
-from lrbo.mlflow_store import StudyRuns, is_other_version, other_version, store_errors
+from lrbo.mlflow_store import StudyRuns, is_busy, is_other_version, other_version, store_errors
 from lrbo.presentation import Checkpoint, Presentation
 from lrbo.shell import command as command_line
 from lrbo.trial import TrialRecord
@@ -19,6 +19,8 @@ from lrbo.trial import TrialRecord
 log = logging.getLogger(__name__)
 
 RETRY_SECONDS = 60.0  # between attempts to reach a store that was lost
+# Before each attempt at what nothing comes after, where other processes keep a store busy.
+LAST_WAITS = (0.0, 1.0, 2.0, 4.0, 8.0)
 
 
 @runtime_checkable
@@ -132,6 +134,8 @@ class MlflowTracker:
         self._view: StudyRuns | None = None
         self._ended: dict[int, TrialRecord] = {}  # all of them: the store may be lost as a whole
         self._retry_at: float | None = None
+        self._summary: tuple[Mapping[str, float], Sequence[Path]] | None = None
+        self._is_busy = False  # what was lost last
 
     def start(self, config: Mapping[str, Any]) -> None:
         """Begin or continue the parent run.
@@ -172,29 +176,57 @@ class MlflowTracker:
 
         The parent run stays as it is: a search may be going on.
         """
-        with self._guarded():
-            (self._view or self._opened()).register(written)
+        self._insist(lambda: (self._view or self._opened()).register(written))
 
     def summary(self, metrics: Mapping[str, float], artifacts: Iterable[Path]) -> None:
         """Put study-wide numbers and files on the parent run, PNG files under ``figures/``."""
+        self._summary = dict(metrics), list(artifacts)
         if self._retry_at is None:
             with self._guarded():
-                self._connected().summarize(metrics, artifacts)
+                self._connected().summarize(*self._summary)
 
     def finish(self, *, completed: bool) -> None:
-        """Close the parent run: finished, or killed if the search is to be continued."""
-        if self._retry_at is None:
+        """Close the parent run: finished, or killed if the search is to be continued.
+
+        Of a search that came to its end this is the last chance to show what a lost store misses;
+        one that was stopped ends at once.
+        """
+        if completed:
+            self._insist(self._finish)
+        elif self._retry_at is None:
             with self._guarded():
-                self._connected().finish("FINISHED" if completed else "KILLED")
+                self._connected().finish("KILLED")
+
+    def _finish(self) -> None:
+        """Show what is missing, and close the parent run."""
+        was_lost = self._view is None
+        view = self._connected()
+        if was_lost:
+            self._show_all(view)
+            if self._summary is not None:
+                view.summarize(*self._summary)
+        view.finish("FINISHED")
+
+    def _insist(self, action: Callable[[], object]) -> None:
+        """Do what nobody would do later, again where other processes kept the store busy."""
+        for seconds in LAST_WAITS:
+            time.sleep(seconds)
+            self._is_busy = False
+            with self._guarded():
+                action()
+            if not self._is_busy:
+                return
 
     def _show_missed(self) -> int:
         """Show what is not shown yet, in the order of the trials, and return how many."""
         shown = 0
         with self._guarded():
-            view = self._connected()
-            for index in sorted(self._ended):
-                shown += view.show(self._ended[index])
+            shown += self._show_all(self._connected())
         return shown
+
+    def _show_all(self, view: StudyRuns) -> int:
+        """Show every trial that is not shown yet, and return how many those were."""
+        return sum(view.show(self._ended[index]) for index in sorted(self._ended))
 
     def _connected(self) -> StudyRuns:
         """Return the view, opened anew at first and after a failure."""
@@ -222,6 +254,7 @@ class MlflowTracker:
             yield
         except store_errors() as error:
             self._view = None  # what it remembers of the store may be wrong now
+            self._is_busy = is_busy(error)
             reason = first_line(f"{type(error).__name__}: {error}")
             where = first_line(self._uri)
             if is_other_version(error):

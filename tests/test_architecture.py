@@ -32,7 +32,7 @@ ROOMS = """
     optimization.loop optimization.client optimization.study optimization.front_space
     optimization.restricted optimization.weights optimization.space
     optimization.base optimization.front
-    tracking mlflow_store mlflow_registry mlflow_entities mlflow_ui presentation
+    tracking mlflow_store mlflow_registry mlflow_ui mlflow_entities presentation
     executors.ray_tasks executors.inline executors.base
     worker trial racing
     evaluation.divergence evaluation.perplexity evaluation.latency evaluation.selection
@@ -50,9 +50,8 @@ ROOMS = """
     accounting nested layers pivoting
     calibration.seen
     calibration.corpus calibration.moments
-    loss_calibration lazy loading model specs families linalg storage progress shell options errors
-    paths
-    interrupts
+    loss_calibration lazy loading model specs families linalg storage rendering progress shell
+    options errors paths interrupts
 """.split()  # noqa: SIM905
 
 # Library: the modules that may import it.
@@ -80,6 +79,7 @@ BORDERS = {
     "plotly": {"html_report"},
     "accelerate": {"merging", "lazy"},
     "huggingface_hub": {"model_card"},
+    "jinja2": {"rendering"},
     "tokenizers": {"loading"},
     "lm_eval": {"evaluation.zero_shot"},
     "ray": {"executors.ray_tasks"},

@@ -4,14 +4,18 @@ import html
 import json
 import re
 import shlex
+import shutil
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lrbo import config
-from lrbo.html_report import diagnosed, html_report, write_html
+from lrbo import html_report as html_report_module
+from lrbo.html_report import Drawing, Part, Table, diagnosed, html_report, write_html
 from lrbo.optimization.study import Study
+from lrbo.rendering import render
 from tests.journal import Journal
 
 
@@ -60,6 +64,60 @@ def test_names_and_reasons_are_text_and_not_markup(page: str) -> None:
     assert "a <b>" not in page
     assert "<h1>a &lt;b&gt; &amp; c</h1>" in page
     assert "NonFiniteError: &lt;loss&gt; is nan" in page
+
+
+class Tags(HTMLParser):
+    """The tags of a page with their attributes, and all of its text."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, list[tuple[str, str | None]]]] = []
+        self.text = ""
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, attrs))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+HOSTILE = "</pre></td></script><img src=x onerror=alert(1)> \"'&amp;{{ 1 }}\u2028"
+
+
+def test_nothing_that_is_put_into_the_page_is_markup() -> None:
+    def filled(value: str) -> Tags:
+        table = Table([value], [[value]], value)
+        page = render(
+            "report.html", study=value, plotly="", searched=[value], scores=table, has_best=True,
+            figures=[Drawing(value, value, "")], parts=[Part(value, [table])], trials=table,
+            command=value, made_of=[value], config_yaml=value,
+        )  # fmt: skip
+        return Tags(page)
+
+    plain, hostile = filled("plain"), filled(HOSTILE)
+    assert hostile.tags == plain.tags
+    assert hostile.text == plain.text.replace("plain", HOSTILE)
+
+
+def test_only_the_library_and_what_it_draws_go_in_as_they_are() -> None:
+    (folder,) = Path(html_report_module.__file__).parent.glob("templates")
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    assert re.findall(r"{{([^}]*safe[^}]*)}}", text) == [" plotly|safe ", " figure.drawn|safe "]
+
+
+def test_names_of_layers_are_text_in_figures(study: Study, page: str, tmp_path: Path) -> None:
+    hostile = shutil.copytree(study.folder, tmp_path / study.name)
+    for name in ("study.json", "journal.jsonl"):
+        text = (hostile / name).read_text(encoding="utf-8")
+        (hostile / name).write_text(text.replace("q_proj", "q</script><i>&lt;"), encoding="utf-8")
+    found = html_report(Study(hostile))
+    assert [tag for tag, _ in Tags(found).tags] == [tag for tag, _ in Tags(page).tags]
+    (drawn,) = traces(found, "What the best trial keeps").values()
+    kinds = [kind for kind in drawn["y"] if kind.startswith("q")]
+    assert kinds == ["q&lt;/script&gt;&lt;i&gt;&amp;lt;"]  # as plotly's own markup has it
+    assert sum("q&lt;/script&gt;&lt;i&gt;&amp;lt;<br>" in text for text in drawn["text"][-1]) > 0
 
 
 def test_the_trials_are_drawn_in_order_with_the_best_so_far(study: Study, page: str) -> None:

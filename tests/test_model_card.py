@@ -1,10 +1,14 @@
 """The card says what was given, and its head is what the Hub reads."""
 
+import ast
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from huggingface_hub import ModelCard, constants
+from markdown_it import MarkdownIt
+from markdown_it.token import Token
 
 from lrbo.loading import ModelSource
 from lrbo.model_card import Score, model_card, origin_of
@@ -28,9 +32,9 @@ def card(**changes: Any) -> str:
         "scores": SCORES,
         "commands": ["lrbo search study=mine", "lrbo compress study=mine out=mine-80"],
     }
-    written_as = changes.pop("written_as", "lrbo")
+    name, written_as = changes.pop("name", "mine-80"), changes.pop("written_as", "lrbo")
     about = ABOUT | changes.pop("about", {})
-    return model_card("mine-80", written_as, about, **(options | changes))
+    return model_card(name, written_as, about, **(options | changes))
 
 
 def test_its_head_is_what_the_hub_reads() -> None:
@@ -49,7 +53,7 @@ def test_it_says_numbers_data_and_commands() -> None:
     assert "| dense | 100.0% | 30.39 | 25.89 |" in text
     assert "| this model | 80.0% | 35.76 | - |" in text
     assert "113,000,000 parameters, the base model 134,515,008" in text
-    assert "| calibration | c4[calibration] |" in text
+    assert r"| calibration | c4\[calibration\] |" in text
     assert "lrbo search study=mine\nlrbo compress study=mine out=mine-80\n" in text
     assert "weights solved again" in text
     assert "weights solved again" not in card(about={"refit": None})
@@ -110,3 +114,52 @@ def test_a_hub_id_is_named_and_the_hub_is_not_asked(
     assert origin_of(ModelSource("hf", "Qwen/Qwen3-0.6B")) == ("Qwen/Qwen3-0.6B", None)
     assert origin_of(ModelSource("hf", "no/hub/id")) == (None, None)
     assert origin_of(ModelSource("tiny", "tiny")) == (None, None)
+
+
+HOSTILE = """a](https://x) <img src=x onerror=alert(1)> `b` ```c | d\n---\n# e "f" 'g' \U0001f600"""
+
+
+@pytest.mark.parametrize("written_as", ["lrbo", "remote_code", "merged"])
+def test_names_paths_and_licences_are_text(tmp_path: Path, written_as: str) -> None:
+    """A card of hostile words has the parts of a harmless one, and says the words."""
+
+    def read(word: str) -> tuple[str, list[Token], dict[str, Any]]:
+        folder = tmp_path / word.replace("/", "")
+        folder.mkdir()
+        head = yaml.safe_dump({"license": word})
+        (folder / "README.md").write_text(f"---\n{head}---\n", encoding="utf-8")
+        source = ModelSource("hf", str(folder))
+        made = card(
+            name=word, written_as=written_as, source=source, storage="factored",
+            scores=[Score(word, 1.0, 2.0, 3.0)], commands=[f"lrbo search study={word}"],
+            about={
+                "method": word, "validation": {"dtype": word}, "data": {word: {"text": word}},
+                "versions": {word: word},
+            },
+        )  # fmt: skip
+        found = ModelCard(made)
+        reader = MarkdownIt("commonmark").enable("table")
+        return made, reader.parse(found.text), found.data.to_dict()
+
+    made, tokens, head = read(HOSTILE)
+    _, usual, usual_head = read("word")
+
+    def kinds(tokens: list[Token]) -> list[str]:
+        return [
+            one.type for token in tokens for one in [token, *(token.children or [])]
+            if one.type not in ("text_special", "text")
+        ]  # fmt: skip
+
+    assert kinds(tokens) == kinds(usual)
+    assert head.pop("license") == HOSTILE
+    assert usual_head.pop("license") == "word"
+    assert head == usual_head
+    code, commands = [token.content for token in tokens if token.type == "fence"]
+    names = [
+        node.args[0].value
+        for node in ast.walk(ast.parse(code))
+        if isinstance(node, ast.Call) and isinstance(node.args[0], ast.Constant)
+    ]
+    assert names == [HOSTILE, HOSTILE]
+    assert commands == f"lrbo search study={HOSTILE}\n"
+    assert "\n---\n# e" not in made.replace(commands, "")

@@ -113,7 +113,7 @@ def test_a_lost_store_is_asked_again_once_a_minute(
         tracker.trial(record(1))
         assert tracker.sync([record(2)]) == 0
         tracker.summary({"improvement": 0.5}, [])
-        tracker.finish(completed=True)
+        tracker.finish(completed=False)
         assert attempts == 0  # all of them returned at once
         now = time.monotonic()
         monkeypatch.setattr(time, "monotonic", lambda: now + 61)

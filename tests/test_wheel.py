@@ -99,11 +99,13 @@ def test_the_wheel_holds_package_and_configuration_and_no_tests(installed: Envir
     names = zipfile.ZipFile(installed.wheel).namelist()
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / "lrbo").rglob("*.py")}
     values = {f"lrbo/{path.relative_to(ROOT)}" for path in (ROOT / "conf").rglob("*.yaml")}
+    templates = {f"lrbo/templates/{path.name}" for path in (ROOT / "lrbo/templates").iterdir()}
     assert len(sources) > 30
     assert len(values) > 15
+    assert templates
     assert len(names) == len(set(names))
     in_package = {name for name in names if ".dist-info/" not in name}
-    assert in_package == sources | values | {"lrbo/py.typed"}
+    assert in_package == sources | values | templates | {"lrbo/py.typed"}
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 

@@ -19,6 +19,7 @@ from lrbo.optimization.front import LATENCIES
 from lrbo.optimization.study import Study
 from lrbo.presentation import Checkpoint, Dataset, Presentation, perplexity_text
 from lrbo.progress import imported
+from lrbo.rendering import render
 from lrbo.results import config_of, described, draw_figures, size_metric, summary
 from lrbo.schema import SearchConfig
 from lrbo.shell import command, study_at
@@ -99,23 +100,18 @@ def _variables(study: Study) -> list[str]:
 
 
 def _note(study: Study) -> str:
-    """Return what stands on top of the page of a study's run, as Markdown."""
+    """Write what stands on top of the page of a study's run, as Markdown."""
     found = summary(study)
-    lines = [f"{name}: {text}  " for name, text in described(study).items() if name != "Study"]
-    rows = [
-        "| model | kept | validation perplexity | test perplexity |",
-        "|---|---:|---:|---:|",
-    ]
+    rows = []
     for label in ("dense", "uniform", "best"):
         row, test = found[label] or {}, found["test"].get(label, {})
         kept = 1.0 if label == "dense" else row.get("keep_ratio")
         name = f"best, trial {row['trial']}" if label == "best" and row else label
         values = (scores.get("perplexity") for scores in (row, test))
         texts = ("-" if value is None else perplexity_text(value) for value in values)
-        rows.append(f"| {name} | {'-' if kept is None else f'{kept:.2%}'} | {' | '.join(texts)} |")
-    return "\n".join(
-        [*lines, "", *rows, "", "Artifacts: `report.html` has all figures to hover over."]
-    )
+        rows.append([name, "-" if kept is None else f"{kept:.2%}", *texts])
+    lines = {name: text for name, text in described(study).items() if name != "Study"}
+    return render("study_note.md", lines=lines, rows=rows)
 
 
 def enter_checkpoint(

@@ -1,0 +1,63 @@
+"""Whatever is put into Markdown is the text that a reader sees, and nothing else."""
+
+import html
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from jinja2 import UndefinedError
+from markdown_it import MarkdownIt
+
+from lrbo.rendering import code, fenced, markdown, render
+
+READER = MarkdownIt("commonmark").enable(["table", "strikethrough"])
+# As they come, and of the characters that mean something.
+TEXTS = st.text(st.characters(exclude_categories=["Cs", "Cc"])) | st.text(
+    "ab \\`*_[]()<>|~&$#!-+=:.;'\"\n"
+)
+
+
+def shown(text: str) -> str:
+    """Return what HTML shows of a text, where runs of blanks are one."""
+    return " ".join(text.split())
+
+
+def plain(page: str) -> str:
+    return html.unescape(re.sub(r"</?(p|h1|td|code)>", "", page))
+
+
+@given(TEXTS)
+def test_a_text_in_a_line_is_read_as_it_was(text: str) -> None:
+    for before, tag in (("x ", "p"), ("# x ", "h1")):
+        page = READER.render(f"{before}{markdown(text)} y")
+        assert re.fullmatch(rf"<{tag}>[^<]*</{tag}>\n", page)
+        assert shown(plain(page)) == shown(f"x {text} y")
+
+
+@given(TEXTS)
+def test_a_text_in_a_table_is_one_cell(text: str) -> None:
+    page = READER.render(f"| a | b |\n|---|---|\n| {markdown(text)} | {code(text)} |\n")
+    cells = re.findall(r"<td>(.*?)</td>", page, flags=re.DOTALL)
+    assert len(cells) == 2
+    for cell in cells:
+        assert re.fullmatch(r"[^<]*|<code>[^<]*</code>", cell)
+        assert shown(plain(cell)) == shown(text)
+
+
+@given(TEXTS, st.sampled_from(["", "bash"]))
+def test_a_block_of_code_ends_where_it_is_meant_to(text: str, language: str) -> None:
+    page = READER.render(f"{fenced(text, language)}\n\nafter\n")
+    block = re.fullmatch(r"<pre><code[^>]*>([^<]*)</code></pre>\n<p>after</p>\n", page)
+    assert block is not None
+    assert html.unescape(block[1]) == f"{text}\n"
+
+
+def test_what_a_template_names_must_be_given() -> None:
+    with pytest.raises(UndefinedError, match="lines"):
+        render("study_note.md", rows=[])
+
+
+def test_what_no_text_file_can_hold_is_written_as_an_escape() -> None:
+    page = render("study_note.md", lines={"Model": "half \ud83d"}, rows=[])
+    assert "half \\ud83d" in page.encode("utf-8").decode("utf-8")
