@@ -48,7 +48,7 @@ ROOMS = """
     accounting nested layers pivoting
     calibration.seen
     calibration.corpus calibration.moments
-    lazy loading model families linalg storage errors interrupts
+    lazy loading stored model families linalg storage errors interrupts
 """.split()  # noqa: SIM905
 
 # Library: the modules that may import it.
