@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from dataclasses import dataclass
@@ -85,8 +86,8 @@ def map_model(model: PreTrainedModel) -> ModelMap:
         model: One of the families in :mod:`lrbo.families`.
 
     Raises:
-        ModelError: If the family is unknown, a layer that the family promises is missing, or
-            a matrix inside a block is not mapped; the message names it.
+        ModelError: If the family is unknown, a layer that the family promises is missing, a
+            matrix inside a block is not mapped, or there is no linear head; the message names it.
     """
     family = family_of(model.config.model_type)
     try:
@@ -121,8 +122,14 @@ def map_model(model: PreTrainedModel) -> ModelMap:
                 for path in site
             )
     head = model.get_output_embeddings()
-    if head is not None and is_linear(head):
-        layers.append(_head_spec(model, head))
+    if head is None or not is_linear(head):
+        raise ModelError(
+            f"{type(model).__name__} has "
+            + ("no head" if head is None else f"a head of type {type(head).__name__}")
+            + ", expected a linear one, as causal language models have it; load it with "
+            "AutoModelForCausalLM, without adapters."
+        )
+    layers.append(_head_spec(model, head))
     return ModelMap(tuple(layers), sum(p.numel() for p in model.parameters()), len(blocks))
 
 
@@ -226,6 +233,43 @@ def require_finite_weights(model: PreTrainedModel) -> None:
             f"{count:,} of {of:,} numbers of {name} are not finite, expected all"
             + (f"; so are some of {len(bad) - 1} more tensors." if bad.keys() - {name} else ".")
         )
+
+
+def require_as_configured(model: PreTrainedModel) -> None:
+    """Refuse a model in memory whose parameters are not those that its configuration describes.
+
+    A checkpoint is opened by its configuration: what was added, taken out or shared since the
+    model was made (an adapter, a block, a tie of two layers) would not be there again. A head
+    may be tied to the embedding or not.
+
+    Raises:
+        ModelError: Naming the first parameters that differ.
+    """
+    config = copy.deepcopy(model.config)
+    config.tie_word_embeddings = is_tied(model)
+    with torch.device("meta"):
+        described = {name: p.shape for name, p in type(model)(config).named_parameters()}
+    held = dict(model.named_parameters())
+    missing, strange = sorted(described.keys() - held), sorted(held.keys() - described)
+    other = sorted(n for n in described.keys() & held if described[n] != held[n].shape)
+    if missing or strange or other:
+        raise ModelError(
+            f"this {type(model).__name__} is not what its configuration describes: missing or "
+            f"shared {_first(missing)}, added {_first(strange)}, of another shape "
+            f"{_first(other)}. Merge adapters with merge_and_unload() first; else save and "
+            "load it, or correct model.config."
+        )
+    if empty := [name for name, parameter in held.items() if parameter.is_meta]:
+        raise ModelError(
+            f"{len(empty)} parameters of this {type(model).__name__} are not in memory "
+            f"({empty[0]} first), expected all; load it without a device_map that offloads."
+        )
+
+
+def _first(names: list[str]) -> str:
+    """Return the first name of a list and how many there are, for a message."""
+    more = f" and {len(names) - 1} more" if names[1:] else ""
+    return f"{names[0]}{more}" if names else "nothing"
 
 
 def body_and_head(model: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
