@@ -225,11 +225,17 @@ def streamed(
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
     """Return what a checkpoint holds of a module, as far as it is in memory."""
-    return {
-        name: tensor.detach().contiguous().cpu()
-        for name, tensor in [*module.named_parameters(), *_buffers(module)]
-        if not tensor.is_meta
-    }
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in [*module.named_parameters(), *_buffers(module)]:
+        if tensor.is_meta:
+            continue
+        kept = tensor.detach().contiguous().cpu()
+        if kept.numel() and kept.data_ptr() in seen:  # which safetensors does not write
+            kept = kept.clone()
+        seen.add(kept.data_ptr())
+        found[name] = kept
+    return found
 
 
 def _buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -19,7 +19,7 @@ from lrbo.stored import (
     files_of,
     read_tensor,
     refuse_adapters,
-    stored_name,
+    stored_names,
     stores_own_head,
     tensors_in,
 )
@@ -127,7 +127,7 @@ class LazyModel:
 
     def _stored(self, name: str) -> str | None:
         """Return the name under which a parameter is stored."""
-        return stored_name(self.model, name, self._files)
+        return next(iter(stored_names(self.model, name, self._files)), None)
 
     def _load(self, names: Iterable[str]) -> None:
         """Bring parameters into the model."""

@@ -36,12 +36,12 @@ from transformers.utils import find_adapter_config_file
 
 from lrbo.errors import ConfigError, ModelError, reading
 from lrbo.families import MODEL_TYPES, family_of
-from lrbo.model import cast_, is_tied, require_finite_weights
+from lrbo.model import cast_, is_tied, not_finite
 from lrbo.stored import (
     ADAPTER_CONFIG,
     WEIGHTS,
     refuse_adapters,
-    stored_name,
+    stored_names,
     stores_own_head,
     tensors_in,
     weight_files,
@@ -170,17 +170,29 @@ def load_model(
         model = _opened(source, dtype, whole=whole)
     if not is_tied(model):  # what is written of it is to be read as it is here
         model.config.tie_word_embeddings = False
-    try:
-        require_finite_weights(model)
-    except ModelError as error:
-        if dtype is not None and dtype != torch.float32:
-            require_finite_weights(_opened(source, torch.float32, whole=False))
-            raise ModelError(
-                f"model {_named(source)} in {str(dtype).removeprefix('torch.')}: {error} They are "
-                "finite as stored: take bfloat16, or float32."
-            ) from error
-        raise ModelError(f"model {_named(source)}: {error} Take another copy of it.") from error
+    _require_finite(model, source)
     return model.to(device).eval().requires_grad_(False)
+
+
+def _require_finite(model: PreTrainedModel, source: ModelSource) -> None:
+    """Refuse weights that are damaged, or that the dtype in which they were read cannot hold.
+
+    Raises:
+        ModelError: Saying which of the two it is.
+    """
+    problem = not_finite(model)
+    if problem is None:
+        return
+    # Of float16 the largest number is 65,504.
+    if model.dtype == torch.float16 and not not_finite(_opened(source, torch.float32, whole=False)):
+        raise ModelError(
+            f"model {_named(source)} in float16: {problem} They are as stored: take bfloat16 or "
+            "float32."
+        )
+    raise ModelError(
+        f"model {_named(source)}: {problem} It is damaged, or its training diverged: take another "
+        "copy of it."
+    )
 
 
 def _opened(source: ModelSource, dtype: torch.dtype | None, *, whole: bool) -> PreTrainedModel:
@@ -342,9 +354,15 @@ def _stored_skeleton(folder: Path, config: PretrainedConfig, named: str) -> PreT
     _require_filled(found, named)
     filled.tie_weights()  # which is not done where both tensors are on the meta device
     for name, _ in filled.named_parameters():
-        if (key := stored_name(filled, name, files)) in integers:
+        keys = stored_names(filled, name, files)
+        if keys[1:]:
             raise ModelError(
-                f"model {named}: {key} holds integers, expected floating-point numbers; its "
+                f"model {named} holds {name} {len(keys)} times, as {' and '.join(keys)}, expected "
+                "it once: which of them would be read is not said. Copy it whole."
+            )
+        if integers & set(keys):
+            raise ModelError(
+                f"model {named}: {keys[0]} holds integers, expected floating-point numbers; its "
                 "config.json has no quantization_config that says what they mean. Take the dense "
                 "model."
             )

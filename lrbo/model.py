@@ -211,14 +211,11 @@ def cast_(model: PreTrainedModel, dtype: torch.dtype) -> None:
         parameter.data = parameter.data.to(dtype)
 
 
-def require_finite_weights(model: PreTrainedModel) -> None:
-    """Refuse a model of which a number is a NaN or an infinity.
+def not_finite(model: PreTrainedModel) -> str | None:
+    """Count NaNs and infinities among the weights of a model: the problem, if there are any.
 
     Args:
         model: On any device but meta.
-
-    Raises:
-        ModelError: With the first tensor and its count.
     """
     bad = {
         name: (int((~torch.isfinite(parameter)).sum()), parameter.numel())
@@ -227,12 +224,11 @@ def require_finite_weights(model: PreTrainedModel) -> None:
         if not bool(torch.isfinite(parameter.detach().sum()))
     }
     bad = {name: counts for name, counts in bad.items() if counts[0]}
-    if bad:
-        name, (count, of) = next(iter(bad.items()))
-        raise ModelError(
-            f"{count:,} of {of:,} numbers of {name} are not finite, expected all"
-            + (f"; so are some of {len(bad) - 1} more tensors." if bad.keys() - {name} else ".")
-        )
+    if not bad:
+        return None
+    name, (count, of) = next(iter(bad.items()))
+    more = f"; so are some of {len(bad) - 1} more tensors" if bad.keys() - {name} else ""
+    return f"{count:,} of {of:,} numbers of {name} are not finite, expected all{more}."
 
 
 def require_as_configured(model: PreTrainedModel) -> None:

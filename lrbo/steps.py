@@ -29,8 +29,8 @@ from lrbo.model import (
     is_linear,
     linear_weight,
     map_model,
+    not_finite,
     require_as_configured,
-    require_finite_weights,
 )
 from lrbo.nested import LowRankFactors
 from lrbo.optimization.base import least_loss, uniform_ratios
@@ -379,7 +379,8 @@ def _mapped(model: PreTrainedModel) -> ModelMap:
         )
     layers = map_model(model)
     require_as_configured(model)
-    require_finite_weights(model)
+    if problem := not_finite(model):
+        raise ModelError(f"this {type(model).__name__}: {problem} Take one whose numbers are.")
     return layers
 
 

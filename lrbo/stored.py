@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -34,7 +34,8 @@ def refuse_adapters(files: Iterable[str], named: str) -> None:
     Raises:
         ModelError: Naming the file, and how to merge.
     """
-    if beside := [name for name in ADAPTERS if name in set(files)]:
+    names = set(files)
+    if beside := [name for name in ADAPTERS if name in names]:
         raise ModelError(
             f"model {named} comes with an adapter ({beside[0]}), expected plain weights; merge it "
             "with PeftModel.from_pretrained(base, adapter).merge_and_unload(), write that with "
@@ -139,8 +140,8 @@ def _unpickled(file: Path) -> dict[str, Tensor]:
         )
 
 
-def stored_name(model: PreTrainedModel, name: str, stored: Iterable[str]) -> str | None:
-    """Return the name under which a parameter is stored: some files leave the prefix out.
+def stored_names(model: PreTrainedModel, name: str, stored: Container[str]) -> list[str]:
+    """Return the names under which a parameter is stored: some files leave the prefix out.
 
     Args:
         model: Whose parameter it is.
@@ -149,7 +150,7 @@ def stored_name(model: PreTrainedModel, name: str, stored: Iterable[str]) -> str
     """
     prefix = f"{model.base_model_prefix}."
     choices = (name, name.removeprefix(prefix), f"{prefix}{name}", RENAMED.get(name, name))
-    return next((choice for choice in choices if choice in stored), None)
+    return [choice for choice in dict.fromkeys(choices) if choice in stored]
 
 
 def stores_own_head(model: PreTrainedModel, stored: Mapping[str, Path]) -> bool:
@@ -166,10 +167,9 @@ def stores_own_head(model: PreTrainedModel, stored: Mapping[str, Path]) -> bool:
     """
     tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
     for pair in tied.items():
-        one, other = (stored_name(model, name, stored) for name in pair)
-        if one is None or other is None or one == other:
-            continue
-        first, second = read_tensor(stored[one], one), read_tensor(stored[other], other)
-        if first.shape != second.shape or not torch.equal(first, second):
-            return True
+        names = [stored_names(model, name, stored) for name in pair]
+        if all(names):
+            one, other = (read_tensor(stored[known[0]], known[0]) for known in names)
+            if one.shape != other.shape or not torch.equal(one, other):
+                return True
     return False

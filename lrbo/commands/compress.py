@@ -24,7 +24,7 @@ from lrbo.evaluation.perplexity import score
 from lrbo.layers import PivotedLinear
 from lrbo.loading import load_model, load_tokenizer, resolve_device, resolve_dtype
 from lrbo.merging import save_merged
-from lrbo.model import cast_, require_finite_weights
+from lrbo.model import cast_, not_finite
 from lrbo.model_card import Score, model_card
 from lrbo.nested import LowRankFactors
 from lrbo.optimization.base import KEEP_RATIO
@@ -169,13 +169,11 @@ def _require_finite(model: PreTrainedModel) -> None:
     Raises:
         ModelError: Naming the tensor and the dtypes that reach further.
     """
-    try:
-        require_finite_weights(model)
-    except ModelError as error:
+    if problem := not_finite(model):
         raise ModelError(
-            f"dtype={_name(model.dtype)}: {error} What was rounded is beyond "
+            f"dtype={_name(model.dtype)}: {problem} What was rounded is beyond "
             f"{torch.finfo(model.dtype).max:,.0f}; take dtype=bfloat16 or float32."
-        ) from error
+        )
 
 
 def _score_as_written(
