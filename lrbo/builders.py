@@ -209,6 +209,7 @@ def build_worker(plan: Plan, study: Study, reporter: Reporter) -> Worker:
         dtype = resolve_dtype(config.model.dtype, device)
     with reporter.waiting("Loading the model"):
         model = load_model(plan.source, dtype=dtype, device=device)
+    _require_as_mapped(plan, model)
     reporter.say(
         f"Model {config.model.name}: {plan.layers.parameters:,} parameters, {dtype} on {device}"
     )
@@ -284,6 +285,22 @@ def require_same_model(study: Study, model: PreTrainedModel) -> None:
             f"study {study.name} was begun with a model of fingerprint {begun}, "
             f"{model.name_or_path or 'the model'} now has {found}: its weights changed. Restore "
             "them, or start another study=NAME."
+        )
+
+
+def _require_as_mapped(plan: Plan, model: PreTrainedModel) -> None:
+    """Refuse a model that is not as it was mapped: only headers that are here could be read.
+
+    Raises:
+        ModelError: With what was counted.
+    """
+    loaded = map_model(model)
+    if loaded != plan.layers:
+        raise ModelError(
+            f"model {plan.source.path!r} has {loaded.parameters:,} parameters, expected "
+            f"{plan.layers.parameters:,} from its config.json, which does not say what its files "
+            f"hold. Download it (hf download {plan.source.path} --local-dir FOLDER) and give "
+            "model.path=FOLDER, whose files are read first."
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -150,7 +151,9 @@ class LowRankQuantizer(HfQuantizer):
             )
         put_in(model, self.quantization_config)
         if (files := options.get("checkpoint_files")) is not None:
-            check_files(model, [Path(file) for file in files], self.quantization_config.parameters)
+            paths = [Path(file) for file in files]
+            _require_inside(paths, Path(model.config._name_or_path))
+            check_files(model, paths, self.quantization_config.parameters)
         return model
 
     def _process_model_after_weight_loading(
@@ -282,6 +285,21 @@ def check_files(model: PreTrainedModel, files: Iterable[Path], parameters: int) 
             f"{where} holds {total:_} parameters, its config.json states {parameters:_}; the "
             "weights or config.json were changed."
         )
+
+
+def _require_inside(files: Iterable[Path], folder: Path) -> None:
+    """Refuse files of weights elsewhere, which an index may name; a link in the folder is fine.
+
+    Raises:
+        CheckpointError: Naming the first.
+    """
+    home = folder.absolute()
+    for file in files if folder.is_dir() else []:  # in the hub's cache its client sees to it
+        if not Path(os.path.normpath(file.absolute())).is_relative_to(os.path.normpath(home)):
+            raise CheckpointError(
+                f"the index of {folder} names the file {file}, expected one in the folder; copy "
+                "the folder again."
+            )
 
 
 def _some(names: list[str]) -> str:

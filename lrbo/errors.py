@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal
@@ -148,4 +149,15 @@ def reading(kind: type[LrboError], what: str) -> Iterator[None]:
         if is_out_of_memory(error):
             raise
         plain = isinstance(error, OSError | ValueError)  # others may be one word
-        raise kind(f"{what}: {error if plain else f'{type(error).__name__}: {error}'}") from error
+        said = NAMES.sub(_first_names, str(error))
+        raise kind(f"{what}: {said if plain else f'{type(error).__name__}: {said}'}") from error
+
+
+# transformers answers what it does not know with the names of all that it knows, hundreds.
+NAMES = re.compile(r"(?:[\w./-]+, ){11,}[\w./-]+")
+
+
+def _first_names(names: re.Match[str]) -> str:
+    """Return the first names of a list, and how many there are more."""
+    each = names[0].split(", ")
+    return f"{', '.join(each[:3])} and {len(each) - 3} more"

@@ -22,7 +22,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from lrbo import remote_code
+from lrbo import remote_code, stored
 from lrbo.accounting import Storage
 from lrbo.allocation import Allocation
 from lrbo.calibration.corpus import Role, TokenWindows
@@ -38,19 +38,18 @@ from lrbo.checkpoint import (
     stored_tensors,
 )
 from lrbo.compression import compress_, replace_module
-from lrbo.errors import CheckpointError, reading
+from lrbo.errors import CheckpointError, ModelError, reading
 from lrbo.layers import LowRankLinear, PivotedLinear
 from lrbo.lazy import LazyModel
 from lrbo.loading import resolve_device
-from lrbo.model import linear_bias, map_model
+from lrbo.model import is_tied, linear_bias, map_model
 from lrbo.nested import NestedFactors
 from lrbo.storage import new_folder
 
 CONFIG = "config.json"
 CARD = "README.md"
 # What transformers calls them.
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+WEIGHTS, INDEX = stored.SINGLE, stored.INDEX
 SHARD = "model-{:05d}-of-{:05d}.safetensors"
 SHARD_BYTES = 4 * 2**30
 # What a checkpoint of formats 1 and 2 holds, and a later one does not.
@@ -132,6 +131,7 @@ def save(
         if hasattr(config, "auto_map"):  # of the dense model: names files that are not written here
             del config.auto_map
         config.architectures = [type(model).__name__]
+        config.tie_word_embeddings = is_tied(model)
         ranks = {name: rank for name, rank in allocation.ranks.items() if rank is not None}
         with torch.device("meta"):
             skeleton: PreTrainedModel = AutoModelForCausalLM.from_config(config)
@@ -158,11 +158,11 @@ def save(
 
 def _added_biases(model: nn.Module, ranks: Iterable[str], files: Iterable[Path]) -> list[str]:
     """Return the layers with a rank that are stored with a bias and have none when dense."""
-    stored = {name for file in files for name in stored_tensors(file)}
+    names = {name for file in files for name in stored_tensors(file)}
     return [
         name
         for name in ranks
-        if {f"{name}.bias", f"{name}.left.bias"} & stored
+        if {f"{name}.bias", f"{name}.left.bias"} & names
         and linear_bias(model.get_submodule(name)) is None
     ]
 
@@ -225,11 +225,17 @@ def streamed(
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
     """Return what a checkpoint holds of a module, as far as it is in memory."""
-    return {
-        name: tensor.detach().contiguous().cpu()
-        for name, tensor in [*module.named_parameters(), *_buffers(module)]
-        if not tensor.is_meta
-    }
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in [*module.named_parameters(), *_buffers(module)]:
+        if tensor.is_meta:
+            continue
+        kept = tensor.detach().contiguous().cpu()
+        if kept.numel() and kept.data_ptr() in seen:  # which safetensors does not write
+            kept = kept.clone()
+        seen.add(kept.data_ptr())
+        found[name] = kept
+    return found
 
 
 def _buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -290,12 +296,18 @@ def load(
 
     Raises:
         ConfigError: If there is no such device here.
-        CheckpointError: If a file is missing, of another format, or does not hold exactly the
-            tensors and the number of parameters that it states.
+        CheckpointError: If a file is missing, of another format, lies elsewhere, or does not hold
+            exactly the tensors and the number of parameters that it states, or an adapter lies
+            beside.
     """
     folder = Path(folder)
     place = resolve_device(str(device), "device")
     config = _config(folder)
+    try:
+        stored.refuse_adapters((path.name for path in folder.iterdir()), repr(str(folder)))
+        stored.weight_files(folder)
+    except ModelError as error:
+        raise CheckpointError(str(error)) from error
     with reading(CheckpointError, f"{folder} is not a whole checkpoint"):
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             folder,

@@ -113,6 +113,7 @@ FAMILIES = (
 )
 
 
+MODEL_TYPES = tuple(sorted(name for family in FAMILIES for name in family.model_types))
 POINTWISE = frozenset(path for family in FAMILIES for path in family.pointwise)
 
 
@@ -125,9 +126,8 @@ def family_of(model_type: str) -> Family:
     for family in FAMILIES:
         if model_type in family.model_types:
             return family
-    known = sorted(name for family in FAMILIES for name in family.model_types)
     raise ModelError(
-        f"model type {model_type!r} is not mapped; known types: {', '.join(known)}. "
+        f"model type {model_type!r} is not mapped; known types: {', '.join(MODEL_TYPES)}. "
         "Describe it in lrbo/families.py."
     )
 

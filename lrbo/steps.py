@@ -24,7 +24,13 @@ from lrbo.evaluation.perplexity import score as score_checked
 from lrbo.factorization.base import FactorizationMethod, Statistic
 from lrbo.factorization.registry import method_named
 from lrbo.layers import LowRankLinear, PivotedLinear
-from lrbo.model import is_linear, linear_weight, map_model
+from lrbo.model import (
+    is_linear,
+    linear_weight,
+    map_model,
+    not_finite,
+    require_as_configured,
+)
 from lrbo.nested import LowRankFactors
 from lrbo.optimization.base import least_loss, uniform_ratios
 from lrbo.preparation import curve_needs, factors_by_block, statistics_by_block
@@ -362,7 +368,8 @@ def _mapped(model: PreTrainedModel) -> ModelMap:
     """Return the map of a model whose numbers mean something.
 
     Raises:
-        ModelError: If the family is unknown, the model is compressed, or dropout may be on.
+        ModelError: If the family is unknown, the model is compressed, dropout may be on, or its
+            parameters are not finite, or not those of its configuration.
     """
     _check_model(model)
     if any(isinstance(module, LowRankLinear | PivotedLinear) for module in model.modules()):
@@ -370,7 +377,11 @@ def _mapped(model: PreTrainedModel) -> ModelMap:
             f"this {type(model).__name__} is compressed already; only a dense model can be: give "
             "the one that it was made from."
         )
-    return map_model(model)
+    layers = map_model(model)
+    require_as_configured(model)
+    if problem := not_finite(model):
+        raise ModelError(f"this {type(model).__name__}: {problem} Take one whose numbers are.")
+    return layers
 
 
 def _check_model(model: object) -> None:
@@ -383,12 +394,18 @@ def _check_model(model: object) -> None:
         raise ModelError(
             f"model of type {type(model).__name__}: expected a model of transformers in memory, "
             "as AutoModelForCausalLM.from_pretrained and lrbo.load give"
+            + ("; merge its adapter with merge_and_unload()" if _is_adapted(model) else "")
         )
     if model.training:
         raise ModelError(
             f"{type(model).__name__} is in training mode, in which dropout changes what layers "
             "see; call model.eval() first."
         )
+
+
+def _is_adapted(model: object) -> bool:
+    """Tell an adapted model of PEFT, which wraps one of transformers."""
+    return hasattr(model, "peft_config") and hasattr(model, "merge_and_unload")
 
 
 def _check_ids(ids: Any, model: PreTrainedModel, least: int = 1) -> None:

@@ -50,8 +50,8 @@ ROOMS = """
     accounting nested layers pivoting
     calibration.seen
     calibration.corpus calibration.moments
-    loss_calibration lazy loading model specs families linalg storage rendering progress shell
-    options errors paths interrupts
+    loss_calibration lazy loading stored model specs families linalg storage rendering progress
+    shell options errors paths interrupts
 """.split()  # noqa: SIM905
 
 # Library: the modules that may import it.

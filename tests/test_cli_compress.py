@@ -10,10 +10,13 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from safetensors.torch import load_file
 
 import lrbo
-from lrbo.calibration.corpus import documents
+from lrbo.calibration.corpus import documents, load_windows
+from lrbo.loading import tiny_model
 from lrbo.optimization.study import Study
+from lrbo.texts import tokens_file
 from tests.commands import TINY, Ran, lrbo_command, project, searched
 
 __all__ = ["project", "searched"]  # fixtures
@@ -333,3 +336,70 @@ def test_checkpoints_are_registered_and_come_back_with_a_sync(
         assert ran.status == 0, ran.err
         assert set(versions_of("tiny").values()) >= {"early", "late"}
         assert set(versions_of("tiny").values()).isdisjoint({"hidden", "unnoted", "gone"})
+
+
+# Half the distance of neighbours at 1, and at 0: to the nearest number of the dtype.
+ROUNDED = {"bfloat16": (2.0**-8, 0.0), "float16": (2.0**-11, 2.0**-25)}
+
+
+@pytest.mark.parametrize("dtype", ROUNDED)
+def test_a_checkpoint_of_another_dtype_is_rounded_and_scored_as_it_is(
+    dtype: str, project: Path
+) -> None:
+    if not Path("exact").exists():
+        line = ("compress", "study=tiny", "out=exact", "refit.enabled=false")
+        assert lrbo_command(*line).status == 0
+    line = ("compress", "study=tiny", f"out={dtype}", "refit.enabled=false", f"dtype={dtype}")
+    ran = lrbo_command(*line)
+    assert ran.status == 0, ran.err
+    exact, rounded = (load_file(Path(name, "model.safetensors")) for name in ("exact", dtype))
+    assert exact.keys() == rounded.keys()
+    relative, absolute = ROUNDED[dtype]
+    for name, tensor in exact.items():
+        if tensor.is_floating_point():
+            assert rounded[name].dtype == getattr(torch, dtype)
+            error = (rounded[name].double() - tensor.double()).abs()
+            # Twice rounded: to float32 and from there, which adds a part in 10,000.
+            assert bool((error <= 1.0001 * relative * tensor.abs() + absolute).all()), name
+        else:
+            assert torch.equal(rounded[name], tensor)
+    config = json.loads(Path(dtype, "config.json").read_text(encoding="utf-8"))
+    assert config["dtype"] == dtype
+    stated = provenance(dtype)
+    assert stated["validation"]["dtype"] == "float32"
+    assert stated["validation_as_written"]["dtype"] == dtype
+    windows = load_windows(tokens_file(Study(Path("studies/tiny"))))["validation"].ids
+    scored = lrbo.score(lrbo.load(dtype), windows)
+    assert stated["validation_as_written"]["nll"] == pytest.approx(scored.mean, abs=1e-9)
+    assert stated["validation_as_written"]["nll"] != stated["validation"]["nll"]
+    card = Path(dtype, "README.md").read_text(encoding="utf-8")
+    assert f"this model in {dtype}, as written" in card
+    assert f"Validation nll in {dtype}: {scored.mean:.4f}" in ran.err
+
+
+def test_a_refit_checkpoint_of_another_dtype_can_be_merged(project: Path) -> None:
+    line = ("compress", "study=tiny", "out=flat", "dtype=bfloat16", "format=merged")
+    ran = lrbo_command(*line)
+    assert ran.status == 0, ran.err
+    assert {t.dtype for t in load_file("flat/model.safetensors").values()} == {torch.bfloat16}
+
+
+def test_an_adapter_is_refused_by_every_command_before_any_work(project: Path) -> None:
+    for name in ("dense", "written"):
+        shutil.rmtree(name, ignore_errors=True)
+    lrbo_command("compress", "study=tiny", "out=written", "refit.enabled=false")
+    tiny_model().save_pretrained("dense")
+    for name in ("dense", "written"):
+        Path(name, "adapter_config.json").write_text("{}", encoding="utf-8")
+    dense = ("model=hf", "model.path=dense", "data=generated")
+    for line in (
+        ("search", "experiment=tiny", *dense, "study=adapted"),
+        ("evaluate", *dense),
+        ("evaluate", "checkpoint=written", "data=generated"),
+        ("benchmark", "checkpoint=written"),
+    ):
+        ran = lrbo_command(*line)
+        assert ran.status == 2, line
+        assert "comes with an adapter (adapter_config.json), expected plain weights" in ran.err
+        assert "merge_and_unload" in ran.err
+    assert not Path("studies/adapted/journal.jsonl").exists()

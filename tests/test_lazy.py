@@ -13,8 +13,9 @@ from lrbo.errors import ModelError
 from lrbo.factorization.base import Statistic
 from lrbo.factorization.registry import METHODS
 from lrbo.factorization.store import factor_model
-from lrbo.lazy import INDEX, LazyModel
+from lrbo.lazy import LazyModel
 from lrbo.model import body_and_head, map_model
+from lrbo.stored import INDEX
 from tests.tiny import CASES, build, token_ids
 
 # Same weights; where a file's tensors lie in memory decides how products are split and rounded.

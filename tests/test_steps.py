@@ -1,10 +1,11 @@
 """Steps on a model in memory: what the commands do, and refusals that say how to mend it."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedModel
 
 import lrbo
 from lrbo import steps
@@ -247,3 +248,104 @@ def test_progress_is_shown_unless_it_is_not_wanted(capsys: pytest.CaptureFixture
         tiny(), calibrate(tiny(), IDS, "asvd", curves=False, progress=False), "asvd", progress=False
     )
     assert capsys.readouterr() == ("", "")
+
+
+# --- models in memory that are not what their configuration says --------------------------------
+
+
+def adapted(model: LlamaForCausalLM, peft: Any) -> PreTrainedModel:
+    wanted = peft.LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False)
+    peft.get_peft_model(model, wanted)
+    return model
+
+
+def with_table(model: LlamaForCausalLM, peft: Any) -> PreTrainedModel:
+    wanted = peft.LoraConfig(r=2, target_modules=["embed_tokens"], init_lora_weights=False)
+    peft.get_peft_model(model, wanted)
+    return model
+
+
+def shorter(model: LlamaForCausalLM, _: Any) -> PreTrainedModel:
+    del model.model.layers[1]
+    return model
+
+
+def shared(model: LlamaForCausalLM, _: Any) -> PreTrainedModel:
+    model.model.layers[1].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
+    return model
+
+
+def headless(model: LlamaForCausalLM, _: Any) -> Any:
+    return LlamaForSequenceClassification(model.config)
+
+
+def damaged(model: LlamaForCausalLM, _: Any) -> PreTrainedModel:
+    with torch.no_grad():
+        model.model.norm.weight[3] = float("inf")
+    return model
+
+
+def offloaded(model: LlamaForCausalLM, _: Any) -> PreTrainedModel:
+    model.model.norm.weight = torch.nn.Parameter(model.model.norm.weight.to("meta"))
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft asks it
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (adapted, "head of type Linear, expected a linear one.*without adapters"),
+        (with_table, r"added model\.embed_tokens\..* Merge adapters with merge_and_unload"),
+        (shorter, r"missing or shared model\.layers\.1\..* and 8 more, added nothing"),
+        (shared, r"missing or shared model\.layers\.1\.mlp\.up_proj\.weight, added nothing"),
+        (headless, "LlamaForSequenceClassification has no head"),
+        (damaged, r"1 of 32 numbers of model\.norm\.weight are not finite"),
+        (offloaded, r"1 parameters of .* are not in memory \(model\.norm\.weight first\)"),
+    ],
+)
+def test_a_model_that_could_not_be_written_is_refused_before_any_work(
+    change: Any, message: str
+) -> None:
+    peft = pytest.importorskip("peft")
+    model = change(tiny(), peft).eval()
+    for step in (lambda: calibrate(model, token_ids(2, 8)), lambda: factorize(model, method="svd")):
+        with pytest.raises(ModelError, match=f"(?s){message}"):
+            step()
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft asks it
+def test_a_model_of_peft_is_told_from_others() -> None:
+    peft = pytest.importorskip("peft")
+    wanted = peft.LoraConfig(r=2, target_modules="all-linear")
+    with pytest.raises(ModelError, match=r"PeftModel.*of transformers.*merge_and_unload\(\)"):
+        steps._check_model(peft.get_peft_model(tiny(), wanted))
+    with pytest.raises(ModelError, match=r"of type Linear.*lrbo\.load give$"):
+        steps._check_model(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_head_is_written_as_it_is_in_memory(tied: bool, tmp_path: Path) -> None:
+    model = tiny()
+    if tied:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    model.config.tie_word_embeddings = not tied
+    found = factorize(model, method="svd", progress=False)
+    assert found.layers.parameters == (26_848 if tied else 35_104)
+    allocation = found.uniform(0.7)
+    found.compress_(model, allocation)
+    found.save(tmp_path / "out", model, byte_tokenizer(), allocation)
+    opened = lrbo.load(tmp_path / "out")
+    ids = token_ids(2, 8)
+    torch.testing.assert_close(opened(ids).logits, model(ids).logits, rtol=1e-5, atol=1e-5)
+    assert opened.config.tie_word_embeddings is tied
+
+
+def test_parameters_that_share_their_numbers_are_written_apart(tmp_path: Path) -> None:
+    model = tiny()
+    model.lm_head.weight.data = model.model.embed_tokens.weight.data
+    found = factorize(model, method="svd", progress=False)
+    assert found.layers.parameters == 35_104  # two parameters, whatever lies below them
+    allocation = found.uniform(0.7)
+    found.compress_(model, allocation)
+    found.save(tmp_path / "out", model, byte_tokenizer(), allocation)
+    assert torch.equal(lrbo.load(tmp_path / "out").lm_head.weight, model.lm_head.weight)

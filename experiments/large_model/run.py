@@ -37,11 +37,12 @@ from lrbo.calibration.store import CalibrationFolder, save_calibration
 from lrbo.export import save, streamed
 from lrbo.factorization.registry import method_named
 from lrbo.factorization.store import factor_model, load_factors, save_factors
-from lrbo.lazy import INDEX, LazyModel
+from lrbo.lazy import LazyModel
 from lrbo.loading import byte_tokenizer
 from lrbo.model import map_model
 from lrbo.nested import NestedFactors, PivotedFactors
 from lrbo.preparation import curve_needs
+from lrbo.stored import INDEX
 from lrbo.worker import allocation_parameters
 
 SMOKE = bool(os.environ.get("LRBO_SMOKE"))

@@ -20,9 +20,12 @@ from lrbo.commands.finalists import Finalist, finalist
 from lrbo.commands.trials import evaluate_between
 from lrbo.commands.view import enter_checkpoint
 from lrbo.compression import store_
+from lrbo.errors import ModelError
+from lrbo.evaluation.perplexity import score
 from lrbo.layers import PivotedLinear
-from lrbo.loading import load_model, load_tokenizer, resolve_dtype
+from lrbo.loading import load_model, load_tokenizer, resolve_device, resolve_dtype
 from lrbo.merging import save_merged
+from lrbo.model import cast_, not_finite
 from lrbo.model_card import Score, model_card
 from lrbo.nested import LowRankFactors
 from lrbo.optimization.front import KEEP_RATIO, ceiling_of
@@ -40,6 +43,7 @@ def run(chosen: CompressConfig, reporter: Reporter) -> dict[str, Any]:
     Raises:
         ConfigError: If a value cannot work, or the folder exists.
         StudyError: If there is no such study or trial.
+        ModelError: If a number of the model is beyond the dtype that it is to be written in.
         CheckpointError: If file and accountant disagree on the number of parameters.
     """
     checks.require_valid(chosen)
@@ -54,12 +58,14 @@ def run(chosen: CompressConfig, reporter: Reporter) -> dict[str, Any]:
     if ceiling is not None and ceiling[0] == KEEP_RATIO:
         evaluate_between(plan, study, ceiling[1], reporter)
         records = points(study, point, chosen.refit.candidates)
+    if chosen.dtype == "float16":  # of which not every model's numbers are
+        _stored_model(plan, study, chosen.dtype)
     found = finalist(plan, study, records, chosen.refit, reporter)
     record, allocation = found.record, found.record.request.allocation
-    dtype = None if chosen.dtype == "auto" else resolve_dtype(chosen.dtype, torch.device("cpu"))
-    model = load_model(plan.source, dtype=dtype, device=torch.device("cpu"))
-    builders.require_same_model(study, model)
+    model = _stored_model(plan, study, chosen.dtype)
     _put_in(model, allocation, found.factors, plan, reporter)
+    _require_finite(model)
+    as_written = _score_as_written(model, found.nll, plan, about["dtype"], reporter)
     counted = account(
         plan.layers,
         allocation.ranks,
@@ -76,10 +82,11 @@ def run(chosen: CompressConfig, reporter: Reporter) -> dict[str, Any]:
         "keep_ratio": counted.keep_ratio,
         "validation": {
             "nll": found.nll,
-            "perplexity": math.exp(found.nll) if found.nll < 700 else math.inf,
+            "perplexity": _perplexity(found.nll),
             "tokens": record.metrics["tokens"],
             "dtype": about["dtype"],
         },
+        "validation_as_written": as_written,
         "refit": found.refit,
         "data": study.data(),
         "versions": versions(),
@@ -92,7 +99,7 @@ def run(chosen: CompressConfig, reporter: Reporter) -> dict[str, Any]:
         source=plan.source,
         parameters=(counted.model, counted.model_dense),
         storage=plan.storage,
-        scores=_scores(study, found, written["validation"]["perplexity"]),
+        scores=_scores(study, found, as_written),
         commands=_commands(chosen, stored, about["dtype"], record.request.trial_index),
     )
     if chosen.format == "merged":
@@ -121,7 +128,7 @@ def run(chosen: CompressConfig, reporter: Reporter) -> dict[str, Any]:
         chosen.register,
         {
             "keep_ratio": f"{counted.keep_ratio:.4f}",
-            "validation_perplexity": f"{math.exp(min(found.nll, 700)):.4f}",
+            "validation_perplexity": f"{as_written['perplexity']:.4f}",
             "format": chosen.format,
         },
     )
@@ -136,7 +143,83 @@ def run(chosen: CompressConfig, reporter: Reporter) -> dict[str, Any]:
     }
 
 
-def _scores(study: Study, found: Finalist, perplexity: float) -> list[Score]:
+def _stored_model(plan: builders.Plan, study: Study, dtype: str) -> PreTrainedModel:
+    """Load the dense model of a study on the CPU, and round what was compared as it is stored.
+
+    Args:
+        plan: Of the study.
+        study: Whose model it must be.
+        dtype: Of the configuration; ``auto`` is that of the model's files.
+
+    Raises:
+        StudyError: If the model is another one by now.
+        ModelError: If a number is beyond the dtype.
+    """
+    model = load_model(plan.source, dtype=None, device=torch.device("cpu"))
+    builders.require_same_model(study, model)
+    if dtype != "auto":
+        cast_(model, resolve_dtype(dtype, model.device))
+    _require_finite(model)
+    return model
+
+
+def _require_finite(model: PreTrainedModel) -> None:
+    """Refuse a model with a number that its dtype does not have.
+
+    Raises:
+        ModelError: Naming the tensor and the dtypes that reach further.
+    """
+    if problem := not_finite(model):
+        raise ModelError(
+            f"dtype={_name(model.dtype)}: {problem} What was rounded is beyond "
+            f"{torch.finfo(model.dtype).max:,.0f}; take dtype=bfloat16 or float32."
+        )
+
+
+def _score_as_written(
+    model: PreTrainedModel, nll: float, plan: builders.Plan, dtype: str, reporter: Reporter
+) -> dict[str, Any]:
+    """Return the score on the validation text in the dtype in which the model is written.
+
+    Args:
+        model: Compressed, on the CPU; there again afterwards.
+        nll: In the dtype of the study, nats per token.
+        plan: Of the study.
+        dtype: Of the study.
+        reporter: Shows progress.
+
+    Raises:
+        NonFiniteError: If the model overflows in its dtype.
+    """
+    own = _name(model.dtype)
+    if own != dtype:
+        windows = plan.windows["validation"]
+        model.to(device=resolve_device(plan.config.model.device))
+        with reporter.step(f"Validation text in {own}", windows.scored_tokens, "tokens") as on:
+            measured = score(
+                model,
+                windows.ids,
+                batch_windows=plan.config.evaluation.batch_windows,
+                chunk_tokens=plan.config.evaluation.chunk_tokens,
+                on_tokens=on,
+            ).mean
+        model.to(device="cpu")
+        reporter.say(f"Validation nll in {own}: {measured:.4f}; in {dtype}: {nll:.4f}")
+        nll = measured
+    return {"nll": nll, "perplexity": _perplexity(nll), "dtype": own}
+
+
+def _name(dtype: torch.dtype) -> str:
+    """Return a dtype as configurations have it."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _perplexity(nll: float) -> float:
+    """Return the perplexity of a loss; beyond floating-point numbers it is infinite."""
+    return math.exp(nll) if nll < 700 else math.inf
+
+
+def _scores(study: Study, found: Finalist, as_written: Mapping[str, Any]) -> list[Score]:
     """Return what is known of the dense model, the uniform baseline and the model itself.
 
     The test text was scored before the refit: of a model that was solved again its score says
@@ -151,7 +234,12 @@ def _scores(study: Study, found: Finalist, perplexity: float) -> list[Score]:
     as_scored = found.nll == record.metrics["nll"]
     same = [t for t in state.tests.values() if t["trial"] == record.request.trial_index]
     test = same[0]["metrics"]["perplexity"] if same and as_scored else None
-    return [*rows, Score("this model", record.metrics["keep_ratio"], perplexity, test)]
+    ratio = record.metrics["keep_ratio"]
+    rows.append(Score("this model", ratio, _perplexity(found.nll), test))
+    if as_written["dtype"] != study.about()["dtype"]:
+        name = f"this model in {as_written['dtype']}, as written"
+        rows.append(Score(name, ratio, as_written["perplexity"], None))
+    return rows
 
 
 def _commands(chosen: CompressConfig, searched: SearchConfig, dtype: str, trial: int) -> list[str]:
