@@ -22,6 +22,7 @@ ROOMS = """
     commands.live commands.trials commands.view commands.finalists commands.tables
     html_report
     builders steps studies versions spaces starts pool texts checks front_checks command_lines
+    ranges
     config
     schema preparation progress
     report comparison results plots drawing
@@ -34,7 +35,7 @@ ROOMS = """
     executors.ray_tasks executors.inline executors.base
     worker trial racing
     evaluation.divergence evaluation.perplexity evaluation.latency evaluation.selection
-    evaluation.protocols evaluation.zero_shot
+    evaluation.protocols evaluation.zero_shot evaluation.limits
     refit sensitivity
     compression transfer checkpoint
     factorization.store allocation
@@ -48,7 +49,8 @@ ROOMS = """
     accounting nested layers pivoting
     calibration.seen
     calibration.corpus calibration.moments
-    lazy loading model families linalg storage errors interrupts
+    calibration.files
+    lazy loading model families linalg storage strict_json errors interrupts
 """.split()  # noqa: SIM905
 
 # Library: the modules that may import it.
@@ -59,7 +61,8 @@ BORDERS = {
     "mlflow": {"mlflow_store", "mlflow_entities"},
     "hydra": {"config", "cli"},
     "omegaconf": {"config", "cli"},
-    "datasets": {"calibration.corpus", "evaluation.protocols"},
+    "datasets": {"calibration.corpus"},
+    "pyarrow": {"calibration.files"},
     "matplotlib": {"comparison", "drawing", "plots", "results", "studies"},
     "pandas": {
         "commands.view",

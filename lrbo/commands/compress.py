@@ -20,6 +20,7 @@ from lrbo.commands.trials import evaluate_between
 from lrbo.commands.view import enter_checkpoint
 from lrbo.compression import store_
 from lrbo.errors import StudyError
+from lrbo.evaluation.perplexity import perplexity_of
 from lrbo.layers import PivotedLinear
 from lrbo.loading import load_model, load_tokenizer, resolve_dtype
 from lrbo.merging import save_merged
@@ -77,7 +78,7 @@ def run(chosen: CompressConfig, reporter: Reporter) -> dict[str, Any]:
         "keep_ratio": counted.keep_ratio,
         "validation": {
             "nll": found.nll,
-            "perplexity": math.exp(found.nll) if found.nll < 700 else math.inf,
+            "perplexity": perplexity_of(found.nll),
             "tokens": record.metrics["tokens"],
             "dtype": about["dtype"],
         },
@@ -122,7 +123,7 @@ def run(chosen: CompressConfig, reporter: Reporter) -> dict[str, Any]:
         chosen.register,
         {
             "keep_ratio": f"{counted.keep_ratio:.4f}",
-            "validation_perplexity": f"{math.exp(min(found.nll, 700)):.4f}",
+            "validation_perplexity": f"{perplexity_of(found.nll):.4f}",
             "format": chosen.format,
         },
     )
