@@ -187,12 +187,13 @@ def _repeated(source: str, paths: Sequence[str]) -> str | None:
         except DataError:  # which says more where the text is read
             continue
         for one in meant:
-            same = before.setdefault(os.path.realpath(one) if source == "files" else path, path)
-            if same is not path:
+            itself = os.path.realpath(one) if source == "files" else path
+            if itself in before:
                 return (
-                    f"text {str(one)!r} is named twice, by {same!r} and by {path!r}, and would "
-                    "count twice; name it once"
+                    f"text {str(one)!r} is named twice, by {before[itself]!r} and by {path!r}, and "
+                    "would count twice; name it once"
                 )
+            before[itself] = path
     return None
 
 
