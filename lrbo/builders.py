@@ -24,6 +24,7 @@ from lrbo.config import stored_config, to_yaml
 from lrbo.errors import BudgetError, ConfigError, DataError, ModelError, StudyError
 from lrbo.evaluation.divergence import DenseReference, measure_dense
 from lrbo.evaluation.latency import LatencySettings
+from lrbo.evaluation.limits import Limits
 from lrbo.factorization.base import FactorizationMethod
 from lrbo.factorization.registry import method_named
 from lrbo.factorization.store import largest_rank
@@ -134,10 +135,12 @@ def plan_search(config: SearchConfig, study: Study, problems: list[str]) -> Plan
     if problems:
         raise ConfigError(problems)
     method = build_method(config.method)
-    layers, space, windows = None, None, None
+    layers, space, windows, limits = None, None, None, None
     starts: tuple[Start, ...] = ()
     try:
-        layers = map_model(load_skeleton(source))
+        skeleton = load_skeleton(source)
+        limits = Limits.of(skeleton.config, config.model.name)
+        layers = map_model(skeleton)
         space = build_search_space(config, layers, method)
     except ConfigError as error:
         problems += error.problems
@@ -160,6 +163,8 @@ def plan_search(config: SearchConfig, study: Study, problems: list[str]) -> Plan
     except ModelError as error:
         if str(error) not in problems:
             problems.append(str(error))
+    if limits is not None and windows is not None:
+        problems += limits.of_windows({f"data.{role}": w.ids for role, w in windows.items()})
     if layers is None or space is None or windows is None or problems:
         raise ConfigError(problems)
     return Plan(config, source, layers, method, space, windows, starts)

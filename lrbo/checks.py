@@ -15,6 +15,7 @@ from lrbo.errors import ConfigError
 from lrbo.front_checks import check_front
 from lrbo.optimization.front import LATENCIES, is_point
 from lrbo.options import BOS, RANGES, SOURCES
+from lrbo.ranges import check_numbers
 from lrbo.schema import (
     BenchmarkConfig,
     CompressConfig,
@@ -32,6 +33,9 @@ from lrbo.schema import (
 
 EXECUTORS = ("inline", "ray")
 FORMATS = ("lrbo", "remote_code", "merged")
+# Of files of text; lrbo.calibration.files reads them.
+FILE_FORMATS = ("auto", "text", "json", "csv", "tsv", "parquet")
+ROLES = ("calibration", "validation", "test")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 # What may lie in the folder of a study that was not begun yet.
 OWN = re.compile(r"\..*|lock|journal\..*|(config|study)\..*|(tokens|dense)\.safetensors")
@@ -40,6 +44,13 @@ WARM_START = re.compile(r"uniform|analytic|start|paper|study:[^:]+(:\d+)?")
 
 def check(config: Config) -> list[str]:
     """Return every problem that the values alone show, before anything is loaded."""
+    numbers = check_numbers(config)
+    others = [found for found in _check(config) if found.partition("=")[0] not in numbers]
+    return [*numbers.values(), *others]
+
+
+def _check(config: Config) -> list[str]:
+    """Return the problems that single values and several together have."""
     problems: list[str] = []
 
     def expect(holds: bool, key: str, value: object, expected: str) -> None:
@@ -96,13 +107,14 @@ def check(config: Config) -> list[str]:
         expect(data.window >= 2, "data.window", data.window, "at least 2 tokens")
         windows = data.max_windows
         expect(windows is None or windows >= 1, "data.max_windows", windows, "at least 1, or null")
-        for role in ("calibration", "validation", "test"):
+        for role in ROLES:
             found: RoleConfig = getattr(data, role)
             needed = isinstance(config, SearchConfig) or role == "test"
             if not needed:
                 continue
             texts = role_paths(found)
             expect(bool(texts), f"data.{role}.path", found.path, "a text or a list of texts")
+            problems += _check_format(config, role)
             tokens = found.tokens
             expect(
                 tokens is None or tokens >= data.window * max(len(texts), 1),
@@ -118,6 +130,34 @@ def check(config: Config) -> list[str]:
         problems += _check_benchmark(config)
     if isinstance(config, SearchConfig):
         problems += _check_search(config)
+    return problems
+
+
+def _check_format(config: SearchConfig | EvaluateConfig, role: str) -> list[str]:
+    """Return the problems of how the files of a role are to be read."""
+    data, key = config.data, f"data.{role}"
+    given: RoleConfig = getattr(data, role)
+    if given.format not in FILE_FORMATS:
+        return [f"{key}.format={given.format!r}: expected {' or '.join(FILE_FORMATS)}"]
+    if data.source != "files":
+        return [
+            f"{key}.{name}={value!r}: only files have one (data=files); leave it out. The column "
+            "of a hub text stands in its path"
+            for name in ("format", "column")
+            if (value := getattr(given, name)) != getattr(RoleConfig(), name)
+        ]
+    problems = []
+    earlier = ROLES[: ROLES.index(role)] if isinstance(config, SearchConfig) else ()
+    for other in earlier:  # roles that name one text divide it
+        same: RoleConfig = getattr(data, other)
+        if (given.format, given.column) != (same.format, same.column):
+            problems += [
+                f"{key}: {path} is read as format={given.format} column={given.column}, but "
+                f"data.{other} reads it as format={same.format} column={same.column}; give both "
+                "the same"
+                for path in role_paths(given)
+                if path in role_paths(same)
+            ]
     return problems
 
 
@@ -239,6 +279,8 @@ def _check_evaluate(config: EvaluateConfig) -> list[str]:
         key = f"protocols.{name}"
         expect(found.bos in BOS, f"{key}.bos", found.bos, " or ".join(BOS))
         expect(found.window >= 2, f"{key}.window", found.window, "at least 2 tokens")
+        formats = " or ".join(FILE_FORMATS)
+        expect(found.format in FILE_FORMATS, f"{key}.format", found.format, formats)
         for limit in ("documents", "max_windows"):
             value = getattr(found, limit)
             expect(value is None or value >= 1, f"{key}.{limit}", value, "at least 1, or null")

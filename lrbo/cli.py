@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shlex
@@ -34,6 +33,7 @@ from lrbo.schema import (
 )
 from lrbo.shell import text
 from lrbo.storage import naming_full_disk
+from lrbo.strict_json import to_json
 
 log = logging.getLogger(__name__)
 
@@ -323,7 +323,7 @@ def _command(name: str, reporter: Reporter) -> Any:
 def _print_result(result: dict[str, Any], output: str) -> None:
     """Print the machine-readable last line if it is asked for."""
     if output == "json":
-        print(json.dumps(result, allow_nan=False), flush=True)
+        print(to_json(result), flush=True)
 
 
 def complete(line: str) -> None:

@@ -220,6 +220,8 @@ def _unreadable(override: str) -> str | None:
     """
     try:
         OverridesParser.create().parse_override(override)
+    except ValueError:  # Python reads no number of more than some thousand digits
+        return "a number of so many digits is none that can be meant; type a smaller one"
     except HydraException as error:
         key, _, value = override.partition("=")
         if not value or "'" in value:

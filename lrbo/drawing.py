@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -94,8 +95,12 @@ def new_figure(
 
 
 def perplexity_axis(axes: Axes, values: Sequence[float], *, along: Literal["x", "y"] = "y") -> None:
-    """Set scale, limits and ticks of a perplexity axis that holds ``values``."""
-    low, high = min(values), max(values)
+    """Set scale, limits and ticks of a perplexity axis that holds ``values``.
+
+    Infinite ones stand nowhere on it, and without any other it has no scale.
+    """
+    finite = [value for value in values if math.isfinite(value)] or [1.0]
+    low, high = min(finite), max(finite)
     is_log = high / low >= LOG_FROM
     if is_log:
         factor = (high / low) ** 0.08
@@ -127,8 +132,9 @@ def _tick(value: float) -> str:
 def label_right(axes: Axes, labels: Sequence[tuple[float, str, str]]) -> None:
     """Write (height, text, colour) right of the axes, each at its height, none over another.
 
-    The limits of the axes must be final.
+    The limits of the axes must be final. What is infinite has no height, and no label.
     """
+    labels = [one for one in labels if math.isfinite(one[0])]
     points_per_pixel = 72.0 / DPI
     heights = [
         float(axes.transData.transform((0.0, y))[1]) * points_per_pixel for y, _, _ in labels
@@ -156,7 +162,9 @@ def label(
     colour: str,
     align: str = "center",
 ) -> None:
-    """Write a text beside a point."""
+    """Write a text beside a point, unless that is infinitely far away."""
+    if not all(map(math.isfinite, point)):
+        return
     axes.annotate(
         text,
         point,

@@ -45,6 +45,7 @@ from lrbo.loading import resolve_device
 from lrbo.model import is_tied, linear_bias, map_model
 from lrbo.nested import NestedFactors
 from lrbo.storage import new_folder
+from lrbo.strict_json import without_infinity
 
 CONFIG = "config.json"
 CARD = "README.md"
@@ -141,7 +142,7 @@ def save(
             parameters=parameters,
             ranks=ranks,
             added_biases=_added_biases(skeleton, ranks, files),
-            provenance={**about, "budget": allocation.budget.parameters},
+            provenance=without_infinity({**about, "budget": allocation.budget.parameters}),
         )
         put_in(skeleton, low_rank)
         check_files(skeleton, files, parameters)

@@ -32,6 +32,8 @@ class RoleConfig:
 
     path: Any = None
     tokens: int | None = None
+    format: str = "auto"
+    column: str = "text"
 
 
 @dataclass
@@ -242,6 +244,8 @@ class ProtocolConfig:
     window: int = 2048
     max_windows: int | None = None
     path: str | None = None
+    format: str = "auto"
+    column: str | None = None
 
 
 @dataclass

@@ -65,10 +65,8 @@ class SensitivitySettings:
             for index in range(count):
                 spec = members[(2 * index + 1) * len(members) // (2 * count)]
                 most = factors[spec.name].max_rank
-                ranks = {
-                    max(1, round(most * (step + 1) / (self.ranks + 1)))
-                    for step in range(self.ranks)
-                }
+                tries = min(self.ranks, 2 * most)  # which are all that there are
+                ranks = {max(1, round(most * (step + 1) / (tries + 1))) for step in range(tries)}
                 chosen += [(spec, rank) for rank in sorted(ranks)]
         return chosen
 

@@ -19,6 +19,7 @@ from lrbo.accounting import STORAGES, ModelAccount, Storage, account
 from lrbo.allocation import Allocation, Budget, Cost
 from lrbo.calibration.collect import Calibration, CalibrationSettings
 from lrbo.errors import BudgetError, ConfigError, DataError, ModelError, StatisticsError
+from lrbo.evaluation.limits import Limits
 from lrbo.evaluation.perplexity import Perplexity
 from lrbo.evaluation.perplexity import score as score_checked
 from lrbo.factorization.base import FactorizationMethod, Statistic
@@ -430,17 +431,6 @@ def _check_ids(ids: Any, model: PreTrainedModel, least: int = 1) -> None:
             'tokenizer(text, return_tensors="pt").input_ids has; cut a long text into windows '
             "with ids[:, : count * 512].view(-1, 512)"
         )
-    shape = tuple(ids.shape)
-    vocabulary = model.get_input_embeddings().num_embeddings
-    low, high = int(ids.min()), int(ids.max())
-    if low < 0 or high >= vocabulary:
-        raise DataError(
-            f"ids from {low} to {high}: expected 0 to {vocabulary - 1}, the vocabulary of this "
-            "model; use its own tokenizer, and no padding"
-        )
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if positions is not None and shape[1] > positions:
-        raise DataError(
-            f"windows of {shape[1]:,} tokens, but the model has {positions:,} positions; cut a "
-            "long text into windows with ids[:, : count * length].view(-1, length)"
-        )
+    problems = Limits.of(model.config, "the model").of_windows({"ids": ids})
+    if problems:
+        raise DataError(*problems)

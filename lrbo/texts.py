@@ -23,7 +23,7 @@ def corpus_spec(config: DataConfig, seed: int, pool_tokens: int | None = None) -
         pool_tokens: Of validation text, where its windows are chosen from a pool.
     """
     roles = {
-        role: RoleText(role_paths(found), found.tokens)
+        role: RoleText(role_paths(found), found.tokens, format=found.format, column=found.column)
         for role in corpus.ROLES
         if role_paths(found := getattr(config, role))
     }

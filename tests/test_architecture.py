@@ -24,6 +24,7 @@ ROOMS = """
     commands.live commands.trials commands.view commands.finalists commands.tables commands.asked
     html_report
     builders steps studies versions spaces starts pool texts checks front_checks command_lines
+    ranges
     config
     schema preparation
     report figures comparison results plots drawing pictures
@@ -36,7 +37,7 @@ ROOMS = """
     executors.ray_tasks executors.inline executors.base
     worker trial racing
     evaluation.divergence evaluation.perplexity evaluation.latency evaluation.selection
-    evaluation.protocols evaluation.zero_shot
+    evaluation.protocols evaluation.zero_shot evaluation.limits
     refit sensitivity
     compression transfer checkpoint
     factorization.store allocation
@@ -50,8 +51,9 @@ ROOMS = """
     accounting nested layers pivoting
     calibration.seen
     calibration.corpus calibration.moments
+    calibration.files
     loss_calibration lazy loading stored model specs families linalg storage rendering progress
-    shell options errors paths interrupts
+    shell options strict_json errors paths interrupts
 """.split()  # noqa: SIM905
 
 # Library: the modules that may import it.
@@ -62,7 +64,8 @@ BORDERS = {
     "mlflow": {"mlflow_store", "mlflow_entities"},
     "hydra": {"config", "cli"},
     "omegaconf": {"config", "cli"},
-    "datasets": {"calibration.corpus", "evaluation.protocols"},
+    "datasets": {"calibration.corpus"},
+    "pyarrow": {"calibration.files"},
     "matplotlib": {"drawing", "figures", "plots", "studies"},
     "pandas": {
         "commands.view",

@@ -35,6 +35,7 @@ def letters(count: int, seed: int) -> str:
 
 
 def write(path: Path, text: str) -> str:
+    path = path.with_suffix(".txt")
     path.write_text(text, encoding="utf-8")
     return str(path)
 

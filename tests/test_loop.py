@@ -237,7 +237,7 @@ def test_several_trials_run_at_once_and_end_in_any_order(tmp_path: Path) -> None
         ("abandoned", "abandoned", "planned to be abandoned"),
         ({"nll": math.nan}, "abandoned", "not finite: nll, objective"),
         ({"nll": math.inf}, "abandoned", "not finite: nll, objective"),
-        ({"perplexity": math.inf}, "abandoned", "not finite: perplexity"),
+        ({"perplexity": math.nan}, "abandoned", "not finite: perplexity"),
     ],
 )
 def test_a_trial_without_a_value_is_noted_with_its_reason_and_told_to_nobody(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import json
+import os
 import random
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -21,6 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lrbo.calibration.files import AUTO, COLUMN, file_documents, matching
 from lrbo.errors import DataError
 from lrbo.options import SOURCES
 from lrbo.storage import replacing
@@ -50,16 +51,20 @@ class RoleText:
     """Where the text of a role comes from.
 
     Attributes:
-        paths: Names of packaged texts, files, or ``dataset:config:split[:column]``; tokens are
-            taken from all in equal parts.
+        paths: Names of packaged texts, files or patterns of them, or
+            ``dataset:config:split[:column]``; tokens are taken from all in equal parts.
         tokens: Tokens wanted; ``None`` takes everything that is there.
         key: Of the configuration, which says how many tokens; for messages, where it is not that
             of the role.
+        format: Of files, one of ``lrbo.calibration.files.FORMATS``.
+        column: Of files whose rows have columns.
     """
 
     paths: tuple[str, ...]
     tokens: int | None
     key: str | None = None
+    format: str = AUTO
+    column: str = COLUMN
 
 
 @dataclass(frozen=True)
@@ -141,11 +146,14 @@ def make_windows(
         if role not in spec.roles or role not in only:
             continue
         wanted = spec.roles[role]
+        if repeated := _repeated(spec.source, wanted.paths):
+            problems.append(f"data.{role}: {repeated}")
+            continue
         pieces: list[Tensor] = []
         for path in wanted.paths:
             try:
                 if path not in cut:
-                    cut[path] = _cut(spec, path, tokenizer, bos)
+                    cut[path] = _cut(spec, path, wanted, tokenizer, bos)
                 pieces.append(_part(spec, role, path, cut[path]))
             except DataError as error:
                 problems.append(f"data.{role}: {error}")
@@ -170,14 +178,37 @@ def _bos_token(spec: CorpusSpec, tokenizer: TextTokenizer) -> int | None:
     return int(tokenizer.bos_token_id) if adds else None
 
 
-def _cut(spec: CorpusSpec, path: str, tokenizer: TextTokenizer, bos: int | None) -> Tensor:
+def _repeated(source: str, paths: Sequence[str]) -> str | None:
+    """Return the problem of a text that a role names twice, so that it would count twice."""
+    before: dict[str, str] = {}
+    for path in paths:
+        try:
+            meant = matching(path) if source == "files" else [path]
+        except DataError:  # which says more where the text is read
+            continue
+        for one in meant:
+            itself = os.path.realpath(one) if source == "files" else path
+            if itself in before:
+                return (
+                    f"text {str(one)!r} is named twice, by {before[itself]!r} and by {path!r}, and "
+                    "would count twice; name it once"
+                )
+            before[itself] = path
+    return None
+
+
+def _cut(
+    spec: CorpusSpec, path: str, wanted: RoleText, tokenizer: TextTokenizer, bos: int | None
+) -> Tensor:
     """Tokenize a text and cut it into consecutive windows."""
     limit = _stream_limit(spec, path)
     ids: list[int] = []
     pending: list[str] = []
     characters = 0
     separator = ""
-    for document in documents(spec.source, path, spec.seed):
+    for document in documents(
+        spec.source, path, spec.seed, format=wanted.format, column=wanted.column
+    ):
         pending.append(separator + document)
         separator = JOIN
         characters += len(document)
@@ -241,8 +272,17 @@ def _part(spec: CorpusSpec, role: Role, path: str, windows: Tensor) -> Tensor:
     return part[torch.randperm(len(part), generator=generator)[:need].sort().values]
 
 
-def documents(source: str, path: str, seed: int = 0) -> Iterator[str]:
+def documents(
+    source: str, path: str, seed: int = 0, *, format: str = AUTO, column: str = COLUMN
+) -> Iterator[str]:
     """Yield the documents of a text.
+
+    Args:
+        source: One of ``SOURCES``.
+        path: Of the text, as in :class:`RoleText`.
+        seed: Of generated text.
+        format: Of files, one of ``lrbo.calibration.files.FORMATS``.
+        column: Of files whose rows have columns.
 
     Raises:
         DataError: If it is not there; says how to get it.
@@ -250,7 +290,10 @@ def documents(source: str, path: str, seed: int = 0) -> Iterator[str]:
     if source == "packaged":
         yield from _packaged_documents(path)
     elif source == "files":
-        yield from _file_documents(Path(path))
+        for file in matching(path):
+            for document in file_documents(file, format=format, column=column):
+                # One text, one sequence of tokens, whichever system or kind of file kept it.
+                yield document.replace("\r\n", "\n").replace("\r", "\n")
     elif source == "hf":
         yield from _hub_documents(path)
     elif source == "generated":
@@ -288,24 +331,6 @@ def _packaged_documents(name: str) -> Iterator[str]:
         yield from (article for article in articles if article)
     else:
         yield from (line for line in text.splitlines() if line.strip())
-
-
-def _file_documents(path: Path) -> Iterator[str]:
-    """Yield a text file whole, or the ``text`` field of each line of a .jsonl file."""
-    try:
-        with path.open(encoding="utf-8-sig") as file:  # some editors write a mark of bytes first
-            if path.suffix != ".jsonl":
-                yield file.read()
-                return
-            for number, line in enumerate(file, start=1):
-                try:
-                    yield _text(json.loads(line)["text"])
-                except (ValueError, KeyError, TypeError) as error:
-                    raise DataError(
-                        f"{path}, line {number}: expected a JSON object with a field 'text'."
-                    ) from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read text file {path}: {error}") from error
 
 
 def _text(value: object) -> str:

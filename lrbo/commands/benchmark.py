@@ -14,7 +14,8 @@ import torch
 from lrbo import checks, export
 from lrbo.commands.tables import console, print_table, record, table
 from lrbo.errors import ConfigError, ModelError
-from lrbo.loading import resolve_device, resolve_dtype
+from lrbo.evaluation.limits import Limits
+from lrbo.loading import ModelSource, load_config, resolve_device, resolve_dtype
 from lrbo.peak_memory import peak_memory_bytes
 from lrbo.progress import Reporter
 from lrbo.schema import BenchmarkConfig
@@ -37,7 +38,8 @@ def run(chosen: BenchmarkConfig, reporter: Reporter) -> dict[str, Any]:
     """Time a checkpoint and its dense architecture, and measure what memory they take.
 
     Raises:
-        ConfigError: If a value cannot work, or the device does not exist here.
+        ConfigError: If a value cannot work, the model cannot read prompts of that length, or the
+            device does not exist here.
         CheckpointError: If the checkpoint cannot be opened.
     """
     problems = checks.check(chosen)
@@ -45,6 +47,9 @@ def run(chosen: BenchmarkConfig, reporter: Reporter) -> dict[str, Any]:
         device = resolve_device(chosen.device, "device")
     except ConfigError as error:
         raise ConfigError([*problems, *error.problems]) from error
+    if not problems:
+        limits = Limits.of(load_config(ModelSource("hf", chosen.checkpoint)), chosen.checkpoint)
+        problems += limits.of_prompt("prompts", max(chosen.prompts), chosen.steps)
     if problems:
         raise ConfigError(problems)
     dtype = resolve_dtype(chosen.dtype, device)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -21,7 +20,7 @@ from lrbo.commands.trials import evaluate_between
 from lrbo.commands.view import enter_checkpoint
 from lrbo.compression import store_
 from lrbo.errors import ModelError
-from lrbo.evaluation.perplexity import score
+from lrbo.evaluation.perplexity import perplexity_of, score
 from lrbo.layers import PivotedLinear
 from lrbo.loading import load_model, load_tokenizer, resolve_device, resolve_dtype
 from lrbo.merging import save_merged
@@ -82,7 +81,7 @@ def run(chosen: CompressConfig, reporter: Reporter) -> dict[str, Any]:
         "keep_ratio": counted.keep_ratio,
         "validation": {
             "nll": found.nll,
-            "perplexity": _perplexity(found.nll),
+            "perplexity": perplexity_of(found.nll),
             "tokens": record.metrics["tokens"],
             "dtype": about["dtype"],
         },
@@ -206,17 +205,12 @@ def _score_as_written(
         model.to(device="cpu")
         reporter.say(f"Validation nll in {own}: {measured:.4f}; in {dtype}: {nll:.4f}")
         nll = measured
-    return {"nll": nll, "perplexity": _perplexity(nll), "dtype": own}
+    return {"nll": nll, "perplexity": perplexity_of(nll), "dtype": own}
 
 
 def _name(dtype: torch.dtype) -> str:
     """Return a dtype as configurations have it."""
     return str(dtype).removeprefix("torch.")
-
-
-def _perplexity(nll: float) -> float:
-    """Return the perplexity of a loss; beyond floating-point numbers it is infinite."""
-    return math.exp(nll) if nll < 700 else math.inf
 
 
 def _scores(study: Study, found: Finalist, as_written: Mapping[str, Any]) -> list[Score]:
@@ -235,7 +229,7 @@ def _scores(study: Study, found: Finalist, as_written: Mapping[str, Any]) -> lis
     same = [t for t in state.tests.values() if t["trial"] == record.request.trial_index]
     test = same[0]["metrics"]["perplexity"] if same and as_scored else None
     ratio = record.metrics["keep_ratio"]
-    rows.append(Score("this model", ratio, _perplexity(found.nll), test))
+    rows.append(Score("this model", ratio, perplexity_of(found.nll), test))
     if as_written["dtype"] != study.about()["dtype"]:
         name = f"this model in {as_written['dtype']}, as written"
         rows.append(Score(name, ratio, as_written["perplexity"], None))

@@ -16,6 +16,7 @@ from lrbo.calibration.corpus import Role, TokenWindows, make_windows
 from lrbo.calibration.seen import FILE, seen_shares
 from lrbo.commands.tables import console, print_table, record, table
 from lrbo.errors import ConfigError, DataError
+from lrbo.evaluation.limits import Limits
 from lrbo.evaluation.perplexity import score
 from lrbo.evaluation.protocols import Protocol, protocol_windows
 from lrbo.evaluation.zero_shot import TaskScore, load_tasks, missing_harness, score_tasks
@@ -158,21 +159,10 @@ def _texts_and_tasks(
             tasks = load_tasks(chosen.tasks, folder)
         except DataError as error:
             problems += error.problems
-    about = load_config(subject.source)
-    positions = getattr(about, "max_position_embeddings", None)
-    vocabulary = getattr(about, "vocab_size", None)
-    problems += [
-        f"{name}: the tokenizer gives the id {int(found.ids.max()):,}, but {subject.name} has a "
-        f"vocabulary of {vocabulary:,}; restore tokenizer and config.json"
-        for name, found in windows.items()
-        if vocabulary is not None and int(found.ids.max()) >= vocabulary
-    ]
-    problems += [
-        f"{name}: windows of {found.ids.shape[1]:,} tokens, but {subject.name} has {positions:,} "
-        "positions; choose shorter windows"
-        for name, found in windows.items()
-        if positions is not None and found.ids.shape[1] > positions
-    ]
+    limits = Limits.of(load_config(subject.source), subject.name)
+    problems += limits.of_windows({name: found.ids for name, found in windows.items()})
+    if chosen.tasks:
+        problems += limits.of_tokenizer(tokenizer.vocab_size)
     return windows, tasks
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from lrbo.strict_json import to_json
 from lrbo.versions import versions
 
 
@@ -44,11 +44,11 @@ def record(file: Path, found: Mapping[str, Any]) -> None:
 
     Args:
         file: Made if it is not there.
-        found: Finite numbers, texts and containers of these; time and versions are added.
+        found: What :func:`lrbo.strict_json.to_json` takes; time and versions are added.
     """
     line = {"time": time.time(), **found, "versions": versions()}
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a", encoding="utf-8") as opened:
-        opened.write(json.dumps(line, allow_nan=False) + "\n")
+        opened.write(f"{to_json(line)}\n")
         opened.flush()
         os.fsync(opened.fileno())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 import uuid
@@ -24,6 +23,7 @@ from lrbo.results import config_of, described, draw_figures, size_metric, summar
 from lrbo.schema import SearchConfig
 from lrbo.shell import command, study_at
 from lrbo.storage import write_text
+from lrbo.strict_json import to_json
 from lrbo.tracking import MlflowTracker, NullTracker, Tracker
 
 log = logging.getLogger(__name__)
@@ -182,7 +182,7 @@ def show(study: Study, tracker: Tracker) -> None:
     figures = draw_figures(study)
     found = summary(study)
     front = study.folder / "front.json"
-    write_text(front, json.dumps(found["front"], indent=2) + "\n")
+    write_text(front, to_json(found["front"], indent=2) + "\n")
     numbers = {"dense_nll": found["dense"]["nll"], "dense_perplexity": found["dense"]["perplexity"]}
     for label in ("uniform", "best"):
         if found[label] is not None:

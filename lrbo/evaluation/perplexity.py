@@ -17,6 +17,19 @@ from lrbo.model import body_and_head
 OnTokens = Callable[[int], None]
 
 
+def perplexity_of(nll: float) -> float:
+    """Take ``exp`` of nats per token, which is ``inf`` above 709.78, as in every float.
+
+    Example:
+        >>> perplexity_of(0.0), perplexity_of(710.0)
+        (1.0, inf)
+    """
+    try:
+        return math.exp(nll)
+    except OverflowError:
+        return math.inf
+
+
 @dataclass(frozen=True)
 class Perplexity:
     """Summed negative log-likelihood in nats over scored tokens; adds across batches.
@@ -36,8 +49,8 @@ class Perplexity:
 
     @property
     def value(self) -> float:
-        """Return the perplexity, ``exp(nll / tokens)``, and nothing added to it."""
-        return math.exp(self.mean)
+        """Return the perplexity, ``exp(nll / tokens)``, ``inf`` where that overflows."""
+        return perplexity_of(self.mean)
 
     def __add__(self, other: Perplexity) -> Perplexity:
         """Return the score of both sets of tokens."""

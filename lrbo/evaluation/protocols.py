@@ -13,10 +13,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from lrbo.calibration.corpus import TextTokenizer, TokenWindows, documents
+from lrbo.calibration.files import AUTO, COLUMN, file_documents
 from lrbo.errors import DataError
-
-# Files whose rows have columns; any other file is text, a row per line.
-READERS = {".json": "json", ".jsonl": "json", ".gz": "json", ".parquet": "parquet"}
 
 
 @dataclass(frozen=True)
@@ -38,6 +36,8 @@ class Protocol:
             token at the beginning of each window; or none.
         window: Tokens per window.
         max_windows: At most so many; ``None`` takes all.
+        format: Of the file, one of ``lrbo.calibration.files.FORMATS``.
+        column: Of a file whose rows have columns; ``None`` is the hub's.
     """
 
     name: str
@@ -50,6 +50,8 @@ class Protocol:
     bos: str
     window: int
     max_windows: int | None
+    format: str = AUTO
+    column: str | None = None
 
     @property
     def source(self) -> str:
@@ -114,49 +116,22 @@ def _rows(protocol: Protocol) -> Iterator[str]:
         f"give a file with these rows: protocols.{protocol.name}.path=FILE, for example "
         f"{protocol.file} of {protocol.hub.partition(':')[0]} (text, .jsonl, .json.gz or .parquet)"
     )
+
+    def row(line: str) -> str:
+        """Make a row of a line of text as the hub's data sets have it.
+
+        WikiText's rows keep their blanks and line ends, and an empty line (a single blank in the
+        file) is an empty row; Penn Treebank's have neither.
+        """
+        return line.strip() if protocol.strip or not line.strip() else line
+
+    column = protocol.column or [*protocol.hub.split(":"), COLUMN][3]
     try:
         if protocol.path is None:
             yield from documents("hf", protocol.hub)
-        elif protocol.path.suffix in READERS:
-            yield from _table_rows(protocol.path, protocol.hub)
         else:
-            yield from _lines(protocol.path, strip=protocol.strip)
+            yield from file_documents(
+                protocol.path, format=protocol.format, column=column, line=row
+            )
     except DataError as error:
         raise DataError(f"protocols.{protocol.name}: {error}; {advice}") from error
-
-
-def _table_rows(path: Path, hub: str) -> Iterator[str]:
-    """Yield a column of a file: the hub's, or ``text``."""
-    import datasets  # costs a second, and only files of this kind need it
-
-    column = ([*hub.split(":"), "text"])[3]
-    try:
-        rows = datasets.load_dataset(
-            READERS[path.suffix], data_files=str(path), split="train", streaming=True
-        )
-        for row in rows:
-            value = row.get(column)
-            if not isinstance(value, str):
-                raise DataError(
-                    f"{path}: expected text in the column {column!r} of every row, got columns "
-                    f"{', '.join(row)} and {type(value).__name__}"
-                )
-            yield value
-    except DataError:
-        raise
-    except Exception as error:  # the readers raise many kinds; all mean: no text
-        raise DataError(f"cannot read {path}: {error}") from error
-
-
-def _lines(path: Path, *, strip: bool) -> Iterator[str]:
-    """Yield the lines of a text file as the hub's data sets have them.
-
-    WikiText's rows keep their blanks and line ends, and an empty line (a single blank in the file)
-    is an empty row; Penn Treebank's have neither.
-    """
-    try:
-        with path.open(encoding="utf-8-sig", newline="\n") as file:
-            for line in file:
-                yield line.strip() if strip or not line.strip() else line
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read {path}: {error}") from error

@@ -194,7 +194,7 @@ class SearchClient:
         """
         if not any(observation.loss is not None for observation in observations):
             raise ValueError("the surrogate needs at least one trial with a value.")
-        seed = self.seed * 100_003 + trial_index
+        seed = (self.seed * 100_003 + trial_index) % 2**32  # numpy takes no larger one
         variables = _Variables(self.space.bounds, self.space.constraint)
         with _quiet(seed):
             client = _rebuilt(variables, observations, reference, seed)

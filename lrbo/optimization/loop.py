@@ -254,7 +254,12 @@ class SearchLoop:
         outcome, error = result.outcome, result.error
         if outcome == "completed":
             metrics["objective"] = self.settings.objective(metrics)
-            bad = sorted(name for name, value in metrics.items() if not math.isfinite(value))
+            # A perplexity is infinite where exp overflows, of a loss that is a number like others.
+            bad = sorted(
+                name
+                for name, value in metrics.items()
+                if not (math.isfinite(value) or (name == "perplexity" and value == math.inf))
+            )
             if bad:
                 outcome, error, metrics = "abandoned", f"not finite: {', '.join(bad)}", {}
         self.study.record(

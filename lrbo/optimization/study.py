@@ -22,6 +22,7 @@ from lrbo.errors import StudyError
 from lrbo.shell import command, study_at
 from lrbo.specs import LayerSpec
 from lrbo.storage import write_text
+from lrbo.strict_json import to_json, with_infinity
 from lrbo.trial import TrialRecord, TrialRequest, TrialResult
 
 log = logging.getLogger(__name__)
@@ -97,7 +98,7 @@ class StudyState:
         """
         kind = event["event"]
         if kind == "dense":
-            self.dense = dict(event["metrics"])
+            self.dense = with_infinity(event["metrics"])
         elif kind == "versions":
             self.versions = dict(event["versions"])
         elif kind == "pooled":
@@ -105,7 +106,9 @@ class StudyState:
         elif kind == "chosen":
             self.chosen = {k: event[k] for k in ("windows", "pool", "text", "digest")}
         elif kind == "tested":
-            self.tests[event["label"]] = {k: event[k] for k in ("trial", "text", "metrics")}
+            metrics = with_infinity(event["metrics"])
+            self.tests[event["label"]] = {k: event[k] for k in ("trial", "text")}
+            self.tests[event["label"]]["metrics"] = metrics
         elif kind == "compressed":
             keys = ("id", "trial", "folder", "register", "tags")
             self.checkpoints.append({k: event[k] for k in keys})
@@ -131,7 +134,7 @@ class StudyState:
                 result = TrialResult(
                     event["trial"],
                     event["outcome"],
-                    event["metrics"],
+                    with_infinity(event["metrics"]),
                     event["seconds"]["scoring"],
                     event["error"],
                     tuple(event.get("window_losses", ())),
@@ -266,7 +269,7 @@ class Study:
         next one does not follow half a line.
         """
         whole = {"event": event, "time": time.time(), **fields}
-        line = (json.dumps(whole, allow_nan=False) + "\n").encode()
+        line = f"{to_json(whole)}\n".encode()
         # Unbuffered: a buffer would write its rest after the repair, when the file is closed.
         with self.journal.open("ab", buffering=0) as file:
             before = file.tell()
