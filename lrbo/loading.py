@@ -389,10 +389,11 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     """
     if source.source == "tiny":
         return byte_tokenizer()
+    opened = str(_folder(source))
     try:
         with reading(ModelError, f"cannot load the tokenizer of {_named(source)}"):
             tokenizer = AutoTokenizer.from_pretrained(
-                str(_folder(source)), revision=source.revision, trust_remote_code=False
+                opened, revision=source.revision, trust_remote_code=False
             )
     except ModelError as error:
         folder = Path(source.path)
