@@ -273,11 +273,12 @@ def load_config(source: ModelSource) -> PretrainedConfig:
         return tiny_config()
     folder = _folder(source)
     with reading(ModelError, f"cannot load model {_named(source)}"):
-        if isinstance(folder, str) and find_adapter_config_file(folder, revision=source.revision):
-            refuse_adapters([ADAPTER_CONFIG], _named(source))
         config: PretrainedConfig = AutoConfig.from_pretrained(
             str(folder), revision=source.revision, trust_remote_code=False
         )
+        # Asked last: a hub that does not answer is waited for, and the first question says so.
+        if isinstance(folder, str) and find_adapter_config_file(folder, revision=source.revision):
+            refuse_adapters([ADAPTER_CONFIG], _named(source))
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ModelError(
             f"model {_named(source)} is of type {config.model_type!r}, which is no causal language "
@@ -389,10 +390,11 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     """
     if source.source == "tiny":
         return byte_tokenizer()
+    opened = str(_folder(source))
     try:
         with reading(ModelError, f"cannot load the tokenizer of {_named(source)}"):
             tokenizer = AutoTokenizer.from_pretrained(
-                str(_folder(source)), revision=source.revision, trust_remote_code=False
+                opened, revision=source.revision, trust_remote_code=False
             )
     except ModelError as error:
         folder = Path(source.path)

@@ -18,6 +18,7 @@ from transformers import (
 )
 
 import lrbo
+from lrbo import loading
 from lrbo.errors import CheckpointError, LrboError, ModelError
 from lrbo.families import MODEL_TYPES
 from lrbo.lazy import LazyModel
@@ -279,6 +280,21 @@ def test_an_adapter_beside_a_model_is_refused_by_name(name: str, tmp_path: Path)
     for load in loaders:
         with pytest.raises(ModelError, match=rf"adapter \({name}\).*merge_and_unload.*save_pr"):
             load(tmp_path)
+
+
+def test_an_adapter_at_the_hub_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str | None]] = []
+
+    def find(name: str, *, revision: str | None) -> str:
+        asked.append((name, revision))
+        return "adapter_config.json"
+
+    monkeypatch.setattr(loading, "find_adapter_config_file", find)
+    monkeypatch.setattr(loading.AutoConfig, "from_pretrained", lambda *_, **__: CASES["gpt2"])
+    for load in (load_config, load_skeleton):
+        with pytest.raises(ModelError, match=r"no/such.* comes with an adapter \(adapter_config"):
+            load(ModelSource("hf", "no/such", "v2"))
+    assert asked == [("no/such", "v2")] * 2
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft asks it
