@@ -42,8 +42,8 @@ def test_problems_of_several_texts_are_said_together_each_once() -> None:
         "three": -torch.ones(1, 4).long(),
     }
     assert limits.of_windows(windows) == [
-        "two: the tokenizer gives the id 12, but mine has a vocabulary of 10; restore tokenizer and "
-        "config.json",
+        "two: the tokenizer gives the id 12, but mine has a vocabulary of 10; restore tokenizer "
+        "and config.json",
         "three: the tokenizer gives the id -1, but mine has a vocabulary of 10; restore tokenizer "
         "and config.json",
         "one, two: windows of 5 tokens, but mine has 4 positions; choose shorter windows",
