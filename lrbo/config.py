@@ -262,7 +262,7 @@ def _compose_error(command: str, overrides: Sequence[str]) -> str | None:
     try:
         with _conf():
             compose(command, list(overrides))
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, OverflowError) as error:
         return _plain(error)
     return None
 

@@ -27,7 +27,9 @@ def check_numbers(config: Config) -> dict[str, str]:
             if isinstance(number, float) and not math.isfinite(number):
                 problems[key] = f"{key}={value!r}: expected a finite number"
             elif isinstance(number, int) and abs(number) > most:
-                shown = f"{number}" if len(f"{number}") < SHOWN else f"{number:.3e}"
+                shown = str(number)
+                if len(shown) > SHOWN:
+                    shown = f"{shown[:8]}... ({len(shown)} digits)"
                 problems[key] = f"{key}={shown}: expected a whole number up to {most:,}"
     return problems
 

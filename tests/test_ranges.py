@@ -51,7 +51,7 @@ def test_every_whole_number_of_every_command_has_a_range(command: str) -> None:
     assert len(whole) >= {"search": 20, "evaluate": 8, "benchmark": 5}.get(command, 0)
     for key, (owner, name) in whole.items():
         before = getattr(owner, name)
-        for bad in (10**22, -(10**22), 2**64, 10**5000):
+        for bad in (10**22, -(10**22), 2**64, 10**400):
             setattr(owner, name, [1, bad] if isinstance(before, list) else bad)
             (problem,) = [one for one in checks.check(config) if one.startswith(f"{key}=")]
             assert "expected a whole number up to" in problem
@@ -77,7 +77,7 @@ def test_no_number_may_be_infinite_or_none_at_all(command: str, bad: float) -> N
 
 
 def test_entries_without_a_type_are_looked_at_too() -> None:
-    config = composed("search", ["experiment=tiny", "+space.start.q_proj=[0.5,.nan]"])
+    config = composed("search", ["experiment=tiny", "+space.start.q_proj=[0.5,nan]"])
     assert list(check_numbers(config)) == ["space.start.q_proj"]
     assert check_numbers(composed("compress", ["study=a", "out=b", f"point={10**20}"]))
 
