@@ -29,6 +29,7 @@ from lrbo.schema import (
     SearchConfig,
     SpaceConfig,
 )
+from lrbo.storage import cache_folder
 
 EXECUTORS = ("inline", "ray")
 FORMATS = ("lrbo", "remote_code", "merged")
@@ -52,6 +53,9 @@ def check(config: Config) -> list[str]:
     if not isinstance(config, DashboardConfig):
         expect(config.output in ("text", "json"), "output", config.output, "text or json")
     if isinstance(config, ReportConfig):
+        names = config.study if isinstance(config.study, list) else [config.study]
+        for name in names:
+            problems += paths.check_name("study", str(name))
         expect(config.format in ("text", "html"), "format", config.format, "text or html")
         several = not isinstance(config.study, str) or set(config.study) & set("*?[")
         if config.format == "html" and several:
@@ -87,6 +91,8 @@ def check(config: Config) -> list[str]:
                 f"{f'point={config.point}, which names one trial' if named else 'no refit'}"
             )
         problems += paths.check_new("out", config.out)
+    if isinstance(config, SearchConfig | CompressConfig | EvaluateConfig):
+        problems += paths.check_writable("LRBO_CACHE", str(cache_folder()))
     if isinstance(config, SearchConfig | EvaluateConfig):
         model, data = config.model, config.data
         sources = ("packaged", "hf", "tiny")

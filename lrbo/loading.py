@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
-import os
 import shutil
 import tempfile
 import time
@@ -14,7 +13,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from platformdirs import user_cache_path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoConfig,
@@ -29,6 +27,7 @@ from transformers import (
 )
 
 from lrbo.errors import ConfigError, ModelError, reading
+from lrbo.storage import cache_folder
 
 log = logging.getLogger(__name__)
 
@@ -51,12 +50,6 @@ class ModelSource:
     source: Literal["packaged", "hf", "tiny"]
     path: str
     revision: str | None = None
-
-
-def cache_folder() -> Path:
-    """Return the folder for what can be made again: ``$LRBO_CACHE`` or the user's cache."""
-    chosen = os.environ.get("LRBO_CACHE")
-    return Path(chosen).expanduser() if chosen else user_cache_path("lrbo", appauthor=False)
 
 
 def missing_package(source: ModelSource) -> str | None:

@@ -17,7 +17,12 @@ def command(name: str, **values: Any) -> str:
         name: Of the command.
         **values: By key; a dotted one is given as ``**{"search.trials": 30}``.
     """
-    return shlex.join(["lrbo", name, *(assigned(key, value) for key, value in values.items())])
+    line = [
+        # What is typed so is quoted for Hydra by the command itself.
+        f"{key}={value}" if re.fullmatch(r"\w+=[\w.]+", str(value)) else assigned(key, value)
+        for key, value in values.items()
+    ]
+    return shlex.join(["lrbo", name, *line])
 
 
 def assigned(key: str, value: Any) -> str:
