@@ -41,8 +41,9 @@ def check_folder(key: str, path: str) -> list[str]:
 
 def check_file(key: str, path: str) -> list[str]:
     """Find the problem if there is no file to read."""
-    kind = _named(path)
-    return [] if kind == "file" else [f"{_given(key, path)}: expected a file, there is {_an(kind)}"]
+    if (kind := _named(path)) == "file":
+        return []
+    return [f"{_given(key, path)}: expected a file, there is {_an(kind)}"]
 
 
 def check_new(key: str, path: str) -> list[str]:
