@@ -31,12 +31,9 @@ def kind_of(path: Path) -> str:
 
 def check_folder(key: str, path: str) -> list[str]:
     """Find the problem if there is no folder to read."""
-    kind = _named(path)
-    return (
-        []
-        if kind == "folder"
-        else [f"{_given(key, path)}: expected a folder, there is {_an(kind)}"]
-    )
+    if (kind := _named(path)) == "folder":
+        return []
+    return [f"{_given(key, path)}: expected a folder, there is {_an(kind)}"]
 
 
 def check_file(key: str, path: str) -> list[str]:
