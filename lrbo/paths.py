@@ -106,9 +106,17 @@ def check_name(key: str, path: str, *, root: bool = False) -> list[str]:
         return [f"{_given(key, path)}: expected a folder without '..' in it, such as {written}"]
     if not [part for part in parts if part not in ("", ".")] and not (root and path[0] == "."):
         return [f"{_given(key, path)}: expected a folder with a name of its own"]
-    kind = kind_of(Path(path))
-    problem = _unfit(path) or ("" if kind in ("folder", "file", "nothing") else f"it is {kind}")
+    problem = _unfit(path)
     return [f"{_given(key, path)}: {problem}"] if problem else []
+
+
+def check_place(key: str, path: str) -> list[str]:
+    """Find the problem if neither a folder is at a path nor one could be, so that nothing is read.
+
+    A file is said by whoever reads or writes there.
+    """
+    kind = kind_of(Path(path))
+    return [] if kind in ("folder", "file", "nothing") else [f"{_given(key, path)}: {kind}"]
 
 
 def _given(key: str, path: str) -> str:

@@ -103,6 +103,16 @@ def test_studies_may_be_in_any_other_folder(path: str) -> None:
     assert paths.check_name("studies", path, root=True) == []
 
 
+def test_a_study_is_looked_for_where_it_would_be() -> None:
+    """A link beside the folder of the studies that has the name of one is none of its business."""
+    assert check(ReportConfig(study="dangling")) == []
+    Path("studies").mkdir()
+    Path("studies/dangling").symlink_to("nowhere")
+    for config in (ReportConfig(study=["x", "dangling"]), CompressConfig("dangling", out="new")):
+        (problem,) = check(config)
+        assert problem == "study='studies/dangling': a link to nowhere, which is not there"
+
+
 SEARCHES = {
     "study=": "study=''",
     "study=..": "without '..'",
