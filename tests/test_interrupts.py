@@ -257,7 +257,8 @@ def test_a_second_signal_ends_an_import_at_once(monkeypatch: pytest.MonkeyPatch)
         assert ended == []
         signal.raise_signal(signal.SIGTERM)
     assert ended == [143]
-    assert not [t for t in threading.enumerate() if isinstance(t, threading.Timer)]
+    timers = [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)]
+    assert all(timer.finished.is_set() for timer in timers)
 
 
 def test_the_program_leaves_without_a_word_before_it_has_begun() -> None:
