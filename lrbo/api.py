@@ -10,7 +10,7 @@ from typing import Any
 
 from lrbo.overrides import chosen_by
 from lrbo.progress import Reporter, imported
-from lrbo.storage import naming_full_disk
+from lrbo.storage import naming_full_disk, naming_paths
 from lrbo.studies import StudyResults
 
 
@@ -32,7 +32,7 @@ def search(*overrides: str) -> StudyResults:
         LrboError: If anything else prevents it that can be mended; the message says how.
     """
     typed, chosen = chosen_by("search", overrides)
-    with naming_full_disk():
+    with naming_paths(), naming_full_disk():
         return StudyResults(_command("search").search(chosen, typed, Reporter()))
 
 
@@ -53,7 +53,7 @@ def compress(*overrides: str) -> dict[str, Any]:
         LrboError: If anything else prevents it that can be mended; the message says how.
     """
     _, chosen = chosen_by("compress", overrides)
-    with naming_full_disk():
+    with naming_paths(), naming_full_disk():
         found: dict[str, Any] = _command("compress").run(chosen, Reporter())
     return found
 
@@ -73,7 +73,7 @@ def evaluate(*overrides: str) -> dict[str, Any]:
         LrboError: If anything else prevents it that can be mended; the message says how.
     """
     _, chosen = chosen_by("evaluate", overrides)
-    with naming_full_disk():
+    with naming_paths(), naming_full_disk():
         found: dict[str, Any] = _command("evaluate").run(chosen, Reporter())
     return found
 

@@ -30,6 +30,7 @@ from lrbo.schema import (
     SearchConfig,
     SpaceConfig,
 )
+from lrbo.storage import cache_folder
 
 EXECUTORS = ("inline", "ray")
 FORMATS = ("lrbo", "remote_code", "merged")
@@ -58,11 +59,15 @@ def _check(config: Config) -> list[str]:
             problems.append(f"{key}={value!r}: expected {expected}")
 
     problems += paths.check_name("studies", config.studies, root=True)
+    problems += paths.check_place("studies", config.studies)
     if isinstance(config, SearchConfig | CompressConfig) and not problems:
         problems += check_study(config)
     if not isinstance(config, DashboardConfig):
         expect(config.output in ("text", "json"), "output", config.output, "text or json")
     if isinstance(config, ReportConfig):
+        names = config.study if isinstance(config.study, list) else [config.study]
+        for name in names:
+            problems += _check_study_path("study", config.studies, str(name))
         expect(config.format in ("text", "html"), "format", config.format, "text or html")
         several = not isinstance(config.study, str) or set(config.study) & set("*?[")
         if config.format == "html" and several:
@@ -98,6 +103,8 @@ def _check(config: Config) -> list[str]:
                 f"{f'point={config.point}, which names one trial' if named else 'no refit'}"
             )
         problems += paths.check_new("out", config.out)
+    if isinstance(config, SearchConfig | CompressConfig | EvaluateConfig):
+        problems += paths.check_writable("LRBO_CACHE", str(cache_folder()))
     if isinstance(config, SearchConfig | EvaluateConfig):
         model, data = config.model, config.data
         sources = ("packaged", "hf", "tiny")
@@ -231,7 +238,7 @@ def _check_search(config: SearchConfig) -> list[str]:
             "uniform, analytic, start, paper, study:NAME or study:NAME:TRIAL",
         )
         if name.startswith("study:"):
-            problems += paths.check_name("warm_start=study", name.split(":")[1])
+            problems += _check_study_path("warm_start=study", config.studies, name.split(":")[1])
     executor = config.executor
     expect(executor.name in EXECUTORS, "executor.name", executor.name, " or ".join(EXECUTORS))
     for key in ("workers", "devices"):
@@ -468,8 +475,13 @@ def _check_model(key: str, path: str | None) -> list[str]:
 
 def check_study(config: SearchConfig | CompressConfig) -> list[str]:
     """Return the problems of the path of a study, with which no file of it can be looked at."""
-    problems = paths.check_name("study", config.study)
-    return problems or paths.check_name("study", str(study_folder(config.studies, config.study)))
+    return _check_study_path("study", config.studies, config.study)
+
+
+def _check_study_path(key: str, studies: str, study: str) -> list[str]:
+    """Return the problem if a study cannot be called so, or nothing can be where it would be."""
+    folder = str(study_folder(studies, study))
+    return paths.check_name(key, study) or paths.check_place(key, folder)
 
 
 def _check_new_study(folder: Path) -> list[str]:

@@ -32,7 +32,7 @@ from lrbo.schema import (
     SearchConfig,
 )
 from lrbo.shell import text
-from lrbo.storage import naming_full_disk
+from lrbo.storage import naming_full_disk, naming_paths
 from lrbo.strict_json import to_json
 
 log = logging.getLogger(__name__)
@@ -197,7 +197,7 @@ def _guarded(command: Command, reporter: Reporter) -> Callable[[DictConfig], Non
         try:
             with reporter.waiting("Starting"):
                 _set_up_logging(reporter)
-            with naming_full_disk():
+            with naming_paths(), naming_full_disk():
                 command(values, reporter)
         except LrboError as error:
             fail(error)

@@ -72,6 +72,7 @@ def register() -> None:
     OmegaConf.register_new_resolver(
         "lrbo.range", lambda low, high: f"{high}" if low is None else f"{low}-{high}", replace=True
     )
+    OmegaConf.register_new_resolver("lrbo.home", _at_home, replace=True)
     OmegaConf.register_new_resolver("lrbo.options", _options, replace=True)
 
 

@@ -64,6 +64,10 @@ class StudyError(LrboError):
     """A study folder is locked, damaged, or was made with another configuration."""
 
 
+class PathError(LrboError):
+    """A file or folder cannot be read or written as it is."""
+
+
 class DiskFullError(LrboError):
     """There is no room for what must be written."""
 

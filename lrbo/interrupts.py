@@ -60,12 +60,15 @@ def listening(signals: Sequence[signal.Signals] = SIGNALS) -> Iterator[None]:
     mine = threading.current_thread() is threading.main_thread()
     handlers = {number: signal.getsignal(number) for number in signals} if mine else {}
     taken = [number for number, handler in handlers.items() if handler in FREE]
-    handle = _handler()
+    waiting: list[threading.Timer] = []
+    handle = _handler(waiting)
     for number in taken:
         signal.signal(number, handle)
     try:
         yield
     finally:
+        for timer in waiting:
+            timer.cancel()
         for number in taken:
             signal.signal(number, handlers[number])
 
@@ -95,8 +98,12 @@ def is_importing(frame: FrameType | None) -> bool:
     return False
 
 
-def _handler() -> Callable[[int, FrameType | None], Any]:
-    """Return what a signal calls, with a memory of whether it is the first."""
+def _handler(waiting: list[threading.Timer]) -> Callable[[int, FrameType | None], Any]:
+    """Return what a signal calls, with a memory of whether it is the first.
+
+    Args:
+        waiting: Gets the timers of signals that came during an import.
+    """
     asked = due = False
 
     def remind(number: int) -> None:
@@ -118,6 +125,7 @@ def _handler() -> Callable[[int, FrameType | None], Any]:
             raise Interrupted(number)
         soon = threading.Timer(SOON_S, remind, [number])
         soon.daemon = True
+        waiting.append(soon)
         soon.start()
 
     return handle

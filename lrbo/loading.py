@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
-import os
 import re
 import shutil
 import tempfile
@@ -17,7 +16,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from platformdirs import user_cache_path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import (
@@ -37,6 +35,7 @@ from transformers.utils import find_adapter_config_file
 from lrbo.errors import ConfigError, ModelError, reading
 from lrbo.families import MODEL_TYPES, family_of
 from lrbo.model import cast_, is_tied, not_finite
+from lrbo.storage import cache_folder
 from lrbo.stored import (
     ADAPTER_CONFIG,
     WEIGHTS,
@@ -70,12 +69,6 @@ class ModelSource:
     source: Literal["packaged", "hf", "tiny"]
     path: str
     revision: str | None = None
-
-
-def cache_folder() -> Path:
-    """Return the folder for what can be made again: ``$LRBO_CACHE`` or the user's cache."""
-    chosen = os.environ.get("LRBO_CACHE")
-    return Path(chosen).expanduser() if chosen else user_cache_path("lrbo", appauthor=False)
 
 
 def missing_package(source: ModelSource) -> str | None:

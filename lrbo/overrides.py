@@ -107,10 +107,12 @@ def spelled(command: str, argument: str) -> str:
 
     def kept(part: re.Match[str]) -> str:
         word = part[0].strip()
-        read = config.read_value(word) if word and word[0] not in "'\"" else word
+        if not word or word[0] in "'\"":
+            return part[0]
+        read = config.read_value(word)
         misread = not isinstance(read, str) and not (read is None and may_be_null)
-        misread = misread or word[:1] == "~"  # which has no place in Hydra's grammar either
-        return part[0].replace(word, f"'{word}'") if misread else part[0]
+        # The sign of a home folder has no place in Hydra's grammar.
+        return part[0].replace(word, f"'{word}'") if misread or "~" in word else part[0]
 
     return f"{key}={TEXTS.sub(kept, value)}"
 

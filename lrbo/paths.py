@@ -11,6 +11,7 @@ from pathlib import Path
 BESIDE = 35  # bytes by which the name of what is written beside a file is longer than its own
 BELOW = 160  # bytes of the names of files below a folder that is written
 PATH_MAX = 4096
+SHOWN = 200  # characters of a path in a message
 
 
 def kind_of(path: Path) -> str:
@@ -30,27 +31,29 @@ def kind_of(path: Path) -> str:
 
 def check_folder(key: str, path: str) -> list[str]:
     """Find the problem if there is no folder to read."""
-    kind = _named(path)
-    return [] if kind == "folder" else [f"{key}={path!r}: expected a folder, there is {_an(kind)}"]
+    if (kind := _named(path)) == "folder":
+        return []
+    return [f"{_given(key, path)}: expected a folder, there is {_an(kind)}"]
 
 
 def check_file(key: str, path: str) -> list[str]:
     """Find the problem if there is no file to read."""
-    kind = _named(path)
-    return [] if kind == "file" else [f"{key}={path!r}: expected a file, there is {_an(kind)}"]
+    if (kind := _named(path)) == "file":
+        return []
+    return [f"{_given(key, path)}: expected a file, there is {_an(kind)}"]
 
 
 def check_new(key: str, path: str) -> list[str]:
     """Find the problem if a folder exists already or cannot be made."""
     if os.path.lexists(path) and "\0" not in path:
-        return [f"{key}={path!r} exists already; lrbo overwrites nothing, choose another"]
+        return [f"{_given(key, path)} exists already; lrbo overwrites nothing, choose another"]
     return check_writable(key, path)
 
 
 def check_writable(key: str, path: str) -> list[str]:
     """Find the problem if a folder cannot be made or written."""
     if problem := _unfit(path):
-        return [f"{key}={path!r}: {problem}"]
+        return [f"{_given(key, path)}: {problem}"]
     folder = Path(path).absolute()
     while not os.path.lexists(folder):
         folder = folder.parent
@@ -58,34 +61,32 @@ def check_writable(key: str, path: str) -> list[str]:
     for part in Path(path).parts:
         if (length := len(os.fsencode(part))) > limit:
             return [
-                f"{key}={path[:40] + '...'!r}: a name of {length} bytes; expected at most "
+                f"{_given(key, path)}: a name of {length} bytes; expected at most "
                 f"{limit}, for what is written beside it meanwhile has a longer one"
             ]
     if (kind := kind_of(folder)) != "folder":
         what = "is a file, not a folder" if kind == "file" else f"is {kind}; expected a folder"
-        return [f"{key}={path!r}: {folder} {what}"]
+        return [f"{_given(key, path)}: {folder} {what}"]
     if not os.access(folder, os.W_OK | os.X_OK):
-        return [f"{key}={path!r}: no permission to write in {folder}"]
+        return [f"{_given(key, path)}: no permission to write in {folder}"]
     try:  # permissions do not tell of /proc, of read-only disks, or of quotas on files
         Path(tempfile.mkdtemp(prefix=".lrbo-", dir=folder)).rmdir()
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):  # room may be made meanwhile
-            return [f"{key}={path!r}: cannot write in {folder}: {error.strerror}"]
+            return [f"{_given(key, path)}: cannot write in {folder}: {error.strerror}"]
     return []
 
 
 def check_appended(key: str, path: str) -> list[str]:
     """Find the problem if a file cannot be made, or be added to."""
     if problem := _unfit(path):
-        return [f"{key}={path!r}: {problem}"]
-    kind = kind_of(Path(path))
-    if kind == "nothing" and not path.endswith(os.sep):
-        whole = Path(path)
-        return check_writable(key, str(whole)) or check_writable(key, str(whole.parent))
-    if kind != "file":
-        return [f"{key}={path!r}: expected a file, there is {_an(kind)}"]
+        return [f"{_given(key, path)}: {problem}"]
+    if not os.path.lexists(path) and not path.endswith(os.sep):
+        return check_writable(key, path) or check_writable(key, str(Path(path).parent))
+    if (kind := kind_of(Path(path))) != "file":
+        return [f"{_given(key, path)}: expected a file, there is {_an(kind)}"]
     if not os.access(path, os.W_OK):
-        return [f"{key}={path!r}: no permission to write to it"]
+        return [f"{_given(key, path)}: no permission to write to it"]
     return []
 
 
@@ -99,15 +100,28 @@ def check_name(key: str, path: str, *, root: bool = False) -> list[str]:
     """
     parts = path.split("/")
     if not path.strip():
-        return [f"{key}={path!r}: expected a folder, came nothing"]
+        return [f"{_given(key, path)}: expected a folder, came nothing"]
     if ".." in parts:
         written = os.path.normpath(os.path.abspath(path))  # noqa: PTH100  # links stay links
-        return [f"{key}={path!r}: expected a folder without '..' in it, such as {written}"]
+        return [f"{_given(key, path)}: expected a folder without '..' in it, such as {written}"]
     if not [part for part in parts if part not in ("", ".")] and not (root and path[0] == "."):
-        return [f"{key}={path!r}: expected a folder with a name of its own"]
+        return [f"{_given(key, path)}: expected a folder with a name of its own"]
+    problem = _unfit(path)
+    return [f"{_given(key, path)}: {problem}"] if problem else []
+
+
+def check_place(key: str, path: str) -> list[str]:
+    """Find the problem if neither a folder is at a path nor one could be, so that nothing is read.
+
+    A file is said by whoever reads or writes there.
+    """
     kind = kind_of(Path(path))
-    problem = _unfit(path) or ("" if kind in ("folder", "file", "nothing") else f"it is {kind}")
-    return [f"{key}={path[:60]!r}: {problem}"] if problem else []
+    return [] if kind in ("folder", "file", "nothing") else [f"{_given(key, path)}: {kind}"]
+
+
+def _given(key: str, path: str) -> str:
+    """Write what was given, cut where nobody reads on."""
+    return f"{key}={path if len(path) <= SHOWN else path[:SHOWN] + '...'!r}"
 
 
 def _named(path: str) -> str:

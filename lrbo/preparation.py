@@ -23,12 +23,13 @@ from lrbo.factorization.store import (
     load_factors,
     save_factors,
 )
-from lrbo.loading import ModelSource, cache_folder, load_model
+from lrbo.loading import ModelSource, load_model
 from lrbo.loss_calibration import LossCalibration
 from lrbo.nested import LowRankFactors
 from lrbo.progress import Reporter
 from lrbo.sensitivity import Curves, SensitivitySettings, measure_losses, predicted_curves
 from lrbo.specs import ModelMap
+from lrbo.storage import cache_folder
 
 
 @dataclass(frozen=True)

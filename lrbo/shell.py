@@ -9,15 +9,23 @@ from typing import Any
 
 from lrbo.options import STUDIES
 
+TYPED = re.compile(r"(\w+=)?[\w.]+|[\w./-]+", re.ASCII)
+
 
 def command(name: str, **values: Any) -> str:
-    """Write the command line that gives some values, to be pasted into a shell.
+    """Write the command line that gives some texts, to be pasted into a shell.
 
     Args:
         name: Of the command.
-        **values: By key; a dotted one is given as ``**{"search.trials": 30}``.
+        **values: By key, which holds a text or takes no other; a dotted one is given as
+            ``**{"search.other_versions": True}``.
     """
-    return shlex.join(["lrbo", name, *(assigned(key, value) for key, value in values.items())])
+    line = [
+        # A text that is typed so is quoted for Hydra by the command itself.
+        f"{key}={value}" if TYPED.fullmatch(str(value)) else assigned(key, value)
+        for key, value in values.items()
+    ]
+    return shlex.join(["lrbo", name, *line])
 
 
 def assigned(key: str, value: Any) -> str:

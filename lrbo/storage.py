@@ -10,7 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lrbo.errors import DiskFullError, LrboError
+from platformdirs import user_cache_path
+
+from lrbo.errors import DiskFullError, LrboError, PathError
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -49,6 +51,30 @@ def naming_full_disk() -> Iterator[None]:
             "type the same command again. Statistics, factors and models of the cache "
             "can be made again; LRBO_CACHE moves it."
         ) from error
+
+
+@contextmanager
+def naming_paths() -> Iterator[None]:
+    """Turn what the system says of a file or folder that stands in the way into one of our errors.
+
+    Raises:
+        PathError: With the path.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            raise
+        raise PathError(
+            f"{os.fsdecode(error.filename)}: {str(error.strerror).lower()}. Mend or move what is "
+            "there, and type the same command again."
+        ) from error
+
+
+def cache_folder() -> Path:
+    """Return the folder for what can be made again: ``$LRBO_CACHE`` or the user's cache."""
+    chosen = os.environ.get("LRBO_CACHE")
+    return Path(chosen).expanduser() if chosen else user_cache_path("lrbo", appauthor=False)
 
 
 @contextmanager

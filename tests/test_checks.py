@@ -219,9 +219,11 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 def test_no_permission_to_write_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # The superuser may write anywhere, so the answer of the system is replaced.
     monkeypatch.setattr("os.access", lambda path, mode: False)
-    (problem,) = check(changed(search(), "studies", str(tmp_path / "studies")))
+    monkeypatch.setenv("LRBO_CACHE", str(tmp_path / "cache"))
+    cache, problem = check(changed(search(), "studies", str(tmp_path / "studies")))
     assert f"no permission to write in {tmp_path}" in problem
-    (problem,) = check(CompressConfig(study="s", out=str(tmp_path / "new" / "folder")))
+    assert cache == f"LRBO_CACHE='{tmp_path}/cache': no permission to write in {tmp_path}"
+    problem, _ = check(CompressConfig(study="s", out=str(tmp_path / "new" / "folder")))
     assert f"no permission to write in {tmp_path}" in problem
 
 

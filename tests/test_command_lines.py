@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given as drawn
 from hypothesis import settings
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
 from lrbo import cli, config
 from lrbo.command_lines import typed
@@ -72,34 +73,58 @@ ODD = [
 ]
 
 
-@pytest.mark.parametrize("text", [*TEXTS, *ODD])
+def read(override: str) -> object:
+    """Read the value of an override as Hydra does, which has its grammar and OmegaConf's."""
+    value = config.read_value(override.partition("=")[2])
+    return OmegaConf.create({"x": value})["x"]
+
+
+@pytest.mark.parametrize("text", [*TEXTS, *ODD, "keep=0.75"])
 def test_a_printed_command_gives_its_values_again(text: str) -> None:
-    program, name, *line = shlex.split(command("search", study=text, **{"model.revision": text}))
+    program, name, override = shlex.split(command("search", study=text))
     assert (program, name) == ("lrbo", "search")
-    found = config.flat(config.composed("search", [spelled("search", each) for each in line]))
-    assert (found["study"], found["model.revision"]) == (text, text)
+    assert read(spelled("search", override)) == text
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None)
 @drawn(st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"])))
 def test_any_text_comes_back_from_shell_and_grammar(text: str) -> None:
-    *_, override = shlex.split(command("search", **{"tracking.experiment": text}))
-    found = config.flat(config.composed("search", [override]))
-    assert found["tracking.experiment"] == text
+    *_, override = shlex.split(command("search", study=text))
+    assert read(spelled("search", override)) == text
+
+
+def test_a_printed_command_is_composed_to_its_values() -> None:
+    text = "it's ${x} 1e3\\"
+    _, _, *line = shlex.split(command("search", study=text, **{"model.revision": "1e3"}))
+    found = config.flat(config.composed("search", line))
+    assert (found["study"], found["model.revision"]) == (text, "1e3")
 
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_a_text_stays_as_it_was_typed(text: str) -> None:
-    for name, key, more in (
-        ("search", "study", []),
-        ("search", "tracking.experiment", []),
-        ("search", "model.path", ["model=hf"]),
-        ("compress", "out", ["study=x"]),
-        ("evaluate", "checkpoint", []) if text != "null" else ("compress", "study", ["out=x"]),
-        ("report", "study", []),
+    for name, key in (
+        ("search", "study"),
+        ("search", "tracking.experiment"),
+        ("search", "model.path"),
+        ("search", "data.test.path"),
+        ("search", "+space.groups.x"),
+        ("compress", "out"),
+        ("compress", "point"),
+        ("evaluate", "checkpoint"),
+        ("evaluate", "protocols.c4.path"),
+        ("report", "study"),
     ):
-        line = [*more, spelled(name, f"{key}={text}")]
-        assert config.flat(config.composed(name, line))[key] == text
+        may_be_null = key in ("checkpoint", "data.test.path", "protocols.c4.path")
+        expected = None if text == "null" and may_be_null else text
+        assert read(spelled(name, f"{key}={text}")) == expected
+
+
+def test_what_stays_as_it_was_typed_is_composed_so() -> None:
+    line = ["study=1e3", "tracking.experiment=007", "model=hf", "model.path=null"]
+    line = [spelled("search", each) for each in line]
+    found = config.flat(config.composed("search", line))
+    assert found["study"] == "1e3"
+    assert (found["tracking.experiment"], found["model.path"]) == ("007", "null")
 
 
 def test_texts_of_lists_and_sweeps_stay_too_and_other_values_are_what_they_are() -> None:

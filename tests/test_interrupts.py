@@ -12,6 +12,7 @@ import struct
 import subprocess
 import sys
 import termios
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -256,6 +257,8 @@ def test_a_second_signal_ends_an_import_at_once(monkeypatch: pytest.MonkeyPatch)
         assert ended == []
         signal.raise_signal(signal.SIGTERM)
     assert ended == [143]
+    timers = [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)]
+    assert all(timer.finished.is_set() for timer in timers)
 
 
 def test_the_program_leaves_without_a_word_before_it_has_begun() -> None:

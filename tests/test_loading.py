@@ -21,7 +21,6 @@ from lrbo.loading import (
     PACKAGED,
     ModelSource,
     byte_tokenizer,
-    cache_folder,
     load_model,
     load_skeleton,
     load_tokenizer,
@@ -31,6 +30,7 @@ from lrbo.loading import (
     tiny_model,
 )
 from lrbo.model import fingerprint, map_model
+from lrbo.storage import cache_folder
 from tests.tiny import CASES, build
 
 # What is loaded is compared to the bit: nothing here has a tolerance.

@@ -103,6 +103,16 @@ def test_studies_may_be_in_any_other_folder(path: str) -> None:
     assert paths.check_name("studies", path, root=True) == []
 
 
+def test_a_study_is_looked_for_where_it_would_be() -> None:
+    """A link beside the folder of the studies that has the name of one is none of its business."""
+    assert check(ReportConfig(study="dangling")) == []
+    Path("studies").mkdir()
+    Path("studies/dangling").symlink_to("nowhere")
+    for config in (ReportConfig(study=["x", "dangling"]), CompressConfig("dangling", out="new")):
+        (problem,) = check(config)
+        assert problem == "study='studies/dangling': a link to nowhere, which is not there"
+
+
 SEARCHES = {
     "study=": "study=''",
     "study=..": "without '..'",
@@ -152,3 +162,22 @@ def test_home_is_put_in_place_of_its_sign_in_every_path(monkeypatch: pytest.Monk
     found = flat(chosen_by("evaluate", typed)[1])
     assert found["record"] == "/home/me/evaluations.jsonl"
     assert (found["checkpoint"], found["text_folder"]) == ("/home/me/c", "/home/me/t")
+
+
+def test_a_cache_that_cannot_be_written_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LRBO_CACHE", "file/cache")
+    (problem,) = check(CompressConfig(study="s", out="new"))
+    assert problem.startswith("LRBO_CACHE='file/cache': ")
+    assert problem.endswith("file is a file, not a folder")
+
+
+@pytest.mark.parametrize("name", ["journal.jsonl", "study.json"])
+def test_a_folder_where_a_file_of_a_study_belongs_is_named(name: str) -> None:
+    Path("studies/mine").mkdir(parents=True)
+    Path("studies/mine/study.json").write_text('{"format": 1}', encoding="utf-8")
+    Path("studies/mine", name).unlink(missing_ok=True)
+    Path("studies/mine", name).mkdir()
+    for command in (["report"], ["compress", "out=new"]):
+        ran = lrbo_command(*command, "study=mine")
+        assert ran.status == 2
+        assert f"studies/mine/{name}: is a directory" in " ".join(ran.err.split())

@@ -13,7 +13,7 @@ from lrbo import cli, config
 from lrbo.accounting import STORAGES, low_rank_parameters
 from lrbo.calibration import corpus
 from lrbo.loading import byte_tokenizer, tiny_model
-from lrbo.overrides import quoted
+from lrbo.overrides import spelled
 from lrbo.specs import LayerSpec
 from tests.commands import lrbo_command
 
@@ -114,7 +114,7 @@ def test_every_other_command_line_is_one_that_lrbo_takes(line: str) -> None:
     assert command in cli.NAMES
     if command == "transfer":
         command, *arguments = cli.transfer_arguments(arguments)
-    overrides = [quoted(argument) for argument in arguments if argument != "-m"]
+    overrides = [spelled(command, argument) for argument in arguments if argument != "-m"]
     jobs = config.jobs(overrides) if "-m" in arguments else [overrides]
     assert (len(jobs) > 1) == ("-m" in arguments)
     for job in jobs:

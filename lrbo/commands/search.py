@@ -23,7 +23,7 @@ from lrbo.evaluation.perplexity import score
 from lrbo.executors.base import Executor
 from lrbo.executors.inline import InlineExecutor
 from lrbo.executors.ray_tasks import RayExecutor, RaySettings, connected, find_problems
-from lrbo.loading import cache_folder, resolve_device
+from lrbo.loading import resolve_device
 from lrbo.optimization.front import LATENCIES
 from lrbo.optimization.study import Study
 from lrbo.progress import Reporter
@@ -31,6 +31,7 @@ from lrbo.report import print_report
 from lrbo.results import size_metric, summary
 from lrbo.schema import SearchConfig
 from lrbo.shell import command, study_at
+from lrbo.storage import cache_folder
 from lrbo.tracking import Tracker
 from lrbo.trial import TrialRecord, TrialRequest, TrialResult
 from lrbo.worker import Worker
