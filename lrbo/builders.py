@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from rich.console import Console
 from transformers import PreTrainedModel
 
 from lrbo.accounting import Storage
@@ -47,6 +46,7 @@ from lrbo.schema import MethodConfig, ModelConfig, SearchConfig
 from lrbo.sensitivity import SensitivitySettings, sensitivity_file
 from lrbo.spaces import build_search_space
 from lrbo.starts import build_starts
+from lrbo.terminal import PlainConsole
 from lrbo.texts import token_windows, tokens_file
 from lrbo.transfer import Donor
 from lrbo.versions import versions
@@ -265,7 +265,7 @@ def study_worker(folder: Path, config_yaml: str, place: Path, cache: Path) -> Wo
     if place.is_dir():
         os.chdir(place)
     plan = plan_search(stored_config(config_yaml, []), study, [])
-    return build_worker(plan, study, Reporter(Console(quiet=True)))
+    return build_worker(plan, study, Reporter(PlainConsole(quiet=True)))
 
 
 def require_same_model(study: Study, model: PreTrainedModel) -> None:

@@ -46,7 +46,14 @@ def check(config: Config) -> list[str]:
         if not holds:
             problems.append(f"{key}={value!r}: expected {expected}")
 
-    if not isinstance(config, DashboardConfig):
+    if isinstance(config, DashboardConfig):
+        expect(bool(config.host.strip()), "host", config.host, "a name or address of this machine")
+        for name in config.allowed_hosts:
+            plain = re.fullmatch(r"[^\s,/@]+", name)
+            expect(
+                bool(plain), "allowed_hosts", name, "a host as runs.example.org, without http://"
+            )
+    else:
         expect(config.output in ("text", "json"), "output", config.output, "text or json")
     if isinstance(config, ReportConfig):
         expect(config.format in ("text", "html"), "format", config.format, "text or html")

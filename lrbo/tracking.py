@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -258,7 +259,7 @@ class MlflowTracker:
             where = first_line(self._uri)
             if is_other_version(error):
                 reason = other_version(where)
-            command = f"lrbo report study={self._study_name} sync=true"
+            command = shlex.join(["lrbo", "report", f"study={self._study_name}", "sync=true"])
             if self._strict:
                 raise TrackingError(
                     f"MLflow at {where} failed ({reason}). The journal of study "

@@ -48,7 +48,7 @@ ROOMS = """
     accounting nested layers pivoting
     calibration.seen
     calibration.corpus calibration.moments
-    lazy loading model families linalg storage rendering errors interrupts
+    lazy loading model families linalg storage rendering terminal errors interrupts
 """.split()  # noqa: SIM905
 
 # Library: the modules that may import it.

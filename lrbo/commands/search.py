@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from lrbo import builders, checks, config, versions
 from lrbo.commands.live import live_search
@@ -29,6 +28,7 @@ from lrbo.progress import Reporter
 from lrbo.report import print_report
 from lrbo.results import size_metric, summary
 from lrbo.schema import SearchConfig
+from lrbo.terminal import PlainConsole
 from lrbo.tracking import Tracker
 from lrbo.trial import TrialRecord, TrialRequest, TrialResult
 from lrbo.worker import Worker
@@ -40,7 +40,7 @@ def run(chosen: SearchConfig, typed: Sequence[str], reporter: Reporter) -> dict[
     Args and errors are those of :func:`search`.
     """
     study = search(chosen, typed, reporter)
-    print_report(study, Console(highlight=False))
+    print_report(study, PlainConsole())
     reporter.say(f"Figures: {study.folder / 'figures'}")
     size = size_metric(study)
     point = "" if size is None else f" point={size if size in LATENCIES else 'keep'}=RATIO"
