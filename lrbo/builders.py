@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from rich.console import Console
 from transformers import PreTrainedModel
 
 from lrbo.accounting import Storage
@@ -50,6 +49,7 @@ from lrbo.sensitivity import SensitivitySettings
 from lrbo.spaces import build_search_space
 from lrbo.specs import ModelMap
 from lrbo.starts import build_starts
+from lrbo.terminal import PlainConsole
 from lrbo.texts import token_windows, tokens_file
 from lrbo.transfer import Donor
 from lrbo.versions import versions
@@ -273,7 +273,7 @@ def study_worker(folder: Path, config_yaml: str, place: Path, cache: Path) -> Wo
     if place.is_dir():
         os.chdir(place)
     plan = plan_search(stored_config(config_yaml, []), study, [])
-    return build_worker(plan, study, Reporter(Console(quiet=True)))
+    return build_worker(plan, study, Reporter(PlainConsole(quiet=True)))
 
 
 def require_same_model(study: Study, model: PreTrainedModel) -> None:

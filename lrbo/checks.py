@@ -62,7 +62,14 @@ def _check(config: Config) -> list[str]:
     problems += paths.check_place("studies", config.studies)
     if isinstance(config, SearchConfig | CompressConfig) and not problems:
         problems += check_study(config)
-    if not isinstance(config, DashboardConfig):
+    if isinstance(config, DashboardConfig):
+        expect(bool(config.host.strip()), "host", config.host, "a name or address of this machine")
+        for name in config.allowed_hosts:
+            plain = re.fullmatch(r"[^\s,/@]+", name)
+            expect(
+                bool(plain), "allowed_hosts", name, "a host as runs.example.org, without http://"
+            )
+    else:
         expect(config.output in ("text", "json"), "output", config.output, "text or json")
     if isinstance(config, ReportConfig):
         names = config.study if isinstance(config.study, list) else [config.study]

@@ -69,10 +69,10 @@ def with_tags(**values: str) -> str:
     return " and ".join(f"tags.`lrbo.{name}` = '{value}'" for name, value in values.items())
 
 
-def folder_name(experiment: str) -> str:
-    """Name the folder of an experiment's artifacts, which is below that of all and nowhere else."""
-    name = experiment.replace("/", "_")
-    return name if name.strip(".") else f"_{name}"
+def file_name(name: str) -> str:
+    """Make a name one that a file can have in any folder, as mlflow wants it of a model too."""
+    plain = re.sub(r"^\.+", "_", re.sub(r"[/:]", "_", name))
+    return plain if plain.strip() else f"_{plain}"
 
 
 def cut(text: str, length: int) -> str:

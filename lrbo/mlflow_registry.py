@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
-from lrbo.mlflow_entities import with_tags
+from lrbo.mlflow_entities import file_name, with_tags
 from lrbo.presentation import Checkpoint
 from lrbo.rendering import markdown
 
 COPY = "checkpoint"  # folder of a run's artifacts
-
-
-def model_name(study: str) -> str:
-    """Return the name of a study's registered model; mlflow takes no slash or colon in it."""
-    return re.sub(r"[/:]", "_", study)
 
 
 def register(
@@ -32,7 +26,7 @@ def register(
         is_local: Whether the store is a file here. A server refuses a version whose files are
             not among its own artifacts, so that it is given the trial's; the folder is a tag.
     """
-    name = model_name(study)
+    name = file_name(study)
     description = f"Checkpoints of the lrbo study {markdown(study)}."
     try:
         client.create_registered_model(name, description=description)

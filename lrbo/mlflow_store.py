@@ -21,8 +21,8 @@ from lrbo.errors import TrackingError
 from lrbo.mlflow_entities import (
     TAG_LENGTH,
     cut,
+    file_name,
     first_line,
-    folder_name,
     input_of,
     key_of,
     metrics_of,
@@ -91,7 +91,7 @@ class StudyRuns:
             self._client = _client(uri)
             _prepare_engine(self._client)
             root = artifact_root or self._database.parent / "mlartifacts"
-            location = (root.resolve() / folder_name(experiment)).as_uri()
+            location = (root.resolve() / file_name(experiment)).as_uri()
         self._experiment_id = self._find_experiment(experiment, location)
         self._parent_id = ""
         self._parent_started = 0
@@ -203,7 +203,7 @@ class StudyRuns:
             note = cut(shown.note, TAG_LENGTH)
             self._client.set_tag(self._parent_id, "mlflow.note.content", note, synchronous=True)
         if shown.datasets:  # one that the run has already is not added again
-            self._client.log_inputs(self._parent_id, [input_of(one) for one in shown.datasets])
+            self._enter([input_of(one) for one in shown.datasets])
         for name, value in shown.views.items():
             self._client.set_experiment_tag(self._experiment_id, name, value)
 
@@ -253,6 +253,17 @@ class StudyRuns:
             so_far = (values for other, values in self._values.items() if other <= index)
             progress["best_nll"] = min(so_far)[1]
         return progress
+
+    def _enter(self, inputs: list[Any]) -> None:
+        """Enter texts on the parent run; mlflow looks first whether another study has the same."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            self._client.log_inputs(self._parent_id, inputs)
+        except MlflowException as error:
+            if "UNIQUE constraint" not in str(error):
+                raise
+            self._client.log_inputs(self._parent_id, inputs)  # which entered it in between
 
     def _log(self, run_id: str, **values: Any) -> None:
         """Write numbers or params now, whatever the environment wishes for other programs.

@@ -18,6 +18,8 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID
 from rich.table import Column, Table
 from rich.text import Text
 
+from lrbo.terminal import PlainConsole
+
 Advance = Callable[[int], None]
 NARROW = 60  # columns, below which there is no room for a bar
 NAME, BAR, LEFT = 9, 9, 9  # columns of "Trial 100", of a short bar and of "1:02:03" with its blanks
@@ -164,13 +166,11 @@ class Reporter:
         """Take the console to write to; the default is stderr."""
         # FORCE_COLOR may ask for colours in a log. Bars would fill it with control characters.
         bars = None if sys.stderr.isatty() else False
-        self.console = console or Console(stderr=True, highlight=False, force_interactive=bars)
+        self.console = console or PlainConsole(stderr=True, force_interactive=bars)
         if console is None and self.console.is_jupyter:
             # Rich makes an output of its own of each line there, and a kernel's stderr says that
             # it is a terminal, which cannot move its cursor.
-            self.console = Console(
-                stderr=True, highlight=False, force_jupyter=False, force_terminal=False
-            )
+            self.console = PlainConsole(stderr=True, force_jupyter=False, force_terminal=False)
         self._bars: _Bars | None = None
 
     def say(self, message: str) -> None:

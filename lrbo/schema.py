@@ -298,6 +298,7 @@ class DashboardConfig:
     uri: str = "sqlite:///${studies}/mlflow.db"
     host: str = "127.0.0.1"
     port: int = 5000
+    allowed_hosts: list[str] = field(default_factory=list)
 
 
 Config = (

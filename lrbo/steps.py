@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -38,6 +37,7 @@ from lrbo.preparation import curve_needs, factors_by_block, statistics_by_block
 from lrbo.progress import Reporter
 from lrbo.sensitivity import predicted_curves
 from lrbo.specs import ModelMap
+from lrbo.terminal import PlainConsole
 from lrbo.versions import versions
 from lrbo.worker import allocation_parameters
 
@@ -362,7 +362,7 @@ def _method(method: Method) -> FactorizationMethod:
 
 def _reporter(progress: bool) -> Reporter:
     """Return what shows progress, or nothing."""
-    return Reporter() if progress else Reporter(Console(quiet=True))
+    return Reporter() if progress else Reporter(PlainConsole(quiet=True))
 
 
 def _mapped(model: PreTrainedModel) -> ModelMap:

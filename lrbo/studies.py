@@ -8,7 +8,6 @@ from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
-from rich.console import Console
 
 from lrbo import comparison, figures, results
 from lrbo.checks import study_folder
@@ -16,6 +15,7 @@ from lrbo.errors import StudyError
 from lrbo.optimization.front import KEEP_RATIO
 from lrbo.optimization.study import Study
 from lrbo.report import print_report
+from lrbo.terminal import PlainConsole
 from lrbo.trial import TrialRecord
 
 
@@ -105,7 +105,7 @@ class StudyResults:
 
     def report(self) -> None:
         """Print what ``lrbo report`` prints."""
-        print_report(self._study, Console(highlight=False))
+        print_report(self._study, PlainConsole())
 
 
 def open_study(study: str | Path, *, studies: str | Path = "studies") -> StudyResults:

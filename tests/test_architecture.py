@@ -53,7 +53,7 @@ ROOMS = """
     calibration.corpus calibration.moments
     calibration.files
     loss_calibration lazy loading stored model specs families linalg storage rendering progress
-    shell options strict_json errors paths interrupts
+    terminal shell options strict_json errors paths interrupts
 """.split()  # noqa: SIM905
 
 # Library: the modules that may import it.

@@ -1,5 +1,7 @@
 """Made once, used again; made anew as soon as anything that matters is different."""
 
+import itertools
+import os
 import shutil
 import signal
 import socket
@@ -352,8 +354,10 @@ def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """Collect what would be run; it ends with status 3."""
     found: list[list[str]] = []
 
-    def start(command: list[str], *, start_new_session: bool) -> Server:
+    def start(command: list[str], *, start_new_session: bool, env: dict[str, str]) -> Server:
         assert start_new_session
+        assert not set(dashboard.OTHER_SERVERS) & set(env)
+        assert set(env) <= set(os.environ)
         found.append(command)
         return Server()
 
@@ -387,17 +391,84 @@ def test_a_dashboard_serves_the_store_on_host_and_port(
     store.touch()
     said, port = Said(), free_port()
     with pytest.raises(SystemExit) as caught:
-        dashboard.run(DashboardConfig(uri=uri, host="0.0.0.0", port=port), said)
+        dashboard.run(DashboardConfig(uri=uri, port=port), said)
     assert caught.value.code == 3  # that of the server
     absolute = f"sqlite:///{store}" if uri.startswith("sqlite") else uri
     assert commands == [
         [
             sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", absolute,
-            "--host", "0.0.0.0", "--port", str(port), "--workers", "1",
+            "--registry-store-uri", absolute, "--host", "127.0.0.1", "--port", str(port),
+            "--workers", "1",
         ]
     ]  # fmt: skip
-    assert f"http://0.0.0.0:{port}" in said.lines[0]
-    assert said.lines[1].endswith(f"mine: http://0.0.0.0:{port}/#/runs")
+    assert f"http://127.0.0.1:{port}" in said.lines[0]
+    assert said.lines[1].endswith(f"mine: http://127.0.0.1:{port}/#/runs")
+
+
+@pytest.fixture
+def guard() -> Any:
+    """Import what mlflow's server checks requests with; it runs programs while it is imported."""
+    from mlflow.server import security_utils
+
+    return security_utils
+
+
+def test_a_dashboard_for_other_machines_names_what_they_may_call_it(
+    guard: Any, cache: Path, commands: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_SERVER_ALLOWED_HOSTS", raising=False)
+    monkeypatch.setenv("MLFLOW_WORKSPACE", "a team of another server")
+    said, port, name = Said(), free_port(), socket.gethostname()
+    given = ["runs.example.org", "*.cluster:8080"]
+    chosen = DashboardConfig(
+        uri="http://127.0.0.1:8080", host="0.0.0.0", port=port, allowed_hosts=given
+    )
+    with pytest.raises(SystemExit):
+        dashboard.run(chosen, said)
+    assert f"http://{name}:{port}/" in said.lines[1]
+    assert "allowed_hosts=[NAME]" in said.lines[1]
+    options = dict(itertools.pairwise(commands[0]))
+    hosts = options["--allowed-hosts"].split(",")
+    origins = options["--cors-allowed-origins"].split(",")
+    for host in (f"{name}:{port}", f"127.0.0.1:{port}", f"[::1]:{port}", f"localhost:{port}",
+                 f"runs.example.org:{port}", "runs.example.org", "n7.cluster:8080"):  # fmt: skip
+        assert guard.is_allowed_host_header(hosts, host), host
+        assert not guard.should_block_cors_request(f"http://{host}", "POST", origins), host
+    for host in ("evil.example.org", f"evil.example.org:{port}", f"10.evil.org:{port}"):
+        assert not guard.is_allowed_host_header(hosts, host), host
+        assert guard.should_block_cors_request(f"http://{host}", "POST", origins), host
+
+
+def test_an_address_of_ipv6_stands_in_brackets(cache: Path, commands: list[list[str]]) -> None:
+    said, port = Said(), free_port()
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    with pytest.raises(SystemExit):
+        dashboard.run(DashboardConfig(uri="http://127.0.0.1:8080", host="::1", port=port), said)
+    assert f"http://[::1]:{port}/ " in said.lines[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"host": ""}, "host='': expected a name or address"),
+        ({"allowed_hosts": ["http://x"]}, "allowed_hosts='http://x': expected a host"),
+        ({"port": 0}, "port=0 .*from 1 to 65535"),
+        ({"port": 65_536}, "port=65536 .*from 1 to 65535"),
+        ({"port": -1}, "port=-1 .*from 1 to 65535"),
+        ({"host": "no.such.host.invalid"}, "host=no.such.host.invalid: it cannot be used"),
+        ({"host": "a" * 300}, "host=aaa.*: it cannot be used"),
+    ],
+)
+def test_a_dashboard_that_cannot_be_served_is_refused(
+    cache: Path, commands: list[list[str]], changes: dict[str, Any], message: str
+) -> None:
+    values = {"uri": "http://127.0.0.1:8080", "port": free_port()} | changes
+    with pytest.raises(ConfigError, match=message):
+        dashboard.run(DashboardConfig(**values), Said())
+    assert commands == []
 
 
 def test_a_dashboard_whose_port_is_taken_names_it(cache: Path, commands: list[list[str]]) -> None:

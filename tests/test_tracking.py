@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import time
 import uuid
 from pathlib import Path
 from typing import Any
@@ -454,3 +455,85 @@ def test_no_run_is_active_afterwards(store: Store) -> None:
 
 def test_the_null_tracker_shows_nothing() -> None:
     assert NullTracker().sync([record(0)]) == 0
+
+
+# What the environment wishes for other programs.
+
+ENVIRONMENTS: dict[str, dict[str, str]] = {
+    "another registry": {"MLFLOW_REGISTRY_URI": "http://127.0.0.1:9"},
+    "another server": {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9"},
+    "another run": {
+        "MLFLOW_RUN_ID": "0" * 32, "MLFLOW_EXPERIMENT_ID": "99", "MLFLOW_EXPERIMENT_NAME": "theirs",
+    },
+    "written later": {"MLFLOW_ENABLE_ASYNC_LOGGING": "true"},
+    "a workspace": {"MLFLOW_ENABLE_WORKSPACES": "true", "MLFLOW_WORKSPACE": "a-team"},
+    "no patience": {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "1"},
+    "a login": {"MLFLOW_TRACKING_USERNAME": "me", "MLFLOW_TRACKING_TOKEN": "t"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("wishes", ENVIRONMENTS.values(), ids=ENVIRONMENTS)
+def test_the_environment_leads_no_file_elsewhere(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wishes: dict[str, str]
+) -> None:
+    for name, value in wishes.items():
+        monkeypatch.setenv(name, value)
+    tracker = store.tracker(strict=True, study_name=store.study_id)
+    begun = time.monotonic()
+    tracker.start({"seed": 0})
+    tracker.sync([record(0), record(1)])
+    tracker.present(PRESENTED)
+    tracker.summary({"improvement": 0.5}, [])
+    tracker.checkpoint(written(tmp_path / "copied", copied=True))
+    tracker.finish(completed=True)
+    assert time.monotonic() - begun < 60  # seconds where nothing waits for a server
+    assert mlflow_store.pages_of_runs(store.uri)
+    for name in wishes:
+        monkeypatch.delenv(name)
+    assert store.parent.info.status == "FINISHED"
+    assert store.parent.data.metrics["improvement"] == 0.5
+    assert store.parent.data.tags["mlflow.note.content"] == "**a note**"
+    assert list(store.children) == ["trial-000", "trial-001"]
+    assert all("nll" in child.data.metrics for child in store.children.values())
+    (version,) = store.client.search_model_versions(f"name = '{store.study_id}'")
+    assert version.run_id == store.children["trial-001"].info.run_id
+
+
+NAMES = [
+    "it's", 'a "b" \'c\'', "back\\slash", "ends in \\", "50%25 %s", "Größe 模型 🙂", "x" * 250,
+    "a;b` = '1' or name like '%", "..", " ", "<b>*x*</b>",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_any_name_of_a_study_and_a_folder_is_taken(store: Store, tmp_path: Path, name: str) -> None:
+    for _ in range(2):
+        tracker = store.tracker(strict=True, study_name=name)
+        tracker.start({"study": name})
+        tracker.sync([record(1)])
+    assert store.parent.data.tags["lrbo.study"] == name
+    one = written(tmp_path / f"folder of {name[:200]}")
+    for _ in range(2):
+        tracker.checkpoint(one)
+    tracker.finish(completed=True)
+    runs = {child.info.run_id for child in store.children.values()}
+    versions = [v for v in store.client.search_model_versions() if v.run_id in runs]
+    assert [version.tags["folder"] for version in versions] == [str(one.folder)]
+
+
+@pytest.mark.parametrize("name", ["it's 50% é", "..", "../outside", "/tmp/absolute", "a#b?c"])
+def test_any_name_of_an_experiment_keeps_its_files_in_its_folder(store: Store, name: str) -> None:
+    store.experiment = f"{name}{store.study_id}" if name != ".." else name
+    tracker = store.tracker(strict=True)
+    tracker.start({})
+    tracker.trial(record(0))
+    (child,) = store.children.values()
+    file = store.artifact(child, "allocation.json")
+    assert file.is_file()
+    assert store.artifacts.resolve() in file.resolve().parents
+
+
+def test_a_changed_identity_is_refused_by_name(store: Store) -> None:
+    store.study_id = "x' or 'a' = 'a"
+    with pytest.raises(TrackingError, match=r"lrbo.study_id=.*study\.json"):
+        store.tracker().start({})

@@ -1,11 +1,14 @@
 """A store that is locked, lost or broken costs a search nothing but a warning."""
 
+import http.server
 import logging
+import os
 import signal
 import socket
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable
@@ -14,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 from mlflow import MlflowClient
 
 from lrbo import mlflow_store, tracking
@@ -244,3 +248,116 @@ def test_a_store_of_another_version_says_what_to_do(
         assert part in warning
     with pytest.raises(TrackingError, match="another version of mlflow"):
         mlflow_store.pages_of_runs(f"sqlite:///{tmp_path}/./mlflow.db")
+
+
+class Answers(http.server.BaseHTTPRequestHandler):
+    """Answers every request with the status that its server has."""
+
+    def answer(self) -> None:
+        self.send_response(self.server.status)  # type: ignore[attr-defined]
+        self.send_header("Retry-After", "600")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_GET = do_POST = answer  # noqa: N815
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture
+def impatient_with_servers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give up an answer after a second, as a user can say it."""
+    for name in ("MAX_RETRIES", "TIMEOUT"):
+        monkeypatch.setenv(f"MLFLOW_HTTP_REQUEST_{name}", "1")
+    monkeypatch.delenv("MLFLOW_HTTP_RESPECT_RETRY_AFTER_HEADER", raising=False)
+
+
+def assert_it_costs_seconds(uri: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Show a whole search on a server that is of no use."""
+    tracker = MlflowTracker(uri, "lrbo", uuid.uuid4().hex, "my-study")
+    begun = time.monotonic()
+    tracker.start({"seed": 0})
+    for index in range(3):
+        tracker.trial(record(index))
+    tracker.summary({"best": 1.0}, [])
+    tracker.finish(completed=True)
+    assert time.monotonic() - begun < 2 * SOON
+    assert len(warnings_of(caplog)) == 1
+
+
+@pytest.mark.usefixtures("impatient_with_servers")
+@pytest.mark.parametrize("status", [401, 403, 404, 429, 500, 503])
+def test_a_server_that_answers_with_errors_costs_seconds(
+    status: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answers) as server:
+        server.status = status  # type: ignore[attr-defined]
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            assert_it_costs_seconds(f"http://127.0.0.1:{server.server_port}", caplog)
+        finally:
+            server.shutdown()
+
+
+@pytest.mark.usefixtures("impatient_with_servers")
+def test_a_server_that_never_answers_costs_seconds(caplog: pytest.LogCaptureFixture) -> None:
+    with closing(socket.create_server(("127.0.0.1", 0))) as silent:
+        assert_it_costs_seconds(f"http://127.0.0.1:{silent.getsockname()[1]}", caplog)
+
+
+def test_a_name_that_does_not_resolve_costs_seconds(caplog: pytest.LogCaptureFixture) -> None:
+    assert_it_costs_seconds("http://no-such-host.invalid:5000", caplog)
+
+
+def test_patience_with_a_server_is_seconds_unless_the_user_says_otherwise(
+    dead_server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [f"MLFLOW_HTTP_{name}" for name in ("REQUEST_MAX_RETRIES", "REQUEST_TIMEOUT")]
+    for name in [*names, "MLFLOW_HTTP_RESPECT_RETRY_AFTER_HEADER"]:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(names[1], "45")
+    MlflowTracker(dead_server, "lrbo", "0", "my-study").start({})
+    assert [os.environ[name] for name in names] == ["1", "45"]
+    assert os.environ["MLFLOW_HTTP_RESPECT_RETRY_AFTER_HEADER"] == "false"
+    for name in [*names, "MLFLOW_HTTP_RESPECT_RETRY_AFTER_HEADER"]:
+        monkeypatch.delenv(name)
+
+
+def test_the_end_of_a_search_shows_what_a_busy_store_missed(
+    store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(mlflow_store, "BUSY_SECONDS", BUSY)
+    tracker = store.tracker()
+    with store.locked():
+        tracker.start({"seed": 0})
+        tracker.trial(record(0))
+        tracker.summary({"improvement": 0.5}, [])
+    free = threading.Event()
+
+    def busy_for_a_while(seconds: float) -> None:
+        if seconds == tracking.LAST_WAITS[2]:
+            free.set()
+
+    monkeypatch.setattr(tracking.time, "sleep", busy_for_a_while)
+    original = mlflow_store.StudyRuns._check_free
+
+    def check(self: mlflow_store.StudyRuns) -> None:
+        if not free.is_set():
+            raise sqlite3.OperationalError("database is locked")
+        original(self)
+
+    monkeypatch.setattr(mlflow_store.StudyRuns, "_check_free", check)
+    tracker.finish(completed=True)
+    assert free.is_set()
+    assert store.parent.info.status == "FINISHED"
+    assert store.parent.data.metrics["improvement"] == 0.5
+    assert list(store.children) == ["trial-000"]
+    assert len(warnings_of(caplog)) == 1
+
+
+def test_a_store_that_is_there_is_opened_without_the_lock_of_its_making(store: Store) -> None:
+    with FileLock(f"{store.file}.lock"):
+        tracker = store.tracker(strict=True)
+        tracker.start({})
+    assert store.parent.info.status == "RUNNING"

@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from lrbo import checks, comparison, config
 from lrbo.commands.view import (
     digests,
@@ -24,6 +22,7 @@ from lrbo.report import print_comparison, print_report
 from lrbo.results import draw_figures, summary
 from lrbo.schema import ReportConfig
 from lrbo.shell import assigned
+from lrbo.terminal import PlainConsole
 
 
 def run(chosen: ReportConfig, reporter: Reporter) -> dict[str, Any]:
@@ -43,7 +42,7 @@ def run(chosen: ReportConfig, reporter: Reporter) -> dict[str, Any]:
     if isinstance(chosen.study, str) and names == [chosen.study]:
         return _one(chosen, studies[0], reporter)
     table = comparison.compared(studies)
-    print_comparison(table, Console(highlight=False))
+    print_comparison(table, PlainConsole())
     if chosen.figures and table["best"].notna().any():
         path = Path(chosen.studies) / "comparison.png"
         digest = digest_of(table.to_csv(), names)
@@ -94,7 +93,7 @@ def _sync(chosen: ReportConfig, study: Study, reporter: Reporter) -> None:
 
 def _one(chosen: ReportConfig, study: Study, reporter: Reporter) -> dict[str, Any]:
     """Show what one study found."""
-    print_report(study, Console(highlight=False))
+    print_report(study, PlainConsole())
     if chosen.figures:
         for path in draw_figures(study):
             reporter.say(f"Figure: {path}")

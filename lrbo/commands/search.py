@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from lrbo import builders, config, paths, versions
 from lrbo.commands.asked import search_asked, study_of
@@ -32,6 +31,7 @@ from lrbo.results import size_metric, summary
 from lrbo.schema import SearchConfig
 from lrbo.shell import command, study_at
 from lrbo.storage import cache_folder
+from lrbo.terminal import PlainConsole
 from lrbo.tracking import Tracker
 from lrbo.trial import TrialRecord, TrialRequest, TrialResult
 from lrbo.worker import Worker
@@ -43,7 +43,7 @@ def run(chosen: SearchConfig, typed: Sequence[str], reporter: Reporter) -> dict[
     Args and errors are those of :func:`search`.
     """
     study = search(chosen, typed, reporter)
-    print_report(study, Console(highlight=False))
+    print_report(study, PlainConsole())
     reporter.say(f"Figures: {study.folder / 'figures'}")
     size = size_metric(study)
     wanted = {"study": study_at(study.folder)}

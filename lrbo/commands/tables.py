@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from lrbo.strict_json import to_json
+from lrbo.terminal import PlainConsole
 from lrbo.versions import versions
 
 
-def console() -> Console:
+def console() -> PlainConsole:
     """Return what writes to stdout."""
-    return Console(highlight=False)
+    return PlainConsole()
 
 
 def table(*columns: str) -> Table:
