@@ -40,7 +40,7 @@ from lrbo.nested import LowRankFactors
 from lrbo.optimization.base import STARTS, Space, Start
 from lrbo.optimization.study import Study
 from lrbo.pool import PoolSettings, choose_windows
-from lrbo.preparation import Preparation, curve_needs, loss_curves
+from lrbo.preparation import Preparation, curve_needs, loss_curves, without_effect
 from lrbo.progress import Reporter
 from lrbo.racing import Race
 from lrbo.schema import MethodConfig, ModelConfig, SearchConfig
@@ -218,6 +218,8 @@ def build_worker(plan: Plan, study: Study, reporter: Reporter) -> Worker:
         corpus.save_windows(tokens_file(study), plan.windows)
         study.begin(_about(plan, digest, dtype, device), to_yaml(config))
     stored = plan.preparation.factors(digest, dtype, device, reporter, model)
+    if idle := without_effect(plan.layers, stored):
+        reporter.say(idle)
     # The file serves every storage form, and some use few of its directions.
     useful = {name: largest_rank(plan.layers.by_name[name], plan.space.cost) for name in stored}
     factors = running(model, stored, {name: rank for name, rank in useful.items() if rank})
