@@ -341,8 +341,7 @@ def _dense_reference(
 
 def _about(plan: Plan, digest: str, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     """Return what is fixed when a study begins."""
-    method = plan.method
-    first = plan.layers.compressible[0]
+    without_bias = [spec for spec in plan.layers.compressible if not spec.has_bias]
     return {
         "study_id": uuid.uuid4().hex,
         "seed": plan.config.seed,
@@ -356,7 +355,7 @@ def _about(plan: Plan, digest: str, dtype: torch.dtype, device: torch.device) ->
         },
         "budget_parameters": plan.space.budget.parameters,
         "storage": plan.config.budget.storage,
-        "adds_bias": method.parameters(first, 1) > first.out_features + first.in_features,
+        "adds_bias": any(plan.method.parameters(spec, 0) for spec in without_bias),
         "layers": [asdict(spec) for spec in plan.layers.layers],
         "variables": {name: list(ends) for name, ends in plan.space.bounds.items()},
         "donors": [start.to_dict() for start in plan.starts if isinstance(start, Donor)],
