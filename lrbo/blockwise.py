@@ -100,9 +100,9 @@ class BlockwiseBody:
         return weight.device
 
     def embed(self, ids: Int[Tensor, "windows tokens"]) -> Float[Tensor, "windows tokens d"]:
-        """Return what the first block is given for token ids."""
+        """Return what the first block is given for token ids, outside of any graph."""
         hidden, _ = self._pass(ids, None)
-        return hidden
+        return hidden.detach()  # a model in training may have a hook that asks for its gradient
 
     def run(
         self, block: nn.Module, index: int, hidden: Float[Tensor, "windows tokens d"]
@@ -196,10 +196,14 @@ def watching_inputs(
 @contextmanager
 def _forwards(blocks: list[nn.Module], stand_in: Callable[..., Any]) -> Iterator[None]:
     """Replace what blocks do for the length of a ``with``; their attributes stay readable."""
+    own = [vars(block).get("forward") for block in blocks]  # of those that something has wrapped
     for block in blocks:
         block.forward = MethodType(stand_in, block)
     try:
         yield
     finally:
-        for block in blocks:
-            del block.forward
+        for block, forward in zip(blocks, own, strict=True):
+            if forward is None:
+                del block.forward
+            else:
+                block.forward = forward

@@ -41,7 +41,7 @@ from lrbo.nested import LowRankFactors
 from lrbo.optimization.base import STARTS, Space, Start
 from lrbo.optimization.study import Study
 from lrbo.pool import PoolSettings, choose_windows
-from lrbo.preparation import Preparation, curve_needs, loss_curves
+from lrbo.preparation import Preparation, curve_needs, loss_curves, without_effect
 from lrbo.progress import Reporter
 from lrbo.racing import Race
 from lrbo.schema import MethodConfig, ModelConfig, SearchConfig
@@ -226,6 +226,8 @@ def build_worker(plan: Plan, study: Study, reporter: Reporter) -> Worker:
         corpus.save_windows(tokens_file(study), plan.windows)
         study.begin(_about(plan, digest, dtype, device), to_yaml(config))
     stored = plan.preparation.factors(digest, dtype, device, reporter, model)
+    if idle := without_effect(plan.layers, stored):
+        reporter.say(idle)
     # The file serves every storage form, and some use few of its directions.
     useful = {name: largest_rank(plan.layers.by_name[name], plan.space.cost) for name in stored}
     factors = running(model, stored, {name: rank for name, rank in useful.items() if rank})
@@ -363,8 +365,7 @@ def _dense_reference(
 
 def _about(plan: Plan, digest: str, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     """Return what is fixed when a study begins."""
-    method = plan.method
-    first = plan.layers.compressible[0]
+    without_bias = [spec for spec in plan.layers.compressible if not spec.has_bias]
     return {
         "study_id": uuid.uuid4().hex,
         "seed": plan.config.seed,
@@ -378,7 +379,7 @@ def _about(plan: Plan, digest: str, dtype: torch.dtype, device: torch.device) ->
         },
         "budget_parameters": plan.space.budget.parameters,
         "storage": plan.config.budget.storage,
-        "adds_bias": method.parameters(first, 1) > first.out_features + first.in_features,
+        "adds_bias": any(plan.method.parameters(spec, 0) for spec in without_bias),
         "layers": [asdict(spec) for spec in plan.layers.layers],
         "variables": {name: list(ends) for name, ends in plan.space.bounds.items()},
         "donors": [start.to_dict() for start in plan.starts if isinstance(start, Donor)],

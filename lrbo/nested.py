@@ -66,6 +66,11 @@ class LowRankFactors:
         """Return the number of directions at hand."""
         return self.right.shape[0]
 
+    @property
+    def has_effect(self) -> bool:
+        """Say whether any rank costs anything: not where calibration saw the layer do nothing."""
+        return float(self.tail[0]) > 0 and (self.loss is None or float(self.loss[0]) > 0)
+
     def bias_at(self, rank: int) -> Float[Tensor, " out"] | None:
         """Return the bias of the rank-``rank`` layer, shape ``(out,)``, or ``None``.
 

@@ -155,6 +155,28 @@ def factors_by_block(
         )
 
 
+def without_effect(layers: ModelMap, factors: Mapping[str, LowRankFactors]) -> str | None:
+    """Say which layers cost nothing at any rank, by kind and block; ``None`` if all have effect.
+
+    Args:
+        layers: The map of the model.
+        factors: By layer name.
+    """
+    blocks: dict[str, list[str]] = {}
+    for spec in layers.compressible:
+        if spec.name in factors and not factors[spec.name].has_effect:
+            blocks.setdefault(spec.kind, []).append(str(spec.block))
+    if not blocks:
+        return None
+    count = sum(map(len, blocks.values()))
+    names = ", ".join(f"{kind} of {', '.join(depths)}" for kind, depths in blocks.items())
+    return (
+        f"{count} of {len(factors)} layers have no effect on the calibration text (inputs, weight "
+        f"or gradients of outputs are zero), and cost nothing at any rank; by kind and block: "
+        f"{names}"
+    )
+
+
 def curve_needs(method: FactorizationMethod) -> frozenset[Statistic]:
     """Return what calibration must gather for a method and for its loss curves."""
     needs = method.needs | {Statistic.INPUT_MEAN, Statistic.OUTPUT_GRADIENT}

@@ -84,7 +84,8 @@ class OutputMetric:
     """Weighs output errors: ``e -> e^T G e`` in nats, or their plain square without ``G``.
 
     Args:
-        matrix: ``G``, ``(out, out)``, symmetric positive semi-definite, or ``None``.
+        matrix: ``G``, ``(out, out)``, symmetric positive semi-definite, or ``None``. One that is
+            zero throughout says of no output that it counts more, and is taken for ``None``.
         name: The layer, for messages.
 
     Raises:
@@ -95,7 +96,7 @@ class OutputMetric:
         self._matrix: Tensor | None = None
         self._lower: Tensor | None = None
         self._inverse: Tensor | None = None
-        if matrix is None:
+        if matrix is None or not bool(matrix.any()):
             return
         require_finite(f"{name}: output metric", matrix)
         double = matrix.to(torch.float64)

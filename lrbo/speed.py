@@ -17,7 +17,7 @@ from transformers.cache_utils import DynamicCache, StaticCache
 from lrbo.compression import replace_module
 from lrbo.evaluation.latency import Clock, Latency, in_turns, seconds_of
 from lrbo.layers import LowRankLinear, PivotedLinear, linear_of
-from lrbo.model import body_and_head
+from lrbo.model import body_and_head, map_model
 
 Step = Literal["prefill", "decode"]
 Pair = tuple[Callable[[], object], Callable[[], object]]
@@ -295,17 +295,22 @@ def measure_kinds(
         settings: The longest prompt counts.
         clock: Seconds.
     """
-    low_rank = low_rank_layers(model)
+    specs = map_model(twin).by_name
     kinds: dict[str, list[str]] = {}
-    for name in low_rank:
-        kinds.setdefault(name.rpartition(".")[2], []).append(name)
+    for name in low_rank_layers(model):
+        kinds.setdefault(specs[name].kind, []).append(name)
     found = []
     for kind, names in kinds.items():
         mine = [model.get_submodule(name) for name in names]
         other = [twin.get_submodule(name) for name in names]
-        shape = (settings.batch, max(settings.prompts), shape_of(low_rank[names[0]])[1])
-        rows = torch.randn(shape, device=model.device).to(model.dtype)
-        timed = _timed(_all_of(mine, rows), _all_of(other, rows), model.device, settings, clock)
+        shape = (settings.batch, max(settings.prompts))
+        rows = {
+            width: torch.randn(*shape, width, device=model.device).to(model.dtype)
+            for width in sorted({specs[name].in_features for name in names})
+        }
+        inputs = [rows[specs[name].in_features] for name in names]
+        pair = _all_of(mine, inputs), _all_of(other, inputs)
+        timed = _timed(*pair, model.device, settings, clock)
         ratio = sum(map(numbers_in, mine)) / sum(map(numbers_in, other))
         found.append(
             KindSpeed(
@@ -321,11 +326,11 @@ def measure_kinds(
     return found
 
 
-def _all_of(layers: list[nn.Module], rows: Tensor) -> Pair:
-    """Return what runs layers one after another on the same rows, as in a model: none is kept."""
+def _all_of(layers: list[nn.Module], inputs: list[Tensor]) -> Pair:
+    """Return what runs layers one after another, as in a model: no answer is kept."""
 
     def run() -> None:
-        for layer in layers:
+        for layer, rows in zip(layers, inputs, strict=True):
             layer(rows)
 
     return (lambda: None), run

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,7 @@ from lrbo.errors import BudgetError, ConfigError, DataError, ModelError, Statist
 from lrbo.evaluation.limits import Limits
 from lrbo.evaluation.perplexity import Perplexity
 from lrbo.evaluation.perplexity import score as score_checked
-from lrbo.factorization.base import FactorizationMethod, Statistic
+from lrbo.factorization.base import GRADIENT_STATISTICS, MATRICES, FactorizationMethod, Statistic
 from lrbo.factorization.registry import method_named
 from lrbo.layers import LowRankLinear, PivotedLinear
 from lrbo.model import (
@@ -33,15 +34,24 @@ from lrbo.model import (
 )
 from lrbo.nested import LowRankFactors
 from lrbo.optimization.base import least_loss, uniform_ratios
-from lrbo.preparation import curve_needs, factors_by_block, statistics_by_block
+from lrbo.preparation import (
+    curve_needs,
+    factors_by_block,
+    statistics_by_block,
+    without_effect,
+)
 from lrbo.progress import Reporter
 from lrbo.sensitivity import predicted_curves
-from lrbo.specs import ModelMap
+from lrbo.specs import LayerSpec, ModelMap
 from lrbo.terminal import PlainConsole
 from lrbo.versions import versions
 from lrbo.worker import allocation_parameters
 
 Method = str | FactorizationMethod
+
+
+class NoEffectWarning(UserWarning):
+    """Layers that calibration saw do nothing: they cost nothing at any rank."""
 
 
 def calibrate(
@@ -55,10 +65,11 @@ def calibrate(
 ) -> Calibration:
     """Gather what a method must know of the inputs and output gradients of a model's layers.
 
-    The text passes through the model block by block, and back if gradients are needed.
+    The text passes through the model block by block, and back if gradients are needed. A model
+    in training is run as in evaluation, and is afterwards what it was.
 
     Args:
-        model: A causal language model of a family in :mod:`lrbo.families`, in evaluation mode.
+        model: A causal language model of a family in :mod:`lrbo.families`.
         ids: ``(windows, tokens)`` token ids; every position enters.
         method: Name or object, or several, which then share the statistics.
         curves: Gather also what loss curves need, for :meth:`Factorization.least_loss`; takes
@@ -72,8 +83,8 @@ def calibrate(
     Raises:
         ConfigError: If there is no method of that name; lists the known ones.
         DataError: If the ids are no windows of tokens of this model.
-        ModelError: If the family of the model is unknown, or the model is in training mode or
-            compressed.
+        ModelError: If the family of the model is unknown, or the model is compressed, or lets no
+            gradients through.
         StatisticsError: If a layer saw a value that is not finite, naming it.
     """
     layers = _mapped(model)
@@ -84,7 +95,14 @@ def calibrate(
     )
     if not needs:
         return Calibration()
-    with torch.inference_mode(False):  # in which there would be no gradients
+    if GRADIENT_STATISTICS & needs and any(p.is_inference() for p in model.parameters()):
+        raise ModelError(
+            f"the parameters of this {type(model).__name__} were made in torch.inference_mode(), "
+            "through which gradients do not pass; load it outside, or ask for a method without "
+            "gradients and curves=False"
+        )
+    # In the caller's inference mode there would be no gradients.
+    with _as_evaluated(model), torch.inference_mode(False):
         parts = statistics_by_block(
             model,
             layers,
@@ -115,8 +133,7 @@ def factorize(
 
     Raises:
         ConfigError: If there is no method or storage of that name; lists the known ones.
-        ModelError: If the family of the model is unknown, or the model is in training mode or
-            compressed.
+        ModelError: If the family of the model is unknown, or the model is compressed.
         StatisticsError: If the calibration lacks what the method needs, or a layer cannot be
             factored with it.
     """
@@ -129,18 +146,14 @@ def factorize(
             "gives, or None; a method is given as method=NAME"
         )
     known = calibration or Calibration()
-    found = known.of(layers.compressible[0])
-    missing = sorted(need.value for need in how.needs - set(found))
-    if missing:
-        name = repr(method) if isinstance(method, str) else type(method).__name__ + "()"
-        raise StatisticsError(
-            f"method {how.name!r} needs the statistics {', '.join(missing)}, and the calibration "
-            f"has {', '.join(sorted(found)) or 'none'}; gather them with "
-            f"lrbo.calibrate(model, ids, {name})"
-        )
+    name = repr(method) if isinstance(method, str) else type(method).__name__ + "()"
+    for spec in layers.compressible:
+        _check_statistics(spec, known.of(spec), how, f"lrbo.calibrate(model, ids, {name})")
     factors: dict[str, LowRankFactors] = {}
     for part in factors_by_block(model, layers, how, known, _reporter(progress)):
         factors |= part
+    if idle := without_effect(layers, factors):
+        warnings.warn(idle, NoEffectWarning, stacklevel=2)
     return Factorization(layers, how, storage, factors)
 
 
@@ -150,7 +163,7 @@ def score(
     """Score a model, dense or compressed, on windows of tokens.
 
     Args:
-        model: A causal language model, in evaluation mode.
+        model: A causal language model; one in training is run as in evaluation.
         ids: ``(windows, tokens)`` token ids; the first token of each window is context only.
         batch_windows: Windows per forward pass; does not change the result.
         chunk_tokens: Rows of logits at a time; does not change the result.
@@ -161,12 +174,13 @@ def score(
 
     Raises:
         DataError: If the ids are no windows of tokens of this model.
-        ModelError: If the model is in training mode.
+        ModelError: If it is no model of transformers.
         NonFiniteError: With the count, if a token's loss is not finite.
     """
     _check_model(model)
     _check_ids(ids, model, least=2)
-    return score_checked(model, ids, batch_windows=batch_windows, chunk_tokens=chunk_tokens)
+    with _as_evaluated(model):
+        return score_checked(model, ids, batch_windows=batch_windows, chunk_tokens=chunk_tokens)
 
 
 @dataclass(frozen=True, repr=False)
@@ -360,17 +374,65 @@ def _method(method: Method) -> FactorizationMethod:
     return method_named(method) if isinstance(method, str) else method
 
 
+def _check_statistics(
+    spec: LayerSpec, gathered: Mapping[Statistic, Tensor], method: FactorizationMethod, mend: str
+) -> None:
+    """Refuse statistics that a method cannot factor a layer with.
+
+    Args:
+        spec: The layer.
+        gathered: What the calibration has of it.
+        method: What is to read them.
+        mend: The call that gathers them.
+
+    Raises:
+        StatisticsError: If some are missing, or are of a layer of another shape.
+    """
+    missing = sorted(need.value for need in method.needs - set(gathered))
+    if missing:
+        raise StatisticsError(
+            f"{spec.name}: method {method.name!r} needs the statistics {', '.join(missing)}, and "
+            f"the calibration has {', '.join(sorted(gathered)) or 'none'}; gather them with {mend}"
+        )
+    for statistic, tensor in gathered.items():
+        size = spec.out_features if statistic is Statistic.OUTPUT_GRADIENT else spec.in_features
+        expected = (size, size) if statistic in MATRICES else (size,)
+        if tensor.shape != expected:
+            raise StatisticsError(
+                f"{spec.name}: the calibration has {statistic.value} of shape "
+                f"{tuple(tensor.shape)}, expected {expected}: it is of another model. Gather "
+                f"that of this one with {mend}"
+            )
+
+
+@contextmanager
+def _as_evaluated(model: PreTrainedModel) -> Iterator[None]:
+    """Run a model as evaluation does, without dropout and in its own precision, for a ``with``.
+
+    Afterwards every module is in the mode in which it was.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        for module, _ in modes:
+            module.training = False
+        with torch.autocast(model.device.type, enabled=False):
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
 def _reporter(progress: bool) -> Reporter:
     """Return what shows progress, or nothing."""
     return Reporter() if progress else Reporter(PlainConsole(quiet=True))
 
 
 def _mapped(model: PreTrainedModel) -> ModelMap:
-    """Return the map of a model whose numbers mean something.
+    """Return the map of a model that can be compressed.
 
     Raises:
-        ModelError: If the family is unknown, the model is compressed, dropout may be on, or its
-            parameters are not finite, or not those of its configuration.
+        ModelError: If the family is unknown, the model is compressed, or its parameters are not
+            finite, or not those of its configuration.
     """
     _check_model(model)
     if any(isinstance(module, LowRankLinear | PivotedLinear) for module in model.modules()):
@@ -386,7 +448,7 @@ def _mapped(model: PreTrainedModel) -> ModelMap:
 
 
 def _check_model(model: object) -> None:
-    """Refuse what is no model whose numbers mean something.
+    """Refuse what is no model in memory.
 
     Raises:
         ModelError: Saying what came, and what is expected.
@@ -396,11 +458,6 @@ def _check_model(model: object) -> None:
             f"model of type {type(model).__name__}: expected a model of transformers in memory, "
             "as AutoModelForCausalLM.from_pretrained and lrbo.load give"
             + ("; merge its adapter with merge_and_unload()" if _is_adapted(model) else "")
-        )
-    if model.training:
-        raise ModelError(
-            f"{type(model).__name__} is in training mode, in which dropout changes what layers "
-            "see; call model.eval() first."
         )
 
 

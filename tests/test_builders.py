@@ -18,14 +18,20 @@ import torch
 from transformers import PreTrainedModel
 
 from lrbo import builders, loading, mlflow_store, texts
+from lrbo.accounting import STORAGES
+from lrbo.builders import model_source
 from lrbo.commands import compress, dashboard, search, view
 from lrbo.config import composed
 from lrbo.errors import ConfigError, ModelError, StudyError
-from lrbo.model import fingerprint
-from lrbo.optimization.study import Study
+from lrbo.factorization.loss_aware import LossAware
+from lrbo.factorization.registry import METHODS
+from lrbo.model import fingerprint, map_model
+from lrbo.optimization.study import Study, stored_parameters
 from lrbo.progress import Reporter
 from lrbo.schema import CompressConfig, DashboardConfig, SearchConfig
+from lrbo.spaces import build_search_space
 from lrbo.tracking import MlflowTracker, NullTracker
+from tests.tiny import build_on_meta
 
 SMALL = ["experiment=tiny", "search.trials=1", "search.initial=2", "tracking.enabled=false"]
 SMALL += [f"data.{role}.tokens=512" for role in ("calibration", "validation", "test")]
@@ -301,6 +307,23 @@ def test_a_study_says_what_it_was_begun_with(cache: Path) -> None:
     other = Study(Path("studies/two")).about()
     assert other["adds_bias"] is True
     assert other["study_id"] != about["study_id"]
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_a_study_counts_a_layer_as_its_budget_does(storage: Any) -> None:
+    """Qwen2 has a bias in its first layers and none in the others."""
+    config = chosen(f"budget.storage={storage}", "space=weights")
+    for case in ("qwen2", "llama_tied", "llama_biased"):
+        layers = map_model(build_on_meta(case))
+        for method in (*METHODS.values(), LossAware(centred=True)):
+            space = build_search_space(config, layers, method)
+            plan = builders.Plan(config, model_source(config.model), layers, method, space, {})
+            about = builders._about(plan, "a digest", torch.float32, torch.device("cpu"))
+            for spec in layers.compressible:
+                assert stored_parameters(spec, None, about) == spec.parameters
+                for rank in (1, 3, min(spec.out_features, spec.in_features)):
+                    counted = stored_parameters(spec, rank, about)
+                    assert counted == space.cost(spec, rank), (case, method.name, spec.name)
 
 
 # --- tracking and dashboard --------------------------------------------------------------------

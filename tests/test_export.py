@@ -12,7 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 
 from lrbo import export
 from lrbo.accounting import Storage, account
@@ -34,6 +40,7 @@ from lrbo.loading import byte_tokenizer
 from lrbo.merging import save_merged
 from lrbo.model import linear_bias, linear_weight, map_model
 from lrbo.nested import LowRankFactors, NestedFactors, PivotedFactors
+from lrbo.steps import factorize
 from lrbo.worker import allocation_parameters
 from tests import reference
 from tests.tiny import CASES, build, token_ids
@@ -319,6 +326,15 @@ def test_an_added_bias_finds_its_place_or_is_refused(case: str, tmp_path: Path) 
         with pytest.raises(CheckpointError, match=rf"{kind} has no place for the bias of \d+ lay"):
             save_merged(folder, compressed.model, TOKENIZER)
         assert files(tmp_path) == {}
+
+
+def test_a_bias_of_some_layers_gives_the_others_none(tmp_path: Path) -> None:
+    values = {**CASES["llama_biased"].to_dict(), "mlp_bias": False}
+    model = LlamaForCausalLM(LlamaConfig(**values)).eval()
+    dense = sum(parameter.numel() for parameter in model.parameters())
+    found = factorize(model, None, "svd", progress=False)
+    found.compress_(model, found.uniform(0.6))
+    assert save_merged(tmp_path / "merged", model, TOKENIZER) == dense
 
 
 def test_merging_leaves_the_model_as_it_was(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lrbo.accounting import STORAGES
 from lrbo.errors import ConfigError, StatisticsError
-from lrbo.factorization.base import FactorizationMethod, Statistic
+from lrbo.factorization.base import FactorizationMethod, factor_layer
 from lrbo.factorization.loss_aware import LossAware
 from lrbo.factorization.registry import METHODS, method_named, options_of
 from lrbo.linalg import JitterWarning
@@ -320,27 +320,68 @@ def test_help_for_a_root_by_cholesky_is_announced(shape: str) -> None:
         factors_of(METHODS["svd_llm"], singular_layer(shape, "dead feature"))
 
 
-@pytest.mark.parametrize("name", ["fwsvd", "loss_aware"])
-def test_gradients_that_are_all_zero_are_refused_by_name(name: str) -> None:
-    layer = make_layer("wide", bias=False)
-    layer.gradients.zero_()
-    (need,) = METHODS[name].needs & {Statistic.OUTPUT_GRADIENT, Statistic.INPUT_IMPORTANCE}
-    with pytest.raises(StatisticsError, match=rf"^{need.value} is zero: the loss does not depend"):
-        factors_of(METHODS[name], layer)
+# --- layers without effect -----------------------------------------------------------------------
+
+# What is left of a metric in which inputs or gradients weigh all alike.
+LEFT = {
+    ("fwsvd", "gradients"): plain_svd,
+    ("loss_aware", "gradients"): CASES["drone"].direct,
+    ("fwsvd", "inputs"): plain_svd,
+    ("asvd", "inputs"): plain_svd,
+    ("drone", "inputs"): plain_svd,
+    ("svd_llm", "inputs"): plain_svd,
+    ("bolaco", "inputs"): plain_svd,
+    ("loss_aware", "inputs"): None,
+}
 
 
-def test_inputs_that_are_all_zero_leave_no_error() -> None:
-    """A layer that no token reaches: any rank will do, except where a root must exist."""
-    layer = make_layer("tall", bias=True)
-    for group in layer.groups:
-        group.zero_()
-    for name in ("asvd", "drone", "bolaco", "loss_aware"):
-        factors = factors_of(METHODS[name], layer)
-        assert [factors.error_at(rank) for rank in ranks_of(factors)] == [0.0] * 6, name
-        full = map_at(factors, layer, factors.max_rank)
-        assert largest_difference(full, layer.dense) <= TOLERANCE["full rank"], name
-    with pytest.raises(StatisticsError, match="input second moment has a mean diagonal of 0"):
-        factors_of(METHODS["svd_llm"], layer)
+def factors_without_effect(method: FactorizationMethod, layer: Layer) -> NestedFactors:
+    given = {need: layer.statistics[need] for need in method.needs}
+    return factor_layer(method, layer.weight, layer.bias, given)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("name", "what"), LEFT)
+def test_a_layer_without_effect_costs_nothing_and_keeps_directions_in_order(
+    name: str, what: str, shape: str
+) -> None:
+    """Any rank will do; what another text may bring is answered as well as a rank can."""
+    layer = make_layer(shape, bias=True)
+    for tensor in layer.groups if what == "inputs" else [layer.gradients]:
+        tensor.zero_()
+    factors = factors_without_effect(METHODS[name], layer)
+    assert {factors.error_at(rank) for rank in ranks_of(factors)} == {0.0}
+    full = map_at(factors, layer, factors.max_rank)
+    assert largest_difference(full, layer.dense) <= TOLERANCE["full rank"]
+    direct = LEFT[name, what]
+    for rank in ranks_of(factors) if direct else ():
+        found = map_at(factors, layer, rank)
+        assert largest_difference(found, direct(layer, rank)) <= TOLERANCE["direct"], rank
+
+
+@every_method
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_weight_of_zeros_costs_nothing(method: FactorizationMethod, shape: str) -> None:
+    layer = make_layer(shape, bias=True)
+    layer.weight.zero_()
+    factors = factors_without_effect(method, layer)
+    for rank in ranks_of(factors):
+        assert factors.error_at(rank) == 0.0
+        assert largest_difference(map_at(factors, layer, rank), layer.dense) == 0.0
+
+
+@every_method
+def test_a_layer_with_effect_is_factored_by_the_method_alone(method: FactorizationMethod) -> None:
+    """Also one whose inputs are constant, which a method that restores means answers exactly."""
+    for constant in (False, True):
+        layer = make_layer("wide", bias=True)
+        for group in layer.groups if constant else []:
+            group.copy_(layer.groups[0][0].expand_as(group))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", JitterWarning)
+            plain, found = factors_of(method, layer), factors_without_effect(method, layer)
+        assert torch.equal(found.left, plain.left)
+        assert torch.equal(found.tail, plain.tail)
 
 
 # --- registry ------------------------------------------------------------------------------------

@@ -281,6 +281,19 @@ def test_an_input_that_is_always_zero_leaves_the_weight_alone() -> None:
     )
 
 
+def test_a_metric_that_is_zero_throughout_weighs_all_outputs_alike() -> None:
+    """Gradients of a layer without effect: its factors stay those of plain squares, not zeros."""
+    target, x, dense, _ = case()
+    moments = pair_moments(target, x, dense)
+    zero = OutputMetric(torch.zeros(OUT, OUT, dtype=torch.float64))
+    found, plain = (
+        solve(*target.dense, moments, 2, ridge=0.1, metric=metric)
+        for metric in (zero, OutputMetric(None))
+    )
+    assert torch.equal(found.left, plain.left)
+    assert torch.equal(found.right, plain.right)
+
+
 def test_a_metric_with_a_nan_is_refused() -> None:
     metric = torch.eye(3)
     metric[0, 1] = torch.nan

@@ -14,6 +14,7 @@ from torch import nn
 from lrbo import speed
 from lrbo.accounting import STORAGES
 from lrbo.cli import main
+from lrbo.model import map_model
 from lrbo.speed import (
     SpeedSettings,
     decode_of,
@@ -26,9 +27,10 @@ from lrbo.speed import (
     shape_of,
     weight_bytes,
 )
+from lrbo.steps import factorize
 from tests.test_export import Compressed
 from tests.test_latency import WorkClock, clock
-from tests.tiny import token_ids
+from tests.tiny import build, token_ids
 
 __all__ = ["clock"]  # a fixture
 TOLERANCE = {
@@ -119,6 +121,16 @@ def test_speeds_are_those_of_the_multiply_adds(storage: Any, clock: WorkClock) -
         names = [name for name in low_rank_layers(model) if name.endswith(kind.kind)]
         assert kind.layers == len(names)
         assert kind.ms == 1e3 * rows * sum(numbers_in(model.get_submodule(n)) for n in names)
+
+
+def test_a_kind_is_what_the_search_calls_so() -> None:
+    """GPT-2 has a ``c_proj`` in attention and a wider one in its MLP."""
+    model = build("gpt2")
+    kinds = [spec.kind for spec in map_model(model).compressible]
+    factorization = factorize(model, None, "svd", progress=False)
+    factorization.compress_(model, factorization.uniform(0.5))
+    timed = measure_kinds(model, dense_twin(model), SETTINGS)
+    assert {one.kind: one.layers for one in timed} == {kind: kinds.count(kind) for kind in kinds}
 
 
 def test_preparing_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:

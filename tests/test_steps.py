@@ -5,7 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedModel
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedModel,
+)
 
 import lrbo
 from lrbo import steps
@@ -17,7 +22,7 @@ from lrbo.loading import ModelSource, byte_tokenizer, load_model
 from lrbo.model import map_model
 from lrbo.steps import Factorization, calibrate, factorize
 from tests.test_preparation import Said, prepared
-from tests.tiny import build, token_ids
+from tests.tiny import CASES, build, token_ids
 
 CPU, FLOAT32 = torch.device("cpu"), torch.float32
 IDS = token_ids(7, 12)
@@ -207,15 +212,12 @@ def test_gradients_are_there_where_a_program_switched_them_off(calibration: Cali
     )
 
 
-def test_models_that_cannot_be_mapped_or_would_drop_out_are_refused() -> None:
+def test_models_that_cannot_be_mapped_are_refused() -> None:
     strange = build("gpt2")
     strange.config.model_type = "bloom"
     for step in (lambda: calibrate(strange, IDS), lambda: factorize(strange)):
         with pytest.raises(ModelError, match=r"'bloom'.*gpt2"):
             step()
-    for step in (calibrate, lrbo.score):
-        with pytest.raises(ModelError, match=r"training mode.*call model.eval\(\)"):
-            step(tiny().train(), IDS)
 
 
 def test_an_unknown_method_names_those_there_are() -> None:
@@ -237,6 +239,27 @@ def test_what_calibration_lacks_is_named_with_the_call_that_gathers_it() -> None
     assert plain.uniform(0.5).parameters > 0
     with pytest.raises(StatisticsError, match="curves=True"):
         plain.least_loss(0.5)
+
+
+def test_the_calibration_of_another_model_is_refused_whichever_layer_it_lacks() -> None:
+    """Before any layer is factored, and although the first one may fit."""
+    calibration = calibrate(build("llama_untied"), IDS, curves=False, progress=False)
+    deeper = LlamaForCausalLM(
+        LlamaConfig(**{**CASES["llama_untied"].to_dict(), "num_hidden_layers": 3})
+    )
+    with pytest.raises(
+        StatisticsError, match=r"^model.layers.2.self_attn.q_proj: .* has none; gat"
+    ):
+        factorize(deeper, calibration, progress=False)
+    wider = LlamaForCausalLM(
+        LlamaConfig(**{**CASES["llama_untied"].to_dict(), "intermediate_size": 28})
+    )
+    message = (
+        r"^model.layers.0.mlp.gate_proj: .*output_gradient of shape \(24, 24\), expected "
+        r"\(28, 28\): it is of another model.*lrbo.calibrate\(model, ids, 'loss_aware'\)"
+    )
+    with pytest.raises(StatisticsError, match=message):
+        factorize(wider, calibration, progress=False)
 
 
 def test_progress_is_shown_unless_it_is_not_wanted(capsys: pytest.CaptureFixture[str]) -> None:

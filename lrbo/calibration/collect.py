@@ -156,9 +156,8 @@ def calibrate(
         for index in range(len(body))
     }
     with Scratch(int(settings.memory_gib * 2**30)) as scratch:
-        width = body.embed(windows[batches[0]]).shape[-1]
-        dtype = body.model.dtype
-        hidden = scratch.empty(*windows.shape, width, dtype=dtype)
+        first = body.embed(windows[batches[0]])  # some models embed in more precision than they run
+        hidden = scratch.empty(*windows.shape, first.shape[-1], dtype=first.dtype)
         for batch in batches:
             hidden[batch] = body.embed(windows[batch]).to(hidden)
         entering: list[Tensor] = []

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from enum import StrEnum
 from typing import Protocol, runtime_checkable
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -76,7 +78,8 @@ class FactorizationMethod(Protocol):
         Args:
             weight: ``(out, in)``, any floating dtype; not modified.
             bias: ``(out,)`` or ``None``.
-            statistics: At least what the method needs.
+            statistics: At least what the method needs, none of it zero throughout
+                (:func:`factor_layer` takes care of those).
 
         Raises:
             StatisticsError: If a statistic is missing or anything is not finite.
@@ -123,3 +126,37 @@ def require_statistics(
         require_finite("bias", bias)
     for need in sorted(method.needs):
         require_finite(need.value, statistics[need])
+
+
+def factor_layer(
+    method: FactorizationMethod,
+    weight: Float[Tensor, "out in"],
+    bias: Float[Tensor, " out"] | None,
+    statistics: Mapping[Statistic, Tensor],
+) -> LowRankFactors:
+    """Factor one layer, which may be one that calibration saw nothing pass through.
+
+    Where inputs, or gradients of outputs, are zero throughout, a metric made of them is zero: any
+    rank is as good as dense, and no direction comes before another. The method is then given
+    inputs or gradients that weigh all alike, so that directions are still in an order that means
+    something should another text reach them, and the error of every rank is 0, as it was measured.
+
+    Args:
+        method: For layers of this kind.
+        weight: ``(out, in)``, any floating dtype; not modified.
+        bias: ``(out,)`` or ``None``.
+        statistics: At least what the method needs.
+
+    Raises:
+        StatisticsError: If a statistic is missing or anything is not finite.
+    """
+    used = {need: statistics[need] for need in method.needs if need in statistics}
+    mean = used.get(Statistic.INPUT_MEAN)
+    constant = MATRICES - GRADIENT_STATISTICS if mean is not None and bool(mean.any()) else set()
+    alike: dict[Statistic, Tensor] = {
+        need: torch.eye(len(value)).to(value) if need in MATRICES else torch.ones_like(value)
+        for need, value in used.items()
+        if need is not Statistic.INPUT_MEAN and need not in constant and not bool(value.any())
+    }
+    factors = method.factor(weight, bias, {**used, **alike})
+    return replace(factors, tail=torch.zeros_like(factors.tail)) if alike else factors

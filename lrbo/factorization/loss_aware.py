@@ -153,8 +153,8 @@ class LossAware:
             increase of the loss in nats per token where they are as measured.
 
         Raises:
-            StatisticsError: If a statistic is missing, not finite, or holds no gradient at all
-                or too little for the shrinkage.
+            StatisticsError: If a statistic is missing, not finite, or holds too little gradient
+                for the shrinkage.
 
         Note:
             Two symmetric eigendecompositions of order ``min(out, in)``.
@@ -162,11 +162,6 @@ class LossAware:
         require_statistics(self, weight, bias, statistics)
         dense = weight.to(torch.float64)
         gradient = statistics[Statistic.OUTPUT_GRADIENT].to(dense)
-        if float(gradient.diagonal().sum()) <= 0:
-            raise StatisticsError(
-                f"{Statistic.OUTPUT_GRADIENT.value} is zero: the loss does not depend on this "
-                "layer's output. Calibrate on longer windows, or keep the layer dense."
-            )
         mean = statistics[Statistic.INPUT_MEAN].to(dense)
         if self.centred:
             inputs = statistics[Statistic.INPUT_COVARIANCE].to(dense)

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from lrbo.allocation import Cost, rungs
 from lrbo.blockwise import OpenBlock
 from lrbo.errors import StatisticsError
-from lrbo.factorization.base import FactorizationMethod, Statistic
+from lrbo.factorization.base import FactorizationMethod, Statistic, factor_layer
 from lrbo.factorization.loss_aware import predicted_loss
 from lrbo.linalg import float64_device
 from lrbo.model import linear_bias, linear_weight
@@ -105,7 +105,7 @@ def _factor_layer(
     place = float64_device(weight.device if device is None else device)
     bias = None if bias is None else bias.to(place)
     statistics = {key: found.to(place) for key, found in statistics.items()}
-    full = method.for_kind(spec.kind).factor(weight.to(place), bias, statistics)
+    full = factor_layer(method.for_kind(spec.kind), weight.to(place), bias, statistics)
     if Statistic.OUTPUT_GRADIENT not in statistics:
         return full
     return replace(full, loss=predicted_loss(full, statistics))

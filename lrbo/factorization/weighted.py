@@ -12,7 +12,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lrbo.accounting import Storage, low_rank_parameters
-from lrbo.errors import StatisticsError
 from lrbo.factorization.base import Statistic, require_statistics
 from lrbo.linalg import psd_cholesky, psd_eigenpairs, weighted_svd
 from lrbo.nested import LowRankFactors
@@ -133,18 +132,8 @@ class Fwsvd(WeightedSvd):
     needs: frozenset[Statistic] = frozenset({Statistic.INPUT_IMPORTANCE})
 
     def right_root(self, statistics: Mapping[Statistic, Tensor]) -> Float[Tensor, " in"]:
-        """Return the root of the importances.
-
-        Raises:
-            StatisticsError: If all are zero.
-        """
-        importance = statistics[Statistic.INPUT_IMPORTANCE].to(torch.float64)
-        if float(importance.sum()) <= 0:
-            raise StatisticsError(
-                f"{Statistic.INPUT_IMPORTANCE.value} is zero: the loss does not depend on this "
-                "layer's output. Calibrate on longer windows, or keep the layer dense."
-            )
-        return importance.sqrt()
+        """Return the root of the importances."""
+        return statistics[Statistic.INPUT_IMPORTANCE].to(torch.float64).sqrt()
 
 
 @dataclass(frozen=True)
