@@ -209,20 +209,12 @@ def test_public_functions_name_every_argument() -> None:
 
 def test_importing_the_package_is_light() -> None:
     code = (
-        "import sys, time; start = time.perf_counter(); import lrbo;"
-        "print(time.perf_counter() - start);"
-        "heavy = {'torch', 'transformers', 'ax', 'mlflow', 'hydra', 'pandas', 'numpy', 'rich'};"
+        "import sys, lrbo; heavy = {'torch', 'transformers', 'ax', 'mlflow', 'hydra', 'pandas'};"
+        "heavy |= {'numpy', 'rich', 'pydantic', 'scipy'};"
         "print(sorted(heavy & set(sys.modules)), lrbo.__version__)"
     )
-    times = []
-    for _ in range(3):  # the machine is shared
-        done = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True
-        )
-        seconds, rest = done.stdout.splitlines()
-        assert rest == f"[] {lrbo.__version__}"
-        times.append(float(seconds))
-    assert min(times) < 0.3
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == f"[] {lrbo.__version__}"
 
 
 def test_public_names_are_listed_found_and_not_hidden_by_modules() -> None:
