@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lrbo.accounting import STORAGES
+from lrbo.config import group_keys
 from lrbo.errors import ConfigError, StatisticsError
 from lrbo.factorization.base import FactorizationMethod, factor_layer
 from lrbo.factorization.loss_aware import LossAware
@@ -426,3 +427,9 @@ def test_one_sided_kinds_are_treated_without_directions_of_gradients() -> None:
     assert method.for_kind("v_proj") is method
     for other in METHODS.values():
         assert other.for_kind("q_proj") is other
+
+
+def test_values_are_checked_against_the_options_that_methods_have() -> None:
+    """The check reads conf/method, so that it needs no tensors."""
+    stated = {name: set(keys) - {"name"} for name, keys in group_keys("method").items()}
+    assert stated == {name: set(options_of(name)) for name in METHODS}

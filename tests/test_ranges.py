@@ -95,7 +95,7 @@ def test_no_number_that_is_typed_ends_in_a_traceback(key: str, number: str) -> N
 def test_every_seed_that_is_taken_proposes(seed: int) -> None:
     """Seeds of trials are made from that of the study, and numpy takes none above 2^32."""
     assert checks.check(composed("search", ["experiment=tiny", f"seed={seed}"])) == []
-    space = space_of(2)
+    space = space_of(5)
     assert set(SearchClient(space, seed=seed).ask(6, observe(space, 6))) == set(space.names)
 
 
