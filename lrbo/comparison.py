@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from lrbo.drawing import GREEN, GREY, TEXT_PT, legend, new_figure, perplexity_axis
 from lrbo.optimization.study import Study
 from lrbo.plots import COLOURS, MARKERS
-from lrbo.results import config_of, summary
+from lrbo.results import LABELS, config_of, summary
 
 
 def compared(studies: Sequence[Study]) -> pd.DataFrame:
@@ -21,14 +21,16 @@ def compared(studies: Sequence[Study]) -> pd.DataFrame:
     Returns:
         ``study``, ``model``, ``method``, ``space``, ``keep_ratio`` (that of the best trial),
         ``seed``, ``trials`` (with a value), perplexity of ``dense``, ``uniform``, ``analytic``
-        and ``best`` on the validation text and of the best on the ``test`` text; missing where it
-        is not known.
+        and ``best`` on the validation text, and on the test text as ``test_dense`` and so on;
+        what the search adds to the analytic allocation at the largest budget, nats per token, as
+        ``gain`` and ``gain_error`` on the validation text, ``test_gain`` and ``test_gain_error``.
+        Missing where it is not known.
     """
     rows = []
     for study in studies:
         config, found = config_of(study), summary(study)
-        analytic = next((r for r in study.state.completed if r.request.origin == "analytic"), None)
         best = found["best"] or {}
+        gain: dict[str, Any] = next(iter(found["gains"]), {})
         rows.append(
             {
                 "study": study.name,
@@ -36,14 +38,20 @@ def compared(studies: Sequence[Study]) -> pd.DataFrame:
                 "keep_ratio": best.get("keep_ratio"),
                 "seed": config["seed"],
                 "trials": found["trials_completed"] + found["trials_stopped"],
-                "dense": (found["dense"] or {}).get("perplexity"),
-                "uniform": (found["uniform"] or {}).get("perplexity"),
-                "analytic": None if analytic is None else analytic.metrics["perplexity"],
-                "best": best.get("perplexity"),
-                "test": found["test"].get("best", {}).get("perplexity"),
+                **{label: (found[label] or {}).get("perplexity") for label in LABELS},
+                **{
+                    f"test_{label}": found["test"].get(label, {}).get("perplexity")
+                    for label in LABELS
+                },
+                **{
+                    f"{prefix}gain{suffix}": (gain.get(text) or {}).get(key)
+                    for text, prefix in (("validation", ""), ("test", "test_"))
+                    for key, suffix in (("difference", ""), ("standard_error", "_error"))
+                },
             }
         )
-    numbers = ("keep_ratio", "dense", "uniform", "analytic", "best", "test")
+    texts = [name for name in rows[0] if name.startswith("test_") or "gain" in name]
+    numbers = ["keep_ratio", *LABELS, *texts]
     return pd.DataFrame(rows).astype(dict.fromkeys(numbers, float))
 
 
@@ -59,7 +67,7 @@ def draw(table: pd.DataFrame, *, about: str = "") -> Figure:
     """
     done = table[table["best"].notna()].copy()
     figure, (axes,) = new_figure(f"Best perplexity of {len(done)} studies", about, 4.6)
-    known = done[["best", "uniform", "dense"]].stack()
+    known = done[list(LABELS)].stack()
     perplexity_axis(axes, list(known))
     smallest, largest = float(done["keep_ratio"].min()), float(done["keep_ratio"].max())
     reach = max(0.08 * (largest - smallest), 0.01)
@@ -76,10 +84,13 @@ def draw(table: pd.DataFrame, *, about: str = "") -> Figure:
         # Below the best trial, which may be the baseline itself.
         hollow: dict[str, Any] = look | {"markerfacecolor": "white", "zorder": 3}
         axes.plot(some["keep_ratio"], some["uniform"], markersize=9, **hollow)
+        axes.plot(some["keep_ratio"], some["analytic"], **hollow | {"marker": "P"}, markersize=8)
         label = " ".join(map(str, name)) if isinstance(name, tuple) else str(name)
         filled: dict[str, Any] = look | {"markeredgecolor": "white", "label": label, "zorder": 4}
         axes.plot(some["keep_ratio"], some["best"], markersize=8, **filled)
     axes.plot([], [], "o", color=GREY, markerfacecolor="white", label="uniform")
+    if done["analytic"].notna().any():
+        axes.plot([], [], "P", color=GREY, markerfacecolor="white", label="analytic")
     for dense in sorted(set(done["dense"].dropna().round(6))):
         axes.axhline(dense, color=GREEN, linewidth=1.4, linestyle=(0, (5, 3)), zorder=1)
     axes.plot([], [], color=GREEN, linewidth=1.4, linestyle=(0, (5, 3)), label="dense")

@@ -23,14 +23,17 @@ from lrbo.drawing import (
     GREY,
     INK,
     LOG_FROM,
+    ORANGE,
     SKY,
     VERMILLION,
     perplexity_text,
 )
+from lrbo.gains import MEANING, UNIT, gains
 from lrbo.optimization.client import Diagnosis, diagnose, observations_of
 from lrbo.optimization.study import Study
 from lrbo.plots import ORIGINS, SIZE_LABELS, UNDRAWN
 from lrbo.results import (
+    LABELS,
     dense_size,
     described,
     frame,
@@ -45,6 +48,7 @@ SYMBOLS = {
     "s": "square", "P": "cross", "D": "diamond", "X": "x", "^": "triangle-up", "o": "circle",
     "v": "triangle-down",
 }  # fmt: skip
+LEVELS = {"dense": GREEN, "uniform": VERMILLION, "analytic": ORANGE}
 FEW = 12  # numbers on an axis, each of which has a tick
 PAGE = Template("""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
@@ -117,7 +121,7 @@ def _head(study: Study) -> Iterator[str]:
         + "</p>"
     )
     rows = []
-    for label in ("dense", "uniform", "best"):
+    for label in LABELS:
         row, test = found[label], found["test"].get(label)
         if row is None and test is None:
             continue
@@ -137,6 +141,17 @@ def _head(study: Study) -> Iterator[str]:
     if rows:
         yield _table(heads, rows)
         yield "<p class=note>nll: nats per token.</p>"
+    if added := gains(study.state):
+        yield _table(
+            ["what the search adds", "kept", "text", f"best - analytic, {UNIT}"],
+            [
+                [f"trial {gain.best.request.trial_index} - {gain.analytic.request.trial_index}",
+                 _share(gain.analytic.metrics["keep_ratio"]), text, line]
+                for gain in added
+                for text, line in gain.lines.items()
+            ],
+        )  # fmt: skip
+        yield f"<p class=note>{MEANING}.</p>"
 
 
 def _front(study: Study, table: pd.DataFrame) -> Iterator[str]:
@@ -171,7 +186,7 @@ def _convergence(study: Study, table: pd.DataFrame) -> Iterator[str]:
         name="best so far", hoverinfo="skip", line={"shape": "hv", "color": INK, "width": 1.5},
     )  # fmt: skip
     last = float(table["trial"].max())
-    _levels(figure, study, 0, last, "dense", "uniform")
+    _levels(figure, study, 0, last, "dense", "uniform", "analytic")
     figure.update_xaxes(title="trial", range=[-0.5, last + 0.5], **_whole(len(table)))
     _perplexity_axis(figure, done)
     counts = [
@@ -197,7 +212,7 @@ def _levels(figure: go.Figure, study: Study, low: float, high: float, *labels: s
             figure.add_scatter(
                 x=[low, high], y=[value, value], mode="lines",
                 name=f"{label} {perplexity_text(value)}", hoverinfo="skip",
-                line={"color": GREEN if label == "dense" else VERMILLION, "dash": "dash"},
+                line={"color": LEVELS[label], "dash": "dash"},
             )  # fmt: skip
 
 

@@ -47,18 +47,23 @@ class Race:
         return difference > float(stdtrit(len(mine) - 1, quantile)) * error
 
 
+def window_loss(nll: float, kl: float, kl_weight: float) -> float:
+    """Return the loss of a window: two trials of the same numbers must not differ by rounding."""
+    return nll + kl_weight * kl
+
+
 def paired_difference(
-    mine: Sequence[float], rival: Sequence[float], windows: int
+    mine: Sequence[float], rival: Sequence[float], windows: float = math.inf
 ) -> tuple[float, float]:
     """Return the mean paired difference, and its standard error as an estimate of that over all.
 
     The windows are a sample without replacement from all: nothing is left to estimate when all
-    were scored, and the error is 0.
+    were scored, and the error is 0. All are of one length, so that each stands for as many tokens.
 
     Args:
         mine: Losses of the windows that were scored.
         rival: Those of the other trial on the same windows.
-        windows: How many there are in all.
+        windows: How many there are in all: of a text, or infinitely many like these.
     """
     differences = [a - b for a, b in zip(mine, rival, strict=True)]
     count = len(differences)

@@ -20,6 +20,7 @@ from lrbo.accounting import (
     index_bytes,
     low_rank_macs,
 )
+from lrbo.gains import gains
 from lrbo.optimization.base import KEEP_RATIO
 from lrbo.optimization.front import LATENCIES, LOSS, hypervolume, pareto_front, reference_point
 from lrbo.optimization.study import Study, layers_of, stored_parameters
@@ -43,6 +44,7 @@ METRICS = {  # column of the frame: metric
     "peak_memory_gib": "peak_memory_gib",
     **{name: name for latency in LATENCIES for name in (latency, f"{latency}_sem")},
 }
+LABELS = ("dense", "uniform", "analytic", "best")  # what every table of results shows
 COLUMNS = (
     "trial",
     "origin",
@@ -70,11 +72,15 @@ def summary(study: Study) -> dict[str, Any]:
         - ``tokens_scored``: over all trials with a value;
         - ``validation_windows``: where they were chosen, ``chosen`` of how many in the ``pool``;
         - ``dense``: ``nll`` (nats per token) and ``perplexity`` on the validation text;
-        - ``uniform``: the same, and ``keep_ratio``;
+        - ``uniform``: ``trial``, the same, and ``keep_ratio``;
+        - ``analytic``: the same, of the allocation of least predicted loss;
         - ``best``: ``trial``, ``nll``, ``perplexity``, ``keep_ratio``, ``parameters`` (of the
           compressible layers) of the trial with the lowest objective;
+        - ``gains``: what the search adds: the best trial minus the ``analytic`` one, nats per
+          token on ``validation`` and ``test`` text, with the ``standard_error`` over windows; one
+          at one budget, of a front one at each budget of an analytic trial;
         - ``front``: ``trial``, ``nll``, ``keep_ratio`` of each trial on it, and what it was
-          minimised in, from small to large;
+          minimised in, from small to large; at one budget there is none;
         - ``hypervolume``: where a front was searched, the area that it dominates below its
           ``reference``, loss times size, and ``size``, the name of the metric;
         - ``seconds``: sums over all trials, by stage;
@@ -95,21 +101,21 @@ def summary(study: Study) -> dict[str, Any]:
         if state.chosen
         else None,
         "dense": _pick(state.dense, "nll", "perplexity") if state.dense else None,
-        "uniform": _pick(state.uniform.metrics, "nll", "perplexity", "keep_ratio")
-        if state.uniform
-        else None,
+        "uniform": _baseline(state.uniform),
+        "analytic": _baseline(state.analytic),
         "best": {
             "trial": best.request.trial_index,
             **_pick(best.metrics, "nll", "perplexity", "keep_ratio", "parameters"),
         }
         if best
         else None,
+        "gains": [gain.to_dict() for gain in gains(state)],
         "front": [
             {
                 "trial": record.request.trial_index,
                 **_pick(record.metrics, "nll", "keep_ratio", *([size] if size else [])),
             }
-            for record in pareto_front(state.completed, size or "parameters")
+            for record in front(study)
         ],
         "hypervolume": _hypervolume(study),
         "seconds": {
@@ -125,6 +131,23 @@ def summary(study: Study) -> dict[str, Any]:
             for label, test in state.tests.items()
         },
     }
+
+
+def _baseline(record: TrialRecord | None) -> dict[str, Any] | None:
+    """Return what stands in tables of a trial that others are compared with."""
+    if record is None:
+        return None
+    numbers = _pick(record.metrics, "nll", "perplexity", "keep_ratio")
+    return {"trial": record.request.trial_index, **numbers}
+
+
+def front(study: Study) -> list[TrialRecord]:
+    """Return the Pareto front from small to large.
+
+    There is none at one budget, where sizes differ by the rounding of ranks alone.
+    """
+    size = size_metric(study)
+    return [] if size is None else pareto_front(study.state.completed, size)
 
 
 def size_metric(study: Study) -> str | None:
@@ -159,13 +182,11 @@ def frame(study: Study) -> pd.DataFrame:
         The columns in ``COLUMNS``. ``seconds`` is the sum of the four stages after it;
         ``best_perplexity`` is the perplexity of the best trial up to this one, the best being
         the one with the lowest objective; ``is_best`` marks the best of all and ``on_front``
-        the Pareto front. Metrics of trials without a value are missing.
+        the Pareto front, of which there is none at one budget. Metrics of trials without a
+        value are missing.
     """
     best = study.state.best()
-    front = {
-        record.request.trial_index
-        for record in pareto_front(study.state.completed, size_metric(study) or "parameters")
-    }
+    on_front = {record.request.trial_index for record in front(study)}
     rows = []
     lowest, best_perplexity = math.inf, math.nan
     for record in study.state.ended:
@@ -184,7 +205,7 @@ def frame(study: Study) -> pd.DataFrame:
                 **{f"{stage}_s": record.seconds.get(stage) for stage in STAGES},
                 "best_perplexity": best_perplexity,
                 "is_best": best is not None and index == best.request.trial_index,
-                "on_front": index in front,
+                "on_front": index in on_front,
             }
         )
     table = pd.DataFrame(rows, columns=list(COLUMNS))
@@ -233,31 +254,37 @@ def figures(study: Study) -> dict[str, Figure]:
 
     Returns:
         ``convergence``, ``front``, ``ranks`` and ``sensitivity``; those whose data do not exist,
-        or not yet, are left out.
+        or not yet, are left out, and so is a front at one budget.
     """
     state = study.state
     best, uniform = state.best(), state.uniform
     if best is None:
         return {}
     table, size = frame(study), size_metric(study)
-    dense = state.dense.get("perplexity")
     title = _subtitle(study)
+    found = summary(study)
+    dense, uniform_perplexity, analytic = (
+        (found[label] or {}).get("perplexity") for label in ("dense", "uniform", "analytic")
+    )
     drawn = {
         "convergence": plots.convergence(
             table,
             dense,
-            None if uniform is None else uniform.metrics["perplexity"],
+            uniform_perplexity,
+            analytic,
+            tests={label: test["perplexity"] for label, test in found["test"].items()},
             about=title,
-        ),
-        "front": plots.front(
-            table, dense, size or "keep_ratio", dense_size(study).get(size or "", 1.0), about=title
-        ),
-        "ranks": plots.ranks_over_depth(
-            ranks_frame(study, best),
-            None if uniform is None else ranks_frame(study, uniform),
-            about=f"{title}, best trial {best.request.trial_index}",
-        ),
+            notes=[line for gain in gains(state)[:1] for line in gain.sentences],
+        )
     }
+    if size is not None:
+        whole = dense_size(study).get(size, 1.0)
+        drawn["front"] = plots.front(table, dense, size, whole, about=title)
+    drawn["ranks"] = plots.ranks_over_depth(
+        ranks_frame(study, best),
+        None if uniform is None else ranks_frame(study, uniform),
+        about=f"{title}, best trial {best.request.trial_index}",
+    )
     measured = sensitivity(study)
     if measured is not None:
         points = pd.DataFrame([asdict(point) for point in measured.measurements])

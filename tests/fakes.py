@@ -227,7 +227,8 @@ class FakeWorker:
                 gap, error = paired_difference(losses[:count], rival[:count], self.WINDOWS)
                 estimate = {"objective": sum(rival) / len(rival) + gap, "objective_sem": error}
                 return TrialResult(index, "stopped", estimate | {"tokens": 5.0 * count}, 0.5)
-        return TrialResult(index, "completed", metrics, 0.5, window_losses=tuple(losses))
+        kl = (metrics["kl_dense_to_compressed"],) * self.WINDOWS
+        return TrialResult(index, "completed", metrics, 0.5, window_nll=tuple(losses), window_kl=kl)
 
     def metrics(self, request: TrialRequest) -> dict[str, float]:
         """Return the numbers of an allocation."""

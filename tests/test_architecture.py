@@ -24,7 +24,8 @@ ROOMS = """
     builders steps studies versions spaces starts pool texts checks front_checks command_lines
     config
     schema preparation progress
-    report comparison results plots drawing
+    report tabular comparison results plots drawing
+    gains
     peak_memory speed
     merging export remote_code modeling_low_rank model_card
     optimization.loop optimization.client optimization.study optimization.front_space

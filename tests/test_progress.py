@@ -72,7 +72,7 @@ def test_on_a_terminal_the_bar_gives_way_to_one_line(monkeypatch: pytest.MonkeyP
         advance(4096)
     assert "8,192/8,192 tokens" in out.getvalue()
     (line,) = screen(out.getvalue())
-    assert re.fullmatch(r"Calibration: 8,192 tokens in \d+\.\d s \([\d,]+ tokens/s\)", line)
+    assert re.fullmatch(r"Calibration: 8,192 tokens in [<\d.]+ s \([\d,]+ tokens/s\)", line)
 
 
 def test_lines_said_during_a_step_stay_above_its_line() -> None:
@@ -268,7 +268,7 @@ def test_a_step_too_short_to_measure_has_no_rate(monkeypatch: pytest.MonkeyPatch
     reporter, out = plain()
     with reporter.step("Nothing", 0, "layers"):
         pass
-    assert out.getvalue() == "Nothing: 0 layers in 0.0 s (0 layers/s)\n"
+    assert out.getvalue() == "Nothing: 0 layers in <0.001 s\n"
 
 
 @pytest.mark.parametrize("level", [logging.NOTSET, logging.ERROR])
