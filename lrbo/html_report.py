@@ -101,6 +101,7 @@ def html_report(study: Study) -> str:
         parts += _surrogate(study)
         parts += _accounting(study, best)
         parts += _trials(table)
+    parts += _checkpoints(study)
     parts += _repeat(study)
     return PAGE.substitute(
         title=html.escape(f"lrbo: {study.name}"), plotly=get_plotlyjs(), body="\n".join(parts)
@@ -377,6 +378,25 @@ def _trials(table: pd.DataFrame) -> Iterator[str]:
     ]  # fmt: skip
     yield f"<h2>All trials</h2><details><summary>{len(rows)} trials</summary>"
     yield f"{_table(heads, rows)}</details>"
+
+
+def _checkpoints(study: Study) -> Iterator[str]:
+    """Yield which models were written, where, and which of them are gone."""
+    rows = [
+        [
+            one["folder"], str(one["trial"]), _share(one["keep_ratio"]),
+            _perplexity(one["validation_perplexity"]), _perplexity(one["test_perplexity"]),
+            one["format"] or "-", one["dtype"] or "-", "yes" if one["exists"] else "no",
+        ]
+        for one in summary(study)["checkpoints"]
+    ]  # fmt: skip
+    if rows:
+        heads = [
+            "folder", "trial", "kept", "validation perplexity", "test perplexity", "format",
+            "dtype", "there",
+        ]  # fmt: skip
+        yield "<h2>Checkpoints</h2>"
+        yield _table(heads, rows)
 
 
 def _repeat(study: Study) -> Iterator[str]:

@@ -84,6 +84,7 @@ def model_card(
     storage: str,
     scores: Sequence[Score],
     commands: Sequence[str],
+    notes: Sequence[str] = (),
 ) -> str:
     """Return the text of a model card, with the head that the Hub reads.
 
@@ -97,6 +98,7 @@ def model_card(
         storage: Form of the low-rank layers, where they are written.
         scores: Rows of the table, the model itself last.
         commands: Command lines that make the checkpoint again.
+        notes: What the search adds to the allocation that it starts from, a sentence each.
     """
     origin, license_ = origin_of(source)
     data = ModelCardData(
@@ -133,7 +135,7 @@ factorization: made by lrbo with the method `{about["method"]}` and ranks found 
 
 Perplexity in {about["validation"]["dtype"]}; `parameters kept` counts the linear layers in the
 blocks. A dash was not measured; `lrbo evaluate checkpoint={name}` measures it.
-
+{_gains(notes)}
 ## Load
 
 {LOADING[written_as].format(folder=json.dumps(name))}
@@ -154,6 +156,11 @@ Statistics come from the calibration text; trials and refits were judged on the 
 
 With {versions}.
 """
+
+
+def _gains(notes: Sequence[str]) -> str:
+    """Return what the search adds as a part of the card, if that is known."""
+    return f"\n{_lines([f'- {note}' for note in notes])}\n" if notes else ""
 
 
 def _lines(lines: Sequence[str]) -> str:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import pandas as pd
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.measure import Measurement
 from rich.padding import Padding
 from rich.table import Table
@@ -50,6 +51,7 @@ def print_report(study: Study, console: Console) -> None:
     _print_gains(study, report)
     _print_front(study, report)
     _print_allocation(study, report)
+    _print_checkpoints(study, report)
     _print_failures(study, report)
     _print_seconds(study, report)
 
@@ -354,6 +356,28 @@ def _print_allocation(study: Study, report: _Report) -> None:
         table.add_row(name, _number(value, "+.3f"), _number(math.exp(value), ".3f"))
     report.part(f"Weights of the best trial, {index}", table)
     report.note("factor: exp(weight), on predicted losses; that of exponent is their power")
+
+
+def _print_checkpoints(study: Study, report: _Report) -> None:
+    """Print which models were written, where, and which of them are gone."""
+    found = summary(study)["checkpoints"]
+    if not found:
+        return
+    table = _table("folder", "trial", "kept", "ppl", "test ppl", "format", "dtype", "", gap=0)
+    table.columns[0].no_wrap, table.columns[0].overflow = False, "fold"
+    for one in found:
+        table.add_row(
+            escape(one["folder"]),
+            str(one["trial"]),
+            _number(one["keep_ratio"], ".1%"),
+            _perplexity(one["validation_perplexity"]),
+            _perplexity(one["test_perplexity"]),
+            one["format"] or "-",
+            one["dtype"] or "-",
+            "" if one["exists"] else "gone",
+        )
+    report.part("Checkpoints", table)
+    report.note("ppl: on the validation text, after the refit if there was one")
 
 
 def _print_failures(study: Study, report: _Report) -> None:

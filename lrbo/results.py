@@ -45,6 +45,7 @@ METRICS = {  # column of the frame: metric
     **{name: name for latency in LATENCIES for name in (latency, f"{latency}_sem")},
 }
 LABELS = ("dense", "uniform", "analytic", "best")  # what every table of results shows
+NUMBERS_WRITTEN = ("keep_ratio", "validation_perplexity", "test_perplexity")  # of a checkpoint
 COLUMNS = (
     "trial",
     "origin",
@@ -84,6 +85,9 @@ def summary(study: Study) -> dict[str, Any]:
         - ``hypervolume``: where a front was searched, the area that it dominates below its
           ``reference``, loss times size, and ``size``, the name of the metric;
         - ``seconds``: sums over all trials, by stage;
+        - ``checkpoints``: what was written: ``trial``, ``folder``, whether it ``exists`` still,
+          ``format``, ``dtype``, ``keep_ratio``, ``validation_perplexity``, ``test_perplexity``; of a
+          folder that was written again the last;
         - ``test``: by label, ``trial``, ``text``, ``nll`` and ``perplexity`` on the test text.
     """
     state, size = study.state, size_metric(study)
@@ -118,6 +122,7 @@ def summary(study: Study) -> dict[str, Any]:
             for record in front(study)
         ],
         "hypervolume": _hypervolume(study),
+        "checkpoints": checkpoints(study),
         "seconds": {
             stage: math.fsum(record.seconds.get(stage, 0.0) for record in state.records)
             for stage in STAGES
@@ -156,6 +161,23 @@ def size_metric(study: Study) -> str | None:
     if config["budget"].get("lowest") is None:
         return None
     return str(config["search"]["size"])
+
+
+def checkpoints(study: Study) -> list[dict[str, Any]]:
+    """Return the compressed models that were written, and whether they are still there."""
+    found = {}
+    for event in study.state.checkpoints:
+        folder, tags = event["folder"], event["tags"]
+        numbers = {key: tags.get(key) for key in NUMBERS_WRITTEN}
+        found[folder] = {
+            "trial": event["trial"],
+            "folder": folder,
+            "exists": (Path(folder) / "config.json").is_file(),
+            "format": tags.get("format"),
+            "dtype": tags.get("dtype"),
+            **{key: None if text is None else float(text) for key, text in numbers.items()},
+        }
+    return list(found.values())
 
 
 def _hypervolume(study: Study) -> dict[str, Any] | None:

@@ -20,6 +20,7 @@ from lrbo.commands.trials import evaluate_between
 from lrbo.commands.view import enter_checkpoint
 from lrbo.compression import store_
 from lrbo.errors import StudyError
+from lrbo.gains import gains
 from lrbo.layers import PivotedLinear
 from lrbo.loading import load_model, load_tokenizer, resolve_dtype
 from lrbo.merging import save_merged
@@ -55,6 +56,13 @@ def run(chosen: CompressConfig, reporter: Reporter) -> dict[str, Any]:
     if ceiling is not None and ceiling[0] == KEEP_RATIO:
         evaluate_between(plan, study, ceiling[1], reporter)
         records = _points(study, point, chosen.refit.candidates)
+    if ceiling is not None:
+        metric, limit = ceiling
+        taken = records[0]
+        reporter.say(
+            f"point={point}: trial {taken.request.trial_index} has the lowest loss up to there, "
+            f"with {metric} {taken.metrics[metric]:.4f} of {limit:g}"
+        )
     found = finalist(plan, study, records, chosen.refit, reporter)
     record, allocation = found.record, found.record.request.allocation
     dtype = None if chosen.dtype == "auto" else resolve_dtype(chosen.dtype, torch.device("cpu"))
@@ -94,6 +102,7 @@ def run(chosen: CompressConfig, reporter: Reporter) -> dict[str, Any]:
         parameters=(counted.model, counted.model_dense),
         storage=plan.storage,
         scores=_scores(study, found, written["validation"]["perplexity"]),
+        notes=[f"{sentence}." for gain in gains(study.state) for sentence in gain.sentences],
         commands=_commands(chosen, stored, about["dtype"], record.request.trial_index),
     )
     if chosen.format == "merged":
@@ -124,6 +133,12 @@ def run(chosen: CompressConfig, reporter: Reporter) -> dict[str, Any]:
             "keep_ratio": f"{counted.keep_ratio:.4f}",
             "validation_perplexity": f"{math.exp(min(found.nll, 700)):.4f}",
             "format": chosen.format,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            **(
+                {}
+                if found.test_nll is None
+                else {"test_perplexity": f"{math.exp(min(found.test_nll, 700)):.4f}"}
+            ),
         },
     )
     reporter.say(f"How to open it, what it scored and how it was made: {out / export.CARD}")
@@ -138,20 +153,26 @@ def run(chosen: CompressConfig, reporter: Reporter) -> dict[str, Any]:
 
 
 def _scores(study: Study, found: Finalist, perplexity: float) -> list[Score]:
-    """Return what is known of the dense model, the uniform baseline and the model itself.
-
-    The test text was scored before the refit: of a model that was solved again its score says
-    nothing.
-    """
+    """Return what is known of the dense model, baselines, best trial and the model itself."""
     state, record = study.state, found.record
-    tests = {label: test["metrics"]["perplexity"] for label, test in state.tests.items()}
-    rows = [Score("dense", 1.0, state.dense.get("perplexity"), tests.get("dense"))]
-    if (uniform := state.uniform) is not None:
-        ratio, value = uniform.metrics["keep_ratio"], uniform.metrics["perplexity"]
-        rows.append(Score("uniform ranks", ratio, value, tests.get("uniform")))
-    as_scored = found.nll == record.metrics["nll"]
-    same = [t for t in state.tests.values() if t["trial"] == record.request.trial_index]
-    test = same[0]["metrics"]["perplexity"] if same and as_scored else None
+    tests = {test["trial"]: test["metrics"]["perplexity"] for test in state.tests.values()}
+    rows = [Score("dense", 1.0, state.dense.get("perplexity"), tests.get(None))]
+    trials = {
+        "uniform ranks": state.uniform,
+        "analytic ranks": state.analytic,
+        "best trial, before any refit": state.best(),
+    }
+    rows += [
+        Score(
+            name,
+            one.metrics["keep_ratio"],
+            one.metrics["perplexity"],
+            tests.get(one.request.trial_index),
+        )
+        for name, one in trials.items()
+        if one is not None
+    ]
+    test = None if found.test_nll is None else math.exp(min(found.test_nll, 700))
     return [*rows, Score("this model", record.metrics["keep_ratio"], perplexity, test)]
 
 

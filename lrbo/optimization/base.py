@@ -164,8 +164,8 @@ def known_starts(space: BudgetSpace, wanted: Sequence[Start]) -> list[WarmStart]
         space: The space.
         wanted: ``"uniform"`` for the baseline, ``"analytic"`` for the allocation of least
             predicted loss (none if losses are not predicted), ``"start"`` for the configured
-            start (none if there is none), or a donor (left out where one of the others has its
-            ranks).
+            start (none if there is none), or a donor (left out where an earlier donor lends the
+            same ranks).
 
     Raises:
         ConfigError: If a donor has no layers of a kind that the model has.
@@ -189,17 +189,18 @@ def known_starts(space: BudgetSpace, wanted: Sequence[Start]) -> list[WarmStart]
 
 
 def without_repeats(starts: Sequence[WarmStart]) -> list[WarmStart]:
-    """Leave out what donors lend where a baseline or an earlier donor has the same ranks.
+    """Leave out what donors lend where an earlier donor lends the same ranks.
 
-    Baselines stay whatever their ranks are: reports compare with each of them.
+    Reports compare with baselines and with what was lent, each under its name. A baseline may be
+    what a donor lends: who asks for that is not given another point in its place.
     """
-    lent = [start.origin == "transfer" for start in starts]
-    known = [s.allocation.ranks for s, is_lent in zip(starts, lent, strict=True) if not is_lent]
+    lent: list[Mapping[str, int | None]] = []
     found = []
-    for start, is_lent in zip(starts, lent, strict=True):
-        if is_lent and start.allocation.ranks in known:
-            continue
-        known.append(start.allocation.ranks)
+    for start in starts:
+        if start.origin == "transfer":
+            if start.allocation.ranks in lent:
+                continue
+            lent.append(start.allocation.ranks)
         found.append(start)
     return found
 

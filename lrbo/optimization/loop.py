@@ -114,12 +114,15 @@ class SearchLoop:
         """Return the trials that need no search."""
         return self.client.space.warm_starts(self.settings.starts)
 
-    def evaluate(self, origin: Origin, point: Mapping[str, float]) -> TrialRecord:
+    def evaluate(
+        self, origin: Origin, point: Mapping[str, float], allocation: Allocation | None = None
+    ) -> TrialRecord:
         """Evaluate one more point, chosen by the caller, as a trial like all others.
 
         Args:
             origin: Who chose it.
-            point: Of the space.
+            point: Of the space, ``{}`` if the allocation stands at none.
+            allocation: Its ranks; by default those of the point.
         """
         # Behind all numbers that the search will give: it knows what to begin with by them.
         index = max(
@@ -128,7 +131,8 @@ class SearchLoop:
             len(self.warm_starts),
         )
         start = time.perf_counter()
-        allocation = self.client.space.allocate(point)
+        if allocation is None:
+            allocation = self.client.space.allocate(point)
         variables = self.client.space.realised(allocation, point) or {}
         seconds = {"suggestion": 0.0, "allocation": time.perf_counter() - start}
         request = TrialRequest(
