@@ -86,8 +86,8 @@ def summary(study: Study) -> dict[str, Any]:
           ``reference``, loss times size, and ``size``, the name of the metric;
         - ``seconds``: sums over all trials, by stage;
         - ``checkpoints``: what was written: ``trial``, ``folder``, whether it ``exists`` still,
-          ``format``, ``dtype``, ``keep_ratio``, ``validation_perplexity``, ``test_perplexity``; of a
-          folder that was written again the last;
+          ``format``, ``dtype``, ``keep_ratio``, ``validation_perplexity`` and
+          ``test_perplexity``; of a folder that was written again the last;
         - ``test``: by label, ``trial``, ``text``, ``nll`` and ``perplexity`` on the test text.
     """
     state, size = study.state, size_metric(study)

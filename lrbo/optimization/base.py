@@ -164,13 +164,13 @@ def known_starts(space: BudgetSpace, wanted: Sequence[Start]) -> list[WarmStart]
         space: The space.
         wanted: ``"uniform"`` for the baseline, ``"analytic"`` for the allocation of least
             predicted loss (none if losses are not predicted), ``"start"`` for the configured
-            start (none if there is none), or a donor (left out where an earlier donor lends the
-            same ranks).
+            start (none if there is none), or a donor (left out where an earlier donor lends
+            the same ranks).
 
     Raises:
         ConfigError: If a donor has no layers of a kind that the model has.
     """
-    found: list[WarmStart] = []
+    found: list[list[WarmStart]] = []
     for start in wanted:
         one: WarmStart | None = None
         if isinstance(start, Donor):
@@ -184,24 +184,35 @@ def known_starts(space: BudgetSpace, wanted: Sequence[Start]) -> list[WarmStart]
             allocation = space.allocate(point)
             one = WarmStart("start", space.realised(allocation, point) or {}, allocation)
         if one is not None:
-            found.append(one)
+            found.append([one])
     return without_repeats(found)
 
 
-def without_repeats(starts: Sequence[WarmStart]) -> list[WarmStart]:
-    """Leave out what donors lend where an earlier donor lends the same ranks.
+def without_repeats(parts: Sequence[Sequence[WarmStart]]) -> list[WarmStart]:
+    """Leave out what donors lend where a baseline or an earlier donor has the same ranks.
 
-    Reports compare with baselines and with what was lent, each under its name. A baseline may be
-    what a donor lends: who asks for that is not given another point in its place.
+    Baselines stay whatever their ranks are: reports compare with each of them. So does the first
+    that a donor lends if all of it is the baselines': who asks for a donor gets no other point in
+    its place.
+
+    Args:
+        parts: By what was wanted: a baseline, or a donor.
     """
+    starts = [start for part in parts for start in part]
+    known = [start.allocation.ranks for start in starts if start.origin != "transfer"]
     lent: list[Mapping[str, int | None]] = []
-    found = []
-    for start in starts:
-        if start.origin == "transfer":
-            if start.allocation.ranks in lent:
-                continue
-            lent.append(start.allocation.ranks)
-        found.append(start)
+    found: list[WarmStart] = []
+    for part in parts:
+        new = []
+        for start in part:
+            ranks = start.allocation.ranks
+            if start.origin != "transfer" or ranks not in (*known, *lent):
+                new.append(start)
+                lent += [ranks] if start.origin == "transfer" else []
+        if not new and not any(start.allocation.ranks in lent for start in part):
+            new = list(part[:1])
+            lent += [start.allocation.ranks for start in new]
+        found += new
     return found
 
 

@@ -100,7 +100,7 @@ class FrontSpace:
         """Return what the space inside begins with, at keep ratios from the ceiling down.
 
         All of one sort come before those of the next: the front that the search has to beat.
-        What donors lend is left out where an earlier donor lends the same ranks.
+        What donors lend is left out where its ranks are there already.
         """
         step = (self.highest - self.lowest) / (BASELINES - 1)
         # Decimals as one would type them, not 0.7666666666666667.
@@ -108,10 +108,12 @@ class FrontSpace:
         ratios[0], ratios[-1] = self.highest, self.lowest
         return without_repeats(
             [
-                WarmStart(found.origin, self._place_of(found, ratio), found.allocation)
+                [
+                    WarmStart(found.origin, self._place_of(found, ratio), found.allocation)
+                    for ratio in ratios
+                    for found in self._at(ratio).warm_starts([start])
+                ]
                 for start in wanted
-                for ratio in ratios
-                for found in self._at(ratio).warm_starts([start])
             ]
         )
 
