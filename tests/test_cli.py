@@ -11,10 +11,13 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from scipy import stats
 
 import lrbo
 from lrbo import cli, config
+from lrbo.optimization.study import Study
 from lrbo.overrides import find_problems
 from lrbo.schema import SCHEMAS
 from tests.commands import TINY, Ran, lrbo_command, project, searched, state_of

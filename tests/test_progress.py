@@ -263,6 +263,15 @@ def test_an_interrupt_while_a_bar_is_put_up_leaves_the_cursor_visible(
     assert out.getvalue().rfind("\x1b[?25h") > out.getvalue().rfind("\x1b[?25l") >= 0
 
 
+def test_a_slow_step_says_how_long_each_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([0.0, 50.0])
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: next(times))
+    reporter, out = plain()
+    with reporter.step("Calibration", 4, "blocks"):
+        pass
+    assert out.getvalue() == "Calibration: 4 blocks in 50.0 s (12.5 s per block)\n"
+
+
 def test_a_step_too_short_to_measure_has_no_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress.time, "perf_counter", lambda: 1.0)
     reporter, out = plain()
