@@ -141,7 +141,10 @@ def _head(study: Study) -> Iterator[str]:
     ]  # fmt: skip
     if rows:
         yield _table(heads, rows)
-        yield "<p class=note>nll: nats per token.</p>"
+        yield (
+            "<p class=note>nll: nats per token; kept: share of the parameters of the compressible "
+            "layers.</p>"
+        )
     if added := gains(study.state):
         yield _table(
             ["what the search adds", "kept", "text", f"best - analytic, {UNIT}"],

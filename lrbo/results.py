@@ -430,7 +430,7 @@ def described(study: Study) -> dict[str, str]:
 def _subtitle(study: Study) -> str:
     """Return study, model, method and budget in one line under a figure's title."""
     config = config_of(study)
-    keep, lowest = 100 * config["budget"]["keep_ratio"], config["budget"].get("lowest")
+    keep, lowest = config["budget"]["keep_ratio"], config["budget"].get("lowest")
     names = [config[section]["name"] for section in ("model", "method")]
-    budget = f"budget {keep:.4g}%" if lowest is None else f"budgets {100 * lowest:.4g}-{keep:.4g}%"
+    budget = f"keep ratio {keep:.4g}" if lowest is None else f"keep ratios {lowest:.4g}-{keep:.4g}"
     return ", ".join([study.name, *names, budget])

@@ -124,6 +124,7 @@ def _note(study: Study) -> str:
         texts = ("-" if value is None else perplexity_text(value) for value in values)
         rows.append(f"| {name} | {'-' if kept is None else f'{kept:.2%}'} | {' | '.join(texts)} |")
     added = [f"- {sentence}" for gain in gains(study.state) for sentence in gain.sentences]
+    rows += ["", "kept: share of the parameters of the compressible layers."]
     if added:
         rows += ["", *added, "", f"{MEANING}."]
     return "\n".join(
