@@ -82,7 +82,7 @@ def test_transfer_begins_a_study_that_a_search_continues(project: Path) -> None:
 
 
 def test_a_donor_whose_best_is_the_baseline_lends_the_baseline(project: Path) -> None:
-    ran = transfer("donor=tiny:0", "study=humble", "space=weights", "method=loss_aware")
+    ran = transfer("donor=tiny:0", "study=humble", "space=weights")
     assert ran.status == 0, ran.err
     assert origins("humble") == ["uniform", "analytic", "transfer"]
     records = Study(Path("studies/humble")).state.records
