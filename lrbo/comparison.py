@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pandas as pd
 
 from lrbo.optimization.study import Study
+from lrbo.presentation import LABELS
 from lrbo.results import config_of, summary
 
 
@@ -16,14 +18,16 @@ def compared(studies: Sequence[Study]) -> pd.DataFrame:
     Returns:
         ``study``, ``model``, ``method``, ``space``, ``keep_ratio`` (that of the best trial),
         ``seed``, ``trials`` (with a value), perplexity of ``dense``, ``uniform``, ``analytic``
-        and ``best`` on the validation text and of the best on the ``test`` text; missing where it
-        is not known.
+        and ``best`` on the validation text, and on the test text as ``test_dense`` and so on;
+        what the search adds to the analytic allocation at the largest budget, nats per token, as
+        ``gain`` and ``gain_error`` on the validation text, ``test_gain`` and ``test_gain_error``.
+        Missing where it is not known.
     """
     rows = []
     for study in studies:
         config, found = config_of(study), summary(study)
-        analytic = next((r for r in study.state.completed if r.request.origin == "analytic"), None)
         best = found["best"] or {}
+        gain: dict[str, Any] = next(iter(found["gains"]), {})
         rows.append(
             {
                 "study": study.name,
@@ -31,12 +35,18 @@ def compared(studies: Sequence[Study]) -> pd.DataFrame:
                 "keep_ratio": best.get("keep_ratio"),
                 "seed": config["seed"],
                 "trials": found["trials_completed"] + found["trials_stopped"],
-                "dense": (found["dense"] or {}).get("perplexity"),
-                "uniform": (found["uniform"] or {}).get("perplexity"),
-                "analytic": None if analytic is None else analytic.metrics["perplexity"],
-                "best": best.get("perplexity"),
-                "test": found["test"].get("best", {}).get("perplexity"),
+                **{label: (found[label] or {}).get("perplexity") for label in LABELS},
+                **{
+                    f"test_{label}": found["test"].get(label, {}).get("perplexity")
+                    for label in LABELS
+                },
+                **{
+                    f"{prefix}gain{suffix}": (gain.get(text) or {}).get(key)
+                    for text, prefix in (("validation", ""), ("test", "test_"))
+                    for key, suffix in (("difference", ""), ("standard_error", "_error"))
+                },
             }
         )
-    numbers = ("keep_ratio", "dense", "uniform", "analytic", "best", "test")
+    texts = [name for name in rows[0] if name.startswith("test_") or "gain" in name]
+    numbers = ["keep_ratio", *LABELS, *texts]
     return pd.DataFrame(rows).astype(dict.fromkeys(numbers, float))

@@ -22,6 +22,7 @@ DPI = 150
 WIDTH_IN = 8.0  # 1200 pixels
 TITLE_PT, TEXT_PT = 13.0, 10.5
 ABOUT_CHARACTERS = 98  # what fits in one line
+NOTE_IN = 0.2  # height of a line below the axes
 LOG_FROM = 4.0  # a log axis where the largest perplexity is this many times the smallest
 
 
@@ -67,14 +68,18 @@ def new_figure(
     left: float = 0.1,
     right: float = 0.96,
     head_in: float = 1.0,
+    notes: Sequence[str] = (),
 ) -> tuple[Figure, list[Axes]]:
-    """Return a figure with room for title and legend above its axes, and the axes in order."""
+    """Return a figure with room for title and legend above its axes, and the axes in order.
+
+    Below the axes stand the notes, of which each takes ``NOTE_IN`` of the height.
+    """
     figure = Figure(figsize=(WIDTH_IN, height_in), dpi=DPI, facecolor="white")
     figure.subplots_adjust(
         left=left,
         right=right,
         top=1 - head_in / height_in,
-        bottom=0.55 / height_in,
+        bottom=(0.55 + NOTE_IN * len(notes)) / height_in,
         hspace=0.32,
         wspace=0.12,
     )
@@ -85,6 +90,9 @@ def new_figure(
     line = about if len(about) <= ABOUT_CHARACTERS else about[: ABOUT_CHARACTERS - 1] + "…"
     place = (0.012, 1 - 0.42 / height_in)
     figure.text(*place, line, fontsize=TEXT_PT - 1, color=GREY, va="top", parse_math=False)
+    for row, note in enumerate(reversed(notes)):
+        place = (0.012, (0.06 + NOTE_IN * row) / height_in)
+        figure.text(*place, note, fontsize=TEXT_PT - 1, color=GREY, va="bottom", parse_math=False)
     for each in axes:
         each.spines[["top", "right"]].set_visible(False)
         each.spines[["left", "bottom"]].set_color(FAINT)

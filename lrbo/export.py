@@ -65,6 +65,20 @@ def is_checkpoint(folder: str | Path) -> bool:
         return _is_old(folder)
 
 
+def own_dtype(folder: str | Path) -> str | None:
+    """Return the dtype in which a checkpoint was scored when it was made, or else is stored.
+
+    Returns:
+        ``None`` if the folder says neither.
+    """
+    config = _read_json(Path(folder), CONFIG)
+    scored: Any = _about(config)
+    for key in ("provenance", "validation", "dtype"):
+        scored = scored.get(key) if isinstance(scored, dict) else None
+    stated = (scored, config.get("dtype"), config.get("torch_dtype"))
+    return next((dtype for dtype in stated if dtype in ("float32", "bfloat16", "float16")), None)
+
+
 def _is_old(folder: str | Path) -> bool:
     """Return whether a folder holds a checkpoint of a format without quantization config."""
     return (Path(folder) / OLD_ABOUT).is_file()

@@ -8,6 +8,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from lrbo import plots
+from lrbo.gains import gains
 from lrbo.optimization.study import Study
 from lrbo.results import (
     config_of,
@@ -16,6 +17,7 @@ from lrbo.results import (
     ranks_frame,
     sensitivity,
     size_metric,
+    summary,
 )
 
 
@@ -24,31 +26,37 @@ def figures(study: Study) -> dict[str, Figure]:
 
     Returns:
         ``convergence``, ``front``, ``ranks`` and ``sensitivity``; those whose data do not exist,
-        or not yet, are left out.
+        or not yet, are left out, and so is a front at one budget.
     """
     state = study.state
     best, uniform = state.best(), state.uniform
     if best is None:
         return {}
     table, size = frame(study), size_metric(study)
-    dense = state.dense.get("perplexity")
     title = _subtitle(study)
+    found = summary(study)
+    dense, uniform_perplexity, analytic = (
+        (found[label] or {}).get("perplexity") for label in ("dense", "uniform", "analytic")
+    )
     drawn = {
         "convergence": plots.convergence(
             table,
             dense,
-            None if uniform is None else uniform.metrics["perplexity"],
+            uniform_perplexity,
+            analytic,
+            tests={label: test["perplexity"] for label, test in found["test"].items()},
             about=title,
-        ),
-        "front": plots.front(
-            table, dense, size or "keep_ratio", dense_size(study).get(size or "", 1.0), about=title
-        ),
-        "ranks": plots.ranks_over_depth(
-            ranks_frame(study, best),
-            None if uniform is None else ranks_frame(study, uniform),
-            about=f"{title}, best trial {best.request.trial_index}",
-        ),
+            notes=[line for gain in gains(state)[:1] for line in gain.sentences],
+        )
     }
+    if size is not None:
+        whole = dense_size(study).get(size, 1.0)
+        drawn["front"] = plots.front(table, dense, size, whole, about=title)
+    drawn["ranks"] = plots.ranks_over_depth(
+        ranks_frame(study, best),
+        None if uniform is None else ranks_frame(study, uniform),
+        about=f"{title}, best trial {best.request.trial_index}",
+    )
     measured = sensitivity(study)
     if measured is not None:
         points = pd.DataFrame([asdict(point) for point in measured.measurements])
@@ -61,7 +69,7 @@ def figures(study: Study) -> dict[str, Figure]:
 def _subtitle(study: Study) -> str:
     """Return study, model, method and budget in one line under a figure's title."""
     config = config_of(study)
-    keep, lowest = 100 * config["budget"]["keep_ratio"], config["budget"].get("lowest")
+    keep, lowest = config["budget"]["keep_ratio"], config["budget"].get("lowest")
     names = [config[section]["name"] for section in ("model", "method")]
-    budget = f"budget {keep:.4g}%" if lowest is None else f"budgets {100 * lowest:.4g}-{keep:.4g}%"
+    budget = f"keep ratio {keep:.4g}" if lowest is None else f"keep ratios {lowest:.4g}-{keep:.4g}"
     return ", ".join([study.name, *names, budget])

@@ -16,11 +16,12 @@ from plotly.offline import get_plotlyjs
 
 from lrbo.command_lines import command_line, repeating
 from lrbo.config import stored_config
-from lrbo.drawing import BLUE, FAINT, GREEN, GREY, INK, LOG_FROM, SKY, VERMILLION
+from lrbo.drawing import BLUE, FAINT, GREEN, GREY, INK, LOG_FROM, ORANGE, SKY, VERMILLION
+from lrbo.gains import MEANING, UNIT, gains
 from lrbo.optimization.client import Diagnosis, diagnose, observations_of
 from lrbo.optimization.study import Study
 from lrbo.plots import ORIGINS, SIZE_LABELS, UNDRAWN
-from lrbo.presentation import perplexity_text
+from lrbo.presentation import LABELS, perplexity_text
 from lrbo.rendering import render
 from lrbo.results import (
     dense_size,
@@ -37,6 +38,7 @@ SYMBOLS = {
     "s": "square", "P": "cross", "D": "diamond", "X": "x", "^": "triangle-up", "o": "circle",
     "v": "triangle-down",
 }  # fmt: skip
+LEVELS = {"dense": GREEN, "uniform": VERMILLION, "analytic": ORANGE}
 FEW = 12  # numbers on an axis, each of which has a tick
 
 
@@ -110,6 +112,7 @@ def html_report(study: Study) -> str:
         figures += _surrogate(study)
         parts += _accounting(study, best)
         trials = _trials(table)
+    parts += _checkpoints(study)
     stored = stored_config(study.config_yaml(), [])
     return render(
         "report.html",
@@ -117,6 +120,7 @@ def html_report(study: Study) -> str:
         plotly=get_plotlyjs(),
         searched=_searched(study),
         scores=_scores(study),
+        gains=_gains(study),
         has_best=best is not None,
         figures=figures,
         parts=parts,
@@ -142,7 +146,7 @@ def _scores(study: Study) -> Table:
     """Say what came of it."""
     found = summary(study)
     rows = []
-    for label in ("dense", "uniform", "best"):
+    for label in LABELS:
         row, test = found[label], found["test"].get(label)
         if row is None and test is None:
             continue
@@ -159,7 +163,23 @@ def _scores(study: Study) -> Table:
     heads = [
         "model", "kept", "validation nll", "validation perplexity", "test nll", "test perplexity"
     ]  # fmt: skip
-    return Table(heads, rows)
+    note = "nll: nats per token; kept: share of the parameters of the compressible layers."
+    return Table(heads, rows, note)
+
+
+def _gains(study: Study) -> Table:
+    """Say what the search adds to the allocation that it starts from."""
+    rows = [
+        [
+            f"trial {gain.best.request.trial_index} - {gain.analytic.request.trial_index}",
+            _share(gain.analytic.metrics["keep_ratio"]), text, line,
+        ]
+        for gain in gains(study.state)
+        for text, line in gain.lines.items()
+    ]  # fmt: skip
+    return Table(
+        ["what the search adds", "kept", "text", f"best - analytic, {UNIT}"], rows, f"{MEANING}."
+    )
 
 
 def _front(study: Study, table: pd.DataFrame) -> Iterator[Drawing]:
@@ -194,7 +214,7 @@ def _convergence(study: Study, table: pd.DataFrame) -> Iterator[Drawing]:
         name="best so far", hoverinfo="skip", line={"shape": "hv", "color": INK, "width": 1.5},
     )  # fmt: skip
     last = float(table["trial"].max())
-    _levels(figure, study, 0, last, "dense", "uniform")
+    _levels(figure, study, 0, last, "dense", "uniform", "analytic")
     figure.update_xaxes(title="trial", range=[-0.5, last + 0.5], **_whole(len(table)))
     _perplexity_axis(figure, done)
     counts = [
@@ -220,7 +240,7 @@ def _levels(figure: go.Figure, study: Study, low: float, high: float, *labels: s
             figure.add_scatter(
                 x=[low, high], y=[value, value], mode="lines",
                 name=f"{label} {perplexity_text(value)}", hoverinfo="skip",
-                line={"color": GREEN if label == "dense" else VERMILLION, "dash": "dash"},
+                line={"color": LEVELS[label], "dash": "dash"},
             )  # fmt: skip
 
 
@@ -386,6 +406,24 @@ def _trials(table: pd.DataFrame) -> Table:
         "reason",
     ]  # fmt: skip
     return Table(heads, rows)
+
+
+def _checkpoints(study: Study) -> Iterator[Part]:
+    """Yield which models were written, where, and which of them are gone."""
+    rows = [
+        [
+            one["folder"], str(one["trial"]), _share(one["keep_ratio"]),
+            _perplexity(one["validation_perplexity"]), _perplexity(one["test_perplexity"]),
+            one["format"] or "-", one["dtype"] or "-", "yes" if one["exists"] else "no",
+        ]
+        for one in summary(study)["checkpoints"]
+    ]  # fmt: skip
+    heads = [
+        "folder", "trial", "kept", "validation perplexity", "test perplexity", "format", "dtype",
+        "there",
+    ]  # fmt: skip
+    if rows:
+        yield Part("Checkpoints", [Table(heads, rows)])
 
 
 def _made_of(study: Study) -> list[str]:

@@ -63,6 +63,7 @@ def model_card(
     storage: str,
     scores: Sequence[Score],
     commands: Sequence[str],
+    notes: Sequence[str] = (),
 ) -> str:
     """Return the text of a model card, with the head that the Hub reads.
 
@@ -76,6 +77,7 @@ def model_card(
         storage: Form of the low-rank layers, where they are written.
         scores: Rows of the table, the model itself last.
         commands: Command lines that make the checkpoint again.
+        notes: What the search adds to the allocation that it starts from, a sentence each.
     """
     origin, license_ = origin_of(source)
     data = ModelCardData(
@@ -105,6 +107,7 @@ def model_card(
             for row in scores
         ],
         dtype=about["validation"]["dtype"],
+        notes=notes,
         measuring=shlex.join(["lrbo", "evaluate", f"checkpoint={name}"]),
         written_as=written_as,
         loading=LOADING[written_as].format(folder=literal),

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import pandas as pd
@@ -19,6 +20,7 @@ from lrbo.drawing import (
     GREY,
     GRID,
     INK,
+    NOTE_IN,
     ORANGE,
     PURPLE,
     SKY,
@@ -31,7 +33,7 @@ from lrbo.drawing import (
     perplexity_axis,
 )
 from lrbo.optimization.front import LATENCIES
-from lrbo.presentation import perplexity_text
+from lrbo.presentation import LABELS, perplexity_text
 
 COLOURS = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, INK)
 MARKERS = "os^Dv<>P"  # one more than colours: a pair repeats only after 56 kinds
@@ -86,7 +88,14 @@ DENSE_POINT: Mapping[str, Any] = {
 
 
 def convergence(
-    frame: pd.DataFrame, dense: float | None, uniform: float | None, *, about: str = ""
+    frame: pd.DataFrame,
+    dense: float | None,
+    uniform: float | None,
+    analytic: float | None = None,
+    *,
+    tests: Mapping[str, float] = MappingProxyType({}),
+    about: str = "",
+    notes: Sequence[str] = (),
 ) -> Figure:
     """Draw the validation perplexity of each trial, in order, and the best so far.
 
@@ -94,23 +103,38 @@ def convergence(
         frame: Trials that ended, from :func:`lrbo.report.frame`; at least one has a value.
         dense: Perplexity of the dense model, if known.
         uniform: Perplexity of the uniform baseline, if known.
+        analytic: Perplexity of the allocation of least predicted loss, if known.
+        tests: Perplexity on the test text: of ``dense``, ``uniform``, ``analytic``, ``best``.
         about: Second line of the title: study, model, budget.
+        notes: Lines below the axes: what the search adds.
     """
     done = frame[frame["outcome"] == "completed"]
-    figure, (axes,) = new_figure(f"Perplexity over {_trials(len(frame))}", about, 4.6, right=0.83)
-    known = [value for value in (dense, uniform) if value is not None]
+    right = 0.71 if tests else 0.83
+    title, height = f"Perplexity over {_trials(len(frame))}", 4.6 + NOTE_IN * len(notes)
+    figure, (axes,) = new_figure(title, about, height, right=right, notes=notes)
+    levels = (
+        (dense, "dense", GREEN),
+        (uniform, "uniform", VERMILLION),
+        (analytic, "analytic", ORANGE),
+    )
+    known = [value for value, _, _ in levels if value is not None]
     perplexity_axis(axes, [*done["perplexity"], *known])
     axes.set_xlim(-0.7, max(float(frame["trial"].max()), 1.0) + 0.7)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     axes.set_xlabel("trial", fontsize=TEXT_PT)
-    labels = []
-    for value, name, colour in ((dense, "dense", GREEN), (uniform, "uniform", VERMILLION)):
+    labels: list[tuple[float, str, str]] = []
+
+    def name_right(value: float, name: str, colour: str) -> None:
+        test = f", test {perplexity_text(tests[name])}" if name in tests else ""
+        labels.append((value, f"{name} {perplexity_text(value)}{test}", colour))
+
+    for value, name, colour in levels:
         if value is not None:
             axes.axhline(value, color=colour, linewidth=1.4, linestyle=(0, (5, 3)), zorder=1)
-            labels.append((value, f"{name} {perplexity_text(value)}", colour))
+            name_right(value, name, colour)
     best = float(done["best_perplexity"].iloc[-1])
-    if best != uniform:
-        labels.append((best, f"best {perplexity_text(best)}", INK))
+    if best not in (uniform, analytic):
+        name_right(best, "best", INK)
     # The last value holds to the right edge, where its label stands.
     axes.step(
         [*done["trial"], axes.get_xlim()[1]],
@@ -236,14 +260,14 @@ def _front_series(
 ) -> list[tuple[pd.DataFrame, dict[str, Any]]]:
     """Return what a front figure shows, with its look: other trials, front (labelled), baseline.
 
-    The baseline comes last and is the smaller mark: it stays visible where it is on the front.
+    Baselines come last and are smaller marks: they stay visible where they are on the front.
     """
     by_size = done.sort_values(size, kind="stable")
-    is_uniform = by_size["origin"] == "uniform"
+    is_uniform, is_analytic = (by_size["origin"] == name for name in ("uniform", "analytic"))
     look = {"markeredgecolor": "white", "markersize": 9.0}
     return [
         (
-            by_size[~by_size["on_front"] & ~is_uniform],
+            by_size[~by_size["on_front"] & ~is_uniform & ~is_analytic],
             {
                 "color": GREY,
                 "alpha": 0.45,
@@ -278,6 +302,25 @@ def _front_series(
                 "label": "uniform baseline",
                 "zorder": 5,
             },
+        ),
+        *(
+            [
+                (
+                    by_size[is_analytic],
+                    look
+                    | {
+                        "color": ORANGE,
+                        "linestyle": (0, (5, 3)),
+                        "linewidth": 1.2,
+                        "marker": "P",
+                        "markersize": 8.0,
+                        "label": ORIGINS["analytic"].label,
+                        "zorder": 6,
+                    },
+                )
+            ]
+            if is_analytic.any()
+            else []
         ),
     ]
 
@@ -419,7 +462,7 @@ def comparison(table: pd.DataFrame, *, about: str = "") -> Figure:
     """
     done = table[table["best"].notna()].copy()
     figure, (axes,) = new_figure(f"Best perplexity of {len(done)} studies", about, 4.6)
-    known = done[["best", "uniform", "dense"]].stack()
+    known = done[list(LABELS)].stack()
     perplexity_axis(axes, list(known))
     smallest, largest = float(done["keep_ratio"].min()), float(done["keep_ratio"].max())
     reach = max(0.08 * (largest - smallest), 0.01)
@@ -436,10 +479,13 @@ def comparison(table: pd.DataFrame, *, about: str = "") -> Figure:
         # Below the best trial, which may be the baseline itself.
         hollow: dict[str, Any] = look | {"markerfacecolor": "white", "zorder": 3}
         axes.plot(some["keep_ratio"], some["uniform"], markersize=9, **hollow)
+        axes.plot(some["keep_ratio"], some["analytic"], **hollow | {"marker": "P"}, markersize=8)
         label = " ".join(map(str, name)) if isinstance(name, tuple) else str(name)
         filled: dict[str, Any] = look | {"markeredgecolor": "white", "label": label, "zorder": 4}
         axes.plot(some["keep_ratio"], some["best"], markersize=8, **filled)
     axes.plot([], [], "o", color=GREY, markerfacecolor="white", label="uniform")
+    if done["analytic"].notna().any():
+        axes.plot([], [], "P", color=GREY, markerfacecolor="white", label="analytic")
     for dense in sorted(set(done["dense"].dropna().round(6))):
         axes.axhline(dense, color=GREEN, linewidth=1.4, linestyle=(0, (5, 3)), zorder=1)
     axes.plot([], [], color=GREEN, linewidth=1.4, linestyle=(0, (5, 3)), label="dense")

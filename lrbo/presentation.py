@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+LABELS = ("dense", "uniform", "analytic", "best")  # what every table of results shows
+
 
 @dataclass(frozen=True)
 class Dataset:

@@ -63,6 +63,32 @@ def wrapped(message: str, width: int) -> str:
     return "\n".join(found)
 
 
+def rate_text(rate: float, unit: str, *, short: bool = False) -> str:
+    """Write a rate as amounts per second, or, where it is below one, as seconds per amount.
+
+    Example:
+        >>> rate_text(1210.4, "tokens"), rate_text(2.46, "layers"), rate_text(0.08, "blocks")
+        ('1,210 tokens/s', '2.5 layers/s', '12.5 s per block')
+    """
+    if rate >= 1:
+        return f"{rate:,.{0 if rate >= 10 else 1}f}{'' if short else ' ' + unit}/s"
+    return f"{seconds_text(1 / rate)} per {unit.removesuffix('s')}"
+
+
+def seconds_text(seconds: float) -> str:
+    """Write how long something took, with as many digits as matter.
+
+    Example:
+        >>> seconds_text(1234.5), seconds_text(2.345), seconds_text(0.0123)
+        ('1,234.5 s', '2.3 s', '0.012 s')
+    """
+    if seconds < 0.001:
+        return "<0.001 s"
+    if seconds < 1:
+        return f"{seconds:.2g} s"
+    return f"{seconds:,.1f} s"
+
+
 class _Cell(ProgressColumn):
     """A column of a bar: one line of text, cut at its end where the terminal is narrow."""
 
@@ -80,8 +106,11 @@ def _done(task: Task) -> str:
     if task.total is None:
         return str(task.fields["note"])
     speed = task.finished_speed or task.speed
-    rate = f", {speed:,.0f}/s" if speed and "left_s" not in task.fields else ""
-    count = f"{task.completed:,.0f}/{task.total:,.0f} {task.fields['unit']}{rate}"
+    unit = task.fields["unit"]
+    rate = (
+        f", {rate_text(speed, unit, short=True)}" if speed and "left_s" not in task.fields else ""
+    )
+    count = f"{task.completed:,.0f}/{task.total:,.0f} {unit}{rate}"
     return "  ".join([count, *filter(None, [task.fields.get("note")])])
 
 
@@ -222,8 +251,8 @@ class Reporter:
         if not leaves_line:
             return
         seconds = time.perf_counter() - start
-        rate = total / seconds if seconds else 0.0
-        self.say(f"{description}: {total:,} {unit} in {seconds:.1f} s ({rate:,.0f} {unit}/s)")
+        rate = f" ({rate_text(total / seconds, unit)})" if total and seconds else ""
+        self.say(f"{description}: {total:,} {unit} in {seconds_text(seconds)}{rate}")
 
     def _lines(self, description: str, total: int, unit: str, start: float) -> Advance:
         """Return what tells of a long step where there is no bar."""

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from scipy.special import stdtrit
 
+from lrbo.paired import paired_difference
+
 LEAST = 4  # windows before which nothing is said of how much they differ
 
 
@@ -47,26 +49,9 @@ class Race:
         return difference > float(stdtrit(len(mine) - 1, quantile)) * error
 
 
-def paired_difference(
-    mine: Sequence[float], rival: Sequence[float], windows: int
-) -> tuple[float, float]:
-    """Return the mean paired difference, and its standard error as an estimate of that over all.
-
-    The windows are a sample without replacement from all: nothing is left to estimate when all
-    were scored, and the error is 0.
-
-    Args:
-        mine: Losses of the windows that were scored.
-        rival: Those of the other trial on the same windows.
-        windows: How many there are in all.
-    """
-    differences = [a - b for a, b in zip(mine, rival, strict=True)]
-    count = len(differences)
-    mean = math.fsum(differences) / count
-    if count < 2:
-        return mean, math.inf if windows > count else 0.0
-    variance = math.fsum((d - mean) ** 2 for d in differences) / (count - 1)
-    return mean, math.sqrt(variance / count * (1 - count / windows))
+def window_loss(nll: float, kl: float, kl_weight: float) -> float:
+    """Return the loss of a window: two trials of the same numbers must not differ by rounding."""
+    return nll + kl_weight * kl
 
 
 def spread_order(count: int) -> list[int]:

@@ -10,24 +10,28 @@ from dataclasses import dataclass
 import pandas as pd
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.measure import Measurement
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from lrbo.optimization.front import LATENCIES, pareto_front
+from lrbo.gains import MEANING, UNIT, Difference, gains, with_error
+from lrbo.optimization.front import LATENCIES
 from lrbo.optimization.study import Study
-from lrbo.presentation import perplexity_text
+from lrbo.presentation import LABELS, perplexity_text
 from lrbo.results import (
     dense_kinds,
     dense_size,
     described,
+    front,
     kept_by_depth,
     sensitivity,
     size_metric,
     summary,
     weights,
 )
+from lrbo.tabular import is_piped, lines_of, print_piped
 from lrbo.trial import TrialRecord
 
 WIDTH, INDENT = 80, 2
@@ -35,16 +39,18 @@ SHOWN = 10  # rows of the front and of failures; what is left out is counted
 
 
 def print_report(study: Study, console: Console) -> None:
-    """Print what came of a study, at most 80 columns wide.
+    """Print what came of a study, at most 80 columns wide on a terminal.
 
     Raises:
         StudyError: If there is no study.
     """
-    report = _Report(console, min(console.width, WIDTH))
+    report = _Report(console)
     _print_header(study, report)
     _print_results(study, report)
+    _print_gains(study, report)
     _print_front(study, report)
     _print_allocation(study, report)
+    _print_checkpoints(study, report)
     _print_failures(study, report)
     _print_seconds(study, report)
 
@@ -59,21 +65,41 @@ def print_comparison(table: pd.DataFrame, console: Console) -> None:
         table: From :func:`lrbo.comparison.compared`.
         console: Where to.
     """
-    report = _Report(console, min(console.width, WIDTH))
+    report = _Report(console)
     settings = ["method", "space", "kept", "seed"]
     rows = table.assign(kept=[_number(_known(kept), ".1%") for kept in table["keep_ratio"]])
     if rows["model"].nunique() > 1 or rows.duplicated(settings).any():
         settings = ["study", "kept"]
-    shown = _table(*settings, "trials", "uniform", "best", "test", gap=0)
-    shown.columns[0].no_wrap, shown.columns[0].overflow = False, "fold"
+    texts = (("validation", "", [*settings, "trials"]), ("test", "test_", settings))
+    for text, prefix, heads in texts:
+        columns = [label for label in LABELS if rows[f"{prefix}{label}"].notna().any()]
+        if not columns:
+            continue
+        shown = _comparison(heads)
+        for label in columns:
+            shown.add_column(label, justify="right", no_wrap=True)
+        for row in rows.to_dict("records"):
+            values = (_perplexity(_known(row[f"{prefix}{label}"])) for label in columns)
+            shown.add_row(*(str(row[key]) for key in heads), *values)
+        report.part(f"Perplexity of {len(table)} studies on the {text} text", shown)
+    if rows["gain"].isna().all():
+        return
+    shown = _comparison([*settings, "text"])
+    shown.add_column("best - analytic", justify="right", no_wrap=True)
     for row in rows.to_dict("records"):
-        shown.add_row(
-            *(str(row[key]) for key in settings),
-            str(row["trials"]),
-            *(_perplexity(_known(row[key])) for key in ("uniform", "best", "test")),
-        )
-    report.part(f"Perplexity of {len(table)} studies", shown)
-    report.note("uniform, best: on the validation text; test: the best trial on the test text")
+        for text, prefix, _ in texts:
+            if (nats := _known(row[f"{prefix}gain"])) is not None:
+                found = Difference(nats, _known(row[f"{prefix}gain_error"]))
+                shown.add_row(*(str(row[key]) for key in settings), text, str(found))
+    report.part(f"What the searches add, {UNIT}", shown, less=settings[1:])
+    report.note(MEANING)
+
+
+def _comparison(heads: Sequence[str]) -> Table:
+    """Return an empty table of studies, whose first column breaks where there is no room."""
+    shown = _table(*heads, gap=0)
+    shown.columns[0].no_wrap, shown.columns[0].overflow = False, "fold"
+    return shown
 
 
 def _known(value: float) -> float | None:
@@ -83,10 +109,38 @@ def _known(value: float) -> float | None:
 
 @dataclass(frozen=True)
 class _Report:
-    """Prints parts of a report, with a title and an empty line before each."""
+    """Prints parts of a report, with a title and an empty line before each.
+
+    Into a file or pipe it prints whole lines, cells with tabs between them.
+    """
 
     console: Console
-    width: int
+
+    @property
+    def width(self) -> int:
+        """Return the columns of a terminal that are used."""
+        return min(self.console.width, WIDTH)
+
+    @property
+    def shown(self) -> int | None:
+        """Return how many rows of a long table are printed; ``None`` for all."""
+        return None if is_piped(self.console) else SHOWN
+
+    def table(self, body: Table) -> None:
+        """Print a table without a title."""
+        if is_piped(self.console):
+            for line in lines_of(body):
+                print_piped(self.console, line)
+        else:
+            self.console.print(body, width=self.width, highlight=False)
+
+    def line(self, text: str) -> None:
+        """Print a line of text behind an empty one."""
+        self.console.print()
+        if is_piped(self.console):
+            print_piped(self.console, text)
+        else:
+            self.console.print(Text(text), width=self.width)
 
     def part(self, title: str, body: Table, note: str = "", less: Sequence[str] = ()) -> None:
         """Print one part.
@@ -98,6 +152,12 @@ class _Report:
             less: Columns that a narrow terminal goes without, the first one first: half a number
                 is worse than none.
         """
+        if is_piped(self.console):
+            self.line(title)
+            self.table(body)
+            if note:
+                self.note(note)
+            return
         wide, omitted = self.console.options.update_width(sys.maxsize), []
         for name in less:
             if Measurement.get(self.console, wide, body).maximum + INDENT <= self.width:
@@ -115,6 +175,9 @@ class _Report:
 
     def note(self, text: str) -> None:
         """Print a remark."""
+        if is_piped(self.console):
+            print_piped(self.console, text)
+            return
         indented = Padding(Text(text, style="dim"), (0, 0, 0, INDENT), expand=False)
         self.console.print(indented, width=self.width)
 
@@ -135,7 +198,7 @@ def _print_header(study: Study, report: _Report) -> None:
     table.add_column(overflow="fold")
     for name, text in lines.items():
         table.add_row(name, Text(text))
-    report.console.print(table, width=report.width, highlight=False)
+    report.table(table)
 
 
 def _print_results(study: Study, report: _Report) -> None:
@@ -145,7 +208,7 @@ def _print_results(study: Study, report: _Report) -> None:
     best = state.best()
     rows = [
         ("uniform", state.uniform),
-        ("analytic", by_origin.get("analytic")),
+        ("analytic", state.analytic),
         ("start", by_origin.get("start")),
         ("transfer", by_origin.get("transfer")),
         ("best", best),
@@ -157,7 +220,7 @@ def _print_results(study: Study, report: _Report) -> None:
     }
     tested_dense = state.tests.get("dense", {}).get("metrics", {}).get("perplexity")
     if not state.dense and best is None:
-        report.console.print("\nNo trial has a value yet.", width=report.width)
+        report.line("No trial has a value yet.")
         return
     table = _table(
         "", "trial", "nll", "ppl", "KL", "kept", "params", "size", "MACs", "test ppl", gap=0
@@ -185,7 +248,7 @@ def _print_results(study: Study, report: _Report) -> None:
             "study, their level is not that of the text they came from; the test text is whole"
         )
     if size_metric(study) is not None:
-        notes.append("best: the lowest loss at any size; uniform and others: at the ceiling")
+        notes.append("best: the lowest loss at any size; uniform and analytic: the largest")
     if "analytic" in by_origin:
         notes.append("analytic: the ranks of least predicted loss")
     notes += [*_latencies(rows), *_agreement(study)]
@@ -198,6 +261,21 @@ def _print_results(study: Study, report: _Report) -> None:
         notes.append(f"test: {', '.join(texts)}")
     for note in notes:
         report.note(note)
+
+
+def _print_gains(study: Study, report: _Report) -> None:
+    """Print what the search adds to the analytic allocation, if there is one."""
+    found = gains(study.state)
+    if not found:
+        return
+    table = _table("trials", "kept", "text", "best - analytic")
+    for gain in found:
+        trials = f"{gain.best.request.trial_index} - {gain.analytic.request.trial_index}"
+        kept = _number(gain.analytic.metrics["keep_ratio"], ".1%")
+        for text, line in gain.lines.items():
+            table.add_row(trials, kept, text, line)
+    report.part(f"What the search adds, {UNIT}", table)
+    report.note(MEANING)
 
 
 def _latencies(rows: Sequence[tuple[str, TrialRecord | None]]) -> list[str]:
@@ -225,17 +303,16 @@ def _agreement(study: Study) -> list[str]:
 
 
 def _print_front(study: Study, report: _Report) -> None:
-    """Print the Pareto front."""
-    size = size_metric(study)
-    front = pareto_front(study.state.completed, size or "parameters")
-    if not front:
+    """Print the Pareto front, where one was searched."""
+    size, points = size_metric(study), front(study)
+    if not points:
         return
     # Of sizes that are columns anyway there is none beside them.
     beside = size if size not in (None, "keep_ratio") else None
     table = _table(
         "trial", "perplexity", "nll", "kept", "parameters", *([beside] if beside else [])
     )
-    for record in front[:SHOWN]:
+    for record in points[: report.shown]:
         metrics = record.metrics
         table.add_row(
             str(record.request.trial_index),
@@ -245,7 +322,8 @@ def _print_front(study: Study, report: _Report) -> None:
             _number(metrics.get("parameters"), ",d"),
             *([_size(beside, metrics)] if beside else []),
         )
-    note = f"and {len(front) - SHOWN} larger" if len(front) > SHOWN else ""
+    left = len(points) - len(points[: report.shown])
+    note = f"and {left} larger" if left else ""
     title = "Front: no other trial is both smaller and better"
     report.part(title, table, note, less=("parameters", "nll"))
     if (area := summary(study)["hypervolume"]) is not None:
@@ -279,6 +357,28 @@ def _print_allocation(study: Study, report: _Report) -> None:
     report.note("factor: exp(weight), on predicted losses; that of exponent is their power")
 
 
+def _print_checkpoints(study: Study, report: _Report) -> None:
+    """Print which models were written, where, and which of them are gone."""
+    found = summary(study)["checkpoints"]
+    if not found:
+        return
+    table = _table("folder", "trial", "kept", "ppl", "test ppl", "format", "dtype", "", gap=0)
+    table.columns[0].no_wrap, table.columns[0].overflow = False, "fold"
+    for one in found:
+        table.add_row(
+            escape(one["folder"]),
+            str(one["trial"]),
+            _number(one["keep_ratio"], ".1%"),
+            _perplexity(one["validation_perplexity"]),
+            _perplexity(one["test_perplexity"]),
+            one["format"] or "-",
+            one["dtype"] or "-",
+            "" if one["exists"] else "gone",
+        )
+    report.part("Checkpoints", table)
+    report.note("ppl: on the validation text, after the refit if there was one")
+
+
 def _print_failures(study: Study, report: _Report) -> None:
     """Print which trials have no value, and why."""
     reasons: dict[tuple[str, str], list[int]] = {}
@@ -293,9 +393,10 @@ def _print_failures(study: Study, report: _Report) -> None:
     table.add_column(overflow="fold", max_width=16)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
-    for (outcome, reason), indices in list(reasons.items())[:SHOWN]:
+    for (outcome, reason), indices in list(reasons.items())[: report.shown]:
         table.add_row(", ".join(map(str, indices)), outcome, Text(reason))
-    note = f"and {len(reasons) - SHOWN} more reasons" if len(reasons) > SHOWN else ""
+    left = len(reasons) - len(list(reasons)[: report.shown])
+    note = f"and {left} more reasons" if left else ""
     report.part("Trials without a value", table, note)
 
 
@@ -308,11 +409,14 @@ def _print_seconds(study: Study, report: _Report) -> None:
     table = _table("stage", "seconds", "per trial", "share")
     for stage, spent in seconds.items():
         trials = sum(stage in record.seconds for record in study.state.records)
+        each = spent / trials if trials else None
         table.add_row(
             stage,
-            _number(spent, ",.1f"),
-            _number(spent / trials if trials else None, ",.2f"),
-            _number(spent / total if total else None, ".0%"),
+            _number(spent, ",.1f" if spent >= 0.05 else ".1g"),
+            _number(each, ",.2f" if each is None or each >= 0.005 else ".1g"),
+            "<1%"
+            if 0 < spent < 0.005 * total
+            else _number(spent / total if total else None, ".0%"),
         )
     report.part("Time", table)
 
@@ -343,7 +447,7 @@ def _size(name: str, metrics: Mapping[str, float]) -> str:
     """Return what a front is minimised in, with its standard error where it was measured."""
     value = metrics.get(name)
     if name in LATENCIES:
-        return f"{_number(value, '.3f')} +- {_number(metrics.get(f'{name}_sem'), '.3f')}"
+        return "-" if value is None else with_error(value, metrics[f"{name}_sem"])
     return _bytes(value) if name == "model_bytes" else _count(value)
 
 

@@ -17,6 +17,7 @@ from lrbo.accounting import (
     index_bytes,
     low_rank_macs,
 )
+from lrbo.gains import gains
 from lrbo.loss_calibration import LossCalibration, sensitivity_file
 from lrbo.optimization.front import (
     KEEP_RATIO,
@@ -47,6 +48,7 @@ METRICS = {  # column of the frame: metric
     "peak_memory_gib": "peak_memory_gib",
     **{name: name for latency in LATENCIES for name in (latency, f"{latency}_sem")},
 }
+NUMBERS_WRITTEN = ("keep_ratio", "validation_perplexity", "test_perplexity")  # of a checkpoint
 COLUMNS = (
     "trial",
     "origin",
@@ -74,14 +76,21 @@ def summary(study: Study) -> dict[str, Any]:
         - ``tokens_scored``: over all trials with a value;
         - ``validation_windows``: where they were chosen, ``chosen`` of how many in the ``pool``;
         - ``dense``: ``nll`` (nats per token) and ``perplexity`` on the validation text;
-        - ``uniform``: the same, and ``keep_ratio``;
+        - ``uniform``: ``trial``, the same, and ``keep_ratio``;
+        - ``analytic``: the same, of the allocation of least predicted loss;
         - ``best``: ``trial``, ``nll``, ``perplexity``, ``keep_ratio``, ``parameters`` (of the
           compressible layers) of the trial with the lowest objective;
+        - ``gains``: what the search adds: the best trial minus the ``analytic`` one, nats per
+          token on ``validation`` and ``test`` text, with the ``standard_error`` over windows; one
+          at one budget, of a front one at each budget of an analytic trial;
         - ``front``: ``trial``, ``nll``, ``keep_ratio`` of each trial on it, and what it was
-          minimised in, from small to large;
+          minimised in, from small to large; at one budget there is none;
         - ``hypervolume``: where a front was searched, the area that it dominates below its
           ``reference``, loss times size, and ``size``, the name of the metric;
         - ``seconds``: sums over all trials, by stage;
+        - ``checkpoints``: what was written: ``trial``, ``folder``, whether it ``exists`` still,
+          ``format``, ``dtype``, ``keep_ratio``, ``validation_perplexity`` and
+          ``test_perplexity``; of a folder that was written again the last;
         - ``test``: by label, ``trial``, ``text``, ``nll`` and ``perplexity`` on the test text.
     """
     state, size = study.state, size_metric(study)
@@ -99,23 +108,24 @@ def summary(study: Study) -> dict[str, Any]:
         if state.chosen
         else None,
         "dense": _pick(state.dense, "nll", "perplexity") if state.dense else None,
-        "uniform": _pick(state.uniform.metrics, "nll", "perplexity", "keep_ratio")
-        if state.uniform
-        else None,
+        "uniform": _baseline(state.uniform),
+        "analytic": _baseline(state.analytic),
         "best": {
             "trial": best.request.trial_index,
             **_pick(best.metrics, "nll", "perplexity", "keep_ratio", "parameters"),
         }
         if best
         else None,
+        "gains": [gain.to_dict() for gain in gains(state)],
         "front": [
             {
                 "trial": record.request.trial_index,
                 **_pick(record.metrics, "nll", "keep_ratio", *([size] if size else [])),
             }
-            for record in pareto_front(state.completed, size or "parameters")
+            for record in front(study)
         ],
         "hypervolume": _hypervolume(study),
+        "checkpoints": checkpoints(study),
         "seconds": {
             stage: math.fsum(record.seconds.get(stage, 0.0) for record in state.records)
             for stage in STAGES
@@ -131,12 +141,46 @@ def summary(study: Study) -> dict[str, Any]:
     }
 
 
+def _baseline(record: TrialRecord | None) -> dict[str, Any] | None:
+    """Return what stands in tables of a trial that others are compared with."""
+    if record is None:
+        return None
+    numbers = _pick(record.metrics, "nll", "perplexity", "keep_ratio")
+    return {"trial": record.request.trial_index, **numbers}
+
+
+def front(study: Study) -> list[TrialRecord]:
+    """Return the Pareto front from small to large.
+
+    There is none at one budget, where sizes differ by the rounding of ranks alone.
+    """
+    size = size_metric(study)
+    return [] if size is None else pareto_front(study.state.completed, size)
+
+
 def size_metric(study: Study) -> str | None:
     """Return what a study minimises beside the loss; ``None`` at one budget."""
     config = config_of(study)
     if config["budget"].get("lowest") is None:
         return None
     return str(config["search"]["size"])
+
+
+def checkpoints(study: Study) -> list[dict[str, Any]]:
+    """Return the compressed models that were written, and whether they are still there."""
+    found = {}
+    for event in study.state.checkpoints:
+        folder, tags = event["folder"], event["tags"]
+        numbers = {key: tags.get(key) for key in NUMBERS_WRITTEN}
+        found[folder] = {
+            "trial": event["trial"],
+            "folder": folder,
+            "exists": (Path(folder) / "config.json").is_file(),
+            "format": tags.get("format"),
+            "dtype": tags.get("dtype"),
+            **{key: None if text is None else float(text) for key, text in numbers.items()},
+        }
+    return list(found.values())
 
 
 def _hypervolume(study: Study) -> dict[str, Any] | None:
@@ -163,13 +207,11 @@ def frame(study: Study) -> pd.DataFrame:
         The columns in ``COLUMNS``. ``seconds`` is the sum of the four stages after it;
         ``best_perplexity`` is the perplexity of the best trial up to this one, the best being
         the one with the lowest objective; ``is_best`` marks the best of all and ``on_front``
-        the Pareto front. Metrics of trials without a value are missing.
+        the Pareto front, of which there is none at one budget. Metrics of trials without a
+        value are missing.
     """
     best = study.state.best()
-    front = {
-        record.request.trial_index
-        for record in pareto_front(study.state.completed, size_metric(study) or "parameters")
-    }
+    on_front = {record.request.trial_index for record in front(study)}
     rows = []
     lowest, best_perplexity = math.inf, math.nan
     for record in study.state.ended:
@@ -188,7 +230,7 @@ def frame(study: Study) -> pd.DataFrame:
                 **{f"{stage}_s": record.seconds.get(stage) for stage in STAGES},
                 "best_perplexity": best_perplexity,
                 "is_best": best is not None and index == best.request.trial_index,
-                "on_front": index in front,
+                "on_front": index in on_front,
             }
         )
     table = pd.DataFrame(rows, columns=list(COLUMNS))
@@ -225,7 +267,8 @@ def draw_figures(study: Study) -> list[Path]:
     """
     paths = [study.folder / "figures" / f"{name}.png" for name in drawable(study)]
     state, measured = study.state, sensitivity(study)
-    digest = digest_of(study.about(), study.config_yaml(), state.dense, state.trials, measured)
+    fixed = (study.about(), study.config_yaml())
+    digest = digest_of(*fixed, state.dense, state.trials, state.tests, measured)
     if not all(is_of(path, digest) for path in paths):
         drawn = imported("lrbo.figures").figures(study)  # matplotlib, which nothing else asks for
         for path in paths:
@@ -234,11 +277,15 @@ def draw_figures(study: Study) -> list[Path]:
 
 
 def drawable(study: Study) -> list[str]:
-    """Return the names of the figures that there is something to draw in."""
+    """Return the names of the figures that there is something to draw in.
+
+    There is no front at one budget, at which all trials are of one size.
+    """
     if study.state.best() is None:
         return []
+    front = ["front"] if size_metric(study) is not None else []
     measured = ["sensitivity"] if sensitivity(study) is not None else []
-    return ["convergence", "front", "ranks", *measured]
+    return ["convergence", *front, "ranks", *measured]
 
 
 def _pick(metrics: Mapping[str, Any], *names: str) -> dict[str, Any]:

@@ -50,7 +50,8 @@ class TrialResult:
             an estimate, ``objective_sem`` its standard error, and there is no ``nll``.
         seconds: Of the worker, in all.
         error: Why there is no value.
-        window_losses: Loss of each validation window, where trials race; of a completed trial.
+        window_nll: Mean nats per token of each validation window; of a completed trial.
+        window_kl: Mean divergence from the dense model of each, likewise.
     """
 
     trial_index: int
@@ -58,7 +59,8 @@ class TrialResult:
     metrics: Mapping[str, float] = field(default_factory=dict)
     seconds: float = 0.0
     error: str | None = None
-    window_losses: tuple[float, ...] = ()
+    window_nll: tuple[float, ...] = ()
+    window_kl: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,8 @@ from lrbo.evaluation.divergence import DenseReference
 from lrbo.evaluation.latency import LatencySettings, executed_layers, measure_latency
 from lrbo.evaluation.perplexity import OnTokens, Perplexity, predictions
 from lrbo.nested import LowRankFactors
-from lrbo.racing import Race, paired_difference, spread_order
+from lrbo.paired import paired_difference
+from lrbo.racing import Race, spread_order, window_loss
 from lrbo.specs import ModelMap
 from lrbo.trial import TrialRequest, TrialResult
 
@@ -32,15 +33,13 @@ class WindowLosses:
     """Losses of some validation windows, whatever the order in which they were scored.
 
     Attributes:
-        kl_weight: Weight of the divergence in the loss of a window.
         sums: By window, nll and divergence summed over its tokens, nats.
-        weighted: By window, the mean loss per token.
+        means: By window, the same per token.
         tokens: That were scored.
     """
 
-    kl_weight: float
     sums: dict[int, tuple[float, float]] = field(default_factory=dict)
-    weighted: dict[int, float] = field(default_factory=dict)
+    means: dict[int, tuple[float, float]] = field(default_factory=dict)
     tokens: int = 0
 
     def add(
@@ -58,17 +57,18 @@ class WindowLosses:
         for place, (lost, diverged) in enumerate(pairs):
             sums = float(lost.sum()), float(diverged.sum())
             self.sums[first + place] = sums
-            self.weighted[first + place] = (sums[0] + self.kl_weight * sums[1]) / len(lost)
+            self.means[first + place] = sums[0] / len(lost), sums[1] / len(lost)
         self.tokens += len(nll)
 
-    def beside(self, rival: Sequence[float]) -> tuple[list[float], list[float]]:
+    def beside(self, rival: Sequence[float], kl_weight: float) -> tuple[list[float], list[float]]:
         """Return the losses so far, and those of another trial on the same windows.
 
         Args:
             rival: Loss of every window, of the other trial.
+            kl_weight: Weight of the divergence in the loss of a window.
         """
-        places = list(self.weighted)
-        return [self.weighted[place] for place in places], [rival[place] for place in places]
+        mine = [window_loss(nll, kl, kl_weight) for nll, kl in self.means.values()]
+        return mine, [rival[place] for place in self.means]
 
     @property
     def nll(self) -> float:
@@ -131,7 +131,7 @@ class Worker:
         try:
             losses = self._scored(request)
             metrics = self._metrics(request, losses)
-            is_whole = len(losses.weighted) == len(self.windows)
+            is_whole = len(losses.means) == len(self.windows)
             if is_whole:  # a trial that was given up is on no front
                 metrics |= self._latency(request.allocation)
         except Exception as error:
@@ -142,21 +142,16 @@ class Worker:
         seconds = time.perf_counter() - start
         if not is_whole:
             return TrialResult(request.trial_index, "stopped", metrics, seconds)
+        nll, kl = zip(*(losses.means[index] for index in range(len(self.windows))), strict=True)
         return TrialResult(
-            request.trial_index,
-            "completed",
-            metrics,
-            seconds,
-            window_losses=()
-            if self.race is None
-            else tuple(losses.weighted[index] for index in range(len(self.windows))),
+            request.trial_index, "completed", metrics, seconds, window_nll=nll, window_kl=kl
         )
 
     def _scored(self, request: TrialRequest) -> WindowLosses:
         """Score an allocation on the validation windows, or as many as it takes to lose."""
         if self.model.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.model.device)
-        losses = WindowLosses(0.0 if self.race is None else self.race.kl_weight)
+        losses = WindowLosses()
         count, width = self.windows.shape
         starts = range(0, count, self.batch_windows)
         order = range(len(starts)) if self.race is None else spread_order(len(starts))
@@ -181,7 +176,7 @@ class Worker:
                         self.on_tokens(len(chunk.nll))
                 losses.add(start, len(windows), torch.cat(nll), torch.cat(divergence))
                 if self.race is not None and request.rival_losses:
-                    mine, rival = losses.beside(request.rival_losses)
+                    mine, rival = losses.beside(request.rival_losses, self.race.kl_weight)
                     if self.race.is_lost(mine, rival, count, len(order) - 1):
                         break
         return losses
@@ -201,8 +196,10 @@ class Worker:
             **self.size_metrics(request.allocation),
         }
         count = len(self.windows)
-        if len(losses.weighted) < count:
-            difference, error = paired_difference(*losses.beside(request.rival_losses), count)
+        if len(losses.means) < count:
+            assert self.race is not None, "a trial was given up without a race"
+            beside = losses.beside(request.rival_losses, self.race.kl_weight)
+            difference, error = paired_difference(*beside, count)
             rival = math.fsum(request.rival_losses) / count
             return {"objective": rival + difference, "objective_sem": error, **shared}
         total = Perplexity(losses.nll, losses.tokens)

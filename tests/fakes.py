@@ -20,8 +20,9 @@ from lrbo.optimization.front_space import FrontSpace
 from lrbo.optimization.space import SearchSpace, build_space
 from lrbo.optimization.study import Study
 from lrbo.optimization.weights import WeightSpace, build_weight_space
+from lrbo.paired import paired_difference
 from lrbo.presentation import Checkpoint, Presentation
-from lrbo.racing import Race, paired_difference
+from lrbo.racing import Race
 from lrbo.sensitivity import Curves
 from lrbo.specs import LayerSpec
 from lrbo.trial import TrialRecord, TrialRequest, TrialResult
@@ -227,7 +228,8 @@ class FakeWorker:
                 gap, error = paired_difference(losses[:count], rival[:count], self.WINDOWS)
                 estimate = {"objective": sum(rival) / len(rival) + gap, "objective_sem": error}
                 return TrialResult(index, "stopped", estimate | {"tokens": 5.0 * count}, 0.5)
-        return TrialResult(index, "completed", metrics, 0.5, window_losses=tuple(losses))
+        kl = (metrics["kl_dense_to_compressed"],) * self.WINDOWS
+        return TrialResult(index, "completed", metrics, 0.5, window_nll=tuple(losses), window_kl=kl)
 
     def metrics(self, request: TrialRequest) -> dict[str, float]:
         """Return the numbers of an allocation."""

@@ -113,6 +113,7 @@ class Journal:
         nll: float,
         origin: str = "sobol",
         allocation: Allocation | None = None,
+        windows: Sequence[float] = (),
         **metrics: float,
     ) -> TrialRecord:
         """Write all of a trial with a value."""
@@ -131,7 +132,7 @@ class Journal:
             "macs_per_token": counted.macs_per_token,
             "objective": nll,
         }
-        return self._end(index, "completed", None, whole | metrics)
+        return self._end(index, "completed", None, whole | metrics, windows)
 
     def fail(self, index: int, error: str | None, outcome: str = "abandoned") -> TrialRecord:
         """Write all of a trial without a value."""
@@ -139,7 +140,12 @@ class Journal:
         return self._end(index, outcome, error, {})
 
     def _end(
-        self, index: int, outcome: str, error: str | None, metrics: Mapping[str, float]
+        self,
+        index: int,
+        outcome: str,
+        error: str | None,
+        metrics: Mapping[str, float],
+        windows: Sequence[float] = (),
     ) -> TrialRecord:
         self.study.record("started", trial=index)
         self.study.record(
@@ -149,6 +155,8 @@ class Journal:
             metrics=metrics,
             error=error,
             seconds={"scoring": SECONDS["scoring"]},
+            window_nll=windows,
+            window_kl=[nll / 8 for nll in windows],
         )
         self.study.record("logged", trial=index, seconds=SECONDS["logging"])
         return self.study.state.trials[index]
@@ -165,7 +173,12 @@ class Journal:
         found.save(sensitivity_file(self.study.folder))
         return found
 
-    def tested(self, label: str, trial: int | None, nll: float) -> None:
+    def tested(
+        self, label: str, trial: int | None, nll: float, windows: Sequence[float] = ()
+    ) -> None:
         """Write a score on the test text."""
         metrics = {"nll": nll, "perplexity": math.exp(nll), "tokens": TOKENS}
-        self.study.record("tested", label=label, trial=trial, text="words[test]", metrics=metrics)
+        self.study.record(
+            "tested", label=label, trial=trial, text="words[test]", metrics=metrics,
+            window_nll=windows,
+        )  # fmt: skip

@@ -27,7 +27,8 @@ ROOMS = """
     ranges
     config
     schema preparation
-    report figures comparison results plots drawing pictures
+    report tabular figures comparison results plots drawing pictures
+    gains
     peak_memory speed
     merging export remote_code modeling_low_rank model_card
     optimization.loop optimization.client optimization.study optimization.front_space
@@ -35,7 +36,7 @@ ROOMS = """
     optimization.base optimization.front
     tracking mlflow_store mlflow_registry mlflow_ui mlflow_entities presentation
     executors.ray_tasks executors.inline executors.base
-    worker trial racing
+    worker trial racing paired
     evaluation.divergence evaluation.perplexity evaluation.latency evaluation.selection
     evaluation.protocols evaluation.zero_shot evaluation.limits
     refit sensitivity

@@ -11,10 +11,13 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from scipy import stats
 
 import lrbo
 from lrbo import cli, config
+from lrbo.optimization.study import Study
 from lrbo.overrides import find_problems
 from lrbo.schema import SCHEMAS
 from tests.commands import TINY, Ran, lrbo_command, project, searched, state_of
@@ -27,7 +30,10 @@ SEARCH_KEYS = {
     "trials_failed": int,
     "tokens_scored": int,
     "dense": {"nll", "perplexity"},
-    "uniform": {"nll", "perplexity", "keep_ratio"},
+    "uniform": {"trial", "nll", "perplexity", "keep_ratio"},
+    "analytic": {"trial", "nll", "perplexity", "keep_ratio"},
+    "gains": list,
+    "checkpoints": list,
     "best": {"trial", "nll", "perplexity", "keep_ratio", "parameters"},
     "front": list,
     "seconds": {"suggestion", "allocation", "scoring", "logging"},
@@ -48,16 +54,40 @@ def test_search_answers_with_the_fixed_keys(searched: tuple[Path, Ran]) -> None:
             assert isinstance(found[key], expected), key
     assert found["study"] == "tiny"
     assert (found["trials_completed"], found["trials_failed"]) == (5, 0)
-    assert all(set(point) == {"trial", "nll", "keep_ratio"} for point in found["front"])
+    assert found["front"] == []  # there is none at one budget
     assert found["best"]["keep_ratio"] <= 0.8
     assert found["best"]["nll"] <= found["uniform"]["nll"]
-    assert set(found["test"]) == {"dense", "uniform", "best"}
+    assert set(found["test"]) == {"dense", "uniform", "analytic", "best"}
+
+
+def test_what_the_search_adds_is_the_difference_of_single_windows(
+    searched: tuple[Path, Ran],
+) -> None:
+    folder, ran = searched
+    state = Study(folder / "studies" / "tiny").state
+    (gain,) = ran.json["gains"]
+    pair = [state.trials[gain[label]] for label in ("best", "analytic")]
+    for record in pair:
+        assert record.result is not None
+        mean = np.mean(record.result.window_nll)
+        assert mean == pytest.approx(record.metrics["nll"], abs=1e-9)
+    differences = np.subtract(*(record.result.window_nll for record in pair if record.result))
+    assert gain["validation"]["difference"] == pytest.approx(np.mean(differences), abs=1e-9)
+    error = stats.sem(differences) if pair[0] is not pair[1] else 0.0
+    assert gain["validation"]["standard_error"] == pytest.approx(error, abs=1e-9)
+    best, analytic = (state.tests[label] for label in ("best", "analytic"))
+    assert best["trial"] == gain["best"]
+    for test in (best, analytic):
+        assert np.mean(test["window_nll"]) == pytest.approx(test["metrics"]["nll"], abs=1e-9)
+    differences = np.subtract(best["window_nll"], analytic["window_nll"])
+    assert gain["test"]["difference"] == pytest.approx(np.mean(differences), abs=1e-9)
+    assert "What the search adds, nats per token" in ran.out
 
 
 def test_a_search_leaves_a_study_with_pictures(searched: tuple[Path, Ran]) -> None:
     folder, ran = searched
     study = folder / "studies" / "tiny"
-    for name in ("convergence", "front", "ranks", "sensitivity"):
+    for name in ("convergence", "ranks", "sensitivity"):
         assert (study / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert {"journal.jsonl", "study.json", "config.yaml", "front.json"} <= {
         path.name for path in study.iterdir()

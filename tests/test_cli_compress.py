@@ -188,6 +188,31 @@ def test_between_two_points_of_a_front_one_more_is_tried(
 
 
 @pytest.mark.slow
+def test_a_front_of_baselines_uses_the_budget_that_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    line = ["budget=front", "space=weights", "method=loss_aware", "warm_start=[uniform]"]
+    ran = lrbo_command(
+        "search", *TINY, *line, "search.trials=4", "study=bare", "sensitivity.layers_per_kind=0"
+    )
+    assert ran.status == 0, ran.err
+    study = Study(Path("studies/bare"))
+    # The loss of a random model does not rise as it shrinks: take two neighbours for its front.
+    ends = sorted(study.state.completed, key=lambda record: record.metrics["keep_ratio"])[1:3]
+    monkeypatch.setattr("lrbo.commands.trials.pareto_front", lambda trials, size: ends)
+    ran = lrbo_command("compress", "study=bare", "point=keep=0.72", "out=x", "refit.enabled=false")
+    assert ran.status == 0, ran.err
+    record = Study(Path("studies/bare")).state.trials[4]
+    assert record.request.origin == "between"
+    assert record.request.variables == {}
+    assert 0.71 < record.metrics["keep_ratio"] <= 0.72
+    assert "point=keep=0.72: trial" in " ".join(ran.err.split())
+    ran = lrbo_command("compress", "study=bare", "point=keep=0.95", "out=y", "refit.enabled=false")
+    assert "keep=0.95 is beyond the end of the front, trial" in " ".join(ran.err.split())
+
+
+@pytest.mark.slow
 def test_a_front_of_latency_is_searched_reported_and_compressed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -268,8 +293,9 @@ def test_the_card_s_commands_write_the_same_checkpoint(
     card = ModelCard.load("carded/README.md")
     assert card.data.library_name == "transformers"
     state = Study(Path("studies/tiny")).state
-    tested = [state.tests[label]["metrics"]["perplexity"] for label in ("dense", "uniform")]
-    for label, value in zip(("dense", "uniform ranks"), tested, strict=True):
+    labels = {"dense": "dense", "uniform": "uniform ranks", "analytic": "analytic ranks"}
+    for key, label in labels.items():
+        value = state.tests[key]["metrics"]["perplexity"]
         (row,) = [line for line in card.text.splitlines() if line.startswith(f"| {label} |")]
         assert row.endswith(f"| {value:.2f} |")
     lines = re.findall(r"^lrbo (?:search|compress) .*", card.text, re.MULTILINE)
@@ -280,6 +306,20 @@ def test_the_card_s_commands_write_the_same_checkpoint(
         again = lrbo_command(*shlex.split(line)[1:])
         assert again.status == 0, again.err
     assert Path("carded/model.safetensors").read_bytes() == before
+
+
+def test_a_checkpoint_is_scored_in_the_dtype_of_its_own_numbers(project: Path) -> None:
+    if not Path("best").exists():
+        assert lrbo_command("compress", "study=tiny", "out=best").status == 0
+    line = ["checkpoint=best", "data=generated", "record=null", "output=json"]
+    ran = lrbo_command("evaluate", *line)  # where bfloat16 is faster, auto would take it
+    assert ran.status == 0, ran.err
+    assert ran.json["dtype"] == "float32"
+    assert "is scored in" not in ran.err
+    ran = lrbo_command("evaluate", *line, "model.dtype=bfloat16")
+    assert ran.json["dtype"] == "bfloat16"
+    said = " ".join(ran.err.split())
+    assert "best is scored in bfloat16, its own numbers are in float32" in said
 
 
 def test_a_folder_that_exists_is_left_alone(project: Path) -> None:

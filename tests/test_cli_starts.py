@@ -81,6 +81,16 @@ def test_transfer_begins_a_study_that_a_search_continues(project: Path) -> None:
     assert origins(name)[3:] == ["sobol", "model"]
 
 
+def test_a_donor_whose_best_is_the_baseline_lends_the_baseline(project: Path) -> None:
+    ran = transfer("donor=tiny:0", "study=humble", "space=weights")
+    assert ran.status == 0, ran.err
+    assert origins("humble") == ["uniform", "analytic", "transfer"]
+    records = Study(Path("studies/humble")).state.records
+    assert records[2].request.allocation.ranks == records[0].request.allocation.ranks
+    said = " ".join(ran.err.split())
+    assert "Trial 2, what the donor lends, has the ranks of trial 0, uniform" in said
+
+
 def test_a_trial_may_be_named(project: Path) -> None:
     ran = transfer("donor=tiny:2", "study=second")
     assert ran.status == 0, ran.err

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from rich.console import Console
 
 from lrbo import comparison, plots
 from lrbo.report import print_comparison
 from tests.journal import Journal
+from tests.test_gains import lost
 from tests.test_plots import assert_inside, headings, legend, lines, points
-from tests.test_report import part, with_everything
+from tests.test_report import part, terminal, with_everything
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def sweep() -> pd.DataFrame:
         ("svd_llm", math.nan, 1, math.nan, math.nan, math.nan),
     ]
     columns = ["method", "keep_ratio", "seed", "uniform", "best", "dense"]
-    return pd.DataFrame(rows, columns=columns).assign(space="weights")
+    return pd.DataFrame(rows, columns=columns).assign(space="weights", analytic=math.nan)
 
 
 def test_a_comparison_has_a_line_per_method_through_the_means_of_seeds(
@@ -56,27 +56,57 @@ def test_several_studies_have_a_line_each(tmp_path: Path) -> None:
     assert list(table["seed"]) == [0, 3, 0]
     assert list(table["trials"]) == [4, 1, 0]
     assert table["best"][0] == pytest.approx(math.exp(2.25))
-    assert table["test"][0] == pytest.approx(math.exp(2.375))
-    assert table[["test"]].isna()["test"].tolist() == [False, True, True]
+    assert table["test_best"][0] == pytest.approx(math.exp(2.375))
+    assert table["test_best"].isna().tolist() == [False, True, True]
     out = io.StringIO()
-    print_comparison(table, Console(width=80, file=out, highlight=False))
+    print_comparison(table, terminal(out))
     text = out.getvalue()
     assert max(map(len, text.splitlines())) <= 80
-    found = part(text, "Perplexity of 3 studies")
+    found = part(text, "Perplexity of 3 studies on the validation text")
     kept = f"{100 * table['keep_ratio'][0]:.1f}%"
     assert "first" not in text
-    assert found[1] == ["bolaco", "per_kind", kept, "0", "4", "20.09", "9.49", "10.75"]
+    assert found[0][-4:] == ["trials", "dense", "uniform", "best"]  # nobody has an analytic trial
+    assert found[1] == ["bolaco", "per_kind", kept, "0", "4", "7.39", "20.09", "9.49"]
     assert found[3] == ["svd_llm", "per_kind", "-", "0", "0", "-", "-", "-"]
+    found = part(text, "Perplexity of 3 studies on the test text")
+    assert found[0][-2:] == ["dense", "best"]
+    assert found[1] == ["bolaco", "per_kind", kept, "0", "8.37", "10.75"]
+    assert "What the searches add" not in text
+
+
+def test_studies_with_an_analytic_trial_show_what_their_searches_add(tmp_path: Path) -> None:
+    journal, other = Journal(tmp_path / "mine"), Journal(tmp_path / "other", "seed=3")
+    for one in (journal, other):
+        one.score_dense(2.0)
+        one.complete(1, 2.5, "analytic", windows=lost(2.5))
+        one.complete(2, 2.25, "model", windows=lost(2.25, 0.125, -0.125, 0.0, 0.0))
+    journal.tested("analytic", 1, 2.0, lost(2.0))
+    journal.tested("best", 2, 2.0625, lost(2.0625, 0.25, -0.25, 0.25, -0.25))
+    table = comparison.compared([journal.study, other.study])
+    assert table["gain"].tolist() == [-0.25, -0.25]
+    assert table["test_gain"][0] == 0.0625
+    assert table["test_gain"].isna().tolist() == [False, True]
+    out = io.StringIO()
+    print_comparison(table, terminal(out))
+    assert max(map(len, out.getvalue().splitlines())) <= 80
+    lines = [" ".join(cells) for cells in part(out.getvalue(), "What the searches add")]
+    assert lines[0].endswith("text best - analytic")
+    assert lines[1].endswith("validation -0.250 +- 0.051")
+    assert lines[2].endswith("test no measurable difference: 0.06 +- 0.14")
+    assert lines[3].endswith("3 validation -0.250 +- 0.051")
+    figure = comparison.draw(table)
+    assert "analytic" in legend(figure)
+    assert_inside(figure)
 
 
 def test_studies_that_differ_in_something_else_are_called_by_their_names(tmp_path: Path) -> None:
     names = ["one", "a_long_name_of_a_study_that_goes_on_and_on_until_it_does_not_fit_any_more"]
     studies = [with_everything(Journal(tmp_path / name)) for name in names]
     out = io.StringIO()
-    print_comparison(comparison.compared(studies), Console(width=80, file=out, highlight=False))
+    print_comparison(comparison.compared(studies), terminal(out))
     lines = out.getvalue().splitlines()
     assert max(map(len, lines)) <= 80
-    found = part(out.getvalue(), "Perplexity of 2 studies")
-    assert found[0] == ["study", "kept", "trials", "uniform", "best", "test"]
+    found = part(out.getvalue(), "Perplexity of 2 studies on the validation text")
+    assert found[0] == ["study", "kept", "trials", "dense", "uniform", "best"]
     assert found[1][0] == "one"
     assert found[2][0] + found[3][0] == names[1]

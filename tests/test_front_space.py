@@ -236,6 +236,19 @@ def test_between_two_points_is_on_their_line_at_the_ratio(kind: str) -> None:
     assert space.between(points, ratios[0] - 0.01) is None
 
 
+@both
+def test_between_two_baselines_each_layer_keeps_a_mean_of_both(kind: str) -> None:
+    """The uniform baseline stands at no point of the space of weights."""
+    space = make_front_space(kind)
+    large, small = (space._at(ratio).uniform() for ratio in (0.8, 0.6))
+    found = space.between_allocations(small, large, 0.7)
+    total = dense_parameters(space.layers)
+    assert 0.69 < found.parameters / total <= 0.7
+    for name, rank in found.ranks.items():
+        ends = [small.ranks[name] or 10**9, large.ranks[name] or 10**9]
+        assert ends[0] - 1 <= (rank or 10**9) <= ends[1] + 1
+
+
 def one_more(study: Study, space: FrontSpace, trials: int, point: dict[str, float]) -> TrialRecord:
     """Evaluate a point of one's own, in a loop that would give out ``trials`` numbers."""
     return SearchLoop(

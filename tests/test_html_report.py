@@ -17,6 +17,7 @@ from lrbo.html_report import Drawing, Part, Table, diagnosed, html_report, write
 from lrbo.optimization.study import Study
 from lrbo.rendering import render
 from tests.journal import Journal
+from tests.test_gains import lost
 
 
 def figures(page: str) -> list[list[dict[str, Any]]]:
@@ -175,3 +176,28 @@ def test_the_command_on_the_page_begins_the_same_search_again(study: Study, page
     name, command, *typed = shlex.split(html.unescape(shown))
     assert (name, command) == ("lrbo", "search")
     assert config.differences(study.config_yaml(), config.composed("search", typed)) == []  # type: ignore[arg-type]
+
+
+def test_the_head_has_the_analytic_trial_and_what_the_search_adds(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "mine")
+    journal.score_dense(2.0)
+    journal.complete(0, 3.0, "uniform")
+    journal.complete(1, 2.5, "analytic", windows=lost(2.5))
+    journal.complete(2, 2.25, "model", windows=lost(2.25, 0.125, -0.125, 0.0, 0.0))
+    journal.tested("analytic", 1, 2.0, lost(2.0))
+    journal.tested("best", 2, 2.0625, lost(2.0625, 0.25, -0.25, 0.25, -0.25))
+    journal.study.record(
+        "compressed", id="a", trial=2, folder="/no/<where>", register="none", tags={}
+    )
+    page = html_report(journal.study)
+    rows = re.findall(r"<tr>(.*?)</tr>", page)
+    cells = [re.findall(r"<t[dh]>(.*?)</t[dh]>", row) for row in rows]
+    (analytic,) = [row for row in cells if row[0] == "analytic"]
+    assert analytic[2:] == ["2.5000", "12.18", "2.0000", "7.39"]
+    added = [row for row in cells if row[0] == "trial 2 - 1"]
+    assert [row[2:] for row in added] == [
+        ["validation", "-0.250 +- 0.051"],
+        ["test", "no measurable difference: 0.06 +- 0.14"],
+    ]
+    assert "analytic 12.18" in traces(page, "Trials in order")
+    assert ["/no/&lt;where&gt;", "2", "-", "-", "-", "-", "-", "no"] in cells

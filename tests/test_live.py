@@ -17,6 +17,7 @@ from lrbo.schema import SearchConfig
 from lrbo.tracking import NullTracker
 from lrbo.trial import TrialRecord
 from tests.journal import SECONDS, Journal
+from tests.test_gains import lost
 from tests.test_progress import screen, terminal
 
 WHOLE = sum(SECONDS.values())
@@ -64,6 +65,17 @@ def test_a_search_tells_of_trials_and_keeps_best_and_time_up_to_date(tmp_path: P
         (2, "best 20.086 at keep ratio 0.8", 6 * WHOLE),
         (3, "best 20.086 at keep ratio 0.8", 5 * WHOLE),
         (4, "best 7.389 at keep ratio 0.8", 4 * WHOLE),
+    ]
+
+
+def test_the_line_of_the_search_says_what_it_adds(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "mine")
+    live, _, shown = watched(journal)
+    live.ended(journal.complete(1, 2.5, "analytic", windows=lost(2.5)))
+    live.ended(journal.complete(2, 2.25, windows=lost(2.25, 0.125, -0.125, 0.0, 0.0)))
+    assert [note for _, note, _ in shown] == [
+        "best 12.182 at keep ratio 0.8",
+        "best 9.488 at keep ratio 0.8, best - analytic -0.250 +- 0.051",
     ]
 
 

@@ -56,6 +56,7 @@ def test_it_says_numbers_data_and_commands() -> None:
     assert r"| calibration | c4\[calibration\] |" in text
     assert "lrbo search study=mine\nlrbo compress study=mine out=mine-80\n" in text
     assert "weights solved again" in text
+    assert "- best - analytic: none." in card(notes=["best - analytic: none."])
     assert "weights solved again" not in card(about={"refit": None})
     kept = {"refit": {"trials": [{"trial": 3, "taken": False}]}}
     assert "weights solved again" not in card(about=kept)

@@ -13,7 +13,8 @@ from scipy import stats
 
 from lrbo.evaluation.divergence import measure_dense
 from lrbo.optimization.client import Observation, SearchClient
-from lrbo.racing import LEAST, Race, paired_difference, spread_order
+from lrbo.paired import paired_difference
+from lrbo.racing import LEAST, Race, spread_order
 from lrbo.trial import TrialRequest, TrialResult
 from lrbo.worker import Worker
 from tests.fakes import Fuse, Killed, make_space, make_weight_space
@@ -125,12 +126,16 @@ def test_a_race_that_is_not_lost_changes_no_number() -> None:
     request = request_for(worker)
     alone = worker(request)
     beside = worker(against(request, [9.0] * len(MANY)))
-    assert without.window_losses == ()
     assert alone.outcome == beside.outcome == "completed"
     assert numbers(alone) == numbers(beside) == numbers(without)
-    assert alone.window_losses == beside.window_losses
-    mean = float(np.mean(alone.window_losses))
-    assert mean == pytest.approx(alone.metrics["nll"], abs=TOLERANCES["mean"])
+    assert len(without.window_nll) == len(MANY)
+    assert alone.window_nll == beside.window_nll
+    for metric, means in (
+        ("nll", without.window_nll),
+        ("nll", alone.window_nll),
+        ("kl_dense_to_compressed", without.window_kl),
+    ):
+        assert np.mean(means) == pytest.approx(alone.metrics[metric], abs=TOLERANCES["mean"])
 
 
 @pytest.mark.parametrize("kl_weight", [0.0, 0.5])
@@ -138,7 +143,7 @@ def test_a_lost_race_ends_early_with_an_estimate(kl_weight: float) -> None:
     worker = racing_worker(0.9, kl_weight)
     request = request_for(worker)
     whole = worker(request)
-    losses = np.array(whole.window_losses)
+    losses = np.array(whole.window_nll) + kl_weight * np.array(whole.window_kl)
     mean = whole.metrics["nll"] + kl_weight * whole.metrics["kl_dense_to_compressed"]
     assert losses.mean() == pytest.approx(mean, abs=TOLERANCES["mean"])
     rival = losses - 0.5 - (0.01 * np.arange(len(losses))) % 0.03
@@ -146,7 +151,7 @@ def test_a_lost_race_ends_early_with_an_estimate(kl_weight: float) -> None:
     found: TrialResult = worker(against(request, rival))
     assert torch.equal(before, torch.cat([p.flatten() for p in worker.model.parameters()]))
     assert found.outcome == "stopped"
-    assert found.window_losses == ()
+    assert found.window_nll == found.window_kl == ()
     places: list[int] = []
     for batch in spread_order(6):  # of two windows; the last one has one
         if len(places) < LEAST:

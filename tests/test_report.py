@@ -12,6 +12,7 @@ from lrbo.optimization.study import Study
 from lrbo.report import print_report
 from lrbo.worker import allocation_parameters
 from tests.journal import Journal
+from tests.test_gains import lost
 from tests.test_results import timed_front
 
 
@@ -20,9 +21,13 @@ def journal(tmp_path: Path) -> Journal:
     return Journal(tmp_path / "mine")
 
 
+def terminal(out: io.StringIO, width: int = 80) -> Console:
+    return Console(width=width, file=out, highlight=False, force_terminal=True, color_system=None)
+
+
 def printed(study: Study, width: int = 80) -> str:
     out = io.StringIO()
-    print_report(study, Console(width=width, file=out, highlight=False))
+    print_report(study, terminal(out, width))
     return out.getvalue()
 
 
@@ -184,14 +189,18 @@ def test_a_study_with_failures_only_shows_why(journal: Journal) -> None:
 
 
 @pytest.mark.parametrize(("points", "left"), [(10, 0), (11, 1), (14, 4)])
-def test_a_long_front_says_how_many_were_left_out(journal: Journal, points: int, left: int) -> None:
+def test_a_long_front_says_how_many_were_left_out(tmp_path: Path, points: int, left: int) -> None:
+    journal = Journal(tmp_path / "mine", "budget=front", "search.size=keep_ratio")
     for index in range(points):  # each one larger and better than the one before
-        journal.complete(index, 3.0 - index / 8, parameters=1000 + index, keep_ratio=0.5)
+        journal.complete(
+            index, 3.0 - index / 8, parameters=1000 + index, keep_ratio=0.5 + index / 100
+        )
     found = part(printed(journal.study), "Front")
     shown = [cells for cells in found[1:] if cells[0].isdecimal()]
     assert [int(cells[0]) for cells in shown] == list(range(min(points, 10)))
-    assert shown[1] == ["1", f"{math.exp(2.875):.2f}", "2.8750", "50.000%", "1,001"]
-    assert found[11:] == ([["and", str(left), "larger"]] if left else [])
+    assert shown[1] == ["1", f"{math.exp(2.875):.2f}", "2.8750", "51.000%", "1,001"]
+    assert found[11:12] == ([["and", str(left), "larger"]] if left else found[11:12])
+    assert ("larger" in " ".join(map(" ".join, found))) == bool(left)
 
 
 def test_a_front_of_latency_shows_ratios_with_their_errors(tmp_path: Path) -> None:
@@ -313,3 +322,53 @@ def test_a_name_in_brackets_is_no_markup(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "[red]mine[")
     journal.complete(0, 2.0)
     assert "[red]mine[" in printed(journal.study)
+
+
+def test_what_the_search_adds_is_printed_with_its_error(journal: Journal) -> None:
+    assert "What the search adds" not in printed(with_everything(journal))
+    journal.complete(6, 2.5, "analytic", windows=lost(2.5))
+    journal.complete(7, 2.125, windows=lost(2.125, 0.125, -0.125, 0.0, 0.0))
+    journal.tested("analytic", 6, 2.5, lost(2.5))
+    journal.tested("best", 7, 2.5625, lost(2.5625, 0.25, -0.25, 0.25, -0.25))
+    text = printed(journal.study)
+    found = [" ".join(cells) for cells in part(text, "What the search adds, nats per token")]
+    kept = f"{journal.study.state.trials[6].metrics['keep_ratio']:.1%}"
+    assert found[0] == "trials kept text best - analytic"
+    assert found[1] == f"7 - 6 {kept} validation -0.375 +- 0.051"
+    assert found[2] == f"7 - 6 {kept} test no measurable difference: 0.06 +- 0.14"
+    assert row(text, "Results", "analytic")[-1] == f"{math.exp(2.5):.2f}"
+
+
+def test_one_budget_has_no_front(journal: Journal) -> None:
+    assert "Front" not in printed(with_everything(journal))
+
+
+def test_a_pipe_gets_whole_lines_with_tabs_between_the_cells(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "mine", "budget=front", "search.size=keep_ratio")
+    for index in range(14):
+        journal.complete(index, 3.0 - index / 8, keep_ratio=0.5 + index / 100)
+    reason = " ".join(f"layer[{number}] is [bad]" for number in range(30))
+    journal.fail(14, reason)
+    out = io.StringIO()
+    print_report(journal.study, Console(width=40, file=out))
+    lines = out.getvalue().splitlines()
+    assert all(line == line.rstrip() for line in lines)
+    assert f"14\tabandoned\t{reason}" in lines
+    start = lines.index("Front: no other trial is both smaller and better")
+    assert lines[start + 1].split("\t") == ["trial", "perplexity", "nll", "kept", "parameters"]
+    shown = [line.split("\t")[0] for line in lines[start + 2 : start + 16]]
+    assert shown == [str(index) for index in range(14)]  # all of them
+    assert "larger" not in out.getvalue()
+
+
+def test_checkpoints_are_listed_and_said_to_be_gone(journal: Journal, tmp_path: Path) -> None:
+    with_everything(journal)
+    tags = {"keep_ratio": "0.7990", "validation_perplexity": "7.3891", "format": "lrbo"}
+    folder = str(tmp_path / "[gone]")
+    journal.study.record(
+        "compressed", id="a", trial=3, folder=folder, register="none", tags=tags | {"dtype": "f"}
+    )
+    out = io.StringIO()
+    print_report(journal.study, Console(file=out))
+    assert f"{folder}\t3\t79.9%\t7.39\t-\tlrbo\tf\tgone" in out.getvalue().splitlines()
+    assert "gone" in printed(journal.study)

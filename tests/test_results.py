@@ -51,9 +51,12 @@ def test_a_study_that_only_began_has_every_key_and_no_value(journal: Journal) ->
         "validation_windows": None,
         "dense": None,
         "uniform": None,
+        "analytic": None,
         "best": None,
+        "gains": [],
         "front": [],
         "hypervolume": None,
+        "checkpoints": [],
         "seconds": dict.fromkeys(SECONDS, 0.0),
         "test": {},
     }
@@ -63,17 +66,6 @@ def test_summary_says_what_was_written(full: Journal) -> None:
     records = full.study.state.trials
     kept = {index: records[index].request.allocation.parameters for index in records}
     total = sum(spec.parameters for spec in full.layers.compressible)
-    # By definition: nobody else is at most as large and better, or smaller and as good.
-    losses = {0: 3.0, 1: 2.75, 3: 2.25, 4: 2.5}
-    front = [
-        index
-        for index, loss in losses.items()
-        if not any(
-            kept[other] <= kept[index] and losses[other] < loss
-            for other in losses
-            if other != index
-        )
-    ]
     assert results.summary(full.study) == {
         "study": "mine",
         "trials_completed": 4,
@@ -82,7 +74,13 @@ def test_summary_says_what_was_written(full: Journal) -> None:
         "tokens_scored": 4 * TOKENS,
         "validation_windows": None,
         "dense": {"nll": 2.0, "perplexity": math.exp(2.0)},
-        "uniform": {"nll": 3.0, "perplexity": math.exp(3.0), "keep_ratio": kept[0] / total},
+        "uniform": {
+            "trial": 0,
+            "nll": 3.0,
+            "perplexity": math.exp(3.0),
+            "keep_ratio": kept[0] / total,
+        },
+        "analytic": None,
         "best": {
             "trial": 3,
             "nll": 2.25,
@@ -90,11 +88,10 @@ def test_summary_says_what_was_written(full: Journal) -> None:
             "keep_ratio": kept[3] / total,
             "parameters": kept[3],
         },
-        "front": [
-            {"trial": index, "nll": losses[index], "keep_ratio": kept[index] / total}
-            for index in sorted(front, key=lambda index: kept[index])
-        ],
-        "hypervolume": None,  # of one budget there is no front
+        "gains": [],
+        "front": [],  # of one budget there is none
+        "hypervolume": None,
+        "checkpoints": [],
         # The trial that runs was suggested and allocated, so its seconds count too.
         "seconds": {"suggestion": 3.0, "allocation": 1.5, "scoring": 10.0, "logging": 0.625},
         "test": {
@@ -240,6 +237,43 @@ def test_a_front_of_latency_is_one_of_measured_times(tmp_path: Path) -> None:
     assert "front.png" in [path.name for path in results.draw_figures(journal.study)]
 
 
+def test_of_trials_of_several_sizes_those_are_on_the_front_that_no_other_beats(
+    tmp_path: Path,
+) -> None:
+    journal = Journal(tmp_path / "mine", "budget=front", "search.size=keep_ratio")
+    losses = {0: (3.0, 0.5), 1: (2.75, 0.6), 2: (2.875, 0.65), 3: (2.5, 0.7), 4: (2.5, 0.8)}
+    for index, (nll, kept) in losses.items():
+        journal.complete(index, nll, keep_ratio=kept)
+    expected = [
+        index
+        for index, (nll, kept) in losses.items()
+        if not any(a <= nll and b <= kept and (a, b) != (nll, kept) for a, b in losses.values())
+    ]
+    found = results.summary(journal.study)["front"]
+    assert [point["trial"] for point in found] == expected == [0, 1, 3]
+    assert found[1] == {"trial": 1, "nll": 2.75, "keep_ratio": 0.6}
+
+
+def test_checkpoints_are_told_with_what_is_left_of_them(journal: Journal, tmp_path: Path) -> None:
+    journal.complete(0, 2.0)
+    tags = {"keep_ratio": "0.7990", "validation_perplexity": "7.3891", "format": "lrbo"}
+    tags |= {"dtype": "float32", "test_perplexity": "8.5"}
+    for trial, name in ((0, "here"), (0, "gone"), (3, "here")):
+        journal.study.record(
+            "compressed", id=name, trial=trial, folder=str(tmp_path / name), register="none",
+            tags=tags if trial else {},
+        )  # fmt: skip
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here/config.json").write_text("{}", encoding="utf-8")
+    here, gone = results.summary(journal.study)["checkpoints"]
+    assert here == {
+        "trial": 3, "folder": str(tmp_path / "here"), "exists": True, "format": "lrbo",
+        "dtype": "float32", "keep_ratio": 0.799, "validation_perplexity": 7.3891,
+        "test_perplexity": 8.5,
+    }  # fmt: skip
+    assert (gone["folder"], gone["exists"], gone["dtype"]) == (str(tmp_path / "gone"), False, None)
+
+
 # --- sizes -------------------------------------------------------------------------------------
 
 
@@ -311,7 +345,7 @@ def test_without_a_value_nothing_is_drawn(journal: Journal) -> None:
 def test_one_value_is_enough_to_draw_without_baseline_and_dense(journal: Journal) -> None:
     journal.complete(0, 2.0)
     paths = results.draw_figures(journal.study)
-    assert [path.name for path in paths] == ["convergence.png", "front.png", "ranks.png"]
+    assert [path.name for path in paths] == ["convergence.png", "ranks.png"]
     for path in paths:
         assert path.parent == journal.study.folder / "figures"
         assert path.read_bytes().startswith(b"\x89PNG")
@@ -323,7 +357,7 @@ def test_predictions_are_drawn_where_they_were_measured(journal: Journal) -> Non
     found = journal.measured([(0.1, 0.2), (0.3, 0.1), (0.5, 0.6)])
     assert results.sensitivity(journal.study) == found
     names = [path.name for path in results.draw_figures(journal.study)]
-    assert names == ["convergence.png", "front.png", "ranks.png", "sensitivity.png"]
+    assert names == ["convergence.png", "ranks.png", "sensitivity.png"]
 
 
 def test_figures_replace_the_older_ones_whole_or_not_at_all(

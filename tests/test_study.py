@@ -55,7 +55,14 @@ def fill(study: Study, trials: int = 3) -> None:
         study.record("started", trial=index)
         end(study, index, NLL + index, "failed" if index == 1 else "completed")
         study.record("logged", trial=index, seconds=0.5)
-    study.record("tested", label="best", trial=0, text="words[test]", metrics={"nll": 2.5})
+    study.record(
+        "tested",
+        label="best",
+        trial=0,
+        text="words[test]",
+        metrics={"nll": 2.5},
+        window_nll=[2.0, 3.0],
+    )
 
 
 @pytest.fixture
@@ -72,7 +79,12 @@ def test_every_event_comes_back_as_it_was_written(
     assert again == study.state
     assert again.dense == {"nll": 1.5}
     assert again.tests == {
-        "best": {"trial": 0, "text": "words[test]", "metrics": {"nll": 2.5}},
+        "best": {
+            "trial": 0,
+            "text": "words[test]",
+            "metrics": {"nll": 2.5},
+            "window_nll": [2.0, 3.0],
+        },
     }
     first, second = again.records
     assert first.request == request(0)

@@ -75,13 +75,13 @@ def test_of_a_front_the_largest_that_fits_is_lent() -> None:
     assert found == {0.4: 0.5, 0.5: 0.5, 0.59: 0.5, 0.6: 0.6, 0.7: 0.6, 0.95: 0.8}
 
 
-def test_a_donor_with_ranks_that_are_there_already_is_left_out() -> None:
+def test_a_donor_that_lends_a_baseline_is_no_other_point() -> None:
     space = make_weight_space()
     donor = lend(space.uniform())
-    origins = [start.origin for start in known_starts(space, ["uniform", donor])]
-    assert origins == ["uniform"]
-    first = [start.origin for start in known_starts(space, [donor, "uniform"])]
-    assert first == ["uniform"]  # reports compare with the baseline, wherever it is named
+    for wanted in (["uniform", donor], [donor, "uniform"], ["uniform", donor, donor]):
+        starts = known_starts(space, wanted)
+        assert sorted(start.origin for start in starts) == ["transfer", "uniform"]
+        assert [start.allocation for start in starts] == [space.uniform()] * 2
 
 
 def test_kinds_that_the_donor_lacks_are_named_with_a_layer() -> None:

@@ -130,7 +130,7 @@ def test_a_search_runs_where_no_checkout_is(installed: Environment) -> None:
     )  # fmt: skip
     found = json.loads(out.splitlines()[-1])
     assert (found["study"], found["trials_completed"], found["trials_failed"]) == ("tiny", 2, 0)
-    assert found["best"]["nll"] == min(point["nll"] for point in found["front"])
+    assert found["best"]["nll"] <= found["analytic"]["nll"]
     assert {path.name for path in installed.empty.iterdir()} == {"studies"}
     about = json.loads((installed.empty / "studies/tiny/study.json").read_text(encoding="utf-8"))
     assert about["versions"]["lrbo"] == installed.wheel.name.split("-")[1]

@@ -14,7 +14,8 @@ import numpy as np
 from surrogate import Recorded, Surrogate
 
 from lrbo.allocation import Allocation
-from lrbo.racing import Race, paired_difference, spread_order
+from lrbo.paired import paired_difference
+from lrbo.racing import Race, spread_order
 
 # Which recorded trials are raced again: all, or those around the least predicted loss alone.
 SORTS = {

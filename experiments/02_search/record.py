@@ -100,7 +100,7 @@ def main() -> None:
                 "sort": sort,
                 "nll": result.metrics["nll"],
                 "seconds": round(time.perf_counter() - start, 2),
-                "windows": [round(lost, 5) for lost in result.window_losses],
+                "windows": [round(lost, 5) for lost in result.window_nll],
                 "ranks": [rank or 0 for rank in allocation.ranks.values()],
             }
             with file.open("a", encoding="utf-8") as out:

@@ -14,6 +14,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from lrbo.gains import with_error
+
 SMOKE = bool(os.environ.get("LRBO_SMOKE"))
 STUDY, EXPERIMENT = ("tiny", "tiny") if SMOKE else ("quickstart", "quickstart")
 MODEL = ["model=tiny"] if SMOKE else []
@@ -39,10 +41,15 @@ def main() -> None:
     print("| model | kept | validation perplexity | test perplexity |")
     print("|---|---:|---:|---:|")
     tested = found["test"]
-    for label in ("dense", "uniform", "best"):
+    for label in ("dense", "uniform", "analytic", "best"):
         kept = found[label].get("keep_ratio", 1.0)
         row = f"{found[label]['perplexity']:.2f} | {tested[label]['perplexity']:.2f}"
         print(f"| {label} | {kept:.1%} | {row} |")
+    (gain,) = found["gains"]
+    for text in ("validation", "test"):
+        difference = with_error(gain[text]["difference"], gain[text]["standard_error"])
+        within = "" if gain[text]["is_measurable"] else ", no measurable difference"
+        print(f"\nbest - analytic, {text} text: {difference} nats per token{within}")
     print(f"\nbest, read back from its folder: test perplexity {scored['perplexity']:.2f}")
     print(f"parameters of the model {written['parameters']:,}, in the file the same")
     seconds = ", ".join(f"{stage} {spent:.1f}" for stage, spent in found["seconds"].items())

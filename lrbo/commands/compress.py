@@ -21,6 +21,7 @@ from lrbo.commands.view import enter_checkpoint
 from lrbo.compression import store_
 from lrbo.errors import ModelError
 from lrbo.evaluation.perplexity import perplexity_of, score
+from lrbo.gains import gains
 from lrbo.layers import PivotedLinear
 from lrbo.loading import load_model, load_tokenizer, resolve_device, resolve_dtype
 from lrbo.merging import save_merged
@@ -59,6 +60,13 @@ def run(chosen: CompressConfig, reporter: Reporter) -> dict[str, Any]:
         records = points(study, point, chosen.refit.candidates)
     if chosen.dtype == "float16":  # of which not every model's numbers are
         _stored_model(plan, study, chosen.dtype)
+    if ceiling is not None:
+        metric, limit = ceiling
+        taken = records[0]
+        reporter.say(
+            f"point={point}: trial {taken.request.trial_index} has the lowest loss up to there, "
+            f"with {metric} {taken.metrics[metric]:.4f} of {limit:g}"
+        )
     found = finalist(plan, study, records, chosen.refit, reporter)
     record, allocation = found.record, found.record.request.allocation
     model = _stored_model(plan, study, chosen.dtype)
@@ -99,6 +107,7 @@ def run(chosen: CompressConfig, reporter: Reporter) -> dict[str, Any]:
         parameters=(counted.model, counted.model_dense),
         storage=plan.storage,
         scores=_scores(study, found, as_written),
+        notes=[f"{sentence}." for gain in gains(study.state) for sentence in gain.sentences],
         commands=_commands(chosen, stored, about["dtype"], record.request.trial_index),
     )
     if chosen.format == "merged":
@@ -129,6 +138,12 @@ def run(chosen: CompressConfig, reporter: Reporter) -> dict[str, Any]:
             "keep_ratio": f"{counted.keep_ratio:.4f}",
             "validation_perplexity": f"{as_written['perplexity']:.4f}",
             "format": chosen.format,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            **(
+                {}
+                if found.test_nll is None
+                else {"test_perplexity": f"{perplexity_of(found.test_nll):.4f}"}
+            ),
         },
     )
     reporter.say(f"How to open it, what it scored and how it was made: {out / export.CARD}")
@@ -214,21 +229,27 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _scores(study: Study, found: Finalist, as_written: Mapping[str, Any]) -> list[Score]:
-    """Return what is known of the dense model, the uniform baseline and the model itself.
-
-    The test text was scored before the refit: of a model that was solved again its score says
-    nothing.
-    """
+    """Return what is known of the dense model, baselines, best trial and the model itself."""
     state, record = study.state, found.record
-    tests = {label: test["metrics"]["perplexity"] for label, test in state.tests.items()}
-    rows = [Score("dense", 1.0, state.dense.get("perplexity"), tests.get("dense"))]
-    if (uniform := state.uniform) is not None:
-        ratio, value = uniform.metrics["keep_ratio"], uniform.metrics["perplexity"]
-        rows.append(Score("uniform ranks", ratio, value, tests.get("uniform")))
-    as_scored = found.nll == record.metrics["nll"]
-    same = [t for t in state.tests.values() if t["trial"] == record.request.trial_index]
-    test = same[0]["metrics"]["perplexity"] if same and as_scored else None
+    tests = {test["trial"]: test["metrics"]["perplexity"] for test in state.tests.values()}
+    rows = [Score("dense", 1.0, state.dense.get("perplexity"), tests.get(None))]
+    trials = {
+        "uniform ranks": state.uniform,
+        "analytic ranks": state.analytic,
+        "best trial, before any refit": state.best(),
+    }
+    rows += [
+        Score(
+            name,
+            one.metrics["keep_ratio"],
+            one.metrics["perplexity"],
+            tests.get(one.request.trial_index),
+        )
+        for name, one in trials.items()
+        if one is not None
+    ]
     ratio = record.metrics["keep_ratio"]
+    test = None if found.test_nll is None else perplexity_of(found.test_nll)
     rows.append(Score("this model", ratio, perplexity_of(found.nll), test))
     if as_written["dtype"] != study.about()["dtype"]:
         name = f"this model in {as_written['dtype']}, as written"

@@ -47,12 +47,15 @@ class Subject:
         source: Of its configuration and tokenizer.
         load: Loads it in a dtype onto a device.
         folder: Of the checkpoint; ``None`` for a model that was not compressed here.
+        dtype: In which its numbers were measured when it was made, or else that of its weights;
+            ``None`` for a model that was not compressed here.
     """
 
     name: str
     source: ModelSource
     load: Callable[[torch.dtype, torch.device], PreTrainedModel]
     folder: Path | None = None
+    dtype: str | None = None
 
 
 def run(chosen: EvaluateConfig, reporter: Reporter) -> dict[str, Any]:
@@ -72,8 +75,8 @@ def run(chosen: EvaluateConfig, reporter: Reporter) -> dict[str, Any]:
     if problems:
         raise ConfigError(problems)
     device = resolve_device(chosen.model.device)
-    dtype = resolve_dtype(chosen.model.dtype, device)
     subject = _subject(chosen)
+    dtype = _dtype(chosen, subject, device, reporter)
     tokenizer = load_tokenizer(subject.source)
     with reporter.waiting("Reading texts"):
         windows, tasks = _texts_and_tasks(chosen, subject, tokenizer, problems)
@@ -115,6 +118,26 @@ def run(chosen: EvaluateConfig, reporter: Reporter) -> dict[str, Any]:
     return found
 
 
+def _dtype(
+    chosen: EvaluateConfig, subject: Subject, device: torch.device, reporter: Reporter
+) -> torch.dtype:
+    """Return the dtype to score in, where nothing was typed that of a checkpoint's own numbers.
+
+    Rounding moves a perplexity by as much as methods differ: the same number must come out.
+    """
+    wanted = chosen.model.dtype
+    if subject.dtype is None:
+        return resolve_dtype(wanted, device)
+    if wanted == "auto":
+        return resolve_dtype(subject.dtype, device)
+    if wanted != subject.dtype:
+        reporter.say(
+            f"{subject.name} is scored in {wanted}, its own numbers are in {subject.dtype}: they "
+            f"differ by rounding; model.dtype=auto takes {subject.dtype}"
+        )
+    return resolve_dtype(wanted, device)
+
+
 def _known(problem: str | None) -> list[str]:
     """Return a problem as a list."""
     return [] if problem is None else [problem]
@@ -130,6 +153,7 @@ def _subject(chosen: EvaluateConfig) -> Subject:
             source,
             lambda dtype, device: export.load(folder, dtype=dtype, device=device),
             Path(folder),
+            export.own_dtype(folder),
         )
     merged = Path(folder) if folder is not None and (Path(folder) / FILE).is_file() else None
     return Subject(
@@ -137,6 +161,7 @@ def _subject(chosen: EvaluateConfig) -> Subject:
         source,
         lambda dtype, device: load_model(source, dtype=dtype, device=device),
         merged,
+        None if merged is None else export.own_dtype(merged),
     )
 
 

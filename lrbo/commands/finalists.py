@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from lrbo import builders
 from lrbo.allocation import Allocation
+from lrbo.calibration.corpus import Role
 from lrbo.compression import compressed, running
 from lrbo.evaluation.perplexity import score
 from lrbo.factorization.base import Statistic
@@ -35,6 +36,7 @@ class Finalist:
         record: The trial.
         factors: By layer name, float32 on the CPU.
         nll: Its loss on the validation text with these factors, nats per token.
+        test_nll: The same on the test text, which decided nothing; ``None`` if not measured.
         refit: Settings of the refit, layers taken, and the loss on the validation text before
             and after, of every trial that was solved again; ``None`` without a refit.
     """
@@ -42,6 +44,7 @@ class Finalist:
     record: TrialRecord
     factors: Mapping[str, LowRankFactors]
     nll: float
+    test_nll: float | None
     refit: dict[str, Any] | None
 
 
@@ -71,7 +74,8 @@ def finalist(
     device = resolve_device(plan.config.model.device)
     if not chosen.enabled:
         factors = plan.preparation.factors(digest, dtype, device, reporter)
-        return Finalist(records[0], factors, records[0].metrics["nll"], None)
+        record = records[0]
+        return Finalist(record, factors, record.metrics["nll"], _tested(study, record), None)
     model = load_model(plan.source, dtype=dtype, device=device)
     builders.require_same_model(study, model)
     factors = plan.preparation.factors(digest, dtype, device, reporter, model)
@@ -90,7 +94,17 @@ def finalist(
     if len(records) > 1:
         reporter.say(f"Trial {best[1].request.trial_index} is the best after refits")
     nll, winner, its_factors = best
-    return Finalist(winner, its_factors, nll, {**asdict(chosen), "trials": trials})
+    test_nll = _tested(study, winner)
+    if its_factors is not factors:
+        allocation = winner.request.allocation
+        test_nll = _loss(plan, model, allocation, its_factors, reporter, "test", "Test text")
+    return Finalist(winner, its_factors, nll, test_nll, {**asdict(chosen), "trials": trials})
+
+
+def _tested(study: Study, record: TrialRecord) -> float | None:
+    """Return what a trial lost on the test text as it was searched, if that was scored."""
+    tests = {test["trial"]: test["metrics"]["nll"] for test in study.state.tests.values()}
+    return tests.get(record.request.trial_index)
 
 
 def output_metric(layers: ModelMap, statistics: LayerStatistics, power: float) -> Metric:
@@ -153,7 +167,9 @@ def _solve(
             on_layer=lambda _: advance(1),
         )
     before = record.metrics["nll"]  # the same model, text and factors
-    after = _loss(plan, model, allocation, solved.factors, reporter)
+    after = _loss(
+        plan, model, allocation, solved.factors, reporter, "validation", "Validation text"
+    )
     taken = sum(row.taken for row in solved.report)
     better = after < before
     reporter.say(
@@ -176,12 +192,14 @@ def _loss(
     allocation: Allocation,
     factors: Mapping[str, LowRankFactors],
     reporter: Reporter,
+    role: Role,
+    name: str,
 ) -> float:
-    """Return the loss on the validation text, nats per token."""
-    windows = plan.windows["validation"]
+    """Return the loss on a text, nats per token."""
+    windows = plan.windows[role]
     prefixes = running(model, factors, allocation.ranks)
     with (
-        reporter.step("Validation text after refit", windows.scored_tokens, "tokens") as advance,
+        reporter.step(f"{name} after refit", windows.scored_tokens, "tokens") as advance,
         compressed(model, allocation, prefixes, tokens=windows.ids.numel()),
     ):
         return score(model, windows.ids, on_tokens=advance).mean

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 from lrbo.executors.base import Evaluate
+from lrbo.gains import gains, with_error
 from lrbo.optimization.front import LATENCIES, pareto_front
 from lrbo.optimization.study import Study
 from lrbo.progress import Reporter, Trials
@@ -81,7 +82,11 @@ class LiveSearch:
         if best is None:
             return ""
         ratio = self.chosen.budget.keep_ratio
-        return f"best {best.metrics['perplexity']:.3f} at keep ratio {ratio:g}"
+        found = gains(self.study.state)
+        added = "".join(
+            f", best - analytic {gain.validation}" for gain in found if not gain.adds_nothing
+        )
+        return f"best {best.metrics['perplexity']:.3f} at keep ratio {ratio:g}{added}"
 
     def _line(self, record: TrialRecord) -> str:
         """Return one line about a trial that ended; a star marks a new best, or one of the front.
@@ -97,7 +102,7 @@ class LiveSearch:
         if record.is_stopped:
             return (
                 f"{head} stopped after {record.metrics['tokens']:,.0f} tokens: loss "
-                f"{record.metrics['objective']:.4f} +- {record.metrics['objective_sem']:.4f} "
+                f"{with_error(record.metrics['objective'], record.metrics['objective_sem'])} "
                 f"{seconds}"
             )
         if not record.is_completed:

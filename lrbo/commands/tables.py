@@ -12,6 +12,7 @@ from rich import box
 from rich.table import Table
 
 from lrbo.strict_json import to_json
+from lrbo.tabular import is_piped, lines_of, print_piped
 from lrbo.terminal import PlainConsole
 from lrbo.versions import versions
 
@@ -32,9 +33,12 @@ def table(*columns: str) -> Table:
 def print_table(title: str, made: Table, notes: Sequence[str]) -> None:
     """Print a table, over it what it is of and under it remarks."""
     out = console()
-    width = max(out.width, out.measure(made).maximum)  # a log has no width to break at
     out.print(title, markup=False, emoji=False, soft_wrap=True)
-    out.print(made, width=width)
+    if is_piped(out):
+        for line in lines_of(made):
+            print_piped(out, line)
+    else:
+        out.print(made, width=max(out.width, out.measure(made).maximum))
     for note in notes:
         out.print(note, markup=False, emoji=False, soft_wrap=True)
 

@@ -13,10 +13,11 @@ import pandas as pd
 
 from lrbo import mlflow_ui
 from lrbo.errors import StudyError
+from lrbo.gains import MEANING, gains
 from lrbo.mlflow_store import absolute_uri
 from lrbo.optimization.front import LATENCIES
 from lrbo.optimization.study import Study
-from lrbo.presentation import Checkpoint, Dataset, Presentation, perplexity_text
+from lrbo.presentation import LABELS, Checkpoint, Dataset, Presentation, perplexity_text
 from lrbo.progress import imported
 from lrbo.rendering import render
 from lrbo.results import config_of, described, draw_figures, size_metric, summary
@@ -103,15 +104,22 @@ def _note(study: Study) -> str:
     """Write what stands on top of the page of a study's run, as Markdown."""
     found = summary(study)
     rows = []
-    for label in ("dense", "uniform", "best"):
+    for label in LABELS:
+        if label == "analytic" and found[label] is None:  # of a study that predicts no losses
+            continue
         row, test = found[label] or {}, found["test"].get(label, {})
         kept = 1.0 if label == "dense" else row.get("keep_ratio")
         name = f"best, trial {row['trial']}" if label == "best" and row else label
         values = (scores.get("perplexity") for scores in (row, test))
         texts = ("-" if value is None else perplexity_text(value) for value in values)
         rows.append([name, "-" if kept is None else f"{kept:.2%}", *texts])
-    lines = {name: text for name, text in described(study).items() if name != "Study"}
-    return render("study_note.md", lines=lines, rows=rows)
+    return render(
+        "study_note.md",
+        lines={name: text for name, text in described(study).items() if name != "Study"},
+        rows=rows,
+        gains=[sentence for gain in gains(study.state) for sentence in gain.sentences],
+        meaning=MEANING,
+    )
 
 
 def enter_checkpoint(
@@ -184,13 +192,19 @@ def show(study: Study, tracker: Tracker) -> None:
     front = study.folder / "front.json"
     write_text(front, to_json(found["front"], indent=2) + "\n")
     numbers = {"dense_nll": found["dense"]["nll"], "dense_perplexity": found["dense"]["perplexity"]}
-    for label in ("uniform", "best"):
+    for label in LABELS[1:]:
         if found[label] is not None:
             numbers |= {
                 f"{label}_{k}": found[label][k] for k in ("nll", "perplexity", "keep_ratio")
             }
     for label, tested in found["test"].items():
         numbers |= {f"test_{label}_{key}": tested[key] for key in ("nll", "perplexity")}
+    for gain in found["gains"][:1]:
+        for text in ("validation", "test"):
+            if gain[text] is not None:
+                numbers[f"gain_{text}"] = gain[text]["difference"]
+            if gain[text] is not None and gain[text]["standard_error"] is not None:
+                numbers[f"gain_{text}_error"] = gain[text]["standard_error"]
     if found["hypervolume"] is not None:
         numbers["hypervolume"] = found["hypervolume"]["value"]
     artifacts = [*figures, front, study.folder / "config.yaml", study.folder / "study.json"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -51,6 +51,16 @@ class Perplexity:
     def value(self) -> float:
         """Return the perplexity, ``exp(nll / tokens)``, ``inf`` where that overflows."""
         return perplexity_of(self.mean)
+
+    @classmethod
+    def of_windows(cls, losses: Sequence[float], tokens: int) -> Perplexity:
+        """Add windows up.
+
+        Args:
+            losses: Mean nats per token of each window.
+            tokens: Scored in each of them.
+        """
+        return cls(math.fsum(losses) * tokens, len(losses) * tokens)
 
     def __add__(self, other: Perplexity) -> Perplexity:
         """Return the score of both sets of tokens."""

@@ -164,13 +164,13 @@ def known_starts(space: BudgetSpace, wanted: Sequence[Start]) -> list[WarmStart]
         space: The space.
         wanted: ``"uniform"`` for the baseline, ``"analytic"`` for the allocation of least
             predicted loss (none if losses are not predicted), ``"start"`` for the configured
-            start (none if there is none), or a donor (left out where one of the others has its
-            ranks).
+            start (none if there is none), or a donor (left out where an earlier donor lends
+            the same ranks).
 
     Raises:
         ConfigError: If a donor has no layers of a kind that the model has.
     """
-    found: list[WarmStart] = []
+    found: list[list[WarmStart]] = []
     for start in wanted:
         one: WarmStart | None = None
         if isinstance(start, Donor):
@@ -184,23 +184,35 @@ def known_starts(space: BudgetSpace, wanted: Sequence[Start]) -> list[WarmStart]
             allocation = space.allocate(point)
             one = WarmStart("start", space.realised(allocation, point) or {}, allocation)
         if one is not None:
-            found.append(one)
+            found.append([one])
     return without_repeats(found)
 
 
-def without_repeats(starts: Sequence[WarmStart]) -> list[WarmStart]:
+def without_repeats(parts: Sequence[Sequence[WarmStart]]) -> list[WarmStart]:
     """Leave out what donors lend where a baseline or an earlier donor has the same ranks.
 
-    Baselines stay whatever their ranks are: reports compare with each of them.
+    Baselines stay whatever their ranks are: reports compare with each of them. So does the first
+    that a donor lends if all of it is the baselines': who asks for a donor gets no other point in
+    its place.
+
+    Args:
+        parts: By what was wanted: a baseline, or a donor.
     """
-    lent = [start.origin == "transfer" for start in starts]
-    known = [s.allocation.ranks for s, is_lent in zip(starts, lent, strict=True) if not is_lent]
-    found = []
-    for start, is_lent in zip(starts, lent, strict=True):
-        if is_lent and start.allocation.ranks in known:
-            continue
-        known.append(start.allocation.ranks)
-        found.append(start)
+    starts = [start for part in parts for start in part]
+    known = [start.allocation.ranks for start in starts if start.origin != "transfer"]
+    lent: list[Mapping[str, int | None]] = []
+    found: list[WarmStart] = []
+    for part in parts:
+        new = []
+        for start in part:
+            ranks = start.allocation.ranks
+            if start.origin != "transfer" or ranks not in (*known, *lent):
+                new.append(start)
+                lent += [ranks] if start.origin == "transfer" else []
+        if not new and not any(start.allocation.ranks in lent for start in part):
+            new = list(part[:1])
+            lent += [start.allocation.ranks for start in new]
+        found += new
     return found
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from lrbo.accounting import dense_parameters
-from lrbo.allocation import Allocation, Budget, Cost
+from lrbo.allocation import Allocation, Budget, Cost, allocate
 from lrbo.optimization.base import (
     BudgetSpace,
     LinearConstraint,
@@ -108,10 +108,12 @@ class FrontSpace:
         ratios[0], ratios[-1] = self.highest, self.lowest
         return without_repeats(
             [
-                WarmStart(found.origin, self._place_of(found, ratio), found.allocation)
+                [
+                    WarmStart(found.origin, self._place_of(found, ratio), found.allocation)
+                    for ratio in ratios
+                    for found in self._at(ratio).warm_starts([start])
+                ]
                 for start in wanted
-                for ratio in ratios
-                for found in self._at(ratio).warm_starts([start])
             ]
         )
 
@@ -136,6 +138,38 @@ class FrontSpace:
         share = (ratio - small[KEEP_RATIO]) / (large[KEEP_RATIO] - small[KEEP_RATIO])
         values = [(1 - share) * small[name] + share * large[name] for name in self.names[:-1]]
         return dict(zip(self.names, self.project([*values, ratio]), strict=True))
+
+    def between_allocations(self, small: Allocation, large: Allocation, ratio: float) -> Allocation:
+        """Return the ranks at a keep ratio between two allocations, wherever these stand.
+
+        Each layer keeps the mean of what it keeps in both, weighted so that all together keep
+        the ratio. Baselines may stand at no point of the space.
+
+        Args:
+            small: Keeps less than the ratio.
+            large: Keeps more.
+            ratio: Wanted keep ratio.
+        """
+        budget = Budget.from_keep_ratio(self.layers, ratio)
+        share = (budget.parameters - small.parameters) / (large.parameters - small.parameters)
+
+        def kept(spec: LayerSpec, allocation: Allocation) -> float:
+            rank = allocation.ranks[spec.name]
+            return 1.0 if rank is None else self.cost(spec, rank) / spec.parameters
+
+        ratios = {
+            spec.name: (1 - share) * kept(spec, small) + share * kept(spec, large)
+            for spec in self.layers
+        }
+        dense = [name for name in ratios if small.ranks[name] is large.ranks[name] is None]
+        return allocate(
+            ratios,
+            self.layers,
+            budget,
+            cost=self.cost,
+            rank_multiple=self.inside.rank_multiple,
+            dense=dense,
+        )
 
     def realised(
         self, allocation: Allocation, point: Mapping[str, float]

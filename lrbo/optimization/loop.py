@@ -19,6 +19,7 @@ from lrbo.optimization.base import STARTS, Start, WarmStart
 from lrbo.optimization.client import SearchClient, observations_of
 from lrbo.optimization.front import reference_point
 from lrbo.optimization.study import Study
+from lrbo.racing import window_loss
 from lrbo.tracking import Tracker
 from lrbo.trial import Origin, TrialRecord, TrialRequest, TrialResult
 
@@ -113,12 +114,15 @@ class SearchLoop:
         """Return the trials that need no search."""
         return self.client.space.warm_starts(self.settings.starts)
 
-    def evaluate(self, origin: Origin, point: Mapping[str, float]) -> TrialRecord:
+    def evaluate(
+        self, origin: Origin, point: Mapping[str, float], allocation: Allocation | None = None
+    ) -> TrialRecord:
         """Evaluate one more point, chosen by the caller, as a trial like all others.
 
         Args:
             origin: Who chose it.
-            point: Of the space.
+            point: Of the space, ``{}`` if the allocation stands at none.
+            allocation: Its ranks; by default those of the point.
         """
         # Behind all numbers that the search will give: it knows what to begin with by them.
         index = max(
@@ -127,7 +131,8 @@ class SearchLoop:
             len(self.warm_starts),
         )
         start = time.perf_counter()
-        allocation = self.client.space.allocate(point)
+        if allocation is None:
+            allocation = self.client.space.allocate(point)
         variables = self.client.space.realised(allocation, point) or {}
         seconds = {"suggestion": 0.0, "allocation": time.perf_counter() - start}
         request = TrialRequest(
@@ -245,7 +250,10 @@ class SearchLoop:
         if request.rival is not None:
             rival = self.study.state.trials[request.rival].result
             assert rival is not None, f"trial {request.rival} was the best and has no result"
-            request = replace(request, rival_losses=rival.window_losses)
+            weight = self.settings.kl_weight
+            pairs = zip(rival.window_nll, rival.window_kl, strict=True)
+            losses = tuple(window_loss(nll, kl, weight) for nll, kl in pairs)
+            request = replace(request, rival_losses=losses)
         self.jobs[request.trial_index] = self.executor.submit(self.worker, request)
 
     def _end(self, result: TrialResult) -> None:
@@ -269,7 +277,8 @@ class SearchLoop:
             metrics=metrics,
             error=error,
             seconds={"scoring": result.seconds},
-            **({"window_losses": result.window_losses} if result.window_losses else {}),
+            window_nll=result.window_nll,
+            window_kl=result.window_kl,
         )
         record = self.study.state.trials[result.trial_index]
         start = time.perf_counter()

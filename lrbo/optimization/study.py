@@ -23,7 +23,7 @@ from lrbo.shell import command, study_at
 from lrbo.specs import LayerSpec
 from lrbo.storage import write_text
 from lrbo.strict_json import to_json, with_infinity
-from lrbo.trial import TrialRecord, TrialRequest, TrialResult
+from lrbo.trial import Origin, TrialRecord, TrialRequest, TrialResult
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,9 @@ class StudyState:
             ``pool``, ``text`` and ``digest`` of the chosen; empty without a choice.
         dense: Metrics of the dense model on the validation text; empty before it is measured.
         trials: By number.
-        tests: Scores on the test text by label (``dense``, ``uniform``, ``best``).
+        tests: Scores on the test text by label (``dense``, ``uniform``, ``analytic``, ``best``):
+            ``trial``, ``text``, ``metrics`` and ``window_nll``, nats per token of each window;
+            empty where an older version wrote none.
         checkpoints: Compressed models that were written, in order: ``id``, ``trial``, ``folder``,
             ``register`` (how MLflow has it) and ``tags``.
         versions: Of packages, where the study went on with others than it was begun with.
@@ -83,8 +85,18 @@ class StudyState:
 
     @property
     def uniform(self) -> TrialRecord | None:
-        """Return the uniform baseline, if it has a value."""
-        return next((r for r in self.completed if r.request.origin == "uniform"), None)
+        """Return the uniform baseline, if it has a value; of a front the largest one."""
+        return self._largest("uniform")
+
+    @property
+    def analytic(self) -> TrialRecord | None:
+        """Return the allocation of least predicted loss, likewise."""
+        return self._largest("analytic")
+
+    def _largest(self, origin: Origin) -> TrialRecord | None:
+        """Return the trial of an origin that a front has at its ceiling, the first of equals."""
+        records = [r for r in self.completed if r.request.origin == origin]
+        return max(records, key=lambda r: r.metrics["keep_ratio"], default=None)
 
     def best(self) -> TrialRecord | None:
         """Return the completed trial with the lowest objective, the first of equals."""
@@ -106,9 +118,10 @@ class StudyState:
         elif kind == "chosen":
             self.chosen = {k: event[k] for k in ("windows", "pool", "text", "digest")}
         elif kind == "tested":
-            metrics = with_infinity(event["metrics"])
-            self.tests[event["label"]] = {k: event[k] for k in ("trial", "text")}
-            self.tests[event["label"]]["metrics"] = metrics
+            self.tests[event["label"]] = {k: event[k] for k in ("trial", "text")} | {
+                "metrics": with_infinity(event["metrics"]),
+                "window_nll": event.get("window_nll", []),
+            }
         elif kind == "compressed":
             keys = ("id", "trial", "folder", "register", "tags")
             self.checkpoints.append({k: event[k] for k in keys})
@@ -137,7 +150,8 @@ class StudyState:
                     with_infinity(event["metrics"]),
                     event["seconds"]["scoring"],
                     event["error"],
-                    tuple(event.get("window_losses", ())),
+                    tuple(event.get("window_nll", ())),
+                    tuple(event.get("window_kl", ())),
                 )
                 self.trials[event["trial"]] = dataclasses.replace(
                     record,
