@@ -75,7 +75,7 @@ def test_a_signal_that_is_ignored_stays_so() -> None:
 
 
 def test_a_terminal_that_is_gone_may_say_so_twice() -> None:
-    handle = interrupts._handler()
+    handle = interrupts._handler([])
     with pytest.raises(Interrupted):
         handle(signal.SIGHUP, None)
     handle(signal.SIGHUP, None)  # ends nothing: what the first one began goes on
