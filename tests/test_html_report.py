@@ -91,7 +91,8 @@ def test_nothing_that_is_put_into_the_page_is_markup() -> None:
     def filled(value: str) -> Tags:
         table = Table([value], [[value]], value)
         page = render(
-            "report.html", study=value, plotly="", searched=[value], scores=table, has_best=True,
+            "report.html", study=value, plotly="", searched=[value], scores=table, gains=table,
+        has_best=True,
             figures=[Drawing(value, value, "")], parts=[Part(value, [table])], trials=table,
             command=value, made_of=[value], config_yaml=value,
         )  # fmt: skip
