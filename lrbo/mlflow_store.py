@@ -7,7 +7,6 @@ import logging
 import os
 import sqlite3
 import time
-import uuid
 from collections.abc import Iterable, Mapping
 from contextlib import closing, redirect_stdout
 from pathlib import Path
@@ -29,7 +28,7 @@ from lrbo.mlflow_entities import (
     params_of,
 )
 from lrbo.presentation import Checkpoint, Presentation
-from lrbo.storage import is_full
+from lrbo.storage import is_full, replacing
 from lrbo.trial import TrialRecord
 
 log = logging.getLogger(__name__)
@@ -407,11 +406,8 @@ def _make_store(database: Path) -> None:
     """
     from mlflow import MlflowClient
 
-    for left in database.parent.glob(f".{database.name}.*.new"):
-        left.unlink()  # of a process that was killed in here
-    beside = database.with_name(f".{database.name}.{uuid.uuid4().hex}.new")
-    MlflowClient(tracking_uri=f"sqlite:///{beside}")
-    beside.rename(database)
+    with replacing(database) as beside:
+        MlflowClient(tracking_uri=f"sqlite:///{beside}")
 
 
 def _identity(file: Path) -> tuple[int, int]:

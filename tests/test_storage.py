@@ -23,7 +23,7 @@ def files(folder: Path) -> dict[str, str]:
 def test_a_new_file_appears_only_when_it_is_whole(tmp_path: Path) -> None:
     path = tmp_path / "result.json"
     with replacing(path) as beside:
-        assert beside.parent == path.parent  # a rename is atomic inside one file system only
+        assert beside.parent.parent == path.parent  # a rename is atomic inside one file system only
         assert beside != path
         beside.write_text("half", encoding="utf-8")
         assert not path.exists()
@@ -108,7 +108,9 @@ def test_text_is_written_as_utf_8_and_read_back(tmp_path: Path) -> None:
 def test_a_new_folder_appears_only_when_it_is_whole(tmp_path: Path) -> None:
     folder = tmp_path / "made" / "statistics"
     with new_folder(folder) as beside:
-        assert beside.parent == folder.parent  # a rename is atomic inside one file system only
+        assert (
+            beside.parent.parent == folder.parent
+        )  # a rename is atomic inside one file system only
         (beside / "deep").mkdir()
         (beside / "deep" / "a").write_text("A", encoding="utf-8")
         (beside / "b").write_text("B", encoding="utf-8")
