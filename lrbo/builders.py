@@ -147,7 +147,7 @@ def plan_search(config: SearchConfig, study: Study, problems: list[str]) -> Plan
                 config.warm_start,
                 layers.compressible,
                 studies=config.studies,
-                kept=study.about().get("donors", []) if study.exists else [],
+                kept=study.about()["donors"] if study.exists else [],
             )
         except ConfigError as error:
             problems += error.problems
@@ -348,6 +348,7 @@ def _about(plan: Plan, digest: str, dtype: torch.dtype, device: torch.device) ->
         "model_parameters": plan.layers.parameters,
         "dtype": str(dtype).removeprefix("torch."),
         "device": str(device),
+        "timed": plan.config.latency.enabled,
         "data": {
             role: {"text": w.text, "windows": len(w.ids), "digest": w.digest}
             for role, w in plan.windows.items()
