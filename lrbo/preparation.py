@@ -15,6 +15,7 @@ from lrbo.blockwise import BlockwiseBody
 from lrbo.cache import kept
 from lrbo.calibration.collect import Calibration, CalibrationSettings, Found, calibrate
 from lrbo.calibration.store import CalibrationFolder, calibration_fingerprint, save_calibration
+from lrbo.errors import StudyError
 from lrbo.factorization.base import GRADIENT_STATISTICS, FactorizationMethod, Statistic
 from lrbo.factorization.store import (
     LayerStatistics,
@@ -199,9 +200,13 @@ def loss_curves(
     curves = predicted_curves(factors)
     if not curves or not settings.layers_per_kind:
         return curves
-    if file.is_file():
-        calibration = LossCalibration.load(file)
-    else:
+    calibration = None
+    if file.exists():
+        try:
+            calibration = LossCalibration.load(file)
+        except StudyError as error:
+            reporter.say(f"{str(error).partition('. Delete')[0]}; it is measured again")
+    if calibration is None:
         count = len(settings.points(layers.compressible, factors))
         with reporter.step("Loss of layers", count, "points") as advance:
             body = BlockwiseBody(model)

@@ -20,9 +20,12 @@ from lrbo.accounting import (
     index_bytes,
     low_rank_macs,
 )
+from lrbo.errors import StudyError, reading
 from lrbo.optimization.base import KEEP_RATIO
 from lrbo.optimization.front import LATENCIES, LOSS, hypervolume, pareto_front, reference_point
 from lrbo.optimization.study import Study, layers_of, stored_parameters
+from lrbo.parsing import ContentError, checked
+from lrbo.schema import SearchConfig
 from lrbo.sensitivity import LossCalibration, sensitivity_file
 from lrbo.storage import replacing
 from lrbo.trial import TrialRecord
@@ -355,9 +358,18 @@ def config_of(study: Study) -> Mapping[str, Any]:
 
 @lru_cache(maxsize=16)
 def _parsed(text: str) -> Mapping[str, Any]:
-    """Parse YAML; a search asks 40 times for a configuration that takes 40 ms."""
-    found: Mapping[str, Any] = yaml.safe_load(text)
-    return found
+    """Parse YAML; a search asks 40 times for a configuration that takes 40 ms.
+
+    Raises:
+        StudyError: If it is no configuration of a search, naming the fields.
+    """
+    where = "the configuration in study.json"
+    with reading(StudyError, f"{where} is no YAML"):
+        values = yaml.safe_load(text)
+    try:
+        return asdict(checked(values, SearchConfig, where))
+    except ContentError as error:
+        raise StudyError(f"{error}; use the version of lrbo that wrote it") from error
 
 
 def described(study: Study) -> dict[str, str]:

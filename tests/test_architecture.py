@@ -23,11 +23,12 @@ ROOMS = """
     html_report
     builders steps studies versions spaces starts pool texts checks front_checks command_lines
     config
-    schema preparation progress
+    preparation progress
     report comparison results plots drawing
     peak_memory speed
     merging export remote_code modeling_low_rank model_card
-    optimization.loop optimization.client optimization.study optimization.front_space
+    optimization.loop optimization.client optimization.study optimization.events
+    optimization.front_space
     optimization.restricted optimization.weights optimization.space
     optimization.base optimization.front
     tracking mlflow_store mlflow_registry mlflow_entities mlflow_ui presentation
@@ -48,7 +49,7 @@ ROOMS = """
     accounting nested layers pivoting
     calibration.seen
     calibration.corpus calibration.moments
-    lazy loading model families linalg storage errors interrupts
+    lazy loading cache model families linalg parsing storage errors interrupts schema
 """.split()  # noqa: SIM905
 
 # Library: the modules that may import it.
@@ -76,6 +77,13 @@ BORDERS = {
     "huggingface_hub": {"model_card"},
     "tokenizers": {"loading"},
     "lm_eval": {"evaluation.zero_shot"},
+    "pydantic": {
+        "cache",
+        "checkpoint",
+        "optimization.events",
+        "parsing",
+        "sensitivity",
+    },
     "ray": {"executors.ray_tasks"},
 }
 # Of transformers everybody may name these types, and only these modules do more.

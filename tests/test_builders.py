@@ -17,13 +17,14 @@ from transformers import PreTrainedModel
 
 from lrbo import builders, loading, texts
 from lrbo.commands import compress, dashboard, search, view
-from lrbo.config import composed
+from lrbo.config import composed, to_yaml
 from lrbo.errors import ConfigError, ModelError, StudyError
 from lrbo.model import fingerprint
 from lrbo.optimization.study import Study
 from lrbo.progress import Reporter
 from lrbo.schema import CompressConfig, DashboardConfig, SearchConfig
 from lrbo.tracking import MlflowTracker, NullTracker
+from tests.fakes import make_about
 
 SMALL = ["experiment=tiny", "search.trials=1", "search.initial=2", "tracking.enabled=false"]
 SMALL += [f"data.{role}.tokens=512" for role in ("calibration", "validation", "test")]
@@ -306,7 +307,7 @@ def test_a_study_says_what_it_was_begun_with(cache: Path) -> None:
 
 def begun() -> Study:
     study = Study(Path("studies/mine"))
-    study.begin({"study_id": "an id"}, "a: 1\n")
+    study.begin(make_about(), to_yaml(chosen("study=mine")))
     return study
 
 

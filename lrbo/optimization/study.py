@@ -19,8 +19,22 @@ from filelock import FileLock, Timeout
 from lrbo.accounting import low_rank_parameters
 from lrbo.errors import StudyError
 from lrbo.model import LayerSpec
-from lrbo.optimization import events
-from lrbo.optimization.events import FORMAT, Event, about_of, event_of
+from lrbo.optimization.events import (
+    FORMAT,
+    Chosen,
+    Compressed,
+    Dense,
+    Ended,
+    Event,
+    Logged,
+    Pooled,
+    Started,
+    Suggested,
+    Tested,
+    Versions,
+    about_of,
+    event_of,
+)
 from lrbo.optimization.front import LATENCIES
 from lrbo.parsing import ContentError, parse_json, shown
 from lrbo.storage import write_text
@@ -93,19 +107,19 @@ class StudyState:
     def apply(self, event: Event) -> None:
         """Take in one event of the journal, for which :meth:`problem` has none."""
         match event:
-            case events.Dense():
+            case Dense():
                 self.dense = dict(event.metrics)
-            case events.Versions():
+            case Versions():
                 self.versions = dict(event.versions)
-            case events.Pooled():
+            case Pooled():
                 self.pooled[event.place] = event.losses
-            case events.Chosen():
+            case Chosen():
                 self.chosen = _fields(event, "windows", "pool", "text", "digest")
-            case events.Tested():
+            case Tested():
                 self.tests[event.label] = _fields(event, "trial", "text", "metrics")
-            case events.Compressed():
+            case Compressed():
                 self.checkpoints.append(_fields(event, "id", "trial", "folder", "register", "tags"))
-            case events.Suggested():
+            case Suggested():
                 request = TrialRequest(
                     event.trial,
                     event.origin,
@@ -115,10 +129,10 @@ class StudyState:
                     event.rival,
                 )
                 self.trials[event.trial] = TrialRecord(request, seconds=dict(event.seconds))
-            case events.Started():
+            case Started():
                 record = self.trials[event.trial]
                 self._change(event.trial, started=event.time, attempts=record.attempts + 1)
-            case events.Ended():
+            case Ended():
                 result = TrialResult(
                     event.trial,
                     event.outcome,
@@ -129,7 +143,7 @@ class StudyState:
                 )
                 seconds = {**self.trials[event.trial].seconds, **event.seconds}
                 self._change(event.trial, result=result, ended=event.time, seconds=seconds)
-            case events.Logged():
+            case Logged():
                 seconds = {**self.trials[event.trial].seconds, "logging": event.seconds}
                 self._change(event.trial, seconds=seconds)
 
@@ -144,29 +158,29 @@ class StudyState:
         invent one.
         """
         match event:
-            case events.Dense() if self.dense:
+            case Dense() if self.dense:
                 return "the dense model was scored already"
-            case events.Suggested():
+            case Suggested():
                 return self._problem_of_suggestion(event)
-            case events.Started() | events.Ended() | events.Logged():
+            case Started() | Ended() | Logged():
                 record = self.trials.get(event.trial)
                 if record is None:
                     return f"no line before it suggests trial {event.trial}"
-                if record.result is not None and not isinstance(event, events.Logged):
+                if record.result is not None and not isinstance(event, Logged):
                     return f"trial {event.trial} has ended already"
-                return self._problem_of_end(event) if isinstance(event, events.Ended) else None
-            case events.Tested(trial=None) | events.Tested(label="dense"):
+                return self._problem_of_end(event) if isinstance(event, Ended) else None
+            case Tested(trial=None) | Tested(label="dense"):
                 if event.label != "dense" or event.trial is not None:
                     return f"label is {shown(event.label)} and trial {shown(event.trial)}"
-            case events.Tested() | events.Compressed():
+            case Tested() | Compressed():
                 named = None if event.trial is None else self.trials.get(event.trial)
                 if named is None or not named.is_completed:
                     return f"no line before it gives trial {event.trial} a value"
-            case events.Pooled() | events.Chosen():
+            case Pooled() | Chosen():
                 return self._problem_of_pool(event)
         return None
 
-    def _problem_of_suggestion(self, event: events.Suggested) -> str | None:
+    def _problem_of_suggestion(self, event: Suggested) -> str | None:
         """Say why a trial cannot be one of this study."""
         if event.trial in self.trials:
             return f"trial {event.trial} was suggested already"
@@ -188,7 +202,7 @@ class StudyState:
             return f"variables are {', '.join(event.variables)}, expected {names}"
         return None
 
-    def _problem_of_end(self, event: events.Ended) -> str | None:
+    def _problem_of_end(self, event: Ended) -> str | None:
         """Say why a result cannot be one of this study."""
         windows = len(self.chosen.get("windows", ())) or self._pool
         if len(event.window_losses) not in (0, windows):
@@ -199,11 +213,11 @@ class StudyState:
                 return f"metrics lack {', '.join(lacking)}"
         return None
 
-    def _problem_of_pool(self, event: events.Pooled | events.Chosen) -> str | None:
+    def _problem_of_pool(self, event: Pooled | Chosen) -> str | None:
         """Say why validation windows cannot have been chosen so."""
         if self.chosen:
             return "windows were chosen already"
-        if isinstance(event, events.Pooled):
+        if isinstance(event, Pooled):
             if event.place in self.pooled:
                 return f"place {event.place} was scored already"
             if event.losses is not None and len(event.losses) != self._pool:
