@@ -10,6 +10,7 @@ from lrbo.allocation import Allocation, Budget, Cost
 from lrbo.config import composed, to_yaml
 from lrbo.factorization.registry import method_named
 from lrbo.model import ModelMap, map_model
+from lrbo.optimization.front import LATENCIES
 from lrbo.optimization.space import SearchSpace, build_space
 from lrbo.optimization.study import Study
 from lrbo.optimization.weights import WeightSpace, build_weight_space
@@ -127,6 +128,7 @@ class Journal:
             "model_bytes": counted.bytes,
             "macs_per_token": counted.macs_per_token,
             "objective": nll,
+            **(dict.fromkeys(LATENCIES, 1.0) if self.study.about()["timed"] else {}),
         }
         return self._end(index, "completed", None, whole | metrics)
 
