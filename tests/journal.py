@@ -128,8 +128,9 @@ class Journal:
             "model_bytes": counted.bytes,
             "macs_per_token": counted.macs_per_token,
             "objective": nll,
-            **(dict.fromkeys(LATENCIES, 1.0) if self.study.about()["timed"] else {}),
         }
+        if self.study.about()["timed"]:
+            whole |= {f"{name}{end}": 1.0 for name in LATENCIES for end in ("", "_sem")}
         return self._end(index, "completed", None, whole | metrics)
 
     def fail(self, index: int, error: str | None, outcome: str = "abandoned") -> TrialRecord:
