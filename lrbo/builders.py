@@ -6,6 +6,7 @@ import os
 import platform
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -117,6 +118,7 @@ def plan_search(config: SearchConfig, study: Study, problems: list[str]) -> Plan
     Raises:
         ConfigError: Listing these problems and every further one; the model is not looked at
             where values, packages or device are a problem already.
+        StudyError: If ``study.json`` says otherwise than configuration and model.
     """
     problems = list(problems)
     source = model_source(config.model)
@@ -152,7 +154,7 @@ def plan_search(config: SearchConfig, study: Study, problems: list[str]) -> Plan
                 config.warm_start,
                 layers.compressible,
                 studies=config.studies,
-                kept=study.about().get("donors", []) if study.exists else [],
+                kept=study.about()["donors"] if study.exists else [],
             )
         except ConfigError as error:
             problems += error.problems
@@ -160,6 +162,8 @@ def plan_search(config: SearchConfig, study: Study, problems: list[str]) -> Plan
         windows = token_windows(config, source, study)
     except DataError as error:
         problems += error.problems
+    except StudyError as error:
+        problems.append(str(error))
     except ModelError as error:
         if str(error) not in problems:
             problems.append(str(error))
@@ -167,7 +171,10 @@ def plan_search(config: SearchConfig, study: Study, problems: list[str]) -> Plan
         problems += limits.of_windows({f"data.{role}": w.ids for role, w in windows.items()})
     if layers is None or space is None or windows is None or problems:
         raise ConfigError(problems)
-    return Plan(config, source, layers, method, space, windows, starts)
+    plan = Plan(config, source, layers, method, space, windows, starts)
+    if study.exists:
+        _require_same_start(plan, study)
+    return plan
 
 
 def _missing_packages(config: SearchConfig, source: ModelSource) -> list[str]:
@@ -340,11 +347,21 @@ def _dense_reference(
     plan: Plan, model: PreTrainedModel, study: Study, reporter: Reporter
 ) -> DenseReference:
     """Return what the dense model says about the validation tokens, from the study or new."""
-    file = study.folder / "dense.safetensors"
-    if file.is_file():
-        dense = DenseReference.load(file)
-    else:
-        windows = plan.windows["validation"]
+    file, windows = study.folder / "dense.safetensors", plan.windows["validation"]
+    dense = None
+    if file.exists():
+        with suppress(StudyError):
+            dense = DenseReference.load(file)
+        known = study.state.dense
+        if (
+            dense is None
+            or dense.perplexity.tokens != windows.scored_tokens
+            or (known and dense.perplexity.mean != known["nll"])
+        ):
+            dense = None
+        if dense is None:
+            reporter.say(f"{file} is damaged, or of another study; the dense model is scored again")
+    if dense is None:
         with reporter.step("Dense model on validation text", windows.scored_tokens, "tokens") as on:
             dense = measure_dense(
                 model,
@@ -364,27 +381,51 @@ def _dense_reference(
 
 
 def _about(plan: Plan, digest: str, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """Return what is fixed when a study begins."""
-    without_bias = [spec for spec in plan.layers.compressible if not spec.has_bias]
+    """Return what is fixed when a study begins: the fields of ``events.About``."""
     return {
         "study_id": uuid.uuid4().hex,
-        "seed": plan.config.seed,
         "model_fingerprint": digest,
-        "model_parameters": plan.layers.parameters,
         "dtype": str(dtype).removeprefix("torch."),
         "device": str(device),
         "data": {
             role: {"text": w.text, "windows": len(w.ids), "digest": w.digest}
             for role, w in plan.windows.items()
         },
+        **_follows(plan),
+        "donors": [start.to_dict() for start in plan.starts if isinstance(start, Donor)],
+        "versions": versions(),
+    }
+
+
+def _follows(plan: Plan) -> dict[str, Any]:
+    """Return the part of ``study.json`` that follows from configuration and model."""
+    without_bias = [spec for spec in plan.layers.compressible if not spec.has_bias]
+    return {
+        "seed": plan.config.seed,
+        "model_parameters": plan.layers.parameters,
+        "timed": plan.config.latency.enabled,
         "budget_parameters": plan.space.budget.parameters,
         "storage": plan.config.budget.storage,
         "adds_bias": any(plan.method.parameters(spec, 0) for spec in without_bias),
         "layers": [asdict(spec) for spec in plan.layers.layers],
-        "variables": {name: list(ends) for name, ends in plan.space.bounds.items()},
-        "donors": [start.to_dict() for start in plan.starts if isinstance(start, Donor)],
-        "versions": versions(),
+        "variables": {name: tuple(ends) for name, ends in plan.space.bounds.items()},
     }
+
+
+def _require_same_start(plan: Plan, study: Study) -> None:
+    """Refuse a ``study.json`` that says otherwise than the model and the configuration in it.
+
+    Raises:
+        StudyError: Naming the fields.
+    """
+    about = study.about()
+    others = [key for key, value in _follows(plan).items() if about[key] != value]
+    if others:
+        raise StudyError(
+            f"{study.folder / 'study.json'} says other {', '.join(others)} than configuration and "
+            "model give: the file was changed, or the model was. Restore it, or begin another "
+            "study=NAME"
+        )
 
 
 def informed_space(plan: Plan, study: Study, worker: Worker, reporter: Reporter) -> Space:

@@ -6,21 +6,25 @@ import math
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NotRequired
 
 import torch
+from pydantic import ConfigDict, with_config
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
+from typing_extensions import TypedDict
 
 # Not its names: its import of transformers may be what imports this module.
 from lrbo import model as maps
+from lrbo.accounting import Storage
 from lrbo.errors import CheckpointError
 from lrbo.families import is_pointwise
 from lrbo.layers import LowRankLinear, PivotedLinear, no_weight
+from lrbo.parsing import ContentError, Count, checked
 from lrbo.shell import command
 
 METHOD = "lrbo"
@@ -29,6 +33,19 @@ KINDS: Mapping[str, type[LowRankLinear] | type[PivotedLinear]] = {
     "factored": LowRankLinear,
     "pivoted": PivotedLinear,
 }
+
+
+@with_config(ConfigDict(extra="forbid"))
+class _About(TypedDict):
+    """The values of :class:`LowRankConfig` in ``config.json``."""
+
+    quant_method: NotRequired[Literal["lrbo"]]
+    format: Count
+    storage: Storage
+    parameters: Count
+    ranks: dict[str, Count]
+    added_biases: list[str]
+    provenance: dict[str, Any]
 
 
 @register_quantization_config(METHOD)
@@ -51,44 +68,23 @@ class LowRankConfig(QuantizationConfigMixin):
         Raises:
             CheckpointError: If they are of another format, or cannot be right.
         """
-        self.quant_method = METHOD
-        self.format = values.get("format")
-        _require_format(self.format, values)
-        self.storage: str = values.get("storage", "")
-        self.parameters: int = values.get("parameters", -1)
-        self.ranks: dict[str, int] = values.get("ranks", {})
-        self.added_biases: list[str] = values.get("added_biases", [])
-        self.provenance: dict[str, Any] = values.get("provenance", {})
-        if strange := sorted(set(values) - set(self.__dict__)):
+        _require_format(values.get("format"), values)
+        try:
+            about: _About = checked(values, _About, "the quantization_config of the checkpoint")
+        except ContentError as error:
+            raise CheckpointError(f"{error}; restore config.json.") from error
+        if strangers := set(about["added_biases"]) - set(about["ranks"]):
             raise CheckpointError(
-                f"the quantization_config of the checkpoint has {strange}, which format {FORMAT} "
-                "does not have; restore config.json."
+                f"the quantization_config of the checkpoint: added_biases has {min(strangers)}, "
+                "expected layers with a rank; restore config.json."
             )
-        known = self.ranks if isinstance(self.ranks, dict) else {}
-        for name, value, holds, expected in (
-            ("storage", self.storage, self.storage in KINDS, " or ".join(KINDS)),
-            ("parameters", self.parameters, _is_count(self.parameters), "a whole number"),
-            ("ranks", self.ranks, isinstance(self.ranks, dict), "ranks by layer name"),
-            (
-                "added_biases",
-                self.added_biases,
-                isinstance(self.added_biases, list)
-                and all(isinstance(name, str) and name in known for name in self.added_biases),
-                "a list of layers with a rank",
-            ),
-            ("provenance", self.provenance, isinstance(self.provenance, dict), "an object"),
-        ):
-            if not holds:
-                raise CheckpointError(
-                    f"the quantization_config of the checkpoint has {name}={value!r}, expected "
-                    f"{expected}; restore config.json."
-                )
-        for name, rank in self.ranks.items():
-            if not _is_count(rank):
-                raise CheckpointError(
-                    f"the quantization_config of the checkpoint gives {name} the rank {rank!r}, "
-                    "expected a whole number from 0 on; restore config.json."
-                )
+        self.quant_method = METHOD
+        self.format = about["format"]
+        self.storage: str = about["storage"]
+        self.parameters = about["parameters"]
+        self.ranks = about["ranks"]
+        self.added_biases = about["added_biases"]
+        self.provenance = about["provenance"]
 
 
 def _is_count(value: object) -> bool:

@@ -111,7 +111,9 @@ def _check(config: Config) -> list[str]:
             )
         problems += paths.check_new("out", config.out)
     if isinstance(config, SearchConfig | CompressConfig | EvaluateConfig):
-        problems += paths.check_writable("LRBO_CACHE", str(cache_folder()))
+        cache = cache_folder()
+        if not (cache / "factors").is_dir():  # else all that is needed may be there already
+            problems += paths.check_writable("LRBO_CACHE", str(cache))
     if isinstance(config, SearchConfig | EvaluateConfig):
         model, data = config.model, config.data
         sources = ("packaged", "hf", "tiny")

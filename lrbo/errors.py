@@ -56,6 +56,10 @@ class StatisticsError(LrboError):
     """A calibration statistic is missing or not finite."""
 
 
+class CacheError(LrboError):
+    """What can be made again is missing or damaged, or cannot be written."""
+
+
 class NonFiniteError(LrboError):
     """A loss is NaN or infinite."""
 

@@ -44,6 +44,7 @@ from lrbo.lazy import LazyModel
 from lrbo.loading import resolve_device
 from lrbo.model import is_tied, linear_bias, map_model
 from lrbo.nested import NestedFactors
+from lrbo.parsing import ContentError, parse_json
 from lrbo.storage import new_folder
 from lrbo.strict_json import without_infinity
 
@@ -370,14 +371,15 @@ def _config(folder: Path) -> PretrainedConfig:
 
 def _read_json(folder: Path, name: str) -> dict[str, Any]:
     """Read a JSON object of a checkpoint."""
+    path = folder / name
     try:
-        found = json.loads((folder / name).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        found = parse_json(path.read_bytes(), str(path))
+    except (OSError, ContentError) as error:
         raise CheckpointError(
-            f"{folder / name} cannot be read, so this is no whole checkpoint: {error}"
+            f"{path} cannot be read, so this is no whole checkpoint: {error}"
         ) from error
     if not isinstance(found, dict):
-        raise CheckpointError(f"{folder / name} holds no JSON object.")
+        raise CheckpointError(f"{path} holds no JSON object.")
     return found
 
 

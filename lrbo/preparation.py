@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,8 +12,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lrbo.blockwise import BlockwiseBody
+from lrbo.cache import kept
 from lrbo.calibration.collect import Calibration, CalibrationSettings, Found, calibrate
 from lrbo.calibration.store import CalibrationFolder, calibration_fingerprint, save_calibration
+from lrbo.errors import StudyError
 from lrbo.factorization.base import GRADIENT_STATISTICS, FactorizationMethod, Statistic
 from lrbo.factorization.store import (
     LayerStatistics,
@@ -67,13 +68,14 @@ class Preparation:
         if name is None:
             return Calibration()
         folder = cache_folder() / "calibration" / name
-        if not folder.is_dir():
-            found = statistics_by_block(
+
+        def make() -> None:
+            parts = statistics_by_block(
                 model, self.layers, self.windows, self.needs, self.settings, reporter
             )
-            with suppress(FileExistsError):  # another search was faster: the same statistics
-                save_calibration(folder, found, name)
-        return CalibrationFolder(folder, name)
+            save_calibration(folder, parts, name)
+
+        return kept(folder, make, lambda: CalibrationFolder(folder, name))
 
     def factors(
         self,
@@ -96,21 +98,20 @@ class Preparation:
         """
         name = factors_fingerprint(digest, self._calibration(digest, dtype), self.method)
         folder = cache_folder() / "factors" / name
-        if not folder.is_dir():
-            if model is None:
-                model = load_model(self.source, dtype=dtype, device=device)
-            statistics = self.statistics(digest, dtype, reporter, model)
+
+        def make() -> None:
+            loaded = model or load_model(self.source, dtype=dtype, device=device)
             made = factors_by_block(
-                self._source_weights(model),
+                self._source_weights(loaded),
                 self.layers,
                 self.method,
-                statistics,
+                self.statistics(digest, dtype, reporter, loaded),
                 reporter,
                 device=device,
             )
-            with suppress(FileExistsError):  # another search was faster: the same factors
-                save_factors(folder, made, name)
-        return load_factors(folder, name)
+            save_factors(folder, made, name)
+
+        return kept(folder, make, lambda: load_factors(folder, name))
 
     def _calibration(self, digest: str, dtype: torch.dtype) -> str | None:
         """Return the name of the statistics; ``None`` if none are needed."""
@@ -217,9 +218,13 @@ def loss_curves(
     curves = predicted_curves(factors)
     if not curves or not settings.layers_per_kind:
         return curves
-    if file.is_file():
-        calibration = LossCalibration.load(file)
-    else:
+    calibration = None
+    if file.exists():
+        try:
+            calibration = LossCalibration.load(file)
+        except StudyError as error:
+            reporter.say(f"{str(error).partition('. Delete')[0]}; it is measured again")
+    if calibration is None:
         count = len(settings.points(layers.compressible, factors))
         with reporter.step("Loss of layers", count, "points") as advance:
             body = BlockwiseBody(model)

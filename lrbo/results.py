@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import asdict
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -17,6 +18,7 @@ from lrbo.accounting import (
     index_bytes,
     low_rank_macs,
 )
+from lrbo.errors import StudyError, reading
 from lrbo.gains import gains
 from lrbo.loss_calibration import LossCalibration, sensitivity_file
 from lrbo.optimization.front import (
@@ -28,8 +30,10 @@ from lrbo.optimization.front import (
     reference_point,
 )
 from lrbo.optimization.study import Study, layers_of, stored_parameters
+from lrbo.parsing import ContentError, checked
 from lrbo.pictures import digest_of, is_of, write_picture
 from lrbo.progress import imported
+from lrbo.schema import SearchConfig
 from lrbo.trial import TrialRecord
 
 DEPTHS = 3  # parts of the depth that are told apart
@@ -376,9 +380,19 @@ def config_of(study: Study) -> Mapping[str, Any]:
 
 @lru_cache(maxsize=16)
 def _parsed(text: str) -> Mapping[str, Any]:
-    """Parse YAML; a search asks 40 times for a configuration that takes 40 ms."""
-    found: Mapping[str, Any] = yaml.safe_load(text)
-    return found
+    """Parse YAML; a search asks 40 times for a configuration that takes 40 ms.
+
+    Raises:
+        StudyError: If it is no configuration of a search, naming the fields.
+    """
+    where = "the configuration in study.json"
+    with reading(StudyError, f"{where} is no YAML"):
+        values = yaml.safe_load(text)
+    try:
+        found: SearchConfig = checked(values, SearchConfig, where)
+    except ContentError as error:
+        raise StudyError(f"{error}; use the version of lrbo that wrote it") from error
+    return asdict(found)
 
 
 def described(study: Study) -> dict[str, str]:

@@ -4,28 +4,51 @@ from __future__ import annotations
 
 import errno
 import os
+import platform
+import re
 import secrets
 import shutil
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from platformdirs import user_cache_path
 
 from lrbo.errors import DiskFullError, LrboError, PathError
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
+GONE = (errno.ENOENT, errno.ESTALE)
+
+# What is written beside its place lies in a folder of a short name, for that of its place may be
+# as long as the system takes.
+BESIDE = ".lrbo-{host}-{random}.new"
+LOCK = "lock"  # in it, held by the process that writes
+# What a process of another host left is judged by its age too: there are file systems whose locks
+# other hosts do not see.
+STALE_SECONDS = 7 * 24 * 3600.0
 
 
 def is_full(error: BaseException | None) -> bool:
-    """Return whether an error, or what caused it, says that a disk is full.
+    """Return whether an error, or what caused it, says that a disk is full."""
+    return _says(error, FULL)
+
+
+def is_gone(error: BaseException | None) -> bool:
+    """Return whether an error, or what caused it, says that a file or its folder was deleted."""
+    return _says(error, GONE)
+
+
+def _says(error: BaseException | None, codes: tuple[int, ...]) -> bool:
+    """Return whether an error has, or tells, one of the system's numbers.
 
     safetensors has errors of its own, which only tell the number of the system's.
     """
     while error is not None:
         code = error.errno if isinstance(error, OSError) else None
-        told = any(f"(os error {full})" in str(error) for full in FULL)
-        if code in FULL or told:
+        told = any(f"(os error {known})" in str(error) for known in codes)
+        if code in codes or told:
             return True
         error = error.__cause__ or error.__context__
     return False
@@ -78,21 +101,80 @@ def cache_folder() -> Path:
 
 
 @contextmanager
+def _beside(parent: Path, name: str) -> Iterator[Path]:
+    """Give a path to write to, in a folder in ``parent`` that a killed process leaves to the next.
+
+    Args:
+        parent: Made if it is missing; what dead processes left there is removed.
+        name: Of the last part of the path.
+    """
+    parent.mkdir(parents=True, exist_ok=True)
+    remove_left(parent)
+    while True:
+        holder = parent / BESIDE.format(host=_host(), random=secrets.token_hex(6))
+        holder.mkdir()  # not mkdtemp, which keeps others out where the umask does not
+        lock = FileLock(holder / LOCK)
+        try:
+            lock.acquire(timeout=0)
+        except (Timeout, FileNotFoundError):  # it was removed by another process before that
+            continue
+        if (holder / LOCK).exists():
+            break
+        lock.release()
+    try:
+        yield holder / name
+    finally:
+        _remove(holder, lock)
+
+
+def _host() -> str:
+    """Return the name of this machine as a part of a file's name."""
+    return re.sub(r"[^\w.-]", "_", platform.node())[:64]
+
+
+def remove_left(parent: Path) -> None:
+    """Remove what processes that are gone were writing in a folder.
+
+    Each holds a lock on what it writes, which the system releases when it dies.
+    """
+    own = BESIDE.format(host=_host(), random="").rpartition("-")[0]
+    for holder in parent.glob(BESIDE.format(host="*", random="*")):
+        with suppress(OSError):  # of another user, or another process is quicker
+            is_stale = time.time() - holder.stat().st_mtime > STALE_SECONDS
+            if holder.name.rpartition("-")[0] != own and not is_stale:
+                continue
+            if not (holder / LOCK).exists():
+                holder.rmdir()  # empty: a process died before, or after, it held the lock
+                continue
+            lock = FileLock(holder / LOCK)
+            with suppress(Timeout):
+                lock.acquire(timeout=0)
+                _remove(holder, lock)
+
+
+def _remove(holder: Path, lock: FileLock) -> None:
+    """Remove a folder whose lock is held; the lock last, so that nobody else begins in between."""
+    for path in holder.glob("*"):
+        if path.name != LOCK:
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
+    (holder / LOCK).unlink(missing_ok=True)
+    lock.release()
+    with suppress(OSError):  # somebody removed it, as a whole or what it lies in
+        holder.rmdir()
+
+
+@contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Give a path beside ``path`` to write to, and move it into place if all went well.
 
     The content reaches the disk before the new name does, so that a crash or a full disk
     leaves either what was there or the whole new file.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.new")
-    try:
+    with _beside(path.parent, path.name) as beside:
         yield beside
         with beside.open("rb+") as file:
             os.fsync(file.fileno())
         beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -114,10 +196,8 @@ def new_folder(folder: Path) -> Iterator[Path]:
     taken = FileExistsError(f"{folder} exists already; nothing is overwritten.")
     if folder.exists():
         raise taken
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}")
-    beside.mkdir()  # not mkdtemp, which keeps others out where the umask does not
-    try:
+    with _beside(folder.parent, folder.name) as beside:
+        beside.mkdir()
         yield beside
         mode = beside.stat().st_mode & 0o666
         for path in beside.rglob("*"):
@@ -128,5 +208,9 @@ def new_folder(folder: Path) -> Iterator[Path]:
         if folder.exists():  # a rename would replace an empty one
             raise taken
         beside.rename(folder)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+
+
+def remove_whole(path: Path) -> None:
+    """Remove a file or folder, which is first out of its place as a whole."""
+    with suppress(FileNotFoundError), _beside(path.parent, path.name) as beside:
+        path.rename(beside)

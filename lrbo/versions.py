@@ -36,7 +36,7 @@ def changes(study: Study) -> dict[str, tuple[str, str]]:
     Raises:
         StudyError: If there is no study.
     """
-    before: Mapping[str, str] = study.state.versions or study.about().get("versions", {})
+    before: Mapping[str, str] = study.state.versions or study.about()["versions"]
     now = versions()
     return {
         package: (before[package], now[package])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +141,32 @@ def make_front_space(
     return FrontSpace(inside, tuple(inside.layers), lowest, highest)
 
 
+def make_about(
+    layers: Sequence[LayerSpec] | None = None, space: Space | None = None, **changes: Any
+) -> dict[str, Any]:
+    """Describe what was fixed when a study was begun."""
+    text = {"text": "words[text]", "windows": FakeWorker.WINDOWS, "digest": "a digest"}
+    layers = make_layers() if layers is None else layers
+    about = {
+        "study_id": "an id",
+        "seed": 0,
+        "model_fingerprint": "a fingerprint",
+        "model_parameters": sum(spec.parameters for spec in layers),
+        "dtype": "float32",
+        "device": "cpu",
+        "timed": False,
+        "data": dict.fromkeys(("calibration", "validation", "test"), text),
+        "budget_parameters": 1,
+        "storage": "factored",
+        "adds_bias": True,
+        "layers": [asdict(spec) for spec in layers],
+        "variables": {} if space is None else {k: list(v) for k, v in space.bounds.items()},
+        "donors": [],
+        "versions": {"lrbo": "0.1.0"},
+    }
+    return about | changes
+
+
 class DyingStudy(Study):
     """A study whose process may die before, in the middle of, or after each journal write."""
 
@@ -246,6 +272,9 @@ class FakeWorker:
             "parameters": float(request.allocation.parameters),
             "keep_ratio": request.allocation.parameters / dense_parameters(self.space.layers),
             "tokens": 100.0,
+            "model_parameters": float(request.allocation.parameters),
+            "model_bytes": 4.0 * request.allocation.parameters,
+            "macs_per_token": float(request.allocation.parameters),
         }
 
 

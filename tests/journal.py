@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from lrbo.config import composed, to_yaml
 from lrbo.factorization.registry import method_named
 from lrbo.loss_calibration import LossCalibration, Measurement, sensitivity_file
 from lrbo.model import map_model
+from lrbo.optimization.front import LATENCIES
 from lrbo.optimization.space import SearchSpace, build_space
 from lrbo.optimization.study import Study
 from lrbo.optimization.weights import WeightSpace, build_weight_space
@@ -19,7 +19,7 @@ from lrbo.schema import SearchConfig
 from lrbo.specs import ModelMap
 from lrbo.trial import TrialRecord, TrialRequest
 from lrbo.worker import allocation_parameters
-from tests.fakes import make_curves
+from tests.fakes import make_about, make_curves
 from tests.tiny import build_on_meta
 
 # Exact in binary, so that their sums are exact too.
@@ -66,20 +66,19 @@ class Journal:
                 cost=self.cost,
                 rank_multiple=space.rank_multiple,
             )
-        about = {
-            "study_id": "an id",
-            "seed": config.seed,
-            "model_fingerprint": "a fingerprint",
-            "data": {"test": {"text": "words[test]", "windows": 15, "digest": "a digest"}},
-            "versions": {"lrbo": "0.1.0"},
-            "variables": {name: list(ends) for name, ends in self.space.bounds.items()},
-            "dtype": "float32",
-            "device": "cpu",
-            "budget_parameters": self.budget.parameters,
-            "storage": self.storage,
-            "adds_bias": config.method.name == "bolaco",
-            "layers": [asdict(spec) for spec in self.layers.layers],
-        }
+        about = make_about(
+            self.layers.layers,
+            self.space,
+            seed=config.seed,
+            data={
+                role: {"text": f"words[{role}]", "windows": 15, "digest": "a digest"}
+                for role in ("calibration", "validation", "test")
+            },
+            timed=config.latency.enabled,
+            budget_parameters=self.budget.parameters,
+            storage=self.storage,
+            adds_bias=config.method.name == "bolaco",
+        )
         self.study = Study(folder)
         self.study.begin(about, to_yaml(config))
 
@@ -132,6 +131,8 @@ class Journal:
             "macs_per_token": counted.macs_per_token,
             "objective": nll,
         }
+        if self.study.about()["timed"]:
+            whole |= {f"{name}{end}": 1.0 for name in LATENCIES for end in ("", "_sem")}
         return self._end(index, "completed", None, whole | metrics, windows)
 
     def fail(self, index: int, error: str | None, outcome: str = "abandoned") -> TrialRecord:

@@ -26,12 +26,13 @@ ROOMS = """
     builders steps studies versions spaces starts pool texts checks front_checks command_lines
     ranges
     config
-    schema preparation
+    preparation
     report tabular figures comparison results plots drawing pictures
     gains
     peak_memory speed
     merging export remote_code modeling_low_rank model_card
-    optimization.loop optimization.client optimization.study optimization.front_space
+    optimization.loop optimization.client optimization.study optimization.events
+    optimization.front_space
     optimization.restricted optimization.weights optimization.space
     optimization.base optimization.front
     tracking mlflow_store mlflow_registry mlflow_ui mlflow_entities presentation
@@ -53,8 +54,8 @@ ROOMS = """
     calibration.seen
     calibration.corpus calibration.moments
     calibration.files
-    loss_calibration lazy loading stored model specs families linalg storage rendering progress
-    terminal shell options strict_json errors paths interrupts
+    loss_calibration lazy loading stored cache model specs families linalg parsing storage
+    rendering progress terminal shell options strict_json errors paths interrupts schema
 """.split()  # noqa: SIM905
 
 # Library: the modules that may import it.
@@ -86,6 +87,13 @@ BORDERS = {
     "jinja2": {"rendering"},
     "tokenizers": {"loading"},
     "lm_eval": {"evaluation.zero_shot"},
+    "pydantic": {
+        "cache",
+        "checkpoint",
+        "optimization.events",
+        "parsing",
+        "loss_calibration",
+    },
     "ray": {"executors.ray_tasks"},
 }
 # Of transformers everybody may name these types, and only these modules do more.

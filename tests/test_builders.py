@@ -21,7 +21,7 @@ from lrbo import builders, loading, mlflow_store, texts
 from lrbo.accounting import STORAGES
 from lrbo.builders import model_source
 from lrbo.commands import compress, dashboard, search, view
-from lrbo.config import composed
+from lrbo.config import composed, to_yaml
 from lrbo.errors import ConfigError, ModelError, StudyError
 from lrbo.factorization.loss_aware import LossAware
 from lrbo.factorization.registry import METHODS
@@ -31,6 +31,7 @@ from lrbo.progress import Reporter
 from lrbo.schema import CompressConfig, DashboardConfig, SearchConfig
 from lrbo.spaces import build_search_space
 from lrbo.tracking import MlflowTracker, NullTracker
+from tests.fakes import make_about
 from tests.tiny import build_on_meta
 
 SMALL = ["experiment=tiny", "search.trials=1", "search.initial=2", "tracking.enabled=false"]
@@ -331,7 +332,7 @@ def test_a_study_counts_a_layer_as_its_budget_does(storage: Any) -> None:
 
 def begun() -> Study:
     study = Study(Path("studies/mine"))
-    study.begin({"study_id": "an id"}, "a: 1\n")
+    study.begin(make_about(), to_yaml(chosen("study=mine")))
     return study
 
 

@@ -1,6 +1,7 @@
 """Statistics come back from disk bit by bit, for what they were made of, or not at all."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
@@ -12,10 +13,11 @@ from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
 from lrbo.blockwise import BlockwiseBody
+from lrbo.cache import ABOUT
 from lrbo.calibration import store
 from lrbo.calibration.collect import Calibration, CalibrationSettings, Found, calibrate
 from lrbo.calibration.store import CalibrationFolder, calibration_fingerprint, save_calibration
-from lrbo.errors import StatisticsError
+from lrbo.errors import CacheError
 from lrbo.factorization.base import GRADIENT_STATISTICS, MATRICES, Statistic
 from lrbo.specs import LayerSpec, ModelMap
 from tests.tiny import token_ids
@@ -142,11 +144,26 @@ def test_a_layer_has_the_inputs_of_its_site_and_gradients_of_its_own(tmp_path: P
 def test_another_fingerprint_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "calibration"
     save_calibration(folder, iter([]), "made-with-this")
-    with pytest.raises(StatisticsError, match=r"made-with-this, expected wanted-that\. Delete"):
+    with pytest.raises(CacheError, match="made-with-this, expected 1 and wanted-that"):
         CalibrationFolder(folder, "wanted-that")
-    (folder / store.ABOUT).write_text(json.dumps({}))
-    with pytest.raises(StatisticsError, match="fingerprint None"):
+    (folder / ABOUT).write_text(json.dumps({}))
+    with pytest.raises(CacheError, match="the field fingerprint is missing"):
         CalibrationFolder(folder, "made-with-this")
+
+
+def test_statistics_that_are_deleted_while_they_are_read_are_named(tmp_path: Path) -> None:
+    mean = {Statistic.INPUT_MEAN: torch.arange(3, dtype=torch.float64)}
+    folder = tmp_path / "statistics"
+    save_calibration(folder, iter([{"layer": mean}]), "f")
+    found = CalibrationFolder(folder, "f")
+    (file,) = folder.glob("*.safetensors")
+    content = file.read_bytes()
+    file.write_bytes(content[:8] + b"?" * (len(content) - 8))
+    with pytest.raises(CacheError, match=rf"{file.name} is damaged"):
+        found.of(layer("layer"))
+    shutil.rmtree(folder)
+    with pytest.raises(CacheError, match=rf"{file.name} is damaged: .*No such file"):
+        found.of(layer("layer"))
 
 
 def test_fingerprint_knows_everything_that_decides_the_statistics(

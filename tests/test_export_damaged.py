@@ -59,6 +59,13 @@ def test_json_of_another_kind_is_refused(checkpoint: Path, text: str) -> None:
         load(checkpoint)
 
 
+def test_json_that_is_nested_too_deep_is_refused(checkpoint: Path) -> None:
+    (checkpoint / CONFIG).write_text("[" * 100_000, encoding="utf-8")
+    assert not is_checkpoint(checkpoint)
+    with pytest.raises(CheckpointError, match=rf"{CONFIG} cannot be read.* nested too deep"):
+        load(checkpoint)
+
+
 def test_a_model_that_is_not_compressed_is_not_taken_for_one(checkpoint: Path) -> None:
     config = json.loads((checkpoint / CONFIG).read_text(encoding="utf-8"))
     del config["quantization_config"]
@@ -143,17 +150,21 @@ def test_a_checkpoint_of_the_first_formats_says_how_to_write_it_again(
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"storage": "dense"}, r"storage='dense', expected factored or pivoted"),
-        ({"storage": None}, "storage=None, expected factored or pivoted"),
-        ({"parameters": "many"}, "parameters='many', expected a whole number"),
+        ({"storage": "dense"}, "storage is \"dense\", expected 'factored' or 'pivoted'"),
+        ({"storage": None}, "storage is null, expected 'factored' or 'pivoted'"),
+        ({"storage": ["pivoted"]}, r"storage is \[\"pivoted\"\], expected 'factored' or 'piv"),
+        ({"parameters": "many"}, 'parameters is "many", expected a whole number'),
         ({"parameters": 1234}, r"model holds [\d_]+ parameters, its config\.json states 1_234"),
-        ({"ranks": [1, 2]}, r"ranks=\[1, 2\], expected ranks by layer name"),
-        ({"added_biases": [f"{LAYER}x"]}, "expected a list of layers with a rank"),
-        ({"added_biases": [{}]}, r"added_biases=\[\{\}\], expected a list of layers with a rank"),
-        ({"ranks": 3, "added_biases": ["x"]}, "ranks=3, expected ranks by layer name"),
+        ({"ranks": [1, 2]}, r"ranks is \[1, 2\], expected an object"),
+        (
+            {"added_biases": [f"{LAYER}x"]},
+            f"added_biases has {LAYER}x, expected layers with a rank",
+        ),
+        ({"added_biases": [{}]}, r"added_biases\.0 is \{\}, expected text"),
+        ({"ranks": 3, "added_biases": ["x"]}, "ranks is 3, expected an object"),
         ({"added_biases": [LAYER]}, rf"missing {LAYER}\.bias, not expected nothing"),
-        ({"provenance": None}, "provenance=None, expected an object"),
-        ({"runs": "code"}, r"has \['runs'\], which format 3 does not have"),
+        ({"provenance": None}, "provenance is null, expected an object"),
+        ({"runs": "code"}, "there is no field runs"),
     ],
 )
 def test_values_that_cannot_be_right_are_refused(
@@ -175,9 +186,9 @@ def test_values_that_cannot_be_right_are_refused(
         ({"model.norm": 2}, r"model\.norm in the ranks of the checkpoint is no linear layer"),
         ({LAYER: 3}, rf"{LAYER}.* has shape \(\d+, \d+\), config\.json wants \(\d+, \d+\)"),
         ({LAYER: 17}, rf"{LAYER} cannot have rank 17: the layer is 16 by 16"),
-        ({LAYER: "2"}, rf"gives {LAYER} the rank '2', expected a whole number"),
-        ({LAYER: -1}, rf"gives {LAYER} the rank -1, expected a whole number from 0 on"),
-        ({LAYER: True}, rf"gives {LAYER} the rank True, expected a whole number from 0 on"),
+        ({LAYER: "2"}, rf'ranks\.{LAYER} is "2", expected a whole number'),
+        ({LAYER: -1}, rf"ranks\.{LAYER} is -1, expected a whole number, at least 0"),
+        ({LAYER: True}, rf"ranks\.{LAYER} is true, expected a whole number"),
     ],
 )
 def test_ranks_that_do_not_fit_are_refused(

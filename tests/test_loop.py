@@ -28,6 +28,7 @@ from tests.fakes import (
     FakeWorker,
     Fuse,
     Killed,
+    make_about,
     make_layers,
     make_space,
     make_weight_space,
@@ -78,6 +79,8 @@ class Search:
             self.told.append(record.request.trial_index)
 
         with study.locked():
+            if not study.exists:
+                study.begin(make_about(self.space.layers, self.space), "")
             tracker.sync(study.state.records)
             SearchLoop(
                 study=study,

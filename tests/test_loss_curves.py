@@ -12,6 +12,7 @@ from lrbo.config import to_yaml
 from lrbo.optimization.study import Study
 from lrbo.tracking import MlflowTracker
 from tests.commands import TINY, lrbo_command
+from tests.fakes import make_about
 from tests.test_builders import Said, chosen
 
 
@@ -78,7 +79,7 @@ def test_the_tracker_is_told_that_weights_are_logarithms(tmp_path: Path) -> None
     for space, prefix in (("weights", "log_weight."), ("per_kind", "")):
         study = Study(tmp_path / space)
         values = chosen(f"space={space}", "tracking.enabled=true")
-        study.begin({"study_id": "an id"}, to_yaml(values))
+        study.begin(make_about(), to_yaml(values))
         tracker = make_tracker(values, study)
         assert isinstance(tracker, MlflowTracker)
         assert tracker._prefix == prefix

@@ -1,9 +1,12 @@
 """What a checkpoint has seen is found again, however the windows are cut."""
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save_file
 from torch import Tensor
 
 from lrbo.calibration import seen
@@ -76,3 +79,21 @@ def test_a_checkpoint_that_does_not_say_and_one_that_is_damaged(folder: Path) ->
         seen_shares(folder, windows(TEXT, 200))
     (folder / FILE).unlink()
     assert seen_shares(folder, windows(TEXT, 200)) is None
+
+
+@pytest.mark.parametrize(
+    ("tensors", "metadata"),
+    [
+        ({"calibration": np.zeros(3, np.int32)}, {"calibration": "mine"}),
+        ({"calibration": np.zeros((3, 3), np.uint64)}, {"calibration": "mine"}),
+        ({"other": np.zeros(3, np.uint64)}, {"calibration": "mine"}),
+        ({"calibration": np.zeros(3, np.uint64)}, {"strange": "mine"}),
+        ({"calibration": np.zeros(3, np.uint64)}, None),
+    ],
+)
+def test_hashes_of_another_kind_are_no_hashes(
+    folder: Path, tensors: dict[str, Any], metadata: dict[str, str] | None
+) -> None:
+    save_file(tensors, folder / FILE, metadata=metadata)
+    with pytest.raises(CheckpointError, match=f"{FILE} is damaged"):
+        seen_shares(folder, windows(TEXT, 200))

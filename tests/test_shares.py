@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-import yaml
 
 from lrbo import results
 from lrbo.trial import TrialRecord
@@ -101,11 +100,3 @@ def test_weights_are_those_of_a_space_of_weights(tmp_path: Path, journal: Journa
     assert results.weights(other.study, other.complete(0, 2.0, "uniform")) == {}
     record = other.complete(1, 2.0)
     assert results.weights(other.study, record) == record.request.variables != {}
-
-
-def test_a_study_from_before_there_were_weights_has_ratios(journal: Journal) -> None:
-    file = journal.study.folder / "config.yaml"
-    stored = yaml.safe_load(file.read_text(encoding="utf-8"))
-    del stored["space"]["type"]
-    file.write_text(yaml.safe_dump(stored), encoding="utf-8")
-    assert results.weights(journal.study, journal.complete(0, 2.0)) == {}

@@ -2,6 +2,11 @@
 
 import errno
 import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -9,7 +14,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from lrbo.storage import is_full, new_folder, replacing, write_text
+from lrbo import storage
+from lrbo.storage import is_full, new_folder, remove_whole, replacing, write_text
 
 
 class Interrupted(BaseException):
@@ -23,7 +29,7 @@ def files(folder: Path) -> dict[str, str]:
 def test_a_new_file_appears_only_when_it_is_whole(tmp_path: Path) -> None:
     path = tmp_path / "result.json"
     with replacing(path) as beside:
-        assert beside.parent == path.parent  # a rename is atomic inside one file system only
+        assert beside.parent.parent == path.parent  # a rename is atomic inside one file system only
         assert beside != path
         beside.write_text("half", encoding="utf-8")
         assert not path.exists()
@@ -108,7 +114,9 @@ def test_text_is_written_as_utf_8_and_read_back(tmp_path: Path) -> None:
 def test_a_new_folder_appears_only_when_it_is_whole(tmp_path: Path) -> None:
     folder = tmp_path / "made" / "statistics"
     with new_folder(folder) as beside:
-        assert beside.parent == folder.parent  # a rename is atomic inside one file system only
+        assert (
+            beside.parent.parent == folder.parent
+        )  # a rename is atomic inside one file system only
         (beside / "deep").mkdir()
         (beside / "deep" / "a").write_text("A", encoding="utf-8")
         (beside / "b").write_text("B", encoding="utf-8")
@@ -218,3 +226,88 @@ FULL = OSError(errno.ENOSPC, "No space left on device")
 )
 def test_a_full_disk_is_told_from_other_errors(error: BaseException, full: bool) -> None:
     assert is_full(error) is full
+
+
+# --- what a killed process leaves ----------------------------------------------------------------
+
+WRITER = """
+import sys, time
+from pathlib import Path
+from lrbo.storage import new_folder, replacing
+path = Path(sys.argv[2])
+with {"file": replacing, "folder": new_folder}[sys.argv[1]](path) as beside:
+    if sys.argv[1] == "folder":
+        beside = beside / "inside"
+    beside.write_text("half")
+    print("writing", flush=True)
+    time.sleep(60)
+"""
+
+
+@contextmanager
+def writing(kind: str, path: Path) -> Iterator[subprocess.Popen[str]]:
+    """Run a process that is in the middle of writing; it is killed at the end at the latest."""
+    command = [sys.executable, "-c", WRITER, kind, str(path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            assert process.stdout.readline() == "writing\n"
+            yield process
+        finally:
+            process.kill()
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next_and_a_living_one_is_left_alone(
+    tmp_path: Path,
+) -> None:
+    with writing("folder", tmp_path / "out") as alive:
+        (of_alive,) = tmp_path.iterdir()
+        for kind in ("file", "folder"):
+            with writing(kind, tmp_path / kind) as process:
+                process.kill()
+            assert len(list(tmp_path.iterdir())) == 2  # the one before is gone already
+        write_text(tmp_path / "text", "whole")
+        assert {path.name for path in tmp_path.iterdir()} == {"text", of_alive.name}
+        assert (of_alive / "out" / "inside").read_text() == "half"
+        alive.kill()
+        alive.wait()
+    with new_folder(tmp_path / "made"):
+        pass
+    assert {path.name for path in tmp_path.iterdir()} == {"text", "made"}
+
+
+def test_what_another_host_left_is_removed_when_it_is_old(tmp_path: Path) -> None:
+    """Its locks may be invisible here."""
+    with writing("file", tmp_path / "theirs") as process:
+        process.kill()
+    (left,) = tmp_path.iterdir()
+    theirs = left.rename(tmp_path / ".lrbo-elsewhere-0123456789ab.new")
+    write_text(tmp_path / "text", "whole")
+    assert theirs.is_dir()
+    then = time.time() - 2 * storage.STALE_SECONDS
+    os.utime(theirs, (then, then))
+    write_text(tmp_path / "text", "whole")
+    assert not theirs.exists()
+
+
+def test_an_empty_folder_that_never_held_a_lock_is_removed(tmp_path: Path) -> None:
+    """Killed between the making of the folder and of its lock."""
+    (tmp_path / storage.BESIDE.format(host=storage._host(), random="0123456789ab")).mkdir()
+    write_text(tmp_path / "text", "whole")
+    assert files(tmp_path) == {"text": "whole"}
+
+
+@pytest.mark.parametrize("length", [246, 255])
+def test_a_name_may_be_as_long_as_the_system_takes(tmp_path: Path, length: int) -> None:
+    write_text(tmp_path / ("f" * length), "whole")
+    with new_folder(tmp_path / ("d" * length)) as beside:
+        (beside / "inside").write_text("x")
+    assert sorted(len(path.name) for path in tmp_path.iterdir()) == [length, length]
+
+
+def test_what_is_removed_is_gone_as_a_whole(tmp_path: Path) -> None:
+    (tmp_path / "folder" / "deep").mkdir(parents=True)
+    (tmp_path / "file").touch()
+    for name in ("folder", "file", "nothing"):
+        remove_whole(tmp_path / name)
+    assert list(tmp_path.iterdir()) == []

@@ -1,7 +1,8 @@
 """Factors come back from disk as they were, and only for what they were made of."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache, partial
@@ -9,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from lrbo.allocation import rungs
-from lrbo.errors import StatisticsError
+from lrbo.cache import ABOUT, kept
+from lrbo.errors import CacheError, StatisticsError
 from lrbo.factorization.base import Statistic
 from lrbo.factorization.loss_aware import LossAware, predicted_loss
 from lrbo.factorization.pooled import Bolaco
@@ -269,7 +270,7 @@ def test_factors_come_back_as_they_were(case: str, method: str, tmp_path: Path) 
         for rank in range(1, expected.max_rank + 1):
             assert found[name].left[:, :rank].T.is_contiguous()
     assert [path.name for path in tmp_path.iterdir()] == ["factors"]
-    assert len(list((tmp_path / "factors").iterdir())) == 2  # blocks
+    assert len(list((tmp_path / "factors").iterdir())) == 3  # blocks, and what says so
 
 
 def test_blocks_are_written_as_they_come(tmp_path: Path) -> None:
@@ -305,16 +306,78 @@ def test_a_name_may_hold_the_separator_and_a_block_nothing(tmp_path: Path) -> No
 
 def test_factors_of_something_else_are_refused(tmp_path: Path) -> None:
     save_factors(tmp_path / "factors", parts("llama_tied", "svd"), "abc")
-    with pytest.raises(StatisticsError, match=r"factors/part_00000.* fingerprint abc, .* xyz"):
+    with pytest.raises(CacheError, match=r"factors/about.json has .* abc, expected 1 and xyz"):
         load_factors(tmp_path / "factors", "xyz")
 
 
-def test_a_file_that_is_cut_off_is_not_read(tmp_path: Path) -> None:
-    save_factors(tmp_path / "factors", parts("llama_tied", "svd"), "abc")
-    path = tmp_path / "factors" / "part_00001.safetensors"
+def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-8])
-    with pytest.raises(SafetensorError):
-        load_factors(tmp_path / "factors", "abc")
+
+
+def scrambled(path: Path) -> None:
+    """Change the header, and nothing of the length."""
+    content = path.read_bytes()
+    path.write_bytes(content[:8] + b"x" * 40 + content[48:])
+
+
+def other_tensors(path: Path) -> None:
+    """Change what the tensors are, and nothing of the length."""
+    path.write_bytes(path.read_bytes().replace(b"|right", b"|wrong"))
+
+
+def other_shapes(path: Path) -> None:
+    """Let every matrix be its own transpose."""
+    content = path.read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    for found in header.values():
+        found["shape"].reverse()
+    text = json.dumps(header, separators=(",", ":")).encode().ljust(size)
+    path.write_bytes(content[:8] + text + content[8 + size :])
+
+
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "a part missing": lambda folder: (folder / "part_00000.safetensors").unlink(),
+    "a part cut off": lambda folder: cut(folder / "part_00001.safetensors"),
+    "a part empty": lambda folder: (folder / "part_00001.safetensors").write_bytes(b""),
+    "a part scrambled": lambda folder: scrambled(folder / "part_00000.safetensors"),
+    "other tensors": lambda folder: other_tensors(folder / "part_00000.safetensors"),
+    "other shapes": lambda folder: other_shapes(folder / "part_00000.safetensors"),
+    "no list of parts": lambda folder: (folder / ABOUT).unlink(),
+    "half a list of parts": lambda folder: cut(folder / ABOUT),
+    "another list of parts": lambda folder: (folder / ABOUT).write_text('{"files": 3}'),
+    "a list too deep": lambda folder: (folder / ABOUT).write_text("[" * 100_000),
+    "nothing": lambda folder: [path.unlink() for path in folder.iterdir()],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_factors_that_are_not_whole_are_refused_and_made_again(damage: str, tmp_path: Path) -> None:
+    folder, made = tmp_path / "factors", 0
+
+    def make() -> None:
+        nonlocal made
+        made += 1
+        save_factors(folder, parts("llama_tied", "svd"), "abc")
+
+    def read() -> dict[str, LowRankFactors]:
+        return load_factors(folder, "abc")
+
+    make()
+    DAMAGE[damage](folder)
+    with pytest.raises(CacheError, match=r"factors/(about|part_)"):
+        read()
+    found, factors = kept(folder, make, read), make_factors()
+    assert found.keys() == factors.keys()
+    for name, expected in factors.items():
+        assert_same(found[name], expected)
+    kept(folder, make, read)
+    assert made == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["factors"]
+
+
+def make_factors() -> dict[str, LowRankFactors]:
+    return make("llama_tied", "svd")
 
 
 # --- fingerprint -------------------------------------------------------------------------------

@@ -17,18 +17,27 @@ import pytest
 from lrbo.allocation import Allocation, Budget
 from lrbo.errors import StudyError
 from lrbo.optimization import study as module
-from lrbo.optimization.study import FORMAT, Study, StudyState
+from lrbo.optimization.events import FORMAT, MEASURED, event_of
+from lrbo.optimization.study import Study, StudyState
 from lrbo.trial import TrialRequest
-from tests.fakes import fixed_clock
+from tests.fakes import FakeWorker, fixed_clock, make_about, make_layers
 
 # No tolerances: what is read must be what was written, to the last bit.
 
 NLL = 0.1 + 0.2  # 0.30000000000000004: not a short decimal
+LAYERS = make_layers(blocks=1, shapes={"q_proj": (24, 24), "v_proj": (12, 24)})
 ALLOCATION = Allocation({"layers.0.q_proj": 3, "layers.0.v_proj": None}, 400, Budget(410))
+ABOUT = make_about(LAYERS, variables={"qk": [0.0, 1.0]})
+CONFIG = "a: 1\nb: 2\n"
 
 
 def request(index: int) -> TrialRequest:
     return TrialRequest(index, "sobol", {"qk": 1 / 3}, ALLOCATION, seed=7 + index)
+
+
+def metrics(nll: float) -> dict[str, float]:
+    """Everything that a trial with a value must have measured."""
+    return dict.fromkeys(MEASURED["completed"], 1.0) | {"nll": nll, "objective": nll}
 
 
 def suggest(study: Study, index: int) -> None:
@@ -40,7 +49,7 @@ def end(study: Study, index: int, nll: float = NLL, outcome: str = "completed") 
         "ended",
         trial=index,
         outcome=outcome,
-        metrics={"nll": nll, "objective": nll} if outcome == "completed" else {},
+        metrics=metrics(nll) if outcome == "completed" else {},
         error=None if outcome == "completed" else f"why {index}",
         seconds={"scoring": 2.5},
     )
@@ -48,7 +57,6 @@ def end(study: Study, index: int, nll: float = NLL, outcome: str = "completed") 
 
 def fill(study: Study, trials: int = 3) -> None:
     """Write every kind of event."""
-    study.folder.mkdir(exist_ok=True)
     study.record("dense", metrics={"nll": 1.5})
     for index in range(trials):
         suggest(study, index)
@@ -66,8 +74,14 @@ def fill(study: Study, trials: int = 3) -> None:
 
 
 @pytest.fixture
-def study(tmp_path: Path) -> Study:
+def none(tmp_path: Path) -> Study:
     return Study(tmp_path / "study")
+
+
+@pytest.fixture
+def study(none: Study) -> Study:
+    none.begin(ABOUT, CONFIG)
+    return none
 
 
 def test_every_event_comes_back_as_it_was_written(
@@ -89,7 +103,7 @@ def test_every_event_comes_back_as_it_was_written(
     first, second = again.records
     assert first.request == request(0)
     assert list(first.request.allocation.ranks) == list(ALLOCATION.ranks)
-    assert first.metrics == {"nll": NLL, "objective": NLL}
+    assert first.metrics == metrics(NLL)
     assert (first.started, first.ended, first.attempts) == (102.0, 103.0, 1)
     assert first.seconds == {
         "suggestion": 0.25,
@@ -129,17 +143,7 @@ def test_an_open_trial_has_no_end_and_counts_its_starts(study: Study) -> None:
     assert [r.request.trial_index for r in study.state.ended] == [0, 1]
 
 
-def test_of_several_ends_the_first_counts(study: Study) -> None:
-    fill(study, trials=1)
-    before = study.state.trials[0]
-    end(study, 0, nll=-1.0)
-    end(study, 0, outcome="failed")
-    assert study.state.trials[0] == before
-    assert Study(study.folder).state.trials[0] == before
-
-
 def test_of_equal_objectives_the_first_is_best(study: Study) -> None:
-    study.folder.mkdir()
     for index in range(3):
         suggest(study, index)
         end(study, index, nll=1.0 if index else 2.0)
@@ -164,9 +168,9 @@ def test_a_line_torn_at_any_byte_is_cut_off_and_kept(
     fill(study, trials=1)
     whole = study.journal.read_bytes()
     lines = whole.splitlines(keepends=True)
-    expected = StudyState()
+    expected = StudyState(about=study.about())
     for line in lines[:-1]:
-        expected.apply(json.loads(line))
+        expected.apply(event_of(json.loads(line), "a line"))
     for cut in range(1, len(lines[-1])):
         torn = lines[-1][:cut]
         study.journal.write_bytes(b"".join(lines[:-1]) + torn)
@@ -205,7 +209,150 @@ DAMAGE: dict[str, Callable[[bytes], bytes]] = {
     "a field missing": lambda line: line.replace(b'"trial"', b'"tired"'),
     "a trial that was never suggested": lambda line: line.replace(b'"trial": 1', b'"trial": 9'),
     "a field of another type": lambda line: line.replace(b'"seconds": {', b'"seconds": 3, "x": {'),
+    "a field twice": lambda line: line.replace(b'"trial": 1', b'"trial": 1, "trial": 1'),
+    "a field too many": lambda line: line.replace(b'"trial": 1', b'"trial": 1, "more": 1'),
+    "a number that is none": lambda line: line.replace(b'"scoring": 2.5', b'"scoring": NaN'),
+    "a number beyond all": lambda line: line.replace(b'"scoring": 2.5', b'"scoring": 1e999'),
+    "an integer beyond all": lambda line: line.replace(b'"trial": 1', b'"trial": ' + b"9" * 5000),
+    "a number as text": lambda line: line.replace(b'"scoring": 2.5', b'"scoring": "2.5"'),
+    "a flag as number": lambda line: line.replace(b'"trial": 1', b'"trial": true'),
+    "nothing for a number": lambda line: line.replace(b'"scoring": 2.5', b'"scoring": null'),
+    "another event": lambda line: line.replace(b'"ended"', b'"stopped"'),
+    "an event that is a list": lambda line: line.replace(b'"ended"', b'["ended"]'),
+    "another outcome": lambda line: line.replace(b'"failed"', b'"great"'),
+    "a value without metrics": lambda line: line.replace(b'"failed"', b'"completed"'),
+    "deep lists": lambda line: b"[" * 100_000,
+    "deep values": lambda line: line.replace(b'"metrics": {', b'"metrics": {"x": ' + b"[" * 500
+                                             + b"]" * 500),
+}  # fmt: skip
+
+# A line that is in order by itself, but not where it is: the line it follows, and what is said.
+ORDER: dict[str, tuple[bytes, Callable[[bytes], bytes], str]] = {
+    "suggested twice": (b'"ended"', lambda lines: suggested(lines, 1), "1 was suggested already"),
+    "ended twice": (b'"ended"', lambda lines: last(lines), "trial 1 has ended already"),
+    "started after its end": (b'"ended"', lambda lines: before(lines, 1), "has ended already"),
+    "dense twice": (b'"ended"', lambda lines: first(lines), "dense model was scored already"),
+    "a layer that is none": (
+        b'"ended"',
+        lambda lines: suggested(lines, 7).replace(b"layers.0.q_proj", b"layers.5.q_proj"),
+        r"allocation.ranks has layers.5.q_proj, which is no layer",
+    ),
+    "a layer that is missing": (
+        b'"ended"',
+        lambda lines: suggested(lines, 7).replace(b'"layers.0.q_proj": 3, ', b""),
+        r"allocation.ranks lacks the layer layers.0.q_proj",
+    ),
+    "a rank beyond the layer": (
+        b'"ended"',
+        lambda lines: suggested(lines, 7).replace(b'_proj": 3', b'_proj": 25'),
+        r"allocation.ranks.layers.0.q_proj is 25, expected at most 24",
+    ),
+    "a negative rank": (
+        b'"ended"',
+        lambda lines: suggested(lines, 7).replace(b'_proj": 3', b'_proj": -5'),
+        r"allocation.ranks.layers.0.q_proj is -5, expected a whole number, at least 0",
+    ),
+    "other variables": (
+        b'"ended"',
+        lambda lines: suggested(lines, 7).replace(b'"qk"', b'"kq"'),
+        "variables are kq, expected qk",
+    ),
+    "a rival that is none": (
+        b'"ended"',
+        lambda lines: suggested(lines, 7).replace(b'"rival": null', b'"rival": 1'),
+        "rival is 1, which no line before it gives a value",
+    ),
+    "a test of a trial without value": (
+        b'"ended"',
+        lambda lines: the_test(lines).replace(b'"trial": 0', b'"trial": 1'),
+        "no line before it gives trial 1 a value",
+    ),
+    "a test of the dense model as a trial": (
+        b'"ended"',
+        lambda lines: the_test(lines).replace(b'"best"', b'"dense"'),
+        'label is "dense" and trial 0',
+    ),
 }
+
+
+def line_of(lines: bytes, *parts: bytes) -> bytes:
+    return next(line for line in lines.splitlines() if all(part in line for part in parts))
+
+
+def suggested(lines: bytes, trial: int) -> bytes:
+    found = line_of(lines, b'"suggested"', b'"trial": 1')
+    return found.replace(b'"trial": 1', b'"trial": %d' % trial)
+
+
+def last(lines: bytes) -> bytes:
+    return line_of(lines, b'"ended"', b'"trial": 1')
+
+
+def before(lines: bytes, trial: int) -> bytes:
+    return line_of(lines, b'"started"', b'"trial": %d' % trial)
+
+
+def first(lines: bytes) -> bytes:
+    return line_of(lines, b'"dense"')
+
+
+def the_test(lines: bytes) -> bytes:
+    return line_of(lines, b'"tested"')
+
+
+@pytest.mark.parametrize("damage", ORDER)
+def test_a_line_that_cannot_be_where_it_is_is_refused(study: Study, damage: str) -> None:
+    """It would discard a result, invent one, or stop the search in the middle."""
+    fill(study)
+    content = study.journal.read_bytes()
+    after, make, message = ORDER[damage]
+    lines = content.splitlines()
+    number = next(i for i, line in enumerate(lines) if after in line and b'"trial": 1' in line) + 1
+    made = make(content)
+    assert damage in ("suggested twice", "ended twice", "dense twice", "started after its end") or (
+        made not in lines
+    )
+    lines.insert(number, made)
+    study.journal.write_bytes(b"\n".join(lines) + b"\n")
+    wanted = rf"journal\.jsonl, line {number + 1} is damaged: .*{message}"
+    with pytest.raises(StudyError, match=wanted):
+        Study(study.folder)
+
+
+def test_what_cannot_follow_is_not_written(study: Study) -> None:
+    fill(study, trials=1)
+    content = study.journal.read_bytes()
+    with pytest.raises(StudyError, match="trial 0 has ended already"):
+        end(study, 0)
+    with pytest.raises(StudyError, match="trial 0 was suggested already"):
+        suggest(study, 0)
+    assert study.journal.read_bytes() == content
+
+
+def test_windows_of_a_pool_are_those_of_the_pool(study: Study) -> None:
+    count = FakeWorker.WINDOWS
+    choice: dict[str, Any] = {"pool": count, "text": "words", "digest": "d"}
+    study.record("pooled", place=0, losses=[1.0] * count, error=None, seconds=1.0)
+    for event, fields, message in (
+        ("pooled", {"place": 0, "losses": None}, "place 0 was scored already"),
+        ("pooled", {"place": 1, "losses": [1.0]}, f"losses has 1 values, expected {count}"),
+        ("chosen", choice | {"windows": [0, 0]}, "windows are not some of"),
+        ("chosen", choice | {"windows": [count]}, "windows are not some of"),
+        ("chosen", choice | {"windows": [0], "pool": 99}, f"pool is 99, expected {count}"),
+    ):
+        rest = {"error": None, "seconds": 1.0} if event == "pooled" else {}
+        with pytest.raises(StudyError, match=message):
+            study.record(event, **rest, **fields)
+    study.record("chosen", **choice, windows=[3, 1])
+    with pytest.raises(StudyError, match="chosen already"):
+        study.record("chosen", **choice, windows=[3, 1])
+    suggest(study, 0)
+    study.record("started", trial=0)
+    with pytest.raises(StudyError, match="window_losses has 3 values, expected 2"):
+        study.record(
+            "ended", trial=0, outcome="completed", metrics=metrics(1.0), error=None,
+            seconds={"scoring": 1.0}, window_losses=(1.0, 2.0, 3.0),
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
@@ -247,7 +394,9 @@ def test_removing_a_damaged_suggestion_takes_the_later_lines_of_its_trial(study:
     del lines[number]
     for _ in range(3):
         study.journal.write_bytes(b"".join(lines))
-        with pytest.raises(StudyError, match=rf"line {number + 1} .*no 'suggestion of trial 1"):
+        with pytest.raises(
+            StudyError, match=rf"line {number + 1} .*no line before it suggests trial 1"
+        ):
             Study(study.folder)
         del lines[number]
     study.journal.write_bytes(b"".join(lines))
@@ -334,7 +483,7 @@ def test_a_line_that_does_not_fit_leaves_a_whole_journal(study: Study, more: int
     assert Study(study.folder).state.trials[1].request == request(1)
 
 
-def test_study_json_is_written_last(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_study_json_is_written_last(none: Study, monkeypatch: pytest.MonkeyPatch) -> None:
     written = []
 
     def dying(path: Path, text: str) -> None:
@@ -346,36 +495,100 @@ def test_study_json_is_written_last(study: Study, monkeypatch: pytest.MonkeyPatc
     with monkeypatch.context() as patch:
         patch.setattr(module, "write_text", dying)
         with pytest.raises(OSError, match="No space left"):
-            study.begin({"device": "cpu"}, "a: 1\n")
+            none.begin(ABOUT, CONFIG)
     assert written == ["config.yaml", "study.json"]
-    assert not study.exists
-    study.begin({"device": "cpu"}, "a: 2\n")
-    assert study.exists
-    assert study.config_yaml() == "a: 2\n"
-    about = study.about()
-    assert about["storage"] == "factored"  # studies from before there was a choice do not say
-    assert about == {"format": FORMAT, "study": "study", "device": "cpu", "storage": "factored"}
-    assert sorted(path.name for path in study.folder.iterdir()) == ["config.yaml", "study.json"]
+    again = Study(none.folder)  # nothing was begun, and nothing is lost
+    assert not again.exists
+    again.begin(ABOUT, "a: 2\n")
+    assert again.exists
+    assert again.config_yaml() == "a: 2\n"
+    whole = ABOUT | {"format": FORMAT, "study": "study", "config": ["a: 2", ""]}
+    assert json.loads(json.dumps(again.about())) == json.loads(json.dumps(whole))
+    names = ["config.yaml", "journal.jsonl", "study.json"]
+    assert sorted(path.name for path in none.folder.iterdir()) == names
 
 
-def test_a_folder_without_a_study_says_how_to_start_one(study: Study) -> None:
-    assert not study.exists
+def test_a_folder_without_a_study_says_how_to_start_one(none: Study) -> None:
+    assert not none.exists
     with pytest.raises(StudyError, match=r"no study at .*lrbo search study=study"):
-        study.about()
-    assert not study.folder.exists()  # asking leaves no trace
+        none.about()
+    assert not none.folder.exists()  # asking leaves no trace
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda text: text[:40], r"study\.json: it is not JSON"),
+        (lambda text: "", r"study\.json: it is not JSON"),
+        (lambda text: "[1]", r"study\.json: it is \[1\], expected an object"),
+        (lambda text: "{}", r"study\.json has format null, this lrbo reads 2"),
+        (lambda text: text.replace('"format": 2', '"format": 3'), "has format 3, .* reads 2"),
+        (lambda text: text.replace('"seed": 0', '"seed": "0"'), 'seed is "0", expected a whole'),
+        (lambda text: text.replace('"seed": 0,', ""), "the field seed is missing"),
+        (lambda text: text.replace('"seed"', '"seed": 1, "seed"'), '"seed" is there twice'),
+        (lambda text: text.replace('"seed"', '"sead": 1, "seed"'), "there is no field sead"),
+        (lambda text: text.replace('"float32"', '"int8"'), "dtype is \"int8\", expected"),
+        (lambda text: text.replace('"factored"', '["factored"]'), r"storage is \[\"factored\"\]"),
+        (lambda text: text.replace('"out_features": 24', '"out_features": -1'),
+         r"layers\.0\.out_features is -1, expected a whole number, at least 1"),
+        (lambda text: text.replace('"layers.0.v_proj"', '"layers.0.q_proj"'), "have one name"),
+        (lambda text: text.replace('"windows": 12', '"windows": null'), r"\.windows is null"),
+        (lambda text: "[" * 100_000, "nested too deep"),
+        (lambda text: text.replace('"seed": 0', '"seed": NaN'), "NaN is no number of JSON"),
+    ],
+)  # fmt: skip
+def test_a_study_file_that_cannot_be_right_is_refused_by_field(
+    study: Study, change: Callable[[str], str], message: str
+) -> None:
+    fill(study)
+    path = study.folder / "study.json"
+    text = path.read_text()
+    assert change(text) != text
+    path.write_text(change(text))
+    with pytest.raises(StudyError, match=message) as caught:
+        Study(study.folder)
+    assert str(path) in str(caught.value)
+    assert "Restore" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["study.json", "journal.jsonl"])
+def test_a_study_that_lacks_what_nobody_can_make_again_is_refused(study: Study, name: str) -> None:
+    """Else it would begin again under the old trials, or search again under the old name."""
+    fill(study)
+    (study.folder / name).unlink()
+    before = sorted(path.name for path in study.folder.iterdir())
+    with pytest.raises(StudyError, match=rf"{name} is missing.* Restore the file"):
+        Study(study.folder)
+    assert sorted(path.name for path in study.folder.iterdir()) == before
+
+
+def test_a_study_that_was_begun_and_has_no_trial_yet_goes_on(study: Study) -> None:
+    assert Study(study.folder).state == StudyState()
+
+
+def test_a_configuration_that_is_missing_is_written_again(
+    study: Study, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = study.folder / "config.yaml"
+    path.unlink()
+    with caplog.at_level(logging.WARNING):
+        assert Study(study.folder).config_yaml() == CONFIG
+    assert f"{path} was missing or damaged" in caplog.text
+    assert path.read_text() == CONFIG
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"format": 1', "study.json is not JSON"),
-        ('{"format": 2}', "format 2, this lrbo reads 1"),
-        ('{"study": "x"}', "format None"),
-        ("[1]", "study.json has format None"),
+        ("a: 1\nb: 3\n", 'line 2 is "b: 3", and the study was begun with "b: 2"'),
+        ("a: 1\nb: 2\nc: 3\n", 'line 3 is "c: 3", and the study was begun with ""'),
+        ("a: 1\n", 'line 2 is "", and the study was begun with "b: 2"'),
+        ("", 'line 1 is "", and the study was begun with "a: 1"'),
     ],
 )
-def test_a_study_file_that_cannot_be_read_is_named(study: Study, text: str, message: str) -> None:
-    study.begin({}, "")
-    (study.folder / "study.json").write_text(text)
-    with pytest.raises(StudyError, match=message):
-        study.about()
+def test_a_configuration_that_was_changed_is_refused_by_line(
+    study: Study, text: str, message: str
+) -> None:
+    (study.folder / "config.yaml").write_text(text)
+    with pytest.raises(StudyError, match=rf"config\.yaml, {message}: restore the line, or delete"):
+        Study(study.folder).config_yaml()

@@ -9,6 +9,7 @@ from lrbo import versions as module
 from lrbo.optimization.study import Study
 from lrbo.versions import PACKAGES, changes, note_changes, refusals, versions
 from tests.commands import TINY, lrbo_command, project, searched
+from tests.fakes import make_about
 
 __all__ = ["project", "searched"]  # fixtures
 
@@ -18,7 +19,7 @@ BEGUN = dict.fromkeys(("python", *PACKAGES), "1.2.3") | {"torch": "2.8.0+cpu"}
 @pytest.fixture
 def study(tmp_path: Path) -> Study:
     found = Study(tmp_path / "mine")
-    found.begin({"versions": BEGUN}, "")
+    found.begin(make_about(versions=BEGUN), "")
     return found
 
 
@@ -37,7 +38,7 @@ def test_the_same_versions_are_no_change(
     assert refusals(study, allowed=False) == []
     with study.locked():
         note_changes(study)
-    assert not study.journal.exists()
+    assert study.journal.read_bytes() == b""
     assert not caplog.records
 
 
@@ -107,12 +108,6 @@ def test_going_back_is_a_change_as_well(study: Study, monkeypatch: pytest.Monkey
     installed(monkeypatch)
     (problem,) = refusals(study, allowed=False)
     assert "with torch 2.9.0, here is 2.8.0+cpu" in problem
-
-
-def test_a_study_that_does_not_say_is_continued(tmp_path: Path) -> None:
-    old = Study(tmp_path / "old")
-    old.begin({}, "")
-    assert changes(old) == {}
 
 
 def test_the_versions_of_now_are_those_of_the_packages() -> None:

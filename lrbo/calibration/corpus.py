@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lrbo.calibration.files import AUTO, COLUMN, file_documents, matching
-from lrbo.errors import DataError
+from lrbo.errors import DataError, reading
 from lrbo.options import SOURCES
 from lrbo.storage import replacing
 
@@ -418,9 +418,13 @@ def save_windows(path: Path, windows: Mapping[Role, TokenWindows]) -> None:
 
 
 def load_windows(path: Path) -> dict[Role, TokenWindows]:
-    """Read what :func:`save_windows` stored."""
-    with safe_open(str(path), framework="pt") as file:
-        names = file.metadata()
+    """Read what :func:`save_windows` stored.
+
+    Raises:
+        DataError: If it is not that.
+    """
+    with reading(DataError, f"{path} is damaged"), safe_open(str(path), framework="pt") as file:
+        names = file.metadata() or {}
         return {
             role: TokenWindows(file.get_tensor(role).to(torch.int64), names[role])
             for role in ROLES

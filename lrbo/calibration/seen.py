@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from jaxtyping import Int
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
 
 from lrbo.calibration.corpus import Role, TokenWindows, run_hashes
-from lrbo.errors import CheckpointError
+from lrbo.errors import CheckpointError, reading
 
 FILE = "lrbo_text.safetensors"
 RUN = 32  # tokens: no phrase of that length recurs by chance, wherever windows begin
@@ -53,15 +53,18 @@ def seen_shares(folder: Path, ids: Int[Tensor, "windows tokens"]) -> dict[str, f
         return None
     runs = _hashes(ids)
     shares = {}
-    try:
+    with reading(CheckpointError, f"{path} is damaged"):
         with safe_open(str(path), framework="numpy") as file:
-            texts = file.metadata()
-            for role in ROLES:
-                if role in texts:
-                    known: NDArray[np.uint64] = file.get_tensor(role)
-                    shares[f"{role} ({texts[role]})"] = float(np.isin(runs, known).mean())
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from error
+            texts = file.metadata() or {}
+            if not set(texts) <= set(ROLES):
+                raise ValueError(f"it has hashes of {sorted(texts)}, expected some of {ROLES}")
+            for role in [role for role in ROLES if role in texts]:
+                known: NDArray[np.uint64] = file.get_tensor(role)
+                if known.dtype != np.uint64 or known.ndim != 1:
+                    raise ValueError(f"{role} is {known.dtype} of shape {known.shape}")
+                shares[f"{role} ({texts[role]})"] = float(np.isin(runs, known).mean())
+        if not shares:
+            raise ValueError("it has no hashes")
     return shares
 
 

@@ -15,14 +15,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lrbo.cache import opened, seal
 from lrbo.calibration.collect import CalibrationSettings, Found, merged_statistics
-from lrbo.errors import StatisticsError
+from lrbo.errors import CacheError, reading
 from lrbo.factorization.base import GRADIENT_STATISTICS, MATRICES, Statistic
 from lrbo.specs import LayerSpec
-from lrbo.storage import new_folder, write_text
+from lrbo.storage import new_folder
 
 FORMAT = 3
-ABOUT = "about.json"
 
 
 def calibration_fingerprint(
@@ -65,7 +65,7 @@ def save_calibration(folder: Path, parts: Iterator[Found], fingerprint: str) -> 
         fingerprint: Of everything that they depend on.
     """
     with new_folder(folder) as beside:
-        owners: dict[str, list[str]] = {}
+        owners: dict[str, list[str]] = {}  # by file
         for index, part in enumerate(parts):
             tensors = {
                 f"{owner}|{statistic.value}": _pack(tensor)
@@ -76,10 +76,8 @@ def save_calibration(folder: Path, parts: Iterator[Found], fingerprint: str) -> 
             }
             name = f"part_{index:05d}.safetensors"
             save_file(tensors, beside / name)
-            for owner in part:
-                owners.setdefault(owner, []).append(name)
-        about = {"fingerprint": fingerprint, "files": owners}
-        write_text(beside / ABOUT, json.dumps(about) + "\n")
+            owners[name] = list(part)
+        seal(beside, fingerprint, owners)
 
 
 class CalibrationFolder:
@@ -89,27 +87,32 @@ class CalibrationFolder:
         """Open a folder that :func:`save_calibration` wrote.
 
         Raises:
-            StatisticsError: If it was made with other data, model or settings.
+            CacheError: If it is not whole, or was made with other data, model or settings.
         """
-        about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-        if about.get("fingerprint") != fingerprint:
-            raise StatisticsError(
-                f"{folder} has fingerprint {about.get('fingerprint')}, expected {fingerprint}. "
-                "Delete it; it will be made again."
-            )
         self._folder = folder
-        self._files: dict[str, list[str]] = about["files"]
+        self._files: dict[str, list[str]] = {}  # by owner
+        for name, owners in opened(folder, fingerprint).items():
+            for owner in owners:
+                self._files.setdefault(owner, []).append(name)
 
     def of(self, spec: LayerSpec) -> dict[Statistic, Tensor]:
-        """Return the statistics of a layer, those of its input and its own: what there are."""
+        """Return the statistics of a layer, those of its input and its own: what there are.
+
+        Raises:
+            CacheError: If they were deleted meanwhile, or are damaged.
+        """
         return merged_statistics(self._read(spec.site), self._read(spec.name))
 
     def _read(self, owner: str) -> dict[Statistic, Tensor]:
         """Return what is stored under a name."""
         found: dict[Statistic, Tensor] = {}
         for name in self._files.get(owner, []):
-            with safe_open(str(self._folder / name), framework="pt") as opened:
-                file: Any = opened
+            path = self._folder / name
+            with (
+                reading(CacheError, f"{path} is damaged"),
+                safe_open(str(path), framework="pt") as reader,
+            ):
+                file: Any = reader
                 for key in file.keys():  # noqa: SIM118 (not a mapping)
                     of, _, kind = key.rpartition("|")
                     if of == owner:

@@ -69,7 +69,8 @@ def _names(chosen: ReportConfig) -> list[str]:
     if not set(chosen.study) & set("*?["):
         return [chosen.study]
     folder = Path(chosen.studies)
-    found = sorted(path.parent.name for path in folder.glob(f"{chosen.study}/study.json"))
+    files = ("study.json", "journal.jsonl")  # one that lacks either is named as damaged
+    found = sorted({p.parent.name for file in files for p in folder.glob(f"{chosen.study}/{file}")})
     if not found:
         raise StudyError(f"no study in {folder} fits study={chosen.study}; look with: ls {folder}")
     return found

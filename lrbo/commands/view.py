@@ -91,7 +91,7 @@ def _variables(study: Study) -> list[str]:
     """
     found = [(r.request.variables, r.metrics["nll"]) for r in study.state.completed]
     points = pd.DataFrame([{**variables, "": nll} for variables, nll in found if variables])
-    names = [name for name in points if name] or list(study.about().get("variables", {}))
+    names = [name for name in points if name] or list(study.about()["variables"])
     if len(points) > 2:
         shares = points.rank().corr()[""].abs().fillna(0.0)
         chosen = set(sorted(names, key=lambda name: -shares[name])[:AXES])

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lrbo.errors import NonFiniteError
+from lrbo.errors import NonFiniteError, StudyError, reading
 from lrbo.evaluation.perplexity import Chunk, OnTokens, Perplexity, predictions
 from lrbo.storage import replacing
 
@@ -87,15 +87,29 @@ class DenseReference:
 
     @classmethod
     def load(cls, path: Path) -> DenseReference:
-        """Read what :meth:`save` stored."""
-        with safe_open(str(path), framework="pt") as file:
-            about = file.metadata()
-            return cls(
-                Perplexity(float(about["nll"]), int(about["tokens"])),
-                file.get_tensor("ids"),
-                file.get_tensor("log_probs"),
-                file.get_tensor("log_rest"),
-            )
+        """Read what :meth:`save` stored.
+
+        Raises:
+            StudyError: If it is not that.
+        """
+        with reading(StudyError, f"{path} is damaged"):
+            with safe_open(str(path), framework="pt") as file:
+                about = file.metadata() or {}
+                found = cls(
+                    Perplexity(float(about["nll"]), int(about["tokens"])),
+                    file.get_tensor("ids"),
+                    file.get_tensor("log_probs"),
+                    file.get_tensor("log_rest"),
+                )
+            kinds = (found.ids.dtype, found.log_probs.dtype, found.log_rest.dtype)
+            if kinds != (torch.int32, torch.float32, torch.float32):
+                raise ValueError(f"its tensors are {kinds}")
+            rows = (len(found.ids), len(found.log_probs), len(found.log_rest))
+            if set(rows) != {found.perplexity.tokens}:
+                raise ValueError(f"it has {rows} rows for {found.perplexity.tokens} tokens")
+            if found.ids.shape != found.log_probs.shape:
+                raise ValueError("it has more tokens than probabilities, or fewer")
+        return found
 
 
 def measure_dense(

@@ -21,7 +21,8 @@ from transformers import PreTrainedModel
 
 from lrbo.allocation import Cost, rungs
 from lrbo.blockwise import OpenBlock
-from lrbo.errors import StatisticsError
+from lrbo.cache import opened, seal
+from lrbo.errors import CacheError, StatisticsError, reading
 from lrbo.factorization.base import FactorizationMethod, Statistic, factor_layer
 from lrbo.factorization.loss_aware import predicted_loss
 from lrbo.linalg import float64_device
@@ -166,6 +167,7 @@ def save_factors(
         fingerprint: Of everything that they depend on.
     """
     with new_folder(folder) as beside:
+        layers: dict[str, list[str]] = {}  # by file
         for index, factors in enumerate(parts):
             tensors: dict[str, Tensor] = {}
             for name, found in factors.items():
@@ -175,27 +177,47 @@ def save_factors(
                         stored = tensor.T if part == "left" else tensor
                         tensors[f"{name}|{part}"] = stored.contiguous()
             file = beside / f"part_{index:05d}.safetensors"
-            save_file(tensors, file, metadata={"fingerprint": fingerprint})
+            save_file(tensors, file)
+            layers[file.name] = list(factors)
+        seal(beside, fingerprint, layers)
 
 
 def load_factors(folder: Path, fingerprint: str) -> dict[str, LowRankFactors]:
     """Open factors; the tensors are memory-mapped and read where they are used.
 
     Raises:
-        StatisticsError: If they were made for another model, calibration or method.
+        CacheError: If they are not whole, or were made for another model, calibration or method.
     """
-    parts: dict[str, dict[str, Tensor]] = {}
-    for path in sorted(folder.glob("part_*.safetensors")):
-        with safe_open(str(path), framework="pt") as opened:
-            file: Any = opened
-            found = (file.metadata() or {}).get("fingerprint")
-            if found != fingerprint:
-                raise StatisticsError(
-                    f"{path} has fingerprint {found}, expected {fingerprint}. Delete its folder; "
-                    "it will be made again."
-                )
-            for key in file.keys():  # noqa: SIM118 (not a mapping)
-                name, _, part = key.rpartition("|")
-                tensor = file.get_tensor(key)
-                parts.setdefault(name, {})[part] = tensor.T if part == "left" else tensor
-    return {name: LowRankFactors(**tensors) for name, tensors in parts.items()}
+    found: dict[str, LowRankFactors] = {}
+    for file, layers in opened(folder, fingerprint).items():
+        path = folder / file
+        parts: dict[str, dict[str, Tensor]] = {name: {} for name in layers}
+        with reading(CacheError, f"{path} is damaged"):
+            with safe_open(str(path), framework="pt") as opened_file:
+                reader: Any = opened_file
+                for key in reader.keys():  # noqa: SIM118 (not a mapping)
+                    name, _, part = key.rpartition("|")
+                    tensor = reader.get_tensor(key)
+                    parts[name][part] = tensor.T if part == "left" else tensor
+            found |= {name: _checked(LowRankFactors(**given)) for name, given in parts.items()}
+    return found
+
+
+def _checked(factors: LowRankFactors) -> LowRankFactors:
+    """Return factors whose parts fit each other.
+
+    Raises:
+        ValueError: If they do not.
+    """
+    (rows, rank), (_, columns) = factors.left.shape, factors.right.shape
+    for part, shape in (
+        ("right", (rank, columns)),
+        ("tail", (rank + 1,)),
+        ("offset", (rows,)),
+        ("center", (columns,)),
+        ("loss", (rank + 1,)),
+    ):
+        tensor = getattr(factors, part)
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise ValueError(f"{part} has shape {tuple(tensor.shape)}, expected {shape}")
+    return factors

@@ -8,7 +8,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,18 +17,32 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from lrbo.accounting import low_rank_parameters
-from lrbo.allocation import Allocation
 from lrbo.errors import StudyError
+from lrbo.optimization.events import (
+    FORMAT,
+    Chosen,
+    Compressed,
+    Dense,
+    Ended,
+    Event,
+    Logged,
+    Pooled,
+    Started,
+    Suggested,
+    Tested,
+    Versions,
+    about_of,
+    event_of,
+)
+from lrbo.optimization.front import LATENCIES
+from lrbo.parsing import ContentError, parse_json, shown
 from lrbo.shell import command, study_at
 from lrbo.specs import LayerSpec
 from lrbo.storage import write_text
-from lrbo.strict_json import to_json, with_infinity
+from lrbo.strict_json import to_json
 from lrbo.trial import Origin, TrialRecord, TrialRequest, TrialResult
 
 log = logging.getLogger(__name__)
-
-FORMAT = 1
-Event = Mapping[str, Any]
 
 
 @dataclass
@@ -48,6 +62,7 @@ class StudyState:
         checkpoints: Compressed models that were written, in order: ``id``, ``trial``, ``folder``,
             ``register`` (how MLflow has it) and ``tags``.
         versions: Of packages, where the study went on with others than it was begun with.
+        about: What was fixed when the study was begun, which events must fit.
     """
 
     pooled: dict[int, list[float] | None] = field(default_factory=dict)
@@ -57,6 +72,7 @@ class StudyState:
     tests: dict[str, dict[str, Any]] = field(default_factory=dict)
     checkpoints: list[dict[str, Any]] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
+    about: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def records(self) -> list[TrialRecord]:
@@ -103,65 +119,142 @@ class StudyState:
         return min(self.completed, key=lambda r: r.metrics["objective"], default=None)
 
     def apply(self, event: Event) -> None:
-        """Take in one event of the journal.
-
-        Raises:
-            KeyError: If the event refers to a trial that was never suggested, or lacks a field.
-        """
-        kind = event["event"]
-        if kind == "dense":
-            self.dense = with_infinity(event["metrics"])
-        elif kind == "versions":
-            self.versions = dict(event["versions"])
-        elif kind == "pooled":
-            self.pooled[event["place"]] = event["losses"]
-        elif kind == "chosen":
-            self.chosen = {k: event[k] for k in ("windows", "pool", "text", "digest")}
-        elif kind == "tested":
-            self.tests[event["label"]] = {k: event[k] for k in ("trial", "text")} | {
-                "metrics": with_infinity(event["metrics"]),
-                "window_nll": event.get("window_nll", []),
-            }
-        elif kind == "compressed":
-            keys = ("id", "trial", "folder", "register", "tags")
-            self.checkpoints.append({k: event[k] for k in keys})
-        elif kind == "suggested":
-            request = TrialRequest(
-                event["trial"],
-                event["origin"],
-                event["variables"],
-                Allocation.from_dict(event["allocation"]),
-                event["seed"],
-                event.get("rival"),
-            )
-            self.trials[event["trial"]] = TrialRecord(request, seconds=dict(event["seconds"]))
-        else:
-            if event["trial"] not in self.trials:
-                raise KeyError(f"suggestion of trial {event['trial']} before it")
-            record = self.trials[event["trial"]]
-            if kind == "started":
-                self.trials[event["trial"]] = dataclasses.replace(
-                    record, started=event["time"], attempts=record.attempts + 1
+        """Take in one event of the journal, for which :meth:`problem` has none."""
+        match event:
+            case Dense():
+                self.dense = dict(event.metrics)
+            case Versions():
+                self.versions = dict(event.versions)
+            case Pooled():
+                self.pooled[event.place] = event.losses
+            case Chosen():
+                self.chosen = _fields(event, "windows", "pool", "text", "digest")
+            case Tested():
+                self.tests[event.label] = _fields(event, "trial", "text", "metrics", "window_nll")
+            case Compressed():
+                self.checkpoints.append(_fields(event, "id", "trial", "folder", "register", "tags"))
+            case Suggested():
+                request = TrialRequest(
+                    event.trial,
+                    event.origin,
+                    event.variables,
+                    event.decision(),
+                    event.seed,
+                    event.rival,
                 )
-            elif kind == "ended" and record.result is None:
+                self.trials[event.trial] = TrialRecord(request, seconds=dict(event.seconds))
+            case Started():
+                record = self.trials[event.trial]
+                self._change(event.trial, started=event.time, attempts=record.attempts + 1)
+            case Ended():
                 result = TrialResult(
-                    event["trial"],
-                    event["outcome"],
-                    with_infinity(event["metrics"]),
-                    event["seconds"]["scoring"],
-                    event["error"],
-                    tuple(event.get("window_nll", ())),
-                    tuple(event.get("window_kl", ())),
+                    event.trial,
+                    event.outcome,
+                    event.metrics,
+                    event.seconds["scoring"],
+                    event.error,
+                    event.window_nll,
+                    event.window_kl,
                 )
-                self.trials[event["trial"]] = dataclasses.replace(
-                    record,
-                    result=result,
-                    ended=event["time"],
-                    seconds={**record.seconds, **event["seconds"]},
-                )
-            elif kind == "logged":
-                seconds = {**record.seconds, "logging": event["seconds"]}
-                self.trials[event["trial"]] = dataclasses.replace(record, seconds=seconds)
+                seconds = {**self.trials[event.trial].seconds, **event.seconds}
+                self._change(event.trial, result=result, ended=event.time, seconds=seconds)
+            case Logged():
+                seconds = {**self.trials[event.trial].seconds, "logging": event.seconds}
+                self._change(event.trial, seconds=seconds)
+
+    def _change(self, trial: int, **fields: Any) -> None:
+        """Change what is known of a trial."""
+        self.trials[trial] = dataclasses.replace(self.trials[trial], **fields)
+
+    def problem(self, event: Event) -> str | None:
+        """Say why an event cannot follow those before it, if it cannot.
+
+        A line that was written twice, or has its place elsewhere, would discard a result or
+        invent one.
+        """
+        match event:
+            case Dense() if self.dense:
+                return "the dense model was scored already"
+            case Suggested():
+                return self._problem_of_suggestion(event)
+            case Started() | Ended() | Logged():
+                record = self.trials.get(event.trial)
+                if record is None:
+                    return f"no line before it suggests trial {event.trial}"
+                if record.result is not None and not isinstance(event, Logged):
+                    return f"trial {event.trial} has ended already"
+                return self._problem_of_end(event) if isinstance(event, Ended) else None
+            case Tested(trial=None) | Tested(label="dense"):
+                if event.label != "dense" or event.trial is not None:
+                    return f"label is {shown(event.label)} and trial {shown(event.trial)}"
+            case Tested() | Compressed():
+                named = None if event.trial is None else self.trials.get(event.trial)
+                if named is None or not named.is_completed:
+                    return f"no line before it gives trial {event.trial} a value"
+            case Pooled() | Chosen():
+                return self._problem_of_pool(event)
+        return None
+
+    def _problem_of_suggestion(self, event: Suggested) -> str | None:
+        """Say why a trial cannot be one of this study."""
+        if event.trial in self.trials:
+            return f"trial {event.trial} was suggested already"
+        rival = None if event.rival is None else self.trials.get(event.rival)
+        if event.rival is not None and (rival is None or not rival.is_completed):
+            return f"rival is {event.rival}, which no line before it gives a value"
+        known = {spec["name"]: spec for spec in self.about["layers"] if spec["block"] is not None}
+        ranks = event.allocation["ranks"]
+        if unknown := ranks.keys() - known.keys():
+            return f"allocation.ranks has {min(unknown)}, which is no layer in the model's blocks"
+        if missing := known.keys() - ranks.keys():
+            return f"allocation.ranks lacks the layer {min(missing)}"
+        for name, rank in ranks.items():
+            full = min(known[name]["out_features"], known[name]["in_features"])
+            if rank is not None and rank > full:
+                return f"allocation.ranks.{name} is {rank}, expected at most {full}"
+        if event.variables and event.variables.keys() != self.about["variables"].keys():
+            names = ", ".join(self.about["variables"])
+            return f"variables are {', '.join(event.variables)}, expected {names}"
+        return None
+
+    def _problem_of_end(self, event: Ended) -> str | None:
+        """Say why a result cannot be one of this study."""
+        windows = len(self.chosen.get("windows", ())) or self._pool
+        for name in ("window_nll", "window_kl"):
+            if len(getattr(event, name)) not in (0, windows):
+                return f"{name} has {len(getattr(event, name))} values, expected {windows}"
+        if self.about["timed"] and event.outcome == "completed":
+            lacking = [name for name in LATENCIES if name not in event.metrics]
+            if lacking:
+                return f"metrics lack {', '.join(lacking)}"
+        return None
+
+    def _problem_of_pool(self, event: Pooled | Chosen) -> str | None:
+        """Say why validation windows cannot have been chosen so."""
+        if self.chosen:
+            return "windows were chosen already"
+        if isinstance(event, Pooled):
+            if event.place in self.pooled:
+                return f"place {event.place} was scored already"
+            if event.losses is not None and len(event.losses) != self._pool:
+                return f"losses has {len(event.losses)} values, expected {self._pool}"
+            return None
+        if event.pool != self._pool:
+            return f"pool is {event.pool}, expected {self._pool}"
+        if len(set(event.windows)) < len(event.windows) or max(event.windows) >= event.pool:
+            return f"windows are not some of {event.pool}"
+        return None
+
+    @property
+    def _pool(self) -> int:
+        """Return how many validation windows there are, chosen or not."""
+        count: int = self.about["data"]["validation"]["windows"]
+        return count
+
+
+def _fields(event: Event, *names: str) -> dict[str, Any]:
+    """Return some fields of an event by name."""
+    return {name: getattr(event, name) for name in names}
 
 
 class Study:
@@ -169,12 +262,15 @@ class Study:
 
     ==================== ===========================================================
     ``journal.jsonl``    one JSON line per event, flushed to disk; the only truth
-    ``study.json``       name, fingerprints, versions, device and dtype
-    ``config.yaml``      the resolved configuration
+    ``study.json``       what was fixed at the start: configuration, fingerprints, digests
+    ``config.yaml``      the same configuration, to read
     ``tokens.safetensors``  the token windows
     ``dense.safetensors``   what the dense model says about the validation tokens
     ``figures/``         pictures, made anew from the journal
     ==================== ===========================================================
+
+    The first two are made at the start and cannot be made again: where one of them is missing or
+    damaged, the study is refused. All others can, and are.
 
     Attributes:
         folder: Where it is.
@@ -182,8 +278,13 @@ class Study:
     """
 
     def __init__(self, folder: Path) -> None:
-        """Open a study folder, which need not exist yet, and read its journal."""
+        """Open a study folder, which need not exist yet, and read its journal.
+
+        Raises:
+            StudyError: If the journal or ``study.json`` is damaged, or only one of them is there.
+        """
         self.folder = folder
+        self._about: dict[str, Any] | None = None
         self.state = self._read()
 
     @property
@@ -201,37 +302,57 @@ class Study:
         """Return whether the study was begun."""
         return (self.folder / "study.json").is_file()
 
+    @property
+    def _file(self) -> Path:
+        """Return the path of what was fixed at the start."""
+        return self.folder / "study.json"
+
     def begin(self, about: Mapping[str, Any], config_yaml: str) -> None:
-        """Write what is fixed from now on; ``study.json`` last, because it marks a study."""
+        """Write what is fixed from now on; ``study.json`` last, because it marks a study.
+
+        Args:
+            about: The fields of :class:`lrbo.optimization.events.About`.
+            config_yaml: The resolved configuration.
+        """
+        whole = {"format": FORMAT, "study": self.name, **about, "config": config_yaml.split("\n")}
+        text = json.dumps(whole, indent=2, allow_nan=False) + "\n"
+        about_of(parse_json(text, str(self._file)), str(self._file))
         self.folder.mkdir(parents=True, exist_ok=True)
         write_text(self.folder / "config.yaml", config_yaml)
-        whole = {"format": FORMAT, "study": self.name, **about}
-        write_text(self.folder / "study.json", json.dumps(whole, indent=2) + "\n")
+        self.journal.touch()  # one that is missing later was deleted
+        write_text(self._file, text)
+        self.state = self._read()
 
     def about(self) -> dict[str, Any]:
-        """Return what was fixed at the start.
+        """Return what was fixed at the start: the fields of ``events.About``.
 
         Raises:
-            StudyError: If there is no study here, or of another format.
+            StudyError: If there is no study here, or its file is damaged or of another format.
         """
-        path = self.folder / "study.json"
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise StudyError(
-                f"there is no study at {self.folder}; start one with: "
-                f"{command('search', study=study_at(self.folder))}"
-            ) from error
-        except ValueError as error:
-            raise StudyError(f"{path} is not JSON: {error}") from error
-        about: dict[str, Any] = found if isinstance(found, dict) else {}
-        if about.get("format") != FORMAT:
-            raise StudyError(
-                f"{path} has format {about.get('format')}, this lrbo reads {FORMAT}; use the "
-                "version that made it"
-            )
-        about.setdefault("storage", "factored")  # studies from before there was a choice
-        return about
+        if self._about is None:
+            try:
+                content = self._file.read_bytes()
+            except (FileNotFoundError, NotADirectoryError) as error:
+                raise StudyError(
+                    f"there is no study at {self.folder}; start one with: "
+                    f"{command('search', study=study_at(self.folder))}"
+                ) from error
+            except OSError as error:
+                raise StudyError(f"{self._file} cannot be read: {error.strerror}") from error
+            try:
+                value = parse_json(content, str(self._file))
+                self._about = about_of(value, str(self._file))
+            except ContentError as error:
+                raise StudyError(f"{error}. {self._restore}") from error
+        return self._about
+
+    @property
+    def _restore(self) -> str:
+        """Return what to do where a file is damaged that cannot be made again."""
+        return (
+            "Restore the file (MLflow keeps a copy of study.json among the artifacts of a "
+            f"finished study), or move {self.folder} away and begin again"
+        )
 
     def data(self) -> dict[str, Any]:
         """Return text, number of windows and digest of each role, as trials use them."""
@@ -248,8 +369,49 @@ class Study:
         return {**data, "validation": validation}
 
     def config_yaml(self) -> str:
-        """Return the resolved configuration that the study was begun with."""
-        return (self.folder / "config.yaml").read_text(encoding="utf-8")
+        """Return the resolved configuration that the study was begun with.
+
+        ``config.yaml`` is written again where it is missing.
+
+        Raises:
+            StudyError: If there is no study, or ``config.yaml`` says otherwise, naming the line.
+        """
+        lines: list[str] = self.about()["config"]
+        text, path = "\n".join(lines), self.folder / "config.yaml"
+        try:
+            there = path.read_bytes().decode("utf-8", errors="replace").split("\n")
+        except FileNotFoundError:
+            self.remake(path, lambda: write_text(path, text))
+            return text
+        except OSError as error:
+            raise StudyError(f"{path} cannot be read: {error.strerror}") from error
+        if there != lines:
+            whole = max(len(there), len(lines))
+            padded = [(*part, *[""] * (whole - len(part))) for part in (there, lines)]
+            number = next(i for i in range(whole) if padded[0][i] != padded[1][i])
+            came, begun = padded[0][number], padded[1][number]
+            raise StudyError(
+                f"{path}, line {number + 1} is {shown(came)}, and the study was begun with "
+                f"{shown(begun)}: restore the line, or delete the file, which is then written "
+                "again. Other values are those of another study=NAME"
+            )
+        return text
+
+    def remake(self, path: Path, write: Callable[[], object]) -> None:
+        """Write a file of the study again that is missing or damaged, and say so.
+
+        Where it cannot be written, what it says is used all the same.
+
+        Args:
+            path: Of the file.
+            write: Writes it.
+        """
+        try:
+            write()
+        except PermissionError as error:
+            log.warning("%s is missing or damaged, and cannot be written: %s", path, error)
+        else:
+            log.warning("%s was missing or damaged; it is written again, as it was", path)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -269,6 +431,7 @@ class Study:
             ) from error
         try:
             self._repair()
+            self._about = None
             self.state = self._read()
             yield
         finally:
@@ -283,7 +446,11 @@ class Study:
         next one does not follow half a line.
         """
         whole = {"event": event, "time": time.time(), **fields}
-        line = f"{to_json(whole)}\n".encode()
+        text = to_json(whole)
+        line, where = f"{text}\n".encode(), f"the event {event}"
+        checked = event_of(parse_json(text, where), where)
+        if (problem := self.state.problem(checked)) is not None:
+            raise StudyError(f"{self.journal}: {where} cannot come here: {problem}")
         # Unbuffered: a buffer would write its rest after the repair, when the file is closed.
         with self.journal.open("ab", buffering=0) as file:
             before = file.tell()
@@ -294,7 +461,7 @@ class Study:
             except OSError:
                 os.ftruncate(file.fileno(), before)
                 raise
-        self.state.apply(whole)
+        self.state.apply(checked)
 
     def record_suggestion(self, request: TrialRequest, seconds: Mapping[str, float]) -> None:
         """Append that a trial was suggested."""
@@ -307,30 +474,44 @@ class Study:
         """Return what the journal says; a torn last line is passed over.
 
         Raises:
-            StudyError: If any other line is damaged, with its number.
+            StudyError: If any other line is damaged, with its number, or if of the journal and
+                ``study.json`` one is missing.
         """
-        state = StudyState()
         try:
             content = self.journal.read_bytes()
-        except (FileNotFoundError, NotADirectoryError):
-            return state
+        except (FileNotFoundError, NotADirectoryError) as error:
+            if self.exists:
+                raise StudyError(
+                    f"{self.journal} is missing, so that nothing is known of the trials that study "
+                    f"{self.name} had. Restore the file, or move {self.folder} away and begin again"
+                ) from error
+            return StudyState()
+        except OSError as error:
+            raise StudyError(f"{self.journal} cannot be read: {error.strerror}") from error
         *lines, rest = content.split(b"\n")
+        if not self.exists:
+            if lines:
+                raise StudyError(
+                    f"{self._file} is missing, and {self.journal} has {len(lines)} lines: nobody "
+                    f"knows what they were measured with. {self._restore}"
+                )
+            return StudyState()
         if rest:
             log.warning("%s ends in half a line (an interrupted write); ignored", self.journal)
+        state = StudyState(about=self.about())
         for number, line in enumerate(lines, start=1):
+            where = f"{self.journal}, line {number} is damaged"
             try:
-                event = json.loads(line)
-                if not isinstance(event, dict) or "event" not in event:
-                    raise ValueError("not an event")
-                state.apply(event)
-            except (ValueError, KeyError, TypeError) as error:
-                reason = f"no {error}" if isinstance(error, KeyError) else error
+                event = event_of(parse_json(line, where), where)
+                if (problem := state.problem(event)) is not None:
+                    raise ContentError(f"{where}: {problem}")
+            except ContentError as error:
                 raise StudyError(
-                    f"{self.journal}, line {number} is damaged ({reason}); it was not written by "
-                    "an interrupted lrbo, which damages only the last line. Restore the file, or "
-                    "remove the line, and with a line that suggests a trial every later line of "
-                    "that trial: it is then run again."
+                    f"{error}. It was not written so by an interrupted lrbo, which damages only "
+                    "the last line. Restore the file, or remove the line, and with a line that "
+                    "suggests a trial every later line of that trial: it is then run again."
                 ) from error
+            state.apply(event)
         return state
 
     def _repair(self) -> None:

@@ -1,0 +1,327 @@
+"""What stands in a study's files: the lines of its journal and ``study.json``, as typed records."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, WrapValidator, with_config
+from typing_extensions import TypedDict  # that of Python 3.11 pydantic does not take
+
+from lrbo.accounting import Storage
+from lrbo.allocation import Allocation, Budget
+from lrbo.errors import Outcome
+from lrbo.parsing import ContentError, Count, Flag, Number, Positive, Whole, checked, shown
+from lrbo.strict_json import with_infinity
+from lrbo.trial import Origin
+
+FORMAT = 2  # of study.json and the journal beside it
+
+
+def _with_infinity(value: object, check: Callable[[object], Any]) -> Any:
+    """Take a perplexity that is null as infinite, which JSON has no number for."""
+    if not isinstance(value, dict):
+        return check(value)
+    known = {
+        name: item
+        for name, item in value.items()
+        if with_infinity({name: item}) != {name: math.inf}
+    }
+    return with_infinity(value) | check(known)
+
+
+Metrics = Annotated[dict[str, Number], WrapValidator(_with_infinity)]
+
+# What a trial with a value must have measured.
+MEASURED: Mapping[str, tuple[str, ...]] = {
+    "completed": (
+        "nll", "perplexity", "kl_dense_to_compressed", "objective", "tokens", "keep_ratio",
+        "parameters", "model_parameters", "model_bytes", "macs_per_token",
+    ),
+    "stopped": ("objective", "objective_sem"),
+}  # fmt: skip
+
+exact = with_config(ConfigDict(extra="forbid"))
+
+
+@exact
+class BudgetFields(TypedDict):
+    """A ceiling on parameters."""
+
+    parameters: Count
+
+
+@exact
+class AllocationFields(TypedDict):
+    """The ranks of a trial."""
+
+    ranks: dict[str, Count | None]
+    parameters: Count
+    budget: BudgetFields
+
+
+@exact
+class ScoringFields(TypedDict):
+    """Where the time of a worker went."""
+
+    scoring: Number
+
+
+@exact
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """A line of the journal.
+
+    Attributes:
+        event: Its name.
+        time: Unix time, seconds.
+    """
+
+    event: str
+    time: Number
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dense(Event):
+    """The dense model was scored on the validation text."""
+
+    metrics: Metrics
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suggested(Event):
+    """A trial was chosen."""
+
+    trial: Count
+    origin: Origin
+    variables: dict[str, Number]
+    allocation: AllocationFields
+    seed: Whole
+    seconds: dict[str, Number]
+    rival: Count | None = None
+
+    def decision(self) -> Allocation:
+        """Return the ranks as the rest of the package has them."""
+        found = self.allocation
+        return Allocation(
+            dict(found["ranks"]), found["parameters"], Budget(found["budget"]["parameters"])
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Started(Event):
+    """A trial was begun, perhaps again."""
+
+    trial: Count
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ended(Event):
+    """A trial is over."""
+
+    trial: Count
+    outcome: Outcome
+    metrics: Metrics
+    error: str | None
+    seconds: ScoringFields
+    window_nll: tuple[Number, ...] = ()
+    window_kl: tuple[Number, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Logged(Event):
+    """A trial was shown to MLflow."""
+
+    trial: Count
+    seconds: Number
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tested(Event):
+    """A model was scored on the test text."""
+
+    label: str
+    trial: Count | None
+    text: str
+    metrics: Metrics
+    window_nll: tuple[Number, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pooled(Event):
+    """An allocation was scored on every window of the pool."""
+
+    place: Count
+    losses: list[Number] | None
+    error: str | None
+    seconds: Number
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chosen(Event):
+    """Validation windows were chosen out of the pool."""
+
+    windows: Annotated[list[Count], Field(min_length=1)]
+    pool: Positive
+    text: str
+    digest: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compressed(Event):
+    """A checkpoint was written."""
+
+    id: str
+    trial: Count
+    folder: str
+    register: Literal["link", "copy", "none"]
+    tags: dict[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Versions(Event):
+    """The study went on with other versions of packages."""
+
+    versions: dict[str, str]
+
+
+EVENTS: Mapping[str, type[Event]] = {
+    "dense": Dense,
+    "suggested": Suggested,
+    "started": Started,
+    "ended": Ended,
+    "logged": Logged,
+    "tested": Tested,
+    "pooled": Pooled,
+    "chosen": Chosen,
+    "compressed": Compressed,
+    "versions": Versions,
+}
+
+
+def event_of(value: object, where: str) -> Event:
+    """Take a JSON value as an event.
+
+    Args:
+        value: Of a line.
+        where: The line, for messages.
+
+    Raises:
+        ContentError: If it is none, naming the fields.
+    """
+    if not isinstance(value, dict):
+        raise ContentError(f"{where}: it is {shown(value)}, expected an object")
+    name = value.get("event")
+    kind = EVENTS.get(name) if isinstance(name, str) else None
+    if kind is None:
+        known = ", ".join(EVENTS)
+        raise ContentError(f"{where}: event is {shown(name)}, expected one of {known}")
+    found: Event = checked(value, kind, where)
+    if isinstance(found, Ended):
+        lacking = [key for key in MEASURED.get(found.outcome, ()) if key not in found.metrics]
+        if lacking:
+            raise ContentError(
+                f"{where}: metrics of a {found.outcome} trial lack {', '.join(lacking)}"
+            )
+    if isinstance(found, Dense | Tested) and "nll" not in found.metrics:
+        raise ContentError(f"{where}: metrics lack nll")
+    return found
+
+
+@exact
+class LayerFields(TypedDict):
+    """A layer of the dense model: the fields of :class:`lrbo.model.LayerSpec`."""
+
+    name: str
+    kind: str
+    block: Count | None
+    out_features: Positive
+    in_features: Positive
+    has_bias: Flag
+    site: str
+    tied_to: str | None
+
+
+@exact
+class TextFields(TypedDict):
+    """The token windows of a role."""
+
+    text: str
+    windows: Positive
+    digest: str
+
+
+@exact
+class DataFields(TypedDict):
+    """The token windows of a study; of validation the whole pool."""
+
+    calibration: TextFields
+    validation: TextFields
+    test: TextFields
+
+
+@exact
+class LentFields(TypedDict):
+    """A trial of another study that the search begins with."""
+
+    keep_ratio: Number
+    variables: dict[str, Number]
+    profile: dict[str, Annotated[list[tuple[Number, Number]], Field(min_length=1)]]
+
+
+@exact
+class DonorFields(TypedDict):
+    """Another study that the search begins with."""
+
+    name: str
+    trials: Annotated[list[LentFields], Field(min_length=1)]
+
+
+@exact
+class About(TypedDict):
+    """``study.json``: what was fixed when the study was begun."""
+
+    format: Whole
+    study: str
+    study_id: str
+    seed: Whole
+    model_fingerprint: str
+    model_parameters: Positive
+    dtype: Literal["float32", "bfloat16", "float16"]
+    device: str
+    timed: Flag
+    data: DataFields
+    budget_parameters: Count
+    storage: Storage
+    adds_bias: Flag
+    layers: Annotated[list[LayerFields], Field(min_length=1)]
+    variables: dict[str, tuple[Number, Number]]
+    donors: list[DonorFields]
+    versions: dict[str, str]
+    config: list[str]
+
+
+def about_of(value: object, where: str) -> dict[str, Any]:
+    """Take a JSON value as what was fixed at the start.
+
+    Args:
+        value: Of ``study.json``.
+        where: The file, for messages.
+
+    Raises:
+        ContentError: If it is not that, or of another format.
+    """
+    if not isinstance(value, dict):
+        raise ContentError(f"{where}: it is {shown(value)}, expected an object")
+    if (found := value.get("format")) != FORMAT or isinstance(found, bool):
+        raise ContentError(
+            f"{where} has format {shown(found)}, this lrbo reads {FORMAT}; use the version that "
+            "made it"
+        )
+    about: dict[str, Any] = checked(value, About, where)
+    names = [layer["name"] for layer in about["layers"]]
+    if len(set(names)) < len(names):
+        raise ContentError(f"{where}: two of layers have one name")
+    return about

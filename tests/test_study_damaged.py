@@ -1,0 +1,267 @@
+"""A part of a study that is missing or damaged is made again as it was, or refused by name."""
+
+import json
+import shutil
+from collections.abc import Callable
+from contextlib import chdir
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from lrbo import builders, results
+from lrbo.cache import ABOUT
+from lrbo.errors import ConfigError, StudyError
+from lrbo.evaluation.divergence import DenseReference
+from lrbo.optimization.study import Study
+from tests.commands import lrbo_command
+from tests.test_builders import Said, chosen
+
+ROLES = ("calibration", "validation", "test")
+TEXTS = [f"data.{role}.path={role}.txt" for role in ROLES]
+OPTIONS = ["study=one", "data=files", "data.window=64", *TEXTS]
+
+
+def build() -> tuple[Any, Said]:
+    """Build the worker of the study, as every search does."""
+    study, said = Study(Path("studies/one")), Said()
+    with study.locked():
+        plan = builders.plan_search(chosen(*OPTIONS), study, [])
+        return builders.build_worker(plan, study, said), said
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Begin a study once, with its cache."""
+    folder = tmp_path_factory.mktemp("begun")
+    for role in ROLES:
+        text = f"the {role} cat sat on the mat. " * 90
+        (folder / f"{role}.txt").write_text(text, encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch, chdir(folder):
+        patch.setenv("LRBO_CACHE", str(folder / "cache"))
+        build()
+    return folder
+
+
+@pytest.fixture
+def there(begun: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Stand beside a copy of the study, and return its folder."""
+    shutil.copytree(begun, tmp_path / "copy")
+    monkeypatch.chdir(tmp_path / "copy")
+    monkeypatch.setenv("LRBO_CACHE", str(tmp_path / "copy" / "cache"))
+    return Path("studies/one")
+
+
+def content(path: Path) -> object:
+    """Return what a file says; safetensors writes its metadata in any order."""
+    if path.suffix != ".safetensors":
+        return path.read_bytes()
+    with safe_open(str(path), framework="pt") as file:
+        tensors = {name: (t.dtype, t.tolist()) for name, t in load_file(path).items()}
+        return file.metadata(), tensors
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-8])
+
+
+def other_tokens(path: Path) -> None:
+    tensors = load_file(path)
+    tensors["validation"][0, 0] += 1
+    save_file(tensors, path, metadata={role: f"words[{role}]" for role in ROLES})
+
+
+def one_role_less(path: Path) -> None:
+    tensors = load_file(path)
+    del tensors["test"]
+    save_file(tensors, path, metadata={role: f"words[{role}]" for role in ROLES})
+
+
+def fewer_rows(path: Path) -> None:
+    dense = DenseReference.load(path)
+    tensors = {"ids": dense.ids[:-1], "log_probs": dense.log_probs, "log_rest": dense.log_rest}
+    save_file({k: v.contiguous() for k, v in tensors.items()}, path, metadata={"nll": "1"})
+
+
+def of_another_study(path: Path) -> None:
+    dense = DenseReference.load(path)
+    tensors = {"ids": dense.ids, "log_probs": dense.log_probs - 1, "log_rest": dense.log_rest}
+    about = {"nll": "1.5", "tokens": str(dense.perplexity.tokens)}
+    save_file(tensors, path, metadata=about)
+
+
+REMADE: dict[str, tuple[str, Callable[[Path], object]]] = {
+    "no tokens": ("tokens.safetensors", Path.unlink),
+    "tokens cut off": ("tokens.safetensors", truncate),
+    "no bytes of tokens": ("tokens.safetensors", lambda path: path.write_bytes(b"")),
+    "other tokens": ("tokens.safetensors", other_tokens),
+    "tokens of fewer roles": ("tokens.safetensors", one_role_less),
+    "no dense model": ("dense.safetensors", Path.unlink),
+    "dense model cut off": ("dense.safetensors", truncate),
+    "dense model of fewer rows": ("dense.safetensors", fewer_rows),
+    "dense model of another study": ("dense.safetensors", of_another_study),
+    "no configuration": ("config.yaml", Path.unlink),
+}
+
+
+@pytest.mark.parametrize("damage", REMADE)
+def test_what_follows_from_the_rest_is_made_again_as_it_was(there: Path, damage: str) -> None:
+    name, spoil = REMADE[damage]
+    before = content(there / name)
+    journal = (there / "journal.jsonl").read_bytes()
+    spoil(there / name)
+    build()
+    Study(there).config_yaml()
+    assert content(there / name) == before
+    assert (there / "journal.jsonl").read_bytes() == journal
+
+
+@pytest.mark.parametrize("damage", [name for name in REMADE if "tokens" in name])
+def test_tokens_that_no_text_gives_any_more_are_refused(there: Path, damage: str) -> None:
+    """Trials on other tokens would be compared with those before."""
+    name, spoil = REMADE[damage]
+    spoil(there / name)
+    spoiled = (there / name).read_bytes() if (there / name).exists() else None
+    for role in ROLES:
+        Path(f"{role}.txt").write_text(f"a {role} dog ran over the hill. " * 90, encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"tokens\.safetensors .*digests.*study=NAME") as caught:
+        build()
+    assert "Restore" in str(caught.value)
+    assert ((there / name).read_bytes() if (there / name).exists() else None) == spoiled
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("budget_parameters", 999),
+        ("storage", "factored"),
+        ("model_parameters", 7),
+        ("adds_bias", True),
+        ("seed", 5),
+        ("timed", True),
+    ],
+)
+def test_a_start_that_the_model_and_configuration_do_not_give_is_refused(
+    there: Path, key: str, value: object
+) -> None:
+    path = there / "study.json"
+    about = json.loads(path.read_text(encoding="utf-8"))
+    assert about[key] != value
+    path.write_text(json.dumps(about | {key: value}), encoding="utf-8")
+    with pytest.raises(StudyError, match=rf"study\.json says other {key} than configuration and"):
+        build()
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (["a: [1"], "is no YAML"),
+        (["[" * 100_000], "is no YAML"),
+        (["- 1"], r"it is \[1\], expected"),
+        (["budget: {keep_ratio: maybe}"], r"budget\.keep_ratio is \"maybe\""),
+        (["budget: 3"], "budget is 3, expected"),
+    ],
+)
+def test_a_configuration_that_is_none_is_refused_by_field(
+    there: Path, lines: list[str], message: str
+) -> None:
+    about = json.loads((there / "study.json").read_text(encoding="utf-8"))
+    (there / "study.json").write_text(json.dumps(about | {"config": lines}), encoding="utf-8")
+    (there / "config.yaml").unlink()
+    with pytest.raises(StudyError, match=message):
+        results.config_of(Study(there))
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "[1", "{}", '{"fits": 3, "measurements": []}', '{"measurements": [{"rank": -1}]}'],
+)
+def test_measurements_that_are_damaged_are_refused_or_made_again(there: Path, content: str) -> None:
+    path = there / "sensitivity.json"
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(StudyError, match=r"sensitivity\.json: .*Delete the file"):
+        results.sensitivity(Study(there))
+
+
+def test_the_command_line_says_what_is_missing_and_leaves_all_as_it_was(there: Path) -> None:
+    """It took any configuration, and said that it went on."""
+    (there / "journal.jsonl").write_bytes(
+        (there / "journal.jsonl").read_bytes() or b'{"event": "dense"}\n'
+    )
+    (there / "study.json").unlink()
+    before = {path.name: path.read_bytes() for path in there.iterdir()}
+    for arguments in (
+        ("search", *OPTIONS, "budget.keep_ratio=0.5"),
+        ("report", "study=one"),
+        ("report", "study=o*"),
+        ("compress", "study=one", "out=new"),
+    ):
+        ran = lrbo_command(*arguments)
+        assert ran.status == 2, arguments
+        assert "study.json is missing, and" in ran.err
+        assert "Traceback" not in ran.err
+    assert {path.name: path.read_bytes() for path in there.iterdir()} == before
+
+
+# --- the cache ---------------------------------------------------------------------------------
+
+PARTS = {
+    "all of it": lambda cache: shutil.rmtree(cache),
+    "the factors": lambda cache: shutil.rmtree(cache / "factors"),
+    "a part of the factors": lambda cache: next(cache.glob("factors/*/part_*")).unlink(),
+    "a part cut off": lambda cache: truncate(next(cache.glob("factors/*/part_*"))),
+    "the list of factors": lambda cache: next(cache.glob(f"factors/*/{ABOUT}")).unlink(),
+    "a part of both": lambda cache: [
+        next(cache.glob(f"{kind}/*/part_*")).unlink() for kind in ("factors", "calibration")
+    ],
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_part_of_the_cache_that_is_gone_is_made_again(there: Path, part: str) -> None:
+    before, _ = build()
+    expected = {name: found.left.clone() for name, found in before.factors.items()}
+    PARTS[part](Path("cache"))
+    again, said = build()
+    assert said.steps[-1] == "Factorization"
+    assert again.factors.keys() == expected.keys()
+    for name, left in expected.items():
+        assert torch.equal(again.factors[name].left, left)
+
+
+def test_statistics_that_are_deleted_while_factors_are_made_are_made_again(
+    there: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.rmtree("cache/factors")
+    real, deleted = builders.build_method, []
+
+    def build_method(*arguments: Any) -> Any:
+        method = real(*arguments)
+        factor = type(method).factor
+
+        def factored(self: Any, *given: Any) -> Any:
+            if not deleted:
+                deleted.append(shutil.rmtree("cache/calibration"))
+            return factor(self, *given)
+
+        monkeypatch.setattr(type(method), "factor", factored)
+        return method
+
+    monkeypatch.setattr(builders, "build_method", build_method)
+    again, said = build()
+    assert deleted
+    assert said.steps == ["Factorization", "Calibration", "Factorization"]
+    assert again.factors
+
+
+def test_a_cache_that_cannot_be_written_is_refused_before_a_model_is_loaded(
+    there: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("occupied").touch()
+    monkeypatch.setenv("LRBO_CACHE", "occupied/cache")
+    monkeypatch.setattr(builders, "load_model", lambda *_, **__: pytest.fail("model loaded"))
+    with pytest.raises(ConfigError, match=r"LRBO_CACHE='occupied/cache': .* is a file"):
+        build()
