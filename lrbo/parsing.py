@@ -9,7 +9,6 @@ from functools import cache
 from typing import Annotated, Any, NoReturn, TypeVar, cast
 
 from pydantic import Field, PlainValidator, Strict, TypeAdapter, ValidationError
-from pydantic_core import PydanticCustomError
 
 from lrbo.errors import LrboError
 
@@ -26,14 +25,14 @@ class ContentError(LrboError):
 def _number(value: object) -> float:
     """Take a finite number of JSON as it is: whole ones stay whole."""
     if type(value) not in (int, float):
-        raise PydanticCustomError("number", "a number")
+        raise ValueError("a number")
     assert isinstance(value, int | float)
     try:
         finite = math.isfinite(value)
     except OverflowError:  # a whole number beyond all floats
         finite = False
     if not finite:
-        raise PydanticCustomError("number", "a finite number")
+        raise ValueError("a finite number")
     return value
 
 
@@ -141,7 +140,8 @@ def _problem(error: Any) -> str:
     if kind in ("greater_than_equal", "less_than_equal"):
         side = "at least" if "ge" in context else "at most"
         return f"{came}, expected a whole number, {side} {next(iter(context.values()))}"
-    return f"{came}, expected {EXPECTED.get(kind, error['msg'])}"
+    expected = context["error"] if kind == "value_error" else EXPECTED.get(kind, error["msg"])
+    return f"{came}, expected {expected}"
 
 
 def shown(value: object) -> str:

@@ -71,7 +71,7 @@ class Journal:
             self.space,
             seed=config.seed,
             data={
-                role: {"text": f"words[{role}]", "windows": 15, "digest": "a digest"}
+                role: {"text": f"words[{role}]", "windows": 4, "digest": "a digest"}
                 for role in ("calibration", "validation", "test")
             },
             timed=config.latency.enabled,
