@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from lrbo import builders, results
 from lrbo.cache import ABOUT
+from lrbo.checks import check
 from lrbo.errors import ConfigError, StudyError
 from lrbo.evaluation.divergence import DenseReference
 from lrbo.optimization.study import Study
@@ -257,11 +258,11 @@ def test_statistics_that_are_deleted_while_factors_are_made_are_made_again(
     assert again.factors
 
 
-def test_a_cache_that_cannot_be_written_is_refused_before_a_model_is_loaded(
+def test_a_cache_that_cannot_be_written_is_refused_with_the_values(
     there: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Path("occupied").touch()
     monkeypatch.setenv("LRBO_CACHE", "occupied/cache")
-    monkeypatch.setattr(builders, "load_model", lambda *_, **__: pytest.fail("model loaded"))
-    with pytest.raises(ConfigError, match=r"LRBO_CACHE='occupied/cache': .* is a file"):
-        build()
+    (problem,) = check(chosen(*OPTIONS))
+    assert problem.startswith("LRBO_CACHE='occupied/cache': ")
+    assert problem.endswith(" is a file, not a folder")
