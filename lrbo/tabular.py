@@ -8,6 +8,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from lrbo.terminal import printable
+
 
 def is_piped(console: Console) -> bool:
     """Tell a file or pipe, which has no width to pad, break or cut lines at."""
@@ -16,7 +18,7 @@ def is_piped(console: Console) -> bool:
 
 def print_piped(console: Console, text: str) -> None:
     """Print one line as it is: rich would break it, and write tabs as blanks."""
-    console.file.write(f"{text}\n")
+    console.file.write(f"{printable(text)}\n")
 
 
 def lines_of(table: Table) -> Iterator[str]:
@@ -29,5 +31,4 @@ def lines_of(table: Table) -> Iterator[str]:
 
 def _plain(cell: object) -> str:
     """Write a cell in one line without tabs, which would divide it."""
-    text = cell.plain if isinstance(cell, Text) else Text.from_markup(str(cell)).plain
-    return " ".join(text.split())
+    return " ".join((cell.plain if isinstance(cell, Text) else str(cell)).split())

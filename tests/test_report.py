@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from rich.table import Table
 
 from lrbo.optimization.study import Study
 from lrbo.report import print_report
+from lrbo.tabular import lines_of, print_piped
+from lrbo.terminal import PlainConsole
 from lrbo.worker import allocation_parameters
 from tests.journal import Journal
 from tests.test_gains import lost
@@ -372,3 +375,13 @@ def test_checkpoints_are_listed_and_said_to_be_gone(journal: Journal, tmp_path: 
     print_report(journal.study, Console(file=out))
     assert f"{folder}\t3\t79.9%\t7.39\t-\tlrbo\tf\tgone" in out.getvalue().splitlines()
     assert "gone" in printed(journal.study)
+
+
+def test_cells_of_a_pipe_are_text_and_command_nothing() -> None:
+    table = Table("name", "value")
+    table.add_row("[red]mine[/] :smile:", "\x1b[31ma\tb\x07")
+    out = io.StringIO()
+    console = PlainConsole(file=out)
+    for line in lines_of(table):
+        print_piped(console, line)
+    assert out.getvalue() == "name\tvalue\n[red]mine[/] :smile:\t[31ma b\n"
