@@ -246,7 +246,7 @@ def _check_search(config: SearchConfig) -> list[str]:
             name,
             "uniform, analytic, start, paper, study:NAME or study:NAME:TRIAL",
         )
-        if name.startswith("study:"):
+        if name.startswith("study:") and WARM_START.fullmatch(name):
             problems += _check_study_path("warm_start=study", config.studies, name.split(":")[1])
     executor = config.executor
     expect(executor.name in EXECUTORS, "executor.name", executor.name, " or ".join(EXECUTORS))

@@ -321,9 +321,12 @@ def load(
     config = _config(folder)
     try:
         stored.refuse_adapters((path.name for path in folder.iterdir()), repr(str(folder)))
-        stored.weight_files(folder)
     except ModelError as error:
         raise CheckpointError(str(error)) from error
+    try:
+        stored.weight_files(folder)
+    except ModelError as error:
+        raise CheckpointError(f"{folder} is not a whole checkpoint: {error}") from error
     with reading(CheckpointError, f"{folder} is not a whole checkpoint"):
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             folder,

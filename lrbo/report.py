@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import pandas as pd
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.measure import Measurement
 from rich.padding import Padding
 from rich.table import Table
@@ -366,7 +365,7 @@ def _print_checkpoints(study: Study, report: _Report) -> None:
     table.columns[0].no_wrap, table.columns[0].overflow = False, "fold"
     for one in found:
         table.add_row(
-            escape(one["folder"]),
+            one["folder"],
             str(one["trial"]),
             _number(one["keep_ratio"], ".1%"),
             _perplexity(one["validation_perplexity"]),

@@ -22,7 +22,9 @@ def command(name: str, **values: Any) -> str:
     """
     line = [
         # A text that is typed so is quoted for Hydra by the command itself.
-        f"{key}={value}" if TYPED.fullmatch(str(value)) else assigned(key, value)
+        f"{key}={value}"
+        if isinstance(value, str) and TYPED.fullmatch(value)
+        else assigned(key, value)
         for key, value in values.items()
     ]
     return shlex.join(["lrbo", name, *line])

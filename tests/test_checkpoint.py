@@ -157,7 +157,9 @@ def test_without_lrbo_transformers_stops(storage: Any, tmp_path: Path) -> None:
 
 def test_a_dense_model_is_not_compressed_by_loading_it(tmp_path: Path) -> None:
     build("llama_tied").save_pretrained(tmp_path)
-    wanted = LowRankConfig(format=FORMAT, storage="pivoted", parameters=1)
+    wanted = LowRankConfig(
+        format=FORMAT, storage="pivoted", parameters=1, ranks={}, added_biases=[], provenance={}
+    )
     with pytest.raises(ValueError, match="lrbo does require the model to be pre-quantized"):
         opened(tmp_path, quantization_config=wanted)
 

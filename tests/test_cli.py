@@ -184,7 +184,7 @@ def test_report_answers_as_the_search_did(project: Path, searched: tuple[Path, R
     ran = lrbo_command("report", "study=tiny", "output=json")
     assert ran.status == 0, ran.err
     assert ran.json == searched[1].json
-    assert "Front" in ran.out
+    assert "Results" in ran.out
 
 
 def test_report_rebuilds_a_lost_mlflow_store(

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from lrbo import cli, config
 from lrbo.command_lines import typed
 from lrbo.errors import ConfigError
-from lrbo.overrides import spelled
+from lrbo.overrides import chosen_by, spelled
 from lrbo.shell import command, study_at
 
 
@@ -96,7 +96,8 @@ def test_any_text_comes_back_from_shell_and_grammar(text: str) -> None:
 def test_a_printed_command_is_composed_to_its_values() -> None:
     text = "it's ${x} 1e3\\"
     _, _, *line = shlex.split(command("search", study=text, **{"model.revision": "1e3"}))
-    found = config.flat(config.composed("search", line))
+    _, values = chosen_by("search", line)
+    found = config.flat(values)
     assert (found["study"], found["model.revision"]) == (text, "1e3")
 
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from lrbo import loading
+from lrbo.cache import seal
 from lrbo.errors import ConfigError, ModelError
 from lrbo.loading import (
     PACKAGED,
@@ -288,6 +289,7 @@ def test_an_unpacked_model_needs_its_package_no_more(
     folder = tmp_path / "models" / f"{name}-{version}"
     model = build("llama_tied")
     model.save_pretrained(folder)
+    seal(folder, "-".join(PACKAGED[name][:2]))
     source = ModelSource("packaged", name)
     assert missing_package(source) is None
     loaded = load_model(source, dtype=None, device=CPU)
@@ -360,6 +362,7 @@ def test_what_is_asked_of_the_hub_is_said_once(
     """A hub that does not answer is asked for a minute; a folder is never asked for."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     caplog.set_level("INFO", logger="lrbo")
+    loading._announce_hub.cache_clear()
     for path in ("no/such", "no/such", str(tmp_path)):
         for load in (load_tokenizer, load_skeleton):
             with pytest.raises(ModelError):

@@ -180,4 +180,4 @@ def test_a_folder_where_a_file_of_a_study_belongs_is_named(name: str) -> None:
     for command in (["report"], ["compress", "out=new"]):
         ran = lrbo_command(*command, "study=mine")
         assert ran.status == 2
-        assert f"studies/mine/{name}: is a directory" in " ".join(ran.err.split())
+        assert f"studies/mine/{name} cannot be read: Is a directory" in " ".join(ran.err.split())
