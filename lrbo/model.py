@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+from collections.abc import Mapping
 
 import torch
 from jaxtyping import Float
@@ -234,10 +235,45 @@ def fingerprint(model: PreTrainedModel, dtype: torch.dtype | None = None) -> str
     config = {k: v for k, v in model.config.to_dict().items() if k not in ignored}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, parameter in model.named_parameters():
-        flat = parameter.detach().reshape(-1)
-        count = min(flat.numel(), 4096)  # spread from the first value to the last
-        places = torch.arange(count, device=flat.device) * (flat.numel() - 1) // max(count - 1, 1)
-        sample = flat[places].to(dtype).float().cpu()
+        sample = _sample(parameter).to(dtype).float().cpu()
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
         digest.update(sample.numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def weight_samples(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Take the values that :func:`fingerprint` hashes of each parameter, on the CPU, by name."""
+    return {name: _sample(parameter).cpu() for name, parameter in model.named_parameters()}
+
+
+def first_other(samples: Mapping[str, Tensor], model: PreTrainedModel) -> str | None:
+    """Name the first parameter of a model that is not the one that samples were taken of.
+
+    Samples in another dtype are the same where rounding explains the difference.
+
+    Args:
+        samples: Of :func:`weight_samples`, of all parameters or some.
+        model: On any device but meta.
+    """
+    held = dict(model.named_parameters())
+    for name, sample in samples.items():
+        if name not in held:
+            return name
+        other = _sample(held[name]).cpu()
+        dtypes = {sample.dtype, other.dtype}
+        limits = [torch.finfo(dtype) for dtype in dtypes] if len(dtypes) > 1 else []
+        rounded = sum(limit.eps / 2 for limit in limits)
+        least = sum(limit.eps / 2 * limit.smallest_normal for limit in limits)
+        if sample.shape != other.shape or not torch.allclose(
+            sample.double(), other.double(), rtol=rounded, atol=least
+        ):
+            return name
+    return None
+
+
+def _sample(parameter: Tensor) -> Tensor:
+    """Take at most 4,096 values, spread from the first to the last."""
+    flat = parameter.detach().reshape(-1)
+    count = min(flat.numel(), 4096)
+    places = torch.arange(count, device=flat.device) * (flat.numel() - 1) // max(count - 1, 1)
+    return flat[places]

@@ -26,11 +26,13 @@ from lrbo.factorization.base import GRADIENT_STATISTICS, MATRICES, Factorization
 from lrbo.factorization.registry import method_named
 from lrbo.layers import LowRankLinear, PivotedLinear
 from lrbo.model import (
+    first_other,
     is_linear,
     linear_weight,
     map_model,
     not_finite,
     require_as_configured,
+    weight_samples,
 )
 from lrbo.nested import LowRankFactors
 from lrbo.optimization.base import least_loss, uniform_ratios
@@ -111,7 +113,9 @@ def calibrate(
             settings or CalibrationSettings(),
             _reporter(progress),
         )
-        return Calibration.gather(parts)
+        gathered = Calibration.gather(parts)
+    gathered.weights.update(weight_samples(model))
+    return gathered
 
 
 def factorize(
@@ -133,7 +137,8 @@ def factorize(
 
     Raises:
         ConfigError: If there is no method or storage of that name; lists the known ones.
-        ModelError: If the family of the model is unknown, or the model is compressed.
+        ModelError: If the family of the model is unknown, or the model is compressed, or is not
+            the one that was calibrated.
         StatisticsError: If the calibration lacks what the method needs, or a layer cannot be
             factored with it.
     """
@@ -149,12 +154,20 @@ def factorize(
     name = repr(method) if isinstance(method, str) else type(method).__name__ + "()"
     for spec in layers.compressible:
         _check_statistics(spec, known.of(spec), how, f"lrbo.calibrate(model, ids, {name})")
+    if other := first_other(known.weights, model):
+        raise ModelError(
+            f"{other} of this {type(model).__name__} is not that of the model that was calibrated, "
+            "expected the same weights: statistics of one model say nothing of another. Gather "
+            f"those of this one with lrbo.calibrate(model, ids, {name})"
+        )
     factors: dict[str, LowRankFactors] = {}
     for part in factors_by_block(model, layers, how, known, _reporter(progress)):
         factors |= part
     if idle := without_effect(layers, factors):
         warnings.warn(idle, NoEffectWarning, stacklevel=2)
-    return Factorization(layers, how, storage, factors)
+    names = {spec.name for spec in layers.compressible}
+    own = {n: v for n, v in weight_samples(model).items() if n.rpartition(".")[0] in names}
+    return Factorization(layers, how, storage, factors, own)
 
 
 def score(
@@ -192,12 +205,14 @@ class Factorization:
         method: How it was factored.
         storage: The form in which layers are stored, and that budgets count.
         factors: By layer name, float32 on the CPU; layers too small for any rank have none.
+        weights: Samples of the parameters that were factored, by name.
     """
 
     layers: ModelMap
     method: FactorizationMethod
     storage: Storage
     factors: Mapping[str, LowRankFactors]
+    weights: Mapping[str, Tensor]
 
     def __repr__(self) -> str:
         """Return what it is, without the numbers."""
@@ -367,6 +382,12 @@ class Factorization:
                     f"{name} is no dense layer of shape {shape} in this {type(model).__name__}; "
                     "give the dense model that was factored, and an allocation of the same"
                 )
+        if other := first_other(self.weights, model):
+            raise ModelError(
+                f"{other} of this {type(model).__name__} is not that of the model that was "
+                "factored, expected the same weights; give the dense model that was factored, or "
+                "factor this one with lrbo.factorize"
+            )
 
 
 def _method(method: Method) -> FactorizationMethod:

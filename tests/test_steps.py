@@ -19,7 +19,7 @@ from lrbo.errors import BudgetError, ConfigError, DataError, ModelError, Statist
 from lrbo.factorization.base import Statistic
 from lrbo.factorization.registry import METHODS
 from lrbo.loading import ModelSource, byte_tokenizer, load_model
-from lrbo.model import map_model
+from lrbo.model import first_other, map_model, weight_samples
 from lrbo.steps import Factorization, calibrate, factorize
 from tests.test_preparation import Said, prepared
 from tests.tiny import CASES, build, token_ids
@@ -192,6 +192,44 @@ def test_only_the_dense_model_that_was_factored_is_compressed(
     for again in (lambda: calibrate(model, IDS), lambda: factorize(model, None, "svd")):
         with pytest.raises(ModelError, match="is compressed already"):
             again()
+
+
+def changed(model: PreTrainedModel, name: str) -> PreTrainedModel:
+    with torch.no_grad():
+        model.get_parameter(name).mul_(1.01)
+    return model
+
+
+@pytest.mark.parametrize(
+    "name", ["model.layers.1.mlp.down_proj.weight", "model.embed_tokens.weight", "lm_head.weight"]
+)
+def test_the_calibration_of_other_weights_is_refused(name: str, calibration: Calibration) -> None:
+    with pytest.raises(ModelError, match=rf"^{name} of .*that was calibrated.*lrbo\.calibrate\("):
+        factorize(changed(tiny(), name), calibration, progress=False)
+
+
+def test_the_factors_of_other_weights_are_refused(factorization: Factorization) -> None:
+    name = "model.layers.1.mlp.down_proj.weight"
+    model, allocation = changed(tiny(), name), factorization.uniform(0.5)
+    before = lrbo.score(model, IDS)
+    for step in (factorization.compressed, factorization.compress_):
+        with pytest.raises(ModelError, match=rf"^{name} of .*that was factored"):
+            step(model, allocation)
+    assert lrbo.score(model, IDS) == before
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_are_the_same_in_another_dtype(dtype: torch.dtype) -> None:
+    """Also numbers below the least normal one, in either direction."""
+    model, rounded = tiny(), tiny()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e-5)
+        rounded.lm_head.weight.mul_(1e-5)
+    rounded.to(dtype)
+    assert first_other(weight_samples(model), rounded) is None
+    assert first_other(weight_samples(rounded), model) is None
+    changed(rounded, "model.norm.weight")
+    assert first_other(weight_samples(model), rounded) == "model.norm.weight"
 
 
 def test_what_a_notebook_shows_of_a_step_are_words(
