@@ -24,6 +24,7 @@ from lrbo.evaluation.perplexity import Perplexity
 from lrbo.evaluation.perplexity import score as score_checked
 from lrbo.factorization.base import GRADIENT_STATISTICS, MATRICES, FactorizationMethod, Statistic
 from lrbo.factorization.registry import method_named
+from lrbo.families import family_of
 from lrbo.layers import LowRankLinear, PivotedLinear
 from lrbo.model import (
     first_other,
@@ -32,6 +33,9 @@ from lrbo.model import (
     map_model,
     not_finite,
     require_as_configured,
+    require_head,
+    require_in_memory,
+    require_stored_weights,
     weight_samples,
 )
 from lrbo.nested import LowRankFactors
@@ -187,10 +191,14 @@ def score(
 
     Raises:
         DataError: If the ids are no windows of tokens of this model.
-        ModelError: If it is no model of transformers.
+        ModelError: If it is no causal language model of a family in :mod:`lrbo.families`, or is
+            not in memory.
         NonFiniteError: With the count, if a token's loss is not finite.
     """
     _check_model(model)
+    family_of(model.config.model_type)
+    require_head(model)
+    require_in_memory(model)
     _check_ids(ids, model, least=2)
     with _as_evaluated(model):
         return score_checked(model, ids, batch_windows=batch_windows, chunk_tokens=chunk_tokens)
@@ -461,6 +469,7 @@ def _mapped(model: PreTrainedModel) -> ModelMap:
             f"this {type(model).__name__} is compressed already; only a dense model can be: give "
             "the one that it was made from."
         )
+    require_stored_weights(model)
     layers = map_model(model)
     require_as_configured(model)
     if problem := not_finite(model):
