@@ -42,7 +42,7 @@ from lrbo.errors import CheckpointError, ModelError, reading
 from lrbo.layers import LowRankLinear, PivotedLinear
 from lrbo.lazy import LazyModel
 from lrbo.loading import resolve_device
-from lrbo.model import is_tied, linear_bias, map_model
+from lrbo.model import is_tied, linear_bias, map_model, not_finite
 from lrbo.nested import NestedFactors
 from lrbo.parsing import ContentError, parse_json
 from lrbo.storage import new_folder
@@ -313,8 +313,8 @@ def load(
     Raises:
         ConfigError: If there is no such device here.
         CheckpointError: If a file is missing, of another format, lies elsewhere, or does not hold
-            exactly the tensors and the number of parameters that it states, or an adapter lies
-            beside.
+            exactly the tensors and the number of parameters that it states, a number is not
+            finite, or an adapter lies beside.
     """
     folder = Path(folder)
     place = resolve_device(str(device), "device")
@@ -334,6 +334,12 @@ def load(
             dtype=dtype or "auto",
             use_safetensors=True,
             trust_remote_code=False,
+        )
+    if problem := not_finite(model):
+        narrow = "Take bfloat16 or float32, or if" if model.dtype == torch.float16 else "If"
+        raise CheckpointError(
+            f"{folder} in {str(model.dtype).removeprefix('torch.')}: {problem} {narrow} the file "
+            "is damaged, copy it again."
         )
     return model.to(device=place).eval().requires_grad_(False)
 

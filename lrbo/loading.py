@@ -324,6 +324,12 @@ def _stored_skeleton(folder: Path, config: PretrainedConfig, named: str) -> PreT
     tensors, integers, files = dict[str, Tensor](), set[str](), dict[str, Path]()
     for file in weight_files(folder, getattr(config, "transformers_weights", None)):
         inside, whole_numbers = tensors_in(file)
+        if twice := sorted(inside.keys() & files.keys()):
+            raise ModelError(
+                f"model {named} holds {twice[0]} twice, in {files[twice[0]].name} and in "
+                f"{file.name}, expected it once: which of them would be read is not said. Copy it "
+                "whole."
+            )
         tensors |= inside
         integers |= whole_numbers
         files |= dict.fromkeys(inside, file)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from lrbo.calibration.corpus import Role, TokenWindows
 from lrbo.checkpoint import count_parameters
@@ -19,7 +23,11 @@ from lrbo.layers import LowRankLinear, PivotedLinear
 from lrbo.model import is_linear, is_tied, is_transposed, linear_bias
 
 # The switches of a configuration that give layers a bias, and the layers that they give it to.
-SWITCHES = {"attention_bias": ".self_attn.", "mlp_bias": ".mlp."}
+SWITCHES = {
+    "attention_bias": (".self_attn.", ".attention."),
+    "mlp_bias": (".mlp.",),
+    "enable_bias": (".self_attn.", ".fc1", ".fc2"),
+}
 
 
 def save_merged(
@@ -32,8 +40,8 @@ def save_merged(
     """Write dense weights that any loader opens; nothing is saved that way.
 
     Each low-rank layer is multiplied out in float64. A bias that the method added needs a place:
-    the configuration's ``attention_bias`` or ``mlp_bias`` is switched on where it is missing and
-    the family has it, and every other layer that gets a bias that way starts from zero.
+    the configuration's switch for it, such as ``attention_bias``, is turned on where the family
+    has one, and every other layer that gets a bias that way starts from zero.
 
     Args:
         folder: Must not exist.
@@ -56,18 +64,8 @@ def save_merged(
         for name, module in model.named_modules()
         if isinstance(module, LowRankLinear | PivotedLinear)
     }
-    merged = _empty(model, values)
-    homeless = _without_place(merged, low_rank)
-    asked = {key: True for key, part in SWITCHES.items() if any(part in name for name in homeless)}
-    if added := {key: True for key in asked if key in values}:
-        merged = _empty(model, values | added)
-        homeless = _without_place(merged, low_rank)
-    if homeless:
-        raise CheckpointError(
-            f"{type(model).__name__} has no place for the bias of {len(homeless)} layers "
-            f"({homeless[0]} first), which the method added; use format=lrbo, or a method "
-            "without bias."
-        )
+    biased = [name for name, layer in low_rank.items() if linear_bias(layer) is not None]
+    merged = with_biases(type(model.config).from_dict(values), biased)
     tensors = {
         name: tensor
         for name, tensor in model.named_parameters()
@@ -97,19 +95,43 @@ def save_merged(
     return in_file
 
 
-def _empty(model: PreTrainedModel, values: Mapping[str, Any]) -> PreTrainedModel:
+def with_biases(config: PretrainedConfig, biased: Collection[str]) -> PreTrainedModel:
+    """Build the dense model of a configuration without its numbers, with a place for biases.
+
+    Args:
+        config: Of the dense model; unchanged.
+        biased: Names of the layers that are to have a bias.
+
+    Raises:
+        CheckpointError: If the architecture has no place for one of them.
+    """
+    merged = _empty(config)
+    homeless = _without_place(merged, biased)
+    values = config.to_dict()
+    added = {
+        key: True
+        for key, parts in SWITCHES.items()
+        if key in values and any(part in name for name in homeless for part in parts)
+    }
+    if added:
+        merged = _empty(type(config).from_dict(values | added))
+        homeless = _without_place(merged, biased)
+    if homeless:
+        raise CheckpointError(
+            f"{type(merged).__name__} has no place for the bias of {len(homeless)} layers "
+            f"({homeless[0]} first), which the method added; use format=lrbo, or a method "
+            "without bias."
+        )
+    return merged
+
+
+def _empty(config: PretrainedConfig) -> PreTrainedModel:
     """Return the dense model of a configuration without its numbers."""
     with init_empty_weights(include_buffers=False):
-        dense: PreTrainedModel = AutoModelForCausalLM.from_config(
-            type(model.config).from_dict(dict(values))
-        )
+        dense: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(config))
     return dense
 
 
-def _without_place(merged: PreTrainedModel, layers: Mapping[str, nn.Module]) -> list[str]:
+def _without_place(merged: PreTrainedModel, biased: Collection[str]) -> list[str]:
     """Return the layers whose bias has no place in the dense model."""
-    return [
-        name
-        for name, layer in layers.items()
-        if linear_bias(layer) is not None and linear_bias(merged.get_submodule(name)) is None
-    ]
+    return [name for name in biased if linear_bias(merged.get_submodule(name)) is None]

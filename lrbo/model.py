@@ -5,16 +5,27 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+from collections.abc import Mapping
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lrbo.errors import ModelError
+from lrbo.errors import ModelError, reading
 from lrbo.families import family_of
 from lrbo.specs import LayerSpec, ModelMap
+
+LINEAR_HEAD = (
+    "expected a linear one, as causal language models have it; load it with "
+    "AutoModelForCausalLM, without adapters."
+)
+PLAIN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+# Tensors beside a computed one, by the end of their name, and what makes it a parameter again.
+COMPUTED = {"_mask": "prune.remove", "_u": "remove_spectral_norm", "_g": "remove_weight_norm"}
 
 
 def map_model(model: PreTrainedModel) -> ModelMap:
@@ -35,7 +46,11 @@ def map_model(model: PreTrainedModel) -> ModelMap:
             f"{type(model).__name__} has no blocks at {family.blocks!r}, where models of type "
             f"{model.config.model_type!r} keep them."
         ) from error
-    assert isinstance(blocks, nn.ModuleList)
+    if not isinstance(blocks, nn.ModuleList):
+        raise ModelError(
+            f"{type(model).__name__} has a {type(blocks).__name__} at {family.blocks!r}, expected "
+            "a ModuleList of blocks, as transformers makes it; load the model anew."
+        )
     layers: list[LayerSpec] = []
     for index, block in enumerate(blocks):
         prefix = f"{family.blocks}.{index}"
@@ -59,24 +74,34 @@ def map_model(model: PreTrainedModel) -> ModelMap:
                 _spec(found[path], f"{prefix}.{path}", family.kinds[path], index, site[0], prefix)
                 for path in site
             )
-    head = model.get_output_embeddings()
-    if head is None or not is_linear(head):
+    head = require_head(model)
+    if not is_linear(head):
         raise ModelError(
-            f"{type(model).__name__} has "
-            + ("no head" if head is None else f"a head of type {type(head).__name__}")
-            + ", expected a linear one, as causal language models have it; load it with "
-            "AutoModelForCausalLM, without adapters."
+            f"{type(model).__name__} has a head of type {type(head).__name__}, {LINEAR_HEAD}"
         )
     layers.append(_head_spec(model, head))
     return ModelMap(tuple(layers), sum(p.numel() for p in model.parameters()), len(blocks))
 
 
+def require_head(model: PreTrainedModel) -> nn.Module:
+    """Take the head of a model, or refuse a body without one and a classifier.
+
+    Raises:
+        ModelError: If there is none.
+    """
+    head: nn.Module | None = model.get_output_embeddings()
+    if head is None:
+        raise ModelError(f"{type(model).__name__} has no head, {LINEAR_HEAD}")
+    return head
+
+
 def is_linear(module: nn.Module) -> bool:
-    """Return whether ``module`` is exactly ``nn.Linear`` or GPT-2's ``Conv1D``.
+    """Return whether ``module`` is exactly ``nn.Linear`` or GPT-2's ``Conv1D``, with its weight.
 
     Subclasses are refused: quantized and adapted layers do not hold a plain weight.
     """
-    return type(module) in (nn.Linear, Conv1D)
+    plain = type(module) in (nn.Linear, Conv1D)
+    return plain and isinstance(module.weight, nn.Parameter)
 
 
 def linear_weight(module: nn.Module) -> Float[Tensor, "out in"]:
@@ -181,7 +206,11 @@ def require_as_configured(model: PreTrainedModel) -> None:
     """
     config = copy.deepcopy(model.config)
     config.tie_word_embeddings = is_tied(model)
-    with torch.device("meta"):
+    what = (
+        f"this {type(model).__name__} cannot be made anew of its configuration, as a checkpoint "
+        "is opened; correct model.config, or give a model of a class of transformers"
+    )
+    with torch.device("meta"), reading(ModelError, what):
         described = {name: p.shape for name, p in type(model)(config).named_parameters()}
     held = dict(model.named_parameters())
     missing, strange = sorted(described.keys() - held), sorted(held.keys() - described)
@@ -193,11 +222,58 @@ def require_as_configured(model: PreTrainedModel) -> None:
             f"{_first(other)}. Merge adapters with merge_and_unload() first; else save and "
             "load it, or correct model.config."
         )
-    if empty := [name for name, parameter in held.items() if parameter.is_meta]:
+    if odd := [name for name, p in held.items() if p.dtype not in PLAIN_DTYPES]:
+        raise ModelError(
+            f"{len(odd)} parameters of this {type(model).__name__} are not plain numbers ({odd[0]} "
+            f"is {held[odd[0]].dtype}), expected float32, bfloat16 or float16; load it without "
+            "quantization."
+        )
+    require_in_memory(model)
+
+
+def require_in_memory(model: PreTrainedModel) -> None:
+    """Refuse a model of which parameters are on the meta device.
+
+    Raises:
+        ModelError: Naming the first of them.
+    """
+    if empty := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
         raise ModelError(
             f"{len(empty)} parameters of this {type(model).__name__} are not in memory "
             f"({empty[0]} first), expected all; load it without a device_map that offloads."
         )
+
+
+def require_stored_weights(model: PreTrainedModel) -> None:
+    """Refuse tensors that are computed from others before each pass: masks of pruning, and norms.
+
+    Raises:
+        ModelError: Naming the first of them, and what makes it a plain weight.
+    """
+    for layer, module in model.named_modules():
+        if computed := _computed(module):
+            name, mend = computed
+            raise ModelError(
+                f"{layer}.{name} of this {type(model).__name__} is computed before each pass, by "
+                "pruning or a normalization of weights, expected a parameter; make it one with "
+                f"{mend}(model.get_submodule({layer!r}), {name!r})."
+            )
+
+
+def _computed(module: nn.Module) -> tuple[str, str] | None:
+    """Name the first tensor of a module that is computed from others, and the call that ends it."""
+    if parametrize.is_parametrized(module):
+        # Of tensors without gradients, torch would make no parameter.
+        frozen = not any(parameter.requires_grad for parameter in module.parameters())
+        first = "model.requires_grad_(True); " if frozen else ""
+        name = next(n for n, _ in module.get_submodule("parametrizations").named_children())
+        return name, f"{first}torch.nn.utils.parametrize.remove_parametrizations"
+    held = module._parameters.keys() | module._buffers.keys()
+    for name in [name for name, value in vars(module).items() if isinstance(value, Tensor)]:
+        for end, mend in COMPUTED.items():
+            if f"{name}{end}" in held:
+                return name, f"torch.nn.utils.{mend}"
+    return None
 
 
 def _first(names: list[str]) -> str:
@@ -213,9 +289,7 @@ def body_and_head(model: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
         The body, whose output has ``last_hidden_state``, and the head, so that
         ``head(body(x).last_hidden_state)`` are the logits (a test holds this per family).
     """
-    head = model.get_output_embeddings()
-    assert head is not None
-    return model.base_model, head
+    return model.base_model, require_head(model)
 
 
 def fingerprint(model: PreTrainedModel, dtype: torch.dtype | None = None) -> str:
@@ -234,10 +308,45 @@ def fingerprint(model: PreTrainedModel, dtype: torch.dtype | None = None) -> str
     config = {k: v for k, v in model.config.to_dict().items() if k not in ignored}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, parameter in model.named_parameters():
-        flat = parameter.detach().reshape(-1)
-        count = min(flat.numel(), 4096)  # spread from the first value to the last
-        places = torch.arange(count, device=flat.device) * (flat.numel() - 1) // max(count - 1, 1)
-        sample = flat[places].to(dtype).float().cpu()
+        sample = _sample(parameter).to(dtype).float().cpu()
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
         digest.update(sample.numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def weight_samples(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Take the values that :func:`fingerprint` hashes of each parameter, on the CPU, by name."""
+    return {name: _sample(parameter).cpu() for name, parameter in model.named_parameters()}
+
+
+def first_other(samples: Mapping[str, Tensor], model: PreTrainedModel) -> str | None:
+    """Name the first parameter of a model that is not the one that samples were taken of.
+
+    Samples in another dtype are the same where rounding explains the difference.
+
+    Args:
+        samples: Of :func:`weight_samples`, of all parameters or some.
+        model: On any device but meta.
+    """
+    held = dict(model.named_parameters())
+    for name, sample in samples.items():
+        if name not in held:
+            return name
+        other = _sample(held[name]).cpu()
+        dtypes = {sample.dtype, other.dtype}
+        limits = [torch.finfo(dtype) for dtype in dtypes] if len(dtypes) > 1 else []
+        rounded = sum(limit.eps / 2 for limit in limits)
+        least = sum(limit.eps / 2 * limit.smallest_normal for limit in limits)
+        if sample.shape != other.shape or not torch.allclose(
+            sample.double(), other.double(), rtol=rounded, atol=least
+        ):
+            return name
+    return None
+
+
+def _sample(parameter: Tensor) -> Tensor:
+    """Take at most 4,096 values, spread from the first to the last."""
+    flat = parameter.detach().reshape(-1)
+    count = min(flat.numel(), 4096)
+    places = torch.arange(count, device=flat.device) * (flat.numel() - 1) // max(count - 1, 1)
+    return flat[places]

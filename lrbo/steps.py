@@ -24,13 +24,19 @@ from lrbo.evaluation.perplexity import Perplexity
 from lrbo.evaluation.perplexity import score as score_checked
 from lrbo.factorization.base import GRADIENT_STATISTICS, MATRICES, FactorizationMethod, Statistic
 from lrbo.factorization.registry import method_named
+from lrbo.families import family_of
 from lrbo.layers import LowRankLinear, PivotedLinear
 from lrbo.model import (
+    first_other,
     is_linear,
     linear_weight,
     map_model,
     not_finite,
     require_as_configured,
+    require_head,
+    require_in_memory,
+    require_stored_weights,
+    weight_samples,
 )
 from lrbo.nested import LowRankFactors
 from lrbo.optimization.base import least_loss, uniform_ratios
@@ -111,7 +117,9 @@ def calibrate(
             settings or CalibrationSettings(),
             _reporter(progress),
         )
-        return Calibration.gather(parts)
+        gathered = Calibration.gather(parts)
+    gathered.weights.update(weight_samples(model))
+    return gathered
 
 
 def factorize(
@@ -133,7 +141,8 @@ def factorize(
 
     Raises:
         ConfigError: If there is no method or storage of that name; lists the known ones.
-        ModelError: If the family of the model is unknown, or the model is compressed.
+        ModelError: If the family of the model is unknown, or the model is compressed, or is not
+            the one that was calibrated.
         StatisticsError: If the calibration lacks what the method needs, or a layer cannot be
             factored with it.
     """
@@ -149,12 +158,20 @@ def factorize(
     name = repr(method) if isinstance(method, str) else type(method).__name__ + "()"
     for spec in layers.compressible:
         _check_statistics(spec, known.of(spec), how, f"lrbo.calibrate(model, ids, {name})")
+    if other := first_other(known.weights, model):
+        raise ModelError(
+            f"{other} of this {type(model).__name__} is not that of the model that was calibrated, "
+            "expected the same weights: statistics of one model say nothing of another. Gather "
+            f"those of this one with lrbo.calibrate(model, ids, {name})"
+        )
     factors: dict[str, LowRankFactors] = {}
     for part in factors_by_block(model, layers, how, known, _reporter(progress)):
         factors |= part
     if idle := without_effect(layers, factors):
         warnings.warn(idle, NoEffectWarning, stacklevel=2)
-    return Factorization(layers, how, storage, factors)
+    names = {spec.name for spec in layers.compressible}
+    own = {n: v for n, v in weight_samples(model).items() if n.rpartition(".")[0] in names}
+    return Factorization(layers, how, storage, factors, own)
 
 
 def score(
@@ -174,10 +191,14 @@ def score(
 
     Raises:
         DataError: If the ids are no windows of tokens of this model.
-        ModelError: If it is no model of transformers.
+        ModelError: If it is no causal language model of a family in :mod:`lrbo.families`, or is
+            not in memory.
         NonFiniteError: With the count, if a token's loss is not finite.
     """
     _check_model(model)
+    family_of(model.config.model_type)
+    require_head(model)
+    require_in_memory(model)
     _check_ids(ids, model, least=2)
     with _as_evaluated(model):
         return score_checked(model, ids, batch_windows=batch_windows, chunk_tokens=chunk_tokens)
@@ -192,12 +213,14 @@ class Factorization:
         method: How it was factored.
         storage: The form in which layers are stored, and that budgets count.
         factors: By layer name, float32 on the CPU; layers too small for any rank have none.
+        weights: Samples of the parameters that were factored, by name.
     """
 
     layers: ModelMap
     method: FactorizationMethod
     storage: Storage
     factors: Mapping[str, LowRankFactors]
+    weights: Mapping[str, Tensor]
 
     def __repr__(self) -> str:
         """Return what it is, without the numbers."""
@@ -367,6 +390,12 @@ class Factorization:
                     f"{name} is no dense layer of shape {shape} in this {type(model).__name__}; "
                     "give the dense model that was factored, and an allocation of the same"
                 )
+        if other := first_other(self.weights, model):
+            raise ModelError(
+                f"{other} of this {type(model).__name__} is not that of the model that was "
+                "factored, expected the same weights; give the dense model that was factored, or "
+                "factor this one with lrbo.factorize"
+            )
 
 
 def _method(method: Method) -> FactorizationMethod:
@@ -440,6 +469,7 @@ def _mapped(model: PreTrainedModel) -> ModelMap:
             f"this {type(model).__name__} is compressed already; only a dense model can be: give "
             "the one that it was made from."
         )
+    require_stored_weights(model)
     layers = map_model(model)
     require_as_configured(model)
     if problem := not_finite(model):

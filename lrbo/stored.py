@@ -95,10 +95,10 @@ def tensors_in(file: Path) -> tuple[dict[str, Tensor], set[str]]:
     """Return the tensors of a file on the meta device, and the names of those that are integers.
 
     Of a safetensors file the header is read. A pickle is opened as transformers does it, where
-    only tensors can come out.
+    only tensors and values that run nothing can come out.
 
     Raises:
-        ModelError: If it is damaged.
+        ModelError: If it is damaged, or holds something else than tensors by name.
     """
     if file.suffix != ".safetensors":
         tensors = _unpickled(file)
@@ -133,11 +133,28 @@ def read_tensor(file: Path, key: str) -> Tensor:
 
 
 def _unpickled(file: Path) -> dict[str, Tensor]:
-    """Return the tensors of a file of ``torch.save``, mapped into memory where that can be."""
+    """Return the tensors of a file of ``torch.save``, mapped into memory where that can be.
+
+    Raises:
+        ModelError: If it is damaged, or holds something else than tensors by name.
+    """
     with reading(ModelError, f"cannot read {file}"):
-        return dict(
-            torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+        held = torch.load(
+            file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)
         )
+    if not isinstance(held, Mapping):
+        raise ModelError(
+            f"{file} holds a value of type {type(held).__name__}, expected tensors by name; "
+            "write it with model.save_pretrained."
+        )
+    for name, value in held.items():
+        if not (isinstance(name, str) and isinstance(value, Tensor)):
+            raise ModelError(
+                f"{file} holds {name!r} of type {type(value).__name__}, expected tensors by name, "
+                "as model.state_dict() has them; load them into the model in your program, and "
+                "write it with model.save_pretrained."
+            )
+    return dict(held)
 
 
 def stored_names(model: PreTrainedModel, name: str, stored: Container[str]) -> list[str]:

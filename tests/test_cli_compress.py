@@ -11,10 +11,11 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
+from transformers import MistralConfig, MistralForCausalLM
 
 import lrbo
 from lrbo.calibration.corpus import documents, load_windows
-from lrbo.loading import tiny_model
+from lrbo.loading import byte_tokenizer, tiny_model
 from lrbo.optimization.study import Study
 from lrbo.texts import tokens_file
 from tests.commands import TINY, Ran, lrbo_command, project, searched
@@ -244,6 +245,30 @@ def test_a_latency_that_was_not_measured_is_said(project: Path) -> None:
     ran = lrbo_command("compress", "study=tiny", "point=prefill_latency_ratio=0.9", "out=none")
     assert ran.status == 2
     assert "prefill_latency_ratio was not measured" in ran.err
+
+
+def test_merged_biases_without_a_place_are_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    values = {
+        k: v for k, v in tiny_model().config.to_dict().items() if k in MistralConfig().to_dict()
+    }
+    del values["model_type"], values["architectures"]
+    MistralForCausalLM(MistralConfig(**values)).save_pretrained("dense")
+    byte_tokenizer().save_pretrained("dense")
+    line = (
+        "search", "experiment=tiny", "model=hf", "model.path=dense", "method=bolaco", "study=dense",
+        "search.trials=3", "search.initial=3", "model.dtype=float32",
+    )  # fmt: skip
+    ran = lrbo_command(*line)
+    assert ran.status == 0, ran.err
+    ran = lrbo_command("compress", "study=dense", "format=merged", "out=merged")
+    assert ran.status == 2
+    assert "MistralForCausalLM has no place for the bias of" in ran.err
+    assert "Pivoting" not in ran.err
+    assert "Largest coefficient" not in ran.err
+    assert not Path("merged").exists()
 
 
 def test_merged_weights_open_with_any_loader(project: Path) -> None:

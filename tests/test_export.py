@@ -328,6 +328,22 @@ def test_an_added_bias_finds_its_place_or_is_refused(case: str, tmp_path: Path) 
         assert files(tmp_path) == {}
 
 
+@pytest.mark.parametrize(
+    ("case", "switch"), [("gpt_neox", "attention_bias"), ("opt", "enable_bias")]
+)
+def test_a_switch_of_the_family_gives_added_biases_their_place(
+    case: str, switch: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = {**CASES[case].to_dict(), switch: False}
+    monkeypatch.setitem(CASES, case, type(CASES[case])(**values))
+    compressed = Compressed(case, moving_bias=True)
+    save_merged(tmp_path / "merged", compressed.model, TOKENIZER)
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    assert getattr(opened.config, switch)
+    assert not getattr(compressed.model.config, switch)
+    assert relative(logits(opened), logits(compressed.model)) <= TOLERANCE["merged"]
+
+
 def test_a_bias_of_some_layers_gives_the_others_none(tmp_path: Path) -> None:
     values = {**CASES["llama_biased"].to_dict(), "mlp_bias": False}
     model = LlamaForCausalLM(LlamaConfig(**values)).eval()

@@ -52,6 +52,24 @@ def test_a_damaged_file_is_refused_by_name(checkpoint: Path, name: str, damage: 
     assert name in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["model.norm.weight", f"{LAYER}.rows.weight"])
+def test_weights_that_are_not_finite_are_refused(checkpoint: Path, name: str) -> None:
+    tensors = load_file(checkpoint / WEIGHTS)
+    tensors[name].view(-1)[2] = float("nan")
+    save_file(tensors, checkpoint / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=rf"in float32: 1 of .*{name} are not .*copy it aga"):
+        load(checkpoint)
+
+
+def test_weights_that_only_a_dtype_cannot_hold_are_said_with_one_that_can(checkpoint: Path) -> None:
+    tensors = load_file(checkpoint / WEIGHTS)
+    tensors["model.norm.weight"][2] = 1e6
+    save_file(tensors, checkpoint / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"in float16: 1 of .* Take bfloat16 or float32"):
+        load(checkpoint, dtype=torch.float16)
+    assert load(checkpoint, dtype=torch.bfloat16)
+
+
 @pytest.mark.parametrize("text", ["[]", "3", '"text"', "null"])
 def test_json_of_another_kind_is_refused(checkpoint: Path, text: str) -> None:
     (checkpoint / CONFIG).write_text(text, encoding="utf-8")

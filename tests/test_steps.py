@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn import utils
+from torch.nn.utils import prune
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -19,7 +21,7 @@ from lrbo.errors import BudgetError, ConfigError, DataError, ModelError, Statist
 from lrbo.factorization.base import Statistic
 from lrbo.factorization.registry import METHODS
 from lrbo.loading import ModelSource, byte_tokenizer, load_model
-from lrbo.model import map_model
+from lrbo.model import first_other, map_model, weight_samples
 from lrbo.steps import Factorization, calibrate, factorize
 from tests.test_preparation import Said, prepared
 from tests.tiny import CASES, build, token_ids
@@ -194,6 +196,44 @@ def test_only_the_dense_model_that_was_factored_is_compressed(
             again()
 
 
+def changed(model: PreTrainedModel, name: str) -> PreTrainedModel:
+    with torch.no_grad():
+        model.get_parameter(name).mul_(1.01)
+    return model
+
+
+@pytest.mark.parametrize(
+    "name", ["model.layers.1.mlp.down_proj.weight", "model.embed_tokens.weight", "lm_head.weight"]
+)
+def test_the_calibration_of_other_weights_is_refused(name: str, calibration: Calibration) -> None:
+    with pytest.raises(ModelError, match=rf"^{name} of .*that was calibrated.*lrbo\.calibrate\("):
+        factorize(changed(tiny(), name), calibration, progress=False)
+
+
+def test_the_factors_of_other_weights_are_refused(factorization: Factorization) -> None:
+    name = "model.layers.1.mlp.down_proj.weight"
+    model, allocation = changed(tiny(), name), factorization.uniform(0.5)
+    before = lrbo.score(model, IDS)
+    for step in (factorization.compressed, factorization.compress_):
+        with pytest.raises(ModelError, match=rf"^{name} of .*that was factored"):
+            step(model, allocation)
+    assert lrbo.score(model, IDS) == before
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_are_the_same_in_another_dtype(dtype: torch.dtype) -> None:
+    """Also numbers below the least normal one, in either direction."""
+    model, rounded = tiny(), tiny()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e-5)
+        rounded.lm_head.weight.mul_(1e-5)
+    rounded.to(dtype)
+    assert first_other(weight_samples(model), rounded) is None
+    assert first_other(weight_samples(rounded), model) is None
+    changed(rounded, "model.norm.weight")
+    assert first_other(weight_samples(model), rounded) == "model.norm.weight"
+
+
 def test_what_a_notebook_shows_of_a_step_are_words(
     calibration: Calibration, factorization: Factorization
 ) -> None:
@@ -313,6 +353,35 @@ def offloaded(model: LlamaForCausalLM, _: Any) -> PreTrainedModel:
     return model
 
 
+def in_sequence(model: LlamaForCausalLM, _: Any) -> PreTrainedModel:
+    model.model.layers = torch.nn.Sequential(*model.model.layers)
+    return model
+
+
+def of_another_activation(model: LlamaForCausalLM, _: Any) -> PreTrainedModel:
+    model.config.hidden_act = "nope"
+    return model
+
+
+def of_another_class(model: LlamaForCausalLM, _: Any) -> PreTrainedModel:
+    class Own(LlamaForCausalLM):
+        def __init__(self, config: LlamaConfig, extra: int) -> None:
+            super().__init__(config)
+
+    return Own(model.config, 3)
+
+
+def quantized(model: LlamaForCausalLM, _: Any) -> PreTrainedModel:
+    weight = model.model.layers[0].mlp.up_proj.weight
+    weight.data = weight.data.to(torch.float8_e4m3fn)
+    return model
+
+
+def without_weight(model: LlamaForCausalLM, _: Any) -> PreTrainedModel:
+    model.model.layers[0].mlp.up_proj.weight = None
+    return model
+
+
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft asks it
 @pytest.mark.parametrize(
     ("change", "message"),
@@ -324,6 +393,11 @@ def offloaded(model: LlamaForCausalLM, _: Any) -> PreTrainedModel:
         (headless, "LlamaForSequenceClassification has no head"),
         (damaged, r"1 of 32 numbers of model\.norm\.weight are not finite"),
         (offloaded, r"1 parameters of .* are not in memory \(model\.norm\.weight first\)"),
+        (in_sequence, r"has a Sequential at 'model\.layers', expected a ModuleList"),
+        (of_another_activation, r"configuration, .*correct model\.config.*KeyError: 'nope'"),
+        (of_another_class, r"Own cannot be made anew of its configuration.*argument: 'extra'"),
+        (quantized, r"1 parameters .*layers\.0\.mlp\.up_proj\.weight is torch\.float8_e4m3fn\)"),
+        (without_weight, r"missing \['mlp\.up_proj'\]"),
     ],
 )
 def test_a_model_that_could_not_be_written_is_refused_before_any_work(
@@ -344,6 +418,46 @@ def test_a_model_of_peft_is_told_from_others() -> None:
         steps._check_model(peft.get_peft_model(tiny(), wanted))
     with pytest.raises(ModelError, match=r"of type Linear.*lrbo\.load give$"):
         steps._check_model(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
+@pytest.mark.parametrize("layer", ["model.layers.1.mlp.up_proj", "lm_head", "model.embed_tokens"])
+@pytest.mark.parametrize(
+    ("compute", "mend"),
+    [
+        (lambda module: prune.l1_unstructured(module, "weight", amount=0.3), "prune.remove"),
+        (utils.weight_norm, "remove_weight_norm"),
+        (utils.spectral_norm, "remove_spectral_norm"),
+        (utils.parametrizations.weight_norm, "parametrize.remove_parametrizations"),
+        (utils.parametrizations.orthogonal, "parametrize.remove_parametrizations"),
+    ],
+)
+def test_weights_that_are_computed_are_refused_with_what_makes_them_plain(
+    compute: Any, mend: str, layer: str
+) -> None:
+    """The call that the message names is made, and the model is then taken."""
+    model = tiny()
+    compute(model.get_submodule(layer))
+    for step in (lambda: calibrate(model, IDS), lambda: factorize(model, method="svd")):
+        with pytest.raises(ModelError, match=rf"^{layer}\.weight of .* by pruning") as caught:
+            step()
+    call = str(caught.value).rpartition("make it one with ")[2].removesuffix(".")
+    assert f"torch.nn.utils.{mend}(" in call
+    exec(call, {"torch": torch, "model": model})
+    assert factorize(model, method="svd", progress=False).factors
+
+
+def test_what_is_no_causal_language_model_in_memory_is_not_scored() -> None:
+    model = tiny()
+    for other in (model.model, LlamaForSequenceClassification(model.config)):
+        with pytest.raises(ModelError, match=rf"{type(other).__name__} has no head, expected"):
+            lrbo.score(other, IDS)
+    with pytest.raises(ModelError, match=r"are not in memory \(model\.norm\.weight first\)"):
+        lrbo.score(offloaded(tiny(), None), IDS)
+    other = build("gpt2")
+    other.config.model_type = "gemma2"  # whose logits are not what its head gives
+    with pytest.raises(ModelError, match="'gemma2' is not mapped"):
+        lrbo.score(other, IDS)
 
 
 @pytest.mark.parametrize("tied", [True, False])

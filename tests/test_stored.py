@@ -233,6 +233,51 @@ def test_constants_of_old_checkpoints_are_no_weights(case: str, name: str, tmp_p
         assert load(tmp_path)
 
 
+@every_loader
+@pytest.mark.parametrize(
+    ("wrap", "message"),
+    [
+        (lambda tensors: {"state_dict": tensors}, "holds 'state_dict' of type dict"),
+        (lambda tensors: {**tensors, "rng": [torch.ones(2)]}, "holds 'rng' of type list"),
+        (lambda tensors: {**tensors, "step": 3}, "holds 'step' of type int"),
+        (lambda tensors: {0: next(iter(tensors.values()))}, "holds 0 of type Tensor"),
+        (lambda tensors: list(tensors.values()), "holds a value of type list"),
+    ],
+)
+def test_a_pickle_of_something_else_than_tensors_by_name_is_refused(
+    load: Callable[[Path], object], wrap: Any, message: str, tmp_path: Path
+) -> None:
+    build("llama_tied").save_pretrained(tmp_path)
+    change(tmp_path, lambda t: None, pickled=True)
+    file = tmp_path / "pytorch_model.bin"
+    torch.save(wrap(torch.load(file)), file)
+    with pytest.raises(ModelError, match=rf"pytorch_model\.bin {message}.*save_pretrained"):
+        load(tmp_path)
+
+
+@every_loader
+def test_a_tensor_that_two_shards_hold_is_refused(
+    load: Callable[[Path], object], tmp_path: Path
+) -> None:
+    """Although the index names one of them: transformers reads all of each file."""
+    build("llama_untied").save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / SINGLE)
+    (tmp_path / SINGLE).unlink()
+    one, two = "model-1-of-2.safetensors", "model-2-of-2.safetensors"
+    last = tensors.pop("model.norm.weight")
+    head = torch.zeros_like(tensors["lm_head.weight"])
+    save_file(tensors, tmp_path / one, metadata={"format": "pt"})
+    save_file(
+        {"model.norm.weight": last, "lm_head.weight": head},
+        tmp_path / two,
+        metadata={"format": "pt"},
+    )
+    where = dict.fromkeys(tensors, one) | {"model.norm.weight": two}
+    (tmp_path / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    with pytest.raises(ModelError, match=rf"lm_head\.weight twice, in {one} and in {two}"):
+        load(tmp_path)
+
+
 def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
     build("gpt2").save_pretrained(tmp_path)
     (tmp_path / SINGLE).unlink()

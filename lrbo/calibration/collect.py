@@ -59,9 +59,11 @@ class Calibration:
 
     Attributes:
         found: Statistics by the name of the site or layer that they belong to.
+        weights: Samples of the parameters of the model that they were gathered from, by name.
     """
 
     found: dict[str, dict[Statistic, Tensor]] = field(default_factory=dict)
+    weights: dict[str, Tensor] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         """Return which statistics there are, without the numbers."""

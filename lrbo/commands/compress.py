@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from lrbo import builders, checks, config, export
-from lrbo.accounting import account
+from lrbo.accounting import account, low_rank_parameters
 from lrbo.allocation import Allocation
 from lrbo.command_lines import command_line, repeating
 from lrbo.commands.asked import points, study_of
@@ -23,8 +23,8 @@ from lrbo.errors import ModelError
 from lrbo.evaluation.perplexity import perplexity_of, score
 from lrbo.gains import gains
 from lrbo.layers import PivotedLinear
-from lrbo.loading import load_model, load_tokenizer, resolve_device, resolve_dtype
-from lrbo.merging import save_merged
+from lrbo.loading import load_config, load_model, load_tokenizer, resolve_device, resolve_dtype
+from lrbo.merging import save_merged, with_biases
 from lrbo.model import cast_, not_finite
 from lrbo.model_card import Score, model_card
 from lrbo.nested import LowRankFactors
@@ -44,7 +44,8 @@ def run(chosen: CompressConfig, reporter: Reporter) -> dict[str, Any]:
         ConfigError: If a value cannot work, or the folder exists.
         StudyError: If there is no such study or trial.
         ModelError: If a number of the model is beyond the dtype that it is to be written in.
-        CheckpointError: If file and accountant disagree on the number of parameters.
+        CheckpointError: If format=merged has no place for biases that the method adds, or file
+            and accountant disagree on the number of parameters.
     """
     checks.require_valid(chosen)
     study = study_of(chosen)
@@ -58,6 +59,9 @@ def run(chosen: CompressConfig, reporter: Reporter) -> dict[str, Any]:
     if ceiling is not None and ceiling[0] == KEEP_RATIO:
         evaluate_between(plan, study, ceiling[1], reporter)
         records = points(study, point, chosen.refit.candidates)
+    if chosen.format == "merged":
+        ranks = [record.request.allocation.ranks for record in records]
+        with_biases(load_config(plan.source), _added_biases(plan, ranks))
     if chosen.dtype == "float16":  # of which not every model's numbers are
         _stored_model(plan, study, chosen.dtype)
     if ceiling is not None:
@@ -155,6 +159,18 @@ def run(chosen: CompressConfig, reporter: Reporter) -> dict[str, Any]:
         "storage": "dense" if chosen.format == "merged" else plan.storage,
         "refit": found.refit,
     }
+
+
+def _added_biases(plan: builders.Plan, allocated: Sequence[Mapping[str, int | None]]) -> list[str]:
+    """Name the layers to which the method adds a bias where an allocation gives them a rank."""
+    return [
+        spec.name
+        for spec in plan.layers.compressible
+        if not spec.has_bias
+        and any(ranks.get(spec.name) is not None for ranks in allocated)
+        and plan.space.cost(spec, 1)
+        > low_rank_parameters(spec, 1, bias=False, storage=plan.storage)
+    ]
 
 
 def _stored_model(plan: builders.Plan, study: Study, dtype: str) -> PreTrainedModel:
