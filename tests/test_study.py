@@ -1,5 +1,6 @@
 """The journal is the truth: whole after every accident, and damage is named, never guessed at."""
 
+import dataclasses
 import errno
 import json
 import logging
@@ -26,8 +27,8 @@ from tests.fakes import FakeWorker, fixed_clock, make_about, make_layers
 
 NLL = 0.1 + 0.2  # 0.30000000000000004: not a short decimal
 LAYERS = make_layers(blocks=1, shapes={"q_proj": (24, 24), "v_proj": (12, 24)})
-ALLOCATION = Allocation({"layers.0.q_proj": 3, "layers.0.v_proj": None}, 400, Budget(410))
-ABOUT = make_about(LAYERS, variables={"qk": [0.0, 1.0]})
+ALLOCATION = Allocation({"layers.0.q_proj": 3, "layers.0.v_proj": None}, 456, Budget(460))
+ABOUT = make_about(LAYERS, variables={"qk": [0.0, 1.0]}, budget_parameters=460)
 CONFIG = "a: 1\nb: 2\n"
 
 
@@ -327,6 +328,50 @@ def test_what_cannot_follow_is_not_written(study: Study) -> None:
     with pytest.raises(StudyError, match="trial 0 was suggested already"):
         suggest(study, 0)
     assert study.journal.read_bytes() == content
+
+
+SIZES: dict[str, tuple[dict[str, int], int, int, str]] = {
+    "other ranks than parameters": ({"q": 4}, 456, 460, "is 456, and its ranks have 504"),
+    "no rank at all": ({}, 456, 460, "is 456, and its ranks have 864"),
+    "a rank larger than dense": ({"q": 12}, 888, 460, "q_proj is 12, which has 600 param"),
+    "above its budget": ({"q": 4}, 504, 460, "is 504, above its budget of 460"),
+    "a larger budget": ({"q": 3}, 456, 461, "is 461, expected 460, the budget of the study"),
+    "a smaller budget": ({"q": 3}, 456, 459, "is 459, expected 460, the budget of the study"),
+}
+
+
+@pytest.mark.parametrize("case", SIZES)
+def test_a_trial_of_another_size_is_neither_read_nor_written(study: Study, case: str) -> None:
+    """A model was written whose card said 80 %, and which was dense."""
+    ranks, parameters, budget, message = SIZES[case]
+    names = {"layers.0.q_proj": ranks.get("q"), "layers.0.v_proj": None}
+    other = dataclasses.replace(
+        request(1), allocation=Allocation(names, parameters, Budget(budget))
+    )
+    fill(study, trials=1)
+    content = study.journal.read_bytes()
+    with pytest.raises(StudyError, match=message):
+        study.record_suggestion(other, {})
+    assert study.journal.read_bytes() == content
+    line = json.loads(line_of(content, b'"suggested"'))
+    line |= {"trial": 1, "allocation": dataclasses.asdict(other.allocation)}
+    study.journal.write_bytes(content + json.dumps(line).encode() + b"\n")
+    number = content.count(b"\n") + 1
+    with pytest.raises(StudyError, match=rf"line {number} is damaged: .*{message}"):
+        Study(study.folder)
+
+
+def test_trials_of_a_front_have_budgets_up_to_the_ceiling(none: Study) -> None:
+    variables = {"qk": [0.0, 1.0], "keep_ratio": [0.5, 0.9]}
+    none.begin(ABOUT | {"variables": variables}, CONFIG)
+    ranks = ALLOCATION.ranks
+    for index, budget in enumerate((456, 460)):
+        fits = TrialRequest(index, "between", {}, Allocation(ranks, 456, Budget(budget)), index)
+        none.record_suggestion(fits, {})
+    above = TrialRequest(2, "between", {}, Allocation(ranks, 456, Budget(461)), 2)
+    with pytest.raises(StudyError, match="is 461, expected at most 460"):
+        none.record_suggestion(above, {})
+    assert list(Study(none.folder).state.trials) == [0, 1]
 
 
 def test_windows_of_a_pool_are_those_of_the_pool(study: Study) -> None:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from lrbo.accounting import low_rank_parameters
 from lrbo.errors import StudyError
 from lrbo.optimization.events import (
     FORMAT,
+    AllocationFields,
     Chosen,
     Compressed,
     Dense,
@@ -34,7 +36,7 @@ from lrbo.optimization.events import (
     about_of,
     event_of,
 )
-from lrbo.optimization.front import LATENCIES
+from lrbo.optimization.front import KEEP_RATIO, LATENCIES
 from lrbo.parsing import ContentError, parse_json, shown
 from lrbo.shell import command, study_at
 from lrbo.specs import LayerSpec
@@ -202,20 +204,53 @@ class StudyState:
         rival = None if event.rival is None else self.trials.get(event.rival)
         if event.rival is not None and (rival is None or not rival.is_completed):
             return f"rival is {event.rival}, which no line before it gives a value"
-        known = {spec["name"]: spec for spec in self.about["layers"] if spec["block"] is not None}
+        known = self._compressible
         ranks = event.allocation["ranks"]
         if unknown := ranks.keys() - known.keys():
             return f"allocation.ranks has {min(unknown)}, which is no layer in the model's blocks"
         if missing := known.keys() - ranks.keys():
             return f"allocation.ranks lacks the layer {min(missing)}"
         for name, rank in ranks.items():
-            full = min(known[name]["out_features"], known[name]["in_features"])
+            full = min(known[name].out_features, known[name].in_features)
             if rank is not None and rank > full:
                 return f"allocation.ranks.{name} is {rank}, expected at most {full}"
         if event.variables and event.variables.keys() != self.about["variables"].keys():
             names = ", ".join(self.about["variables"])
             return f"variables are {', '.join(event.variables)}, expected {names}"
+        return self._problem_of_size(event.allocation)
+
+    def _problem_of_size(self, allocation: AllocationFields) -> str | None:
+        """Say why ranks cannot be of the size, or under the budget, that their line names."""
+        ranks, named = allocation["ranks"], allocation["parameters"]
+        counted = 0
+        for name, rank in ranks.items():
+            spec = self._compressible[name]
+            stored = stored_parameters(spec, rank, self.about)
+            if rank is not None and stored >= spec.parameters:  # no factors reach so far
+                return (
+                    f"allocation.ranks.{name} is {rank}, which has {stored:,} parameters; expected "
+                    f"fewer than dense has, {spec.parameters:,}"
+                )
+            counted += stored
+        if named != counted:
+            return f"allocation.parameters is {named:,}, and its ranks have {counted:,}"
+        budget, ceiling = allocation["budget"]["parameters"], self.about["budget_parameters"]
+        if counted > budget:
+            return f"allocation.parameters is {counted:,}, above its budget of {budget:,}"
+        is_front = KEEP_RATIO in self.about["variables"]
+        if budget > ceiling or (budget < ceiling and not is_front):
+            most = "at most " if is_front else ""
+            return (
+                f"allocation.budget.parameters is {budget:,}, expected {most}{ceiling:,}, the "
+                "budget of the study"
+            )
         return None
+
+    @cached_property
+    def _compressible(self) -> dict[str, LayerSpec]:
+        """Return the layers that an allocation has a rank for, by name."""
+        layers = layers_of(self.about)
+        return {name: spec for name, spec in layers.items() if spec.block is not None}
 
     def _problem_of_end(self, event: Ended) -> str | None:
         """Say why a result cannot be one of this study."""
