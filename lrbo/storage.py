@@ -18,7 +18,7 @@ from platformdirs import user_cache_path
 
 from lrbo.errors import DiskFullError, LrboError, PathError
 
-FULL = (errno.ENOSPC, errno.EDQUOT)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the last: beyond `ulimit -f`
 GONE = (errno.ENOENT, errno.ESTALE)
 
 # What is written beside its place lies in a folder of a short name, for that of its place may be

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from lrbo import results
 from lrbo.accounting import STORAGES
-from lrbo.allocation import Allocation, Budget
+from lrbo.allocation import Allocation
 from lrbo.worker import allocation_parameters
 from tests.journal import SECONDS, TOKENS, Journal
 
