@@ -47,7 +47,7 @@ def check_new(key: str, path: str) -> list[str]:
     """Find the problem if a folder exists already or cannot be made."""
     if os.path.lexists(path) and "\0" not in path:
         return [f"{_given(key, path)} exists already; lrbo overwrites nothing, choose another"]
-    return check_writable(key, path)
+    return _check_upwards(key, path) or check_writable(key, path)
 
 
 def check_writable(key: str, path: str) -> list[str]:
@@ -101,13 +101,20 @@ def check_name(key: str, path: str, *, root: bool = False) -> list[str]:
     parts = path.split("/")
     if not path.strip():
         return [f"{_given(key, path)}: expected a folder, came nothing"]
-    if ".." in parts:
-        written = os.path.normpath(os.path.abspath(path))  # noqa: PTH100  # links stay links
-        return [f"{_given(key, path)}: expected a folder without '..' in it, such as {written}"]
+    if upwards := _check_upwards(key, path):
+        return upwards
     if not [part for part in parts if part not in ("", ".")] and not (root and path[0] == "."):
         return [f"{_given(key, path)}: expected a folder with a name of its own"]
     problem = _unfit(path)
     return [f"{_given(key, path)}: {problem}"] if problem else []
+
+
+def _check_upwards(key: str, path: str) -> list[str]:
+    """Find the problem if a path goes up: where to, nobody knows before what it names is there."""
+    if ".." not in path.split("/"):
+        return []
+    written = os.path.normpath(os.path.abspath(path))  # noqa: PTH100  # links stay links
+    return [f"{_given(key, path)}: expected a folder without '..' in it, such as {written}"]
 
 
 def check_place(key: str, path: str) -> list[str]:

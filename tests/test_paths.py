@@ -55,6 +55,16 @@ def test_what_cannot_be_written_is_named_with_the_reason(
     assert sorted(place.rglob("*")) == before
 
 
+@pytest.mark.parametrize("path", ["foo/..", "foo/../..", "../new", "folder/../new"])
+def test_a_new_folder_is_named_without_going_up(path: str, place: Path) -> None:
+    """It was refused after the whole refit, with the folder before the dots left there."""
+    (problem,) = paths.check_new("out", path)
+    if path != "foo/../..":
+        assert f"such as {os.path.normpath(place / path)}" in problem
+    assert problem.startswith(f"out={path!r}: expected a folder without '..' in it")
+    assert not Path("foo").exists()
+
+
 def test_what_can_be_written_has_no_problem_and_trying_leaves_nothing(place: Path) -> None:
     before = sorted(place.rglob("*"))
     for path in ("new", "new/deep/er", "folder/new", "x" * 220, str(place / "abs"), "ä ö", "a'b"):
