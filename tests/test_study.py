@@ -20,6 +20,7 @@ from lrbo.errors import StudyError
 from lrbo.optimization import study as module
 from lrbo.optimization.events import FORMAT, MEASURED, event_of
 from lrbo.optimization.study import Study, StudyState
+from lrbo.parsing import ContentError
 from lrbo.trial import TrialRequest
 from tests.fakes import FakeWorker, fixed_clock, make_about, make_layers
 
@@ -327,6 +328,47 @@ def test_what_cannot_follow_is_not_written(study: Study) -> None:
         end(study, 0)
     with pytest.raises(StudyError, match="trial 0 was suggested already"):
         suggest(study, 0)
+    assert study.journal.read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("trial", 10**23, r"trial is 100000000000000000000000, expected a whole number, at most"),
+        ("seed", 2**63, r"seed is 9223372036854775808, expected a whole number, at most"),
+        ("seed", -(2**63), r"seed is -9223372036854775808, expected a whole number, at least"),
+    ],
+)
+def test_a_number_beyond_what_tables_take_is_refused(
+    study: Study, field: str, value: int, message: str
+) -> None:
+    fill(study, trials=1)
+    content = study.journal.read_bytes()
+    line = json.loads(line_of(content, b'"suggested"')) | {"trial": 1} | {field: value}
+    study.journal.write_bytes(content + json.dumps(line).encode() + b"\n")
+    with pytest.raises(StudyError, match=message):
+        Study(study.folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("keep_ratio", -0.5), ("tokens", -1), ("tokens", 1.5), ("parameters", -1.0)),
+        *(("model_parameters", 0.5), ("model_bytes", 1e300), ("macs_per_token", -3)),
+        *(("nll", 1e6), ("nll", 1e300), ("objective", -1e6)),
+    ],
+)
+def test_a_metric_that_nobody_can_have_measured_is_refused(
+    study: Study, name: str, value: float
+) -> None:
+    suggest(study, 0)
+    study.record("started", trial=0)
+    content = study.journal.read_bytes()
+    with pytest.raises(ContentError, match=rf"metrics\.{name} is .*expected a "):
+        study.record(
+            "ended", trial=0, outcome="completed", metrics=metrics(1.0) | {name: value},
+            error=None, seconds={"scoring": 1.0},
+        )  # fmt: skip
     assert study.journal.read_bytes() == content
 
 
