@@ -29,6 +29,8 @@ LOCK = "lock"  # in it, held by the process that writes
 # other hosts do not see.
 STALE_SECONDS = 7 * 24 * 3600.0
 
+CACHED = ("calibration", "factors", "models")  # folders in the cache
+
 
 def is_full(error: BaseException | None) -> bool:
     """Return whether an error, or what caused it, says that a disk is full."""

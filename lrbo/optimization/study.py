@@ -11,14 +11,15 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
+import yaml
 from filelock import FileLock, Timeout
 
 from lrbo.accounting import low_rank_parameters
-from lrbo.errors import StudyError
+from lrbo.errors import StudyError, reading
 from lrbo.optimization.events import (
     FORMAT,
     AllocationFields,
@@ -409,10 +410,12 @@ class Study:
         ``config.yaml`` is written again where it is missing.
 
         Raises:
-            StudyError: If there is no study, or ``config.yaml`` says otherwise, naming the line.
+            StudyError: If there is no study, what it was begun with is no YAML, or ``config.yaml``
+                says otherwise, naming the line.
         """
         lines: list[str] = self.about()["config"]
         text, path = "\n".join(lines), self.folder / "config.yaml"
+        _require_yaml(text, self._file)  # else what is damaged would be written once more
         try:
             there = path.read_bytes().decode("utf-8", errors="replace").split("\n")
         except FileNotFoundError:
@@ -561,6 +564,17 @@ class Study:
             with self.journal.open("rb+") as file:
                 file.truncate(whole)
                 os.fsync(file.fileno())
+
+
+@lru_cache(maxsize=16)
+def _require_yaml(text: str, file: Path) -> None:
+    """Refuse a configuration that is no YAML; once, for a search asks often.
+
+    Raises:
+        StudyError: Naming the file that has it.
+    """
+    with reading(StudyError, f"the configuration in {file} is no YAML"):
+        yaml.safe_load(text)
 
 
 def layers_of(about: Mapping[str, Any]) -> dict[str, LayerSpec]:
