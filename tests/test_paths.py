@@ -8,6 +8,8 @@ import pytest
 
 from lrbo import paths
 from lrbo.checks import check
+from lrbo.commands.report import _names
+from lrbo.errors import StudyError
 from lrbo.schema import BenchmarkConfig, CompressConfig, DashboardConfig, ReportConfig
 from tests.commands import TINY, lrbo_command
 
@@ -191,3 +193,14 @@ def test_a_folder_where_a_file_of_a_study_belongs_is_named(name: str) -> None:
         ran = lrbo_command(*command, "study=mine")
         assert ran.status == 2
         assert f"studies/mine/{name}: is a directory" in " ".join(ran.err.split())
+
+
+@pytest.mark.parametrize("pattern", ["**", "*", "mi*", "mi[n]e"])
+def test_a_pattern_names_folders_directly_among_the_studies(pattern: str) -> None:
+    """MLflow keeps copies of study.json in folders below, which are no studies."""
+    for folder in ("mine", "mlflow-artifacts/1/ab/artifacts"):
+        Path("studies", folder).mkdir(parents=True)
+        Path("studies", folder, "study.json").touch()
+    assert _names(ReportConfig(study=pattern)) == ["mine"]
+    with pytest.raises(StudyError, match="no study in studies fits"):
+        _names(ReportConfig(study="mlflow-artifacts/*/*/*"))
