@@ -10,6 +10,7 @@ from lrbo import paths
 from lrbo.checks import check
 from lrbo.commands.report import _names
 from lrbo.errors import StudyError
+from lrbo.optimization.study import Study
 from lrbo.schema import BenchmarkConfig, CompressConfig, DashboardConfig, ReportConfig
 from tests.commands import TINY, lrbo_command
 
@@ -204,3 +205,23 @@ def test_a_pattern_names_folders_directly_among_the_studies(pattern: str) -> Non
     assert _names(ReportConfig(study=pattern)) == ["mine"]
     with pytest.raises(StudyError, match="no study in studies fits"):
         _names(ReportConfig(study="mlflow-artifacts/*/*/*"))
+
+
+def test_a_record_is_a_regular_file(place: Path) -> None:
+    os.mkfifo("pipe")
+    for path, kind in (("pipe", "a named pipe"), ("/dev/full", "a device")):
+        assert paths.check_appended("record", path) == [
+            f"record={path!r}: expected a file, there is {kind}"
+        ]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["journal.jsonl", "config.yaml", "study.json", "tokens.safetensors", "sensitivity.json"],
+)
+def test_a_pipe_among_the_files_of_a_study_is_refused_by_name(name: str) -> None:
+    """Whoever reads it waits for ever."""
+    Path("studies/mine").mkdir(parents=True)
+    os.mkfifo(f"studies/mine/{name}")
+    with pytest.raises(StudyError, match=rf"studies/mine/{name} is a named pipe; expected a file"):
+        Study(Path("studies/mine"))

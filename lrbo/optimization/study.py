@@ -9,7 +9,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -39,6 +39,7 @@ from lrbo.optimization.events import (
 )
 from lrbo.optimization.front import KEEP_RATIO, LATENCIES
 from lrbo.parsing import ContentError, parse_json, shown
+from lrbo.paths import SPECIAL, kind_of
 from lrbo.shell import command, study_at
 from lrbo.specs import LayerSpec
 from lrbo.storage import write_text
@@ -468,6 +469,7 @@ class Study:
                 "stop it, or choose another study=NAME"
             ) from error
         try:
+            self._require_files()
             self._repair()
             self._about = None
             self.state = self._read()
@@ -515,6 +517,7 @@ class Study:
             StudyError: If any other line is damaged, with its number, or if of the journal and
                 ``study.json`` one is missing.
         """
+        self._require_files()
         try:
             content = self.journal.read_bytes()
         except (FileNotFoundError, NotADirectoryError) as error:
@@ -551,6 +554,19 @@ class Study:
                 ) from error
             state.apply(event)
         return state
+
+    def _require_files(self) -> None:
+        """Refuse what would be read without an end, such as a named pipe, before any is read.
+
+        Raises:
+            StudyError: Naming it.
+        """
+        with suppress(OSError):  # which says whoever reads or writes there
+            for path in sorted(self.folder.iterdir()):
+                if (kind := kind_of(path)) in SPECIAL.values():
+                    raise StudyError(
+                        f"{path} is {kind}; expected a file. Move it away, or restore the file"
+                    )
 
     def _repair(self) -> None:
         """Cut off a torn last line; its bytes are kept beside the journal."""
