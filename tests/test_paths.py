@@ -1,6 +1,8 @@
 """A path that cannot be read or written is refused before any work; trying it leaves nothing."""
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -225,3 +227,15 @@ def test_a_pipe_among_the_files_of_a_study_is_refused_by_name(name: str) -> None
     os.mkfifo(f"studies/mine/{name}")
     with pytest.raises(StudyError, match=rf"studies/mine/{name} is a named pipe; expected a file"):
         Study(Path("studies/mine"))
+
+
+@pytest.mark.parametrize("closed", ["2>&-", "0<&- 2>&-"])
+def test_what_is_printed_is_printed_where_stderr_is_closed(closed: str) -> None:
+    line = f"{sys.executable} -m lrbo report study=none output=json {closed}"
+    ran = subprocess.run(["sh", "-c", line], capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout) == (2, "")  # refused as ever, not by a traceback
+    code = "import lrbo.__main__ as m, os, sys; m._open_streams(); print(sys.stderr.fileno())"
+    ran = subprocess.run(
+        ["sh", "-c", f"{sys.executable} -c '{code}' {closed}"], capture_output=True, text=True
+    )
+    assert (ran.returncode, ran.stdout) == (0, "2\n")
