@@ -35,7 +35,7 @@ def run(chosen: ReportConfig, reporter: Reporter) -> dict[str, Any]:
     """
     checks.require_valid(chosen)
     names = _names(chosen)
-    studies = [Study(checks.study_folder(chosen.studies, name)) for name in names]
+    studies = [Study(checks.study_folder(chosen.studies, name), chosen.studies) for name in names]
     for study in studies:
         study.about()  # there must be one
         if chosen.sync:

@@ -40,7 +40,7 @@ from lrbo.optimization.events import (
 from lrbo.optimization.front import KEEP_RATIO, LATENCIES
 from lrbo.parsing import ContentError, parse_json, shown
 from lrbo.paths import SPECIAL, kind_of
-from lrbo.shell import command, study_at
+from lrbo.shell import command, keys_of
 from lrbo.specs import LayerSpec
 from lrbo.storage import write_text
 from lrbo.strict_json import to_json
@@ -311,16 +311,22 @@ class Study:
 
     Attributes:
         folder: Where it is.
+        keys: What is typed to mean it.
         state: What the journal says, kept up to date by :meth:`record`.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, studies: str | None = None) -> None:
         """Open a study folder, which need not exist yet, and read its journal.
+
+        Args:
+            folder: Of the study.
+            studies: The folder that its name was looked up in, for commands that are printed.
 
         Raises:
             StudyError: If the journal or ``study.json`` is damaged, or only one of them is there.
         """
         self.folder = folder
+        self.keys = keys_of(folder, studies)
         self._about: dict[str, Any] | None = None
         self.state = self._read()
 
@@ -372,7 +378,7 @@ class Study:
             except (FileNotFoundError, NotADirectoryError) as error:
                 raise StudyError(
                     f"there is no study at {self.folder}; start one with: "
-                    f"{command('search', study=study_at(self.folder))}"
+                    f"{command('search', **self.keys)}"
                 ) from error
             except OSError as error:
                 raise StudyError(f"{self._file} cannot be read: {error.strerror}") from error
