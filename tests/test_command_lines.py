@@ -157,6 +157,5 @@ def test_a_study_named_in_another_folder_is_typed_with_it() -> None:
     assert keys_of(Path("sw/mine"), "studies") == {"study": "sw/mine"}
     assert keys_of(Path("studies/mine"), "studies") == {"study": "mine"}
     assert keys_of(Path("sw/mine")) == {"study": "sw/mine"}
-    assert "study=mine studies=sw" in str(
-        pytest.raises(StudyError, Study(Path("sw/mine"), "sw").about).value
-    )
+    with pytest.raises(StudyError, match="lrbo search study=mine studies=sw"):
+        Study(Path("sw/mine"), "sw").about()
