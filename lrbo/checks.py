@@ -30,7 +30,7 @@ from lrbo.schema import (
     SearchConfig,
     SpaceConfig,
 )
-from lrbo.storage import cache_folder
+from lrbo.storage import CACHED, cache_folder
 
 EXECUTORS = ("inline", "ray")
 FORMATS = ("lrbo", "remote_code", "merged")
@@ -114,6 +114,13 @@ def _check(config: Config) -> list[str]:
         cache = cache_folder()
         if not (cache / "factors").is_dir():  # else all that is needed may be there already
             problems += paths.check_writable("LRBO_CACHE", str(cache))
+        for path in (cache / part for part in CACHED):
+            if (kind := paths.kind_of(path)) not in ("folder", "nothing"):
+                what = "is a file, not a folder" if kind == "file" else f"is {kind}"
+                problems.append(
+                    f"LRBO_CACHE={str(cache)!r}: {path} {what}; move it away, or set LRBO_CACHE "
+                    "to another folder"
+                )
     if isinstance(config, SearchConfig | EvaluateConfig):
         model, data = config.model, config.data
         sources = ("packaged", "hf", "tiny")

@@ -13,6 +13,7 @@ from pydantic import Field, PlainValidator, Strict, TypeAdapter, ValidationError
 from lrbo.errors import LrboError
 
 SHOWN = 5  # problems of one record; the others are counted
+LARGEST = 2**63 - 1  # whole number that tables and tensors take
 LENGTH = 60  # characters of a value that came
 
 Record = TypeVar("Record")
@@ -38,9 +39,9 @@ def _number(value: object) -> float:
 
 # Values of JSON, none of which is taken for another: no "3" for 3, no true for 1.
 Number = Annotated[int | float, PlainValidator(_number)]
-Whole = Annotated[int, Strict()]
-Count = Annotated[int, Strict(), Field(ge=0)]
-Positive = Annotated[int, Strict(), Field(ge=1)]
+Whole = Annotated[int, Strict(), Field(ge=-LARGEST, le=LARGEST)]
+Count = Annotated[int, Strict(), Field(ge=0, le=LARGEST)]
+Positive = Annotated[int, Strict(), Field(ge=1, le=LARGEST)]
 Flag = Annotated[bool, Strict()]
 
 # What a type of pydantic's errors means in the words of JSON.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import tempfile
 from contextlib import suppress
 from pathlib import Path
@@ -11,6 +12,13 @@ from pathlib import Path
 BESIDE = 35  # bytes by which the name of what is written beside a file is longer than its own
 BELOW = 160  # bytes of the names of files below a folder that is written
 PATH_MAX = 4096
+# What opens like a file, and then waits for ever, or swallows what is written.
+SPECIAL = {
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFSOCK: "a socket",
+}
 SHOWN = 200  # characters of a path in a message
 
 
@@ -19,14 +27,16 @@ def kind_of(path: Path) -> str:
     try:
         if path.is_symlink() and not os.path.exists(path):  # noqa: PTH110  # takes any name
             return f"a link to {os.readlink(path)}, which is not there"  # noqa: PTH115
-        path.stat()
+        mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
         return "nothing"
     except OSError as error:
         return str(error.strerror).lower()
     except ValueError as error:  # a null byte
         return str(error)
-    return "folder" if path.is_dir() else "file"
+    if stat.S_ISREG(mode):
+        return "file"
+    return SPECIAL.get(stat.S_IFMT(mode), "folder")
 
 
 def check_folder(key: str, path: str) -> list[str]:
@@ -47,7 +57,7 @@ def check_new(key: str, path: str) -> list[str]:
     """Find the problem if a folder exists already or cannot be made."""
     if os.path.lexists(path) and "\0" not in path:
         return [f"{_given(key, path)} exists already; lrbo overwrites nothing, choose another"]
-    return check_writable(key, path)
+    return _check_upwards(key, path) or check_writable(key, path)
 
 
 def check_writable(key: str, path: str) -> list[str]:
@@ -101,13 +111,20 @@ def check_name(key: str, path: str, *, root: bool = False) -> list[str]:
     parts = path.split("/")
     if not path.strip():
         return [f"{_given(key, path)}: expected a folder, came nothing"]
-    if ".." in parts:
-        written = os.path.normpath(os.path.abspath(path))  # noqa: PTH100  # links stay links
-        return [f"{_given(key, path)}: expected a folder without '..' in it, such as {written}"]
+    if upwards := _check_upwards(key, path):
+        return upwards
     if not [part for part in parts if part not in ("", ".")] and not (root and path[0] == "."):
         return [f"{_given(key, path)}: expected a folder with a name of its own"]
     problem = _unfit(path)
     return [f"{_given(key, path)}: {problem}"] if problem else []
+
+
+def _check_upwards(key: str, path: str) -> list[str]:
+    """Find the problem if a path goes up: where to, nobody knows before what it names is there."""
+    if ".." not in path.split("/"):
+        return []
+    written = os.path.normpath(os.path.abspath(path))  # noqa: PTH100  # links stay links
+    return [f"{_given(key, path)}: expected a folder without '..' in it, such as {written}"]
 
 
 def check_place(key: str, path: str) -> list[str]:

@@ -64,6 +64,18 @@ def _escaped(match: re.Match[str]) -> str:
     return slashes * 2 + ("\\'" if quote else "")
 
 
+def keys_of(folder: Path, studies: str | None = None) -> dict[str, str]:
+    """Return what is typed to mean a study: ``studies=`` too, which has its MLflow store.
+
+    Args:
+        folder: Of the study.
+        studies: The folder that its name was looked up in; ``None`` if it was given as a path.
+    """
+    if studies not in (None, STUDIES) and folder == Path(str(studies)) / folder.name:
+        return {"study": folder.name, "studies": str(studies)}
+    return {"study": study_at(folder)}
+
+
 def study_at(folder: Path) -> str:
     """Write what ``study=`` must be to mean a folder: a name where the name is enough."""
     named = folder == Path(STUDIES) / folder.name

@@ -18,7 +18,7 @@ from platformdirs import user_cache_path
 
 from lrbo.errors import DiskFullError, LrboError, PathError
 
-FULL = (errno.ENOSPC, errno.EDQUOT)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the last: beyond `ulimit -f`
 GONE = (errno.ENOENT, errno.ESTALE)
 
 # What is written beside its place lies in a folder of a short name, for that of its place may be
@@ -28,6 +28,8 @@ LOCK = "lock"  # in it, held by the process that writes
 # What a process of another host left is judged by its age too: there are file systems whose locks
 # other hosts do not see.
 STALE_SECONDS = 7 * 24 * 3600.0
+
+CACHED = ("calibration", "factors", "models")  # folders in the cache
 
 
 def is_full(error: BaseException | None) -> bool:

@@ -108,6 +108,7 @@ class MlflowTracker:
         artifact_root: Path | None = None,
         strict: bool = False,
         prefix: str = "",
+        keys: Mapping[str, str] | None = None,
     ) -> None:
         """Take note of the store; nothing is imported or opened before it is needed.
 
@@ -121,6 +122,7 @@ class MlflowTracker:
             strict: Raise :class:`lrbo.errors.TrackingError` where MLflow fails, instead of
                 warning and carrying on.
             prefix: Put before the names of variables, to say what their values are.
+            keys: What is typed to mean the study; its name alone by default.
         """
         self._uri = uri
         self._experiment = experiment
@@ -129,6 +131,7 @@ class MlflowTracker:
         self._artifact_root = artifact_root
         self._strict = strict
         self._prefix = prefix
+        self._keys = keys or {"study": study_name}
         self._config: dict[str, Any] = {}
         self._presented = Presentation()
         self._view: StudyRuns | None = None
@@ -259,7 +262,7 @@ class MlflowTracker:
             where = first_line(self._uri)
             if is_other_version(error):
                 reason = other_version(where)
-            command = command_line("report", study=self._study_name, sync=True)
+            command = command_line("report", **self._keys, sync=True)
             if self._strict:
                 raise TrackingError(
                     f"MLflow at {where} failed ({reason}). The journal of study "

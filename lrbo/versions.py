@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 
 from lrbo.optimization.study import Study
-from lrbo.shell import command, study_at
+from lrbo.shell import command
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ def refusals(study: Study, *, allowed: bool) -> list[str]:
         f"study {study.name} was run with {package} {before}, here is {now}: its next trials may "
         f"not be comparable with the {len(study.state.ended)} that it has. Install "
         f"{package}=={before}, begin another study=NEWNAME, or accept it with: "
-        f"{command('search', study=study_at(study.folder), **{KEY: True})}"
+        f"{command('search', **study.keys, **{KEY: True})}"
         for package, (before, now) in changes(study).items()
         if package in SCORING and _release(before) != _release(now)
     ]

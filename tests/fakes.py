@@ -156,7 +156,7 @@ def make_about(
         "device": "cpu",
         "timed": False,
         "data": dict.fromkeys(("calibration", "validation", "test"), text),
-        "budget_parameters": 1,
+        "budget_parameters": dense_parameters(layers) if space is None else space.budget.parameters,
         "storage": "factored",
         "adds_bias": True,
         "layers": [asdict(spec) for spec in layers],

@@ -11,9 +11,10 @@ from omegaconf import OmegaConf
 
 from lrbo import cli, config
 from lrbo.command_lines import typed
-from lrbo.errors import ConfigError
+from lrbo.errors import ConfigError, StudyError
+from lrbo.optimization.study import Study
 from lrbo.overrides import chosen_by, spelled
-from lrbo.shell import command, study_at
+from lrbo.shell import command, keys_of, study_at
 
 
 @pytest.mark.parametrize(
@@ -149,3 +150,13 @@ def test_a_study_is_named_so_that_it_is_found_from_here() -> None:
     assert study_at(Path("other/mine")) == "other/mine"
     assert study_at(Path("/abs/mine")) == "/abs/mine"
     assert study_at(Path("mine")) == str(Path.cwd() / "mine")
+
+
+def test_a_study_named_in_another_folder_is_typed_with_it() -> None:
+    """A path alone would mean the MLflow store of the usual folder."""
+    assert keys_of(Path("sw/mine"), "sw") == {"study": "mine", "studies": "sw"}
+    assert keys_of(Path("sw/mine"), "studies") == {"study": "sw/mine"}
+    assert keys_of(Path("studies/mine"), "studies") == {"study": "mine"}
+    assert keys_of(Path("sw/mine")) == {"study": "sw/mine"}
+    with pytest.raises(StudyError, match="lrbo search study=mine studies=sw"):
+        Study(Path("sw/mine"), "sw").about()

@@ -1,6 +1,8 @@
 """A path that cannot be read or written is refused before any work; trying it leaves nothing."""
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,6 +10,9 @@ import pytest
 
 from lrbo import paths
 from lrbo.checks import check
+from lrbo.commands.report import _names
+from lrbo.errors import StudyError
+from lrbo.optimization.study import Study
 from lrbo.schema import BenchmarkConfig, CompressConfig, DashboardConfig, ReportConfig
 from tests.commands import TINY, lrbo_command
 
@@ -53,6 +58,16 @@ def test_what_cannot_be_written_is_named_with_the_reason(
     is_there = checked is paths.check_new and os.path.lexists(path.replace("\0", "?"))
     assert ("exists already" if is_there else reason) in problem or path == ""
     assert sorted(place.rglob("*")) == before
+
+
+@pytest.mark.parametrize("path", ["foo/..", "foo/../..", "../new", "folder/../new"])
+def test_a_new_folder_is_named_without_going_up(path: str, place: Path) -> None:
+    """It was refused after the whole refit, with the folder before the dots left there."""
+    (problem,) = paths.check_new("out", path)
+    if path != "foo/../..":
+        assert f"such as {os.path.normpath(place / path)}" in problem
+    assert problem.startswith(f"out={path!r}: expected a folder without '..' in it")
+    assert not Path("foo").exists()
 
 
 def test_what_can_be_written_has_no_problem_and_trying_leaves_nothing(place: Path) -> None:
@@ -181,3 +196,46 @@ def test_a_folder_where_a_file_of_a_study_belongs_is_named(name: str) -> None:
         ran = lrbo_command(*command, "study=mine")
         assert ran.status == 2
         assert f"studies/mine/{name} cannot be read: Is a directory" in " ".join(ran.err.split())
+
+
+@pytest.mark.parametrize("pattern", ["**", "*", "mi*", "mi[n]e"])
+def test_a_pattern_names_folders_directly_among_the_studies(pattern: str) -> None:
+    """MLflow keeps copies of study.json in folders below, which are no studies."""
+    for folder in ("mine", "mlflow-artifacts/1/ab/artifacts"):
+        Path("studies", folder).mkdir(parents=True)
+        Path("studies", folder, "study.json").touch()
+    assert _names(ReportConfig(study=pattern)) == ["mine"]
+    with pytest.raises(StudyError, match="no study in studies fits"):
+        _names(ReportConfig(study="mlflow-artifacts/*/*/*"))
+
+
+def test_a_record_is_a_regular_file(place: Path) -> None:
+    os.mkfifo("pipe")
+    for path, kind in (("pipe", "a named pipe"), ("/dev/full", "a device")):
+        assert paths.check_appended("record", path) == [
+            f"record={path!r}: expected a file, there is {kind}"
+        ]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["journal.jsonl", "config.yaml", "study.json", "tokens.safetensors", "sensitivity.json"],
+)
+def test_a_pipe_among_the_files_of_a_study_is_refused_by_name(name: str) -> None:
+    """Whoever reads it waits for ever."""
+    Path("studies/mine").mkdir(parents=True)
+    os.mkfifo(f"studies/mine/{name}")
+    with pytest.raises(StudyError, match=rf"studies/mine/{name} is a named pipe; expected a file"):
+        Study(Path("studies/mine"))
+
+
+@pytest.mark.parametrize("closed", ["2>&-", "0<&- 2>&-"])
+def test_what_is_printed_is_printed_where_stderr_is_closed(closed: str) -> None:
+    line = f"{sys.executable} -m lrbo report study=none output=json {closed}"
+    ran = subprocess.run(["sh", "-c", line], capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout) == (2, "")  # refused as ever, not by a traceback
+    code = "import lrbo.__main__ as m, os, sys; m._open_streams(); print(sys.stderr.fileno())"
+    ran = subprocess.run(
+        ["sh", "-c", f"{sys.executable} -c '{code}' {closed}"], capture_output=True, text=True
+    )
+    assert (ran.returncode, ran.stdout) == (0, "2\n")

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from lrbo import results
 from lrbo.accounting import STORAGES
-from lrbo.allocation import Allocation, Budget
+from lrbo.allocation import Allocation
 from lrbo.worker import allocation_parameters
 from tests.journal import SECONDS, TOKENS, Journal
 
@@ -329,7 +329,12 @@ def test_dense_kinds_are_dense_in_every_block(journal: Journal) -> None:
         "model.layers.1.self_attn.v_proj": None,
         "model.layers.1.mlp.up_proj": None,
     }
-    other = journal.complete(1, 2.0, allocation=Allocation(ranks, 1, Budget(1)))
+    specs = journal.layers.by_name
+    size = sum(
+        specs[name].parameters if rank is None else journal.cost(specs[name], rank)
+        for name, rank in ranks.items()
+    )
+    other = journal.complete(1, 2.0, allocation=Allocation(ranks, size, journal.budget))
     assert results.dense_kinds(journal.study, other) == ["v_proj"]
 
 

@@ -214,6 +214,8 @@ FULL = OSError(errno.ENOSPC, "No space left on device")
     [
         (FULL, True),
         (OSError(errno.EDQUOT, "Disk quota exceeded"), True),
+        (OSError(errno.EFBIG, "File too large"), True),
+        (RuntimeError("I/O error: File too large (os error 27)"), True),
         (SafetensorError("I/O error: No space left on device (os error 28)"), True),
         (caused(FULL, RuntimeError("could not save")), True),
         (OSError(errno.EACCES, "Permission denied"), False),

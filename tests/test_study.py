@@ -1,5 +1,6 @@
 """The journal is the truth: whole after every accident, and damage is named, never guessed at."""
 
+import dataclasses
 import errno
 import json
 import logging
@@ -19,6 +20,7 @@ from lrbo.errors import StudyError
 from lrbo.optimization import study as module
 from lrbo.optimization.events import FORMAT, MEASURED, event_of
 from lrbo.optimization.study import Study, StudyState
+from lrbo.parsing import ContentError
 from lrbo.trial import TrialRequest
 from tests.fakes import FakeWorker, fixed_clock, make_about, make_layers
 
@@ -26,8 +28,8 @@ from tests.fakes import FakeWorker, fixed_clock, make_about, make_layers
 
 NLL = 0.1 + 0.2  # 0.30000000000000004: not a short decimal
 LAYERS = make_layers(blocks=1, shapes={"q_proj": (24, 24), "v_proj": (12, 24)})
-ALLOCATION = Allocation({"layers.0.q_proj": 3, "layers.0.v_proj": None}, 400, Budget(410))
-ABOUT = make_about(LAYERS, variables={"qk": [0.0, 1.0]})
+ALLOCATION = Allocation({"layers.0.q_proj": 3, "layers.0.v_proj": None}, 456, Budget(460))
+ABOUT = make_about(LAYERS, variables={"qk": [0.0, 1.0]}, budget_parameters=460)
 CONFIG = "a: 1\nb: 2\n"
 
 
@@ -327,6 +329,91 @@ def test_what_cannot_follow_is_not_written(study: Study) -> None:
     with pytest.raises(StudyError, match="trial 0 was suggested already"):
         suggest(study, 0)
     assert study.journal.read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("trial", 10**23, r"trial is 100000000000000000000000, expected a whole number, at most"),
+        ("seed", 2**63, r"seed is 9223372036854775808, expected a whole number, at most"),
+        ("seed", -(2**63), r"seed is -9223372036854775808, expected a whole number, at least"),
+    ],
+)
+def test_a_number_beyond_what_tables_take_is_refused(
+    study: Study, field: str, value: int, message: str
+) -> None:
+    fill(study, trials=1)
+    content = study.journal.read_bytes()
+    line = json.loads(line_of(content, b'"suggested"')) | {"trial": 1} | {field: value}
+    study.journal.write_bytes(content + json.dumps(line).encode() + b"\n")
+    with pytest.raises(StudyError, match=message):
+        Study(study.folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("keep_ratio", -0.5), ("tokens", -1), ("tokens", 1.5), ("parameters", -1.0)),
+        *(("model_parameters", 0.5), ("model_bytes", 1e300), ("macs_per_token", -3)),
+        *(("nll", 1e6), ("nll", 1e300), ("objective", -1e6)),
+    ],
+)
+def test_a_metric_that_nobody_can_have_measured_is_refused(
+    study: Study, name: str, value: float
+) -> None:
+    suggest(study, 0)
+    study.record("started", trial=0)
+    content = study.journal.read_bytes()
+    with pytest.raises(ContentError, match=rf"metrics\.{name} is .*expected a "):
+        study.record(
+            "ended", trial=0, outcome="completed", metrics=metrics(1.0) | {name: value},
+            error=None, seconds={"scoring": 1.0},
+        )  # fmt: skip
+    assert study.journal.read_bytes() == content
+
+
+SIZES: dict[str, tuple[dict[str, int], int, int, str]] = {
+    "other ranks than parameters": ({"q": 4}, 456, 460, "is 456, and its ranks have 504"),
+    "no rank at all": ({}, 456, 460, "is 456, and its ranks have 864"),
+    "a rank larger than dense": ({"q": 12}, 888, 460, "q_proj is 12, which has 600 param"),
+    "above its budget": ({"q": 4}, 504, 460, "is 504, above its budget of 460"),
+    "a larger budget": ({"q": 3}, 456, 461, "is 461, expected 460, the budget of the study"),
+    "a smaller budget": ({"q": 3}, 456, 459, "is 459, expected 460, the budget of the study"),
+}
+
+
+@pytest.mark.parametrize("case", SIZES)
+def test_a_trial_of_another_size_is_neither_read_nor_written(study: Study, case: str) -> None:
+    """A model was written whose card said 80 %, and which was dense."""
+    ranks, parameters, budget, message = SIZES[case]
+    names = {"layers.0.q_proj": ranks.get("q"), "layers.0.v_proj": None}
+    other = dataclasses.replace(
+        request(1), allocation=Allocation(names, parameters, Budget(budget))
+    )
+    fill(study, trials=1)
+    content = study.journal.read_bytes()
+    with pytest.raises(StudyError, match=message):
+        study.record_suggestion(other, {})
+    assert study.journal.read_bytes() == content
+    line = json.loads(line_of(content, b'"suggested"'))
+    line |= {"trial": 1, "allocation": dataclasses.asdict(other.allocation)}
+    study.journal.write_bytes(content + json.dumps(line).encode() + b"\n")
+    number = content.count(b"\n") + 1
+    with pytest.raises(StudyError, match=rf"line {number} is damaged: .*{message}"):
+        Study(study.folder)
+
+
+def test_trials_of_a_front_have_budgets_up_to_the_ceiling(none: Study) -> None:
+    variables = {"qk": [0.0, 1.0], "keep_ratio": [0.5, 0.9]}
+    none.begin(ABOUT | {"variables": variables}, CONFIG)
+    ranks = ALLOCATION.ranks
+    for index, budget in enumerate((456, 460)):
+        fits = TrialRequest(index, "between", {}, Allocation(ranks, 456, Budget(budget)), index)
+        none.record_suggestion(fits, {})
+    above = TrialRequest(2, "between", {}, Allocation(ranks, 456, Budget(461)), 2)
+    with pytest.raises(StudyError, match="is 461, expected at most 460"):
+        none.record_suggestion(above, {})
+    assert list(Study(none.folder).state.trials) == [0, 1]
 
 
 def test_windows_of_a_pool_are_those_of_the_pool(study: Study) -> None:

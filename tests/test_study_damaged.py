@@ -176,6 +176,18 @@ def test_a_configuration_that_is_none_is_refused_by_field(
         results.config_of(Study(there))
 
 
+def test_a_configuration_that_is_no_yaml_is_not_written_again(there: Path) -> None:
+    about = json.loads((there / "study.json").read_text(encoding="utf-8"))
+    (there / "study.json").write_text(json.dumps(about | {"config": ["a: [1"]}), encoding="utf-8")
+    (there / "config.yaml").unlink()
+    for command in ("search", "report"):
+        ran = lrbo_command(command, "study=one")
+        assert ran.status == 2, command
+        assert f"configuration in {there / 'study.json'} is no YAML" in ran.err
+        assert "written again" not in ran.err
+        assert not (there / "config.yaml").exists()
+
+
 @pytest.mark.parametrize(
     "content",
     ["", "[1", "{}", '{"fits": 3, "measurements": []}', '{"measurements": [{"rank": -1}]}'],
@@ -266,3 +278,16 @@ def test_a_cache_that_cannot_be_written_is_refused_with_the_values(
     (problem,) = check(chosen(*OPTIONS))
     assert problem.startswith("LRBO_CACHE='occupied/cache': ")
     assert problem.endswith(" is a file, not a folder")
+
+
+@pytest.mark.parametrize("part", ["calibration", "factors", "models"])
+def test_a_file_where_the_cache_has_a_folder_is_refused_with_the_values(
+    there: Path, part: str
+) -> None:
+    """It was refused after the calibration, as something that another process deletes."""
+    folder = (Path("cache") / part).absolute()
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.touch()
+    (problem,) = check(chosen(*OPTIONS))
+    assert problem.startswith("LRBO_CACHE=")
+    assert f"{folder} is a file, not a folder" in problem

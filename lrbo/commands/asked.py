@@ -10,7 +10,7 @@ from lrbo.errors import ConfigError, StudyError
 from lrbo.optimization.front import KEEP_RATIO, ceiling_of
 from lrbo.optimization.study import Study
 from lrbo.schema import CompressConfig, Config, SearchConfig
-from lrbo.shell import command, study_at
+from lrbo.shell import command
 from lrbo.trial import TrialRecord
 
 
@@ -48,7 +48,7 @@ def study_of(chosen: SearchConfig | CompressConfig) -> Study:
     """
     if checks.check_study(chosen):
         raise ConfigError(checks.check(chosen))
-    return Study(checks.study_folder(chosen.studies, chosen.study))
+    return Study(checks.study_folder(chosen.studies, chosen.study), chosen.studies)
 
 
 def search_asked(
@@ -73,7 +73,7 @@ def search_asked(
                 for difference in _differences(study, chosen, typed)
             ]
             if problems:
-                again = command("search", study=study_at(study.folder))
+                again = command("search", **study.keys)
                 problems.append(f"to continue it: {again}; to begin another: study=NEWNAME")
         problems += versions.refusals(study, allowed=chosen.search.other_versions)
     return chosen, problems + checks.check(chosen)

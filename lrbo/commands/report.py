@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ def run(chosen: ReportConfig, reporter: Reporter) -> dict[str, Any]:
     """
     checks.require_valid(chosen)
     names = _names(chosen)
-    studies = [Study(checks.study_folder(chosen.studies, name)) for name in names]
+    studies = [Study(checks.study_folder(chosen.studies, name), chosen.studies) for name in names]
     for study in studies:
         study.about()  # there must be one
         if chosen.sync:
@@ -70,7 +71,12 @@ def _names(chosen: ReportConfig) -> list[str]:
         return [chosen.study]
     folder = Path(chosen.studies)
     files = ("study.json", "journal.jsonl")  # one that lacks either is named as damaged
-    found = sorted({p.parent.name for file in files for p in folder.glob(f"{chosen.study}/{file}")})
+    inside = folder.iterdir() if folder.is_dir() else ()
+    found = sorted(
+        path.name
+        for path in inside
+        if fnmatchcase(path.name, chosen.study) and any((path / file).exists() for file in files)
+    )
     if not found:
         raise StudyError(f"no study in {folder} fits study={chosen.study}; look with: ls {folder}")
     return found

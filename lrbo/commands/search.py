@@ -30,7 +30,7 @@ from lrbo.progress import Reporter
 from lrbo.report import print_report
 from lrbo.results import size_metric, summary
 from lrbo.schema import SearchConfig
-from lrbo.shell import command, study_at
+from lrbo.shell import command
 from lrbo.storage import cache_folder
 from lrbo.terminal import PlainConsole
 from lrbo.tracking import Tracker
@@ -47,7 +47,7 @@ def run(chosen: SearchConfig, typed: Sequence[str], reporter: Reporter) -> dict[
     print_report(study, PlainConsole())
     reporter.say(f"Figures: {study.folder / 'figures'}")
     size = size_metric(study)
-    wanted = {"study": study_at(study.folder)}
+    wanted = dict(study.keys)
     if size is not None:
         wanted["point"] = f"{size if size in LATENCIES else 'keep'}=RATIO"
     reporter.say(f"Next: {command('compress', **wanted, out='FOLDER')}, or: lrbo dashboard")

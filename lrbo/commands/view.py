@@ -22,7 +22,7 @@ from lrbo.progress import imported
 from lrbo.rendering import render
 from lrbo.results import config_of, described, draw_figures, size_metric, summary
 from lrbo.schema import SearchConfig
-from lrbo.shell import command, study_at
+from lrbo.shell import command
 from lrbo.storage import write_text
 from lrbo.strict_json import to_json
 from lrbo.tracking import MlflowTracker, NullTracker, Tracker
@@ -44,6 +44,7 @@ def make_tracker(chosen: SearchConfig, study: Study, *, strict: bool = False) ->
         artifact_root=Path(chosen.studies).absolute() / "mlflow-artifacts",
         strict=strict,
         prefix=_prefix(study),
+        keys=study.keys,
     )
 
 
@@ -181,7 +182,7 @@ def show_if_possible(study: Study, tracker: Tracker) -> None:
             "journal; draw them with: %s",
             study.name,
             error,
-            command("report", study=study_at(study.folder)),
+            command("report", **study.keys),
         )
 
 

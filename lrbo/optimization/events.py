@@ -13,7 +13,17 @@ from typing_extensions import TypedDict  # that of Python 3.11 pydantic does not
 from lrbo.accounting import Storage
 from lrbo.allocation import Allocation, Budget
 from lrbo.errors import Outcome
-from lrbo.parsing import ContentError, Count, Flag, Number, Positive, Whole, checked, shown
+from lrbo.parsing import (
+    LARGEST,
+    ContentError,
+    Count,
+    Flag,
+    Number,
+    Positive,
+    Whole,
+    checked,
+    shown,
+)
 from lrbo.strict_json import with_infinity
 from lrbo.trial import Origin
 
@@ -42,6 +52,9 @@ MEASURED: Mapping[str, tuple[str, ...]] = {
     ),
     "stopped": ("objective", "objective_sem"),
 }  # fmt: skip
+
+LARGEST_NLL = 1e6  # nats per token, which no logits of finite numbers reach
+COUNTS = ("tokens", "parameters", "model_parameters", "model_bytes", "macs_per_token")
 
 exact = with_config(ConfigDict(extra="forbid"))
 
@@ -225,9 +238,23 @@ def event_of(value: object, where: str) -> Event:
             raise ContentError(
                 f"{where}: metrics of a {found.outcome} trial lack {', '.join(lacking)}"
             )
+        if problem := _problem_of_metrics(found.metrics):
+            raise ContentError(f"{where}: {problem}")
     if isinstance(found, Dense | Tested) and "nll" not in found.metrics:
         raise ContentError(f"{where}: metrics lack nll")
     return found
+
+
+def _problem_of_metrics(metrics: Mapping[str, float]) -> str | None:
+    """Say which metric nobody can have measured, if there is one."""
+    for name, value in metrics.items():
+        if name in COUNTS and not (0 <= value <= LARGEST and value == int(value)):
+            return f"metrics.{name} is {shown(value)}, expected a whole number from 0 on"
+        if name == "keep_ratio" and value < 0:
+            return f"metrics.{name} is {shown(value)}, expected a number from 0 on"
+        if name in ("nll", "objective") and abs(value) >= LARGEST_NLL:
+            return f"metrics.{name} is {shown(value)}, expected a number below {LARGEST_NLL:,.0f}"
+    return None
 
 
 @exact

@@ -9,17 +9,20 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
+import yaml
 from filelock import FileLock, Timeout
 
 from lrbo.accounting import low_rank_parameters
-from lrbo.errors import StudyError
+from lrbo.errors import StudyError, reading
 from lrbo.optimization.events import (
     FORMAT,
+    AllocationFields,
     Chosen,
     Compressed,
     Dense,
@@ -34,9 +37,10 @@ from lrbo.optimization.events import (
     about_of,
     event_of,
 )
-from lrbo.optimization.front import LATENCIES
+from lrbo.optimization.front import KEEP_RATIO, LATENCIES
 from lrbo.parsing import ContentError, parse_json, shown
-from lrbo.shell import command, study_at
+from lrbo.paths import SPECIAL, kind_of
+from lrbo.shell import command, keys_of
 from lrbo.specs import LayerSpec
 from lrbo.storage import write_text
 from lrbo.strict_json import to_json
@@ -202,20 +206,53 @@ class StudyState:
         rival = None if event.rival is None else self.trials.get(event.rival)
         if event.rival is not None and (rival is None or not rival.is_completed):
             return f"rival is {event.rival}, which no line before it gives a value"
-        known = {spec["name"]: spec for spec in self.about["layers"] if spec["block"] is not None}
+        known = self._compressible
         ranks = event.allocation["ranks"]
         if unknown := ranks.keys() - known.keys():
             return f"allocation.ranks has {min(unknown)}, which is no layer in the model's blocks"
         if missing := known.keys() - ranks.keys():
             return f"allocation.ranks lacks the layer {min(missing)}"
         for name, rank in ranks.items():
-            full = min(known[name]["out_features"], known[name]["in_features"])
+            full = min(known[name].out_features, known[name].in_features)
             if rank is not None and rank > full:
                 return f"allocation.ranks.{name} is {rank}, expected at most {full}"
         if event.variables and event.variables.keys() != self.about["variables"].keys():
             names = ", ".join(self.about["variables"])
             return f"variables are {', '.join(event.variables)}, expected {names}"
+        return self._problem_of_size(event.allocation)
+
+    def _problem_of_size(self, allocation: AllocationFields) -> str | None:
+        """Say why ranks cannot be of the size, or under the budget, that their line names."""
+        ranks, named = allocation["ranks"], allocation["parameters"]
+        counted = 0
+        for name, rank in ranks.items():
+            spec = self._compressible[name]
+            stored = stored_parameters(spec, rank, self.about)
+            if rank is not None and stored >= spec.parameters:  # no factors reach so far
+                return (
+                    f"allocation.ranks.{name} is {rank}, which has {stored:,} parameters; expected "
+                    f"fewer than dense has, {spec.parameters:,}"
+                )
+            counted += stored
+        if named != counted:
+            return f"allocation.parameters is {named:,}, and its ranks have {counted:,}"
+        budget, ceiling = allocation["budget"]["parameters"], self.about["budget_parameters"]
+        if counted > budget:
+            return f"allocation.parameters is {counted:,}, above its budget of {budget:,}"
+        is_front = KEEP_RATIO in self.about["variables"]
+        if budget > ceiling or (budget < ceiling and not is_front):
+            most = "at most " if is_front else ""
+            return (
+                f"allocation.budget.parameters is {budget:,}, expected {most}{ceiling:,}, the "
+                "budget of the study"
+            )
         return None
+
+    @cached_property
+    def _compressible(self) -> dict[str, LayerSpec]:
+        """Return the layers that an allocation has a rank for, by name."""
+        layers = layers_of(self.about)
+        return {name: spec for name, spec in layers.items() if spec.block is not None}
 
     def _problem_of_end(self, event: Ended) -> str | None:
         """Say why a result cannot be one of this study."""
@@ -274,16 +311,22 @@ class Study:
 
     Attributes:
         folder: Where it is.
+        keys: What is typed to mean it.
         state: What the journal says, kept up to date by :meth:`record`.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, studies: str | None = None) -> None:
         """Open a study folder, which need not exist yet, and read its journal.
+
+        Args:
+            folder: Of the study.
+            studies: The folder that its name was looked up in, for commands that are printed.
 
         Raises:
             StudyError: If the journal or ``study.json`` is damaged, or only one of them is there.
         """
         self.folder = folder
+        self.keys = keys_of(folder, studies)
         self._about: dict[str, Any] | None = None
         self.state = self._read()
 
@@ -335,7 +378,7 @@ class Study:
             except (FileNotFoundError, NotADirectoryError) as error:
                 raise StudyError(
                     f"there is no study at {self.folder}; start one with: "
-                    f"{command('search', study=study_at(self.folder))}"
+                    f"{command('search', **self.keys)}"
                 ) from error
             except OSError as error:
                 raise StudyError(f"{self._file} cannot be read: {error.strerror}") from error
@@ -374,10 +417,12 @@ class Study:
         ``config.yaml`` is written again where it is missing.
 
         Raises:
-            StudyError: If there is no study, or ``config.yaml`` says otherwise, naming the line.
+            StudyError: If there is no study, what it was begun with is no YAML, or ``config.yaml``
+                says otherwise, naming the line.
         """
         lines: list[str] = self.about()["config"]
         text, path = "\n".join(lines), self.folder / "config.yaml"
+        _require_yaml(text, self._file)  # else what is damaged would be written once more
         try:
             there = path.read_bytes().decode("utf-8", errors="replace").split("\n")
         except FileNotFoundError:
@@ -430,6 +475,7 @@ class Study:
                 "stop it, or choose another study=NAME"
             ) from error
         try:
+            self._require_files()
             self._repair()
             self._about = None
             self.state = self._read()
@@ -477,6 +523,7 @@ class Study:
             StudyError: If any other line is damaged, with its number, or if of the journal and
                 ``study.json`` one is missing.
         """
+        self._require_files()
         try:
             content = self.journal.read_bytes()
         except (FileNotFoundError, NotADirectoryError) as error:
@@ -514,6 +561,19 @@ class Study:
             state.apply(event)
         return state
 
+    def _require_files(self) -> None:
+        """Refuse what would be read without an end, such as a named pipe, before any is read.
+
+        Raises:
+            StudyError: Naming it.
+        """
+        with suppress(OSError):  # which says whoever reads or writes there
+            for path in sorted(self.folder.iterdir()):
+                if (kind := kind_of(path)) in SPECIAL.values():
+                    raise StudyError(
+                        f"{path} is {kind}; expected a file. Move it away, or restore the file"
+                    )
+
     def _repair(self) -> None:
         """Cut off a torn last line; its bytes are kept beside the journal."""
         if not self.journal.exists():
@@ -526,6 +586,17 @@ class Study:
             with self.journal.open("rb+") as file:
                 file.truncate(whole)
                 os.fsync(file.fileno())
+
+
+@lru_cache(maxsize=16)
+def _require_yaml(text: str, file: Path) -> None:
+    """Refuse a configuration that is no YAML; once, for a search asks often.
+
+    Raises:
+        StudyError: Naming the file that has it.
+    """
+    with reading(StudyError, f"the configuration in {file} is no YAML"):
+        yaml.safe_load(text)
 
 
 def layers_of(about: Mapping[str, Any]) -> dict[str, LayerSpec]:
