@@ -16,12 +16,13 @@ from textwrap import fill
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
+import yaml  # type: ignore[import-untyped]  # has no types
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lrbo.errors import ConfigError
@@ -32,6 +33,7 @@ from lrbo.schema import (
     EvaluateConfig,
     SearchConfig,
 )
+from lrbo.shell import literal
 
 # What may differ when a study is continued: where and how long it runs, not what it measures.
 FREE_KEYS = (
@@ -360,7 +362,7 @@ def differences(stored_yaml: str, config: SearchConfig) -> list[str]:
     Where it runs, how long it runs and how it is shown may differ. A key that did not exist when
     the study was begun stands for what was done then.
     """
-    stored = flatten(OmegaConf.to_container(_completed(OmegaConf.create(stored_yaml))))
+    stored = flatten(OmegaConf.to_container(_completed(_stored(stored_yaml)), resolve=True))
     given = flat(config)
     keys = [key for key in dict.fromkeys([*stored, *given]) if not is_free(key)]
     return [
@@ -387,31 +389,70 @@ def stored_config(
         overrides: ``key=value``, as typed; only free keys.
         typed: What Hydra composed of them, which knows what a group's option stands for.
     """
-    stored = OmegaConf.create(stored_yaml)
-    default_uri = OmegaConf.structured(SearchConfig(studies=stored.studies)).tracking.uri
-    if stored.tracking.uri == default_uri:  # follows the folder of the studies, which may move
-        del stored.tracking["uri"]
+    stored = _stored(stored_yaml)
+    tracking, studies = stored.get("tracking"), str(stored.get("studies"))
+    default_uri = SearchConfig().tracking.uri.replace("${studies}", studies)
+    if isinstance(tracking, dict) and tracking.get("uri") == default_uri:
+        del tracking["uri"]  # it follows the folder of the studies, which may move
     merged = _completed(stored)
     for override in overrides:
         key, _, value = override.partition("=")
-        if typed is not None:
-            value = OmegaConf.select(OmegaConf.structured(typed), key.lstrip("+~"))
+        key = key.lstrip("+~")
+        if typed is None:
+            OmegaConf.update(merged, key, read_value(value))
         else:
-            value = read_value(value)
-        OmegaConf.update(merged, key.lstrip("+~"), value)
+            OmegaConf.update(merged, key, _escaped(_at(asdict(typed), key)))
     found = to_object(merged)
     assert isinstance(found, SearchConfig)
     return found
 
 
-def _completed(stored: DictConfig | ListConfig) -> DictConfig:
+def _stored(stored_yaml: str) -> dict[str, Any]:
+    """Read what :func:`to_yaml` wrote: plain values, in which nothing is looked up.
+
+    Raises:
+        ConfigError: If it is none.
+    """
+    try:
+        stored = yaml.safe_load(stored_yaml)
+    except yaml.YAMLError as error:
+        raise ConfigError([f"the study's config.yaml is no YAML: {_plain(error)}"]) from error
+    if not isinstance(stored, dict):
+        raise ConfigError(["the study's config.yaml: expected keys with values"])
+    return stored
+
+
+def _at(values: Any, key: str) -> Any:
+    """Look up a dotted key in nested mappings; ``None`` where there is none."""
+    for name in key.split("."):
+        values = values.get(name) if isinstance(values, Mapping) else None
+    return values
+
+
+def _literal(config: Config) -> DictConfig:
+    """Give OmegaConf values that were composed already."""
+    created = OmegaConf.create(_escaped(asdict(config)))
+    assert isinstance(created, DictConfig)
+    return created
+
+
+def _escaped(node: Any) -> Any:
+    """Escape ``${`` in every text of plain values, which OmegaConf would take for a reference."""
+    if isinstance(node, Mapping):
+        return {key: _escaped(value) for key, value in node.items()}
+    if isinstance(node, list | tuple):
+        return [_escaped(value) for value in node]
+    return literal(node) if isinstance(node, str) else node
+
+
+def _completed(stored: Mapping[str, Any]) -> DictConfig:
     """Return a stored configuration with the keys that did not exist when it was written.
 
     Raises:
         ConfigError: If it has keys or values that there are none of any more.
     """
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(SearchConfig), BEFORE, stored)
+        merged = OmegaConf.merge(OmegaConf.structured(SearchConfig), BEFORE, _escaped(stored))
     except OmegaConfBaseException as error:
         raise ConfigError(
             [f"the study's config.yaml: {_plain(error)}; use the version of lrbo that wrote it"]
@@ -438,8 +479,8 @@ def protocol_changes(config: EvaluateConfig) -> dict[str, list[str]]:
 
 
 def to_yaml(config: Config) -> str:
-    """Return a configuration as YAML."""
-    text: str = OmegaConf.to_yaml(OmegaConf.structured(config))
+    """Return a configuration as YAML, each text as it is."""
+    text: str = OmegaConf.to_yaml(_literal(config), resolve=True)
     return text
 
 
