@@ -152,6 +152,8 @@ def find_problems(command: str, overrides: Sequence[str]) -> dict[str, str]:
             problems[override] = f"{override}: {unread}"
         elif unknown := _unknown_options(override):
             problems[override] = f"{override}: {unknown}"
+        elif wrong := _no_boolean(command, override):
+            problems[override] = f"{override}: expected {wrong}"
     known = [override for override in overrides if override not in problems]
     if _compose_error(command, known) is not None:
         # Beside the chosen options, for a key may only be there with one of them.
@@ -253,6 +255,26 @@ def _unknown_options(override: str) -> str | None:
     )
 
 
+def _no_boolean(command: str, override: str) -> str | None:
+    """Say what is expected where a key is true or false and something else is given.
+
+    OmegaConf would take any number but 0 for true, and some words.
+    """
+    parsed = OverridesParser.create().parse_override(override)
+    if parsed.is_delete() or parsed.is_sweep_override():
+        return None
+    for key, value in flatten(parsed.value(), f"{parsed.key_or_group}.").items():
+        hint = _hint(command, key)
+        kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+        if bool not in kinds or isinstance(value, bool):
+            continue
+        may_be_null = type(None) in kinds
+        if (value is None and may_be_null) or (isinstance(value, str) and "${" in value):
+            continue
+        return f"true, false or null for {key}" if may_be_null else f"true or false for {key}"
+    return None
+
+
 def _is_key(command: str, key: str) -> bool:
     """Return whether a command takes a key; below a free mapping every key is taken."""
     free = [name for name in MAPPINGS if name in _keys(command)]
@@ -331,19 +353,25 @@ def text_hint(command: str, key: str) -> tuple[bool, bool]:
         command: Name of the command.
         key: Dotted, without ``+`` or ``~``.
     """
-    hint: Any = SCHEMAS[command]
+    hint = _hint(command, key)
     *_, last = key.split(".")
-    for name in key.split("."):
-        if is_dataclass(hint):
-            hint = get_type_hints(hint).get(name)
-        else:
-            hint = get_args(hint)[1] if get_origin(hint) is dict else None
     if hint is Any:  # a text or several
         return last in ("study", "path"), last == "path"
     members = get_args(hint) if isinstance(hint, UnionType) else (hint,)
     while get_origin(members[0]) is list:
         members = (*get_args(members[0]), *members[1:])
     return str in members, type(None) in members
+
+
+def _hint(command: str, key: str) -> Any:
+    """Look up the type of a dotted key in the schema of a command; ``None`` where it has none."""
+    hint: Any = SCHEMAS[command]
+    for name in key.split("."):
+        if is_dataclass(hint):
+            hint = get_type_hints(hint).get(name)
+        else:
+            hint = get_args(hint)[1] if get_origin(hint) is dict else None
+    return hint
 
 
 def _strays(node: object, prefix: str = "") -> Iterable[str]:
