@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import os
 import re
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from lrbo import paths
 from lrbo.accounting import STORAGES
@@ -36,6 +38,9 @@ EXECUTORS = ("inline", "ray")
 FORMATS = ("lrbo", "remote_code", "merged")
 # Of files of text; lrbo.calibration.files reads them.
 FILE_FORMATS = ("auto", "text", "json", "csv", "tsv", "parquet")
+# Databases that MLflow keeps runs in, and what lets it write to a folder of files.
+DATABASES = ("postgresql", "mysql", "mssql")
+FILE_STORE = "MLFLOW_ALLOW_FILE_STORE"
 ROLES = ("calibration", "validation", "test")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 # What may lie in the folder of a study that was not begun yet.
@@ -60,9 +65,15 @@ def _check(config: Config) -> list[str]:
 
     problems += paths.check_name("studies", config.studies, root=True)
     problems += paths.check_place("studies", config.studies)
+    if isinstance(config, SearchConfig):
+        tracking = config.tracking
+        problems += check_store("tracking.uri", tracking.uri)
+        experiment = tracking.experiment
+        expect(bool(experiment.strip()), "tracking.experiment", experiment, "a name")
     if isinstance(config, SearchConfig | CompressConfig) and not problems:
         problems += check_study(config)
     if isinstance(config, DashboardConfig):
+        problems += check_store("uri", config.uri)
         expect(bool(config.host.strip()), "host", config.host, "a name or address of this machine")
         for name in config.allowed_hosts:
             plain = re.fullmatch(r"[^\s,/@]+", name)
@@ -74,9 +85,9 @@ def _check(config: Config) -> list[str]:
     if isinstance(config, ReportConfig):
         names = config.study if isinstance(config.study, list) else [config.study]
         for name in names:
-            problems += _check_study_path("study", config.studies, str(name))
+            problems += check_study_path("study", config.studies, str(name))
         expect(config.format in ("text", "html"), "format", config.format, "text or html")
-        several = not isinstance(config.study, str) or set(config.study) & set("*?[")
+        several = not isinstance(config.study, str) or is_pattern(config.studies, config.study)
         if config.format == "html" and several:
             problems.append(f"format=html study={config.study}: expected the name of one study")
     if isinstance(config, CompressConfig):
@@ -254,7 +265,7 @@ def _check_search(config: SearchConfig) -> list[str]:
             "uniform, analytic, start, paper, study:NAME or study:NAME:TRIAL",
         )
         if name.startswith("study:") and WARM_START.fullmatch(name):
-            problems += _check_study_path("warm_start=study", config.studies, name.split(":")[1])
+            problems += check_study_path("warm_start=study", config.studies, name.split(":")[1])
     executor = config.executor
     expect(executor.name in EXECUTORS, "executor.name", executor.name, " or ".join(EXECUTORS))
     for key in ("workers", "devices"):
@@ -491,13 +502,47 @@ def _check_model(key: str, path: str | None) -> list[str]:
 
 def check_study(config: SearchConfig | CompressConfig) -> list[str]:
     """Return the problems of the path of a study, with which no file of it can be looked at."""
-    return _check_study_path("study", config.studies, config.study)
+    return check_study_path("study", config.studies, config.study)
 
 
-def _check_study_path(key: str, studies: str, study: str) -> list[str]:
+def check_study_path(key: str, studies: str, study: str) -> list[str]:
     """Return the problem if a study cannot be called so, or nothing can be where it would be."""
     folder = str(study_folder(studies, study))
     return paths.check_name(key, study) or paths.check_place(key, folder)
+
+
+def check_store(key: str, uri: str) -> list[str]:
+    """Find the problem of an address at which MLflow could have no store.
+
+    It would take an empty one for a place in the working folder, and others only when it is asked,
+    which is long after the search began.
+    """
+    expected = (
+        f"{key}={uri!r}: expected sqlite:///FILE, the address of a server as "
+        "http://localhost:5000, or databricks, postgresql://..., mysql://... or mssql://..."
+    )
+    try:
+        parts = urlsplit(uri)
+        host, _ = parts.hostname, parts.port  # which are only read, and may be wrong, here
+    except ValueError as error:
+        return [f"{expected}; this is none: {error}"]
+    scheme = parts.scheme.partition("+")[0]  # behind it a database may name its driver
+    behind = uri.partition("://")[2]
+    if not uri.isprintable() or uri != uri.strip():
+        good = False
+    elif scheme == "sqlite":
+        good = behind.startswith("/") and len(behind) > 1
+    elif parts.scheme in ("http", "https"):
+        good = bool(host) and not re.search(r"\s", uri)
+    elif scheme in DATABASES:
+        good = bool(behind)
+    elif scheme in ("", "file") and parts.path and uri != "databricks":
+        good = os.environ.get(FILE_STORE, "").lower() in ("true", "1")
+        expected += f"; MLflow takes folders only with the environment variable {FILE_STORE}=true"
+    else:
+        plugins = {found.name for found in entry_points(group="mlflow.tracking_store")}
+        good = "databricks" in (uri, scheme) or parts.scheme in plugins
+    return [] if good else [expected]
 
 
 def _check_new_study(folder: Path) -> list[str]:
@@ -519,6 +564,11 @@ def role_paths(role: RoleConfig) -> tuple[str, ...]:
     if role.path is None:
         return ()
     return tuple(map(str, role.path)) if isinstance(role.path, list) else (str(role.path),)
+
+
+def is_pattern(studies: str, study: str) -> bool:
+    """Tell a pattern of names from the name of a study that is there, which may be one too."""
+    return bool(set(study) & set("*?[")) and paths.kind_of(study_folder(studies, study)) != "folder"
 
 
 def study_folder(studies: str, study: str) -> Path:

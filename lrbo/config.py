@@ -16,12 +16,13 @@ from textwrap import fill
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
+import yaml  # type: ignore[import-untyped]  # has no types
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lrbo.errors import ConfigError
@@ -32,6 +33,7 @@ from lrbo.schema import (
     EvaluateConfig,
     SearchConfig,
 )
+from lrbo.shell import literal
 
 # What may differ when a study is continued: where and how long it runs, not what it measures.
 FREE_KEYS = (
@@ -150,6 +152,8 @@ def find_problems(command: str, overrides: Sequence[str]) -> dict[str, str]:
             problems[override] = f"{override}: {unread}"
         elif unknown := _unknown_options(override):
             problems[override] = f"{override}: {unknown}"
+        elif wrong := _no_boolean(command, override):
+            problems[override] = f"{override}: expected {wrong}"
     known = [override for override in overrides if override not in problems]
     if _compose_error(command, known) is not None:
         # Beside the chosen options, for a key may only be there with one of them.
@@ -251,6 +255,26 @@ def _unknown_options(override: str) -> str | None:
     )
 
 
+def _no_boolean(command: str, override: str) -> str | None:
+    """Say what is expected where a key is true or false and something else is given.
+
+    OmegaConf would take any number but 0 for true, and some words.
+    """
+    parsed = OverridesParser.create().parse_override(override)
+    if parsed.is_delete() or parsed.is_sweep_override():
+        return None
+    for key, value in flatten(parsed.value(), f"{parsed.key_or_group}.").items():
+        hint = _hint(command, key)
+        kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+        if bool not in kinds or isinstance(value, bool):
+            continue
+        may_be_null = type(None) in kinds
+        if (value is None and may_be_null) or (isinstance(value, str) and "${" in value):
+            continue
+        return f"true, false or null for {key}" if may_be_null else f"true or false for {key}"
+    return None
+
+
 def _is_key(command: str, key: str) -> bool:
     """Return whether a command takes a key; below a free mapping every key is taken."""
     free = [name for name in MAPPINGS if name in _keys(command)]
@@ -329,19 +353,25 @@ def text_hint(command: str, key: str) -> tuple[bool, bool]:
         command: Name of the command.
         key: Dotted, without ``+`` or ``~``.
     """
-    hint: Any = SCHEMAS[command]
+    hint = _hint(command, key)
     *_, last = key.split(".")
-    for name in key.split("."):
-        if is_dataclass(hint):
-            hint = get_type_hints(hint).get(name)
-        else:
-            hint = get_args(hint)[1] if get_origin(hint) is dict else None
     if hint is Any:  # a text or several
         return last in ("study", "path"), last == "path"
     members = get_args(hint) if isinstance(hint, UnionType) else (hint,)
     while get_origin(members[0]) is list:
         members = (*get_args(members[0]), *members[1:])
     return str in members, type(None) in members
+
+
+def _hint(command: str, key: str) -> Any:
+    """Look up the type of a dotted key in the schema of a command; ``None`` where it has none."""
+    hint: Any = SCHEMAS[command]
+    for name in key.split("."):
+        if is_dataclass(hint):
+            hint = get_type_hints(hint).get(name)
+        else:
+            hint = get_args(hint)[1] if get_origin(hint) is dict else None
+    return hint
 
 
 def _strays(node: object, prefix: str = "") -> Iterable[str]:
@@ -360,7 +390,7 @@ def differences(stored_yaml: str, config: SearchConfig) -> list[str]:
     Where it runs, how long it runs and how it is shown may differ. A key that did not exist when
     the study was begun stands for what was done then.
     """
-    stored = flatten(OmegaConf.to_container(_completed(OmegaConf.create(stored_yaml))))
+    stored = flatten(OmegaConf.to_container(_completed(_stored(stored_yaml)), resolve=True))
     given = flat(config)
     keys = [key for key in dict.fromkeys([*stored, *given]) if not is_free(key)]
     return [
@@ -387,31 +417,70 @@ def stored_config(
         overrides: ``key=value``, as typed; only free keys.
         typed: What Hydra composed of them, which knows what a group's option stands for.
     """
-    stored = OmegaConf.create(stored_yaml)
-    default_uri = OmegaConf.structured(SearchConfig(studies=stored.studies)).tracking.uri
-    if stored.tracking.uri == default_uri:  # follows the folder of the studies, which may move
-        del stored.tracking["uri"]
+    stored = _stored(stored_yaml)
+    tracking, studies = stored.get("tracking"), str(stored.get("studies"))
+    default_uri = SearchConfig().tracking.uri.replace("${studies}", studies)
+    if isinstance(tracking, dict) and tracking.get("uri") == default_uri:
+        del tracking["uri"]  # it follows the folder of the studies, which may move
     merged = _completed(stored)
     for override in overrides:
         key, _, value = override.partition("=")
-        if typed is not None:
-            value = OmegaConf.select(OmegaConf.structured(typed), key.lstrip("+~"))
+        key = key.lstrip("+~")
+        if typed is None:
+            OmegaConf.update(merged, key, read_value(value))
         else:
-            value = read_value(value)
-        OmegaConf.update(merged, key.lstrip("+~"), value)
+            OmegaConf.update(merged, key, _escaped(_at(asdict(typed), key)))
     found = to_object(merged)
     assert isinstance(found, SearchConfig)
     return found
 
 
-def _completed(stored: DictConfig | ListConfig) -> DictConfig:
+def _stored(stored_yaml: str) -> dict[str, Any]:
+    """Read what :func:`to_yaml` wrote: plain values, in which nothing is looked up.
+
+    Raises:
+        ConfigError: If it is none.
+    """
+    try:
+        stored = yaml.safe_load(stored_yaml)
+    except yaml.YAMLError as error:
+        raise ConfigError([f"the study's config.yaml is no YAML: {_plain(error)}"]) from error
+    if not isinstance(stored, dict):
+        raise ConfigError(["the study's config.yaml: expected keys with values"])
+    return stored
+
+
+def _at(values: Any, key: str) -> Any:
+    """Look up a dotted key in nested mappings; ``None`` where there is none."""
+    for name in key.split("."):
+        values = values.get(name) if isinstance(values, Mapping) else None
+    return values
+
+
+def _literal(config: Config) -> DictConfig:
+    """Give OmegaConf values that were composed already."""
+    created = OmegaConf.create(_escaped(asdict(config)))
+    assert isinstance(created, DictConfig)
+    return created
+
+
+def _escaped(node: Any) -> Any:
+    """Escape ``${`` in every text of plain values, which OmegaConf would take for a reference."""
+    if isinstance(node, Mapping):
+        return {key: _escaped(value) for key, value in node.items()}
+    if isinstance(node, list | tuple):
+        return [_escaped(value) for value in node]
+    return literal(node) if isinstance(node, str) else node
+
+
+def _completed(stored: Mapping[str, Any]) -> DictConfig:
     """Return a stored configuration with the keys that did not exist when it was written.
 
     Raises:
         ConfigError: If it has keys or values that there are none of any more.
     """
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(SearchConfig), BEFORE, stored)
+        merged = OmegaConf.merge(OmegaConf.structured(SearchConfig), BEFORE, _escaped(stored))
     except OmegaConfBaseException as error:
         raise ConfigError(
             [f"the study's config.yaml: {_plain(error)}; use the version of lrbo that wrote it"]
@@ -438,8 +507,8 @@ def protocol_changes(config: EvaluateConfig) -> dict[str, list[str]]:
 
 
 def to_yaml(config: Config) -> str:
-    """Return a configuration as YAML."""
-    text: str = OmegaConf.to_yaml(OmegaConf.structured(config))
+    """Return a configuration as YAML, each text as it is."""
+    text: str = OmegaConf.to_yaml(_literal(config), resolve=True)
     return text
 
 

@@ -10,7 +10,17 @@ from lrbo.config import flatten
 from lrbo.schema import Config
 
 COUNT = 2**31 - 1  # of anything; more would overflow in one library or another
-MOST: Mapping[str, int] = {"seed": 2**32 - 1}  # numpy takes no larger one
+REPEATED = 10_000  # times that something is done over; more would not end
+MOST: Mapping[str, int] = {
+    "seed": 2**32 - 1,  # numpy takes no larger one
+    **dict.fromkeys(
+        (
+            "evaluation.pool_allocations", "space.knots", "latency.repeats", "latency.warmup",
+            "repeats", "warmup", "steps",
+        ),
+        REPEATED,
+    ),
+}  # fmt: skip
 SHOWN = 40  # characters of a number in a message
 
 

@@ -10,6 +10,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from lrbo.terminal import printable
+
 # What begins markup in the middle of a line, also in GitHub's dialect (tables, formulas).
 _SPECIAL = re.compile(r"[\\`*_\[\]<>|~&$#]")
 
@@ -17,7 +19,8 @@ _SPECIAL = re.compile(r"[\\`*_\[\]<>|~&$#]")
 def render(template: str, **values: Any) -> str:
     """Fill a template of ``lrbo/templates``.
 
-    Values are escaped for what the template is, HTML or Markdown. Only what it marks with
+    Values are escaped for what the template is, HTML or Markdown, and lose control characters, with
+    which they could command the terminal of whoever prints the file. Only what it marks with
     ``|safe``, and in Markdown the filters below, goes in as it is.
 
     Args:
@@ -34,7 +37,7 @@ def _environment(is_markdown: bool) -> Environment:
     made = Environment(
         loader=PackageLoader("lrbo", "templates"),
         autoescape=not is_markdown,
-        finalize=_finalized(markdown) if is_markdown else None,
+        finalize=_finalized(markdown if is_markdown else printable),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -66,7 +69,7 @@ def code(text: str) -> Markup:
 def fenced(text: str, language: str) -> Markup:
     """Make a block of code that the text cannot close."""
     fence = "`" * max(3, _longest_run(text) + 1)
-    return Markup(f"{fence}{language}\n{text}\n{fence}")
+    return Markup(f"{fence}{language}\n{printable(text)}\n{fence}")
 
 
 def _longest_run(text: str) -> int:
@@ -74,4 +77,4 @@ def _longest_run(text: str) -> int:
 
 
 def _one_line(text: str) -> str:
-    return " ".join(text.split())
+    return printable(" ".join(text.split()))

@@ -54,8 +54,12 @@ def text(value: str) -> str:
     plain = re.fullmatch(r"[A-Za-z_./][\w./-]*", value, re.ASCII)
     if plain and value.lower() not in ("null", "true", "false", "nan", "inf"):
         return value
-    kept = re.sub(r"(\\*)\$\{", r"\1\1\\${", value)  # else a reference to another key
-    return "'" + re.sub(r"(\\*)('|\Z)", _escaped, kept) + "'"
+    return "'" + re.sub(r"(\\*)('|\Z)", _escaped, literal(value)) + "'"
+
+
+def literal(value: str) -> str:
+    """Write a text for OmegaConf, which would take ``${`` for a reference to another key."""
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
 
 
 def _escaped(match: re.Match[str]) -> str:

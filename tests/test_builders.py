@@ -503,6 +503,9 @@ def test_a_dashboard_whose_port_is_taken_names_it(cache: Path, commands: list[li
             dashboard.run(config, Said())
     with pytest.raises(ConfigError, match=r"port=70000 .*cannot be used.*dashboard port=5001"):
         dashboard.run(DashboardConfig(uri="http://127.0.0.1:8080", port=70_000), Said())
+    for host in ("nowhere.invalid", "a" * 70, "192.0.2.1"):
+        with pytest.raises(ConfigError, match=rf"host={host}: no name or address of this"):
+            dashboard.require_free_port(host, 5000)
     assert commands == []
 
 

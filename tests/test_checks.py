@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from lrbo import config
-from lrbo.checks import check, protocol_file, require_valid, study_folder
+from lrbo.checks import check, check_store, protocol_file, require_valid, study_folder
 from lrbo.errors import ConfigError
-from lrbo.schema import CompressConfig, EvaluateConfig, ReportConfig, SearchConfig
+from lrbo.schema import CompressConfig, DashboardConfig, EvaluateConfig, ReportConfig, SearchConfig
 
 
 def search(*overrides: str) -> SearchConfig:
@@ -75,7 +75,14 @@ BAD_SEARCH: dict[str, Any] = {
     "evaluation.pool_tokens": [0, 16384, 16895],  # no more windows than are wanted
     "evaluation.pool_allocations": [1],
     "output": ["yaml"],
-}
+    "tracking.uri": [
+        "", " ", "sqlite:///", "sqlite://", "sqlite:file.db", "sqlite+pysqlite:///", "http://[::1",
+        "http://", "https://:80", "http://host:port", "http://a b", "ftp://host", "mlruns",
+        "/mlruns", "file:///mlruns", "postgresql://", "postgres://host/base", "s3://bucket",
+        "sqlite:///a\nb", "http:/host", " http://host",
+    ],
+    "tracking.experiment": ["", "  "],
+}  # fmt: skip
 
 
 RATIOS = ["method=bolaco", "space=per_kind"]
@@ -363,3 +370,36 @@ def test_what_is_for_protocols_or_tasks_is_not_taken_without_them(tmp_path: Path
 def test_a_study_is_a_name_or_a_path(tmp_path: Path) -> None:
     assert study_folder("studies", "mine") == Path("studies/mine")
     assert study_folder("studies", str(tmp_path / "mine")) == tmp_path / "mine"
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "sqlite:///mlflow.db", "sqlite:////srv/mlflow.db", "sqlite+pysqlite:///mlflow.db",
+        "http://localhost:5000", "https://user:word@example.org/mlflow", "HTTP://host",
+        "http://[::1]:5000", "databricks", "databricks://profile", "postgresql://user@host/base",
+        "mysql+pymysql://host/base", "mssql+pyodbc://host/base",
+    ],
+)  # fmt: skip
+def test_every_address_that_mlflow_keeps_runs_at_is_taken(uri: str) -> None:
+    assert check_store("uri", uri) == []
+
+
+def test_a_folder_is_a_store_only_where_mlflow_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    assert check_store("uri", "/srv/mlruns") == check_store("uri", "file:///srv/mlruns") == []
+    assert len(check_store("uri", "")) == 1
+
+
+def test_a_dashboard_is_asked_for_an_address(tmp_path: Path) -> None:
+    found = DashboardConfig(studies=str(tmp_path))
+    assert check(found) == []
+    (problem,) = check(dataclasses.replace(found, uri=""))
+    assert problem.startswith("uri='': expected sqlite:///FILE")
+
+
+def test_the_name_of_a_study_that_is_there_is_no_pattern(tmp_path: Path) -> None:
+    report = ReportConfig(study="run[1]", studies=str(tmp_path), format="html")
+    assert "format=html study=run[1]: expected the name of one study" in check(report)
+    (tmp_path / "run[1]").mkdir()
+    assert check(report) == []

@@ -43,21 +43,27 @@ def test_a_donor_is_kept_as_it_was_when_the_study_was_begun(project: Path) -> No
     assert origins("heir")[0] == "transfer"
     ran = lrbo_command("search", *line, "study=other")
     assert ran.status == 2
-    assert "warm_start: study:lender: there is no study at studies/lender" in ran.err
+    assert "donor lender: there is no study at studies/lender" in ran.err
 
 
 def test_a_donor_with_other_layers_is_refused_with_all_that_is_wrong(project: Path) -> None:
     other = Journal(Path("studies/gpt"), "space=weights", "method=loss_aware", case="gpt2")
     other.complete(0, 3.0)
-    starts = "warm_start=[uniform,study:gpt,study:nowhere,study:gpt:99]"
+    starts = "warm_start=[uniform,study:nowhere,study:gpt:99]"
+    ran = lrbo_command("search", *TINY, "study=heirless", starts, "seed=-1")
+    assert ran.status == 2
+    said = " ".join(ran.err.split())
+    assert "error: 3 problems:" in said  # which no model is needed for
+    assert "donor nowhere: there is no study at studies/nowhere" in said
+    assert "donor gpt:99: study gpt has no completed trial for point=99" in said
+    assert "seed=-1" in said
+    starts = "warm_start=[uniform,study:gpt]"
     ran = lrbo_command("search", *TINY, "study=heirless", starts, "budget.keep_ratio=0.05")
     assert ran.status == 2
     said = " ".join(ran.err.split())
-    assert "error: 4 problems:" in said
+    assert "error: 2 problems:" in said
     assert "study:gpt has no layers of kind down_proj (model.layers.0.mlp.down_proj)" in said
     assert "its kinds are attn_c_proj, c_attn, c_fc, mlp_c_proj" in said
-    assert "study:nowhere: there is no study at studies/nowhere" in said
-    assert "study gpt has no value of trial 99 yet" in said
     assert "The smallest feasible budget.keep_ratio is" in said
     assert not Path("studies/heirless").exists()
 

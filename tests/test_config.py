@@ -256,3 +256,27 @@ def test_flat_has_every_value_under_its_dotted_key() -> None:
         "output": "text",
     }
     assert config.flat(search())["data.calibration.tokens"] == 65536
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "data.bos=2", "data.bos=1", "data.bos=yes", "data.bos='true'", "data.bos=1.0",
+        "search.other_versions=null", "tracking.enabled=on", "data={bos:1}", "data.bos=[true]",
+        "++sensitivity.apply=0",
+    ],
+)  # fmt: skip
+def test_only_true_and_false_are_booleans(override: str) -> None:
+    (problem,) = config.find_problems("search", ["experiment=tiny", override]).values()
+    assert problem.startswith(f"{override}: ")
+    assert "expected true" in problem
+    assert " or " in problem
+
+
+def test_booleans_are_taken_as_they_are_typed() -> None:
+    taken = [
+        "data.bos=True", "tracking.enabled=false", "sensitivity.apply=${tracking.enabled}",
+        "executor.oversubscribe=FALSE",
+    ]  # fmt: skip
+    assert config.find_problems("search", ["experiment=tiny", *taken]) == {}
+    assert config.find_problems("search", ["experiment=tiny", "data.bos=null"]) == {}

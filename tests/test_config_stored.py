@@ -5,6 +5,7 @@ import yaml
 
 from lrbo import config
 from lrbo.checks import check
+from lrbo.command_lines import repeating, typed
 from lrbo.errors import ConfigError
 from lrbo.schema import SearchConfig
 from tests.test_checks import RATIOS, search
@@ -15,6 +16,41 @@ def test_a_stored_configuration_comes_back_as_it_was() -> None:
     text = config.to_yaml(found)
     assert config.stored_config(text, []) == found
     assert yaml.safe_load(text)["space"]["start"]["qk"] == [0.332, 0.473, 0.199, 0.320]
+
+
+TEXTS = (
+    "v${oc.env:HOME}", "${seed}", "${", "}${x", "a\\${b}", "a\\\\${b}\\", "\\", "1e3", "on", "",
+    " a: #b", "2026-11-28", "${oc.env:NO_SUCH_VARIABLE}",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_stored_text_is_only_a_text(text: str) -> None:
+    written = search()
+    written.model.name = written.studies = written.data.test.path = text
+    written.space.start = {"qk": 0.5, text: text}
+    written.method.one_sided = [text]
+    stored = config.to_yaml(written)
+    assert yaml.safe_load(stored)["model"]["name"] == text
+    assert config.stored_config(stored, []) == written
+    assert config.differences(stored, written) == []
+    typed = search()
+    typed.tracking.experiment = text
+    going_on = config.stored_config(stored, ["tracking.experiment=x"], typed)
+    assert (going_on.tracking.experiment, going_on.studies) == (text, text)
+
+
+def test_a_study_whose_name_looks_like_a_reference_is_begun_again_by_its_name() -> None:
+    written = search(r"study='v\${oc.env:HOME}'")
+    assert written.study == "v${oc.env:HOME}"
+    again = repeating(config.stored_config(config.to_yaml(written), []))
+    assert config.composed("search", typed("search", again)).study == written.study  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("text", ["a: [", "text", "- a", ""])
+def test_a_stored_configuration_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"config\.yaml"):
+        config.stored_config(text, [])
 
 
 def test_free_keys_may_change_when_a_study_is_continued() -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import pandas
 import pyarrow
 import pytest
+from pyarrow import parquet
 from transformers import PreTrainedTokenizerFast
 
 from lrbo import checks
@@ -22,6 +23,7 @@ from lrbo.calibration.files import FORMATS, file_documents, matching
 from lrbo.config import composed
 from lrbo.errors import DataError
 from lrbo.evaluation.protocols import Protocol, protocol_windows
+from lrbo.loading import byte_tokenizer
 from lrbo.schema import SearchConfig
 
 # What readers that guess types give back as something else.
@@ -182,10 +184,10 @@ REFUSED: dict[str, tuple[str, bytes, str]] = {
         "a.parquet", parquet_bytes(pandas.DataFrame({"body": ["x"]})), "column 'text', got 'body'",
     ),
     "Parquet with nulls": (
-        "a.parquet", parquet_bytes(pandas.DataFrame({"text": ["x", None]})), "row 2: .* None there",
+        "a.parquet", parquet_bytes(pandas.DataFrame({"text": ["x", None]})), "row 2: .* got None",
     ),
     "Parquet of numbers": (
-        "a.parquet", parquet_bytes(pandas.DataFrame({"text": [1]})), "row 1: .* got 1 there",
+        "a.parquet", parquet_bytes(pandas.DataFrame({"text": [1]})), "row 1: .* got 1;",
     ),
     "CSV without the column": ("a.csv", b"id,body\n1,x\n", "one column 'text', got 'id', 'body'"),
     "CSV with two of it": ("a.csv", b"text,text\n1,x\n", "one column 'text', got 'text', 'text'"),
@@ -328,3 +330,48 @@ def test_reading_a_part_of_a_large_file_reads_no_more(
     assert [next(rows) for _ in range(3)] == ["x"] * 3
     rows.close()
     assert csv.field_size_limit() in (131072, sys.maxsize)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("Grün".encode("utf-16-le"), "look like UTF-16LE without a mark"),
+        ("Many words".encode("utf-16-be"), "look like UTF-16BE without a mark"),
+        ("words\nGrün".encode("cp1252"), "iconv -f ENCODING -t UTF-8"),
+        ("Grün".encode()[:3], "if that is UTF-8, the file is damaged here"),
+    ],
+)
+def test_what_is_not_in_utf8_is_named_by_its_first_bytes(
+    tmp_path: Path, content: bytes, said: str
+) -> None:
+    file = tmp_path / "a.txt"
+    file.write_bytes(content)
+    with pytest.raises(DataError, match=said) as raised:
+        list(file_documents(file))
+    assert "LATIN1" not in str(raised.value)
+
+
+@pytest.mark.parametrize("value", [None, b"text", 7])
+def test_a_row_of_parquet_without_text_is_named_by_its_column(
+    tmp_path: Path, value: object
+) -> None:
+    file = tmp_path / "a.parquet"
+    table = pyarrow.table({"text": [value]})
+    parquet.write_table(table, file)
+    with pytest.raises(DataError, match=r"row 1: expected text in the column 'text', got") as said:
+        list(file_documents(file))
+    assert "JSON" not in str(said.value)
+    with pytest.raises(DataError, match="those of a Parquet file; give format=parquet"):
+        list(file_documents(file, format="text"))
+
+
+@pytest.mark.parametrize("path", [f"{'n' * 300}.txt", "a\0b.txt"])
+def test_a_path_that_no_file_can_have_is_a_data_error(tmp_path: Path, path: str) -> None:
+    whole = str(tmp_path / path)
+    with pytest.raises(DataError, match="cannot read text file"):
+        matching(whole)
+    with pytest.raises(DataError, match="cannot read text file"):
+        list(file_documents(Path(whole)))
+    spec = CorpusSpec("files", {"test": RoleText((whole,), None)}, 8, None, 0)
+    with pytest.raises(DataError, match="cannot read text file"):
+        make_windows(spec, byte_tokenizer())

@@ -43,6 +43,25 @@ def numeric_fields(node: Any, kind: str, prefix: str = "") -> dict[str, tuple[An
     return found
 
 
+@pytest.mark.parametrize(
+    ("command", "key"),
+    [
+        *(
+            ("search", key)
+            for key in (
+                "evaluation.pool_allocations", "space.knots", "latency.repeats", "latency.warmup",
+            )
+        ),
+        *(("benchmark", key) for key in ("repeats", "warmup", "steps")),
+    ],
+)  # fmt: skip
+def test_what_is_done_over_and_over_has_an_end(command: str, key: str) -> None:
+    most = composed(command, [*REQUIRED[command], f"{key}=10000"])
+    assert check_numbers(most) == {}
+    (problem,) = check_numbers(composed(command, [*REQUIRED[command], f"{key}=10001"])).values()
+    assert problem == f"{key}=10001: expected a whole number up to 10,000"
+
+
 @pytest.mark.parametrize("command", SCHEMAS)
 def test_every_whole_number_of_every_command_has_a_range(command: str) -> None:
     config = composed(command, REQUIRED[command])

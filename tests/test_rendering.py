@@ -61,3 +61,24 @@ def test_what_a_template_names_must_be_given() -> None:
 def test_what_no_text_file_can_hold_is_written_as_an_escape() -> None:
     page = render("study_note.md", lines={"Model": "half \ud83d"}, rows=[])
     assert "half \\ud83d" in page.encode("utf-8").decode("utf-8")
+
+
+def test_no_control_character_is_written_for_a_terminal() -> None:
+    text = "a\x1b[31mred\x07\x00\x9b\nb"
+    assert code(text) == "`a[31mred b`"
+    assert markdown(text) == r"a\[31mred b"
+    assert fenced(text, "bash") == "```bash\na[31mred\nb\n```"
+    page = render("study_note.md", lines={text: text}, rows=[[text]], gains=[text], meaning=text)
+    assert not {c for c in page if ord(c) < 32 or 127 <= ord(c) < 160} - {"\n"}
+
+
+def test_no_control_character_is_in_a_page() -> None:
+    text = "a\x1b[31mred\x07\x9b\tb"
+    table = {"heads": [text], "rows": [[text]], "note": text}
+    page = render(
+        "report.html", study=text, plotly="", searched=[text], scores=table, gains=table,
+        has_best=True, figures=[], parts=[{"title": text, "tables": [table]}], trials=table,
+        command=text, made_of=[text], config_yaml=f"a: b\n{text}",
+    )  # fmt: skip
+    assert not {c for c in page if ord(c) < 32 or 127 <= ord(c) < 160} - {"\n", "\t"}
+    assert "a: b\na[31mred\tb" in page

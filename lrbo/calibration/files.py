@@ -52,6 +52,8 @@ MARKS = (
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
 PARQUET = b"PAR1"
+PATH_SHOWN = 200  # characters of one that cannot be
+START = 256  # bytes that an encoding is guessed from
 FIELDS = 8  # so many names are listed in a message
 
 Lines = Iterator[tuple[int, str]]
@@ -67,8 +69,15 @@ def matching(path: str) -> list[Path]:
     Raises:
         DataError: If no file fits the pattern.
     """
-    whole = Path(path).expanduser()
-    if whole.exists() or not set(path) & set("*?["):
+    with reading(DataError, f"cannot read text file {path[:PATH_SHOWN]!r}"):
+        whole = Path(path).expanduser()
+        try:
+            whole.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            is_there = False
+        else:
+            is_there = True
+    if is_there or not set(path) & set("*?["):
         return [whole]
     # Not Path.glob, which takes no absolute pattern.
     names = glob.glob(str(whole), recursive=True)  # noqa: PTH207
@@ -97,7 +106,9 @@ def file_documents(
         DataError: If there is no text in it, with the line; or if nothing says for certain what
             the file is.
     """
-    if path.is_dir():
+    with reading(DataError, f"cannot read text file {str(path)[:PATH_SHOWN]!r}"):
+        is_folder = path.is_dir()
+    if is_folder:
         raise DataError(
             f"cannot read text file {path}: it is a folder; give its files, as {str(path)!r}/*.txt"
         )
@@ -107,7 +118,8 @@ def file_documents(
         if kind == "parquet":
             yield from _parquet_documents(path, io.BytesIO(file.read()) if packed else raw, column)
             return
-        lines = _lines(path, _as_utf8(file))
+        start = file.peek(START)[:START]
+        lines = _lines(path, _as_utf8(file), start)
         if kind == "json":
             yield from (_text(path, *row, column) for row in _json_rows(path, lines, column))
         elif kind in ("csv", "tsv"):
@@ -160,8 +172,13 @@ def _as_utf8(file: io.BufferedReader) -> io.BufferedIOBase:
     return file
 
 
-def _lines(path: Path, file: io.BufferedIOBase) -> Lines:
+def _lines(path: Path, file: io.BufferedIOBase, start: bytes) -> Lines:
     r"""Yield number and text of each line; its end is ``\n``, also where that is ``\r\n``.
+
+    Args:
+        path: Of the file.
+        file: Its content.
+        start: Its first bytes, which may say what it is if it is no text.
 
     Raises:
         DataError: At the first line that is no text.
@@ -172,15 +189,33 @@ def _lines(path: Path, file: io.BufferedIOBase) -> Lines:
         except UnicodeDecodeError as error:
             raise DataError(
                 f"{path}, line {number}: the byte 0x{line[error.start]:02X} in column "
-                f"{error.start + 1} is not UTF-8; convert the file, for example with: "
-                f"iconv -f LATIN1 -t UTF-8"
+                f"{error.start + 1} is not UTF-8; {_advice(start)}"
             ) from error
         if "\0" in text:
             raise DataError(
                 f"{path}, line {number}: a zero byte, which text has none of; expected a text in "
-                "UTF-8, or in UTF-16 with its mark at the beginning"
+                f"UTF-8, or in UTF-16 with its mark at the beginning; {_advice(start)}"
             )
         yield number, f"{text[:-2]}\n" if text.endswith("\r\n") else text
+
+
+def _advice(start: bytes) -> str:
+    """Say how to make a text of a file that is none in UTF-8, by what its first bytes look like."""
+    if start.startswith(PARQUET):
+        return "its first bytes are those of a Parquet file; give format=parquet beside its path"
+    for encoding, zeros, others in (
+        ("UTF-16LE", start[1::2], start[::2]),
+        ("UTF-16BE", start[::2], start[1::2]),
+    ):
+        if zeros.count(0) > len(zeros) / 2 > 2 * others.count(0):
+            return (
+                f"its first bytes look like {encoding} without a mark; convert the file with: "
+                f"iconv -f {encoding} -t UTF-8"
+            )
+    return (
+        "convert the file with: iconv -f ENCODING -t UTF-8, where ENCODING is the one that it was "
+        "written in; if that is UTF-8, the file is damaged here"
+    )
 
 
 def _refuse_rows(path: Path, lines: Lines, format: str, column: str) -> Lines:
@@ -245,7 +280,7 @@ def _json_rows(path: Path, lines: Lines, column: str) -> Iterator[tuple[str, Any
 
 
 def _expected(path: Path, where: str, column: str, came: str) -> str:
-    """Return the message about a row that is none."""
+    """Return the message about a row of JSON that is none."""
     return f"{path}, {where}: expected a JSON object with a field {column!r} of text, got {came}"
 
 
@@ -319,6 +354,11 @@ def _parquet_documents(path: Path, file: io.BufferedIOBase, column: str) -> Iter
     for batch in table.iter_batches(columns=[column]):
         for value in batch.column(0).to_pylist():
             number += 1
+            if not isinstance(value, str):
+                raise DataError(
+                    f"{path}, row {number}: expected text in the column {column!r}, got "
+                    f"{value!r:.40}; another column is named with column=NAME beside the path"
+                )
             yield _text(path, f"row {number}", {column: value}, column)
 
 

@@ -29,7 +29,8 @@ def require_possible(chosen: Config, typed: Sequence[str] = ()) -> None:
     """
     if isinstance(chosen, SearchConfig):
         study = study_of(chosen)
-        _, problems = search_asked(chosen, typed, study)
+        chosen, problems = search_asked(chosen, typed, study)
+        problems += donor_problems(chosen, study)
         if problems:
             raise ConfigError(problems)
         return
@@ -77,6 +78,29 @@ def search_asked(
                 problems.append(f"to continue it: {again}; to begin another: study=NEWNAME")
         problems += versions.refusals(study, allowed=chosen.search.other_versions)
     return chosen, problems + checks.check(chosen)
+
+
+def donor_problems(chosen: SearchConfig, study: Study) -> list[str]:
+    """Find the studies that a search is to begin with but that have no such trial, or are not.
+
+    A study that goes on keeps what it began with.
+    """
+    kept = {donor["name"] for donor in study.about()["donors"]} if study.exists else set()
+    problems = []
+    for name in dict.fromkeys(chosen.warm_start):
+        _, is_study, donor = name.partition("study:")
+        if not is_study or name in kept or not checks.WARM_START.fullmatch(name):
+            continue
+        folder, _, trial = donor.partition(":")
+        if checks.check_study_path("donor", chosen.studies, folder):  # is among the problems
+            continue
+        try:
+            lender = Study(checks.study_folder(chosen.studies, folder))
+            lender.about()
+            points(lender, trial or "best", 1)
+        except StudyError as error:
+            problems.append(f"donor {donor}: {error}")
+    return problems
 
 
 def _differences(study: Study, chosen: SearchConfig, typed: Sequence[str]) -> list[str]:

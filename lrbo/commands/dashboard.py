@@ -136,6 +136,14 @@ def require_free_port(host: str, port: int) -> None:
             tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             tried.bind(address)
     except (OSError, OverflowError, UnicodeError) as error:
+        no_host = isinstance(error, socket.gaierror | UnicodeError)
+        if no_host or getattr(error, "errno", None) == errno.EADDRNOTAVAIL:
+            raise ConfigError(
+                [
+                    f"host={host}: no name or address of this machine ({error}); expected one, as "
+                    "host=127.0.0.1, or host=0.0.0.0 for all of them"
+                ]
+            ) from error
         if getattr(error, "errno", None) == errno.EADDRINUSE:
             reason = "another program uses it already, maybe an earlier dashboard"
         else:

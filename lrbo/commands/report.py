@@ -67,7 +67,7 @@ def _names(chosen: ReportConfig) -> list[str]:
                 f"study={chosen.study!r}: expected a name, a pattern or a list of names"
             )
         return names
-    if not set(chosen.study) & set("*?["):
+    if not checks.is_pattern(chosen.studies, chosen.study):
         return [chosen.study]
     folder = Path(chosen.studies)
     files = ("study.json", "journal.jsonl")  # one that lacks either is named as damaged
