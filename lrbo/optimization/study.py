@@ -15,7 +15,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
-import yaml
+import yaml  # type: ignore[import-untyped]  # comes with omegaconf, without types
 from filelock import FileLock, Timeout
 
 from lrbo.accounting import low_rank_parameters
