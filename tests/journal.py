@@ -11,7 +11,7 @@ from lrbo.config import composed, to_yaml
 from lrbo.factorization.registry import method_named
 from lrbo.loss_calibration import LossCalibration, Measurement, sensitivity_file
 from lrbo.model import map_model
-from lrbo.optimization.front import LATENCIES
+from lrbo.optimization.front import KEEP_RATIO, LATENCIES
 from lrbo.optimization.space import SearchSpace, build_space
 from lrbo.optimization.study import Study
 from lrbo.optimization.weights import WeightSpace, build_weight_space
@@ -79,6 +79,9 @@ class Journal:
             storage=self.storage,
             adds_bias=config.method.name == "bolaco",
         )
+        self.is_front = config.budget.lowest is not None
+        if self.is_front:
+            about["variables"] |= {KEEP_RATIO: [config.budget.lowest, config.budget.keep_ratio]}
         self.study = Study(folder)
         self.study.begin(about, to_yaml(config))
 
@@ -100,7 +103,9 @@ class Journal:
         elif allocation is None:
             point = self.space.sobol_point(index, 0)
             allocation = self.space.allocate(point)
-        variables = self.space.realised(allocation, point) or {}
+        variables = dict(self.space.realised(allocation, point) or {})
+        if self.is_front and variables:
+            variables[KEEP_RATIO] = self.counted(allocation).keep_ratio
         request = TrialRequest(index, origin, variables, allocation, index)  # type: ignore[arg-type]
         self.study.record_suggestion(
             request, {name: SECONDS[name] for name in ("suggestion", "allocation")}

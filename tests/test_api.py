@@ -176,9 +176,7 @@ def test_a_study_reads_into_tables(interrupted: Any, project: Path) -> None:
     assert len(trials) == 5
     best = trials.loc[trials["nll"].idxmin()]
     assert best["trial"] == results.best.request.trial_index
-    assert best["trial"] in set(front["trial"])
-    assert front["keep_ratio"].is_monotonic_increasing
-    assert front["nll"].is_monotonic_decreasing
+    assert front.empty  # all trials are of one size
     assert results.summary["best"]["trial"] == best["trial"]
     assert results.config["search"]["trials"] == 5
     assert list(results.ranks()["name"]) == list(results.best.request.allocation.ranks)
@@ -211,6 +209,7 @@ def test_studies_and_trials_that_are_not_there_are_named(project: Path) -> None:
 def test_a_study_without_a_value_says_so(interrupted: Any, project: Path, tmp_path: Path) -> None:
     begun = tmp_path / "begun"
     begun.mkdir()
+    (begun / "journal.jsonl").touch()
     for name in ("study.json", "config.yaml"):
         (begun / name).write_bytes((project / "studies" / "tiny" / name).read_bytes())
     results = lrbo.open_study(str(begun))

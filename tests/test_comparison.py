@@ -94,7 +94,7 @@ def test_studies_with_an_analytic_trial_show_what_their_searches_add(tmp_path: P
     assert lines[1].endswith("validation -0.250 +- 0.051")
     assert lines[2].endswith("test no measurable difference: 0.06 +- 0.14")
     assert lines[3].endswith("3 validation -0.250 +- 0.051")
-    figure = comparison.draw(table)
+    figure = plots.comparison(table)
     assert "analytic" in legend(figure)
     assert_inside(figure)
 

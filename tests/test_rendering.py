@@ -59,7 +59,8 @@ def test_what_a_template_names_must_be_given() -> None:
 
 
 def test_what_no_text_file_can_hold_is_written_as_an_escape() -> None:
-    page = render("study_note.md", lines={"Model": "half \ud83d"}, rows=[])
+    lines = {"Model": "half \ud83d"}
+    page = render("study_note.md", lines=lines, rows=[], gains=[], meaning="")
     assert "half \\ud83d" in page.encode("utf-8").decode("utf-8")
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from lrbo import versions as module
 from lrbo.optimization.study import Study
+from lrbo.shell import command, study_at
 from lrbo.versions import PACKAGES, changes, note_changes, refusals, versions
 from tests.commands import TINY, lrbo_command, project, searched
 from tests.fakes import make_about
@@ -57,7 +58,9 @@ def test_another_release_of_what_scores_is_refused_unless_it_is_accepted(
 ) -> None:
     installed(monkeypatch, **{package: now})
     (problem,) = refusals(study, allowed=False)
-    for part in (BEGUN[package], now, "lrbo search study=mine search.other_versions=true"):
+    again = command("search", study=study_at(study.folder), **{"search.other_versions": True})
+    assert again.endswith("/mine search.other_versions=true")
+    for part in (BEGUN[package], now, again):
         assert part in problem
     assert refusals(study, allowed=True) == []
 
