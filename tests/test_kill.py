@@ -81,7 +81,7 @@ DIFFERENCES: dict[str, Callable[[list[dict[str, Any]]], None]] = {
     "ended: trials [": lambda events: events.append(
         next(event for event in events if event["event"] == "ended")
     ),
-    "tested: labels ['dense', 'uniform'] instead": lambda events: events.pop() and None,
+    "tested: labels ['dense', 'uniform', 'analytic'] instead": lambda events: events.pop() and None,
     "trial 25, seed: 1 instead of": of("suggested", seed=1),
     "trial 25, origin: sobol instead of model": of("suggested", origin="sobol"),
     "trial 25 has other variables": of("suggested", variables={"another": 0.5}),

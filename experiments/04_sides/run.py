@@ -79,7 +79,7 @@ def measured(studies: str) -> Iterator[tuple[str, float, list[float]]]:
     worker, plan, two, one = both_ways(studies)
     kinds = list(dict.fromkeys(spec.kind for spec in plan.layers.compressible))
     for kept in KEPT:
-        budgeted, _ = planned(studies, f"budget.keep_ratio={kept}")
+        budgeted, _ = planned(studies, f"budget.keep_ratio={kept}", f"study=keep_{kept}")
 
         def switched(*sides: str, budgeted: builders.Plan = budgeted) -> list[float]:
             mixed = {
