@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import sys
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -393,10 +394,16 @@ def windows_of(tokens: int, data: DataConfig) -> int:
 
 def _check_method(config: MethodConfig) -> list[str]:
     """Return the problems of the method and its options."""
-    methods = group_keys("method")  # which the registry has too, with the tensors behind them
+    methods = {
+        name: [key for key in keys if key != "name"] for name, keys in group_keys("method").items()
+    }
+    # The registry has them too, with the tensors behind them, and where a program has imported it
+    # perhaps one more.
+    if (registry := sys.modules.get("lrbo.factorization.registry")) is not None:
+        methods |= {name: list(registry.options_of(name)) for name in registry.METHODS}
     if config.name not in methods:
         return [f"method.name={config.name!r}: expected one of {', '.join(methods)}"]
-    known = [key for key in methods[config.name] if key != "name"]
+    known = methods[config.name]
     problems = [
         f"method.{option}={value!r}: {config.name} has no such option; it has "
         f"{', '.join(known) or 'none'}"
