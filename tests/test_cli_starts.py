@@ -112,9 +112,9 @@ def test_a_trial_may_be_named(project: Path) -> None:
         ([], "expected donor=NAME once"),
         (["donor=a", "donor=b"], "expected donor=NAME once"),
         (["donor=a", "warm_start=[paper]"], "no warm_start, which it sets"),
-        (["donor=tiny:99"], "study tiny has no value of trial 99 yet"),
+        (["donor=tiny:99"], "donor tiny:99: study tiny has no completed trial"),
         (["donor=nowhere", "budget.keep_ratio=0.01"], "there is no study at studies/nowhere"),
-        (["donor=nowhere", "budget.keep_ratio=0.01"], "smallest feasible budget.keep_ratio"),
+        (["donor=tiny", "budget.keep_ratio=0.01"], "smallest feasible budget.keep_ratio"),
         (["donor=tiny:x"], "study:NAME or study:NAME:TRIAL"),
     ],
 )

@@ -77,7 +77,7 @@ def test_a_report_imports_nothing_heavy_and_matplotlib_only_to_draw(
     study: str, tmp_path: Path
 ) -> None:
     report = ["report", f"study={study}", "output=json"]
-    picture = Path(study, "figures", "front.png")
+    picture = Path(study, "figures", "convergence.png")
     assert run(tmp_path, [*report, "figures=false"], report) == [[0, []], [0, ["matplotlib"]]]
     assert picture.is_file()
     several = ["report", "study=[mine]", "studies=.", "output=json"]
