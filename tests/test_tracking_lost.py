@@ -216,7 +216,7 @@ from lrbo.tracking import MlflowTracker
 
 def kill_when_some_tables_are_there():
     folder = Path({str(tmp_path)!r})
-    while not any(beside.stat().st_size > 20_000 for beside in folder.glob(".mlflow.db.*.new")):
+    while not any(beside.stat().st_size > 20_000 for beside in folder.glob(".lrbo-*.new/mlflow.db")):
         time.sleep(0.001)
     os.kill(os.getpid(), 9)
 
@@ -226,12 +226,12 @@ MlflowTracker("sqlite:///{database}", "lrbo", "0", "my-study", strict=True).star
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
     assert done.returncode == -signal.SIGKILL
     assert not database.exists()
-    assert len(list(tmp_path.glob(".mlflow.db.*.new"))) == 1
+    assert len(list(tmp_path.glob(".lrbo-*.new"))) == 1
     monkeypatch.setattr(mlflow_store, "_make_store", make_store)
     tracker = MlflowTracker(f"sqlite:///{database}", "lrbo", "0", "my-study", strict=True)
     tracker.start({})
     assert tracker.sync([record(0)]) == 1
-    assert not list(tmp_path.glob(".mlflow.db.*.new"))
+    assert not list(tmp_path.glob(".lrbo-*.new"))
 
 
 def test_a_store_of_another_version_says_what_to_do(

@@ -9,7 +9,7 @@ from lrbo import checks, config, versions
 from lrbo.errors import ConfigError, StudyError
 from lrbo.optimization.front import KEEP_RATIO, ceiling_of
 from lrbo.optimization.study import Study
-from lrbo.schema import CompressConfig, Config, SearchConfig
+from lrbo.schema import BenchmarkConfig, CompressConfig, Config, EvaluateConfig, SearchConfig
 from lrbo.shell import command
 from lrbo.trial import TrialRecord
 
@@ -17,7 +17,8 @@ from lrbo.trial import TrialRecord
 def require_possible(chosen: Config, typed: Sequence[str] = ()) -> None:
     """Refuse what cannot work before the modules are imported that would do it.
 
-    They judge again, for they are called by programs too.
+    They judge again, for they are called by programs too, and with all that they alone can judge:
+    where a device, a cluster or tasks are named, nothing is said before, to say all at once.
 
     Args:
         chosen: The composed values.
@@ -27,6 +28,8 @@ def require_possible(chosen: Config, typed: Sequence[str] = ()) -> None:
         ConfigError: Listing every problem.
         StudyError: If there is no such study or trial.
     """
+    if _names_more(chosen):
+        return
     if isinstance(chosen, SearchConfig):
         study = study_of(chosen)
         chosen, problems = search_asked(chosen, typed, study)
@@ -39,6 +42,17 @@ def require_possible(chosen: Config, typed: Sequence[str] = ()) -> None:
         study = study_of(chosen)
         study.about()
         points(study, chosen.point, chosen.refit.candidates)
+
+
+def _names_more(chosen: Config) -> bool:
+    """Tell whether a command names what only the modules that do the work can look for."""
+    if isinstance(chosen, BenchmarkConfig):
+        return chosen.device != "auto"
+    if isinstance(chosen, EvaluateConfig):
+        return chosen.model.device != "auto" or bool(chosen.tasks)
+    if isinstance(chosen, SearchConfig):
+        return chosen.model.device != "auto" or chosen.executor.name == "ray"
+    return False
 
 
 def study_of(chosen: SearchConfig | CompressConfig) -> Study:
