@@ -216,7 +216,7 @@ from lrbo.tracking import MlflowTracker
 
 def kill_when_some_tables_are_there():
     folder = Path({str(tmp_path)!r})
-    while not any(beside.stat().st_size > 20_000 for beside in folder.glob(".lrbo-*.new/mlflow.db")):
+    while not any(file.stat().st_size > 20_000 for file in folder.glob(".lrbo-*.new/mlflow.db")):
         time.sleep(0.001)
     os.kill(os.getpid(), 9)
 
