@@ -57,6 +57,11 @@ def test_a_donor_with_other_layers_is_refused_with_all_that_is_wrong(project: Pa
     assert "donor nowhere: there is no study at studies/nowhere" in said
     assert "donor gpt:99: study gpt has no completed trial for point=99" in said
     assert "seed=-1" in said
+    more = ["seed=-1", "model.device=cuda:99"]  # which only what loads models can look for
+    said = " ".join(lrbo_command("search", *TINY, "study=heirless", starts, *more).err.split())
+    assert "error: 4 problems:" in said
+    assert "donor nowhere: there is no study at studies/nowhere" in said
+    assert "model.device='cuda:99' cannot be used here" in said
     starts = "warm_start=[uniform,study:gpt]"
     ran = lrbo_command("search", *TINY, "study=heirless", starts, "budget.keep_ratio=0.05")
     assert ran.status == 2

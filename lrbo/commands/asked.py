@@ -13,6 +13,8 @@ from lrbo.schema import BenchmarkConfig, CompressConfig, Config, EvaluateConfig,
 from lrbo.shell import command
 from lrbo.trial import TrialRecord
 
+ALWAYS_THERE = ("auto", "cpu")  # devices that no machine lacks
+
 
 def require_possible(chosen: Config, typed: Sequence[str] = ()) -> None:
     """Refuse what cannot work before the modules are imported that would do it.
@@ -47,11 +49,11 @@ def require_possible(chosen: Config, typed: Sequence[str] = ()) -> None:
 def _names_more(chosen: Config) -> bool:
     """Tell whether a command names what only the modules that do the work can look for."""
     if isinstance(chosen, BenchmarkConfig):
-        return chosen.device != "auto"
+        return chosen.device not in ALWAYS_THERE
     if isinstance(chosen, EvaluateConfig):
-        return chosen.model.device != "auto" or bool(chosen.tasks)
+        return chosen.model.device not in ALWAYS_THERE or bool(chosen.tasks)
     if isinstance(chosen, SearchConfig):
-        return chosen.model.device != "auto" or chosen.executor.name == "ray"
+        return chosen.model.device not in ALWAYS_THERE or chosen.executor.name == "ray"
     return False
 
 

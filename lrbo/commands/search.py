@@ -13,7 +13,7 @@ import torch
 
 from lrbo import builders, config, paths, versions
 from lrbo.calibration.corpus import TokenWindows
-from lrbo.commands.asked import search_asked, study_of
+from lrbo.commands.asked import donor_problems, search_asked, study_of
 from lrbo.commands.live import live_search
 from lrbo.commands.trials import search_loop
 from lrbo.commands.view import show_if_possible
@@ -69,6 +69,7 @@ def search(chosen: SearchConfig, typed: Sequence[str], reporter: Reporter) -> St
     """
     study = study_of(chosen)
     chosen, problems = search_asked(chosen, typed, study)
+    problems += donor_problems(chosen, study)
     if problems and paths.check_writable("study", str(study.folder)):  # not even the lock
         raise ConfigError(problems)
     with study.locked():
