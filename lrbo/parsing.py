@@ -57,27 +57,34 @@ EXPECTED = {
 }
 
 
+class _NoValue(ValueError):
+    """What Python reads and JSON has not."""
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise _NoValue(f"{constant} is no number of JSON")
+
+
+def _unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in fields:
+            raise _NoValue(f"the field {shown(name)} is there twice")
+        fields[name] = value
+    return fields
+
+
 def parse_json(content: bytes | str, where: str) -> Any:
     """Read one JSON value, without what JSON has not: NaN, and two fields of one name.
 
     Raises:
         ContentError: If it is none.
     """
-
-    def refuse(constant: str) -> NoReturn:
-        raise ContentError(f"{where}: {constant} is no number of JSON")
-
-    def unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-        fields: dict[str, Any] = {}
-        for name, value in pairs:
-            if name in fields:
-                raise ContentError(f"{where}: the field {shown(name)} is there twice")
-            fields[name] = value
-        return fields
-
     try:
         text = content if isinstance(content, str) else content.decode("utf-8")
-        return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+        return json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse)
+    except _NoValue as error:
+        raise ContentError(f"{where}: {error}") from None
     except UnicodeDecodeError as error:
         raise ContentError(f"{where}: byte {error.start + 1} is no UTF-8 text") from error
     except RecursionError as error:
