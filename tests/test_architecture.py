@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from functools import cache
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -102,6 +103,7 @@ TRANSFORMERS = {"model", "loading", "lazy", "export", "cli", "speed", "peak_memo
 TRANSFORMERS |= {"checkpoint", "merging", "remote_code", "modeling_low_rank"}
 
 
+@cache
 def sources() -> dict[str, ast.Module]:
     """Parse every file of the package, by dotted name without the package's own."""
     found = {}

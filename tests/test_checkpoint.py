@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +128,7 @@ def test_it_can_be_pickled_whatever_lies_side_by_side_in_the_file(
     assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
 
 
-@pytest.mark.parametrize("first", ["lrbo", "transformers", "transformers.modeling_utils"])
+@pytest.mark.parametrize("first", ["lrbo", "transformers.modeling_utils"])
 def test_it_is_enough_to_import_lrbo(first: str, tmp_path: Path) -> None:
     """In any order; and it is lrbo that does it."""
     Compressed("llama_tied").save(tmp_path / "model")
@@ -141,18 +142,22 @@ def test_it_is_enough_to_import_lrbo(first: str, tmp_path: Path) -> None:
     assert int(done.stdout) == Compressed("llama_tied").parameters
 
 
-@pytest.mark.parametrize("storage", ["pivoted", "factored"])
-def test_without_lrbo_transformers_stops(storage: Any, tmp_path: Path) -> None:
+def test_without_lrbo_transformers_stops(tmp_path: Path) -> None:
     """It would start the layers that it does not know at random."""
-    Compressed("llama_tied", storage=storage).save(tmp_path / "model")
+    for storage in STORAGES:
+        Compressed("llama_tied", storage=storage).save(tmp_path / storage)
     code = (
-        "from transformers import AutoModelForCausalLM\n"
-        f"AutoModelForCausalLM.from_pretrained({str(tmp_path / 'model')!r})"
+        "import sys; from transformers import AutoModelForCausalLM\n"
+        "for folder in sys.argv[1:]:\n"
+        "    try: AutoModelForCausalLM.from_pretrained(folder)\n"
+        "    except RuntimeError as error: print(error)\n"
+        "    else: sys.exit(f'{folder} was opened')"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode != 0
-    assert "Unknown quantization type, got lrbo" in done.stderr
-    assert "RuntimeError: You set `ignore_mismatched_sizes` to `False`" in done.stderr
+    folders = [str(tmp_path / storage) for storage in STORAGES]
+    done = subprocess.run([sys.executable, "-c", code, *folders], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("Unknown quantization type, got lrbo") == len(STORAGES)
+    assert done.stdout.count("You set `ignore_mismatched_sizes` to `False`") == len(STORAGES)
 
 
 def test_a_dense_model_is_not_compressed_by_loading_it(tmp_path: Path) -> None:
@@ -306,37 +311,43 @@ import sys
 sys.modules["lrbo"] = None  # to import it is an error
 import torch
 from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
-model.set_attn_implementation("eager")
-ids = torch.load(sys.argv[2], weights_only=True)
-with torch.no_grad():
-    torch.save(model(ids).logits, sys.argv[3])
-print(sum(p.numel() for p in model.parameters()), type(model).__mro__[1].__name__)
-model.save_pretrained(sys.argv[4])
-again = AutoModelForCausalLM.from_pretrained(sys.argv[4], trust_remote_code=True)
-before, after = model.state_dict(), again.state_dict()
-assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
+for folder in sys.argv[2:]:
+    model = AutoModelForCausalLM.from_pretrained(f"{folder}/model", trust_remote_code=True)
+    model.set_attn_implementation("eager")
+    ids = torch.load(sys.argv[1], weights_only=True)
+    with torch.no_grad():
+        torch.save(model(ids).logits, f"{folder}/logits")
+    print(sum(p.numel() for p in model.parameters()), type(model).__mro__[1].__name__)
+    model.save_pretrained(f"{folder}/again")
+    again = AutoModelForCausalLM.from_pretrained(f"{folder}/again", trust_remote_code=True)
+    before, after = model.state_dict(), again.state_dict()
+    assert before.keys() == after.keys(), folder
+    assert all(torch.equal(before[k], after[k]) for k in before), folder
 """
 
 
-@some_cases
-@pytest.mark.parametrize("storage", ["pivoted", "factored"])
-def test_a_folder_with_a_modelling_file_opens_where_lrbo_is_not(
-    case: str, storage: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_folders_with_a_modelling_file_open_where_lrbo_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
-    compressed = Compressed(case, storage=storage, moving_bias=case == "gpt2")
-    compressed.save(tmp_path / "model", with_code=True)
+    models: dict[Path, Compressed] = {}
+    for case, storage in product(SOME, STORAGES):
+        folder = tmp_path / f"{case}-{storage}"
+        models[folder] = Compressed(case, storage=storage, moving_bias=case == "gpt2")
+        models[folder].save(folder / "model", with_code=True)
     torch.save(IDS, tmp_path / "ids")
-    arguments = [str(tmp_path / name) for name in ("model", "ids", "logits", "again")]
-    command = [sys.executable, "-c", WITHOUT_LRBO, *arguments]
+    command = [sys.executable, "-c", WITHOUT_LRBO, str(tmp_path / "ids"), *map(str, models)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == [str(compressed.parameters), type(compressed.model).__name__]
+    assert done.stdout.splitlines() == [
+        f"{compressed.parameters} {type(compressed.model).__name__}"
+        for compressed in models.values()
+    ]
     for word in ("MISSING", "UNEXPECTED", "Unknown quantization", "Traceback"):
         assert word not in done.stderr
-    found = torch.load(tmp_path / "logits", weights_only=True)
-    assert torch.equal(found, says(compressed.model))
+    for folder, compressed in models.items():
+        logits = torch.load(folder / "logits", weights_only=True)
+        assert torch.equal(logits, says(compressed.model)), folder.name
 
 
 def test_lrbo_reads_such_a_folder_without_its_code(tmp_path: Path) -> None:
@@ -369,7 +380,7 @@ def test_a_card_lies_beside_the_weights_where_one_is_given(tmp_path: Path) -> No
     assert not (tmp_path / "without" / CARD).exists()
 
 
-@pytest.mark.parametrize("first", ["model", "allocation", "export"])
+@pytest.mark.parametrize("first", ["allocation", "export"])
 def test_transformers_knows_checkpoints_whatever_part_of_lrbo_came_first(first: str) -> None:
     code = (
         f"import lrbo.{first}, transformers.modeling_utils\n"

@@ -27,6 +27,7 @@ def place(searched: tuple[Path, Ran], tmp_path: Path, monkeypatch: pytest.Monkey
     shutil.copytree(searched[0] / "studies" / "tiny", tmp_path / "studies" / "tiny")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(mlflow_store, "BUSY_SECONDS", 0.2)
+    monkeypatch.setattr(tracking, "LAST_WAITS", (0.0, 0.1))
     return tmp_path
 
 
