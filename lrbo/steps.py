@@ -518,6 +518,8 @@ def _check_ids(ids: Any, model: PreTrainedModel, least: int = 1) -> None:
             'tokenizer(text, return_tensors="pt").input_ids has; cut a long text into windows '
             "with ids[:, : count * 512].view(-1, 512)"
         )
-    problems = Limits.of(model.config, "the model").of_windows({"ids": ids})
+    problems = Limits.of(model.config, "the model").of_windows(
+        {"ids": ids}, "give what the tokenizer of this model gives for a text, without padding"
+    )
     if problems:
         raise DataError(*problems)

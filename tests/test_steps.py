@@ -139,8 +139,8 @@ def test_a_model_in_half_precision_runs_factors_in_its_own(calibration: Calibrat
         (IDS.flatten(), r"shape \(84,\).*expected whole numbers \(windows, tokens\)"),
         (IDS[:0], r"shape \(0, 12\)"),
         (IDS.float(), "torch.float32"),
-        (IDS + 250, "ids: .* the id 313, but the model has a vocabulary of 258"),
-        (IDS - 10, "the id -7"),
+        (IDS + 250, r"ids: the id 313 is beyond the vocabulary of the model, 0\.\.257; give what"),
+        (IDS - 10, "the id -7 is below 0, expected tokens; give .* without padding"),
         (token_ids(1, 600), "ids: windows of 600 tokens, but the model has 512 positions"),
     ],
 )
