@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lrbo.allocation import rungs
 from lrbo.cache import ABOUT, ATTEMPTS, kept
 from lrbo.errors import CacheError, PathError, StatisticsError
+from lrbo.factorization import store
 from lrbo.factorization.base import Statistic
 from lrbo.factorization.loss_aware import LossAware, predicted_loss
 from lrbo.factorization.pooled import Bolaco
@@ -125,18 +126,20 @@ def test_every_layer_is_factored_as_the_method_says(case: str, method: str) -> N
             assert float(difference.abs().max()) <= TOLERANCE["rounded"] * unit, rank
 
 
-def test_a_method_is_given_everything_on_the_device_that_decomposes() -> None:
+def test_everything_is_moved_to_the_device_that_decomposes(monkeypatch: pytest.MonkeyPatch) -> None:
     places = set[str]()
 
-    class Watched(LossAware):
-        def factor(
-            self, weight: Tensor, bias: Tensor | None, statistics: Mapping[Statistic, Tensor]
-        ) -> LowRankFactors:
-            places.update(given.device.type for given in (weight, *statistics.values()))
-            raise StatisticsError("seen")
+    def watched(
+        method: object, weight: Tensor, bias: Tensor, statistics: Mapping[Statistic, Tensor]
+    ) -> LowRankFactors:
+        places.update(given.device.type for given in (weight, bias, *statistics.values()))
+        raise StatisticsError("seen")
 
+    monkeypatch.setattr(store, "factor_layer", watched)
     model = build("gpt2")
-    on_meta = factor_model(model, map_model(model), Watched(), Made(), device=torch.device("meta"))
+    on_meta = factor_model(
+        model, map_model(model), LossAware(), Made(), device=torch.device("meta")
+    )
     with pytest.raises(StatisticsError, match="seen"):
         next(on_meta)
     assert places == {"meta"}
