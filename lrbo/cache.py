@@ -126,6 +126,7 @@ def kept(folder: Path, make: Callable[[], object], read: Callable[[], Opened]) -
     Raises:
         PathError: If it cannot be written, or is deleted or damaged again and again.
     """
+    last: Exception | None = None
     for _ in range(ATTEMPTS):
         try:
             if not folder.exists():

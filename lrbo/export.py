@@ -42,7 +42,7 @@ from lrbo.errors import CheckpointError, ModelError, reading
 from lrbo.layers import LowRankLinear, PivotedLinear
 from lrbo.lazy import LazyModel
 from lrbo.loading import resolve_device
-from lrbo.model import is_tied, linear_bias, map_model, not_finite
+from lrbo.model import dtype_name, is_tied, linear_bias, map_model, not_finite
 from lrbo.nested import NestedFactors
 from lrbo.parsing import ContentError, parse_json
 from lrbo.storage import new_folder
@@ -66,18 +66,10 @@ def is_checkpoint(folder: str | Path) -> bool:
         return _is_old(folder)
 
 
-def own_dtype(folder: str | Path) -> str | None:
-    """Return the dtype in which a checkpoint was scored when it was made, or else is stored.
-
-    Returns:
-        ``None`` if the folder says neither.
-    """
-    config = _read_json(Path(folder), CONFIG)
-    scored: Any = _about(config)
-    for key in ("provenance", "validation", "dtype"):
-        scored = scored.get(key) if isinstance(scored, dict) else None
-    stated = (scored, config.get("dtype"), config.get("torch_dtype"))
-    return next((dtype for dtype in stated if dtype in ("float32", "bfloat16", "float16")), None)
+def stored_dtype(folder: str | Path) -> str | None:
+    """Return the dtype in which a model is stored; ``None`` where it does not say one we run in."""
+    stated = _read_json(Path(folder), CONFIG).get("dtype")
+    return stated if stated in ("float32", "bfloat16", "float16") else None
 
 
 def _is_old(folder: str | Path) -> bool:
@@ -318,11 +310,7 @@ def load(
     """
     folder = Path(folder)
     place = resolve_device(str(device), "device")
-    config = _config(folder)
-    try:
-        stored.refuse_adapters((path.name for path in folder.iterdir()), repr(str(folder)))
-    except ModelError as error:
-        raise CheckpointError(str(error)) from error
+    config = load_config(folder)
     try:
         stored.weight_files(folder)
     except ModelError as error:
@@ -338,18 +326,19 @@ def load(
     if problem := not_finite(model):
         narrow = "Take bfloat16 or float32, or if" if model.dtype == torch.float16 else "If"
         raise CheckpointError(
-            f"{folder} in {str(model.dtype).removeprefix('torch.')}: {problem} {narrow} the file "
+            f"{folder} in {dtype_name(model.dtype)}: {problem} {narrow} the file "
             "is damaged, copy it again."
         )
     return model.to(device=place).eval().requires_grad_(False)
 
 
-def _config(folder: Path) -> PretrainedConfig:
+def load_config(folder: str | Path) -> PretrainedConfig:
     """Return the configuration of a checkpoint, with what it says of low-rank layers.
 
     Raises:
-        CheckpointError: If it is damaged, or of another format.
+        CheckpointError: If it is damaged, or of another format, or an adapter lies beside.
     """
+    folder = Path(folder)
     if _is_old(folder):
         old = _read_json(folder, OLD_ABOUT)
         raise CheckpointError(
@@ -375,6 +364,10 @@ def _config(folder: Path) -> PretrainedConfig:
         if hasattr(config, key):
             delattr(config, key)
     config.quantization_config = about
+    try:
+        stored.refuse_adapters(folder)
+    except ModelError as error:
+        raise CheckpointError(str(error)) from error
     return config
 
 
