@@ -306,8 +306,8 @@ def require_same_model(study: Study, model: PreTrainedModel) -> None:
     if found != begun:
         raise StudyError(
             f"study {study.name} was begun with a model of fingerprint {begun}, "
-            f"{model.name_or_path or 'the model'} now has {found}: its weights changed. Restore "
-            "them, or start another study=NAME."
+            f"{model.name_or_path or 'the model'} now has {found}: its weights or config.json "
+            "changed. Restore them, or start another study=NAME."
         )
 
 

@@ -48,10 +48,9 @@ from lrbo.parsing import ContentError, parse_json
 from lrbo.storage import new_folder
 from lrbo.strict_json import without_infinity
 
-CONFIG = "config.json"
 CARD = "README.md"
 # What transformers calls them.
-WEIGHTS, INDEX = stored.SINGLE, stored.INDEX
+CONFIG, WEIGHTS, INDEX = stored.CONFIG, stored.SINGLE, stored.INDEX
 SHARD = "model-{:05d}-of-{:05d}.safetensors"
 SHARD_BYTES = 4 * 2**30
 # What a checkpoint of formats 1 and 2 holds, and a later one does not.
@@ -124,8 +123,10 @@ def save(
         Parameters in the files.
 
     Raises:
-        CheckpointError: If the folder exists, or file and accountant disagree.
+        CheckpointError: If the folder exists, something cannot be written, or file and accountant
+            disagree.
     """
+    require_writable(model, tokenizer)
     with checkpoint_folder(folder) as beside:
         files = _write(beside, [_tensors(model)] if parts is None else parts)
         in_file = sum(map(count_parameters, files))
@@ -173,6 +174,22 @@ def _added_biases(model: nn.Module, ranks: Iterable[str], files: Iterable[Path])
         if {f"{name}.bias", f"{name}.left.bias"} & names
         and linear_bias(model.get_submodule(name)) is None
     ]
+
+
+def require_writable(model: PreTrainedModel, tokenizer: object) -> None:
+    """Refuse what cannot be written beside the weights, before these are.
+
+    Raises:
+        CheckpointError: Saying what to correct.
+    """
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise CheckpointError(
+            f"tokenizer of type {type(tokenizer).__name__}: expected that of the model, as "
+            "AutoTokenizer.from_pretrained gives it"
+        )
+    if model.generation_config is not None:
+        with reading(CheckpointError, "correct model.generation_config, which is not written so"):
+            model.generation_config.validate(strict=True)
 
 
 def write_rest(
