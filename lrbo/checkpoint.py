@@ -311,9 +311,7 @@ def stored_tensors(file: Path) -> dict[str, stored.StoredTensor]:
     try:
         return stored.tensors_in(file)
     except ModelError as error:
-        raise CheckpointError(
-            f"{error}. It is no whole safetensors file: copy it again."
-        ) from error
+        raise CheckpointError(f"{error}; copy the checkpoint again.") from error
 
 
 def count_parameters(file: Path) -> int:
