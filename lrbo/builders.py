@@ -37,7 +37,7 @@ from lrbo.loading import (
     resolve_dtype,
 )
 from lrbo.loss_calibration import sensitivity_file
-from lrbo.model import fingerprint, map_model
+from lrbo.model import dtype_name, fingerprint, map_model
 from lrbo.nested import LowRankFactors
 from lrbo.optimization.base import STARTS, Space, Start
 from lrbo.optimization.study import Study
@@ -94,6 +94,15 @@ class Plan:
         needs = curve_needs(self.method) if self.config.sensitivity.enabled else self.method.needs
         windows = self.windows["calibration"].ids
         return Preparation(self.source, self.layers, self.method, needs, windows, settings)
+
+    @property
+    def added_biases(self) -> list[str]:
+        """Name the layers without a bias that the method gives one, where they have a rank."""
+        return [
+            spec.name
+            for spec in self.layers.compressible
+            if not spec.has_bias and self.method.parameters(spec, 0)
+        ]
 
     @property
     def storage(self) -> Storage:
@@ -297,8 +306,8 @@ def require_same_model(study: Study, model: PreTrainedModel) -> None:
     if found != begun:
         raise StudyError(
             f"study {study.name} was begun with a model of fingerprint {begun}, "
-            f"{model.name_or_path or 'the model'} now has {found}: its weights changed. Restore "
-            "them, or start another study=NAME."
+            f"{model.name_or_path or 'the model'} now has {found}: its weights or config.json "
+            "changed. Restore them, or start another study=NAME."
         )
 
 
@@ -385,7 +394,7 @@ def _about(plan: Plan, digest: str, dtype: torch.dtype, device: torch.device) ->
     return {
         "study_id": uuid.uuid4().hex,
         "model_fingerprint": digest,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": dtype_name(dtype),
         "device": str(device),
         "data": {
             role: {"text": w.text, "windows": len(w.ids), "digest": w.digest}
@@ -399,14 +408,13 @@ def _about(plan: Plan, digest: str, dtype: torch.dtype, device: torch.device) ->
 
 def _follows(plan: Plan) -> dict[str, Any]:
     """Return the part of ``study.json`` that follows from configuration and model."""
-    without_bias = [spec for spec in plan.layers.compressible if not spec.has_bias]
     return {
         "seed": plan.config.seed,
         "model_parameters": plan.layers.parameters,
         "timed": plan.config.latency.enabled,
         "budget_parameters": plan.space.budget.parameters,
         "storage": plan.config.budget.storage,
-        "adds_bias": any(plan.method.parameters(spec, 0) for spec in without_bias),
+        "adds_bias": bool(plan.added_biases),
         "layers": [asdict(spec) for spec in plan.layers.layers],
         "variables": {name: tuple(ends) for name, ends in plan.space.bounds.items()},
     }

@@ -10,7 +10,6 @@ from typing import Any, Literal, NotRequired
 
 import torch
 from pydantic import ConfigDict, with_config
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
@@ -20,8 +19,9 @@ from typing_extensions import TypedDict
 
 # Not its names: its import of transformers may be what imports this module.
 from lrbo import model as maps
+from lrbo import stored
 from lrbo.accounting import Storage
-from lrbo.errors import CheckpointError
+from lrbo.errors import CheckpointError, ModelError
 from lrbo.families import is_pointwise
 from lrbo.layers import LowRankLinear, PivotedLinear, no_weight
 from lrbo.parsing import ContentError, Count, checked
@@ -87,22 +87,17 @@ class LowRankConfig(QuantizationConfigMixin):
         self.provenance = about["provenance"]
 
 
-def _is_count(value: object) -> bool:
-    """Return whether a value of JSON is a whole number from 0 on."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
 def _require_format(found: object, about: Mapping[str, Any]) -> None:
     """Refuse a format that is not the present one, and say what to do.
 
     Raises:
         CheckpointError: If it is another one.
     """
-    if found == FORMAT and _is_count(found):
-        return
-    if not _is_count(found):
+    if type(found) is not int:
         todo = "restore config.json"
-    elif int(str(found)) > FORMAT:
+    elif found == FORMAT:
+        return
+    elif found > FORMAT:
         todo = "a newer lrbo wrote it: upgrade lrbo"
     else:
         todo = f"an older lrbo wrote it: {how_to_rewrite(about.get('provenance', {}))}"
@@ -252,25 +247,24 @@ def check_files(model: PreTrainedModel, files: Iterable[Path], parameters: int) 
     """
     files = list(files)
     where = files[0].parent
-    stored: dict[str, tuple[int, ...]] = {}
-    total = 0
+    shapes: dict[str, tuple[int, ...]] = {}
     for file in files:
-        for name, (shape, is_parameter) in stored_tensors(file).items():
-            if name in stored:
+        for name, tensor in stored_tensors(file).items():
+            if name in shapes:
                 raise CheckpointError(f"{file} holds {name}, and so does another file of {where}.")
-            stored[name] = shape
-            total += math.prod(shape) if is_parameter else 0
+            shapes[name] = tensor.shape
+    total = sum(map(count_parameters, files))
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
-    excused = {name for pair in tied.items() if set(pair) & set(stored) for name in pair}
-    missing = sorted(set(wanted) - set(stored) - excused)
-    strange = sorted(set(stored) - set(wanted))
+    excused = {name for pair in tied.items() if set(pair) & set(shapes) for name in pair}
+    missing = sorted(set(wanted) - set(shapes) - excused)
+    strange = sorted(set(shapes) - set(wanted))
     if missing or strange:
         raise CheckpointError(
             f"the files of weights in {where} do not fit its config.json: missing "
             f"{_some(missing)}, not expected {_some(strange)}; copy the folder whole."
         )
-    for name, shape in stored.items():
+    for name, shape in shapes.items():
         if shape != wanted[name]:
             raise CheckpointError(
                 f"{name} in {where} has shape {shape}, config.json wants {wanted[name]}; the "
@@ -303,8 +297,8 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "") or "nothing"
 
 
-def stored_tensors(file: Path) -> dict[str, tuple[tuple[int, ...], bool]]:
-    """Return shape, and whether it counts as parameters, of each tensor; reads the header only.
+def stored_tensors(file: Path) -> dict[str, stored.StoredTensor]:
+    """Return what a file of weights holds by name; reads the header only.
 
     Raises:
         CheckpointError: If it is no whole safetensors file; others are not opened, because to
@@ -314,17 +308,10 @@ def stored_tensors(file: Path) -> dict[str, tuple[tuple[int, ...], bool]]:
         raise CheckpointError(
             f"{file} is no safetensors file, and lrbo opens no other: a pickle could run code."
         )
-    found = {}
     try:
-        with safe_open(str(file), framework="pt") as opened:
-            reader: Any = opened
-            for name in reader.keys():  # noqa: SIM118 (not a mapping)
-                part = reader.get_slice(name)
-                # F32, BF16 and so on, but not I32
-                found[name] = (tuple(part.get_shape()), "F" in part.get_dtype())
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{file} is no whole safetensors file: {error}") from error
-    return found
+        return stored.tensors_in(file)
+    except ModelError as error:
+        raise CheckpointError(f"{error}; copy the checkpoint again.") from error
 
 
 def count_parameters(file: Path) -> int:
@@ -333,4 +320,4 @@ def count_parameters(file: Path) -> int:
     Raises:
         CheckpointError: If it is no whole safetensors file.
     """
-    return sum(math.prod(shape) for shape, counts in stored_tensors(file).values() if counts)
+    return sum(math.prod(t.shape) for t in stored_tensors(file).values() if t.is_floating_point)

@@ -17,7 +17,7 @@ from lrbo.config import flatten, group_keys
 from lrbo.errors import ConfigError
 from lrbo.front_checks import check_front
 from lrbo.optimization.front import LATENCIES, is_point
-from lrbo.options import BOS, RANGES, SOURCES
+from lrbo.options import BOS, FILE_FORMATS, RANGES, ROLES, SOURCES
 from lrbo.ranges import check_numbers
 from lrbo.schema import (
     BenchmarkConfig,
@@ -37,12 +37,9 @@ from lrbo.storage import CACHED, cache_folder
 
 EXECUTORS = ("inline", "ray")
 FORMATS = ("lrbo", "remote_code", "merged")
-# Of files of text; lrbo.calibration.files reads them.
-FILE_FORMATS = ("auto", "text", "json", "csv", "tsv", "parquet")
 # Databases that MLflow keeps runs in, and what lets it write to a folder of files.
 DATABASES = ("postgresql", "mysql", "mssql")
 FILE_STORE = "MLFLOW_ALLOW_FILE_STORE"
-ROLES = ("calibration", "validation", "test")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 # What may lie in the folder of a study that was not begun yet.
 OWN = re.compile(r"\..*|lock|journal\..*|(config|study)\..*|(tokens|dense)\.safetensors")
@@ -314,12 +311,21 @@ def _check_evaluate(config: EvaluateConfig) -> list[str]:
         key = f"protocols.{name}"
         expect(found.bos in BOS, f"{key}.bos", found.bos, " or ".join(BOS))
         expect(found.window >= 2, f"{key}.window", found.window, "at least 2 tokens")
-        formats = " or ".join(FILE_FORMATS)
-        expect(found.format in FILE_FORMATS, f"{key}.format", found.format, formats)
         for limit in ("documents", "max_windows"):
             value = getattr(found, limit)
             expect(value is None or value >= 1, f"{key}.{limit}", value, "at least 1, or null")
         file = protocol_file(found, config.text_folder)
+        if file is None:
+            problems += [
+                f"{key}.{name}={value!r}: only files have one, and this text is the hub's; leave "
+                f"it out, or give a file with {key}.path. The column of a hub text stands in "
+                f"{key}.hub"
+                for name in ("format", "column")
+                if (value := getattr(found, name)) != getattr(ProtocolConfig, name)
+            ]
+        else:
+            formats = " or ".join(FILE_FORMATS)
+            expect(found.format in FILE_FORMATS, f"{key}.format", found.format, formats)
         if file is not None and paths.kind_of(file) != "file":
             given = "text_folder" if found.path is None else f"{key}.path"
             problems.append(f"{given}: no file {file}, which {key} needs")

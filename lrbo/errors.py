@@ -57,7 +57,7 @@ class StatisticsError(LrboError):
 
 
 class CacheError(LrboError):
-    """What can be made again is missing or damaged, or cannot be written."""
+    """What can be made again is missing or damaged."""
 
 
 class NonFiniteError(LrboError):

@@ -42,16 +42,15 @@ from lrbo.errors import CheckpointError, ModelError, reading
 from lrbo.layers import LowRankLinear, PivotedLinear
 from lrbo.lazy import LazyModel
 from lrbo.loading import resolve_device
-from lrbo.model import is_tied, linear_bias, map_model, not_finite
+from lrbo.model import dtype_name, is_tied, linear_bias, map_model, not_finite
 from lrbo.nested import NestedFactors
 from lrbo.parsing import ContentError, parse_json
 from lrbo.storage import new_folder
 from lrbo.strict_json import without_infinity
 
-CONFIG = "config.json"
 CARD = "README.md"
 # What transformers calls them.
-WEIGHTS, INDEX = stored.SINGLE, stored.INDEX
+CONFIG, WEIGHTS, INDEX = stored.CONFIG, stored.SINGLE, stored.INDEX
 SHARD = "model-{:05d}-of-{:05d}.safetensors"
 SHARD_BYTES = 4 * 2**30
 # What a checkpoint of formats 1 and 2 holds, and a later one does not.
@@ -66,18 +65,10 @@ def is_checkpoint(folder: str | Path) -> bool:
         return _is_old(folder)
 
 
-def own_dtype(folder: str | Path) -> str | None:
-    """Return the dtype in which a checkpoint was scored when it was made, or else is stored.
-
-    Returns:
-        ``None`` if the folder says neither.
-    """
-    config = _read_json(Path(folder), CONFIG)
-    scored: Any = _about(config)
-    for key in ("provenance", "validation", "dtype"):
-        scored = scored.get(key) if isinstance(scored, dict) else None
-    stated = (scored, config.get("dtype"), config.get("torch_dtype"))
-    return next((dtype for dtype in stated if dtype in ("float32", "bfloat16", "float16")), None)
+def stored_dtype(folder: str | Path) -> str | None:
+    """Return the dtype in which a model is stored; ``None`` where it does not say one we run in."""
+    stated = _read_json(Path(folder), CONFIG).get("dtype")
+    return stated if stated in ("float32", "bfloat16", "float16") else None
 
 
 def _is_old(folder: str | Path) -> bool:
@@ -132,8 +123,10 @@ def save(
         Parameters in the files.
 
     Raises:
-        CheckpointError: If the folder exists, or file and accountant disagree.
+        CheckpointError: If the folder exists, something cannot be written, or file and accountant
+            disagree.
     """
+    require_writable(model, tokenizer)
     with checkpoint_folder(folder) as beside:
         files = _write(beside, [_tensors(model)] if parts is None else parts)
         in_file = sum(map(count_parameters, files))
@@ -181,6 +174,22 @@ def _added_biases(model: nn.Module, ranks: Iterable[str], files: Iterable[Path])
         if {f"{name}.bias", f"{name}.left.bias"} & names
         and linear_bias(model.get_submodule(name)) is None
     ]
+
+
+def require_writable(model: PreTrainedModel, tokenizer: object) -> None:
+    """Refuse what cannot be written beside the weights, before these are.
+
+    Raises:
+        CheckpointError: Saying what to correct.
+    """
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise CheckpointError(
+            f"tokenizer of type {type(tokenizer).__name__}: expected that of the model, as "
+            "AutoTokenizer.from_pretrained gives it"
+        )
+    if model.generation_config is not None:
+        with reading(CheckpointError, "correct model.generation_config, which is not written so"):
+            model.generation_config.validate(strict=True)
 
 
 def write_rest(
@@ -318,11 +327,7 @@ def load(
     """
     folder = Path(folder)
     place = resolve_device(str(device), "device")
-    config = _config(folder)
-    try:
-        stored.refuse_adapters((path.name for path in folder.iterdir()), repr(str(folder)))
-    except ModelError as error:
-        raise CheckpointError(str(error)) from error
+    config = load_config(folder)
     try:
         stored.weight_files(folder)
     except ModelError as error:
@@ -338,18 +343,19 @@ def load(
     if problem := not_finite(model):
         narrow = "Take bfloat16 or float32, or if" if model.dtype == torch.float16 else "If"
         raise CheckpointError(
-            f"{folder} in {str(model.dtype).removeprefix('torch.')}: {problem} {narrow} the file "
+            f"{folder} in {dtype_name(model.dtype)}: {problem} {narrow} the file "
             "is damaged, copy it again."
         )
     return model.to(device=place).eval().requires_grad_(False)
 
 
-def _config(folder: Path) -> PretrainedConfig:
+def load_config(folder: str | Path) -> PretrainedConfig:
     """Return the configuration of a checkpoint, with what it says of low-rank layers.
 
     Raises:
-        CheckpointError: If it is damaged, or of another format.
+        CheckpointError: If it is damaged, or of another format, or an adapter lies beside.
     """
+    folder = Path(folder)
     if _is_old(folder):
         old = _read_json(folder, OLD_ABOUT)
         raise CheckpointError(
@@ -375,6 +381,10 @@ def _config(folder: Path) -> PretrainedConfig:
         if hasattr(config, key):
             delattr(config, key)
     config.quantization_config = about
+    try:
+        stored.refuse_adapters(folder)
+    except ModelError as error:
+        raise CheckpointError(str(error)) from error
     return config
 
 

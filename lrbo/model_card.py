@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from huggingface_hub.errors import HFValidationError
 
 from lrbo.loading import ORIGINS, ModelSource
 from lrbo.rendering import render
+from lrbo.shell import command
 
 LOADING = {
     "lrbo": """\
@@ -108,7 +108,7 @@ def model_card(
         ],
         dtype=about["validation"]["dtype"],
         notes=notes,
-        measuring=shlex.join(["lrbo", "evaluate", f"checkpoint={name}"]),
+        measuring=command("evaluate", checkpoint=name),
         written_as=written_as,
         loading=LOADING[written_as].format(folder=literal),
         without_code=f"lrbo.load({literal})",

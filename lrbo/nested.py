@@ -68,7 +68,7 @@ class LowRankFactors:
 
     @property
     def has_effect(self) -> bool:
-        """Say whether any rank costs anything: not where calibration saw the layer do nothing."""
+        """Say whether any rank costs anything: not where zeros or a bias make up for all."""
         return float(self.tail[0]) > 0 and (self.loss is None or float(self.loss[0]) > 0)
 
     def bias_at(self, rank: int) -> Float[Tensor, " out"] | None:

@@ -3,8 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal
 
 SOURCES = ("packaged", "files", "hf", "generated")  # of text
+# Of a text, in the order in which a search uses them.
+ROLES: tuple[Literal["calibration", "validation", "test"], ...]
+ROLES = ("calibration", "validation", "test")
+SUFFIXES: Mapping[str, tuple[str, ...]] = {  # of files of text, by their format
+    "text": (".txt", ".text", ".md", ".raw", ".tokens", ".utf8"),
+    "json": (".json", ".jsonl", ".ndjson", ".jsonlines"),
+    "csv": (".csv",),
+    "tsv": (".tsv",),
+    "parquet": (".parquet", ".pq"),
+}
+AUTO = "auto"
+FILE_FORMATS = (AUTO, *SUFFIXES)
 BOS = ("start", "window", "none")  # of a protocol
 STEPS = 4  # of decoding in a timing, of one token each
 

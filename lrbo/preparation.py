@@ -172,9 +172,9 @@ def without_effect(layers: ModelMap, factors: Mapping[str, LowRankFactors]) -> s
     count = sum(map(len, blocks.values()))
     names = ", ".join(f"{kind} of {', '.join(depths)}" for kind, depths in blocks.items())
     return (
-        f"{count} of {len(factors)} layers have no effect on the calibration text (inputs, weight "
-        f"or gradients of outputs are zero), and cost nothing at any rank; by kind and block: "
-        f"{names}"
+        f"{count} of {len(factors)} layers cost nothing at any rank on the calibration text "
+        "(inputs, weight or gradients of outputs are zero, or a bias restores what they give); by "
+        f"kind and block: {names}"
     )
 
 
@@ -214,16 +214,21 @@ def loss_curves(
         file: Where measurements are kept, and read from if they are there.
         reporter: Shows progress.
         apply: Whether the curves are corrected by what was measured.
+
+    Raises:
+        StudyError: If measurements could not be kept, before there are any.
     """
     curves = predicted_curves(factors)
     if not curves or not settings.layers_per_kind:
         return curves
     calibration = None
+    if file.exists() and not file.is_file():
+        raise StudyError(f"{file} is no file, expected measurements or nothing; move it away")
     if file.exists():
         try:
             calibration = LossCalibration.load(file)
         except StudyError as error:
-            reporter.say(f"{str(error).partition('. Delete')[0]}; it is measured again")
+            reporter.say(f"{error}; it is measured again")
     if calibration is None:
         count = len(settings.points(layers.compressible, factors))
         with reporter.step("Loss of layers", count, "points") as advance:

@@ -360,9 +360,18 @@ def weights(study: Study, record: TrialRecord) -> dict[str, float]:
 
 
 def sensitivity(study: Study) -> LossCalibration | None:
-    """Return what single layers were measured to cost, if that was measured."""
+    """Return what single layers were measured to cost, if that was measured.
+
+    Raises:
+        StudyError: If the file says something else, with what to do.
+    """
     file = sensitivity_file(study.folder)
-    return LossCalibration.load(file) if file.is_file() else None
+    try:
+        return LossCalibration.load(file) if file.is_file() else None
+    except StudyError as error:
+        raise StudyError(
+            f"{error}. Delete the file: the next search of the study measures it again"
+        ) from error
 
 
 def dense_kinds(study: Study, record: TrialRecord) -> list[str]:

@@ -390,6 +390,13 @@ class Factorization:
                     f"{name} is no dense layer of shape {shape} in this {type(model).__name__}; "
                     "give the dense model that was factored, and an allocation of the same"
                 )
+            if allocation.ranks[name] is not None and (
+                module._forward_hooks or module._forward_pre_hooks
+            ):
+                raise ModelError(
+                    f"{name} of this {type(model).__name__} has forward hooks, which the low-rank "
+                    "layer in its place would not run; remove them, and put them on again after"
+                )
         if other := first_other(self.weights, model):
             raise ModelError(
                 f"{other} of this {type(model).__name__} is not that of the model that was "
@@ -518,6 +525,8 @@ def _check_ids(ids: Any, model: PreTrainedModel, least: int = 1) -> None:
             'tokenizer(text, return_tensors="pt").input_ids has; cut a long text into windows '
             "with ids[:, : count * 512].view(-1, 512)"
         )
-    problems = Limits.of(model.config, "the model").of_windows({"ids": ids})
+    problems = Limits.of(model.config, "the model").of_windows(
+        {"ids": ids}, "give what the tokenizer of this model gives for a text, without padding"
+    )
     if problems:
         raise DataError(*problems)

@@ -250,7 +250,7 @@ def test_the_model_of_a_study_is_compared_in_the_dtype_of_the_study(cache: Path)
     builders.require_same_model(study, model)
     with torch.no_grad():
         model.lm_head.weight[-1, -1] += 1.0
-    with pytest.raises(StudyError, match="its weights changed"):
+    with pytest.raises(StudyError, match=r"its weights or config\.json changed"):
         builders.require_same_model(study, model)
 
 

@@ -355,6 +355,18 @@ def test_the_file_of_a_protocol_is_looked_for_in_the_folder_unless_it_is_named(
     assert protocol_file(mine, str(tmp_path)) == Path("mine.txt")
 
 
+def test_what_only_a_file_has_is_refused_for_a_protocol_of_the_hub() -> None:
+    """It was passed over."""
+    line = ["protocols=[ptb]", "protocols.ptb.format=csv", "protocols.ptb.column=body"]
+    assert [
+        problem.partition("; leave")[0] for problem in check(config.composed("evaluate", line))
+    ] == [
+        f"protocols.ptb.{given}: only files have one, and this text is the hub's"
+        for given in ("format='csv'", "column='body'")
+    ]
+    assert check(config.composed("evaluate", [*line, f"protocols.ptb.path={__file__}"])) == []
+
+
 def test_what_is_for_protocols_or_tasks_is_not_taken_without_them(tmp_path: Path) -> None:
     alone = EvaluateConfig(text_folder=str(tmp_path), task_folder=str(tmp_path), limit=3)
     found = dataclasses.replace(config.composed("evaluate", []), **{

@@ -14,7 +14,9 @@ from safetensors.torch import load_file
 from transformers import MistralConfig, MistralForCausalLM
 
 import lrbo
+from lrbo import export
 from lrbo.calibration.corpus import documents, load_windows
+from lrbo.commands import compress
 from lrbo.loading import byte_tokenizer, tiny_model
 from lrbo.optimization.study import Study
 from lrbo.texts import tokens_file
@@ -263,7 +265,9 @@ def test_merged_biases_without_a_place_are_refused_before_any_work(
     )  # fmt: skip
     ran = lrbo_command(*line)
     assert ran.status == 0, ran.err
-    ran = lrbo_command("compress", "study=dense", "format=merged", "out=merged")
+    monkeypatch.setattr(compress, "evaluate_between", lambda *_: pytest.fail("a trial was run"))
+    line = ("compress", "study=dense", "format=merged", "out=merged", "point=keep=0.9")
+    ran = lrbo_command(*line)
     assert ran.status == 2
     assert "MistralForCausalLM has no place for the bias of" in ran.err
     assert "Pivoting" not in ran.err
@@ -344,7 +348,7 @@ def test_a_checkpoint_is_scored_in_the_dtype_of_its_own_numbers(project: Path) -
     ran = lrbo_command("evaluate", *line, "model.dtype=bfloat16")
     assert ran.json["dtype"] == "bfloat16"
     said = " ".join(ran.err.split())
-    assert "best is scored in bfloat16, its own numbers are in float32" in said
+    assert "best is scored in bfloat16 and stored in float32, in which the numbers" in said
 
 
 def test_a_folder_that_exists_is_left_alone(project: Path) -> None:
@@ -442,6 +446,10 @@ def test_a_checkpoint_of_another_dtype_is_rounded_and_scored_as_it_is(
     card = Path(dtype, "README.md").read_text(encoding="utf-8")
     assert f"this model in {dtype}, as written" in card
     assert f"Validation nll in {dtype}: {scored.mean:.4f}" in ran.err
+    ran = lrbo_command(
+        "evaluate", f"checkpoint={dtype}", "data=generated", "record=null", "output=json"
+    )
+    assert ran.json["dtype"] == dtype  # in which the card states the model as written
 
 
 def test_a_refit_checkpoint_of_another_dtype_can_be_merged(project: Path) -> None:
@@ -449,6 +457,7 @@ def test_a_refit_checkpoint_of_another_dtype_can_be_merged(project: Path) -> Non
     ran = lrbo_command(*line)
     assert ran.status == 0, ran.err
     assert {t.dtype for t in load_file("flat/model.safetensors").values()} == {torch.bfloat16}
+    assert export.stored_dtype("flat") == "bfloat16"
 
 
 def test_an_adapter_is_refused_by_every_command_before_any_work(project: Path) -> None:

@@ -77,11 +77,12 @@ def test_every_problem_is_named_before_a_model_is_loaded(texts: Path) -> None:
     (folder / "sums.jsonl").unlink()
     ran = lrbo_command(
         "evaluate", *MODEL, "protocols=[ptb_bolaco,ptb,wikitext2_2048]", "text_folder=.",
-        f"task_folder={folder}", "tasks=[sums]",
+        f"task_folder={folder}", "tasks=[sums]", "model.device=none",
     )  # fmt: skip
     assert ran.status == 2
     problems = [line for line in ran.err.splitlines() if line.startswith("  - ")]
     assert [problem.split(":")[0] for problem in problems] == [
+        "  - model.device='none' cannot be used here",
         "  - protocols.ptb",
         "  - protocols.wikitext2_2048",
         "  - tasks",
@@ -107,7 +108,7 @@ def test_a_tokenizer_of_another_model_is_refused(
     monkeypatch.setattr(evaluate, "load_config", lambda source: small)
     ran = lrbo_command("evaluate", *MODEL, "protocols=[ptb_bolaco]", "text_folder=.")
     assert ran.status == 2
-    assert "ptb_bolaco: the tokenizer gives the id 220, but tiny has a vocabulary of 100" in ran.err
+    assert "ptb_bolaco: the id 220 is beyond the vocabulary of tiny, 0..99; restore" in ran.err
 
 
 @pytest.mark.usefixtures("unloadable")

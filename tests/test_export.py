@@ -446,7 +446,7 @@ def test_a_large_checkpoint_is_several_files(
         <= (TOLERANCE["loaded"])
     )
     (tmp_path / "model" / shards[0]).unlink()
-    with pytest.raises(CheckpointError, match=rf"{shards[0]} is no whole safetensors file"):
+    with pytest.raises(CheckpointError, match=rf"cannot read .*{shards[0]}"):
         load(tmp_path / "model")
 
 

@@ -19,11 +19,12 @@ from transformers import PreTrainedTokenizerFast
 
 from lrbo import checks
 from lrbo.calibration.corpus import ROLES, CorpusSpec, RoleText, documents, make_windows
-from lrbo.calibration.files import FORMATS, file_documents, matching
+from lrbo.calibration.files import file_documents, matching
 from lrbo.config import composed
 from lrbo.errors import DataError
 from lrbo.evaluation.protocols import Protocol, protocol_windows
 from lrbo.loading import byte_tokenizer
+from lrbo.options import FILE_FORMATS
 from lrbo.schema import SearchConfig
 
 # What readers that guess types give back as something else.
@@ -253,9 +254,8 @@ def search_of(*more: str) -> SearchConfig:
 
 
 def test_formats_are_checked_before_anything_is_read() -> None:
-    assert checks.FILE_FORMATS == FORMATS
     (problem,) = checks.check(search_of("data.test.format=jsonl"))
-    assert problem == f"data.test.format='jsonl': expected {' or '.join(FORMATS)}"
+    assert problem == f"data.test.format='jsonl': expected {' or '.join(FILE_FORMATS)}"
     problems = checks.check(search_of("data.test.format=json"))
     assert problems == [
         f"data.test: a.txt is read as format=json column=text, but data.{other} reads it as "
@@ -291,8 +291,21 @@ def test_a_pattern_is_one_text_of_all_its_files(
     assert list(documents("files", "[x].txt")) == ["itself"]
 
 
+def test_the_limit_of_csv_is_that_of_the_program(tmp_path: Path) -> None:
+    """It is one for the process, and a field may be longer than a program that reads CSV allows."""
+    text = "x" * 200_000
+    (tmp_path / "long.csv").write_text(f"text\n{text}\n{text}\n", encoding="utf-8")
+    before = csv.field_size_limit(100)
+    try:
+        for found in file_documents(tmp_path / "long.csv"):
+            assert found == text
+            assert csv.field_size_limit() == 100
+    finally:
+        csv.field_size_limit(before)
+
+
 def test_a_folder_is_refused_with_what_to_give(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"it is a folder; give its files, as .*/\*\.txt"):
+    with pytest.raises(DataError, match=r"it is a folder; give its files, as path='.*/\*\.txt'"):
         list(documents("files", str(tmp_path)))
 
 

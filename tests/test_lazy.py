@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lrbo.blockwise import BlockwiseBody
@@ -20,6 +21,8 @@ from tests.tiny import CASES, build, token_ids
 
 # Same weights; where a file's tensors lie in memory decides how products are split and rounded.
 ROUNDING = {"rtol": 1e-5, "atol": 1e-5}
+
+OTHER = {"other": torch.ones(1)}  # a file holds one at least
 
 every_family = pytest.mark.parametrize("case", CASES)
 
@@ -82,6 +85,21 @@ def test_statistics_and_factors_are_those_of_the_whole_model(case: str, tmp_path
         assert two[name].max_rank == rank
 
 
+def test_of_two_forms_in_a_folder_it_reads_the_one_that_transformers_reads(tmp_path: Path) -> None:
+    """It took the index first, and wrote a checkpoint of other weights than were evaluated."""
+    saved("llama_untied", tmp_path / "shards", max_shard_size="4KB")
+    other = build("llama_untied")
+    with torch.no_grad():
+        other.model.norm.weight.fill_(0.5)
+    other.save_pretrained(tmp_path / "both")
+    for file in (tmp_path / "shards").glob("model*"):
+        file.rename(tmp_path / "both" / file.name)
+    assert (tmp_path / "both" / INDEX).is_file()
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "both")
+    lazy = LazyModel(tmp_path / "both")
+    assert torch.equal(lazy.model.model.norm.weight, whole.model.norm.weight)
+
+
 def test_a_block_is_gone_after_an_error_too(tmp_path: Path) -> None:
     lazy = LazyModel(saved("llama_untied", tmp_path / "model"))
     with pytest.raises(KeyboardInterrupt), lazy.open_block(1):
@@ -101,25 +119,26 @@ def test_what_is_wrong_with_a_folder_is_said(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="nowhere"):
         LazyModel(tmp_path / "nowhere")
     folder = saved("llama_untied", tmp_path / "model", max_shard_size="4KB")
-    index = json.loads((folder / INDEX).read_text())
     name = "model.layers.1.mlp.up_proj.weight"
-    file = folder / index["weight_map"].pop(name)
-    (folder / INDEX).write_text(json.dumps(index))
+    file = folder / json.loads((folder / INDEX).read_text())["weight_map"][name]
+    whole = load_file(file)
+    save_file({key: tensor for key, tensor in whole.items() if key != name} or OTHER, file)
     lazy = LazyModel(folder)
     with pytest.raises(ModelError, match=name), lazy.open_block(1):
         pass
-    index["weight_map"][name] = file.name
-    (folder / INDEX).write_text(json.dumps(index))
+    save_file(whole, file)
     lazy = LazyModel(folder)
     file.write_bytes(b"not a tensor")
     with pytest.raises(ModelError, match=rf"{name}.*{file.name}"), lazy.open_block(1):
         pass
+    with pytest.raises(ModelError, match=rf"cannot read .*{file.name}"):
+        LazyModel(folder)
     (folder / INDEX).write_text("{}")
     with pytest.raises(ModelError, match=rf"cannot read .*{INDEX}: KeyError: 'weight_map'"):
         LazyModel(folder)
     for path in folder.glob("*.safetensors*"):
         path.unlink()
-    with pytest.raises(ModelError, match="neither"):
+    with pytest.raises(ModelError, match="holds no weights, expected model"):
         LazyModel(folder)
 
 

@@ -14,6 +14,7 @@ from lrbo.errors import ConfigError, DataError
 from lrbo.evaluation.limits import Limits
 from lrbo.loading import byte_tokenizer, tiny_model
 from tests.commands import lrbo_command
+from tests.test_export import Compressed
 from tests.tiny import CASES, build, token_ids
 
 TINY = ["experiment=tiny", "search.trials=4", "search.initial=4"]
@@ -30,7 +31,7 @@ def test_every_family_states_its_limits_and_reads_up_to_them(case: str) -> None:
     assert math.isfinite(lrbo.score(model, longest).mean)
     with pytest.raises(DataError, match="windows of 65 tokens, but the model has 64 positions"):
         lrbo.score(model, token_ids(1, 65))
-    with pytest.raises(DataError, match="the id 64, but the model has a vocabulary of 64"):
+    with pytest.raises(DataError, match=r"the id 64 is beyond .* of the model, 0\.\.63; give"):
         lrbo.score(model, longest + 64 - longest.max())
 
 
@@ -42,10 +43,8 @@ def test_problems_of_several_texts_are_said_together_each_once() -> None:
         "three": -torch.ones(1, 4).long(),
     }
     assert limits.of_windows(windows) == [
-        "two: the tokenizer gives the id 12, but mine has a vocabulary of 10; restore tokenizer "
-        "and config.json",
-        "three: the tokenizer gives the id -1, but mine has a vocabulary of 10; restore tokenizer "
-        "and config.json",
+        "two: the id 12 is beyond the vocabulary of mine, 0..9; restore tokenizer and config.json",
+        "three: the id -1 is below 0, expected tokens; restore tokenizer and config.json",
         "one, two: windows of 5 tokens, but mine has 4 positions; choose shorter windows",
     ]
     assert limits.of_prompt("prompts", 3, 1) == []
@@ -61,6 +60,8 @@ def test_a_model_that_states_no_limit_has_none(positions: object) -> None:
     limits = Limits.of(SimpleNamespace(max_position_embeddings=positions), "mine")
     assert limits == Limits("mine", None, None)
     assert limits.of_windows({"text": token_ids(1, 9999)}) == []
+    (problem,) = limits.of_windows({"text": torch.tensor([[5, -100]])}, "pad nothing")
+    assert problem == "text: the id -100 is below 0, expected tokens; pad nothing"
     assert limits.of_prompt("prompts", 9999, 1) == limits.of_tokenizer(9999) == []
 
 
@@ -98,14 +99,31 @@ def test_a_search_refuses_the_tokenizer_of_another_model() -> None:
     ran = lrbo_command("search", *TINY, "model=hf", "model.path=small", "model.name=small")
     assert ran.status == 2
     for role in ("calibration", "validation", "test"):
-        assert f"data.{role}: the tokenizer gives the id 220, but small has a" in ran.err
-    with pytest.raises(ConfigError, match="a vocabulary of 100"):
+        assert f"data.{role}: the id 220 is beyond the vocabulary of small, 0..99" in ran.err
+    with pytest.raises(ConfigError, match="the vocabulary of small"):
         lrbo.search(*TINY, "model=hf", "model.path=small", "model.name=small")
 
 
 @pytest.mark.usefixtures("unloadable")
 def test_a_benchmark_refuses_prompts_that_the_model_cannot_read() -> None:
-    tiny_model().save_pretrained("dense")
-    ran = lrbo_command("benchmark", "checkpoint=dense", "prompts=[64,500]", "steps=16")
+    Compressed("llama_tied").save(Path("small"))
+    line = ("benchmark", "checkpoint=small", "prompts=[8,60]", "steps=16", "device=none")
+    ran = lrbo_command(*line)
     assert ran.status == 2
-    assert "prompts: 500 tokens and 16 more, but dense has 512 positions" in ran.err
+    assert "prompts: 60 tokens and 16 more, but small has 64 positions" in ran.err
+    assert "device='none' cannot be used here" in ran.err
+    Path("small/adapter_config.json").write_text("{}", encoding="utf-8")
+    ran = lrbo_command(*line)
+    assert "small' comes with an adapter" in ran.err
+    assert "device='none' cannot be used here" in ran.err
+
+
+@pytest.mark.usefixtures("unloadable")
+def test_a_benchmark_refuses_what_is_no_checkpoint_with_the_device() -> None:
+    tiny_model().save_pretrained("dense")
+    ran = lrbo_command("benchmark", "checkpoint=dense", "device=none")
+    assert ran.status == 2
+    assert "2 problems" in ran.err
+    assert "says nothing of low-rank layers, so this is no compressed checkpoint" in ran.err
+    Path("dense/config.json").write_text("{", encoding="utf-8")
+    assert "config.json cannot be read" in lrbo_command("benchmark", "checkpoint=dense").err

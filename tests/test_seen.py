@@ -89,6 +89,7 @@ def test_a_checkpoint_that_does_not_say_and_one_that_is_damaged(folder: Path) ->
         ({"other": np.zeros(3, np.uint64)}, {"calibration": "mine"}),
         ({"calibration": np.zeros(3, np.uint64)}, {"strange": "mine"}),
         ({"calibration": np.zeros(3, np.uint64)}, None),
+        ({"calibration": np.zeros(3, np.uint64)}, {"calibration": "mine"}),
     ],
 )
 def test_hashes_of_another_kind_are_no_hashes(

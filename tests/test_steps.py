@@ -17,10 +17,19 @@ from transformers import (
 import lrbo
 from lrbo import steps
 from lrbo.calibration.collect import Calibration, CalibrationSettings
-from lrbo.errors import BudgetError, ConfigError, DataError, ModelError, StatisticsError
+from lrbo.errors import (
+    BudgetError,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    ModelError,
+    StatisticsError,
+)
+from lrbo.export import require_writable
 from lrbo.factorization.base import Statistic
 from lrbo.factorization.registry import METHODS
 from lrbo.loading import ModelSource, byte_tokenizer, load_model
+from lrbo.merging import save_merged
 from lrbo.model import first_other, map_model, weight_samples
 from lrbo.steps import Factorization, calibrate, factorize
 from tests.test_preparation import Said, prepared
@@ -139,8 +148,8 @@ def test_a_model_in_half_precision_runs_factors_in_its_own(calibration: Calibrat
         (IDS.flatten(), r"shape \(84,\).*expected whole numbers \(windows, tokens\)"),
         (IDS[:0], r"shape \(0, 12\)"),
         (IDS.float(), "torch.float32"),
-        (IDS + 250, "ids: .* the id 313, but the model has a vocabulary of 258"),
-        (IDS - 10, "the id -7"),
+        (IDS + 250, r"ids: the id 313 is beyond the vocabulary of the model, 0\.\.257; give what"),
+        (IDS - 10, "the id -7 is below 0, expected tokens; give .* without padding"),
         (token_ids(1, 600), "ids: windows of 600 tokens, but the model has 512 positions"),
     ],
 )
@@ -149,6 +158,35 @@ def test_ids_that_are_no_windows_of_the_model_are_refused(ids: torch.Tensor, mes
         calibrate(tiny(), ids, progress=False)
     with pytest.raises(DataError, match=message):
         lrbo.score(tiny(), ids)
+
+
+@pytest.mark.parametrize("put", ["register_forward_hook", "register_forward_pre_hook"])
+def test_hooks_on_a_layer_are_not_lost_in_silence(put: str) -> None:
+    model = tiny()
+    found = factorize(model, method="svd", progress=False)
+    allocation = found.uniform(0.8)
+    name = next(name for name, rank in allocation.ranks.items() if rank is not None)
+    hook = getattr(model.get_submodule(name), put)(lambda *_: None)
+    for step in (found.compress_, found.compressed):
+        with pytest.raises(ModelError, match=rf"^{name} of .* has forward hooks"):
+            step(model, allocation)
+    hook.remove()
+    found.compress_(model, allocation)
+
+
+def test_what_cannot_be_written_beside_the_weights_is_said_before_them(tmp_path: Path) -> None:
+    """It was raised by transformers, after the weights were written."""
+    with pytest.raises(CheckpointError, match="tokenizer of type NoneType: expected that of the"):
+        require_writable(tiny(), None)
+    model = tiny()
+    found = factorize(model, method="svd", progress=False)
+    model.generation_config.temperature = 0.5  # of sampling, which it does not do
+    for write in (
+        lambda: found.save(tmp_path / "out", model, byte_tokenizer(), found.uniform(0.8)),
+        lambda: save_merged(tmp_path / "out", model, byte_tokenizer()),
+    ):
+        with pytest.raises(CheckpointError, match=r"(?s)correct model\.gener.*temperature"):
+            write()
 
 
 def test_what_is_no_tensor_and_no_model_is_named() -> None:

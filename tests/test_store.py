@@ -1,6 +1,7 @@
 """Factors come back from disk as they were, and only for what they were made of."""
 
 import dataclasses
+import errno
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from lrbo.allocation import rungs
-from lrbo.cache import ABOUT, kept
-from lrbo.errors import CacheError, StatisticsError
+from lrbo.cache import ABOUT, ATTEMPTS, kept
+from lrbo.errors import CacheError, PathError, StatisticsError
+from lrbo.factorization import store
 from lrbo.factorization.base import Statistic
 from lrbo.factorization.loss_aware import LossAware, predicted_loss
 from lrbo.factorization.pooled import Bolaco
@@ -124,18 +126,20 @@ def test_every_layer_is_factored_as_the_method_says(case: str, method: str) -> N
             assert float(difference.abs().max()) <= TOLERANCE["rounded"] * unit, rank
 
 
-def test_a_method_is_given_everything_on_the_device_that_decomposes() -> None:
+def test_everything_is_moved_to_the_device_that_decomposes(monkeypatch: pytest.MonkeyPatch) -> None:
     places = set[str]()
 
-    class Watched(LossAware):
-        def factor(
-            self, weight: Tensor, bias: Tensor | None, statistics: Mapping[Statistic, Tensor]
-        ) -> LowRankFactors:
-            places.update(given.device.type for given in (weight, *statistics.values()))
-            raise StatisticsError("seen")
+    def watched(
+        method: object, weight: Tensor, bias: Tensor, statistics: Mapping[Statistic, Tensor]
+    ) -> LowRankFactors:
+        places.update(given.device.type for given in (weight, bias, *statistics.values()))
+        raise StatisticsError("seen")
 
+    monkeypatch.setattr(store, "factor_layer", watched)
     model = build("gpt2")
-    on_meta = factor_model(model, map_model(model), Watched(), Made(), device=torch.device("meta"))
+    on_meta = factor_model(
+        model, map_model(model), LossAware(), Made(), device=torch.device("meta")
+    )
     with pytest.raises(StatisticsError, match="seen"):
         next(on_meta)
     assert places == {"meta"}
@@ -320,6 +324,11 @@ def scrambled(path: Path) -> None:
     path.write_bytes(content[:8] + b"x" * 40 + content[48:])
 
 
+def another_number(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+
 def other_tensors(path: Path) -> None:
     """Change what the tensors are, and nothing of the length."""
     path.write_bytes(path.read_bytes().replace(b"|right", b"|wrong"))
@@ -341,6 +350,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "a part cut off": lambda folder: cut(folder / "part_00001.safetensors"),
     "a part empty": lambda folder: (folder / "part_00001.safetensors").write_bytes(b""),
     "a part scrambled": lambda folder: scrambled(folder / "part_00000.safetensors"),
+    "another number": lambda folder: another_number(folder / "part_00001.safetensors"),
     "other tensors": lambda folder: other_tensors(folder / "part_00000.safetensors"),
     "other shapes": lambda folder: other_shapes(folder / "part_00000.safetensors"),
     "no list of parts": lambda folder: (folder / ABOUT).unlink(),
@@ -374,6 +384,51 @@ def test_factors_that_are_not_whole_are_refused_and_made_again(damage: str, tmp_
     kept(folder, make, read)
     assert made == 2
     assert [path.name for path in tmp_path.iterdir()] == ["factors"]
+
+
+def test_a_folder_that_is_never_whole_is_refused_with_the_last_reason(tmp_path: Path) -> None:
+    folder, made = tmp_path / "factors", list[int]()
+
+    def make() -> None:
+        folder.mkdir()
+        made.append(len(made))
+
+    def read() -> None:
+        raise CacheError(f"reason {len(made)}")
+
+    with pytest.raises(
+        PathError, match=rf"not whole {ATTEMPTS} times, .* because reason {ATTEMPTS}"
+    ):
+        kept(folder, make, read)
+    assert len(made) == ATTEMPTS
+
+
+def test_what_cannot_be_written_is_made_once_also_where_another_folder_needs_it(
+    tmp_path: Path,
+) -> None:
+    """It loaded the model and went through the text three times."""
+    asked = []
+
+    def write() -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "statistics"))
+
+    def make() -> None:
+        asked.append("model")
+        kept(tmp_path / "statistics", write, dict)
+
+    with pytest.raises(PathError, match=r"statistics cannot be written: Permission denied.*CACHE"):
+        kept(tmp_path / "factors", make, dict)
+    assert asked == ["model"]
+
+
+def test_what_another_process_made_is_not_removed_where_making_it_failed(tmp_path: Path) -> None:
+    folder = tmp_path / "factors"
+
+    def make() -> None:
+        (folder / "made").mkdir(parents=True)
+        raise CacheError("statistics are gone")
+
+    assert kept(folder, make, lambda: [path.name for path in folder.iterdir()]) == ["made"]
 
 
 def make_factors() -> dict[str, LowRankFactors]:

@@ -32,7 +32,7 @@ from lrbo.loading import (
     tiny_model,
 )
 from lrbo.merging import save_merged
-from lrbo.model import is_tied, map_model
+from lrbo.model import is_tied, map_model, not_finite
 from lrbo.stored import INDEX, SINGLE
 from tests import reference
 from tests.test_export import TOKENIZER, TOLERANCE, Compressed, logits, relative
@@ -301,6 +301,19 @@ def test_weights_that_are_not_finite_are_refused_whatever_the_dtype(
     assert "take another copy" in str(caught.value)
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_numbers_of_eight_bits_are_judged_too(dtype: torch.dtype) -> None:
+    """torch neither adds them up nor says which are finite: that ended in a traceback."""
+    model = build("llama_tied").requires_grad_(False)
+    weight = model.get_parameter(f"{UP}.weight")
+    weight.data = weight.data.to(dtype)
+    assert not_finite(model) is None
+    weight.data = weight.data.float().fill_(torch.nan).to(dtype)
+    problem = not_finite(model)
+    assert problem is not None
+    assert problem.startswith(f"384 of 384 numbers of {UP}.weight are not finite")
+
+
 def test_what_only_a_dtype_cannot_hold_is_said_with_one_that_can(tmp_path: Path) -> None:
     build("llama_tied").save_pretrained(tmp_path)
     change(tmp_path, lambda t: t[f"{UP}.weight"][3, :2].fill_(1e6))
@@ -405,6 +418,15 @@ def test_no_name_of_a_file_is_taken_for_one(shard: Any, tmp_path: Path) -> None:
     (tmp_path / INDEX).write_text(json.dumps(index), encoding="utf-8")
     with pytest.raises(ModelError, match="expected the name of a file beside it"):
         load_skeleton(source(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["../out.safetensors", "sub/in.safetensors", 3])
+def test_weights_elsewhere_that_config_json_names_are_refused(name: Any, tmp_path: Path) -> None:
+    build("llama_tied").save_pretrained(tmp_path / "model")
+    configure(tmp_path / "model", transformers_weights=name)
+    for load in (*LOADERS.values(), LazyModel):
+        with pytest.raises(ModelError, match=rf"config\.json names the file {name!r}, expected"):
+            load(tmp_path / "model")
 
 
 def test_links_are_followed_as_in_a_cache(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from lrbo import preparation
+from lrbo.errors import StudyError
 from lrbo.loss_calibration import LossCalibration, sensitivity_file
 from lrbo.model import map_model
 from lrbo.nested import LowRankFactors
@@ -56,6 +57,25 @@ def test_measurements_are_kept_and_change_no_curve_unasked(arguments: dict) -> N
     found = loss_curves(**arguments)
     for name, factors in arguments["factors"].items():
         assert np.array_equal(found[name], factors.loss.numpy())
+    assert LossCalibration.load(arguments["file"]).measurements
+
+
+def test_a_folder_where_measurements_are_kept_is_refused_before_they_are_made(
+    arguments: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments["file"].mkdir()
+    monkeypatch.setattr(preparation, "measure_losses", lambda *_, **__: pytest.fail("measured"))
+    with pytest.raises(StudyError, match=r"sensitivity\.json is no file, .*; move it away"):
+        loss_curves(**arguments)
+
+
+def test_damaged_measurements_are_made_again_and_said(arguments: dict) -> None:
+    arguments["file"].write_text("{", encoding="utf-8")
+    said: list[str] = []
+    arguments["reporter"].say = said.append
+    loss_curves(**arguments)
+    assert said[0].startswith(f"{arguments['file']}: it is not JSON")
+    assert said[0].endswith("; it is measured again")
     assert LossCalibration.load(arguments["file"]).measurements
 
 

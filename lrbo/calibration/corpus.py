@@ -21,14 +21,15 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lrbo.calibration.files import AUTO, COLUMN, file_documents, matching
+from lrbo import options
+from lrbo.calibration.files import COLUMN, file_documents, matching
 from lrbo.errors import DataError, reading
 from lrbo.options import SOURCES
 from lrbo.storage import replacing
 
 Role = Literal["calibration", "validation", "test"]
 # In the order of the text: reports read the beginning, as the literature does.
-ROLES: tuple[Role, ...] = ("test", "validation", "calibration")
+ROLES: tuple[Role, ...] = options.ROLES[::-1]
 SHARES: Mapping[Role, int] = {"test": 1, "validation": 1, "calibration": 2}
 PACKAGE, PACKAGE_VERSION = "exllamav3", "1.6.5"
 PACKAGED = {"c4": "c4.utf8", "wiki": "wiki.utf8"}
@@ -56,14 +57,14 @@ class RoleText:
         tokens: Tokens wanted; ``None`` takes everything that is there.
         key: Of the configuration, which says how many tokens; for messages, where it is not that
             of the role.
-        format: Of files, one of ``lrbo.calibration.files.FORMATS``.
+        format: Of files, one of ``lrbo.options.FILE_FORMATS``.
         column: Of files whose rows have columns.
     """
 
     paths: tuple[str, ...]
     tokens: int | None
     key: str | None = None
-    format: str = AUTO
+    format: str = options.AUTO
     column: str = COLUMN
 
 
@@ -273,7 +274,7 @@ def _part(spec: CorpusSpec, role: Role, path: str, windows: Tensor) -> Tensor:
 
 
 def documents(
-    source: str, path: str, seed: int = 0, *, format: str = AUTO, column: str = COLUMN
+    source: str, path: str, seed: int = 0, *, format: str = options.AUTO, column: str = COLUMN
 ) -> Iterator[str]:
     """Yield the documents of a text.
 
@@ -281,7 +282,7 @@ def documents(
         source: One of ``SOURCES``.
         path: Of the text, as in :class:`RoleText`.
         seed: Of generated text.
-        format: Of files, one of ``lrbo.calibration.files.FORMATS``.
+        format: Of files, one of ``lrbo.options.FILE_FORMATS``.
         column: Of files whose rows have columns.
 
     Raises:

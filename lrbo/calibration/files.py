@@ -16,8 +16,8 @@ import gzip
 import io
 import json
 import lzma
-import sys
-from collections.abc import Callable, Iterator, Mapping
+import shlex
+from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -26,16 +26,9 @@ import pyarrow
 from pyarrow import parquet
 
 from lrbo.errors import DataError, reading
+from lrbo.options import AUTO, SUFFIXES
+from lrbo.shell import text as quoted
 
-SUFFIXES: Mapping[str, tuple[str, ...]] = {
-    "text": (".txt", ".text", ".md", ".raw", ".tokens", ".utf8"),
-    "json": (".json", ".jsonl", ".ndjson", ".jsonlines"),
-    "csv": (".csv",),
-    "tsv": (".tsv",),
-    "parquet": (".parquet", ".pq"),
-}
-AUTO = "auto"
-FORMATS = (AUTO, *SUFFIXES)
 COLUMN = "text"
 # First bytes of compressed files, the suffixes that they have, and what unpacks them.
 COMPRESSIONS: tuple[tuple[bytes, tuple[str, ...], Callable[[Any], Any]], ...] = (
@@ -54,6 +47,7 @@ MARKS = (
 PARQUET = b"PAR1"
 PATH_SHOWN = 200  # characters of one that cannot be
 START = 256  # bytes that an encoding is guessed from
+LONGEST_FIELD = 2**31 - 1  # of CSV: what a C long holds everywhere
 FIELDS = 8  # so many names are listed in a message
 
 Lines = Iterator[tuple[int, str]]
@@ -83,7 +77,9 @@ def matching(path: str) -> list[Path]:
     names = glob.glob(str(whole), recursive=True)  # noqa: PTH207
     files = [file for name in sorted(names) if not (file := Path(name)).is_dir()]
     if not files:
-        raise DataError(f"no file fits the pattern {path!r}; look with: ls {whole.parent}")
+        raise DataError(
+            f"no file fits the pattern {path!r}; look with: ls {shlex.quote(str(whole.parent))}"
+        )
     return files
 
 
@@ -98,7 +94,7 @@ def file_documents(
 
     Args:
         path: Of the file.
-        format: One of ``FORMATS``.
+        format: One of ``lrbo.options.FILE_FORMATS``.
         column: Field or column that holds the text.
         line: Makes a document of each line of a text file; ``None`` takes such a file whole.
 
@@ -110,7 +106,8 @@ def file_documents(
         is_folder = path.is_dir()
     if is_folder:
         raise DataError(
-            f"cannot read text file {path}: it is a folder; give its files, as {str(path)!r}/*.txt"
+            f"cannot read text file {path}: it is a folder; give its files, as "
+            f"path={quoted(f'{path}/*.txt')}"
         )
     with reading(DataError, f"cannot read text file {path}"), path.open("rb") as raw:
         file, packed = _unpacked(raw)
@@ -315,17 +312,16 @@ def _table_documents(path: Path, lines: Lines, column: str, separator: str) -> I
     Raises:
         DataError: If there is no such column, or with the first row that has more or fewer.
     """
-    csv.field_size_limit(sys.maxsize)  # else 128 KiB, and documents are longer
     reader = csv.reader((line for _, line in lines), delimiter=separator, strict=True)
     try:
-        names = next(reader, [])
+        names = _next_row(reader) or []
         if names.count(column) != 1:
             raise DataError(
                 f"{path}, line 1: expected one column {column!r}, got {_listed(names)}; another "
                 "one is named with column=NAME beside the path"
             )
         place = names.index(column)
-        for row in reader:
+        while (row := _next_row(reader)) is not None:
             if row and len(row) != len(names):
                 raise DataError(
                     f"{path}, line {reader.line_num}: expected {len(names)} columns, as in line "
@@ -335,6 +331,18 @@ def _table_documents(path: Path, lines: Lines, column: str, separator: str) -> I
                 yield row[place]
     except csv.Error as error:
         raise DataError(f"{path}, line {reader.line_num}: {error}; quote it as CSV does") from error
+
+
+def _next_row(reader: Iterator[list[str]]) -> list[str] | None:
+    """Return the next row, whose fields may be longer than the 128 KiB that are usual.
+
+    The limit is one for all of the process: what imports this package keeps its own.
+    """
+    limit = csv.field_size_limit(LONGEST_FIELD)
+    try:
+        return next(reader, None)
+    finally:
+        csv.field_size_limit(limit)
 
 
 def _parquet_documents(path: Path, file: io.BufferedIOBase, column: str) -> Iterator[str]:

@@ -29,9 +29,8 @@ def save_seen(folder: Path, windows: Mapping[Role, TokenWindows]) -> None:
         folder: Of the checkpoint.
         windows: Of the study; roles that are only reported on are left out.
     """
-    found = {role: windows[role] for role in ROLES if role in windows}
-    hashes = {role: np.unique(_hashes(w.ids)) for role, w in found.items()}
-    save_file(hashes, folder / FILE, metadata={role: w.text for role, w in found.items()})
+    hashes = {role: np.unique(_hashes(windows[role].ids)) for role in ROLES}
+    save_file(hashes, folder / FILE, metadata={role: windows[role].text for role in ROLES})
 
 
 def seen_shares(folder: Path, ids: Int[Tensor, "windows tokens"]) -> dict[str, float] | None:
@@ -53,18 +52,18 @@ def seen_shares(folder: Path, ids: Int[Tensor, "windows tokens"]) -> dict[str, f
         return None
     runs = _hashes(ids)
     shares = {}
-    with reading(CheckpointError, f"{path} is damaged"):
-        with safe_open(str(path), framework="numpy") as file:
-            texts = file.metadata() or {}
-            if not set(texts) <= set(ROLES):
-                raise ValueError(f"it has hashes of {sorted(texts)}, expected some of {ROLES}")
-            for role in [role for role in ROLES if role in texts]:
-                known: NDArray[np.uint64] = file.get_tensor(role)
-                if known.dtype != np.uint64 or known.ndim != 1:
-                    raise ValueError(f"{role} is {known.dtype} of shape {known.shape}")
-                shares[f"{role} ({texts[role]})"] = float(np.isin(runs, known).mean())
-        if not shares:
-            raise ValueError("it has no hashes")
+    with (
+        reading(CheckpointError, f"{path} is damaged"),
+        safe_open(str(path), framework="numpy") as file,
+    ):
+        texts = file.metadata() or {}
+        if set(texts) != set(ROLES):
+            raise ValueError(f"it has hashes of {sorted(texts)}, expected of {sorted(ROLES)}")
+        for role in ROLES:
+            known: NDArray[np.uint64] = file.get_tensor(role)
+            if known.dtype != np.uint64 or known.ndim != 1:
+                raise ValueError(f"{role} is {known.dtype} of shape {known.shape}")
+            shares[f"{role} ({texts[role]})"] = float(np.isin(runs, known).mean())
     return shares
 
 

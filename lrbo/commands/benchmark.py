@@ -13,9 +13,10 @@ import torch
 
 from lrbo import checks, export
 from lrbo.commands.tables import console, print_table, record, table
-from lrbo.errors import ConfigError, ModelError
+from lrbo.errors import CheckpointError, ConfigError, ModelError
 from lrbo.evaluation.limits import Limits
-from lrbo.loading import ModelSource, load_config, resolve_device, resolve_dtype
+from lrbo.loading import resolve_device, resolve_dtype
+from lrbo.model import dtype_name
 from lrbo.peak_memory import peak_memory_bytes
 from lrbo.progress import Reporter
 from lrbo.schema import BenchmarkConfig
@@ -38,19 +39,23 @@ def run(chosen: BenchmarkConfig, reporter: Reporter) -> dict[str, Any]:
     """Time a checkpoint and its dense architecture, and measure what memory they take.
 
     Raises:
-        ConfigError: If a value cannot work, the model cannot read prompts of that length, or the
-            device does not exist here.
-        CheckpointError: If the checkpoint cannot be opened.
+        ConfigError: If a value cannot work, the folder is no checkpoint, the model cannot read
+            prompts of that length, or the device does not exist here.
+        CheckpointError: If the weights cannot be opened.
     """
     problems = checks.check(chosen)
+    if not problems:
+        try:
+            limits = Limits.of(export.load_config(chosen.checkpoint), chosen.checkpoint)
+            problems += limits.of_prompt("prompts", max(chosen.prompts), chosen.steps)
+        except CheckpointError as error:
+            problems.append(str(error))
+    device = None
     try:
         device = resolve_device(chosen.device, "device")
     except ConfigError as error:
-        raise ConfigError([*problems, *error.problems]) from error
-    if not problems:
-        limits = Limits.of(load_config(ModelSource("hf", chosen.checkpoint)), chosen.checkpoint)
-        problems += limits.of_prompt("prompts", max(chosen.prompts), chosen.steps)
-    if problems:
+        problems += error.problems
+    if problems or device is None:
         raise ConfigError(problems)
     dtype = resolve_dtype(chosen.dtype, device)
     if chosen.threads is not None:
@@ -82,7 +87,7 @@ def run(chosen: BenchmarkConfig, reporter: Reporter) -> dict[str, Any]:
     found: dict[str, Any] = {
         "checkpoint": str(folder),
         "device": str(device),
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": dtype_name(dtype),
         "threads": torch.get_num_threads(),
         "batch": settings.batch,
         "steps": settings.steps,

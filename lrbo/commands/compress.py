@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from lrbo import builders, checks, config, export
-from lrbo.accounting import account, low_rank_parameters
+from lrbo.accounting import account
 from lrbo.allocation import Allocation
 from lrbo.command_lines import command_line, repeating
 from lrbo.commands.asked import points, study_of
@@ -25,7 +25,7 @@ from lrbo.gains import gains
 from lrbo.layers import PivotedLinear
 from lrbo.loading import load_config, load_model, load_tokenizer, resolve_device, resolve_dtype
 from lrbo.merging import save_merged, with_biases
-from lrbo.model import cast_, not_finite
+from lrbo.model import cast_, dtype_name, not_finite
 from lrbo.model_card import Score, model_card
 from lrbo.nested import LowRankFactors
 from lrbo.optimization.front import KEEP_RATIO, ceiling_of
@@ -33,6 +33,7 @@ from lrbo.optimization.study import Study
 from lrbo.progress import Reporter
 from lrbo.schema import CompressConfig, SearchConfig
 from lrbo.shell import assigned
+from lrbo.trial import TrialRecord
 from lrbo.versions import versions
 from lrbo.worker import allocation_parameters
 
@@ -55,15 +56,16 @@ def run(chosen: CompressConfig, reporter: Reporter) -> dict[str, Any]:
     stored = config.stored_config(study.config_yaml(), [assigned("studies", chosen.studies)])
     with reporter.waiting("Reading texts"):
         plan = builders.plan_search(stored, study, checks.check(stored))
+    if chosen.format == "merged":
+        _require_place_for_biases(plan, records)
+    if chosen.dtype == "float16":  # of which not every model's numbers are
+        _stored_model(plan, study, chosen.dtype)
     ceiling = ceiling_of(point)
     if ceiling is not None and ceiling[0] == KEEP_RATIO:
         evaluate_between(plan, study, ceiling[1], reporter)
         records = points(study, point, chosen.refit.candidates)
-    if chosen.format == "merged":
-        ranks = [record.request.allocation.ranks for record in records]
-        with_biases(load_config(plan.source), _added_biases(plan, ranks))
-    if chosen.dtype == "float16":  # of which not every model's numbers are
-        _stored_model(plan, study, chosen.dtype)
+        if chosen.format == "merged":  # its ranks may be of other layers
+            _require_place_for_biases(plan, records)
     if ceiling is not None:
         metric, limit = ceiling
         taken = records[0]
@@ -142,7 +144,7 @@ def run(chosen: CompressConfig, reporter: Reporter) -> dict[str, Any]:
             "keep_ratio": f"{counted.keep_ratio:.4f}",
             "validation_perplexity": f"{as_written['perplexity']:.4f}",
             "format": chosen.format,
-            "dtype": str(model.dtype).removeprefix("torch."),
+            "dtype": dtype_name(model.dtype),
             **(
                 {}
                 if found.test_nll is None
@@ -161,16 +163,20 @@ def run(chosen: CompressConfig, reporter: Reporter) -> dict[str, Any]:
     }
 
 
-def _added_biases(plan: builders.Plan, allocated: Sequence[Mapping[str, int | None]]) -> list[str]:
-    """Name the layers to which the method adds a bias where an allocation gives them a rank."""
-    return [
-        spec.name
-        for spec in plan.layers.compressible
-        if not spec.has_bias
-        and any(ranks.get(spec.name) is not None for ranks in allocated)
-        and plan.space.cost(spec, 1)
-        > low_rank_parameters(spec, 1, bias=False, storage=plan.storage)
-    ]
+def _require_place_for_biases(plan: builders.Plan, records: Sequence[TrialRecord]) -> None:
+    """Refuse to merge what has biases that the dense model has no place for.
+
+    Raises:
+        CheckpointError: Naming the first layer.
+    """
+    ranked = {
+        name
+        for record in records
+        for name, rank in record.request.allocation.ranks.items()
+        if rank is not None
+    }
+    biased = [name for name in plan.added_biases if name in ranked]
+    with_biases(load_config(plan.source), biased)
 
 
 def _stored_model(plan: builders.Plan, study: Study, dtype: str) -> PreTrainedModel:
@@ -189,7 +195,7 @@ def _stored_model(plan: builders.Plan, study: Study, dtype: str) -> PreTrainedMo
     builders.require_same_model(study, model)
     if dtype != "auto":
         cast_(model, resolve_dtype(dtype, model.device))
-    _require_finite(model)
+        _require_finite(model)
     return model
 
 
@@ -201,7 +207,7 @@ def _require_finite(model: PreTrainedModel) -> None:
     """
     if problem := not_finite(model):
         raise ModelError(
-            f"dtype={_name(model.dtype)}: {problem} What was rounded is beyond "
+            f"dtype={dtype_name(model.dtype)}: {problem} What was rounded is beyond "
             f"{torch.finfo(model.dtype).max:,.0f}; take dtype=bfloat16 or float32."
         )
 
@@ -221,7 +227,7 @@ def _score_as_written(
     Raises:
         NonFiniteError: If the model overflows in its dtype.
     """
-    own = _name(model.dtype)
+    own = dtype_name(model.dtype)
     if own != dtype:
         windows = plan.windows["validation"]
         model.to(device=resolve_device(plan.config.model.device))
@@ -237,11 +243,6 @@ def _score_as_written(
         reporter.say(f"Validation nll in {own}: {measured:.4f}; in {dtype}: {nll:.4f}")
         nll = measured
     return {"nll": nll, "perplexity": perplexity_of(nll), "dtype": own}
-
-
-def _name(dtype: torch.dtype) -> str:
-    """Return a dtype as configurations have it."""
-    return str(dtype).removeprefix("torch.")
 
 
 def _scores(study: Study, found: Finalist, as_written: Mapping[str, Any]) -> list[Score]:

@@ -15,7 +15,7 @@ from lrbo import builders, checks, config, export
 from lrbo.calibration.corpus import Role, TokenWindows, make_windows
 from lrbo.calibration.seen import FILE, seen_shares
 from lrbo.commands.tables import console, print_table, record, table
-from lrbo.errors import ConfigError, DataError
+from lrbo.errors import CheckpointError, ConfigError, DataError, ModelError
 from lrbo.evaluation.limits import Limits
 from lrbo.evaluation.perplexity import score
 from lrbo.evaluation.protocols import Protocol, protocol_windows
@@ -29,6 +29,7 @@ from lrbo.loading import (
     resolve_device,
     resolve_dtype,
 )
+from lrbo.model import dtype_name
 from lrbo.progress import Reporter
 from lrbo.schema import EvaluateConfig
 from lrbo.texts import corpus_spec
@@ -47,8 +48,8 @@ class Subject:
         source: Of its configuration and tokenizer.
         load: Loads it in a dtype onto a device.
         folder: Of the checkpoint; ``None`` for a model that was not compressed here.
-        dtype: In which its numbers were measured when it was made, or else that of its weights;
-            ``None`` for a model that was not compressed here.
+        dtype: Of its weights, in which it was scored when it was written; ``None`` for a model
+            that was not compressed here.
     """
 
     name: str
@@ -62,8 +63,9 @@ def run(chosen: EvaluateConfig, reporter: Reporter) -> dict[str, Any]:
     """Score a checkpoint, or a dense model, on texts and tasks.
 
     Raises:
-        ConfigError: If a value cannot work, a name is not known, a text is missing, too short, or
-            was calibrated on; all of it before a model is loaded.
+        ConfigError: If a value cannot work, a name is not known, the model has no configuration
+            or tokenizer, a text is missing, too short, or was calibrated on; all of it before a
+            model is loaded.
         CheckpointError: If the checkpoint cannot be opened.
         ModelError: If the model cannot be loaded.
     """
@@ -72,17 +74,24 @@ def run(chosen: EvaluateConfig, reporter: Reporter) -> dict[str, Any]:
         problems += _known(missing_package(builders.model_source(chosen.model)))
     if chosen.tasks:
         problems += _known(missing_harness())
-    if problems:
+    is_readable, device = not problems, None
+    try:
+        device = resolve_device(chosen.model.device)
+    except ConfigError as error:
+        problems += error.problems
+    if not is_readable:
         raise ConfigError(problems)
-    device = resolve_device(chosen.model.device)
-    subject = _subject(chosen)
-    dtype = _dtype(chosen, subject, device, reporter)
-    tokenizer = load_tokenizer(subject.source)
-    with reporter.waiting("Reading texts"):
-        windows, tasks = _texts_and_tasks(chosen, subject, tokenizer, problems)
+    try:
+        subject = _subject(chosen)
+        tokenizer = load_tokenizer(subject.source)
+        with reporter.waiting("Reading texts"):
+            windows, tasks = _texts_and_tasks(chosen, subject, tokenizer, problems)
+    except (ModelError, CheckpointError) as error:
+        raise ConfigError([*problems, str(error)]) from error
     seen = {} if subject.folder is None else _seen(chosen, subject.folder, windows, problems)
-    if problems:
+    if device is None or problems:
         raise ConfigError(problems)
+    dtype = _dtype(chosen, subject, device, reporter)
     if subject.folder is not None and windows and None in seen.values():
         reporter.say(
             f"{subject.name} does not say which text it has seen, so that is not checked; "
@@ -92,7 +101,7 @@ def run(chosen: EvaluateConfig, reporter: Reporter) -> dict[str, Any]:
         model = subject.load(dtype, device)
     found: dict[str, Any] = {
         "model": subject.name,
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": dtype_name(model.dtype),
         "device": str(device),
     }
     texts = {name: _score_text(model, w, name, chosen, reporter) for name, w in windows.items()}
@@ -121,7 +130,7 @@ def run(chosen: EvaluateConfig, reporter: Reporter) -> dict[str, Any]:
 def _dtype(
     chosen: EvaluateConfig, subject: Subject, device: torch.device, reporter: Reporter
 ) -> torch.dtype:
-    """Return the dtype to score in, where nothing was typed that of a checkpoint's own numbers.
+    """Return the dtype to score in, where nothing was typed that in which a checkpoint is stored.
 
     Rounding moves a perplexity by as much as methods differ: the same number must come out.
     """
@@ -132,8 +141,8 @@ def _dtype(
         return resolve_dtype(subject.dtype, device)
     if wanted != subject.dtype:
         reporter.say(
-            f"{subject.name} is scored in {wanted}, its own numbers are in {subject.dtype}: they "
-            f"differ by rounding; model.dtype=auto takes {subject.dtype}"
+            f"{subject.name} is scored in {wanted} and stored in {subject.dtype}, in which the "
+            f"numbers that it states were measured; model.dtype=auto takes {subject.dtype}"
         )
     return resolve_dtype(wanted, device)
 
@@ -153,7 +162,7 @@ def _subject(chosen: EvaluateConfig) -> Subject:
             source,
             lambda dtype, device: export.load(folder, dtype=dtype, device=device),
             Path(folder),
-            export.own_dtype(folder),
+            export.stored_dtype(folder),
         )
     merged = Path(folder) if folder is not None and (Path(folder) / FILE).is_file() else None
     return Subject(
@@ -161,7 +170,7 @@ def _subject(chosen: EvaluateConfig) -> Subject:
         source,
         lambda dtype, device: load_model(source, dtype=dtype, device=device),
         merged,
-        None if merged is None else export.own_dtype(merged),
+        None if merged is None else export.stored_dtype(merged),
     )
 
 

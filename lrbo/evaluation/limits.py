@@ -35,11 +35,16 @@ class Limits:
         }
         return cls(name, whole.get("vocab_size"), whole.get("max_position_embeddings"))
 
-    def of_windows(self, windows: Mapping[str, Int[Tensor, "windows tokens"]]) -> list[str]:
+    def of_windows(
+        self,
+        windows: Mapping[str, Int[Tensor, "windows tokens"]],
+        advice: str = "restore tokenizer and config.json",
+    ) -> list[str]:
         """Check token windows.
 
         Args:
             windows: By what they are called in a message, none of them empty.
+            advice: What to do where an id is none of the model's.
 
         Returns:
             The problems.
@@ -47,11 +52,12 @@ class Limits:
         problems = []
         for name, ids in windows.items():
             low, high = int(ids.min()), int(ids.max())
-            if low < 0 or (self.vocabulary is not None and high >= self.vocabulary):
-                id_ = low if low < 0 else high
+            if low < 0:
+                problems.append(f"{name}: the id {low:,} is below 0, expected tokens; {advice}")
+            elif self.vocabulary is not None and high >= self.vocabulary:
                 problems.append(
-                    f"{name}: the tokenizer gives the id {id_:,}, but {self.name} has a "
-                    f"vocabulary of {self.vocabulary:,}; restore tokenizer and config.json"
+                    f"{name}: the id {high:,} is beyond the vocabulary of {self.name}, "
+                    f"0..{self.vocabulary - 1:,}; {advice}"
                 )
         lengths: dict[int, list[str]] = {}
         for name, ids in windows.items():

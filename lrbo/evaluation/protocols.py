@@ -13,8 +13,9 @@ from jaxtyping import Int
 from torch import Tensor
 
 from lrbo.calibration.corpus import TextTokenizer, TokenWindows, documents
-from lrbo.calibration.files import AUTO, COLUMN, file_documents
+from lrbo.calibration.files import COLUMN, file_documents
 from lrbo.errors import DataError
+from lrbo.options import AUTO
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Protocol:
             token at the beginning of each window; or none.
         window: Tokens per window.
         max_windows: At most so many; ``None`` takes all.
-        format: Of the file, one of ``lrbo.calibration.files.FORMATS``.
+        format: Of the file, one of ``lrbo.options.FILE_FORMATS``.
         column: Of a file whose rows have columns; ``None`` is the hub's.
     """
 

@@ -133,7 +133,6 @@ def factor_layer(
     weight: Float[Tensor, "out in"],
     bias: Float[Tensor, " out"] | None,
     statistics: Mapping[Statistic, Tensor],
-    device: torch.device | None = None,
 ) -> LowRankFactors:
     """Factor one layer, which may be one that calibration saw nothing pass through.
 
@@ -146,8 +145,7 @@ def factor_layer(
         method: For layers of this kind.
         weight: ``(out, in)``, any floating dtype; not modified.
         bias: ``(out,)`` or ``None``.
-        statistics: At least what the method needs.
-        device: Where the method is given them; by default where they are.
+        statistics: At least what the method needs, where the weight is.
 
     Raises:
         StatisticsError: If a statistic is missing or anything is not finite.
@@ -160,6 +158,5 @@ def factor_layer(
         for need, value in used.items()
         if need is not Statistic.INPUT_MEAN and need not in constant and not bool(value.any())
     }
-    given = {need: value.to(device=device) for need, value in (used | alike).items()}
-    factors = method.factor(weight, bias, given)
+    factors = method.factor(weight, bias, used | alike)
     return replace(factors, tail=torch.zeros_like(factors.tail)) if alike else factors

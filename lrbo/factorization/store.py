@@ -105,11 +105,10 @@ def _factor_layer(
     weight, bias = linear_weight(module), linear_bias(module)
     place = float64_device(weight.device if device is None else device)
     bias = None if bias is None else bias.to(place)
-    how = method.for_kind(spec.kind)
-    full = factor_layer(how, weight.to(place), bias, statistics, place)
+    statistics = {statistic: tensor.to(place) for statistic, tensor in statistics.items()}
+    full = factor_layer(method.for_kind(spec.kind), weight.to(place), bias, statistics)
     if Statistic.OUTPUT_GRADIENT not in statistics:
         return full
-    statistics = {key: found.to(place) for key, found in statistics.items()}
     return replace(full, loss=predicted_loss(full, statistics))
 
 
