@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 from lrbo import config, shell
-from lrbo.checks import check
+from lrbo.checks import check, check_search
 from lrbo.errors import ConfigError
 from lrbo.schema import Config, SearchConfig
 
@@ -123,4 +123,4 @@ def _value_problems(command: str, overrides: Sequence[str]) -> list[str]:
         chosen = config.composed(command, overrides)
     except ConfigError as error:
         return error.problems
-    return check(chosen)
+    return check_search(chosen) if isinstance(chosen, SearchConfig) else check(chosen)

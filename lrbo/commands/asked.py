@@ -93,7 +93,7 @@ def search_asked(
                 again = command("search", **study.keys)
                 problems.append(f"to continue it: {again}; to begin another: study=NEWNAME")
         problems += versions.refusals(study, allowed=chosen.search.other_versions)
-    return chosen, problems + checks.check(chosen)
+    return chosen, problems + checks.check_search(chosen)
 
 
 def donor_problems(chosen: SearchConfig, study: Study) -> list[str]:

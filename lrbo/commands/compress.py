@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,8 @@ def run(chosen: CompressConfig, reporter: Reporter) -> dict[str, Any]:
     records = points(study, point, chosen.refit.candidates)
     stored = config.stored_config(study.config_yaml(), [assigned("studies", chosen.studies)])
     with reporter.waiting("Reading texts"):
-        plan = builders.plan_search(stored, study, checks.check(stored))
+        problems = checks.check(replace(stored, study=chosen.study))
+        plan = builders.plan_search(stored, study, problems)
     ceiling = ceiling_of(point)
     if ceiling is not None and ceiling[0] == KEEP_RATIO:
         evaluate_between(plan, study, ceiling[1], reporter)
