@@ -414,7 +414,7 @@ def _checkpoints(study: Study) -> Iterator[Part]:
         [
             one["folder"], str(one["trial"]), _share(one["keep_ratio"]),
             _perplexity(one["validation_perplexity"]), _perplexity(one["test_perplexity"]),
-            one["format"] or "-", one["dtype"] or "-", "yes" if one["exists"] else "no",
+            one["format"], one["dtype"], "yes" if one["exists"] else "no",
         ]
         for one in summary(study)["checkpoints"]
     ]  # fmt: skip

@@ -370,8 +370,8 @@ def _print_checkpoints(study: Study, report: _Report) -> None:
             _number(one["keep_ratio"], ".1%"),
             _perplexity(one["validation_perplexity"]),
             _perplexity(one["test_perplexity"]),
-            one["format"] or "-",
-            one["dtype"] or "-",
+            one["format"],
+            one["dtype"],
             "" if one["exists"] else "gone",
         )
     report.part("Checkpoints", table)

@@ -180,8 +180,8 @@ def checkpoints(study: Study) -> list[dict[str, Any]]:
             "trial": event["trial"],
             "folder": folder,
             "exists": (Path(folder) / "config.json").is_file(),
-            "format": tags.get("format"),
-            "dtype": tags.get("dtype"),
+            "format": tags["format"],
+            "dtype": tags["dtype"],
             **{key: None if text is None else float(text) for key, text in numbers.items()},
         }
     return list(found.values())

@@ -94,7 +94,7 @@ def _sync(chosen: ReportConfig, study: Study, reporter: Reporter) -> None:
         show(study, tracker)
     for written_before in study.state.checkpoints:
         show_checkpoint(tracker, written_before)
-    tracker.finish(completed=len(study.state.ended) >= stored.search.trials)
+    tracker.finish(completed=len(study.state.searched) >= stored.search.trials)
     reporter.say(f"MLflow: {written} trials were missing and are there now")
 
 

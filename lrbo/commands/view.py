@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 
 from lrbo import mlflow_ui
-from lrbo.errors import StudyError
+from lrbo.errors import LrboError
 from lrbo.gains import MEANING, gains
 from lrbo.mlflow_store import absolute_uri
 from lrbo.optimization.front import LATENCIES
@@ -146,7 +146,7 @@ def enter_checkpoint(
     try:
         with study.locked():
             study.record("compressed", **event)
-    except (StudyError, OSError) as error:
+    except (LrboError, OSError) as error:
         log.warning(
             "The journal of study %s does not say that %s was written (%s), so that `lrbo report "
             "sync=true` will not show it in MLflow.",

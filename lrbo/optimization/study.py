@@ -61,8 +61,7 @@ class StudyState:
         dense: Metrics of the dense model on the validation text; empty before it is measured.
         trials: By number.
         tests: Scores on the test text by label (``dense``, ``uniform``, ``analytic``, ``best``):
-            ``trial``, ``text``, ``metrics`` and ``window_nll``, nats per token of each window;
-            empty where an older version wrote none.
+            ``trial``, ``text``, ``metrics`` and ``window_nll``, nats per token of each window.
         checkpoints: Compressed models that were written, in order: ``id``, ``trial``, ``folder``,
             ``register`` (how MLflow has it) and ``tags``.
         versions: Of packages, where the study went on with others than it was begun with.
@@ -97,6 +96,11 @@ class StudyState:
     def ended(self) -> list[TrialRecord]:
         """Return the trials that are over, with or without a value."""
         return [record for record in self.records if record.result is not None]
+
+    @property
+    def searched(self) -> list[TrialRecord]:
+        """Return those of the search that are over, without what `lrbo compress` adds to it."""
+        return [record for record in self.ended if record.request.origin != "between"]
 
     @property
     def open(self) -> list[TrialRecord]:
@@ -188,13 +192,10 @@ class StudyState:
                 if record.result is not None and not isinstance(event, Logged):
                     return f"trial {event.trial} has ended already"
                 return self._problem_of_end(event) if isinstance(event, Ended) else None
-            case Tested(trial=None) | Tested(label="dense"):
-                if event.label != "dense" or event.trial is not None:
-                    return f"label is {shown(event.label)} and trial {shown(event.trial)}"
-            case Tested() | Compressed():
-                named = None if event.trial is None else self.trials.get(event.trial)
-                if named is None or not named.is_completed:
-                    return f"no line before it gives trial {event.trial} a value"
+            case Tested():
+                return self._problem_of_test(event)
+            case Compressed():
+                return self._problem_of_value(event.trial)
             case Pooled() | Chosen():
                 return self._problem_of_pool(event)
         return None
@@ -265,6 +266,22 @@ class StudyState:
             if lacking:
                 return f"metrics lack {', '.join(lacking)}"
         return None
+
+    def _problem_of_value(self, trial: int) -> str | None:
+        """Say why something cannot be known of a trial that must have a value."""
+        record = self.trials.get(trial)
+        if record is None or not record.is_completed:
+            return f"no line before it gives trial {trial} a value"
+        return None
+
+    def _problem_of_test(self, event: Tested) -> str | None:
+        """Say why a score on the test text cannot be one of this study."""
+        if (event.label == "dense") != (event.trial is None):
+            return f"label is {shown(event.label)} and trial {shown(event.trial)}"
+        windows = self.about["data"]["test"]["windows"]
+        if len(event.window_nll) != windows:
+            return f"window_nll has {len(event.window_nll)} values, expected {windows}"
+        return None if event.trial is None else self._problem_of_value(event.trial)
 
     def _problem_of_pool(self, event: Pooled | Chosen) -> str | None:
         """Say why validation windows cannot have been chosen so."""
