@@ -15,7 +15,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from lrbo.gains import MEANING, UNIT, Difference, gains, with_error
+from lrbo.gains import MEANING, UNIT, gains, with_error
 from lrbo.optimization.front import LATENCIES
 from lrbo.optimization.study import Study
 from lrbo.presentation import LABELS, perplexity_text
@@ -54,13 +54,14 @@ def print_report(study: Study, console: Console) -> None:
     _print_seconds(study, report)
 
 
-def print_comparison(table: pd.DataFrame, console: Console) -> None:
+def print_comparison(studies: Sequence[Study], table: pd.DataFrame, console: Console) -> None:
     """Print several studies, one line each, at most 80 columns wide.
 
     They are called by their names where something else than method, space, size and seed tells
     them apart.
 
     Args:
+        studies: In the order of the table.
         table: From :func:`lrbo.comparison.compared`.
         console: Where to.
     """
@@ -81,15 +82,14 @@ def print_comparison(table: pd.DataFrame, console: Console) -> None:
             values = (_perplexity(_known(row[f"{prefix}{label}"])) for label in columns)
             shown.add_row(*(str(row[key]) for key in heads), *values)
         report.part(f"Perplexity of {len(table)} studies on the {text} text", shown)
-    if rows["gain"].isna().all():
+    largest = [gains(study.state)[:1] for study in studies]
+    if not any(largest):
         return
     shown = _comparison([*settings, "text"])
     shown.add_column("best - analytic", justify="right", no_wrap=True)
-    for row in rows.to_dict("records"):
-        for text, prefix, _ in texts:
-            if (nats := _known(row[f"{prefix}gain"])) is not None:
-                found = Difference(nats, _known(row[f"{prefix}gain_error"]))
-                shown.add_row(*(str(row[key]) for key in settings), text, str(found))
+    for row, some in zip(rows.to_dict("records"), largest, strict=True):
+        for text, line in [pair for gain in some for pair in gain.lines.items()]:
+            shown.add_row(*(str(row[key]) for key in settings), text, line)
     report.part(f"What the searches add, {UNIT}", shown, less=settings[1:])
     report.note(MEANING)
 

@@ -32,7 +32,9 @@ WINDOWS = 4  # of each text
 class Journal:
     """A study of a tiny model that exists on the meta device only; its trials are made by hand."""
 
-    def __init__(self, folder: Path, *overrides: str, case: str = "llama_untied") -> None:
+    def __init__(
+        self, folder: Path, *overrides: str, case: str = "llama_untied", windows: int = WINDOWS
+    ) -> None:
         config = composed("search", ["experiment=tiny", *overrides])
         assert isinstance(config, SearchConfig)
         self.layers: ModelMap = map_model(build_on_meta(case))
@@ -72,7 +74,7 @@ class Journal:
             self.space,
             seed=config.seed,
             data={
-                role: {"text": f"words[{role}]", "windows": WINDOWS, "digest": "a digest"}
+                role: {"text": f"words[{role}]", "windows": windows, "digest": "a digest"}
                 for role in ("calibration", "validation", "test")
             },
             timed=config.latency.enabled,
