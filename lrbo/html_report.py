@@ -15,7 +15,6 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
 from lrbo.command_lines import command_line, repeating
-from lrbo.config import stored_config
 from lrbo.drawing import BLUE, FAINT, GREEN, GREY, INK, LOG_FROM, ORANGE, SKY, VERMILLION
 from lrbo.gains import MEANING, UNIT, gains
 from lrbo.optimization.client import Diagnosis, diagnose, observations_of
@@ -113,7 +112,6 @@ def html_report(study: Study) -> str:
         parts += _accounting(study, best)
         trials = _trials(table)
     parts += _checkpoints(study)
-    stored = stored_config(study.config_yaml(), [])
     return render(
         "report.html",
         study=study.name,
@@ -125,7 +123,7 @@ def html_report(study: Study) -> str:
         figures=figures,
         parts=parts,
         trials=trials,
-        command=command_line("search", repeating(stored), study.name),
+        command=command_line("search", repeating(study.config()), study.name),
         made_of=_made_of(study),
         config_yaml=study.config_yaml(),
     )
@@ -342,21 +340,13 @@ def _surrogate(study: Study) -> Iterator[Drawing]:
 
 
 def diagnosed(study: Study) -> Diagnosis | None:
-    """Return what the surrogate model says of the trials of a study.
-
-    A study that does not hold the bounds of its variables was begun by an older version; then
-    the values that were tried bound them.
-    """
+    """Return what the surrogate model says of the trials of a study."""
     observations = observations_of(study.state.records, size_metric(study))
     if not observations:
         return None
-    bounds = study.about().get("variables") or {
-        name: (min(values) - 1e-6, max(values) + 1e-6)
-        for name in observations[0].point
-        if (values := [observation.point[name] for observation in observations])
-    }
-    ends = {name: (float(low), float(high)) for name, (low, high) in bounds.items()}
-    return diagnose(ends, observations, seed=int(study.about()["seed"]))
+    about = study.about()
+    ends = {name: (float(low), float(high)) for name, (low, high) in about["variables"].items()}
+    return diagnose(ends, observations, seed=about["seed"])
 
 
 def _accounting(study: Study, best: TrialRecord) -> Iterator[Part]:

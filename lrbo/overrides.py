@@ -69,7 +69,7 @@ def _shared_studies(command: str, jobs: Sequence[Sequence[str]]) -> list[str]:
 
     The second would be refused when it begins, which may be the day after.
     """
-    first: dict[tuple[str, str], str] = {}
+    first: dict[tuple[str, str], SearchConfig] = {}
     found = {}
     for job in jobs:
         if any("hydra" in override for override in job):
@@ -78,7 +78,7 @@ def _shared_studies(command: str, jobs: Sequence[Sequence[str]]) -> list[str]:
         if not isinstance(chosen, SearchConfig):
             continue
         place = (chosen.studies, chosen.study)
-        before = first.setdefault(place, config.to_yaml(chosen))
+        before = first.setdefault(place, chosen)
         if others := config.differences(before, chosen):
             key = others[0].partition(":")[0]
             found[place] = (

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict
-from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import yaml  # type: ignore[import-untyped]  # has no types
 
 from lrbo.accounting import (
     dense_parameters,
     index_bytes,
     low_rank_macs,
 )
-from lrbo.errors import StudyError, reading
 from lrbo.gains import gains
 from lrbo.loss_calibration import LossCalibration, sensitivity_file
 from lrbo.optimization.front import (
@@ -30,10 +26,8 @@ from lrbo.optimization.front import (
     reference_point,
 )
 from lrbo.optimization.study import Study, layers_of, stored_parameters
-from lrbo.parsing import ContentError, checked
 from lrbo.pictures import digest_of, is_of, write_picture
 from lrbo.progress import imported
-from lrbo.schema import SearchConfig
 from lrbo.trial import TrialRecord
 
 DEPTHS = 3  # parts of the depth that are told apart
@@ -164,10 +158,8 @@ def front(study: Study) -> list[TrialRecord]:
 
 def size_metric(study: Study) -> str | None:
     """Return what a study minimises beside the loss; ``None`` at one budget."""
-    config = config_of(study)
-    if config["budget"].get("lowest") is None:
-        return None
-    return str(config["search"]["size"])
+    config = study.config()
+    return None if config.budget.lowest is None else config.search.size
 
 
 def checkpoints(study: Study) -> list[dict[str, Any]]:
@@ -192,7 +184,7 @@ def _hypervolume(study: Study) -> dict[str, Any] | None:
     size, completed = size_metric(study), study.state.completed
     if size is None:
         return None
-    thresholds = config_of(study)["search"]["thresholds"]
+    thresholds = study.config().search.thresholds
     reference = reference_point(completed, size, thresholds)
     if reference is None:
         return None
@@ -354,7 +346,7 @@ def kept_by_depth(study: Study, record: TrialRecord) -> pd.DataFrame:
 
 def weights(study: Study, record: TrialRecord) -> dict[str, float]:
     """Return the weights of a trial in natural logarithms; empty where ratios are searched."""
-    is_weights = config_of(study)["space"].get("type") == "weights"
+    is_weights = study.config().space.type == "weights"
     found = record.request.variables if is_weights else {}
     return {name: value for name, value in found.items() if name != KEEP_RATIO}
 
@@ -373,41 +365,19 @@ def dense_kinds(study: Study, record: TrialRecord) -> list[str]:
     ]
 
 
-def config_of(study: Study) -> Mapping[str, Any]:
-    """Return the configuration that the study was begun with; shared, so not to be changed."""
-    return _parsed(study.config_yaml())
-
-
-@lru_cache(maxsize=16)
-def _parsed(text: str) -> Mapping[str, Any]:
-    """Parse YAML; a search asks 40 times for a configuration that takes 40 ms.
-
-    Raises:
-        StudyError: If it is no configuration of a search, naming the fields.
-    """
-    where = "the configuration in study.json"
-    with reading(StudyError, f"{where} is no YAML"):
-        values = yaml.safe_load(text)
-    try:
-        found: SearchConfig = checked(values, SearchConfig, where)
-    except ContentError as error:
-        raise StudyError(f"{error}; use the version of lrbo that wrote it") from error
-    return asdict(found)
-
-
 def described(study: Study) -> dict[str, str]:
     """Return what was searched, under which budget, as lines by name."""
-    about, config = study.about(), config_of(study)
-    keep, lowest = config["budget"]["keep_ratio"], config["budget"].get("lowest")
+    about, config = study.about(), study.config()
+    keep, lowest = config.budget.keep_ratio, config.budget.lowest
     budget = f"{about['budget_parameters']:,} parameters, {keep:.4g} of the compressible ones"
     if lowest is not None:
         budget = f"from {lowest:.4g} to {keep:.4g} of the parameters of compressible layers"
     lines = {
         "Study": study.name,
-        "Model": f"{config['model']['name']} ({about['dtype']} on {about['device']})",
-        "Method": f"{config['method']['name']}, space {config['space']['name']}",
+        "Model": f"{config.model.name} ({about['dtype']} on {about['device']})",
+        "Method": f"{config.method.name}, space {config.space.name}",
         "Budget": budget,
     }
-    if weight := config["search"]["kl_weight"]:
+    if weight := config.search.kl_weight:
         lines["Loss"] = f"nll + {weight:g} KL(dense || compressed), which the best has lowest"
     return lines

@@ -176,7 +176,7 @@ def test_the_command_on_the_page_begins_the_same_search_again(study: Study, page
     (shown,) = re.findall(r"<h2>To repeat it</h2>\n<pre>(.*?)</pre>", page)
     name, command, *typed = shlex.split(html.unescape(shown))
     assert (name, command) == ("lrbo", "search")
-    assert config.differences(study.config_yaml(), config.composed("search", typed)) == []  # type: ignore[arg-type]
+    assert config.differences(study.config(), config.composed("search", typed)) == []  # type: ignore[arg-type]
 
 
 def test_the_head_has_the_analytic_trial_and_what_the_search_adds(tmp_path: Path) -> None:

@@ -81,9 +81,9 @@ def search_asked(
     """
     problems: list[str] = []
     if study.exists:
-        study.about()
+        begun = study.config()
         if all(config.is_free(override.lstrip("+~").partition("=")[0]) for override in typed):
-            chosen = config.stored_config(study.config_yaml(), typed, chosen)
+            chosen = config.continued(begun, typed, chosen)
         else:
             problems += [
                 f"study {study.name} was begun with another configuration; {difference}"
@@ -124,7 +124,7 @@ def _differences(study: Study, chosen: SearchConfig, typed: Sequence[str]) -> li
 
     Whoever types one key of a study gets the defaults of all others, and looks for that one.
     """
-    found = config.differences(study.config_yaml(), chosen)
+    found = config.differences(study.config(), chosen)
     keys = [override.lstrip("+~").partition("=")[0] for override in typed]
     starts = tuple(f"{key}{end}" for key in keys for end in (":", "."))
     named = [difference for difference in found if difference.startswith(starts)]

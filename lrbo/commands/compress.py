@@ -52,7 +52,7 @@ def run(chosen: CompressConfig, reporter: Reporter) -> dict[str, Any]:
     about = study.about()
     point = str(chosen.point)
     records = points(study, point, chosen.refit.candidates)
-    stored = config.stored_config(study.config_yaml(), [assigned("studies", chosen.studies)])
+    stored = config.continued(study.config(), [assigned("studies", chosen.studies)])
     with reporter.waiting("Reading texts"):
         problems = checks.check(replace(stored, study=chosen.study))
         plan = builders.plan_search(stored, study, problems)

@@ -21,7 +21,7 @@ from lrbo.optimization.study import Study
 from lrbo.pictures import digest_of, is_of, write_picture
 from lrbo.progress import Reporter, imported
 from lrbo.report import print_comparison, print_report
-from lrbo.results import config_of, draw_figures, summary
+from lrbo.results import draw_figures, summary
 from lrbo.schema import ReportConfig
 from lrbo.shell import assigned
 from lrbo.terminal import PlainConsole
@@ -91,7 +91,7 @@ def _opened(chosen: ReportConfig, names: Sequence[str]) -> list[Study]:
     for name in names:
         try:
             study = Study(checks.study_folder(chosen.studies, name), chosen.studies)
-            config_of(study)
+            study.config()
         except StudyError as error:
             problems.append(str(error))
         else:
@@ -104,7 +104,7 @@ def _opened(chosen: ReportConfig, names: Sequence[str]) -> list[Study]:
 def _sync(chosen: ReportConfig, study: Study, reporter: Reporter) -> None:
     """Show MLflow what it lacks of a study."""
     changes = [assigned("studies", chosen.studies), "tracking.enabled=true"]
-    stored = config.stored_config(study.config_yaml(), changes)
+    stored = config.continued(study.config(), changes)
     tracker = make_tracker(stored, study, strict=True)
     tracker.start(config.flat(stored) | digests(study))
     tracker.present(presentation(study))

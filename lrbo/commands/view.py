@@ -20,7 +20,7 @@ from lrbo.optimization.study import Study
 from lrbo.presentation import LABELS, Checkpoint, Dataset, Presentation, perplexity_text
 from lrbo.progress import imported
 from lrbo.rendering import render
-from lrbo.results import config_of, described, draw_figures, size_metric, summary
+from lrbo.results import described, draw_figures, size_metric, summary
 from lrbo.schema import SearchConfig
 from lrbo.shell import command
 from lrbo.storage import write_text
@@ -50,7 +50,7 @@ def make_tracker(chosen: SearchConfig, study: Study, *, strict: bool = False) ->
 
 def _prefix(study: Study) -> str:
     """Return what variables are called by: a bare number would be taken for a ratio."""
-    return "log_weight." if config_of(study).get("space", {}).get("type") == "weights" else ""
+    return "log_weight." if study.config().space.type == "weights" else ""
 
 
 def digests(study: Study) -> dict[str, Any]:
@@ -63,16 +63,16 @@ def digests(study: Study) -> dict[str, Any]:
 
 def presentation(study: Study) -> Presentation:
     """Return what a study is shown with beside its numbers."""
-    about, config = study.about(), config_of(study)
-    length = config["data"]["window"]
+    about, config = study.about(), study.config()
+    length = config.data.window
     datasets = [
         Dataset(role, found["text"], found["digest"], found["windows"], found["windows"] * length)
         for role, found in study.data().items()
     ]
     now, identity, size = time.time(), about["study_id"], size_metric(study)
     metrics = ["perplexity", "nll", "kl_dense_to_compressed", "keep_ratio"]
-    metrics += LATENCIES if config.get("latency", {}).get("enabled") else ()  # older have none
-    loss = "objective" if config["search"]["kl_weight"] else "nll"
+    metrics += LATENCIES if config.latency.enabled else ()
+    loss = "objective" if config.search.kl_weight else "nll"
     trials = mlflow_ui.trials_of(
         study.name, identity, _variables(study),
         list(dict.fromkeys([*metrics, loss, *([size] if size else []), "seconds/scoring"])),

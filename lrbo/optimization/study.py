@@ -8,18 +8,20 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml  # type: ignore[import-untyped]  # comes with omegaconf, without types
 from filelock import FileLock, Timeout
 
 from lrbo.accounting import low_rank_parameters
-from lrbo.errors import StudyError, reading
+from lrbo.allocation import Budget
+from lrbo.config import from_yaml
+from lrbo.errors import StudyError
+from lrbo.front_checks import check_front
 from lrbo.optimization.events import (
     FORMAT,
     AllocationFields,
@@ -40,6 +42,7 @@ from lrbo.optimization.events import (
 from lrbo.optimization.front import KEEP_RATIO, LATENCIES
 from lrbo.parsing import ContentError, parse_json, shown
 from lrbo.paths import SPECIAL, kind_of
+from lrbo.schema import SearchConfig
 from lrbo.shell import command, keys_of
 from lrbo.specs import LayerSpec
 from lrbo.storage import write_text
@@ -428,18 +431,37 @@ class Study:
         }
         return {**data, "validation": validation}
 
+    def config(self) -> SearchConfig:
+        """Return the configuration that the study was begun with; shared, so not to be changed.
+
+        Raises:
+            StudyError: If there is no study, what it was begun with is no configuration, or
+                ``study.json`` or ``config.yaml`` says otherwise.
+        """
+        text = "\n".join(self.about()["config"])
+        found = from_yaml(text, f"the configuration in {self._file}")
+        layers = [spec for spec in layers_of(self.about()).values() if spec.block is not None]
+        others = [k for k, value in follows(found, layers).items() if self.about()[k] != value]
+        if others:
+            raise StudyError(
+                f"{self._file} says other {', '.join(others)} than the configuration in it gives. "
+                f"{self._restore}"
+            )
+        if problems := check_front(found):
+            raise StudyError(f"the configuration in {self._file}: {'; '.join(problems)}")
+        self.config_yaml()  # last: else what is damaged would be written once more
+        return found
+
     def config_yaml(self) -> str:
-        """Return the resolved configuration that the study was begun with.
+        """Return the text of the configuration that the study was begun with.
 
         ``config.yaml`` is written again where it is missing.
 
         Raises:
-            StudyError: If there is no study, what it was begun with is no YAML, or ``config.yaml``
-                says otherwise, naming the line.
+            StudyError: If there is no study, or ``config.yaml`` says otherwise, naming the line.
         """
         lines: list[str] = self.about()["config"]
         text, path = "\n".join(lines), self.folder / "config.yaml"
-        _require_yaml(text, self._file)  # else what is damaged would be written once more
         try:
             there = path.read_bytes().decode("utf-8", errors="replace").split("\n")
         except FileNotFoundError:
@@ -605,15 +627,15 @@ class Study:
                 os.fsync(file.fileno())
 
 
-@lru_cache(maxsize=16)
-def _require_yaml(text: str, file: Path) -> None:
-    """Refuse a configuration that is no YAML; once, for a search asks often.
-
-    Raises:
-        StudyError: Naming the file that has it.
-    """
-    with reading(StudyError, f"the configuration in {file} is no YAML"):
-        yaml.safe_load(text)
+def follows(config: SearchConfig, compressible: Sequence[LayerSpec]) -> dict[str, Any]:
+    """Return the part of ``study.json`` that follows from configuration and layers alone."""
+    budget = Budget.from_keep_ratio(compressible, config.budget.keep_ratio)
+    return {
+        "seed": config.seed,
+        "timed": config.latency.enabled,
+        "storage": config.budget.storage,
+        "budget_parameters": budget.parameters,
+    }
 
 
 def layers_of(about: Mapping[str, Any]) -> dict[str, LayerSpec]:
