@@ -23,7 +23,7 @@ ROOMS = """
     commands.dashboard
     commands.live commands.trials commands.view commands.finalists commands.tables commands.asked
     html_report
-    builders steps studies versions spaces starts pool texts checks command_lines
+    builders steps studies versions spaces starts donors pool texts checks command_lines
     ranges
     preparation
     report tabular figures comparison results plots drawing pictures

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 from lrbo import checks, config, versions
+from lrbo.donors import STUDY, lent
 from lrbo.errors import ConfigError, StudyError
 from lrbo.optimization.front import KEEP_RATIO, ceiling_of
 from lrbo.optimization.study import Study
@@ -104,18 +105,15 @@ def donor_problems(chosen: SearchConfig, study: Study) -> list[str]:
     kept = {donor["name"] for donor in study.about()["donors"]} if study.exists else set()
     problems = []
     for name in dict.fromkeys(chosen.warm_start):
-        _, is_study, donor = name.partition("study:")
-        if not is_study or name in kept or not checks.WARM_START.fullmatch(name):
+        if not name.startswith(STUDY) or name in kept or not checks.WARM_START.fullmatch(name):
             continue
-        folder, _, trial = donor.partition(":")
+        folder = name.split(":")[1]
         if checks.check_study_path("donor", chosen.studies, folder):  # is among the problems
             continue
         try:
-            lender = Study(checks.study_folder(chosen.studies, folder))
-            lender.about()
-            points(lender, trial or "best", 1)
+            lent(name, chosen.studies)
         except StudyError as error:
-            problems.append(f"donor {donor}: {error}")
+            problems.append(str(error))
     return problems
 
 
