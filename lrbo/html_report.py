@@ -20,13 +20,15 @@ from lrbo.gains import MEANING, UNIT, gains
 from lrbo.optimization.client import Diagnosis, diagnose, observations_of
 from lrbo.optimization.study import Study
 from lrbo.plots import ORIGINS, SIZE_LABELS, UNDRAWN
-from lrbo.presentation import LABELS, perplexity_text
+from lrbo.presentation import perplexity_text
 from lrbo.rendering import render
 from lrbo.results import (
+    counted_trials,
     dense_size,
     described,
     frame,
     ranks_frame,
+    score_rows,
     size_metric,
     summary,
 )
@@ -131,33 +133,21 @@ def html_report(study: Study) -> str:
 
 def _searched(study: Study) -> list[str]:
     """Say what was searched, a line each."""
-    found = summary(study)
-    lines = {name: text for name, text in described(study).items() if name != "Study"}
-    counts = [f"{found['trials_completed']} completed"]
-    counts += [f"{found['trials_stopped']} stopped early"] if found["trials_stopped"] else []
-    counts += [f"{found['trials_failed']} without a value"] if found["trials_failed"] else []
-    lines["Trials"] = ", ".join(counts)
+    lines = {**described(study), "Trials": counted_trials(study)}
+    del lines["Study"]
     return [f"{name}: {text}" for name, text in lines.items()]
 
 
 def _scores(study: Study) -> Table:
     """Say what came of it."""
-    found = summary(study)
-    rows = []
-    for label in LABELS:
-        row, test = found[label], found["test"].get(label)
-        if row is None and test is None:
-            continue
-        row = row or {}
-        name = f"best, trial {row['trial']}" if label == "best" else label
-        kept = 1.0 if label == "dense" else row.get("keep_ratio")
-        rows.append(
-            [
-                name, _share(kept), _text(row.get("nll"), ".4f"),
-                _perplexity(row.get("perplexity")), _text((test or {}).get("nll"), ".4f"),
-                _perplexity((test or {}).get("perplexity")),
-            ]
-        )  # fmt: skip
+    rows = [
+        [
+            row.name, _share(row.keep_ratio), _text(row.validation.get("nll"), ".4f"),
+            _perplexity(row.validation.get("perplexity")), _text(row.test.get("nll"), ".4f"),
+            _perplexity(row.test.get("perplexity")),
+        ]
+        for row in score_rows(study)
+    ]  # fmt: skip
     heads = [
         "model", "kept", "validation nll", "validation perplexity", "test nll", "test perplexity"
     ]  # fmt: skip

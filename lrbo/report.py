@@ -18,20 +18,22 @@ from rich.text import Text
 from lrbo.gains import MEANING, UNIT, gains, with_error
 from lrbo.optimization.front import LATENCIES
 from lrbo.optimization.study import Study
-from lrbo.presentation import LABELS, perplexity_text
+from lrbo.presentation import LABELS, count_text, perplexity_text
 from lrbo.results import (
+    ScoreRow,
+    counted_trials,
     dense_kinds,
     dense_size,
     described,
     front,
     kept_by_depth,
+    score_rows,
     sensitivity,
     size_metric,
     summary,
     weights,
 )
 from lrbo.tabular import is_piped, lines_of, print_piped
-from lrbo.trial import TrialRecord
 
 WIDTH, INDENT = 80, 2
 SHOWN = 10  # rows of the front and of failures; what is left out is counted
@@ -183,15 +185,7 @@ class _Report:
 
 def _print_header(study: Study, report: _Report) -> None:
     """Print what was searched."""
-    state = study.state
-    failed = len(state.ended) - len(state.completed) - len(state.stopped)
-    parts = [f"{len(state.completed)} completed"]
-    parts += [f"{len(state.stopped)} stopped early"] if state.stopped else []
-    parts += [f"{failed} without a value"] if failed else []
-    parts += [f"{len(state.open)} not ended"] if state.open else []
-    tokens = summary(study)["tokens_scored"]
-    parts += [f"{_count(tokens)} tokens scored"] if tokens else []
-    lines = {**described(study), "Trials": ", ".join(parts)}
+    lines = {**described(study), "Trials": counted_trials(study)}
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
@@ -202,38 +196,22 @@ def _print_header(study: Study, report: _Report) -> None:
 
 def _print_results(study: Study, report: _Report) -> None:
     """Print dense model, baseline, start values and best trial."""
-    state = study.state
-    by_origin = {r.request.origin: r for r in reversed(state.completed)}  # the first of each
-    best = state.best()
-    rows = [
-        ("uniform", state.uniform),
-        ("analytic", state.analytic),
-        ("start", by_origin.get("start")),
-        ("transfer", by_origin.get("transfer")),
-        ("best", best),
-    ]
-    tested = {
-        test["trial"]: test["metrics"].get("perplexity")
-        for label, test in state.tests.items()
-        if label != "dense"
-    }
-    tested_dense = state.tests.get("dense", {}).get("metrics", {}).get("perplexity")
-    if not state.dense and best is None:
+    state, rows = study.state, score_rows(study, "start", "transfer")
+    labels = [row.label for row in rows]
+    if not rows:
         report.line("No trial has a value yet.")
         return
     table = _table(
         "", "trial", "nll", "ppl", "KL", "kept", "params", "size", "MACs", "test ppl", gap=0
     )
-    size = dense_size(study)
-    if state.dense:
-        metrics = {**size, **state.dense, "keep_ratio": 1.0, "kl_dense_to_compressed": 0.0}
-        table.add_row("dense", "", *_cells(metrics), _perplexity(tested_dense))
-    for name, record in rows:
-        if record is not None:
-            index = record.request.trial_index
-            test = _perplexity(tested.get(index))
-            style = "bold" if name == "best" else ""
-            table.add_row(name, str(index), *_cells(record.metrics), test, style=style)
+    whole = {**dense_size(study), "keep_ratio": 1.0, "kl_dense_to_compressed": 0.0}
+    for row in rows:
+        is_dense, test = row.trial is None, _perplexity(row.test.get("perplexity"))
+        metrics = {**whole, **row.validation} if is_dense else row.validation
+        style = "bold" if row.label == "best" else ""
+        table.add_row(
+            row.label, "" if is_dense else str(row.trial), *_cells(metrics), test, style=style
+        )
     report.part("Results", table, less=("MACs", "size", "params", "KL", "nll"))
     notes = [
         "nll and KL(dense || compressed): nats per token on the validation text",
@@ -248,12 +226,12 @@ def _print_results(study: Study, report: _Report) -> None:
         )
     if size_metric(study) is not None:
         notes.append("best: the lowest loss at any size; uniform and analytic: the largest")
-    if "analytic" in by_origin:
+    if "analytic" in labels:
         notes.append("analytic: the ranks of least predicted loss")
     notes += [*_latencies(rows), *_agreement(study)]
-    if "start" in by_origin:
+    if "start" in labels:
         notes.append("start: the ratios that the search space starts from")
-    if "transfer" in by_origin:
+    if "transfer" in labels:
         notes.append("transfer: an allocation of another study, at this budget")
     if state.tests:
         texts = dict.fromkeys(str(test["text"]) for test in state.tests.values())
@@ -277,14 +255,12 @@ def _print_gains(study: Study, report: _Report) -> None:
     report.note(MEANING)
 
 
-def _latencies(rows: Sequence[tuple[str, TrialRecord | None]]) -> list[str]:
+def _latencies(rows: Sequence[ScoreRow]) -> list[str]:
     """Return a remark on how long trials take beside the dense model, if that was measured."""
     notes = []
     for name in LATENCIES:
         found = [
-            f"{label} {_size(name, record.metrics)}"
-            for label, record in rows
-            if record is not None and name in record.metrics
+            f"{row.label} {_size(name, row.validation)}" for row in rows if name in row.validation
         ]
         notes += [f"{name}, compressed to dense: {', '.join(found)}"] if found else []
     return notes
@@ -464,12 +440,7 @@ def _perplexity(value: float | None) -> str:
 
 def _count(value: float | None) -> str:
     """Return a large number in thousands, millions or billions, or a dash for none."""
-    if value is None:
-        return "-"
-    for unit, name in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if value >= unit:
-            return f"{value / unit:.4g}{name}"
-    return f"{value:.0f}"
+    return "-" if value is None else count_text(value)
 
 
 def _bytes(value: float | None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,9 @@ from lrbo.optimization.front import (
 )
 from lrbo.optimization.study import Study, layers_of, stored_parameters
 from lrbo.pictures import digest_of, is_of, write_picture
+from lrbo.presentation import count_text
 from lrbo.progress import imported
-from lrbo.trial import TrialRecord
+from lrbo.trial import Origin, TrialRecord
 
 DEPTHS = 3  # parts of the depth that are told apart
 STAGES = ("suggestion", "allocation", "scoring", "logging")
@@ -137,6 +139,65 @@ def summary(study: Study) -> dict[str, Any]:
             for label, test in state.tests.items()
         },
     }
+
+
+@dataclass(frozen=True)
+class ScoreRow:
+    """A row of every table of results: the dense model or a trial beside the others.
+
+    Attributes:
+        label: ``dense``, ``uniform``, ``analytic``, ``best``, or what proposed it.
+        trial: Its number; ``None`` for the dense model.
+        keep_ratio: Share of the parameters of the compressible layers.
+        validation: Metrics on the validation text, ``{}`` if not known.
+        test: Metrics on the test text, likewise.
+    """
+
+    label: str
+    trial: int | None
+    keep_ratio: float
+    validation: Mapping[str, float]
+    test: Mapping[str, float]
+
+    @property
+    def name(self) -> str:
+        """Return what a table calls it."""
+        return f"best, trial {self.trial}" if self.label == "best" else self.label
+
+
+def score_rows(study: Study, *origins: Origin) -> list[ScoreRow]:
+    """Return what is known of the dense model, the baselines and the best trial.
+
+    Args:
+        study: Perhaps without a trial.
+        *origins: Of which the first trial with a value is a row too, before the best.
+    """
+    state = study.state
+    first = {record.request.origin: record for record in reversed(state.completed)}
+    records = {"uniform": state.uniform, "analytic": state.analytic}
+    records |= {origin: first.get(origin) for origin in origins} | {"best": state.best()}
+    tests = {test["trial"]: test["metrics"] for test in state.tests.values()}
+    rows = [ScoreRow("dense", None, 1.0, state.dense, tests.get(None, {}))] if state.dense else []
+    for label, record in records.items():
+        if record is not None:
+            trial, metrics = record.request.trial_index, record.metrics
+            rows.append(
+                ScoreRow(label, trial, metrics["keep_ratio"], metrics, tests.get(trial, {}))
+            )
+    return rows
+
+
+def counted_trials(study: Study) -> str:
+    """Say how many trials ended in which way, and how many tokens they scored."""
+    state = study.state
+    failed = len(state.ended) - len(state.completed) - len(state.stopped)
+    tokens = sum(record.metrics.get("tokens", 0) for record in state.ended)
+    parts = [f"{len(state.completed)} completed"]
+    parts += [f"{len(state.stopped)} stopped early"] if state.stopped else []
+    parts += [f"{failed} without a value"] if failed else []
+    parts += [f"{len(state.open)} not ended"] if state.open else []
+    parts += [f"{count_text(tokens)} tokens scored"] if tokens else []
+    return ", ".join(parts)
 
 
 def _baseline(record: TrialRecord | None) -> dict[str, Any] | None:

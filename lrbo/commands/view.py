@@ -20,7 +20,7 @@ from lrbo.optimization.study import Study
 from lrbo.presentation import LABELS, Checkpoint, Dataset, Presentation, perplexity_text
 from lrbo.progress import imported
 from lrbo.rendering import render
-from lrbo.results import described, draw_figures, size_metric, summary
+from lrbo.results import described, draw_figures, score_rows, size_metric, summary
 from lrbo.schema import SearchConfig
 from lrbo.shell import command
 from lrbo.storage import write_text
@@ -103,17 +103,11 @@ def _variables(study: Study) -> list[str]:
 
 def _note(study: Study) -> str:
     """Write what stands on top of the page of a study's run, as Markdown."""
-    found = summary(study)
     rows = []
-    for label in LABELS:
-        if label == "analytic" and found[label] is None:  # of a study that predicts no losses
-            continue
-        row, test = found[label] or {}, found["test"].get(label, {})
-        kept = 1.0 if label == "dense" else row.get("keep_ratio")
-        name = f"best, trial {row['trial']}" if label == "best" and row else label
-        values = (scores.get("perplexity") for scores in (row, test))
+    for row in score_rows(study):
+        values = (scores.get("perplexity") for scores in (row.validation, row.test))
         texts = ("-" if value is None else perplexity_text(value) for value in values)
-        rows.append([name, "-" if kept is None else f"{kept:.2%}", *texts])
+        rows.append([row.name, f"{row.keep_ratio:.2%}", *texts])
     return render(
         "study_note.md",
         lines={name: text for name, text in described(study).items() if name != "Study"},

@@ -25,7 +25,7 @@ from lrbo.parsing import (
     checked,
     shown,
 )
-from lrbo.strict_json import with_infinity
+from lrbo.strict_json import may_be_infinite
 from lrbo.trial import Origin
 
 FORMAT = 2  # of study.json and the journal beside it
@@ -35,12 +35,8 @@ def _with_infinity(value: object, check: Callable[[object], Any]) -> Any:
     """Take a perplexity that is null as infinite, which JSON has no number for."""
     if not isinstance(value, dict):
         return check(value)
-    known = {
-        name: item
-        for name, item in value.items()
-        if with_infinity({name: item}) != {name: math.inf}
-    }
-    return with_infinity(value) | check(known)
+    infinite = {n: math.inf for n, item in value.items() if item is None and may_be_infinite(n)}
+    return value | infinite | check({n: i for n, i in value.items() if n not in infinite})
 
 
 Metrics = Annotated[dict[str, Number], WrapValidator(_with_infinity)]
