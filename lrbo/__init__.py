@@ -3,10 +3,10 @@
 import importlib
 import sys
 
-from lrbo.interrupts import starting
+from lrbo.interrupts import is_program, starting
 
 # The program, not the library, is ready for Ctrl-C before anything is imported that takes time.
-if [path.rpartition("/")[2] for path in sys.argv[:1]] in (["lrbo"], ["-m"]):
+if is_program(sys.argv, sys.orig_argv):
     starting()
 
 from typing import TYPE_CHECKING, Any

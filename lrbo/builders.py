@@ -20,7 +20,7 @@ from lrbo.calibration.collect import CalibrationSettings
 from lrbo.calibration.corpus import Role, TokenWindows
 from lrbo.checks import windows_of
 from lrbo.compression import running
-from lrbo.config import stored_config, to_yaml
+from lrbo.config import from_yaml, to_yaml
 from lrbo.errors import BudgetError, ConfigError, DataError, ModelError, StudyError
 from lrbo.evaluation.divergence import DenseReference, measure_dense
 from lrbo.evaluation.latency import LatencySettings
@@ -40,7 +40,7 @@ from lrbo.loss_calibration import sensitivity_file
 from lrbo.model import dtype_name, fingerprint, map_model
 from lrbo.nested import LowRankFactors
 from lrbo.optimization.base import STARTS, Space, Start
-from lrbo.optimization.study import Study
+from lrbo.optimization.study import Study, follows
 from lrbo.pool import PoolSettings, choose_windows
 from lrbo.preparation import Preparation, curve_needs, loss_curves, without_effect
 from lrbo.progress import Reporter
@@ -290,7 +290,7 @@ def study_worker(folder: Path, config_yaml: str, place: Path, cache: Path) -> Wo
     os.environ["LRBO_CACHE"] = str(cache)
     if place.is_dir():
         os.chdir(place)
-    plan = plan_search(stored_config(config_yaml, []), study, [])
+    plan = plan_search(from_yaml(config_yaml, "the configuration of the search"), study, [])
     return build_worker(plan, study, Reporter(PlainConsole(quiet=True)))
 
 
@@ -409,11 +409,8 @@ def _about(plan: Plan, digest: str, dtype: torch.dtype, device: torch.device) ->
 def _follows(plan: Plan) -> dict[str, Any]:
     """Return the part of ``study.json`` that follows from configuration and model."""
     return {
-        "seed": plan.config.seed,
+        **follows(plan.config, plan.layers.compressible),
         "model_parameters": plan.layers.parameters,
-        "timed": plan.config.latency.enabled,
-        "budget_parameters": plan.space.budget.parameters,
-        "storage": plan.config.budget.storage,
         "adds_bias": bool(plan.added_biases),
         "layers": [asdict(spec) for spec in plan.layers.layers],
         "variables": {name: tuple(ends) for name, ends in plan.space.bounds.items()},

@@ -283,8 +283,6 @@ def _check_search(config: SearchConfig) -> list[str]:
             f"{' and '.join(asked)}: the inline executor runs one trial at a time in this "
             "process; choose executor=ray"
         )
-    if not check_study(config):
-        problems += _check_new_study(study_folder(config.studies, config.study))
     return problems
 
 
@@ -558,17 +556,21 @@ def check_store(key: str, uri: str) -> list[str]:
     return [] if good else [expected]
 
 
-def _check_new_study(folder: Path) -> list[str]:
-    """Return the problem if a study cannot be begun or gone on with in a folder."""
-    problems = paths.check_writable("study", str(folder))
-    if problems or not folder.is_dir() or (folder / "study.json").exists():
+def check_search(config: SearchConfig) -> list[str]:
+    """Return the problems of values, and those of the folder that a search is to write in."""
+    problems = check(config)
+    if check_study(config):  # is among the problems
         return problems
-    others = sorted(path.name for path in folder.iterdir() if not OWN.fullmatch(path.name))
-    if others:
-        problems.append(
-            f"study={str(folder)!r}: a folder that is no study, with {others[0]} in it; name one "
-            "that is new"
-        )
+    folder = study_folder(config.studies, config.study)
+    if writable := paths.check_writable("study", str(folder)):
+        return problems + writable
+    if folder.is_dir() and not (folder / "study.json").exists():
+        others = sorted(path.name for path in folder.iterdir() if not OWN.fullmatch(path.name))
+        if others:
+            problems.append(
+                f"study={str(folder)!r}: a folder that is no study, with {others[0]} in it; name "
+                "one that is new"
+            )
     return problems
 
 

@@ -23,14 +23,7 @@ from lrbo.errors import ConfigError, LrboError
 from lrbo.interrupts import listening, status_of
 from lrbo.overrides import find_problems, spelled
 from lrbo.progress import LineHandler, Reporter, imported
-from lrbo.schema import (
-    BenchmarkConfig,
-    CompressConfig,
-    DashboardConfig,
-    EvaluateConfig,
-    ReportConfig,
-    SearchConfig,
-)
+from lrbo.schema import SCHEMAS, DashboardConfig, SearchConfig
 from lrbo.shell import text
 from lrbo.storage import naming_full_disk, naming_paths
 from lrbo.strict_json import to_json
@@ -68,7 +61,6 @@ are those of lrbo search, and more trials continue it:
 
   lrbo search study=STUDY search.trials=30
 """
-Command = Callable[[DictConfig, Reporter], None]
 # With these Hydra only shows something, also where required values are missing.
 SHOWING = {"-h", "--help", "--hydra-help", "-c", "--cfg", "-i", "--info"}
 # What is said of a command that was stopped, before how to go on.
@@ -186,11 +178,11 @@ def _application(command: str, reporter: Reporter) -> Callable[[], None]:
     decorate = hydra.main(
         version_base="1.3", config_path=str(config.conf_folder()), config_name=command
     )
-    application: Callable[[], None] = decorate(_guarded(COMMANDS[command], reporter))
+    application: Callable[[], None] = decorate(_guarded(command, reporter))
     return application
 
 
-def _guarded(command: Command, reporter: Reporter) -> Callable[[DictConfig], None]:
+def _guarded(command: str, reporter: Reporter) -> Callable[[DictConfig], None]:
     """Turn errors that a user can mend into messages without a traceback."""
 
     def guarded(values: DictConfig) -> None:
@@ -198,7 +190,7 @@ def _guarded(command: Command, reporter: Reporter) -> Callable[[DictConfig], Non
             with reporter.waiting("Starting"):
                 _set_up_logging(reporter)
             with naming_paths(), naming_full_disk():
-                command(values, reporter)
+                _run(command, values, reporter)
         except LrboError as error:
             fail(error)
         except BrokenPipeError:  # the reader of our output left, as `head` does
@@ -254,76 +246,26 @@ def _log_warning(message: Warning | str, *_: Any) -> None:
     log.warning("%s", message)
 
 
-def _search(values: DictConfig, reporter: Reporter) -> None:
-    """Find the best low-rank model at a budget, or continue a study."""
+def _run(command: str, values: DictConfig, reporter: Reporter) -> None:
+    """Do what a command is asked for, and print the machine-readable last line if it has one."""
     chosen = config.to_object(values)
-    assert isinstance(chosen, SearchConfig)
-    typed = list(HydraConfig.get().overrides.task)
-    require_possible(chosen, typed)
-    _print_result(_command("search", reporter).run(chosen, typed, reporter), chosen.output)
+    assert isinstance(chosen, SCHEMAS[command])
+    is_search = isinstance(chosen, SearchConfig)
+    typed = [list(HydraConfig.get().overrides.task)] if is_search else []
+    require_possible(chosen, *typed)
+    result = _command(command, reporter).run(chosen, *typed, reporter)
+    if not isinstance(chosen, DashboardConfig) and chosen.output == "json":
+        print(to_json(result), flush=True)
 
 
-def _report(values: DictConfig, reporter: Reporter) -> None:
-    """Show what a study found."""
-    chosen = config.to_object(values)
-    assert isinstance(chosen, ReportConfig)
-    require_possible(chosen)
-    _print_result(_command("report", reporter).run(chosen, reporter), chosen.output)
-
-
-def _compress(values: DictConfig, reporter: Reporter) -> None:
-    """Write a model of a study as a checkpoint."""
-    chosen = config.to_object(values)
-    assert isinstance(chosen, CompressConfig)
-    require_possible(chosen)
-    _print_result(_command("compress", reporter).run(chosen, reporter), chosen.output)
-
-
-def _evaluate(values: DictConfig, reporter: Reporter) -> None:
-    """Score a checkpoint or a dense model on a text."""
-    chosen = config.to_object(values)
-    assert isinstance(chosen, EvaluateConfig)
-    require_possible(chosen)
-    _print_result(_command("evaluate", reporter).run(chosen, reporter), chosen.output)
-
-
-def _benchmark(values: DictConfig, reporter: Reporter) -> None:
-    """Time a checkpoint and its dense architecture."""
-    chosen = config.to_object(values)
-    assert isinstance(chosen, BenchmarkConfig)
-    require_possible(chosen)
-    _print_result(_command("benchmark", reporter).run(chosen, reporter), chosen.output)
-
-
-def _dashboard(values: DictConfig, reporter: Reporter) -> None:
-    """Start the MLflow UI on the store of the studies."""
-    chosen = config.to_object(values)
-    assert isinstance(chosen, DashboardConfig)
-    require_possible(chosen)
-    _command("dashboard", reporter).run(chosen, reporter)
-
-
-COMMANDS: dict[str, Command] = {
-    "search": _search,
-    "report": _report,
-    "compress": _compress,
-    "evaluate": _evaluate,
-    "benchmark": _benchmark,
-    "dashboard": _dashboard,
-}
-NAMES = ("search", "transfer", *list(COMMANDS)[1:])  # a transfer is run as the search that it is
+COMMANDS = tuple(SCHEMAS)
+NAMES = ("search", "transfer", *COMMANDS[1:])  # a transfer is run as the search that it is
 
 
 def _command(name: str, reporter: Reporter) -> Any:
     """Import what does the work: torch and Ax take seconds that --help and TAB must not cost."""
     with reporter.waiting("Starting"):
         return imported(f"lrbo.commands.{name}")
-
-
-def _print_result(result: dict[str, Any], output: str) -> None:
-    """Print the machine-readable last line if it is asked for."""
-    if output == "json":
-        print(to_json(result), flush=True)
 
 
 def complete(line: str) -> None:

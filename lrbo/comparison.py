@@ -9,7 +9,7 @@ import pandas as pd
 
 from lrbo.optimization.study import Study
 from lrbo.presentation import LABELS
-from lrbo.results import config_of, summary
+from lrbo.results import summary
 
 
 def compared(studies: Sequence[Study]) -> pd.DataFrame:
@@ -25,15 +25,17 @@ def compared(studies: Sequence[Study]) -> pd.DataFrame:
     """
     rows = []
     for study in studies:
-        config, found = config_of(study), summary(study)
+        config, found = study.config(), summary(study)
         best = found["best"] or {}
         gain: dict[str, Any] = next(iter(found["gains"]), {})
         rows.append(
             {
                 "study": study.name,
-                **{key: config[key]["name"] for key in ("model", "method", "space")},
+                "model": config.model.name,
+                "method": config.method.name,
+                "space": config.space.name,
                 "keep_ratio": best.get("keep_ratio"),
-                "seed": config["seed"],
+                "seed": config.seed,
                 "trials": found["trials_completed"] + found["trials_stopped"],
                 **{label: (found[label] or {}).get("perplexity") for label in LABELS},
                 **{

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields, is_dataclass
+from functools import lru_cache
 from itertools import product
 from pathlib import Path
 from textwrap import fill
@@ -25,7 +26,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lrbo.errors import ConfigError
+from lrbo.errors import ConfigError, StudyError, reading
+from lrbo.parsing import SHOWN, ContentError, checked, shown
 from lrbo.schema import (
     PATHS,
     SCHEMAS,
@@ -49,12 +51,6 @@ FREE_KEYS = (
 
 # Below these every key is taken.
 MAPPINGS = ("space.groups", "space.start", "space.variables", "search.thresholds", "protocols")
-
-# What a study did that was begun before these keys existed, where that is not today's default.
-BEFORE: Mapping[str, Any] = {
-    "budget": {"storage": "factored"},
-    "sensitivity": {"enabled": False, "apply": True},
-}
 
 SQLITE = "sqlite:///"
 _HYDRA = threading.Lock()  # there is one in a process, which composes for one thread at a time
@@ -384,19 +380,17 @@ def _strays(node: object, prefix: str = "") -> Iterable[str]:
         yield from _strays(getattr(node, name), f"{prefix}{name}.")
 
 
-def differences(stored_yaml: str, config: SearchConfig) -> list[str]:
+def differences(stored: SearchConfig, config: SearchConfig) -> list[str]:
     """Return what differs between a study's configuration and another one, key by key.
 
-    Where it runs, how long it runs and how it is shown may differ. A key that did not exist when
-    the study was begun stands for what was done then.
+    Where it runs, how long it runs and how it is shown may differ.
     """
-    stored = flatten(OmegaConf.to_container(_completed(_stored(stored_yaml)), resolve=True))
-    given = flat(config)
-    keys = [key for key in dict.fromkeys([*stored, *given]) if not is_free(key)]
+    begun, given = flat(stored), flat(config)
+    keys = [key for key in dict.fromkeys([*begun, *given]) if not is_free(key)]
     return [
-        f"{key}: the study has {stored.get(key)!r}, the command has {given.get(key)!r}"
+        f"{key}: the study has {begun.get(key)!r}, the command has {given.get(key)!r}"
         for key in keys
-        if stored.get(key) != given.get(key)
+        if begun.get(key) != given.get(key)
         # An empty mapping differs from one with entries in each of these, which are named.
         and not any(other.startswith(f"{key}.") for other in keys)
     ]
@@ -407,22 +401,54 @@ def is_free(key: str) -> bool:
     return any(key == free or key.startswith(f"{free}.") for free in FREE_KEYS)
 
 
-def stored_config(
-    stored_yaml: str, overrides: Sequence[str], typed: SearchConfig | None = None
+@lru_cache(maxsize=16)
+def from_yaml(text: str, where: str) -> SearchConfig:
+    """Return the configuration that :func:`to_yaml` wrote; shared, so not to be changed.
+
+    Args:
+        text: YAML, in which nothing is looked up.
+        where: Begins the message.
+
+    Raises:
+        StudyError: If it is no YAML, or lacks keys, has others or values of another kind, naming
+            them: no default of today stands for what a study was begun with.
+    """
+    with reading(StudyError, f"{where} is no YAML"):
+        values = yaml.safe_load(text)
+    advice = "use the version of lrbo that wrote it"
+    try:
+        taken: SearchConfig = checked(values, SearchConfig, where)
+    except ContentError as error:
+        raise StudyError(f"{error}; {advice}") from error
+    given, known = flatten(values), flat(taken)
+    problems = [f"{key} is missing" for key in known if key not in given]
+    problems += [f"there is no key {key}" for key in given if key not in known]
+    problems += [
+        f"{key} is {shown(given[key])}, expected {shown(value)}"
+        for key, value in known.items()
+        if given.get(key, value) != value
+    ]
+    if problems:
+        raise StudyError(f"{where}: {'; '.join(problems[:SHOWN])}; {advice}")
+    return taken
+
+
+def continued(
+    stored: SearchConfig, overrides: Sequence[str], typed: SearchConfig | None = None
 ) -> SearchConfig:
     """Return the configuration of a study with some free keys changed.
 
     Args:
-        stored_yaml: What :func:`to_yaml` wrote.
+        stored: Of the study.
         overrides: ``key=value``, as typed; only free keys.
         typed: What Hydra composed of them, which knows what a group's option stands for.
     """
-    stored = _stored(stored_yaml)
-    tracking, studies = stored.get("tracking"), str(stored.get("studies"))
-    default_uri = SearchConfig().tracking.uri.replace("${studies}", studies)
-    if isinstance(tracking, dict) and tracking.get("uri") == default_uri:
-        del tracking["uri"]  # it follows the folder of the studies, which may move
-    merged = _completed(stored)
+    values = _escaped(asdict(stored))
+    default_uri = SearchConfig().tracking.uri.replace("${studies}", stored.studies)
+    if stored.tracking.uri == default_uri:
+        del values["tracking"]["uri"]  # it follows the folder of the studies, which may move
+    merged = OmegaConf.merge(OmegaConf.structured(SearchConfig), values)
+    assert isinstance(merged, DictConfig)
     for override in overrides:
         key, _, value = override.partition("=")
         key = key.lstrip("+~")
@@ -433,21 +459,6 @@ def stored_config(
     found = to_object(merged)
     assert isinstance(found, SearchConfig)
     return found
-
-
-def _stored(stored_yaml: str) -> dict[str, Any]:
-    """Read what :func:`to_yaml` wrote: plain values, in which nothing is looked up.
-
-    Raises:
-        ConfigError: If it is none.
-    """
-    try:
-        stored = yaml.safe_load(stored_yaml)
-    except yaml.YAMLError as error:
-        raise ConfigError([f"the study's config.yaml is no YAML: {_plain(error)}"]) from error
-    if not isinstance(stored, dict):
-        raise ConfigError(["the study's config.yaml: expected keys with values"])
-    return stored
 
 
 def _at(values: Any, key: str) -> Any:
@@ -471,22 +482,6 @@ def _escaped(node: Any) -> Any:
     if isinstance(node, list | tuple):
         return [_escaped(value) for value in node]
     return literal(node) if isinstance(node, str) else node
-
-
-def _completed(stored: Mapping[str, Any]) -> DictConfig:
-    """Return a stored configuration with the keys that did not exist when it was written.
-
-    Raises:
-        ConfigError: If it has keys or values that there are none of any more.
-    """
-    try:
-        merged = OmegaConf.merge(OmegaConf.structured(SearchConfig), BEFORE, _escaped(stored))
-    except OmegaConfBaseException as error:
-        raise ConfigError(
-            [f"the study's config.yaml: {_plain(error)}; use the version of lrbo that wrote it"]
-        ) from error
-    assert isinstance(merged, DictConfig)
-    return merged
 
 
 def protocol_changes(config: EvaluateConfig) -> dict[str, list[str]]:

@@ -11,7 +11,6 @@ from lrbo import plots
 from lrbo.gains import gains
 from lrbo.optimization.study import Study
 from lrbo.results import (
-    config_of,
     dense_size,
     frame,
     ranks_frame,
@@ -68,8 +67,8 @@ def figures(study: Study) -> dict[str, Figure]:
 
 def _subtitle(study: Study) -> str:
     """Return study, model, method and budget in one line under a figure's title."""
-    config = config_of(study)
-    keep, lowest = config["budget"]["keep_ratio"], config["budget"].get("lowest")
-    names = [config[section]["name"] for section in ("model", "method")]
+    config = study.config()
+    keep, lowest = config.budget.keep_ratio, config.budget.lowest
+    names = [config.model.name, config.method.name]
     budget = f"keep ratio {keep:.4g}" if lowest is None else f"keep ratios {lowest:.4g}-{keep:.4g}"
     return ", ".join([study.name, *names, budget])

@@ -15,19 +15,20 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
 from lrbo.command_lines import command_line, repeating
-from lrbo.config import stored_config
 from lrbo.drawing import BLUE, FAINT, GREEN, GREY, INK, LOG_FROM, ORANGE, SKY, VERMILLION
 from lrbo.gains import MEANING, UNIT, gains
 from lrbo.optimization.client import Diagnosis, diagnose, observations_of
 from lrbo.optimization.study import Study
 from lrbo.plots import ORIGINS, SIZE_LABELS, UNDRAWN
-from lrbo.presentation import LABELS, perplexity_text
+from lrbo.presentation import perplexity_text
 from lrbo.rendering import render
 from lrbo.results import (
+    counted_trials,
     dense_size,
     described,
     frame,
     ranks_frame,
+    score_rows,
     size_metric,
     summary,
 )
@@ -113,7 +114,6 @@ def html_report(study: Study) -> str:
         parts += _accounting(study, best)
         trials = _trials(table)
     parts += _checkpoints(study)
-    stored = stored_config(study.config_yaml(), [])
     return render(
         "report.html",
         study=study.name,
@@ -125,7 +125,7 @@ def html_report(study: Study) -> str:
         figures=figures,
         parts=parts,
         trials=trials,
-        command=command_line("search", repeating(stored), study.name),
+        command=command_line("search", repeating(study.config()), study.name),
         made_of=_made_of(study),
         config_yaml=study.config_yaml(),
     )
@@ -133,33 +133,21 @@ def html_report(study: Study) -> str:
 
 def _searched(study: Study) -> list[str]:
     """Say what was searched, a line each."""
-    found = summary(study)
-    lines = {name: text for name, text in described(study).items() if name != "Study"}
-    counts = [f"{found['trials_completed']} completed"]
-    counts += [f"{found['trials_stopped']} stopped early"] if found["trials_stopped"] else []
-    counts += [f"{found['trials_failed']} without a value"] if found["trials_failed"] else []
-    lines["Trials"] = ", ".join(counts)
+    lines = {**described(study), "Trials": counted_trials(study)}
+    del lines["Study"]
     return [f"{name}: {text}" for name, text in lines.items()]
 
 
 def _scores(study: Study) -> Table:
     """Say what came of it."""
-    found = summary(study)
-    rows = []
-    for label in LABELS:
-        row, test = found[label], found["test"].get(label)
-        if row is None and test is None:
-            continue
-        row = row or {}
-        name = f"best, trial {row['trial']}" if label == "best" else label
-        kept = 1.0 if label == "dense" else row.get("keep_ratio")
-        rows.append(
-            [
-                name, _share(kept), _text(row.get("nll"), ".4f"),
-                _perplexity(row.get("perplexity")), _text((test or {}).get("nll"), ".4f"),
-                _perplexity((test or {}).get("perplexity")),
-            ]
-        )  # fmt: skip
+    rows = [
+        [
+            row.name, _share(row.keep_ratio), _text(row.validation.get("nll"), ".4f"),
+            _perplexity(row.validation.get("perplexity")), _text(row.test.get("nll"), ".4f"),
+            _perplexity(row.test.get("perplexity")),
+        ]
+        for row in score_rows(study)
+    ]  # fmt: skip
     heads = [
         "model", "kept", "validation nll", "validation perplexity", "test nll", "test perplexity"
     ]  # fmt: skip
@@ -342,21 +330,13 @@ def _surrogate(study: Study) -> Iterator[Drawing]:
 
 
 def diagnosed(study: Study) -> Diagnosis | None:
-    """Return what the surrogate model says of the trials of a study.
-
-    A study that does not hold the bounds of its variables was begun by an older version; then
-    the values that were tried bound them.
-    """
+    """Return what the surrogate model says of the trials of a study."""
     observations = observations_of(study.state.records, size_metric(study))
     if not observations:
         return None
-    bounds = study.about().get("variables") or {
-        name: (min(values) - 1e-6, max(values) + 1e-6)
-        for name in observations[0].point
-        if (values := [observation.point[name] for observation in observations])
-    }
-    ends = {name: (float(low), float(high)) for name, (low, high) in bounds.items()}
-    return diagnose(ends, observations, seed=int(study.about()["seed"]))
+    about = study.about()
+    ends = {name: (float(low), float(high)) for name, (low, high) in about["variables"].items()}
+    return diagnose(ends, observations, seed=about["seed"])
 
 
 def _accounting(study: Study, best: TrialRecord) -> Iterator[Part]:
@@ -414,7 +394,7 @@ def _checkpoints(study: Study) -> Iterator[Part]:
         [
             one["folder"], str(one["trial"]), _share(one["keep_ratio"]),
             _perplexity(one["validation_perplexity"]), _perplexity(one["test_perplexity"]),
-            one["format"] or "-", one["dtype"] or "-", "yes" if one["exists"] else "no",
+            one["format"], one["dtype"], "yes" if one["exists"] else "no",
         ]
         for one in summary(study)["checkpoints"]
     ]  # fmt: skip

@@ -39,6 +39,18 @@ def leave(number: int, _: FrameType | None) -> None:
 FREE = (signal.default_int_handler, signal.SIG_DFL, leave)  # `nohup` and its like ignore some
 
 
+def is_program(arguments: Sequence[str], typed: Sequence[str]) -> bool:
+    """Return whether ``lrbo`` or ``python -m lrbo`` was typed, not a program that imports it.
+
+    Args:
+        arguments: ``sys.argv``, whose first is ``-m`` until Python has looked the module up.
+        typed: ``sys.orig_argv``, where the module stands before the arguments of the program.
+    """
+    if arguments[:1] == ["-m"]:
+        return typed[-len(arguments)].removeprefix("-m") == "lrbo"
+    return bool(arguments) and arguments[0].rpartition("/")[2] == "lrbo"
+
+
 def starting() -> None:
     """End at once on a signal, until :func:`listening`: nothing was begun yet."""
     for number in SIGNALS:

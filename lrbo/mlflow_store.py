@@ -1,4 +1,4 @@
-"""The only file that imports mlflow: the runs of one study in one store."""
+"""The runs of one study in one store of MLflow; nothing else asks the store."""
 
 from __future__ import annotations
 

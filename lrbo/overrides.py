@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 from lrbo import config, shell
-from lrbo.checks import check
+from lrbo.checks import check, check_search
 from lrbo.errors import ConfigError
 from lrbo.schema import Config, SearchConfig
 
@@ -69,7 +69,7 @@ def _shared_studies(command: str, jobs: Sequence[Sequence[str]]) -> list[str]:
 
     The second would be refused when it begins, which may be the day after.
     """
-    first: dict[tuple[str, str], str] = {}
+    first: dict[tuple[str, str], SearchConfig] = {}
     found = {}
     for job in jobs:
         if any("hydra" in override for override in job):
@@ -78,7 +78,7 @@ def _shared_studies(command: str, jobs: Sequence[Sequence[str]]) -> list[str]:
         if not isinstance(chosen, SearchConfig):
             continue
         place = (chosen.studies, chosen.study)
-        before = first.setdefault(place, config.to_yaml(chosen))
+        before = first.setdefault(place, chosen)
         if others := config.differences(before, chosen):
             key = others[0].partition(":")[0]
             found[place] = (
@@ -123,4 +123,4 @@ def _value_problems(command: str, overrides: Sequence[str]) -> list[str]:
         chosen = config.composed(command, overrides)
     except ConfigError as error:
         return error.problems
-    return check(chosen)
+    return check_search(chosen) if isinstance(chosen, SearchConfig) else check(chosen)

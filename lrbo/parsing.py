@@ -57,19 +57,19 @@ EXPECTED = {
 }
 
 
-class _NoValue(ValueError):
+class _NoValueError(ValueError):
     """What Python reads and JSON has not."""
 
 
 def _refuse(constant: str) -> NoReturn:
-    raise _NoValue(f"{constant} is no number of JSON")
+    raise _NoValueError(f"{constant} is no number of JSON")
 
 
 def _unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     for name, value in pairs:
         if name in fields:
-            raise _NoValue(f"the field {shown(name)} is there twice")
+            raise _NoValueError(f"the field {shown(name)} is there twice")
         fields[name] = value
     return fields
 
@@ -83,7 +83,7 @@ def parse_json(content: bytes | str, where: str) -> Any:
     try:
         text = content if isinstance(content, str) else content.decode("utf-8")
         return json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse)
-    except _NoValue as error:
+    except _NoValueError as error:
         raise ContentError(f"{where}: {error}") from None
     except UnicodeDecodeError as error:
         raise ContentError(f"{where}: byte {error.start + 1} is no UTF-8 text") from error

@@ -100,7 +100,7 @@ def convergence(
     """Draw the validation perplexity of each trial, in order, and the best so far.
 
     Args:
-        frame: Trials that ended, from :func:`lrbo.report.frame`; at least one has a value.
+        frame: Trials that ended, from :func:`lrbo.results.frame`; at least one has a value.
         dense: Perplexity of the dense model, if known.
         uniform: Perplexity of the uniform baseline, if known.
         analytic: Perplexity of the allocation of least predicted loss, if known.
@@ -194,7 +194,7 @@ def front(
     different budgets, concatenated), the axis of sizes reaches to the dense model.
 
     Args:
-        frame: Trials that ended, from :func:`lrbo.report.frame`; at least one has a value.
+        frame: Trials that ended, from :func:`lrbo.results.frame`; at least one has a value.
         dense: Perplexity of the dense model, if known.
         size: Column that says how large a trial is.
         whole: What the dense model has in that column; sizes are drawn as shares of it.
@@ -331,7 +331,7 @@ def ranks_over_depth(
     """Draw what each layer keeps, block by block, with a panel per kind.
 
     Args:
-        ranks: Layers of an allocation, from :func:`lrbo.report.ranks_frame`.
+        ranks: Layers of an allocation, from :func:`lrbo.results.ranks_frame`.
         uniform: The same of the uniform baseline, drawn as a dashed line.
         about: Second line of the title: study, model, budget, trial.
     """

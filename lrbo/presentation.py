@@ -72,3 +72,16 @@ def perplexity_text(value: float) -> str:
     if value < 1_000:
         return f"{value:.2f}"
     return f"{value:,.0f}" if value < 1_000_000 else f"{value:.1e}"
+
+
+def count_text(value: float) -> str:
+    """Return a large number in thousands, millions or billions.
+
+    Example:
+        >>> count_text(960), count_text(1234567), count_text(7e9)
+        ('960', '1.235M', '7B')
+    """
+    for unit, name in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if value >= unit:
+            return f"{value / unit:.4g}{name}"
+    return f"{value:.0f}"

@@ -15,23 +15,25 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from lrbo.gains import MEANING, UNIT, Difference, gains, with_error
+from lrbo.gains import MEANING, UNIT, gains, with_error
 from lrbo.optimization.front import LATENCIES
 from lrbo.optimization.study import Study
-from lrbo.presentation import LABELS, perplexity_text
+from lrbo.presentation import LABELS, count_text, perplexity_text
 from lrbo.results import (
+    ScoreRow,
+    counted_trials,
     dense_kinds,
     dense_size,
     described,
     front,
     kept_by_depth,
+    score_rows,
     sensitivity,
     size_metric,
     summary,
     weights,
 )
 from lrbo.tabular import is_piped, lines_of, print_piped
-from lrbo.trial import TrialRecord
 
 WIDTH, INDENT = 80, 2
 SHOWN = 10  # rows of the front and of failures; what is left out is counted
@@ -54,13 +56,14 @@ def print_report(study: Study, console: Console) -> None:
     _print_seconds(study, report)
 
 
-def print_comparison(table: pd.DataFrame, console: Console) -> None:
+def print_comparison(studies: Sequence[Study], table: pd.DataFrame, console: Console) -> None:
     """Print several studies, one line each, at most 80 columns wide.
 
     They are called by their names where something else than method, space, size and seed tells
     them apart.
 
     Args:
+        studies: In the order of the table.
         table: From :func:`lrbo.comparison.compared`.
         console: Where to.
     """
@@ -81,15 +84,14 @@ def print_comparison(table: pd.DataFrame, console: Console) -> None:
             values = (_perplexity(_known(row[f"{prefix}{label}"])) for label in columns)
             shown.add_row(*(str(row[key]) for key in heads), *values)
         report.part(f"Perplexity of {len(table)} studies on the {text} text", shown)
-    if rows["gain"].isna().all():
+    largest = [gains(study.state)[:1] for study in studies]
+    if not any(largest):
         return
     shown = _comparison([*settings, "text"])
     shown.add_column("best - analytic", justify="right", no_wrap=True)
-    for row in rows.to_dict("records"):
-        for text, prefix, _ in texts:
-            if (nats := _known(row[f"{prefix}gain"])) is not None:
-                found = Difference(nats, _known(row[f"{prefix}gain_error"]))
-                shown.add_row(*(str(row[key]) for key in settings), text, str(found))
+    for row, some in zip(rows.to_dict("records"), largest, strict=True):
+        for text, line in [pair for gain in some for pair in gain.lines.items()]:
+            shown.add_row(*(str(row[key]) for key in settings), text, line)
     report.part(f"What the searches add, {UNIT}", shown, less=settings[1:])
     report.note(MEANING)
 
@@ -183,15 +185,7 @@ class _Report:
 
 def _print_header(study: Study, report: _Report) -> None:
     """Print what was searched."""
-    state = study.state
-    failed = len(state.ended) - len(state.completed) - len(state.stopped)
-    parts = [f"{len(state.completed)} completed"]
-    parts += [f"{len(state.stopped)} stopped early"] if state.stopped else []
-    parts += [f"{failed} without a value"] if failed else []
-    parts += [f"{len(state.open)} not ended"] if state.open else []
-    tokens = summary(study)["tokens_scored"]
-    parts += [f"{_count(tokens)} tokens scored"] if tokens else []
-    lines = {**described(study), "Trials": ", ".join(parts)}
+    lines = {**described(study), "Trials": counted_trials(study)}
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
@@ -202,38 +196,22 @@ def _print_header(study: Study, report: _Report) -> None:
 
 def _print_results(study: Study, report: _Report) -> None:
     """Print dense model, baseline, start values and best trial."""
-    state = study.state
-    by_origin = {r.request.origin: r for r in reversed(state.completed)}  # the first of each
-    best = state.best()
-    rows = [
-        ("uniform", state.uniform),
-        ("analytic", state.analytic),
-        ("start", by_origin.get("start")),
-        ("transfer", by_origin.get("transfer")),
-        ("best", best),
-    ]
-    tested = {
-        test["trial"]: test["metrics"].get("perplexity")
-        for label, test in state.tests.items()
-        if label != "dense"
-    }
-    tested_dense = state.tests.get("dense", {}).get("metrics", {}).get("perplexity")
-    if not state.dense and best is None:
+    state, rows = study.state, score_rows(study, "start", "transfer")
+    labels = [row.label for row in rows]
+    if not rows:
         report.line("No trial has a value yet.")
         return
     table = _table(
         "", "trial", "nll", "ppl", "KL", "kept", "params", "size", "MACs", "test ppl", gap=0
     )
-    size = dense_size(study)
-    if state.dense:
-        metrics = {**size, **state.dense, "keep_ratio": 1.0, "kl_dense_to_compressed": 0.0}
-        table.add_row("dense", "", *_cells(metrics), _perplexity(tested_dense))
-    for name, record in rows:
-        if record is not None:
-            index = record.request.trial_index
-            test = _perplexity(tested.get(index))
-            style = "bold" if name == "best" else ""
-            table.add_row(name, str(index), *_cells(record.metrics), test, style=style)
+    whole = {**dense_size(study), "keep_ratio": 1.0, "kl_dense_to_compressed": 0.0}
+    for row in rows:
+        is_dense, test = row.trial is None, _perplexity(row.test.get("perplexity"))
+        metrics = {**whole, **row.validation} if is_dense else row.validation
+        style = "bold" if row.label == "best" else ""
+        table.add_row(
+            row.label, "" if is_dense else str(row.trial), *_cells(metrics), test, style=style
+        )
     report.part("Results", table, less=("MACs", "size", "params", "KL", "nll"))
     notes = [
         "nll and KL(dense || compressed): nats per token on the validation text",
@@ -248,12 +226,12 @@ def _print_results(study: Study, report: _Report) -> None:
         )
     if size_metric(study) is not None:
         notes.append("best: the lowest loss at any size; uniform and analytic: the largest")
-    if "analytic" in by_origin:
+    if "analytic" in labels:
         notes.append("analytic: the ranks of least predicted loss")
     notes += [*_latencies(rows), *_agreement(study)]
-    if "start" in by_origin:
+    if "start" in labels:
         notes.append("start: the ratios that the search space starts from")
-    if "transfer" in by_origin:
+    if "transfer" in labels:
         notes.append("transfer: an allocation of another study, at this budget")
     if state.tests:
         texts = dict.fromkeys(str(test["text"]) for test in state.tests.values())
@@ -277,14 +255,12 @@ def _print_gains(study: Study, report: _Report) -> None:
     report.note(MEANING)
 
 
-def _latencies(rows: Sequence[tuple[str, TrialRecord | None]]) -> list[str]:
+def _latencies(rows: Sequence[ScoreRow]) -> list[str]:
     """Return a remark on how long trials take beside the dense model, if that was measured."""
     notes = []
     for name in LATENCIES:
         found = [
-            f"{label} {_size(name, record.metrics)}"
-            for label, record in rows
-            if record is not None and name in record.metrics
+            f"{row.label} {_size(name, row.validation)}" for row in rows if name in row.validation
         ]
         notes += [f"{name}, compressed to dense: {', '.join(found)}"] if found else []
     return notes
@@ -370,8 +346,8 @@ def _print_checkpoints(study: Study, report: _Report) -> None:
             _number(one["keep_ratio"], ".1%"),
             _perplexity(one["validation_perplexity"]),
             _perplexity(one["test_perplexity"]),
-            one["format"] or "-",
-            one["dtype"] or "-",
+            one["format"],
+            one["dtype"],
             "" if one["exists"] else "gone",
         )
     report.part("Checkpoints", table)
@@ -464,12 +440,7 @@ def _perplexity(value: float | None) -> str:
 
 def _count(value: float | None) -> str:
     """Return a large number in thousands, millions or billions, or a dash for none."""
-    if value is None:
-        return "-"
-    for unit, name in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if value >= unit:
-            return f"{value / unit:.4g}{name}"
-    return f"{value:.0f}"
+    return "-" if value is None else count_text(value)
 
 
 def _bytes(value: float | None) -> str:

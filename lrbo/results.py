@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict
-from functools import lru_cache
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import yaml  # type: ignore[import-untyped]  # has no types
 
 from lrbo.accounting import (
     dense_parameters,
     index_bytes,
     low_rank_macs,
 )
-from lrbo.errors import StudyError, reading
+from lrbo.errors import StudyError
 from lrbo.gains import gains
 from lrbo.loss_calibration import LossCalibration, sensitivity_file
 from lrbo.optimization.front import (
@@ -30,11 +28,10 @@ from lrbo.optimization.front import (
     reference_point,
 )
 from lrbo.optimization.study import Study, layers_of, stored_parameters
-from lrbo.parsing import ContentError, checked
 from lrbo.pictures import digest_of, is_of, write_picture
+from lrbo.presentation import count_text
 from lrbo.progress import imported
-from lrbo.schema import SearchConfig
-from lrbo.trial import TrialRecord
+from lrbo.trial import Origin, TrialRecord
 
 DEPTHS = 3  # parts of the depth that are told apart
 STAGES = ("suggestion", "allocation", "scoring", "logging")
@@ -145,6 +142,65 @@ def summary(study: Study) -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True)
+class ScoreRow:
+    """A row of every table of results: the dense model or a trial beside the others.
+
+    Attributes:
+        label: ``dense``, ``uniform``, ``analytic``, ``best``, or what proposed it.
+        trial: Its number; ``None`` for the dense model.
+        keep_ratio: Share of the parameters of the compressible layers.
+        validation: Metrics on the validation text, ``{}`` if not known.
+        test: Metrics on the test text, likewise.
+    """
+
+    label: str
+    trial: int | None
+    keep_ratio: float
+    validation: Mapping[str, float]
+    test: Mapping[str, float]
+
+    @property
+    def name(self) -> str:
+        """Return what a table calls it."""
+        return f"best, trial {self.trial}" if self.label == "best" else self.label
+
+
+def score_rows(study: Study, *origins: Origin) -> list[ScoreRow]:
+    """Return what is known of the dense model, the baselines and the best trial.
+
+    Args:
+        study: Perhaps without a trial.
+        *origins: Of which the first trial with a value is a row too, before the best.
+    """
+    state = study.state
+    first = {record.request.origin: record for record in reversed(state.completed)}
+    records = {"uniform": state.uniform, "analytic": state.analytic}
+    records |= {origin: first.get(origin) for origin in origins} | {"best": state.best()}
+    tests = {test["trial"]: test["metrics"] for test in state.tests.values()}
+    rows = [ScoreRow("dense", None, 1.0, state.dense, tests.get(None, {}))] if state.dense else []
+    for label, record in records.items():
+        if record is not None:
+            trial, metrics = record.request.trial_index, record.metrics
+            rows.append(
+                ScoreRow(label, trial, metrics["keep_ratio"], metrics, tests.get(trial, {}))
+            )
+    return rows
+
+
+def counted_trials(study: Study) -> str:
+    """Say how many trials ended in which way, and how many tokens they scored."""
+    state = study.state
+    failed = len(state.ended) - len(state.completed) - len(state.stopped)
+    tokens = sum(record.metrics.get("tokens", 0) for record in state.ended)
+    parts = [f"{len(state.completed)} completed"]
+    parts += [f"{len(state.stopped)} stopped early"] if state.stopped else []
+    parts += [f"{failed} without a value"] if failed else []
+    parts += [f"{len(state.open)} not ended"] if state.open else []
+    parts += [f"{count_text(tokens)} tokens scored"] if tokens else []
+    return ", ".join(parts)
+
+
 def _baseline(record: TrialRecord | None) -> dict[str, Any] | None:
     """Return what stands in tables of a trial that others are compared with."""
     if record is None:
@@ -164,10 +220,8 @@ def front(study: Study) -> list[TrialRecord]:
 
 def size_metric(study: Study) -> str | None:
     """Return what a study minimises beside the loss; ``None`` at one budget."""
-    config = config_of(study)
-    if config["budget"].get("lowest") is None:
-        return None
-    return str(config["search"]["size"])
+    config = study.config()
+    return None if config.budget.lowest is None else config.search.size
 
 
 def checkpoints(study: Study) -> list[dict[str, Any]]:
@@ -180,8 +234,8 @@ def checkpoints(study: Study) -> list[dict[str, Any]]:
             "trial": event["trial"],
             "folder": folder,
             "exists": (Path(folder) / "config.json").is_file(),
-            "format": tags.get("format"),
-            "dtype": tags.get("dtype"),
+            "format": tags["format"],
+            "dtype": tags["dtype"],
             **{key: None if text is None else float(text) for key, text in numbers.items()},
         }
     return list(found.values())
@@ -192,7 +246,7 @@ def _hypervolume(study: Study) -> dict[str, Any] | None:
     size, completed = size_metric(study), study.state.completed
     if size is None:
         return None
-    thresholds = config_of(study)["search"]["thresholds"]
+    thresholds = study.config().search.thresholds
     reference = reference_point(completed, size, thresholds)
     if reference is None:
         return None
@@ -354,7 +408,7 @@ def kept_by_depth(study: Study, record: TrialRecord) -> pd.DataFrame:
 
 def weights(study: Study, record: TrialRecord) -> dict[str, float]:
     """Return the weights of a trial in natural logarithms; empty where ratios are searched."""
-    is_weights = config_of(study)["space"].get("type") == "weights"
+    is_weights = study.config().space.type == "weights"
     found = record.request.variables if is_weights else {}
     return {name: value for name, value in found.items() if name != KEEP_RATIO}
 
@@ -382,41 +436,19 @@ def dense_kinds(study: Study, record: TrialRecord) -> list[str]:
     ]
 
 
-def config_of(study: Study) -> Mapping[str, Any]:
-    """Return the configuration that the study was begun with; shared, so not to be changed."""
-    return _parsed(study.config_yaml())
-
-
-@lru_cache(maxsize=16)
-def _parsed(text: str) -> Mapping[str, Any]:
-    """Parse YAML; a search asks 40 times for a configuration that takes 40 ms.
-
-    Raises:
-        StudyError: If it is no configuration of a search, naming the fields.
-    """
-    where = "the configuration in study.json"
-    with reading(StudyError, f"{where} is no YAML"):
-        values = yaml.safe_load(text)
-    try:
-        found: SearchConfig = checked(values, SearchConfig, where)
-    except ContentError as error:
-        raise StudyError(f"{error}; use the version of lrbo that wrote it") from error
-    return asdict(found)
-
-
 def described(study: Study) -> dict[str, str]:
     """Return what was searched, under which budget, as lines by name."""
-    about, config = study.about(), config_of(study)
-    keep, lowest = config["budget"]["keep_ratio"], config["budget"].get("lowest")
+    about, config = study.about(), study.config()
+    keep, lowest = config.budget.keep_ratio, config.budget.lowest
     budget = f"{about['budget_parameters']:,} parameters, {keep:.4g} of the compressible ones"
     if lowest is not None:
         budget = f"from {lowest:.4g} to {keep:.4g} of the parameters of compressible layers"
     lines = {
         "Study": study.name,
-        "Model": f"{config['model']['name']} ({about['dtype']} on {about['device']})",
-        "Method": f"{config['method']['name']}, space {config['space']['name']}",
+        "Model": f"{config.model.name} ({about['dtype']} on {about['device']})",
+        "Method": f"{config.method.name}, space {config.space.name}",
         "Budget": budget,
     }
-    if weight := config["search"]["kl_weight"]:
+    if weight := config.search.kl_weight:
         lines["Loss"] = f"nll + {weight:g} KL(dense || compressed), which the best has lowest"
     return lines

@@ -6,16 +6,14 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from lrbo.checks import study_folder
+from lrbo.donors import lent
 from lrbo.errors import ConfigError, StudyError
 from lrbo.optimization.base import STARTS, Start
-from lrbo.optimization.front import KEEP_RATIO, pareto_front
-from lrbo.optimization.study import Study, layers_of, stored_parameters
+from lrbo.optimization.front import KEEP_RATIO
+from lrbo.optimization.study import layers_of, stored_parameters
 from lrbo.specs import LayerSpec
 from lrbo.transfer import PAPER, Donor, DonorTrial, profile_of, transferred_ratios
 from lrbo.trial import TrialRecord
-
-STUDY = "study:"
 
 
 def build_starts(
@@ -52,7 +50,7 @@ def build_starts(
         except ConfigError as error:
             problems += error.problems
         except StudyError as error:
-            problems.append(f"warm_start: {name}: {error}")
+            problems.append(str(error))
         else:
             found.append(donor)
     if problems:
@@ -70,20 +68,8 @@ def donor_study(name: str, studies: str) -> Donor:
     Raises:
         StudyError: If there is no such study, or no such trial with a value.
     """
-    folder, _, number = name.removeprefix(STUDY).partition(":")
-    study = Study(study_folder(studies, folder))
-    about = study.about()
-    completed = study.state.completed
-    if number:
-        records = [record for record in completed if record.request.trial_index == int(number)]
-    elif any(KEEP_RATIO in record.request.variables for record in completed):
-        records = pareto_front(completed, KEEP_RATIO)
-    else:
-        records = [record for record in [study.state.best()] if record is not None]
-    if not records:
-        which = f"trial {number}" if number else "any trial"
-        raise StudyError(f"study {study.name} has no value of {which} yet; let it run first")
-    return Donor(name, tuple(_lent(record, about) for record in records))
+    study, records = lent(name, studies)
+    return Donor(name, tuple(_lent(record, study.about()) for record in records))
 
 
 def _lent(record: TrialRecord, about: Mapping[str, Any]) -> DonorTrial:

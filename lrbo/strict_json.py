@@ -7,8 +7,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-PERPLEXITY = "perplexity"  # what the names of all numbers end with that may be infinite
-
 
 def to_json(value: object, **options: Any) -> str:
     """Write strict JSON, a perplexity beyond floating point as null.
@@ -25,21 +23,16 @@ def to_json(value: object, **options: Any) -> str:
     return json.dumps(without_infinity(value), allow_nan=False, **options)
 
 
-def with_infinity(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Read metrics that :func:`to_json` wrote: a perplexity that is null is infinite."""
-    return {
-        name: math.inf if value is None and name.endswith(PERPLEXITY) else value
-        for name, value in metrics.items()
-    }
+def may_be_infinite(name: str) -> bool:
+    """Return whether a number of this name may be infinite, as exp of a finite loss is."""
+    return name.endswith("perplexity")
 
 
 def without_infinity(value: Any) -> Any:
     """Replace infinite perplexities, at any depth."""
     if isinstance(value, Mapping):
         return {
-            key: None
-            if item == math.inf and str(key).endswith(PERPLEXITY)
-            else without_infinity(item)
+            key: None if item == math.inf and may_be_infinite(str(key)) else without_infinity(item)
             for key, item in value.items()
         }
     if isinstance(value, list | tuple):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +80,7 @@ class StudyResults:
     @property
     def config(self) -> dict[str, Any]:
         """Return the configuration that the study was begun with, as nested dicts."""
-        return copy.deepcopy(dict(results.config_of(self._study)))
+        return asdict(self._study.config())
 
     def ranks(self, trial: int | None = None) -> pd.DataFrame:
         """Return a row per layer: its rank and what it keeps.

@@ -26,12 +26,15 @@ from tests.tiny import build_on_meta
 SECONDS = {"suggestion": 0.5, "allocation": 0.25, "scoring": 2.0, "logging": 0.125}
 TOKENS = 960
 BYTES = 4
+WINDOWS = 4  # of each text
 
 
 class Journal:
     """A study of a tiny model that exists on the meta device only; its trials are made by hand."""
 
-    def __init__(self, folder: Path, *overrides: str, case: str = "llama_untied") -> None:
+    def __init__(
+        self, folder: Path, *overrides: str, case: str = "llama_untied", windows: int = WINDOWS
+    ) -> None:
         config = composed("search", ["experiment=tiny", *overrides])
         assert isinstance(config, SearchConfig)
         self.layers: ModelMap = map_model(build_on_meta(case))
@@ -71,7 +74,7 @@ class Journal:
             self.space,
             seed=config.seed,
             data={
-                role: {"text": f"words[{role}]", "windows": 4, "digest": "a digest"}
+                role: {"text": f"words[{role}]", "windows": windows, "digest": "a digest"}
                 for role in ("calibration", "validation", "test")
             },
             timed=config.latency.enabled,
@@ -179,6 +182,14 @@ class Journal:
         found.save(sensitivity_file(self.study.folder))
         return found
 
+    def compressed(self, trial: int, folder: Path | str, **tags: str) -> None:
+        """Write that a checkpoint was written."""
+        known = {"keep_ratio": "0.7990", "validation_perplexity": "7.3891", "format": "lrbo"}
+        self.study.record(
+            "compressed", id=str(folder), trial=trial, folder=str(folder), register="none",
+            tags=known | {"dtype": "float32"} | tags,
+        )  # fmt: skip
+
     def tested(
         self, label: str, trial: int | None, nll: float, windows: Sequence[float] = ()
     ) -> None:
@@ -186,5 +197,5 @@ class Journal:
         metrics = {"nll": nll, "perplexity": math.exp(nll), "tokens": TOKENS}
         self.study.record(
             "tested", label=label, trial=trial, text="words[test]", metrics=metrics,
-            window_nll=windows,
+            window_nll=windows or [nll] * WINDOWS,
         )  # fmt: skip

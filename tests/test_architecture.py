@@ -24,9 +24,8 @@ ROOMS = """
     commands.dashboard
     commands.live commands.trials commands.view commands.finalists commands.tables commands.asked
     html_report
-    builders steps studies versions spaces starts pool texts checks front_checks command_lines
+    builders steps studies versions spaces starts donors pool texts checks command_lines
     ranges
-    config
     preparation
     report tabular figures comparison results plots drawing pictures
     gains
@@ -35,7 +34,7 @@ ROOMS = """
     optimization.loop optimization.client optimization.study optimization.events
     optimization.front_space
     optimization.restricted optimization.weights optimization.space
-    optimization.base optimization.front
+    optimization.base front_checks optimization.front
     tracking mlflow_store mlflow_registry mlflow_ui mlflow_entities presentation
     executors.ray_tasks executors.inline executors.base
     worker trial racing paired
@@ -55,6 +54,7 @@ ROOMS = """
     calibration.seen
     calibration.corpus calibration.moments
     calibration.files
+    config
     loss_calibration lazy loading stored cache model specs families linalg parsing storage
     rendering progress terminal shell options strict_json errors paths interrupts schema
 """.split()  # noqa: SIM905

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from lrbo import config
-from lrbo.checks import check, check_store, protocol_file, require_valid, study_folder
+from lrbo.checks import check, check_search, check_store, protocol_file, require_valid, study_folder
 from lrbo.errors import ConfigError
 from lrbo.schema import CompressConfig, DashboardConfig, EvaluateConfig, ReportConfig, SearchConfig
 
@@ -216,7 +216,7 @@ def test_all_bad_values_are_named_in_one_error(tmp_path: Path) -> None:
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("mine", encoding="utf-8")
-    (problem,) = check(changed(search(), "studies", str(file / "studies")))
+    (problem,) = check_search(changed(search(), "studies", str(file / "studies")))
     assert "is a file, not a folder" in problem
     existing = CompressConfig(study="s", out=str(tmp_path))
     (problem,) = check(existing)
@@ -227,7 +227,7 @@ def test_no_permission_to_write_is_named(tmp_path: Path, monkeypatch: pytest.Mon
     # The superuser may write anywhere, so the answer of the system is replaced.
     monkeypatch.setattr("os.access", lambda path, mode: False)
     monkeypatch.setenv("LRBO_CACHE", str(tmp_path / "cache"))
-    cache, problem = check(changed(search(), "studies", str(tmp_path / "studies")))
+    cache, problem = check_search(changed(search(), "studies", str(tmp_path / "studies")))
     assert f"no permission to write in {tmp_path}" in problem
     assert cache == f"LRBO_CACHE='{tmp_path}/cache': no permission to write in {tmp_path}"
     problem, _ = check(CompressConfig(study="s", out=str(tmp_path / "new" / "folder")))

@@ -17,6 +17,7 @@ import lrbo
 from lrbo import export
 from lrbo.calibration.corpus import documents, load_windows
 from lrbo.commands import compress
+from lrbo.errors import ConfigError
 from lrbo.loading import byte_tokenizer, tiny_model
 from lrbo.optimization.study import Study
 from lrbo.texts import tokens_file
@@ -47,6 +48,25 @@ def test_compress_writes_what_evaluate_scores_like_the_trial(project: Path, sear
     assert scored.status == 0, scored.err
     expected = searched[1].json["test"]["best"]["nll"]
     assert scored.json["nll"] == pytest.approx(expected, abs=TOLERANCE["nll"])
+
+
+def test_no_study_is_judged_but_the_one_that_was_named_and_that_may_be_read_only(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was called ``studies/tiny`` when it was begun, where something else is by now."""
+    shutil.copytree("studies/tiny", tmp_path / "backup" / "tiny")
+    (tmp_path / "studies" / "tiny").mkdir(parents=True)
+    (tmp_path / "studies" / "tiny" / "thesis.txt").touch()
+    monkeypatch.chdir(tmp_path)
+    # The superuser may write anywhere, so the answer of the system is replaced.
+    monkeypatch.setattr("os.access", lambda path, mode: "backup" not in str(path))
+
+    def planned(_: object, study: Study, problems: list[str]) -> None:
+        raise ConfigError([f"judged {study.folder}", *problems])
+
+    monkeypatch.setattr("lrbo.builders.plan_search", planned)
+    ran = lrbo_command("compress", "study=backup/tiny", "out=new")
+    assert ran.err.splitlines()[-1].split() == ["-", "judged", "backup/tiny"], ran.err
 
 
 def provenance(folder: str) -> dict[str, Any]:

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from rich.console import Console
 
 from lrbo import comparison, plots
-from lrbo.report import print_comparison
+from lrbo.gains import MEANING
+from lrbo.report import print_comparison, print_report
 from tests.journal import Journal
 from tests.test_gains import lost
 from tests.test_plots import assert_inside, headings, legend, lines, points
@@ -45,12 +47,30 @@ def test_a_comparison_has_a_line_per_method_through_the_means_of_seeds(
     assert_inside(figure)
 
 
+@pytest.mark.parametrize("windows", [lost(2.0), [2.0]])
+def test_a_search_that_adds_nothing_is_said_to_as_in_its_own_report(
+    tmp_path: Path, windows: list[float]
+) -> None:
+    """It was compared with itself, with an error of 0, or one that nobody knows."""
+    journal, other = Journal(tmp_path / "mine", windows=len(windows)), Journal(tmp_path / "other")
+    journal.complete(0, 2.0, "analytic", windows=windows)
+    journal.complete(1, 2.5, "model", windows=windows)
+    studies = [journal.study, other.study]
+    out, own = io.StringIO(), io.StringIO()
+    print_comparison(studies, comparison.compared(studies), Console(file=out))
+    print_report(journal.study, Console(file=own))
+    sentence = "any\tnone: the best trial is the analytic one"
+    assert out.getvalue().count(sentence) == own.getvalue().count(sentence) == 1
+    assert "difference" not in out.getvalue().partition(MEANING)[0]
+
+
 def test_several_studies_have_a_line_each(tmp_path: Path) -> None:
     first, second = Journal(tmp_path / "first"), Journal(tmp_path / "second", "seed=3")
     with_everything(first)
     second.complete(0, 2.5, "uniform")
     begun = Journal(tmp_path / "begun", "method=svd_llm")
-    table = comparison.compared([first.study, second.study, begun.study])
+    studies = [first.study, second.study, begun.study]
+    table = comparison.compared(studies)
     assert list(table["study"]) == ["first", "second", "begun"]
     assert list(table["method"]) == ["bolaco", "bolaco", "svd_llm"]
     assert list(table["seed"]) == [0, 3, 0]
@@ -59,7 +79,7 @@ def test_several_studies_have_a_line_each(tmp_path: Path) -> None:
     assert table["test_best"][0] == pytest.approx(math.exp(2.375))
     assert table["test_best"].isna().tolist() == [False, True, True]
     out = io.StringIO()
-    print_comparison(table, terminal(out))
+    print_comparison(studies, table, terminal(out))
     text = out.getvalue()
     assert max(map(len, text.splitlines())) <= 80
     found = part(text, "Perplexity of 3 studies on the validation text")
@@ -87,7 +107,7 @@ def test_studies_with_an_analytic_trial_show_what_their_searches_add(tmp_path: P
     assert table["test_gain"][0] == 0.0625
     assert table["test_gain"].isna().tolist() == [False, True]
     out = io.StringIO()
-    print_comparison(table, terminal(out))
+    print_comparison([journal.study, other.study], table, terminal(out))
     assert max(map(len, out.getvalue().splitlines())) <= 80
     lines = [" ".join(cells) for cells in part(out.getvalue(), "What the searches add")]
     assert lines[0].endswith("text best - analytic")
@@ -103,7 +123,7 @@ def test_studies_that_differ_in_something_else_are_called_by_their_names(tmp_pat
     names = ["one", "a_long_name_of_a_study_that_goes_on_and_on_until_it_does_not_fit_any_more"]
     studies = [with_everything(Journal(tmp_path / name)) for name in names]
     out = io.StringIO()
-    print_comparison(comparison.compared(studies), terminal(out))
+    print_comparison(studies, comparison.compared(studies), terminal(out))
     lines = out.getvalue().splitlines()
     assert max(map(len, lines)) <= 80
     found = part(out.getvalue(), "Perplexity of 2 studies on the validation text")

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from lrbo.commands import view
-from lrbo.config import flat, stored_config
+from lrbo.config import continued, flat
 from lrbo.optimization.study import Study
 from tests.journal import Journal
 
@@ -38,7 +38,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
         journal.complete(index, nll, "model", keep_ratio=ratio)
     journal.fail(len(FRONT), "NonFiniteError: loss is nan")
     study = journal.study
-    chosen = stored_config(study.config_yaml(), [f"studies={studies}", "tracking.enabled=true"])
+    chosen = continued(study.config(), [f"studies={studies}", "tracking.enabled=true"])
     tracker = view.make_tracker(chosen, study, strict=True)
     tracker.start(flat(chosen))
     tracker.sync(study.state.records)

@@ -176,7 +176,7 @@ def test_the_command_on_the_page_begins_the_same_search_again(study: Study, page
     (shown,) = re.findall(r"<h2>To repeat it</h2>\n<pre>(.*?)</pre>", page)
     name, command, *typed = shlex.split(html.unescape(shown))
     assert (name, command) == ("lrbo", "search")
-    assert config.differences(study.config_yaml(), config.composed("search", typed)) == []  # type: ignore[arg-type]
+    assert config.differences(study.config(), config.composed("search", typed)) == []  # type: ignore[arg-type]
 
 
 def test_the_head_has_the_analytic_trial_and_what_the_search_adds(tmp_path: Path) -> None:
@@ -187,9 +187,7 @@ def test_the_head_has_the_analytic_trial_and_what_the_search_adds(tmp_path: Path
     journal.complete(2, 2.25, "model", windows=lost(2.25, 0.125, -0.125, 0.0, 0.0))
     journal.tested("analytic", 1, 2.0, lost(2.0))
     journal.tested("best", 2, 2.0625, lost(2.0625, 0.25, -0.25, 0.25, -0.25))
-    journal.study.record(
-        "compressed", id="a", trial=2, folder="/no/<where>", register="none", tags={}
-    )
+    journal.compressed(2, "/no/<where>")
     page = html_report(journal.study)
     rows = re.findall(r"<tr>(.*?)</tr>", page)
     cells = [re.findall(r"<t[dh]>(.*?)</t[dh]>", row) for row in rows]
@@ -201,4 +199,4 @@ def test_the_head_has_the_analytic_trial_and_what_the_search_adds(tmp_path: Path
         ["test", "no measurable difference: 0.06 +- 0.14"],
     ]
     assert "analytic 12.18" in traces(page, "Trials in order")
-    assert ["/no/&lt;where&gt;", "2", "-", "-", "-", "-", "-", "no"] in cells
+    assert ["/no/&lt;where&gt;", "2", "79.90%", "7.39", "-", "lrbo", "float32", "no"] in cells

@@ -24,6 +24,7 @@ from lrbo import cli, interrupts
 from lrbo.interrupts import Interrupted, kept, listening, status_of
 from tests.commands import lrbo_command
 
+ROOT = Path(__file__).resolve().parent.parent
 # What a shell does for a program in its foreground: a terminal of its own, interrupts on.
 PROGRAM = """
 import fcntl, signal, termios
@@ -87,6 +88,40 @@ def test_a_library_that_takes_signals_gives_them_back() -> None:
         with kept():
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
         assert signal.getsignal(signal.SIGTERM) == mine
+
+
+HANDLER = "import signal; print(signal.getsignal(signal.SIGINT) is lrbo.interrupts.leave)"
+
+
+def test_a_program_that_imports_the_library_keeps_its_own_signals(tmp_path: Path) -> None:
+    """A package that ``python -m`` names is imported while ``sys.argv`` begins with ``-m``."""
+    package = tmp_path / "mypackage"
+    package.mkdir()
+    (package / "__init__.py").write_text(f"import lrbo\n{HANDLER}\n", encoding="utf-8")
+    (package / "__main__.py").touch()
+    line = [sys.executable, "-m", "mypackage", "-m", "lrbo"]
+    path = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    ran = subprocess.run(line, env=path, capture_output=True, text=True, timeout=60, check=True)
+    assert ran.stdout == "False\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "typed", "expected"),
+    [
+        (["/usr/bin/lrbo", "search"], ["python", "/usr/bin/lrbo", "search"], True),
+        (["-m", "search"], ["python", "-X", "dev", "-m", "lrbo", "search"], True),
+        (["-m", "search", "-m"], ["python", "-mlrbo", "search", "-m"], True),
+        (["-m"], ["python", "-m", "pytest"], False),
+        (["-m", "-m", "lrbo"], ["python", "-m", "mine", "-m", "lrbo"], False),
+        (["mine.py", "lrbo"], ["python", "mine.py", "lrbo"], False),
+        ([""], ["python"], False),
+        ([], ["embedding"], False),
+    ],
+)
+def test_the_program_is_told_from_programs_that_import_it(
+    arguments: list[str], typed: list[str], expected: bool
+) -> None:
+    assert interrupts.is_program(arguments, typed) is expected
 
 
 @pytest.mark.parametrize("command", [name for name in cli.NAMES if name != "dashboard"])

@@ -11,9 +11,11 @@ from lrbo import checks
 from lrbo.config import composed
 from lrbo.evaluation.perplexity import Perplexity, perplexity_of
 from lrbo.optimization.client import SearchClient
+from lrbo.optimization.events import Metrics
+from lrbo.parsing import ContentError, checked
 from lrbo.ranges import COUNT, check_numbers
 from lrbo.schema import SCHEMAS
-from lrbo.strict_json import to_json, with_infinity
+from lrbo.strict_json import to_json
 from tests.commands import lrbo_command
 from tests.test_client import observe, space_of
 
@@ -144,8 +146,10 @@ def test_json_has_null_for_an_infinite_perplexity_and_nothing_else() -> None:
     value = {"nll": 800.0, "perplexity": math.inf, "rows": [{"test_perplexity": math.inf}, (1,)]}
     found = json.loads(to_json(value), parse_constant=refuse)
     assert found == {"nll": 800.0, "perplexity": None, "rows": [{"test_perplexity": None}, [1]]}
-    assert with_infinity(found) == {**found, "perplexity": math.inf}
-    assert with_infinity({"nll": None, "perplexity": 2.0}) == {"nll": None, "perplexity": 2.0}
+    read = checked({"nll": 800.0, "perplexity": None}, Metrics, "it")
+    assert read == {"nll": 800.0, "perplexity": math.inf}
+    with pytest.raises(ContentError, match="nll is null, expected a number"):
+        checked({"nll": None, "perplexity": 2.0}, Metrics, "it")
     for bad in ({"nll": math.inf}, {"perplexity": math.nan}, {"perplexity": -math.inf}, [math.inf]):
         with pytest.raises(ValueError, match="JSON"):
             to_json(bad)

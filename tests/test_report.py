@@ -366,14 +366,11 @@ def test_a_pipe_gets_whole_lines_with_tabs_between_the_cells(tmp_path: Path) -> 
 
 def test_checkpoints_are_listed_and_said_to_be_gone(journal: Journal, tmp_path: Path) -> None:
     with_everything(journal)
-    tags = {"keep_ratio": "0.7990", "validation_perplexity": "7.3891", "format": "lrbo"}
     folder = str(tmp_path / "[gone]")
-    journal.study.record(
-        "compressed", id="a", trial=3, folder=folder, register="none", tags=tags | {"dtype": "f"}
-    )
+    journal.compressed(3, folder)
     out = io.StringIO()
     print_report(journal.study, Console(file=out))
-    assert f"{folder}\t3\t79.9%\t7.39\t-\tlrbo\tf\tgone" in out.getvalue().splitlines()
+    assert f"{folder}\t3\t79.9%\t7.39\t-\tlrbo\tfloat32\tgone" in out.getvalue().splitlines()
     assert "gone" in printed(journal.study)
 
 

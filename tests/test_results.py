@@ -136,11 +136,6 @@ def test_a_baseline_without_a_value_is_none(journal: Journal) -> None:
     assert (found["trials_completed"], found["trials_failed"]) == (0, 1)
 
 
-def test_a_metric_that_was_never_measured_is_none(journal: Journal) -> None:
-    journal.study.record("dense", metrics={"nll": 2.0})
-    assert results.summary(journal.study)["dense"] == {"nll": 2.0, "perplexity": None}
-
-
 # --- frame -------------------------------------------------------------------------------------
 
 
@@ -257,13 +252,8 @@ def test_of_trials_of_several_sizes_those_are_on_the_front_that_no_other_beats(
 def test_checkpoints_are_told_with_what_is_left_of_them(journal: Journal, tmp_path: Path) -> None:
     for trial in (0, 3):
         journal.complete(trial, 2.0)
-    tags = {"keep_ratio": "0.7990", "validation_perplexity": "7.3891", "format": "lrbo"}
-    tags |= {"dtype": "float32", "test_perplexity": "8.5"}
     for trial, name in ((0, "here"), (0, "gone"), (3, "here")):
-        journal.study.record(
-            "compressed", id=name, trial=trial, folder=str(tmp_path / name), register="none",
-            tags=tags if trial else {},
-        )  # fmt: skip
+        journal.compressed(trial, tmp_path / name, **({"test_perplexity": "8.5"} if trial else {}))
     (tmp_path / "here").mkdir()
     (tmp_path / "here/config.json").write_text("{}", encoding="utf-8")
     here, gone = results.summary(journal.study)["checkpoints"]
@@ -272,7 +262,8 @@ def test_checkpoints_are_told_with_what_is_left_of_them(journal: Journal, tmp_pa
         "dtype": "float32", "keep_ratio": 0.799, "validation_perplexity": 7.3891,
         "test_perplexity": 8.5,
     }  # fmt: skip
-    assert (gone["folder"], gone["exists"], gone["dtype"]) == (str(tmp_path / "gone"), False, None)
+    assert (gone["folder"], gone["exists"]) == (str(tmp_path / "gone"), False)
+    assert gone["test_perplexity"] is None
 
 
 # --- sizes -------------------------------------------------------------------------------------

@@ -67,7 +67,7 @@ def test_while_trials_run_elsewhere_the_search_holds_no_model(
 
     def original(folder: Path, config: str, place: Path, cache: Path) -> Worker:
         study = Study(folder)
-        plan = builders.plan_search(search.config.stored_config(config, []), study, [])
+        plan = builders.plan_search(search.config.from_yaml(config, "it"), study, [])
         return build(plan, study, Said())
 
     monkeypatch.setattr(search, "_executor", executor)

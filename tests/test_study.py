@@ -59,7 +59,7 @@ def end(study: Study, index: int, nll: float = NLL, outcome: str = "completed") 
 
 def fill(study: Study, trials: int = 3) -> None:
     """Write every kind of event."""
-    study.record("dense", metrics={"nll": 1.5})
+    study.record("dense", metrics={"nll": 1.5, "perplexity": 4.5})
     for index in range(trials):
         suggest(study, index)
         study.record("started", trial=index)
@@ -70,8 +70,8 @@ def fill(study: Study, trials: int = 3) -> None:
         label="best",
         trial=0,
         text="words[test]",
-        metrics={"nll": 2.5},
-        window_nll=[2.0, 3.0],
+        metrics={"nll": 2.5, "perplexity": 12.0},
+        window_nll=[2.0, 3.0] * (FakeWorker.WINDOWS // 2),
     )
 
 
@@ -93,13 +93,13 @@ def test_every_event_comes_back_as_it_was_written(
     fill(study, trials=2)
     again = Study(study.folder).state
     assert again == study.state
-    assert again.dense == {"nll": 1.5}
+    assert again.dense == {"nll": 1.5, "perplexity": 4.5}
     assert again.tests == {
         "best": {
             "trial": 0,
             "text": "words[test]",
-            "metrics": {"nll": 2.5},
-            "window_nll": (2.0, 3.0),
+            "metrics": {"nll": 2.5, "perplexity": 12.0},
+            "window_nll": (2.0, 3.0) * (FakeWorker.WINDOWS // 2),
         },
     }
     first, second = again.records
@@ -160,7 +160,7 @@ def test_a_value_that_is_not_finite_never_reaches_the_journal(study: Study) -> N
     fill(study, trials=1)
     content = study.journal.read_bytes()
     with pytest.raises(ValueError, match="JSON compliant"):
-        study.record("dense", metrics={"nll": float("nan")})
+        study.record("dense", metrics={"nll": float("nan"), "perplexity": 1.0})
     assert study.journal.read_bytes() == content
 
 
@@ -369,6 +369,80 @@ def test_a_metric_that_nobody_can_have_measured_is_refused(
             error=None, seconds={"scoring": 1.0},
         )  # fmt: skip
     assert study.journal.read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("tokens", 0), ("model_parameters", 0), ("model_bytes", 0), ("macs_per_token", 0)],
+)
+def test_a_model_of_no_size_is_refused(study: Study, name: str, value: float) -> None:
+    """Reports divide by them."""
+    suggest(study, 0)
+    with pytest.raises(ContentError, match=rf"metrics\.{name} is 0, expected a .* from 1 on"):
+        study.record(
+            "ended", trial=0, outcome="completed", metrics=metrics(1.0) | {name: value},
+            error=None, seconds={"scoring": 1.0},
+        )  # fmt: skip
+
+
+# What every report reads of a line: a change of it, and what is said.
+READ: dict[str, tuple[bytes, Callable[[dict[str, Any]], object], str]] = {
+    "a dense model without perplexity": (
+        b'"dense"', lambda line: line["metrics"].pop("perplexity"), "metrics lack perplexity",
+    ),
+    "a test without perplexity": (
+        b'"tested"', lambda line: line["metrics"].pop("perplexity"), "metrics lack perplexity",
+    ),
+    "a test of fewer windows": (
+        b'"tested"', lambda line: line["window_nll"].pop(), "window_nll has 11 values, expected 12",
+    ),
+    "a test without windows": (
+        b'"tested"', lambda line: line.pop("window_nll"), "the field window_nll is missing",
+    ),
+    "a test of what no search tests": (
+        b'"tested"', lambda line: line.update(label="mine"), 'label is "mine", expected',
+    ),
+    "a latency without its error": (
+        b'"completed"', lambda line: line["metrics"].update(decode_latency_ratio=1.0),
+        "metrics of a completed trial lack decode_latency_ratio_sem",
+    ),
+    "a ratio that is no number": (
+        b'"compressed"', lambda line: line["tags"].update(keep_ratio="abc"),
+        r'tags\.keep_ratio is "abc", expected text that is a finite number',
+    ),
+    "a ratio beyond all": (
+        b'"compressed"', lambda line: line["tags"].update(keep_ratio="inf"),
+        r'tags\.keep_ratio is "inf", expected text that is a finite number',
+    ),
+    "a perplexity that is NaN": (
+        b'"compressed"', lambda line: line["tags"].update(test_perplexity="nan"),
+        r'tags\.test_perplexity is "nan", expected text that is a finite number',
+    ),
+    "a checkpoint of no dtype": (
+        b'"compressed"', lambda line: line["tags"].pop("dtype"), r"field tags\.dtype is missing",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", READ)
+def test_a_line_lacks_nothing_that_reports_read(study: Study, damage: str) -> None:
+    fill(study)
+    tags = {
+        "keep_ratio": "0.8",
+        "validation_perplexity": "inf",
+        "format": "lrbo",
+        "dtype": "float32",
+    }
+    study.record("compressed", id="a", trial=0, folder="/x", register="none", tags=tags)
+    event, change, message = READ[damage]
+    lines = study.journal.read_bytes().splitlines()
+    number = next(i for i, line in enumerate(lines) if event in line)
+    line = json.loads(lines[number])
+    change(line)
+    lines[number] = json.dumps(line).encode()
+    study.journal.write_bytes(b"\n".join(lines) + b"\n")
+    with pytest.raises(StudyError, match=rf"line {number + 1} is damaged: .*{message}"):
+        Study(study.folder)
 
 
 SIZES: dict[str, tuple[dict[str, int], int, int, str]] = {

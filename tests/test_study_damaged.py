@@ -173,7 +173,38 @@ def test_a_configuration_that_is_none_is_refused_by_field(
     (there / "study.json").write_text(json.dumps(about | {"config": lines}), encoding="utf-8")
     (there / "config.yaml").unlink()
     with pytest.raises(StudyError, match=message):
-        results.config_of(Study(there))
+        Study(there).config()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": 5}, "says other seed than the configuration in it"),
+        ({"timed": True, "storage": "factored"}, "says other timed, storage than the"),
+        ({"budget_parameters": 999}, "says other budget_parameters than the"),
+    ],
+)
+@pytest.mark.parametrize("command", ["search", "report"])
+def test_a_start_that_contradicts_itself_is_refused_by_every_command(
+    there: Path, command: str, change: dict[str, Any], message: str
+) -> None:
+    about = json.loads((there / "study.json").read_text(encoding="utf-8"))
+    (there / "study.json").write_text(json.dumps(about | change), encoding="utf-8")
+    ran = lrbo_command(command, "study=one")
+    assert ran.status == 2
+    assert f"study.json {message}" in ran.err
+
+
+def test_a_front_of_what_is_not_measured_is_refused_by_a_report(there: Path) -> None:
+    about = json.loads((there / "study.json").read_text(encoding="utf-8"))
+    (size,) = [i for i, line in enumerate(about["config"]) if line == "  size: keep_ratio"]
+    about["config"][size] = "  size: weight"
+    (there / "study.json").write_text(json.dumps(about), encoding="utf-8")
+    (there / "config.yaml").unlink()
+    ran = lrbo_command("report", "study=one")
+    assert ran.status == 2
+    assert "search.size='weight': expected keep_ratio or" in ran.err
+    assert not (there / "config.yaml").exists()
 
 
 def test_a_configuration_that_is_no_yaml_is_not_written_again(there: Path) -> None:

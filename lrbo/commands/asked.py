@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 from lrbo import checks, config, versions
+from lrbo.donors import STUDY, lent
 from lrbo.errors import ConfigError, StudyError
 from lrbo.optimization.front import KEEP_RATIO, ceiling_of
 from lrbo.optimization.study import Study
@@ -81,9 +82,9 @@ def search_asked(
     """
     problems: list[str] = []
     if study.exists:
-        study.about()
+        begun = study.config()
         if all(config.is_free(override.lstrip("+~").partition("=")[0]) for override in typed):
-            chosen = config.stored_config(study.config_yaml(), typed, chosen)
+            chosen = config.continued(begun, typed, chosen)
         else:
             problems += [
                 f"study {study.name} was begun with another configuration; {difference}"
@@ -93,7 +94,7 @@ def search_asked(
                 again = command("search", **study.keys)
                 problems.append(f"to continue it: {again}; to begin another: study=NEWNAME")
         problems += versions.refusals(study, allowed=chosen.search.other_versions)
-    return chosen, problems + checks.check(chosen)
+    return chosen, problems + checks.check_search(chosen)
 
 
 def donor_problems(chosen: SearchConfig, study: Study) -> list[str]:
@@ -104,18 +105,15 @@ def donor_problems(chosen: SearchConfig, study: Study) -> list[str]:
     kept = {donor["name"] for donor in study.about()["donors"]} if study.exists else set()
     problems = []
     for name in dict.fromkeys(chosen.warm_start):
-        _, is_study, donor = name.partition("study:")
-        if not is_study or name in kept or not checks.WARM_START.fullmatch(name):
+        if not name.startswith(STUDY) or name in kept or not checks.WARM_START.fullmatch(name):
             continue
-        folder, _, trial = donor.partition(":")
+        folder = name.split(":")[1]
         if checks.check_study_path("donor", chosen.studies, folder):  # is among the problems
             continue
         try:
-            lender = Study(checks.study_folder(chosen.studies, folder))
-            lender.about()
-            points(lender, trial or "best", 1)
+            lent(name, chosen.studies)
         except StudyError as error:
-            problems.append(f"donor {donor}: {error}")
+            problems.append(str(error))
     return problems
 
 
@@ -124,7 +122,7 @@ def _differences(study: Study, chosen: SearchConfig, typed: Sequence[str]) -> li
 
     Whoever types one key of a study gets the defaults of all others, and looks for that one.
     """
-    found = config.differences(study.config_yaml(), chosen)
+    found = config.differences(study.config(), chosen)
     keys = [override.lstrip("+~").partition("=")[0] for override in typed]
     starts = tuple(f"{key}{end}" for key in keys for end in (":", "."))
     named = [difference for difference in found if difference.startswith(starts)]

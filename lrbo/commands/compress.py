@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from lrbo.nested import LowRankFactors
 from lrbo.optimization.front import KEEP_RATIO, ceiling_of
 from lrbo.optimization.study import Study
 from lrbo.progress import Reporter
+from lrbo.results import score_rows
 from lrbo.schema import CompressConfig, SearchConfig
 from lrbo.shell import assigned
 from lrbo.trial import TrialRecord
@@ -53,9 +54,10 @@ def run(chosen: CompressConfig, reporter: Reporter) -> dict[str, Any]:
     about = study.about()
     point = str(chosen.point)
     records = points(study, point, chosen.refit.candidates)
-    stored = config.stored_config(study.config_yaml(), [assigned("studies", chosen.studies)])
+    stored = config.continued(study.config(), [assigned("studies", chosen.studies)])
     with reporter.waiting("Reading texts"):
-        plan = builders.plan_search(stored, study, checks.check(stored))
+        problems = checks.check(replace(stored, study=chosen.study))
+        plan = builders.plan_search(stored, study, problems)
     if chosen.format == "merged":
         _require_place_for_biases(plan, records)
     if chosen.dtype == "float16":  # of which not every model's numbers are
@@ -247,24 +249,22 @@ def _score_as_written(
 
 def _scores(study: Study, found: Finalist, as_written: Mapping[str, Any]) -> list[Score]:
     """Return what is known of the dense model, baselines, best trial and the model itself."""
-    state, record = study.state, found.record
-    tests = {test["trial"]: test["metrics"]["perplexity"] for test in state.tests.values()}
-    rows = [Score("dense", 1.0, state.dense.get("perplexity"), tests.get(None))]
-    trials = {
-        "uniform ranks": state.uniform,
-        "analytic ranks": state.analytic,
-        "best trial, before any refit": state.best(),
+    names = {
+        "dense": "dense",
+        "uniform": "uniform ranks",
+        "analytic": "analytic ranks",
+        "best": "best trial, before any refit",
     }
-    rows += [
+    rows = [
         Score(
-            name,
-            one.metrics["keep_ratio"],
-            one.metrics["perplexity"],
-            tests.get(one.request.trial_index),
+            names[row.label],
+            row.keep_ratio,
+            row.validation.get("perplexity"),
+            row.test.get("perplexity"),
         )
-        for name, one in trials.items()
-        if one is not None
+        for row in score_rows(study)
     ]
+    record = found.record
     ratio = record.metrics["keep_ratio"]
     test = None if found.test_nll is None else perplexity_of(found.test_nll)
     rows.append(Score("this model", ratio, perplexity_of(found.nll), test))

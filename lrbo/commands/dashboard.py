@@ -56,10 +56,15 @@ def run(chosen: DashboardConfig, reporter: Reporter) -> None:
     address = f"http://{in_address(chosen.host)}:{chosen.port}/"
     reporter.say(f"MLflow UI on {address} (Ctrl-C stops it)")
     if chosen.host not in LOCAL:
+        others = (
+            ""
+            if "*" in chosen.allowed_hosts
+            else " Any other name, of a proxy for one, is refused unless it is given: "
+            "allowed_hosts=[NAME]"
+        )
         reporter.say(
             f"  from elsewhere: http://{socket.gethostname()}:{chosen.port}/ or an address of this "
-            "machine; whoever reaches it can read and change all of it. Any other name, of a proxy "
-            "for one, is refused unless it is given: allowed_hosts=[NAME]"
+            f"machine; whoever reaches it can read and change all of it.{others}"
         )
     for name, page in list(pages.items())[:PAGES]:
         reporter.say(f"  {name}: {address}{page}")

@@ -66,7 +66,7 @@ class LiveSearch:
     @property
     def _done(self) -> int:
         """Return how many trials of the search ended."""
-        return sum(record.request.origin != "between" for record in self.study.state.ended)
+        return len(self.study.state.searched)
 
     @property
     def _size(self) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from lrbo.commands.view import (
     show_checkpoint,
     write_page,
 )
-from lrbo.errors import StudyError
+from lrbo.errors import StudyError, listed
 from lrbo.optimization.study import Study
 from lrbo.pictures import digest_of, is_of, write_picture
 from lrbo.progress import Reporter, imported
@@ -35,15 +36,13 @@ def run(chosen: ReportConfig, reporter: Reporter) -> dict[str, Any]:
     """
     checks.require_valid(chosen)
     names = _names(chosen)
-    studies = [Study(checks.study_folder(chosen.studies, name), chosen.studies) for name in names]
-    for study in studies:
-        study.about()  # there must be one
-        if chosen.sync:
-            _sync(chosen, study, reporter)
+    studies = _opened(chosen, names)
+    for study in studies if chosen.sync else ():
+        _sync(chosen, study, reporter)
     if isinstance(chosen.study, str) and names == [chosen.study]:
         return _one(chosen, studies[0], reporter)
     table = comparison.compared(studies)
-    print_comparison(table, PlainConsole())
+    print_comparison(studies, table, PlainConsole())
     if chosen.figures and table["best"].notna().any():
         path = Path(chosen.studies) / "comparison.png"
         digest = digest_of(table.to_csv(), names)
@@ -82,10 +81,30 @@ def _names(chosen: ReportConfig) -> list[str]:
     return found
 
 
+def _opened(chosen: ReportConfig, names: Sequence[str]) -> list[Study]:
+    """Open studies, all of them before anything is shown of one.
+
+    Raises:
+        StudyError: Naming every one that is missing or damaged.
+    """
+    studies, problems = [], []
+    for name in names:
+        try:
+            study = Study(checks.study_folder(chosen.studies, name), chosen.studies)
+            study.config()
+        except StudyError as error:
+            problems.append(str(error))
+        else:
+            studies.append(study)
+    if problems:
+        raise StudyError(problems[0] if len(problems) == 1 else listed(problems))
+    return studies
+
+
 def _sync(chosen: ReportConfig, study: Study, reporter: Reporter) -> None:
     """Show MLflow what it lacks of a study."""
     changes = [assigned("studies", chosen.studies), "tracking.enabled=true"]
-    stored = config.stored_config(study.config_yaml(), changes)
+    stored = config.continued(study.config(), changes)
     tracker = make_tracker(stored, study, strict=True)
     tracker.start(config.flat(stored) | digests(study))
     tracker.present(presentation(study))
@@ -94,7 +113,7 @@ def _sync(chosen: ReportConfig, study: Study, reporter: Reporter) -> None:
         show(study, tracker)
     for written_before in study.state.checkpoints:
         show_checkpoint(tracker, written_before)
-    tracker.finish(completed=len(study.state.ended) >= stored.search.trials)
+    tracker.finish(completed=len(study.state.searched) >= stored.search.trials)
     reporter.say(f"MLflow: {written} trials were missing and are there now")
 
 

@@ -141,7 +141,7 @@ def _search(plan: builders.Plan, study: Study, executor: Executor, reporter: Rep
     chosen = plan.config
     trials = chosen.search.trials
     if study.state.trials:
-        done = sum(record.request.origin != "between" for record in study.state.ended)
+        done = len(study.state.searched)
         if done < trials:
             reporter.say(f"Continuing study {study.name}: {done} of {trials} trials are done")
         else:
@@ -189,8 +189,8 @@ def _closing(study: Study, tracker: Tracker, trials: int, reporter: Reporter) ->
             raise
         draw()
     except KeyboardInterrupt:
-        ended = len(study.state.ended)
-        reporter.say(f"Stopping: {ended} of {trials} trials are in {study.journal}")
+        done = len(study.state.searched)
+        reporter.say(f"Stopping: {done} of {trials} trials are in {study.journal}")
         raise
     finally:
         tracker.finish(completed=completed)
@@ -211,9 +211,6 @@ def _release_memory() -> None:
 def _test(plan: builders.Plan, study: Study, worker: Worker | None, reporter: Reporter) -> None:
     """Score dense, uniform, analytic and best on the test text: each trial once.
 
-    Scores of an older version, which kept none of single windows, are made again: without these
-    nobody can say how sure a difference is.
-
     Args:
         plan: Of the study.
         study: Locked.
@@ -226,7 +223,7 @@ def _test(plan: builders.Plan, study: Study, worker: Worker | None, reporter: Re
     wanted |= {label: record for label, record in records.items() if record is not None}
     for label, record in wanted.items():
         trial = None if record is None else record.request.trial_index
-        known = [t for t in state.tests.values() if t["trial"] == trial and t["window_nll"]]
+        known = [t for t in state.tests.values() if t["trial"] == trial]
         if known and state.tests.get(label) in known:
             continue
         if not known:

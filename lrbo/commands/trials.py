@@ -150,7 +150,7 @@ def evaluate_between(plan: builders.Plan, study: Study, ratio: float, reporter: 
                         f"{perplexity_text(record.metrics['perplexity'])}"
                     )
             show_if_possible(study, loop.tracker)
-            done = sum(record.request.origin != "between" for record in study.state.ended)
+            done = len(study.state.searched)
         finally:
             loop.tracker.finish(completed=done >= plan.config.search.trials)
 

@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 
 from lrbo import mlflow_ui
-from lrbo.errors import StudyError
+from lrbo.errors import LrboError
 from lrbo.gains import MEANING, gains
 from lrbo.mlflow_store import absolute_uri
 from lrbo.optimization.front import LATENCIES
@@ -20,7 +20,7 @@ from lrbo.optimization.study import Study
 from lrbo.presentation import LABELS, Checkpoint, Dataset, Presentation, perplexity_text
 from lrbo.progress import imported
 from lrbo.rendering import render
-from lrbo.results import config_of, described, draw_figures, size_metric, summary
+from lrbo.results import described, draw_figures, score_rows, size_metric, summary
 from lrbo.schema import SearchConfig
 from lrbo.shell import command
 from lrbo.storage import write_text
@@ -50,7 +50,7 @@ def make_tracker(chosen: SearchConfig, study: Study, *, strict: bool = False) ->
 
 def _prefix(study: Study) -> str:
     """Return what variables are called by: a bare number would be taken for a ratio."""
-    return "log_weight." if config_of(study).get("space", {}).get("type") == "weights" else ""
+    return "log_weight." if study.config().space.type == "weights" else ""
 
 
 def digests(study: Study) -> dict[str, Any]:
@@ -63,16 +63,16 @@ def digests(study: Study) -> dict[str, Any]:
 
 def presentation(study: Study) -> Presentation:
     """Return what a study is shown with beside its numbers."""
-    about, config = study.about(), config_of(study)
-    length = config["data"]["window"]
+    about, config = study.about(), study.config()
+    length = config.data.window
     datasets = [
         Dataset(role, found["text"], found["digest"], found["windows"], found["windows"] * length)
         for role, found in study.data().items()
     ]
     now, identity, size = time.time(), about["study_id"], size_metric(study)
     metrics = ["perplexity", "nll", "kl_dense_to_compressed", "keep_ratio"]
-    metrics += LATENCIES if config.get("latency", {}).get("enabled") else ()  # older have none
-    loss = "objective" if config["search"]["kl_weight"] else "nll"
+    metrics += LATENCIES if config.latency.enabled else ()
+    loss = "objective" if config.search.kl_weight else "nll"
     trials = mlflow_ui.trials_of(
         study.name, identity, _variables(study),
         list(dict.fromkeys([*metrics, loss, *([size] if size else []), "seconds/scoring"])),
@@ -103,17 +103,11 @@ def _variables(study: Study) -> list[str]:
 
 def _note(study: Study) -> str:
     """Write what stands on top of the page of a study's run, as Markdown."""
-    found = summary(study)
     rows = []
-    for label in LABELS:
-        if label == "analytic" and found[label] is None:  # of a study that predicts no losses
-            continue
-        row, test = found[label] or {}, found["test"].get(label, {})
-        kept = 1.0 if label == "dense" else row.get("keep_ratio")
-        name = f"best, trial {row['trial']}" if label == "best" and row else label
-        values = (scores.get("perplexity") for scores in (row, test))
+    for row in score_rows(study):
+        values = (scores.get("perplexity") for scores in (row.validation, row.test))
         texts = ("-" if value is None else perplexity_text(value) for value in values)
-        rows.append([name, "-" if kept is None else f"{kept:.2%}", *texts])
+        rows.append([row.name, f"{row.keep_ratio:.2%}", *texts])
     return render(
         "study_note.md",
         lines={name: text for name, text in described(study).items() if name != "Study"},
@@ -146,7 +140,7 @@ def enter_checkpoint(
     try:
         with study.locked():
             study.record("compressed", **event)
-    except (StudyError, OSError) as error:
+    except (LrboError, OSError) as error:
         log.warning(
             "The journal of study %s does not say that %s was written (%s), so that `lrbo report "
             "sync=true` will not show it in MLflow.",

@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NotRequired
 
-from pydantic import ConfigDict, Field, WrapValidator, with_config
+from pydantic import AfterValidator, ConfigDict, Field, WrapValidator, with_config
 from typing_extensions import TypedDict  # that of Python 3.11 pydantic does not take
 
 from lrbo.accounting import Storage
 from lrbo.allocation import Allocation, Budget
 from lrbo.errors import Outcome
+from lrbo.optimization.front import LATENCIES
 from lrbo.parsing import (
     LARGEST,
     ContentError,
@@ -24,7 +25,7 @@ from lrbo.parsing import (
     checked,
     shown,
 )
-from lrbo.strict_json import with_infinity
+from lrbo.strict_json import may_be_infinite
 from lrbo.trial import Origin
 
 FORMAT = 2  # of study.json and the journal beside it
@@ -34,26 +35,26 @@ def _with_infinity(value: object, check: Callable[[object], Any]) -> Any:
     """Take a perplexity that is null as infinite, which JSON has no number for."""
     if not isinstance(value, dict):
         return check(value)
-    known = {
-        name: item
-        for name, item in value.items()
-        if with_infinity({name: item}) != {name: math.inf}
-    }
-    return with_infinity(value) | check(known)
+    infinite = {n: math.inf for n, item in value.items() if item is None and may_be_infinite(n)}
+    return value | infinite | check({n: i for n, i in value.items() if n not in infinite})
 
 
 Metrics = Annotated[dict[str, Number], WrapValidator(_with_infinity)]
 
+SCORED = ("nll", "perplexity")  # what every model that is scored on a text has
+
 # What a trial with a value must have measured.
 MEASURED: Mapping[str, tuple[str, ...]] = {
     "completed": (
-        "nll", "perplexity", "kl_dense_to_compressed", "objective", "tokens", "keep_ratio",
-        "parameters", "model_parameters", "model_bytes", "macs_per_token",
+        *SCORED, "kl_dense_to_compressed", "objective", "tokens", "keep_ratio", "parameters",
+        "model_parameters", "model_bytes", "macs_per_token",
     ),
     "stopped": ("objective", "objective_sem"),
 }  # fmt: skip
 
-COUNTS = ("tokens", "parameters", "model_parameters", "model_bytes", "macs_per_token")
+# Whole numbers: the smallest that a model can have.
+COUNTS = {"tokens": 1, "parameters": 0, "model_parameters": 1, "model_bytes": 1,
+          "macs_per_token": 1}  # fmt: skip
 
 exact = with_config(ConfigDict(extra="forbid"))
 
@@ -154,11 +155,11 @@ class Logged(Event):
 class Tested(Event):
     """A model was scored on the test text."""
 
-    label: str
+    label: Literal["dense", "uniform", "analytic", "best"]
     trial: Count | None
     text: str
     metrics: Metrics
-    window_nll: tuple[Number, ...] = ()
+    window_nll: tuple[Number, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,6 +182,37 @@ class Chosen(Event):
     digest: str
 
 
+def _finite_text(value: str) -> str:
+    """Take a finite number as it is printed."""
+    try:
+        is_finite = math.isfinite(float(value))
+    except ValueError:
+        is_finite = False
+    if not is_finite:
+        raise ValueError("text that is a finite number")
+    return value
+
+
+def _perplexity_text(value: str) -> str:
+    """Take a perplexity as it is printed, which may be infinite."""
+    return value if value == "inf" else _finite_text(value)
+
+
+FiniteText = Annotated[str, AfterValidator(_finite_text)]
+PerplexityText = Annotated[str, AfterValidator(_perplexity_text)]
+
+
+@exact
+class TagFields(TypedDict):
+    """What is to be read of a checkpoint in MLflow, where every value is text."""
+
+    keep_ratio: FiniteText
+    validation_perplexity: PerplexityText
+    test_perplexity: NotRequired[PerplexityText]
+    format: str
+    dtype: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class Compressed(Event):
     """A checkpoint was written."""
@@ -189,7 +221,7 @@ class Compressed(Event):
     trial: Count
     folder: str
     register: Literal["link", "copy", "none"]
-    tags: dict[str, str]
+    tags: TagFields
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,23 +264,26 @@ def event_of(value: object, where: str) -> Event:
         raise ContentError(f"{where}: event is {shown(name)}, expected one of {known}")
     found: Event = checked(value, kind, where)
     if isinstance(found, Ended):
-        lacking = [key for key in MEASURED.get(found.outcome, ()) if key not in found.metrics]
-        if lacking:
-            raise ContentError(
-                f"{where}: metrics of a {found.outcome} trial lack {', '.join(lacking)}"
-            )
-        if problem := _problem_of_metrics(found.metrics):
-            raise ContentError(f"{where}: {problem}")
-    if isinstance(found, Dense | Tested) and "nll" not in found.metrics:
-        raise ContentError(f"{where}: metrics lack nll")
+        needed, whose = MEASURED.get(found.outcome, ()), f" of a {found.outcome} trial"
+    elif isinstance(found, Dense | Tested):
+        needed, whose = SCORED, ""
+    else:
+        return found
+    metrics = found.metrics
+    needed += tuple(f"{name}_sem" for name in LATENCIES if name in metrics)
+    if lacking := [name for name in needed if name not in metrics]:
+        raise ContentError(f"{where}: metrics{whose} lack {', '.join(lacking)}")
+    if problem := _problem_of_metrics(metrics):
+        raise ContentError(f"{where}: {problem}")
     return found
 
 
 def _problem_of_metrics(metrics: Mapping[str, float]) -> str | None:
     """Say which metric nobody can have measured, if there is one."""
     for name, value in metrics.items():
-        if name in COUNTS and not (0 <= value <= LARGEST and value == int(value)):
-            return f"metrics.{name} is {shown(value)}, expected a whole number from 0 on"
+        lowest = COUNTS.get(name)
+        if lowest is not None and not (lowest <= value <= LARGEST and value == int(value)):
+            return f"metrics.{name} is {shown(value)}, expected a whole number from {lowest} on"
         if name == "keep_ratio" and value < 0:
             return f"metrics.{name} is {shown(value)}, expected a number from 0 on"
     return None

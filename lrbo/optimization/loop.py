@@ -20,6 +20,7 @@ from lrbo.optimization.client import SearchClient, observations_of
 from lrbo.optimization.front import reference_point
 from lrbo.optimization.study import Study
 from lrbo.racing import window_loss
+from lrbo.strict_json import may_be_infinite
 from lrbo.tracking import Tracker
 from lrbo.trial import Origin, TrialRecord, TrialRequest, TrialResult
 
@@ -262,11 +263,10 @@ class SearchLoop:
         outcome, error = result.outcome, result.error
         if outcome == "completed":
             metrics["objective"] = self.settings.objective(metrics)
-            # A perplexity is infinite where exp overflows, of a loss that is a number like others.
             bad = sorted(
                 name
                 for name, value in metrics.items()
-                if not (math.isfinite(value) or (name == "perplexity" and value == math.inf))
+                if not (math.isfinite(value) or (may_be_infinite(name) and value == math.inf))
             )
             if bad:
                 outcome, error, metrics = "abandoned", f"not finite: {', '.join(bad)}", {}

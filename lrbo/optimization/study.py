@@ -8,18 +8,20 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml  # type: ignore[import-untyped]  # comes with omegaconf, without types
 from filelock import FileLock, Timeout
 
 from lrbo.accounting import low_rank_parameters
-from lrbo.errors import StudyError, reading
+from lrbo.allocation import Budget
+from lrbo.config import from_yaml
+from lrbo.errors import StudyError
+from lrbo.front_checks import check_front
 from lrbo.optimization.events import (
     FORMAT,
     AllocationFields,
@@ -40,6 +42,7 @@ from lrbo.optimization.events import (
 from lrbo.optimization.front import KEEP_RATIO, LATENCIES
 from lrbo.parsing import ContentError, parse_json, shown
 from lrbo.paths import SPECIAL, kind_of
+from lrbo.schema import SearchConfig
 from lrbo.shell import command, keys_of
 from lrbo.specs import LayerSpec
 from lrbo.storage import write_text
@@ -61,8 +64,7 @@ class StudyState:
         dense: Metrics of the dense model on the validation text; empty before it is measured.
         trials: By number.
         tests: Scores on the test text by label (``dense``, ``uniform``, ``analytic``, ``best``):
-            ``trial``, ``text``, ``metrics`` and ``window_nll``, nats per token of each window;
-            empty where an older version wrote none.
+            ``trial``, ``text``, ``metrics`` and ``window_nll``, nats per token of each window.
         checkpoints: Compressed models that were written, in order: ``id``, ``trial``, ``folder``,
             ``register`` (how MLflow has it) and ``tags``.
         versions: Of packages, where the study went on with others than it was begun with.
@@ -97,6 +99,11 @@ class StudyState:
     def ended(self) -> list[TrialRecord]:
         """Return the trials that are over, with or without a value."""
         return [record for record in self.records if record.result is not None]
+
+    @property
+    def searched(self) -> list[TrialRecord]:
+        """Return those of the search that are over, without what `lrbo compress` adds to it."""
+        return [record for record in self.ended if record.request.origin != "between"]
 
     @property
     def open(self) -> list[TrialRecord]:
@@ -188,13 +195,10 @@ class StudyState:
                 if record.result is not None and not isinstance(event, Logged):
                     return f"trial {event.trial} has ended already"
                 return self._problem_of_end(event) if isinstance(event, Ended) else None
-            case Tested(trial=None) | Tested(label="dense"):
-                if event.label != "dense" or event.trial is not None:
-                    return f"label is {shown(event.label)} and trial {shown(event.trial)}"
-            case Tested() | Compressed():
-                named = None if event.trial is None else self.trials.get(event.trial)
-                if named is None or not named.is_completed:
-                    return f"no line before it gives trial {event.trial} a value"
+            case Tested():
+                return self._problem_of_test(event)
+            case Compressed():
+                return self._problem_of_value(event.trial)
             case Pooled() | Chosen():
                 return self._problem_of_pool(event)
         return None
@@ -265,6 +269,22 @@ class StudyState:
             if lacking:
                 return f"metrics lack {', '.join(lacking)}"
         return None
+
+    def _problem_of_value(self, trial: int) -> str | None:
+        """Say why something cannot be known of a trial that must have a value."""
+        record = self.trials.get(trial)
+        if record is None or not record.is_completed:
+            return f"no line before it gives trial {trial} a value"
+        return None
+
+    def _problem_of_test(self, event: Tested) -> str | None:
+        """Say why a score on the test text cannot be one of this study."""
+        if (event.label == "dense") != (event.trial is None):
+            return f"label is {shown(event.label)} and trial {shown(event.trial)}"
+        windows = self.about["data"]["test"]["windows"]
+        if len(event.window_nll) != windows:
+            return f"window_nll has {len(event.window_nll)} values, expected {windows}"
+        return None if event.trial is None else self._problem_of_value(event.trial)
 
     def _problem_of_pool(self, event: Pooled | Chosen) -> str | None:
         """Say why validation windows cannot have been chosen so."""
@@ -411,18 +431,37 @@ class Study:
         }
         return {**data, "validation": validation}
 
+    def config(self) -> SearchConfig:
+        """Return the configuration that the study was begun with; shared, so not to be changed.
+
+        Raises:
+            StudyError: If there is no study, what it was begun with is no configuration, or
+                ``study.json`` or ``config.yaml`` says otherwise.
+        """
+        text = "\n".join(self.about()["config"])
+        found = from_yaml(text, f"the configuration in {self._file}")
+        layers = [spec for spec in layers_of(self.about()).values() if spec.block is not None]
+        others = [k for k, value in follows(found, layers).items() if self.about()[k] != value]
+        if others:
+            raise StudyError(
+                f"{self._file} says other {', '.join(others)} than the configuration in it gives. "
+                f"{self._restore}"
+            )
+        if problems := check_front(found):
+            raise StudyError(f"the configuration in {self._file}: {'; '.join(problems)}")
+        self.config_yaml()  # last: else what is damaged would be written once more
+        return found
+
     def config_yaml(self) -> str:
-        """Return the resolved configuration that the study was begun with.
+        """Return the text of the configuration that the study was begun with.
 
         ``config.yaml`` is written again where it is missing.
 
         Raises:
-            StudyError: If there is no study, what it was begun with is no YAML, or ``config.yaml``
-                says otherwise, naming the line.
+            StudyError: If there is no study, or ``config.yaml`` says otherwise, naming the line.
         """
         lines: list[str] = self.about()["config"]
         text, path = "\n".join(lines), self.folder / "config.yaml"
-        _require_yaml(text, self._file)  # else what is damaged would be written once more
         try:
             there = path.read_bytes().decode("utf-8", errors="replace").split("\n")
         except FileNotFoundError:
@@ -588,15 +627,15 @@ class Study:
                 os.fsync(file.fileno())
 
 
-@lru_cache(maxsize=16)
-def _require_yaml(text: str, file: Path) -> None:
-    """Refuse a configuration that is no YAML; once, for a search asks often.
-
-    Raises:
-        StudyError: Naming the file that has it.
-    """
-    with reading(StudyError, f"the configuration in {file} is no YAML"):
-        yaml.safe_load(text)
+def follows(config: SearchConfig, compressible: Sequence[LayerSpec]) -> dict[str, Any]:
+    """Return the part of ``study.json`` that follows from configuration and layers alone."""
+    budget = Budget.from_keep_ratio(compressible, config.budget.keep_ratio)
+    return {
+        "seed": config.seed,
+        "timed": config.latency.enabled,
+        "storage": config.budget.storage,
+        "budget_parameters": budget.parameters,
+    }
 
 
 def layers_of(about: Mapping[str, Any]) -> dict[str, LayerSpec]:
