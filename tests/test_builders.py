@@ -26,12 +26,12 @@ from lrbo.errors import ConfigError, ModelError, StudyError
 from lrbo.factorization.loss_aware import LossAware
 from lrbo.factorization.registry import METHODS
 from lrbo.model import fingerprint, map_model
-from lrbo.optimization.study import Study, stored_parameters
+from lrbo.optimization.study import Study, follows, stored_parameters
 from lrbo.progress import Reporter
 from lrbo.schema import CompressConfig, DashboardConfig, SearchConfig
 from lrbo.spaces import build_search_space
 from lrbo.tracking import MlflowTracker, NullTracker
-from tests.fakes import make_about
+from tests.fakes import make_about, make_layers
 from tests.tiny import build_on_meta
 
 SMALL = ["experiment=tiny", "search.trials=1", "search.initial=2", "tracking.enabled=false"]
@@ -332,7 +332,8 @@ def test_a_study_counts_a_layer_as_its_budget_does(storage: Any) -> None:
 
 def begun() -> Study:
     study = Study(Path("studies/mine"))
-    study.begin(make_about(), to_yaml(chosen("study=mine")))
+    config, layers = chosen("study=mine"), make_layers()
+    study.begin(make_about(layers, **follows(config, layers)), to_yaml(config))
     return study
 
 

@@ -55,7 +55,7 @@ def test_a_donor_with_other_layers_is_refused_with_all_that_is_wrong(project: Pa
     said = " ".join(ran.err.split())
     assert "error: 3 problems:" in said  # which no model is needed for
     assert "donor nowhere: there is no study at studies/nowhere" in said
-    assert "donor gpt:99: study gpt has no completed trial for point=99" in said
+    assert "donor gpt:99: study gpt has no completed trial 99; it has the trials [0]" in said
     assert "seed=-1" in said
     more = ["seed=-1", "model.device=cuda:99"]  # which only what loads models can look for
     said = " ".join(lrbo_command("search", *TINY, "study=heirless", starts, *more).err.split())

@@ -9,10 +9,10 @@ import pytest
 from lrbo import builders
 from lrbo.commands.view import make_tracker
 from lrbo.config import to_yaml
-from lrbo.optimization.study import Study
+from lrbo.optimization.study import Study, follows
 from lrbo.tracking import MlflowTracker
 from tests.commands import TINY, lrbo_command
-from tests.fakes import make_about
+from tests.fakes import make_about, make_layers
 from tests.test_builders import Said, chosen
 
 
@@ -79,7 +79,8 @@ def test_the_tracker_is_told_that_weights_are_logarithms(tmp_path: Path) -> None
     for space, prefix in (("weights", "log_weight."), ("per_kind", "")):
         study = Study(tmp_path / space)
         values = chosen(f"space={space}", "tracking.enabled=true")
-        study.begin(make_about(), to_yaml(values))
+        layers = make_layers()
+        study.begin(make_about(layers, **follows(values, layers)), to_yaml(values))
         tracker = make_tracker(values, study)
         assert isinstance(tracker, MlflowTracker)
         assert tracker._prefix == prefix
