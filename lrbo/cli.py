@@ -21,6 +21,7 @@ from lrbo import __version__, config
 from lrbo.commands.asked import require_possible
 from lrbo.errors import ConfigError, LrboError
 from lrbo.interrupts import listening, status_of
+from lrbo.options import STUDY
 from lrbo.overrides import find_problems, spelled
 from lrbo.progress import LineHandler, Reporter, imported
 from lrbo.schema import (
@@ -157,7 +158,7 @@ def transfer_arguments(typed: Sequence[str]) -> list[str]:
         )
     if "search.trials" not in keys:
         rest.append("search.trials=3")
-    return ["search", f"warm_start=[uniform,analytic,{text(f'study:{donor}')}]", *rest]
+    return ["search", f"warm_start=[uniform,analytic,{text(f'{STUDY}{donor}')}]", *rest]
 
 
 def _value(typed: Sequence[str], key: str) -> str:

@@ -26,6 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lrbo.errors import ConfigError
+from lrbo.options import SQLITE, STUDY
 from lrbo.schema import (
     PATHS,
     SCHEMAS,
@@ -56,7 +57,6 @@ BEFORE: Mapping[str, Any] = {
     "sensitivity": {"enabled": False, "apply": True},
 }
 
-SQLITE = "sqlite:///"
 _HYDRA = threading.Lock()  # there is one in a process, which composes for one thread at a time
 
 
@@ -339,10 +339,10 @@ def _expand(node: Any, prefix: str = "") -> None:
 
 
 def _at_home(value: Any) -> Any:
-    """Put the home folder in place of ``~`` in a path, or in the address of a file."""
+    """Put the home folder in place of ``~`` in a path, also behind what says what it is of."""
     if not isinstance(value, str):
         return value
-    scheme = SQLITE if value.startswith(SQLITE) else ""
+    scheme = next((scheme for scheme in (SQLITE, STUDY) if value.startswith(scheme)), "")
     return scheme + os.path.expanduser(value.removeprefix(scheme))  # noqa: PTH111  # keeps a/./b
 
 

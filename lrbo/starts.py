@@ -11,11 +11,10 @@ from lrbo.errors import ConfigError, StudyError
 from lrbo.optimization.base import STARTS, Start
 from lrbo.optimization.front import KEEP_RATIO, pareto_front
 from lrbo.optimization.study import Study, layers_of, stored_parameters
+from lrbo.options import STUDY
 from lrbo.specs import LayerSpec
 from lrbo.transfer import PAPER, Donor, DonorTrial, profile_of, transferred_ratios
 from lrbo.trial import TrialRecord
-
-STUDY = "study:"
 
 
 def build_starts(

@@ -55,7 +55,7 @@ ROOMS = """
     calibration.corpus calibration.moments
     calibration.files
     loss_calibration lazy loading stored cache model specs families linalg parsing storage
-    rendering progress terminal shell options strict_json errors paths interrupts schema
+    rendering progress terminal shell schema options strict_json paths errors interrupts
 """.split()  # noqa: SIM905
 
 # Library: the modules that may import it.

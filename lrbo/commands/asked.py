@@ -9,6 +9,7 @@ from lrbo import checks, config, versions
 from lrbo.errors import ConfigError, StudyError
 from lrbo.optimization.front import KEEP_RATIO, ceiling_of
 from lrbo.optimization.study import Study
+from lrbo.options import STUDY
 from lrbo.schema import BenchmarkConfig, CompressConfig, Config, EvaluateConfig, SearchConfig
 from lrbo.shell import command
 from lrbo.trial import TrialRecord
@@ -104,7 +105,7 @@ def donor_problems(chosen: SearchConfig, study: Study) -> list[str]:
     kept = {donor["name"] for donor in study.about()["donors"]} if study.exists else set()
     problems = []
     for name in dict.fromkeys(chosen.warm_start):
-        _, is_study, donor = name.partition("study:")
+        _, is_study, donor = name.partition(STUDY)
         if not is_study or name in kept or not checks.WARM_START.fullmatch(name):
             continue
         folder, _, trial = donor.partition(":")
