@@ -160,6 +160,7 @@ def _check(config: Config) -> list[str]:
 
 def _check_cache(config: Config) -> list[str]:
     """Return the problems of the cache, if a command keeps anything there."""
+    parts: tuple[str, ...]
     if isinstance(config, SearchConfig | CompressConfig):
         kept, parts = "factors", CACHED
     elif (

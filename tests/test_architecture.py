@@ -83,7 +83,7 @@ BORDERS = {
     },
     "plotly": {"html_report"},
     "accelerate": {"merging", "lazy"},
-    "huggingface_hub": {"model_card"},
+    "huggingface_hub": {"loading", "model_card"},
     "jinja2": {"rendering"},
     "tokenizers": {"loading"},
     "lm_eval": {"evaluation.zero_shot"},
