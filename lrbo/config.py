@@ -6,6 +6,7 @@ import difflib
 import fnmatch
 import os
 import re
+import shlex
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -34,7 +35,7 @@ from lrbo.schema import (
     EvaluateConfig,
     SearchConfig,
 )
-from lrbo.shell import literal
+from lrbo.shell import assigned, literal
 
 # What may differ when a study is continued: where and how long it runs, not what it measures.
 FREE_KEYS = (
@@ -116,18 +117,28 @@ def jobs(overrides: Sequence[str]) -> list[list[str]]:
         overrides: As typed: ``seed=0,1`` or ``seed=range(4)`` stands for several values.
 
     Raises:
-        ConfigError: Listing the overrides that Hydra cannot read.
+        ConfigError: Listing the overrides that Hydra cannot read, or that are no list of values.
     """
     unread = [f"{one}: {why}" for one in overrides if (why := _unreadable(one)) is not None]
     if unread:
         raise ConfigError(unread)
-    parsed = OverridesParser.create().parse_overrides(list(overrides))
-    choices = [
-        [f"{one.get_key_element()}={value}" for value in one.sweep_string_iterator()]
-        if one.is_sweep_override()
-        else [str(one.input_line)]
-        for one in parsed
-    ]
+    choices: list[list[str]] = []
+    with _conf():  # which knows the options that fit glob(*)
+        parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
+        for one in parser.parse_overrides(list(overrides)):
+            line, key = str(one.input_line), one.get_key_element()
+            if not one.is_sweep_override():
+                choices.append([line])
+                continue
+            try:
+                choices.append([f"{key}={value}" for value in one.sweep_string_iterator()])
+            except HydraException:  # interval(0, 1)
+                unread.append(f"{line}: expected values one by one, as {key}=1,2 or {key}=range(3)")
+            else:
+                if not choices[-1]:
+                    unread.append(f"{line}: no value fits; see --help")
+    if unread:
+        raise ConfigError(unread)
     return [list(job) for job in product(*choices)]
 
 
@@ -229,10 +240,11 @@ def _unreadable(override: str) -> str | None:
         return "a number of so many digits is none that can be meant; type a smaller one"
     except HydraException as error:
         key, _, value = override.partition("=")
-        if not value or "'" in value:
+        if not value or value[0] in "'\"[{":
             return _plain(error)
+        quoted = f"\"{key}='{value}'\"" if "'" not in value else shlex.quote(assigned(key, value))
         apart = "; if it is several, give each by itself" if re.search(r"\s\S+=", value) else ""
-        return f"Hydra cannot read it; if that is one value, quote it: \"{key}='{value}'\"{apart}"
+        return f"Hydra cannot read it; if that is one value, quote it: {quoted}{apart}"
     return None
 
 
