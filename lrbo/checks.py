@@ -14,10 +14,10 @@ from urllib.parse import urlsplit
 from lrbo import paths
 from lrbo.accounting import STORAGES
 from lrbo.config import flatten, group_keys
-from lrbo.errors import ConfigError
+from lrbo.errors import ConfigError, cut
 from lrbo.front_checks import check_front
 from lrbo.optimization.front import LATENCIES, is_point
-from lrbo.options import BOS, FILE_FORMATS, RANGES, ROLES, SOURCES
+from lrbo.options import BOS, FILE_FORMATS, RANGES, ROLES, SOURCES, SQLITE, STUDY
 from lrbo.ranges import check_numbers
 from lrbo.schema import (
     BenchmarkConfig,
@@ -43,7 +43,7 @@ FILE_STORE = "MLFLOW_ALLOW_FILE_STORE"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 # What may lie in the folder of a study that was not begun yet.
 OWN = re.compile(r"\..*|lock|journal\..*|(config|study)\..*|(tokens|dense)\.safetensors")
-WARM_START = re.compile(r"uniform|analytic|start|paper|study:[^:]+(:\d+)?")
+WARM_START = re.compile(r"uniform|analytic|start|paper|" + STUDY + r"[^:]+(:\d+)?")
 
 
 def check(config: Config) -> list[str]:
@@ -119,17 +119,7 @@ def _check(config: Config) -> list[str]:
                 f"{f'point={config.point}, which names one trial' if named else 'no refit'}"
             )
         problems += paths.check_new("out", config.out)
-    if isinstance(config, SearchConfig | CompressConfig | EvaluateConfig):
-        cache = cache_folder()
-        if not (cache / "factors").is_dir():  # else all that is needed may be there already
-            problems += paths.check_writable("LRBO_CACHE", str(cache))
-        for path in (cache / part for part in CACHED):
-            if (kind := paths.kind_of(path)) not in ("folder", "nothing"):
-                what = "is a file, not a folder" if kind == "file" else f"is {kind}"
-                problems.append(
-                    f"LRBO_CACHE={str(cache)!r}: {path} {what}; move it away, or set LRBO_CACHE "
-                    "to another folder"
-                )
+    problems += _check_cache(config)
     if isinstance(config, SearchConfig | EvaluateConfig):
         model, data = config.model, config.data
         sources = ("packaged", "hf", "tiny")
@@ -162,6 +152,32 @@ def _check(config: Config) -> list[str]:
         problems += _check_benchmark(config)
     if isinstance(config, SearchConfig):
         problems += _check_search(config)
+    return problems
+
+
+def _check_cache(config: Config) -> list[str]:
+    """Return the problems of the cache, if a command keeps anything there."""
+    parts: tuple[str, ...]
+    if isinstance(config, SearchConfig | CompressConfig):
+        kept, parts = "factors", CACHED
+    elif (
+        isinstance(config, EvaluateConfig)
+        and config.checkpoint is None
+        and config.model.source == "packaged"
+    ):
+        kept, parts = "models", ("models",)
+    else:
+        return []
+    cache, problems = cache_folder(), []
+    if not (cache / kept).is_dir():  # else all that is needed may be there already
+        problems += paths.check_writable("LRBO_CACHE", str(cache))
+    for path in (cache / part for part in parts):
+        if (kind := paths.kind_of(path)) not in ("folder", "nothing"):
+            what = "is a file, not a folder" if kind == "file" else f"is {kind}"
+            problems.append(
+                f"LRBO_CACHE={str(cache)!r}: {path} {what}; move it away, or set LRBO_CACHE "
+                "to another folder"
+            )
     return problems
 
 
@@ -262,7 +278,7 @@ def _check_search(config: SearchConfig) -> list[str]:
             name,
             "uniform, analytic, start, paper, study:NAME or study:NAME:TRIAL",
         )
-        if name.startswith("study:") and WARM_START.fullmatch(name):
+        if name.startswith(STUDY) and WARM_START.fullmatch(name):
             problems += check_study_path("warm_start=study", config.studies, name.split(":")[1])
     executor = config.executor
     expect(executor.name in EXECUTORS, "executor.name", executor.name, " or ".join(EXECUTORS))
@@ -502,7 +518,7 @@ def _check_model(key: str, path: str | None) -> list[str]:
     if kind == "file":
         return [f"{key}={path!r}: a file; expected the folder of a model, with its config.json"]
     if kind not in ("folder", "nothing"):
-        return [f"{key}={path[:60]!r}: {kind}; expected the folder of a model, or its hub id"]
+        return [f"{key}={cut(path)!r}: {kind}; expected the folder of a model, or its hub id"]
     is_hub_id = path[:1] not in ("/", ".", "~", "") and path.count("/") <= 1
     if kind == "nothing" and not is_hub_id:
         return [f"{key}={path!r}: no such folder"]
@@ -529,7 +545,7 @@ def check_store(key: str, uri: str) -> list[str]:
     which is long after the search began.
     """
     expected = (
-        f"{key}={uri!r}: expected sqlite:///FILE, the address of a server as "
+        f"{key}={uri!r}: expected {SQLITE}FILE, the address of a server as "
         "http://localhost:5000, or databricks, postgresql://..., mysql://... or mssql://..."
     )
     try:

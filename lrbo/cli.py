@@ -21,6 +21,7 @@ from lrbo import __version__, config
 from lrbo.commands.asked import require_possible
 from lrbo.errors import ConfigError, LrboError
 from lrbo.interrupts import listening, status_of
+from lrbo.options import STUDY
 from lrbo.overrides import find_problems, spelled
 from lrbo.progress import LineHandler, Reporter, imported
 from lrbo.schema import SCHEMAS, DashboardConfig, SearchConfig
@@ -63,6 +64,8 @@ are those of lrbo search, and more trials continue it:
 """
 # With these Hydra only shows something, also where required values are missing.
 SHOWING = {"-h", "--help", "--hydra-help", "-c", "--cfg", "-i", "--info"}
+SWEEPING = {"-m", "--multirun"}
+OPTIONS = {*SHOWING, *SWEEPING, "--resolve", "-p", "--package"}
 # What is said of a command that was stopped, before how to go on.
 KEPT = {
     "search": "Trials that ended are kept, and so are statistics and factors that were finished.",
@@ -149,7 +152,7 @@ def transfer_arguments(typed: Sequence[str]) -> list[str]:
         )
     if "search.trials" not in keys:
         rest.append("search.trials=3")
-    return ["search", f"warm_start=[uniform,analytic,{text(f'study:{donor}')}]", *rest]
+    return ["search", f"warm_start=[uniform,analytic,{text(f'{STUDY}{donor}')}]", *rest]
 
 
 def _value(typed: Sequence[str], key: str) -> str:
@@ -161,14 +164,24 @@ def run(command: str, arguments: Sequence[str]) -> None:
     """Run one command as a Hydra application."""
     arguments = [spelled(command, argument) for argument in arguments]
     overrides = [argument for argument in arguments if not argument.startswith("-")]
-    reporter, flags = Reporter(), set(arguments)
-    if not flags & SHOWING:
+    options = {one: one.partition("=")[0] for one in arguments if one.startswith("-")}
+    reporter, names = Reporter(), set(options.values())
+    # Hydra would complete them: --experiment=tiny to one of its own.
+    problems = [
+        f"{one}: no such option; a key is typed without dashes, as seed=1, and -m before a sweep"
+        for one, name in options.items()
+        if name not in OPTIONS
+    ]
+    if not names & SHOWING:
         with reporter.waiting("Starting"):
-            sweeps = bool({"--multirun", "-m"} & flags)
-            problems = find_problems(command, overrides, sweeps=sweeps)
-        if problems:
-            fail(ConfigError(problems))
-    sys.argv = [f"lrbo {command}", *arguments]
+            problems += find_problems(command, overrides, sweeps=bool(names & SWEEPING))
+    if problems:
+        fail(ConfigError(problems))
+    # It takes no option between overrides.
+    ordered = sorted(
+        arguments, key=lambda one: one[:1] != "~" and (one[:1] == "-" or "=" not in one)
+    )
+    sys.argv = [f"lrbo {command}", *ordered]
     _application(command, reporter)()
 
 

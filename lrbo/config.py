@@ -6,6 +6,7 @@ import difflib
 import fnmatch
 import os
 import re
+import shlex
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lrbo.errors import ConfigError, StudyError, reading
+from lrbo.options import SQLITE, STUDY
 from lrbo.parsing import SHOWN, ContentError, checked, shown
 from lrbo.schema import (
     PATHS,
@@ -35,7 +37,7 @@ from lrbo.schema import (
     EvaluateConfig,
     SearchConfig,
 )
-from lrbo.shell import literal
+from lrbo.shell import assigned, literal
 
 # What may differ when a study is continued: where and how long it runs, not what it measures.
 FREE_KEYS = (
@@ -52,7 +54,6 @@ FREE_KEYS = (
 # Below these every key is taken.
 MAPPINGS = ("space.groups", "space.start", "space.variables", "search.thresholds", "protocols")
 
-SQLITE = "sqlite:///"
 _HYDRA = threading.Lock()  # there is one in a process, which composes for one thread at a time
 
 
@@ -112,18 +113,28 @@ def jobs(overrides: Sequence[str]) -> list[list[str]]:
         overrides: As typed: ``seed=0,1`` or ``seed=range(4)`` stands for several values.
 
     Raises:
-        ConfigError: Listing the overrides that Hydra cannot read.
+        ConfigError: Listing the overrides that Hydra cannot read, or that are no list of values.
     """
     unread = [f"{one}: {why}" for one in overrides if (why := _unreadable(one)) is not None]
     if unread:
         raise ConfigError(unread)
-    parsed = OverridesParser.create().parse_overrides(list(overrides))
-    choices = [
-        [f"{one.get_key_element()}={value}" for value in one.sweep_string_iterator()]
-        if one.is_sweep_override()
-        else [str(one.input_line)]
-        for one in parsed
-    ]
+    choices: list[list[str]] = []
+    with _conf():  # which knows the options that fit glob(*)
+        parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
+        for one in parser.parse_overrides(list(overrides)):
+            line, key = str(one.input_line), one.get_key_element()
+            if not one.is_sweep_override():
+                choices.append([line])
+                continue
+            try:
+                choices.append([f"{key}={value}" for value in one.sweep_string_iterator()])
+            except HydraException:  # interval(0, 1)
+                unread.append(f"{line}: expected values one by one, as {key}=1,2 or {key}=range(3)")
+            else:
+                if not choices[-1]:
+                    unread.append(f"{line}: no value fits; see --help")
+    if unread:
+        raise ConfigError(unread)
     return [list(job) for job in product(*choices)]
 
 
@@ -225,10 +236,11 @@ def _unreadable(override: str) -> str | None:
         return "a number of so many digits is none that can be meant; type a smaller one"
     except HydraException as error:
         key, _, value = override.partition("=")
-        if not value or "'" in value:
+        if not value or value[0] in "'\"[{":
             return _plain(error)
+        quoted = f"\"{key}='{value}'\"" if "'" not in value else shlex.quote(assigned(key, value))
         apart = "; if it is several, give each by itself" if re.search(r"\s\S+=", value) else ""
-        return f"Hydra cannot read it; if that is one value, quote it: \"{key}='{value}'\"{apart}"
+        return f"Hydra cannot read it; if that is one value, quote it: {quoted}{apart}"
     return None
 
 
@@ -335,10 +347,10 @@ def _expand(node: Any, prefix: str = "") -> None:
 
 
 def _at_home(value: Any) -> Any:
-    """Put the home folder in place of ``~`` in a path, or in the address of a file."""
+    """Put the home folder in place of ``~`` in a path, also behind what says what it is of."""
     if not isinstance(value, str):
         return value
-    scheme = SQLITE if value.startswith(SQLITE) else ""
+    scheme = next((scheme for scheme in (SQLITE, STUDY) if value.startswith(scheme)), "")
     return scheme + os.path.expanduser(value.removeprefix(scheme))  # noqa: PTH111  # keeps a/./b
 
 

@@ -6,9 +6,8 @@ from lrbo.checks import study_folder
 from lrbo.errors import StudyError
 from lrbo.optimization.front import KEEP_RATIO, pareto_front
 from lrbo.optimization.study import Study
+from lrbo.options import STUDY
 from lrbo.trial import TrialRecord
-
-STUDY = "study:"
 
 
 def lent(name: str, studies: str) -> tuple[Study, list[TrialRecord]]:

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
+SHOWN = 200  # characters of a value in a message
+
 Outcome = Literal["completed", "stopped", "failed", "abandoned"]
 
 
@@ -14,6 +16,11 @@ def listed(problems: Sequence[str]) -> str:
     """Return problems as a list: their number, and a line for each."""
     head = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
     return f"{head}:\n" + "\n".join(f"  - {problem}" for problem in problems)
+
+
+def cut(text: str, length: int = SHOWN) -> str:
+    """Return a text of at most so many characters, the last of them dots where it was longer."""
+    return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
 class LrboError(Exception):

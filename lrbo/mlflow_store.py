@@ -16,10 +16,9 @@ from urllib.parse import unquote, urlparse
 from filelock import FileLock, Timeout
 
 from lrbo import mlflow_registry, mlflow_ui
-from lrbo.errors import TrackingError
+from lrbo.errors import TrackingError, cut
 from lrbo.mlflow_entities import (
     TAG_LENGTH,
-    cut,
     file_name,
     first_line,
     input_of,
@@ -29,6 +28,7 @@ from lrbo.mlflow_entities import (
     params_of,
     with_tags,
 )
+from lrbo.options import SQLITE
 from lrbo.presentation import Checkpoint, Presentation
 from lrbo.storage import is_full, replacing
 from lrbo.trial import TrialRecord
@@ -422,15 +422,14 @@ def _values(metrics: Mapping[str, float]) -> tuple[float, float]:
 
 def absolute_uri(uri: str) -> str:
     """Return a SQLite address that does not depend on the working folder."""
-    scheme = "sqlite:///"
-    if not uri.startswith(scheme) or uri == scheme:
+    if not uri.startswith(SQLITE) or uri == SQLITE:
         return uri
-    return f"{scheme}{Path(uri.removeprefix(scheme)).absolute()}"
+    return f"{SQLITE}{Path(uri.removeprefix(SQLITE)).absolute()}"
 
 
 def _sqlite_file(uri: str) -> Path | None:
     """Return the file of an SQLite store, ``None`` for any other."""
-    path = uri.removeprefix("sqlite:///")
+    path = uri.removeprefix(SQLITE)
     return None if path in (uri, "", ":memory:") else Path(path)
 
 
@@ -442,7 +441,7 @@ def _make_store(database: Path) -> None:
     and would make no tables there once more after the store was deleted.
     """
     with replacing(database) as beside:
-        _client(f"sqlite:///{beside}")
+        _client(f"{SQLITE}{beside}")
 
 
 def _identity(file: Path) -> tuple[int, int]:

@@ -22,6 +22,8 @@ BOS = ("start", "window", "none")  # of a protocol
 STEPS = 4  # of decoding in a timing, of one token each
 
 STUDIES = "studies"  # the folder of studies, where none is named
+STUDY = "study:"  # begins what a warm start takes from a study, by its name or folder
+SQLITE = "sqlite:///"  # begins the address of an MLflow store in a file
 
 # What a variable may be: a kept ratio, or the natural logarithm of a factor of a loss curve.
 RANGES: Mapping[str, tuple[float, float]] = {"ratios": (0.01, 1.0), "weights": (-5.0, 5.0)}

@@ -13,6 +13,9 @@ from lrbo.schema import Config, SearchConfig
 # Texts of a list, or of a sweep: in quotes, or up to the next comma or bracket.
 TEXTS = re.compile(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|[^\[\],'"]+""")
 
+# How a problem begins that a key would not have with the value that was refused.
+SAID = (" is required", "=")
+
 
 def chosen_by(command: str, overrides: Sequence[object]) -> tuple[list[str], Config]:
     """Return overrides as Hydra reads them, and the values of the command that they choose.
@@ -58,7 +61,9 @@ def find_problems(command: str, overrides: Sequence[str], *, sweeps: bool = Fals
         # What Hydra only knows inside a job (${hydra:job.num}) cannot be judged here.
         if problems or (sweeps and not any("hydra" in override for override in job)):
             rest = [override for override in job if override not in problems]
-            given = tuple(f"{override.partition('=')[0]} is required" for override in problems)
+            given = tuple(
+                f"{override.partition('=')[0]}{said}" for override in problems for said in SAID
+            )
             values = [p for p in _value_problems(command, rest) if not p.startswith(given)]
             found |= dict.fromkeys([*problems.values(), *values])
     return list(found) or (_shared_studies(command, jobs) if sweeps else [])

@@ -10,7 +10,7 @@ from typing import Annotated, Any, NoReturn, TypeVar, cast
 
 from pydantic import Field, PlainValidator, Strict, TypeAdapter, ValidationError
 
-from lrbo.errors import LrboError
+from lrbo.errors import LrboError, cut
 
 SHOWN = 5  # problems of one record; the others are counted
 LARGEST = 2**63 - 1  # whole number that tables and tensors take
@@ -158,4 +158,4 @@ def shown(value: object) -> str:
         text = json.dumps(value, ensure_ascii=False)
     except (TypeError, ValueError, RecursionError):
         text = repr(value)
-    return text if len(text) <= LENGTH else f"{text[: LENGTH - 3]}..."
+    return cut(text, LENGTH)

@@ -9,7 +9,8 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
-BESIDE = 35  # bytes by which the name of what is written beside a file is longer than its own
+from lrbo.errors import cut
+
 BELOW = 160  # bytes of the names of files below a folder that is written
 PATH_MAX = 4096
 # What opens like a file, and then waits for ever, or swallows what is written.
@@ -19,7 +20,6 @@ SPECIAL = {
     stat.S_IFBLK: "a device",
     stat.S_IFSOCK: "a socket",
 }
-SHOWN = 200  # characters of a path in a message
 
 
 def kind_of(path: Path) -> str:
@@ -46,37 +46,32 @@ def check_folder(key: str, path: str) -> list[str]:
     return [f"{_given(key, path)}: expected a folder, there is {_an(kind)}"]
 
 
-def check_file(key: str, path: str) -> list[str]:
-    """Find the problem if there is no file to read."""
-    if (kind := _named(path)) == "file":
-        return []
-    return [f"{_given(key, path)}: expected a file, there is {_an(kind)}"]
-
-
 def check_new(key: str, path: str) -> list[str]:
     """Find the problem if a folder exists already or cannot be made."""
     if os.path.lexists(path) and "\0" not in path:
         return [f"{_given(key, path)} exists already; lrbo overwrites nothing, choose another"]
-    return _check_upwards(key, path) or check_writable(key, path)
+    return check_writable(key, path)
 
 
 def check_writable(key: str, path: str) -> list[str]:
     """Find the problem if a folder cannot be made or written."""
     if problem := _unfit(path):
         return [f"{_given(key, path)}: {problem}"]
-    folder = Path(path).absolute()
+    folder, new = Path(path).absolute(), []
     while not os.path.lexists(folder):
+        new.append(folder.name)
         folder = folder.parent
-    limit = _longest_name(folder)
-    for part in Path(path).parts:
-        if (length := len(os.fsencode(part))) > limit:
-            return [
-                f"{_given(key, path)}: a name of {length} bytes; expected at most "
-                f"{limit}, for what is written beside it meanwhile has a longer one"
-            ]
     if (kind := kind_of(folder)) != "folder":
         what = "is a file, not a folder" if kind == "file" else f"is {kind}; expected a folder"
         return [f"{_given(key, path)}: {folder} {what}"]
+    if ".." in new:  # what is before the dots would be made on the way, and left there
+        return [
+            f"{_given(key, path)}: there is no {folder / new[-1]} to go up from; expected a path "
+            f"such as {_without_dots(path)}"
+        ]
+    longest, limit = max((len(os.fsencode(name)) for name in new), default=0), _longest_name(folder)
+    if longest > limit:
+        return [f"{_given(key, path)}: a name of {longest} bytes; expected at most {limit}"]
     if not os.access(folder, os.W_OK | os.X_OK):
         return [f"{_given(key, path)}: no permission to write in {folder}"]
     try:  # permissions do not tell of /proc, of read-only disks, or of quotas on files
@@ -92,7 +87,7 @@ def check_appended(key: str, path: str) -> list[str]:
     if problem := _unfit(path):
         return [f"{_given(key, path)}: {problem}"]
     if not os.path.lexists(path) and not path.endswith(os.sep):
-        return check_writable(key, path) or check_writable(key, str(Path(path).parent))
+        return check_writable(key, path)
     if (kind := kind_of(Path(path))) != "file":
         return [f"{_given(key, path)}: expected a file, there is {_an(kind)}"]
     if not os.access(path, os.W_OK):
@@ -123,8 +118,13 @@ def _check_upwards(key: str, path: str) -> list[str]:
     """Find the problem if a path goes up: where to, nobody knows before what it names is there."""
     if ".." not in path.split("/"):
         return []
-    written = os.path.normpath(os.path.abspath(path))  # noqa: PTH100  # links stay links
-    return [f"{_given(key, path)}: expected a folder without '..' in it, such as {written}"]
+    expected = f"a folder without '..' in it, such as {_without_dots(path)}"
+    return [f"{_given(key, path)}: expected {expected}"]
+
+
+def _without_dots(path: str) -> str:
+    """Write a path without ``..``; links stay links."""
+    return os.path.normpath(os.path.abspath(path))  # noqa: PTH100
 
 
 def check_place(key: str, path: str) -> list[str]:
@@ -138,7 +138,7 @@ def check_place(key: str, path: str) -> list[str]:
 
 def _given(key: str, path: str) -> str:
     """Write what was given, cut where nobody reads on."""
-    return f"{key}={path if len(path) <= SHOWN else path[:SHOWN] + '...'!r}"
+    return f"{key}={cut(path)!r}"
 
 
 def _named(path: str) -> str:
@@ -165,8 +165,7 @@ def _unfit(path: str) -> str:
 
 
 def _longest_name(folder: Path) -> int:
-    """Ask how long a name may be in a folder, for something that is written beside first."""
-    longest = 255
+    """Ask how many bytes a name may have in a folder."""
     with suppress(OSError, ValueError):
-        longest = os.pathconf(folder, "PC_NAME_MAX")
-    return longest - BESIDE
+        return os.pathconf(folder, "PC_NAME_MAX")
+    return 255

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 
 from lrbo.config import flatten
+from lrbo.errors import cut
 from lrbo.schema import Config
 
 COUNT = 2**31 - 1  # of anything; more would overflow in one library or another
@@ -21,7 +22,7 @@ MOST: Mapping[str, int] = {
         REPEATED,
     ),
 }  # fmt: skip
-SHOWN = 40  # characters of a number in a message
+DIGITS = 40  # characters of a number in a message
 
 
 def check_numbers(config: Config) -> dict[str, str]:
@@ -37,9 +38,7 @@ def check_numbers(config: Config) -> dict[str, str]:
             if isinstance(number, float) and not math.isfinite(number):
                 problems[key] = f"{key}={value!r}: expected a finite number"
             elif isinstance(number, int) and abs(number) > most:
-                shown = str(number)
-                if len(shown) > SHOWN:
-                    shown = f"{shown[:8]}... ({len(shown)} digits)"
+                shown = cut(str(number), DIGITS)
                 problems[key] = f"{key}={shown}: expected a whole number up to {most:,}"
     return problems
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from lrbo.options import SQLITE, STUDIES
+
 # A required value; the string that OmegaConf's MISSING stands for.
 MISSING: Any = "???"
 # Keys whose values are paths, or the addresses of files, in which a leading ~ is a home folder.
 PATHS = (
     "study", "studies", "out", "record", "text_folder", "task_folder", "checkpoint", "model.path",
-    "data.*.path", "protocols.*.path", "tracking.uri", "uri",
+    "data.*.path", "protocols.*.path", "tracking.uri", "uri", "warm_start",
 )  # fmt: skip
 
 
@@ -153,7 +155,7 @@ class TrackingConfig:
     """Where MLflow is."""
 
     enabled: bool = True
-    uri: str = "sqlite:///${studies}/mlflow.db"
+    uri: str = f"{SQLITE}${{studies}}/mlflow.db"
     experiment: str = "lrbo"
 
 
@@ -186,7 +188,7 @@ class SearchConfig:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     executor: ExecutorConfig = field(default_factory=ExecutorConfig)
     study: str = MISSING
-    studies: str = "studies"
+    studies: str = STUDIES
     seed: int = 0
     output: str = "text"
 
@@ -196,7 +198,7 @@ class ReportConfig:
     """conf/report.yaml."""
 
     study: Any = MISSING
-    studies: str = "studies"
+    studies: str = STUDIES
     sync: bool = False
     figures: bool = True
     format: str = "text"
@@ -221,7 +223,7 @@ class CompressConfig:
     """conf/compress.yaml."""
 
     study: str = MISSING
-    studies: str = "studies"
+    studies: str = STUDIES
     point: str = "best"
     out: str = MISSING
     format: str = "lrbo"
@@ -265,7 +267,7 @@ class EvaluateConfig:
     batch_windows: int = 4
     batch_items: int = 16
     chunk_tokens: int = 256
-    studies: str = "studies"
+    studies: str = STUDIES
     record: str | None = "${studies}/evaluations.jsonl"
     output: str = "text"
 
@@ -285,7 +287,7 @@ class BenchmarkConfig:
     threads: int | None = None
     compile: bool = False
     memory: bool = True
-    studies: str = "studies"
+    studies: str = STUDIES
     record: str | None = "${studies}/benchmarks.jsonl"
     output: str = "text"
 
@@ -294,8 +296,8 @@ class BenchmarkConfig:
 class DashboardConfig:
     """conf/dashboard.yaml."""
 
-    studies: str = "studies"
-    uri: str = "sqlite:///${studies}/mlflow.db"
+    studies: str = STUDIES
+    uri: str = f"{SQLITE}${{studies}}/mlflow.db"
     host: str = "127.0.0.1"
     port: int = 5000
     allowed_hosts: list[str] = field(default_factory=list)

@@ -51,7 +51,7 @@ def grammar(value: Any) -> str:
 
 def text(value: str) -> str:
     """Write a text in Hydra's grammar, in quotes where it would be read as something else."""
-    plain = re.fullmatch(r"[A-Za-z_./][\w./-]*", value, re.ASCII)
+    plain = re.fullmatch(r"(\.{0,2}/|[A-Za-z_])[\w./-]*", value, re.ASCII)
     if plain and value.lower() not in ("null", "true", "false", "nan", "inf"):
         return value
     return "'" + re.sub(r"(\\*)('|\Z)", _escaped, literal(value)) + "'"

@@ -14,6 +14,7 @@ from lrbo.checks import study_folder
 from lrbo.errors import StudyError
 from lrbo.optimization.front import KEEP_RATIO
 from lrbo.optimization.study import Study
+from lrbo.options import STUDIES
 from lrbo.report import print_report
 from lrbo.terminal import PlainConsole
 from lrbo.trial import TrialRecord
@@ -108,7 +109,7 @@ class StudyResults:
         print_report(self._study, PlainConsole())
 
 
-def open_study(study: str | Path, *, studies: str | Path = "studies") -> StudyResults:
+def open_study(study: str | Path, *, studies: str | Path = STUDIES) -> StudyResults:
     """Read a study, finished or not; a search may be adding trials to it.
 
     Args:

@@ -56,7 +56,7 @@ ROOMS = """
     calibration.files
     config
     loss_calibration lazy loading stored cache model specs families linalg parsing storage
-    rendering progress terminal shell options strict_json errors paths interrupts schema
+    rendering progress terminal shell schema options strict_json paths errors interrupts
 """.split()  # noqa: SIM905
 
 # Library: the modules that may import it.
@@ -84,7 +84,7 @@ BORDERS = {
     },
     "plotly": {"html_report"},
     "accelerate": {"merging", "lazy"},
-    "huggingface_hub": {"model_card"},
+    "huggingface_hub": {"loading", "model_card"},
     "jinja2": {"rendering"},
     "tokenizers": {"loading"},
     "lm_eval": {"evaluation.zero_shot"},

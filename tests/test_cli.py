@@ -337,6 +337,40 @@ def test_what_is_wrong_with_any_job_of_a_sweep_is_said_before_the_first(tmp_path
     assert not list(tmp_path.iterdir())
 
 
+def test_a_sweep_takes_what_fits_a_pattern_and_no_interval() -> None:
+    """Both were tracebacks."""
+    methods = [["method=asvd"], ["method=fwsvd"], ["method=svd"], ["method=svd_llm"]]
+    assert config.jobs(["method=glob(*svd*)"]) == methods
+    typed = ["experiment=tiny", "method=glob(x*)", "budget.keep_ratio=interval(0.5,0.9)"]
+    assert find_problems("search", typed, sweeps=True) == [
+        "method=glob(x*): no value fits; see --help",
+        "budget.keep_ratio=interval(0.5,0.9): expected values one by one, as "
+        "budget.keep_ratio=1,2 or budget.keep_ratio=range(3)",
+    ]
+
+
+@pytest.mark.parametrize("option", ["--experiment=tiny", "--trials", "-x"])
+def test_an_option_that_is_none_is_refused(option: str) -> None:
+    """Hydra took --experiment for the beginning of an option of its own: a traceback."""
+    for more in ([], ["--help"], ["-m"]):
+        ran = lrbo_command("search", "experiment=tiny", option, *more)
+        assert ran.status == 2
+        assert f"{option}: no such option; a key is typed without dashes" in ran.err
+
+
+def test_an_option_may_stand_between_overrides(monkeypatch: pytest.MonkeyPatch) -> None:
+    started = []
+    monkeypatch.setattr(cli, "_application", lambda *_: lambda: started.append(sys.argv[1:]))
+    monkeypatch.setattr("sys.argv", [])
+    sweep = ("experiment=tiny", "-m", "~warm_start", "seed=0,1", "study=s_${seed}")
+    for typed in (sweep, ("experiment=tiny", "--cfg", "job", "seed=1")):
+        assert lrbo_command("search", *typed).status == 0
+    assert started == [
+        ["experiment=tiny", "~warm_start", "seed=0,1", "study=s_${seed}", "-m"],
+        ["experiment=tiny", "seed=1", "--cfg", "job"],
+    ]
+
+
 def test_jobs_of_a_sweep_that_would_share_a_study_are_refused() -> None:
     (problem,) = find_problems("search", ["experiment=tiny", "seed=0,1"], sweeps=True)
     assert problem.startswith("study=tiny: jobs of this sweep that differ in seed")

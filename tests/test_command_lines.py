@@ -1,6 +1,7 @@
 """What was composed can be typed again."""
 
 import shlex
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from lrbo import cli, config
+from lrbo import cli, config, overrides, shell
 from lrbo.command_lines import typed
 from lrbo.errors import ConfigError, StudyError
 from lrbo.optimization.study import Study
@@ -92,6 +93,34 @@ def test_a_printed_command_gives_its_values_again(text: str) -> None:
 def test_any_text_comes_back_from_shell_and_grammar(text: str) -> None:
     *_, override = shlex.split(command("search", study=text))
     assert read(spelled("search", override)) == text
+
+
+# Of these numbers and the words of YAML are made.
+@pytest.mark.parametrize("first", ".5e_-/")
+def test_texts_like_numbers_come_back_from_the_grammar(first: str) -> None:
+    """The folder .5 was written bare, and became 0.5."""
+    for rest in map("".join, [(), *product(".5e_-/", repeat=1), *product(".5e_-/", repeat=2)]):
+        assert read(f"x={shell.text(first + rest)}") == first + rest
+        assert read(f"x={shell.grammar([first + rest, 'b'])}") == [first + rest, "b"]
+
+
+@settings(deadline=None)
+@drawn(st.text(st.sampled_from("0123456789.+-_/eEnaNif trulsTFLRSU~%"), min_size=1))
+def test_texts_like_words_of_the_grammar_come_back_from_it(text: str) -> None:
+    assert read(f"x={shell.text(text)}") == text
+
+
+@pytest.mark.parametrize("value", ["my model (v2)", "my model (v2), it's", "é's $HOME\\"])
+def test_what_hydra_cannot_read_is_written_as_it_can(value: str) -> None:
+    (problem,) = config.find_problems("search", [f"model.path={value}", "model=hf"]).values()
+    assert "Hydra cannot read it" in problem
+    (override,) = shlex.split(problem.rpartition("quote it: ")[2])
+    assert read(override) == value
+
+
+def test_what_follows_from_a_refused_override_is_not_said() -> None:
+    (problem,) = overrides.find_problems("evaluate", ["data=files", "data.test.path=a,b"])
+    assert problem.startswith("data.test.path=a,b: Ambiguous value")
 
 
 def test_a_printed_command_is_composed_to_its_values() -> None:

@@ -378,6 +378,37 @@ def test_a_device_that_does_not_exist_is_refused_by_name(device: str) -> None:
         resolve_device(device)
 
 
+@pytest.mark.parametrize("load", LOADERS)
+def test_a_hub_that_does_not_answer_is_asked_once(
+    load: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers asked six times, with longer and longer waits, for every file."""
+    asked = []
+
+    def metadata(url: str) -> None:
+        asked.append(url)
+        raise OSError("no route to host.")
+
+    monkeypatch.setattr(loading, "get_hf_file_metadata", metadata)
+    monkeypatch.setattr(loading, "AutoConfig", None)
+    monkeypatch.setattr(loading, "AutoTokenizer", None)
+    loading._ask_hub.cache_clear()
+    with pytest.raises(
+        ModelError, match=r"not answer: no route to host\. Type .* download no/such"
+    ):
+        LOADERS[load](ModelSource("hf", "no/such"))
+    assert len(asked) == 1
+
+
+def test_what_was_fetched_from_the_hub_before_is_opened_without_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(loading, "try_to_load_from_cache", lambda *_, **__: "config.json")
+    monkeypatch.setattr(loading, "get_hf_file_metadata", lambda _: pytest.fail("asked the hub"))
+    loading._ask_hub.cache_clear()
+    assert loading._folder(ModelSource("hf", "was/fetched")) == "was/fetched"
+
+
 def test_what_is_asked_of_the_hub_is_said_once(
     caplog: pytest.LogCaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

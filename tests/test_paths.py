@@ -13,6 +13,7 @@ from lrbo.checks import check
 from lrbo.commands.report import _names
 from lrbo.errors import StudyError
 from lrbo.optimization.study import Study
+from lrbo.overrides import chosen_by, spelled
 from lrbo.schema import BenchmarkConfig, CompressConfig, DashboardConfig, ReportConfig
 from tests.commands import TINY, lrbo_command
 
@@ -35,10 +36,10 @@ UNWRITABLE = {
     "loop": "loop",
     "file/below": "is a file, not a folder",
     "/proc/x": "cannot write in /proc",
-    "x" * 246: "expected at most 220",
-    "x" * 300: "expected at most 220",
-    "é" * 123: "246 bytes",
-    "folder/" + "x" * 230 + "/y": "expected at most 220",
+    "x" * 256: "a name of 256 bytes; expected at most 255",
+    "é" * 128: "256 bytes",
+    "folder/" + "x" * 300 + "/y": "expected at most 255",
+    "folder/new/../x": "/folder/new to go up from; expected a path such as ",
     "y/" * 2100 + "x": "a path of more than",
     "": "came nothing",
     "a\nb": "cannot be printed",
@@ -60,19 +61,30 @@ def test_what_cannot_be_written_is_named_with_the_reason(
     assert sorted(place.rglob("*")) == before
 
 
-@pytest.mark.parametrize("path", ["foo/..", "foo/../..", "../new", "folder/../new"])
-def test_a_new_folder_is_named_without_going_up(path: str, place: Path) -> None:
+@pytest.mark.parametrize("path", ["foo/..", "foo/../..", "foo/../new"])
+def test_a_new_folder_goes_up_only_from_what_is_there(path: str, place: Path) -> None:
     """It was refused after the whole refit, with the folder before the dots left there."""
-    (problem,) = paths.check_new("out", path)
-    if path != "foo/../..":
-        assert f"such as {os.path.normpath(place / path)}" in problem
-    assert problem.startswith(f"out={path!r}: expected a folder without '..' in it")
+    written = os.path.normpath(place / path)
+    expected = f"there is no {place}/foo to go up from; expected a path such as {written}"
+    for checked in (paths.check_new, paths.check_appended):
+        assert checked("out", path) == [f"out={path!r}: {expected}"]
     assert not Path("foo").exists()
+
+
+def test_what_is_written_may_be_beside_the_working_folder(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir("folder")
+    for path in ("../new", "../folder/../new", "../new/deep"):
+        assert paths.check_new("out", path) == []
+        assert paths.check_appended("record", path) == []
+    assert "exists already" in paths.check_new("out", "..")[0]
+    assert "expected a folder without '..'" in check(CompressConfig("../s", out="../new"))[0]
 
 
 def test_what_can_be_written_has_no_problem_and_trying_leaves_nothing(place: Path) -> None:
     before = sorted(place.rglob("*"))
-    for path in ("new", "new/deep/er", "folder/new", "x" * 220, str(place / "abs"), "ä ö", "a'b"):
+    for path in ("new", "new/deep/er", "folder/new", "x" * 255, str(place / "abs"), "ä ö", "a'b"):
         assert paths.check_new("out", path) == []
         assert paths.check_appended("record", path) == []
     assert paths.check_writable("study", "folder") == []
@@ -80,24 +92,31 @@ def test_what_can_be_written_has_no_problem_and_trying_leaves_nothing(place: Pat
     assert sorted(place.rglob("*")) == before
 
 
-def test_the_longest_name_leaves_room_for_what_is_written_beside_it(place: Path) -> None:
+def test_the_longest_name_is_that_of_the_file_system(place: Path) -> None:
     from lrbo.storage import new_folder, replacing
 
-    name = "x" * 220
+    name = "x" * 255
     with new_folder(place / name) as beside:
         (beside / "file").touch()
     with replacing(place / name.replace("x", "y")) as other:
         other.touch()
     assert (place / name / "file").is_file()
+    for path in (name, f"{name}/below", f"{name}/../new"):
+        assert paths.check_writable("study", path) == []
+
+
+def test_a_file_system_of_shorter_names_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.pathconf", lambda *_: 143)
+    assert paths.check_new("out", "x" * 143) == []
+    assert "144 bytes; expected at most 143" in paths.check_new("out", "x" * 144)[0]
 
 
 def test_a_file_is_no_folder_and_a_folder_no_file() -> None:
     assert "expected a folder, there is a file" in paths.check_folder("text_folder", "file")[0]
-    assert "expected a file, there is a folder" in paths.check_file("data", "folder")[0]
     assert "expected a file, there is a folder" in paths.check_appended("record", "folder")[0]
     assert "there is nothing" in paths.check_folder("text_folder", "x")[0]
     assert "name too long" in paths.check_folder("text_folder", "x" * 300)[0]
-    assert "a link to nowhere" in paths.check_file("data", "dangling")[0]
+    assert "a link to nowhere" in paths.check_folder("text_folder", "dangling")[0]
 
 
 @pytest.mark.parametrize("path", ["", " ", ".", "..", "a/..", "../a", "/", "//", "./", "a/../b"])
@@ -134,7 +153,7 @@ SEARCHES = {
     "studies=": "studies=''",
     "studies=/": "a name of its own",
     "study=folder/taken": "a folder that is no study, with thesis.txt in it",
-    f"study={'x' * 250}": "expected at most 220",
+    f"study={'x' * 256}": "expected at most 255",
     "study=dangling/x": "a link to nowhere",
     "studies=/proc/x": "cannot write in /proc",
     "study=~nobody-of-this-name/x": "no such user",
@@ -158,7 +177,6 @@ def test_a_search_is_refused_before_it_reads_anything(
 
 def test_home_is_put_in_place_of_its_sign_in_every_path(monkeypatch: pytest.MonkeyPatch) -> None:
     from lrbo.config import composed, flat
-    from lrbo.overrides import chosen_by, spelled
 
     monkeypatch.setenv("HOME", "/home/me")
     typed = ["study=~/s/t", "studies=~/s", "model=hf", "model.path=~/m", "data=files"]
@@ -171,6 +189,9 @@ def test_home_is_put_in_place_of_its_sign_in_every_path(monkeypatch: pytest.Monk
     assert found["data.calibration.path"] == ["/home/me/a", "/home/me/b"]
     assert found["data.validation.path"] == "/home/me/c"
     assert found["data.test.path"] == "d~"
+    typed = ["warm_start=[uniform,study:~/s/t:3]", "experiment=tiny"]
+    found = flat(composed("search", [spelled("search", each) for each in typed]))
+    assert found["warm_start"] == ["uniform", "study:/home/me/s/t:3"]
     found = flat(chosen_by("compress", ["study=s", "out=~/o"])[1])
     assert found["out"] == "/home/me/o"
     typed = ["studies=~", "checkpoint=~/c", "text_folder=~/t"]
@@ -184,6 +205,24 @@ def test_a_cache_that_cannot_be_written_is_refused(monkeypatch: pytest.MonkeyPat
     (problem,) = check(CompressConfig(study="s", out="new"))
     assert problem.startswith("LRBO_CACHE='file/cache': ")
     assert problem.endswith("file is a file, not a folder")
+
+
+def test_an_evaluation_asks_the_cache_only_for_a_packaged_model(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint, a folder and a tiny model keep nothing there."""
+    monkeypatch.setenv("LRBO_CACHE", str(place / "file" / "cache"))
+    (place / "folder" / "config.json").touch()
+    for typed in (["checkpoint=folder"], ["model=hf", "model.path=folder"], ["model=tiny"]):
+        assert check(chosen_by("evaluate", [*typed, "data=generated"])[1]) == []
+    packaged = chosen_by("evaluate", ["model=smollm2_135m", "data=generated"])[1]
+    (problem,) = check(packaged)
+    assert problem.endswith("file is a file, not a folder")
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    monkeypatch.setenv("LRBO_CACHE", str(place / "cache"))
+    assert "no permission to write" in check(packaged)[0]
+    (place / "cache" / "models").mkdir(parents=True)  # in which it may be unpacked already
+    assert not [problem for problem in check(packaged) if "LRBO_CACHE" in problem]
 
 
 @pytest.mark.parametrize("name", ["journal.jsonl", "study.json"])

@@ -25,7 +25,7 @@ from typing import Any
 import pyarrow
 from pyarrow import parquet
 
-from lrbo.errors import DataError, reading
+from lrbo.errors import DataError, cut, reading
 from lrbo.options import AUTO, SUFFIXES
 from lrbo.shell import text as quoted
 
@@ -45,7 +45,6 @@ MARKS = (
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
 PARQUET = b"PAR1"
-PATH_SHOWN = 200  # characters of one that cannot be
 START = 256  # bytes that an encoding is guessed from
 LONGEST_FIELD = 2**31 - 1  # of CSV: what a C long holds everywhere
 FIELDS = 8  # so many names are listed in a message
@@ -63,7 +62,7 @@ def matching(path: str) -> list[Path]:
     Raises:
         DataError: If no file fits the pattern.
     """
-    with reading(DataError, f"cannot read text file {path[:PATH_SHOWN]!r}"):
+    with reading(DataError, f"cannot read text file {cut(path)!r}"):
         whole = Path(path).expanduser()
         try:
             whole.stat()
@@ -102,7 +101,7 @@ def file_documents(
         DataError: If there is no text in it, with the line; or if nothing says for certain what
             the file is.
     """
-    with reading(DataError, f"cannot read text file {str(path)[:PATH_SHOWN]!r}"):
+    with reading(DataError, f"cannot read text file {cut(str(path))!r}"):
         is_folder = path.is_dir()
     if is_folder:
         raise DataError(

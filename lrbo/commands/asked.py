@@ -6,10 +6,11 @@ import math
 from collections.abc import Sequence
 
 from lrbo import checks, config, versions
-from lrbo.donors import STUDY, lent
+from lrbo.donors import lent
 from lrbo.errors import ConfigError, StudyError
 from lrbo.optimization.front import KEEP_RATIO, ceiling_of
 from lrbo.optimization.study import Study
+from lrbo.options import STUDY
 from lrbo.schema import BenchmarkConfig, CompressConfig, Config, EvaluateConfig, SearchConfig
 from lrbo.shell import command
 from lrbo.trial import TrialRecord

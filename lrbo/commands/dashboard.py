@@ -17,6 +17,7 @@ from lrbo import checks
 from lrbo.errors import ConfigError, StudyError
 from lrbo.interrupts import listening
 from lrbo.mlflow_store import absolute_uri, pages_of_runs
+from lrbo.options import SQLITE
 from lrbo.progress import Reporter
 from lrbo.schema import DashboardConfig
 
@@ -38,7 +39,7 @@ def run(chosen: DashboardConfig, reporter: Reporter) -> None:
         StudyError: If no study was tracked there yet.
         TrackingError: If the store cannot be read.
     """
-    file = chosen.uri.removeprefix("sqlite:///")
+    file = chosen.uri.removeprefix(SQLITE)
     if file != chosen.uri and not Path(file).is_file():
         raise StudyError(
             f"there is no MLflow store at {chosen.uri} yet; run lrbo search first, or rebuild it "
