@@ -114,8 +114,18 @@ def resolve_device(device: str, key: str = "model.device") -> torch.device:
         torch.empty(1, device=chosen)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise ConfigError([f"{key}={device!r} cannot be used here: {reason}"]) from error
+        why = f" ({reason})" if "device type at start" not in reason else ""  # all that torch has
+        raise ConfigError(
+            [f"{key}={device!r} cannot be used here: expected {_devices()}{why}"]
+        ) from error
     return chosen
+
+
+def _devices() -> str:
+    """List the names of devices that can be used here."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    count = 0 if accelerator is None else torch.accelerator.device_count()
+    return " or ".join(["auto", "cpu", *(f"{accelerator}:{index}" for index in range(count))])
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:

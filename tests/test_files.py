@@ -271,6 +271,12 @@ def test_formats_are_checked_before_anything_is_read() -> None:
 # --- patterns and repetitions --------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("address", ["https://example.org/a.txt", "s3://b/*.jsonl", "file:///a"])
+def test_an_address_is_no_file(address: str) -> None:
+    with pytest.raises(DataError, match="is an address, and texts are read from files: download"):
+        list(documents("files", address))
+
+
 def test_a_pattern_is_one_text_of_all_its_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

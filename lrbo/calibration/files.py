@@ -62,6 +62,11 @@ def matching(path: str) -> list[Path]:
     Raises:
         DataError: If no file fits the pattern.
     """
+    if "://" in path:
+        raise DataError(
+            f"{cut(path)!r} is an address, and texts are read from files: download it, or take a "
+            "dataset of the hub with data=hf"
+        )
     with reading(DataError, f"cannot read text file {cut(path)!r}"):
         whole = Path(path).expanduser()
         try:
