@@ -348,6 +348,7 @@ def test_an_adapter_at_the_hub_is_refused_by_name(monkeypatch: pytest.MonkeyPatc
         return "adapter_config.json"
 
     monkeypatch.setattr(loading, "find_adapter_config_file", find)
+    monkeypatch.setattr(loading, "try_to_load_from_cache", lambda *_, **__: "config.json")
     monkeypatch.setattr(loading.AutoConfig, "from_pretrained", lambda *_, **__: CASES["gpt2"])
     for load in (load_config, load_skeleton):
         with pytest.raises(ModelError, match=r"no/such.* comes with an adapter \(adapter_config"):
