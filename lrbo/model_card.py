@@ -14,7 +14,6 @@ from huggingface_hub.errors import HFValidationError
 
 from lrbo.loading import ORIGINS, ModelSource
 from lrbo.rendering import render
-from lrbo.shell import command
 
 LOADING = {
     "lrbo": """\
@@ -63,6 +62,7 @@ def model_card(
     storage: str,
     scores: Sequence[Score],
     commands: Sequence[str],
+    measuring: str,
     notes: Sequence[str] = (),
 ) -> str:
     """Return the text of a model card, with the head that the Hub reads.
@@ -77,6 +77,7 @@ def model_card(
         storage: Form of the low-rank layers, where they are written.
         scores: Rows of the table, the model itself last.
         commands: Command lines that make the checkpoint again.
+        measuring: Command line that scores it on the test text of the table.
         notes: What the search adds to the allocation that it starts from, a sentence each.
     """
     origin, license_ = origin_of(source)
@@ -108,7 +109,7 @@ def model_card(
         ],
         dtype=about["validation"]["dtype"],
         notes=notes,
-        measuring=command("evaluate", checkpoint=name),
+        measuring=measuring,
         written_as=written_as,
         loading=LOADING[written_as].format(folder=literal),
         without_code=f"lrbo.load({literal})",

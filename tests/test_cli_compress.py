@@ -350,6 +350,13 @@ def test_the_card_s_commands_write_the_same_checkpoint(
     lines = re.findall(r"^lrbo (?:search|compress) .*", card.text, re.MULTILINE)
     assert len(lines) == 2
     before = Path("carded/model.safetensors").read_bytes()
+    (measuring,) = re.findall(r"`(lrbo evaluate [^`]*)` measures it", card.text.replace("\n", " "))
+    ran = lrbo_command(*shlex.split(measuring)[1:], "record=null", "output=json")
+    assert ran.status == 0, ran.err
+    test = state.tests["dense"]
+    assert (ran.json["text"], ran.json["tokens"]) == (test["text"], test["metrics"]["tokens"])
+    (row,) = [line for line in card.text.splitlines() if line.startswith("| this model |")]
+    assert row.endswith(f"| {ran.json['perplexity']:.2f} |")
     monkeypatch.chdir(tmp_path)  # where there is no study
     for line in lines:
         again = lrbo_command(*shlex.split(line)[1:])
@@ -368,7 +375,9 @@ def test_a_checkpoint_is_scored_in_the_dtype_of_its_own_numbers(project: Path) -
     ran = lrbo_command("evaluate", *line, "model.dtype=bfloat16")
     assert ran.json["dtype"] == "bfloat16"
     said = " ".join(ran.err.split())
-    assert "best is scored in bfloat16 and stored in float32, in which the numbers" in said
+    assert (
+        "best is scored in bfloat16 and stored in float32; model.dtype=auto takes" in said
+    )
 
 
 def test_a_folder_that_exists_is_left_alone(project: Path) -> None:

@@ -117,6 +117,7 @@ def run(chosen: CompressConfig, reporter: Reporter) -> dict[str, Any]:
         scores=_scores(study, found, as_written),
         notes=[f"{sentence}." for gain in gains(study.state) for sentence in gain.sentences],
         commands=_commands(chosen, stored, about["dtype"], record.request.trial_index),
+        measuring=_measuring(out.name, stored),
     )
     if chosen.format == "merged":
         in_file = save_merged(out, model, tokenizer, card, plan.windows)
@@ -293,6 +294,17 @@ def _commands(chosen: CompressConfig, searched: SearchConfig, dtype: str, trial:
             ("compress", options),
         )
     ]
+
+
+def _measuring(name: str, searched: SearchConfig) -> str:
+    """Return the command line that scores a checkpoint on the test text of its study.
+
+    Args:
+        name: Of the checkpoint.
+        searched: Of the study, all of whose texts decide which part is the test text.
+    """
+    data = {key: value for key, value in config.flat(searched).items() if key.startswith("data.")}
+    return command_line("evaluate", data | {"checkpoint": name}, searched.study)
 
 
 def _put_in(

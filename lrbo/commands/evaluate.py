@@ -141,8 +141,8 @@ def _dtype(
         return resolve_dtype(subject.dtype, device)
     if wanted != subject.dtype:
         reporter.say(
-            f"{subject.name} is scored in {wanted} and stored in {subject.dtype}, in which the "
-            f"numbers that it states were measured; model.dtype=auto takes {subject.dtype}"
+            f"{subject.name} is scored in {wanted} and stored in {subject.dtype}; "
+            f"model.dtype=auto takes {subject.dtype}"
         )
     return resolve_dtype(wanted, device)
 
