@@ -375,9 +375,7 @@ def test_a_checkpoint_is_scored_in_the_dtype_of_its_own_numbers(project: Path) -
     ran = lrbo_command("evaluate", *line, "model.dtype=bfloat16")
     assert ran.json["dtype"] == "bfloat16"
     said = " ".join(ran.err.split())
-    assert (
-        "best is scored in bfloat16 and stored in float32; model.dtype=auto takes" in said
-    )
+    assert "best is scored in bfloat16 and stored in float32; model.dtype=auto takes" in said
 
 
 def test_a_folder_that_exists_is_left_alone(project: Path) -> None:
