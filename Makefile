@@ -29,9 +29,10 @@ $(READY): $(USABLE)
 quickstart: $(USABLE)
 	$(BIN)/lrbo search experiment=quickstart
 
+# A process per core, each with one thread; what one of them compiles serves the others.
 test: setup lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist loadfile  # a process per core
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n logical --dist loadfile
+	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -m 'not gpu' \
+		-n logical --dist loadfile --no-loadscope-reorder
 
 lint: setup
 	$(BIN)/ruff format --check .
@@ -40,7 +41,7 @@ lint: setup
 
 # With the newest packages that the registry has instead of those of constraints.txt.
 newest: setup
-	LRBO_NEWEST=1 $(BIN)/python -m pytest -m slow tests/test_wheel.py -k newest
+	LRBO_NEWEST=1 $(BIN)/python -m pytest -m slow tests/command_line/test_wheel.py -k newest
 
 bench: setup
 	$(BIN)/python experiments/bench_worker/run.py

@@ -1,6 +1,6 @@
 """The commands as functions: they take what the command line takes, and give results back.
 
-Each override is an argument of its own. A path that is put together wants quotes in its value,
+Each override is an argument of its own. Quote a path that a program puts together,
 ``f"out='{folder}'"``: Hydra reads brackets, commas and letters beyond ASCII in its own way.
 """
 
@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from lrbo.overrides import chosen_by
+from lrbo.files.atomic import naming_system_errors
+from lrbo.pipeline.overrides import values_of
 from lrbo.progress import Reporter, imported
-from lrbo.storage import naming_full_disk, naming_paths
-from lrbo.studies import StudyResults
+from lrbo.reports.studies import StudyResults
 
 
 def search(*overrides: str) -> StudyResults:
@@ -23,17 +23,13 @@ def search(*overrides: str) -> StudyResults:
         *overrides: As on the command line: ``"experiment=tiny"``, ``"search.trials=4"``;
             ``lrbo search --help`` lists them.
 
-    Returns:
-        The study, to read.
-
     Raises:
-        ConfigError: Listing everything that is wrong, before a model is loaded.
-        StudyError: If the study is locked, damaged or stuck.
-        LrboError: If anything else prevents it that can be mended; the message says how.
+        LrboError: If anything prevents it that can be mended; the message says how. Everything that
+            is wrong with the values is said at once, before a model is loaded.
     """
-    typed, chosen = chosen_by("search", overrides)
-    with naming_paths(), naming_full_disk():
-        return StudyResults(_command("search").search(chosen, typed, Reporter()))
+    typed, config = values_of("search", overrides)
+    with naming_system_errors():
+        return StudyResults(imported("lrbo.commands.search").search(config, typed, Reporter()))
 
 
 def compress(*overrides: str) -> dict[str, Any]:
@@ -45,17 +41,12 @@ def compress(*overrides: str) -> dict[str, Any]:
 
     Returns:
         ``folder``, for :func:`lrbo.load`; ``parameters`` of the model, ``keep_ratio``,
-        ``storage``, and how the ``refit`` went.
+        ``forms`` of its layers, and how the ``refit`` went.
 
     Raises:
-        ConfigError: Listing everything that is wrong.
-        StudyError: If there is no such study or trial.
-        LrboError: If anything else prevents it that can be mended; the message says how.
+        LrboError: As :func:`search` does.
     """
-    _, chosen = chosen_by("compress", overrides)
-    with naming_paths(), naming_full_disk():
-        found: dict[str, Any] = _command("compress").run(chosen, Reporter())
-    return found
+    return _result("compress", overrides)
 
 
 def evaluate(*overrides: str) -> dict[str, Any]:
@@ -69,15 +60,13 @@ def evaluate(*overrides: str) -> dict[str, Any]:
         What is printed: ``perplexity`` and ``nll`` of a text, or ``protocols`` and ``tasks``.
 
     Raises:
-        ConfigError: Listing everything that is wrong, before a model is loaded.
-        LrboError: If anything else prevents it that can be mended; the message says how.
+        LrboError: As :func:`search` does.
     """
-    _, chosen = chosen_by("evaluate", overrides)
-    with naming_paths(), naming_full_disk():
-        found: dict[str, Any] = _command("evaluate").run(chosen, Reporter())
-    return found
+    return _result("evaluate", overrides)
 
 
-def _command(name: str) -> Any:
-    """Import what does the work of a command; the search brings Ax, which others need not."""
-    return imported(f"lrbo.commands.{name}")
+def _result(command: str, overrides: tuple[str, ...]) -> dict[str, Any]:
+    _, config = values_of(command, overrides)
+    with naming_system_errors():
+        result: dict[str, Any] = imported(f"lrbo.commands.{command}").run(config, Reporter())
+    return result

@@ -10,24 +10,26 @@ import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn
 
 import hydra
 import wrapt
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from lrbo import __version__, config
-from lrbo.commands.asked import require_possible
+from lrbo import __version__
+from lrbo.config import compose
+from lrbo.config.choices import STUDY
+from lrbo.config.schema import SCHEMAS, DashboardConfig, SearchConfig
+from lrbo.config.shell import text
+from lrbo.cores import threads_of_torch
 from lrbo.errors import ConfigError, LrboError
+from lrbo.files.atomic import naming_system_errors
+from lrbo.files.parsing import to_json
 from lrbo.interrupts import listening, status_of
-from lrbo.options import STUDY
-from lrbo.overrides import find_problems, spelled
+from lrbo.pipeline.feasibility import require_possible
+from lrbo.pipeline.overrides import find_problems, spelled
 from lrbo.progress import LineHandler, Reporter, imported
-from lrbo.schema import SCHEMAS, DashboardConfig, SearchConfig
-from lrbo.shell import text
-from lrbo.storage import naming_full_disk, naming_paths
-from lrbo.strict_json import to_json
 
 log = logging.getLogger(__name__)
 
@@ -62,19 +64,23 @@ are those of lrbo search, and more trials continue it:
 
   lrbo search study=STUDY search.trials=30
 """
-# With these Hydra only shows something, also where required values are missing.
+COMMANDS = tuple(SCHEMAS)
+NAMES = ("search", "transfer", *COMMANDS[1:])  # a transfer runs as a search
+COMPUTING = {"search", "compress", "evaluate"}  # a benchmark times what other programs would run
+# With these Hydra only shows something, even where required values are missing.
 SHOWING = {"-h", "--help", "--hydra-help", "-c", "--cfg", "-i", "--info"}
 SWEEPING = {"-m", "--multirun"}
 OPTIONS = {*SHOWING, *SWEEPING, "--resolve", "-p", "--package"}
-# What is said of a command that was stopped, before how to go on.
-KEPT = {
-    "search": "Trials that ended are kept, and so are statistics and factors that were finished.",
+# What is left of the work of an interrupted command.
+_TRIALS_LEFT = "Trials that ended are kept, and so are statistics and factors that were finished."
+LEFT = {
+    "search": _TRIALS_LEFT,
+    "transfer": _TRIALS_LEFT,
     "report": "The journal is as it was; figures may be from before.",
     "compress": "A folder is written whole or not at all; statistics and factors are kept.",
     "evaluate": "Nothing was recorded: that is done when everything is scored.",
     "benchmark": "Nothing was recorded: that is done when everything is timed.",
 }
-KEPT["transfer"] = KEPT["search"]
 COMPLETION = """\
 _lrbo_complete() {
   local choices
@@ -93,55 +99,46 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _dispatch(arguments)
         except KeyboardInterrupt as error:
             Reporter().console.show_cursor()  # it may have come while a bar was put away
-            if arguments and arguments[0] in KEPT:
+            if arguments and arguments[0] in LEFT:
                 again = shlex.join(["lrbo", *arguments])
-                _say(f"Stopped. {KEPT[arguments[0]]} Go on with:\n  {again}")
+                Reporter().say(f"Stopped. {LEFT[arguments[0]]} Go on with:\n  {again}")
             raise SystemExit(status_of(error)) from None
 
 
 def _dispatch(arguments: list[str]) -> None:
-    """Run what the arguments name."""
     if "COMP_LINE" in os.environ and arguments[:1] == ["-sc"]:
         complete(os.environ["COMP_LINE"])
         return
-    command = arguments[0] if arguments else "--help"
-    if command == "transfer" and not {"-h", "--help"} & set(arguments):
+    if arguments[:1] == ["transfer"] and not {"-h", "--help"} & set(arguments):
         arguments = transfer_arguments(arguments[1:])
-        command = arguments[0]
-    if command in ("-h", "--help"):
-        print(USAGE, end="")
-    elif command == "--version":
-        print(f"lrbo {__version__}")
-    elif command == "--completion":
-        print_completion(arguments[1] if len(arguments) > 1 else "bash")
-    elif command == "transfer":
-        print(TRANSFER_HELP, end="")
-    elif command in COMMANDS:
-        run(command, arguments[1:])
-    else:
-        fail(ConfigError([f"no command {command!r}; known: {', '.join(NAMES)}"]))
+    match arguments or ["--help"]:
+        case ["-h" | "--help", *_]:
+            print(USAGE, end="")
+        case ["--version", *_]:
+            print(f"lrbo {__version__}")
+        case ["--completion"] | ["--completion", "bash", *_]:
+            print(COMPLETION)
+        case ["--completion", shell, *_]:
+            fail(ConfigError([f"tab completion is there for bash only, not for {shell!r}"]))
+        case ["transfer", *_]:
+            print(TRANSFER_HELP, end="")
+        case [command, *rest] if command in COMMANDS:
+            run(command, rest)
+        case [command, *_]:
+            fail(ConfigError([f"no command {command!r}; known: {', '.join(NAMES)}"]))
 
 
 def transfer_arguments(typed: Sequence[str]) -> list[str]:
-    """Return the search that a transfer is.
-
-    Args:
-        typed: What follows ``transfer``.
-
-    Raises:
-        SystemExit: If no donor is named, or one of the keys is that of the transfer itself.
-    """
+    """Return the arguments of the search that a transfer with these arguments stands for."""
     keys = [argument.partition("=")[0] for argument in typed]
     if keys.count("donor") != 1 or "warm_start" in keys:
-        fail(
-            ConfigError(
-                [
-                    f"transfer {' '.join(typed)}: expected donor=NAME once, and no warm_start, "
-                    "which it sets; see lrbo transfer --help"
-                ]
-            )
+        problem = (
+            f"transfer {' '.join(typed)}: expected donor=NAME once, and no warm_start, which it "
+            "sets; see lrbo transfer --help"
         )
-    donor = str(config.read_value(spelled("search", f"study={_value(typed, 'donor')}")[6:]))
+        fail(ConfigError([problem]))
+    value = typed[keys.index("donor")].partition("=")[2]
+    donor = str(compose.read_value(spelled("search", f"study={value}").removeprefix("study=")))
     rest = [argument for argument in typed if not argument.startswith("donor=")]
     if "study" not in keys:
         source = text(Path(donor.partition(":")[0]).name)
@@ -153,11 +150,6 @@ def transfer_arguments(typed: Sequence[str]) -> list[str]:
     if "search.trials" not in keys:
         rest.append("search.trials=3")
     return ["search", f"warm_start=[uniform,analytic,{text(f'{STUDY}{donor}')}]", *rest]
-
-
-def _value(typed: Sequence[str], key: str) -> str:
-    """Return what is typed behind a key."""
-    return next(one.partition("=")[2] for one in typed if one.partition("=")[0] == key)
 
 
 def run(command: str, arguments: Sequence[str]) -> None:
@@ -187,40 +179,29 @@ def run(command: str, arguments: Sequence[str]) -> None:
 
 def _application(command: str, reporter: Reporter) -> Callable[[], None]:
     """Return a command as a Hydra application, which reads ``sys.argv``."""
-    config.register()
-    decorate = hydra.main(
-        version_base="1.3", config_path=str(config.conf_folder()), config_name=command
-    )
-    application: Callable[[], None] = decorate(_guarded(command, reporter))
-    return application
-
-
-def _guarded(command: str, reporter: Reporter) -> Callable[[DictConfig], None]:
-    """Turn errors that a user can mend into messages without a traceback."""
 
     def guarded(values: DictConfig) -> None:
         try:
             with reporter.waiting("Starting"):
                 _set_up_logging(reporter)
-            with naming_paths(), naming_full_disk():
+            with naming_system_errors():
                 _run(command, values, reporter)
-        except LrboError as error:
+        except LrboError as error:  # which a user can mend: without a traceback
             fail(error)
         except BrokenPipeError:  # the reader of our output left, as `head` does
             sys.stderr.close()
 
-    return guarded
+    compose.register()
+    folder = str(compose.conf_folder())
+    decorate = hydra.main(version_base="1.3", config_path=folder, config_name=command)
+    application: Callable[[], None] = decorate(guarded)
+    return application
 
 
-def fail(error: LrboError) -> None:
-    """Print an error and leave with status 2."""
-    _say(f"error: {error}")
+def fail(error: LrboError) -> NoReturn:
+    """Print what is wrong and leave with status 2."""
+    Reporter().say(f"error: {error}")
     raise SystemExit(2)
-
-
-def _say(message: str) -> None:
-    """Write to stderr, also where nothing is set up."""
-    Reporter().say(message)
 
 
 def _set_up_logging(reporter: Reporter) -> None:
@@ -229,7 +210,8 @@ def _set_up_logging(reporter: Reporter) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler], force=True)
     logging.getLogger("lrbo").setLevel(logging.INFO)
     warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.showwarning = cast(Any, _log_warning)
+    # Which line of ours it came from helps no user.
+    warnings.showwarning = lambda message, *_, **__: log.warning("%s", message)
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")  # it sets its own level on import
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for chatty in ("alembic", "mlflow", "ax", "httpx", "lm_eval", "urllib3"):
@@ -240,13 +222,8 @@ def _set_up_logging(reporter: Reporter) -> None:
 
 
 def _hush(name: str, settings: Any = None) -> None:
-    """Keep what a library logs down to errors, which our own handler shows.
-
-    Args:
-        name: Of its logger.
-        settings: Its module of settings, if it has one, which sets more when it is first asked.
-    """
-    if settings is not None:
+    """Let only errors of a library's logger through; ``settings`` is its module of them, if any."""
+    if settings is not None:  # they set more when they are first asked
         settings.set_verbosity_error()
     logging.getLogger(name).setLevel(logging.ERROR)
     logging.getLogger(name).handlers.clear()
@@ -254,42 +231,25 @@ def _hush(name: str, settings: Any = None) -> None:
         settings.disable_progress_bar()
 
 
-def _log_warning(message: Warning | str, *_: Any) -> None:
-    """Show a warning as its message; which line of ours it came from helps no user."""
-    log.warning("%s", message)
-
-
 def _run(command: str, values: DictConfig, reporter: Reporter) -> None:
-    """Do what a command is asked for, and print the machine-readable last line if it has one."""
-    chosen = config.to_object(values)
-    assert isinstance(chosen, SCHEMAS[command])
-    is_search = isinstance(chosen, SearchConfig)
+    """Run a command on its values, and print what it returns where JSON is asked for."""
+    config = compose.to_object(values)
+    assert isinstance(config, SCHEMAS[command])
+    is_search = isinstance(config, SearchConfig)
     typed = [list(HydraConfig.get().overrides.task)] if is_search else []
-    require_possible(chosen, *typed)
-    result = _command(command, reporter).run(chosen, *typed, reporter)
-    if not isinstance(chosen, DashboardConfig) and chosen.output == "json":
+    require_possible(config, *typed)
+    if command in COMPUTING:
+        for note in threads_of_torch():
+            reporter.say(note)
+    with reporter.waiting("Starting"):  # torch and Ax take seconds: not for --help and TAB
+        module = imported(f"lrbo.commands.{command}")
+    result = module.run(config, *typed, reporter)
+    if not isinstance(config, DashboardConfig) and config.output == "json":
         print(to_json(result), flush=True)
 
 
-COMMANDS = tuple(SCHEMAS)
-NAMES = ("search", "transfer", *COMMANDS[1:])  # a transfer is run as the search that it is
-
-
-def _command(name: str, reporter: Reporter) -> Any:
-    """Import what does the work: torch and Ax take seconds that --help and TAB must not cost."""
-    with reporter.waiting("Starting"):
-        return imported(f"lrbo.commands.{name}")
-
-
 def complete(line: str) -> None:
-    """Print what can follow a half-typed command line, for the shell's tab completion.
-
-    Hydra completes the keys and groups of one application; the command in front of them is
-    taken off the line first.
-
-    Args:
-        line: As typed, from the name of the program up to the cursor.
-    """
+    """Print what can follow a half-typed command line: Hydra completes keys and groups."""
     program, _, rest = line.partition(" ")
     command, typed, keys = rest.partition(" ")
     if not typed:
@@ -299,14 +259,3 @@ def complete(line: str) -> None:
         os.environ["COMP_LINE"] = f"{Path(program).name} {keys}"
         sys.argv = [Path(program).name, "-sc", "query=bash"]
         _application(command, Reporter())()
-
-
-def print_completion(shell: str) -> None:
-    """Print the shell code that switches tab completion on.
-
-    Raises:
-        SystemExit: If the shell is not known.
-    """
-    if shell != "bash":
-        fail(ConfigError([f"tab completion is there for bash only, not for {shell!r}"]))
-    print(COMPLETION)

@@ -1,13 +1,15 @@
-"""The few exceptions, and the trial status each one leads to."""
+"""Errors that a user can correct, and the trial outcome that each one leads to."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Literal
 
 SHOWN = 200  # characters of a value in a message
+# transformers lists every known name, hundreds, when it meets an unknown one.
+LONG_LIST = re.compile(r"((?:[\w./-]+, ){2}[\w./-]+), ((?:[\w./-]+, ){8,}[\w./-]+)")
 
 Outcome = Literal["completed", "stopped", "failed", "abandoned"]
 
@@ -19,20 +21,23 @@ def listed(problems: Sequence[str]) -> str:
 
 
 def cut(text: str, length: int = SHOWN) -> str:
-    """Return a text of at most so many characters, the last of them dots where it was longer."""
+    """Cut a text to a length, ending with dots where it was longer."""
     return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
+def some(names: Iterable[str], count: int, none: str = "nothing") -> str:
+    """List the first names and the number of the others."""
+    first = [*names]
+    more = f" and {len(first) - count} more" if first[count:] else ""
+    return f"{', '.join(first[:count])}{more}" if first else none
+
+
 class LrboError(Exception):
-    """Base of every error that a user can mend; its message says how."""
+    """Base of every error that a user can correct; its message says how."""
 
 
 class ConfigError(LrboError):
-    """The configuration cannot work; lists every problem at once.
-
-    Attributes:
-        problems: One sentence per problem.
-    """
+    """The configuration cannot work; ``problems`` has one sentence for each of its faults."""
 
     def __init__(self, problems: Sequence[str]) -> None:
         self.problems = list(problems)
@@ -48,11 +53,7 @@ class ModelError(LrboError):
 
 
 class DataError(LrboError):
-    """A text is missing, too short, or shared between roles.
-
-    Attributes:
-        problems: One sentence per problem.
-    """
+    """A text is missing, too short, or shared between roles; ``problems`` has a sentence each."""
 
     def __init__(self, *problems: str) -> None:
         self.problems = list(problems)
@@ -64,7 +65,7 @@ class StatisticsError(LrboError):
 
 
 class CacheError(LrboError):
-    """What can be made again is missing or damaged."""
+    """A cache entry is missing or damaged."""
 
 
 class NonFiniteError(LrboError):
@@ -95,84 +96,54 @@ class TrackingError(LrboError):
     """MLflow does not take what it was asked to show."""
 
 
-class TrialError(LrboError):
-    """A trial has no value.
-
-    Attributes:
-        outcome: ``"failed"`` (transient: may be tried again) or ``"abandoned"``
-            (deterministic: the same request would end the same way).
-    """
-
-    def __init__(self, message: str, outcome: Literal["failed", "abandoned"]) -> None:
-        self.outcome: Literal["failed", "abandoned"] = outcome
-        super().__init__(message)
-
-
 def outcome_of(error: Exception) -> Literal["failed", "abandoned"]:
-    """Return how a trial that ended in ``error`` counts, in Ax's sense.
+    """Return the outcome of a trial that ended in ``error``, in Ax's sense.
 
-    Running out of memory, and every other error of the machine, is transient
-    (``"failed"``). A budget that no allocation meets, or a loss that is not finite, would
-    come back (``"abandoned"``).
-
-    Args:
-        error: What the worker raised.
-
-    Raises:
-        Exception: ``error`` itself where it is neither: a defect must stop the search, not
-            be recorded as a property of the trial.
+    Errors of the machine, such as a lack of memory, are transient (``"failed"``). A budget that
+    no allocation meets, or a loss that is not finite, would recur (``"abandoned"``). A defect,
+    which is neither, is raised: it must stop the search.
     """
-    if isinstance(error, TrialError):
-        return error.outcome
     if isinstance(error, BudgetError | StatisticsError | NonFiniteError):
         return "abandoned"
-    if isinstance(error, MemoryError | OSError | TimeoutError):
-        return "failed"
-    if is_out_of_memory(error):
+    if isinstance(error, OSError) or _is_out_of_memory(error):
         return "failed"
     raise error
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    """Return whether memory ran out.
+def _is_out_of_memory(error: Exception) -> bool:
+    # torch's OutOfMemoryError, and what its CPU allocator says, are RuntimeErrors.
+    names_memory = isinstance(error, RuntimeError) and "memory" in str(error).lower()
+    return names_memory or isinstance(error, MemoryError)
 
-    torch's OutOfMemoryError, and what its CPU allocator says, are RuntimeErrors.
-    """
-    told = isinstance(error, RuntimeError) and "memory" in str(error).lower()
-    return told or isinstance(error, MemoryError)
+
+class Collecting(AbstractContextManager[object]):
+    """Adds errors of these kinds, and no others, to problems that are reported together later."""
+
+    def __init__(self, problems: list[str], *kinds: type[LrboError]) -> None:
+        self.problems, self.kinds = problems, kinds
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> bool:
+        if not isinstance(error, self.kinds):
+            return False
+        new = error.problems if isinstance(error, ConfigError | DataError) else [str(error)]
+        self.problems += [problem for problem in new if problem not in self.problems]
+        return True
 
 
 @contextmanager
-def reading(kind: type[LrboError], what: str) -> Iterator[None]:
-    """Turn whatever a library raises of a file that it cannot read into one error.
+def reading(kind: type[LrboError], what: str, own: type[LrboError] | None = None) -> Iterator[None]:
+    """Turn whatever a library raises about a file into an error of one kind; ``what`` begins it.
 
-    They raise dozens of kinds (a KeyError for an activation function that nobody knows), without
-    a common base.
-
-    Args:
-        kind: Of the error that is raised instead.
-        what: How its message begins.
-
-    Raises:
-        LrboError: Of that kind, where anything came but lack of memory.
+    Libraries raise dozens of kinds without a common base, such as a KeyError for an unknown
+    activation function. A lack of memory and our errors, but for a kind of our ``own``, stay.
     """
     try:
         yield
-    except LrboError:  # which says already what to do
-        raise
     except Exception as error:
-        if is_out_of_memory(error):
+        is_other = isinstance(error, LrboError) and not (own and isinstance(error, own))
+        if is_other or _is_out_of_memory(error):
             raise
-        plain = isinstance(error, OSError | ValueError)  # others may be one word
-        said = NAMES.sub(_first_names, str(error))
-        raise kind(f"{what}: {said if plain else f'{type(error).__name__}: {said}'}") from error
-
-
-# transformers answers what it does not know with the names of all that it knows, hundreds.
-NAMES = re.compile(r"(?:[\w./-]+, ){11,}[\w./-]+")
-
-
-def _first_names(names: re.Match[str]) -> str:
-    """Return the first names of a list, and how many there are more."""
-    each = names[0].split(", ")
-    return f"{', '.join(each[:3])} and {len(each) - 3} more"
+        is_plain = isinstance(error, OSError | ValueError | LrboError)
+        prefix = "" if is_plain else f"{type(error).__name__}: "
+        message = LONG_LIST.sub(lambda names: some(names[0].split(", "), 3), str(error))
+        raise kind(f"{what}: {prefix}{message}") from error  # a KeyError is a single word

@@ -1,31 +1,46 @@
-"""Settings of the whole set: offline, two threads, a cache of its own; and tiny models."""
+"""Settings of the whole set: offline, one thread, a cache of its own; and tiny models."""
 
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: it reads this once
+os.environ.setdefault("RAY_worker_niceness", "0")  # else tests beside them starve Ray's actors
 
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+# Before lrbo: what is first imported below jaxtyping's import hook is compiled anew.
+import ax.api.client  # noqa: F401
+import matplotlib.figure  # noqa: F401
+import pydantic  # noqa: F401
 import pytest
+import rich.console  # noqa: F401
 import torch
 from hypothesis import settings
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from lrbo import html_report, mlflow_store
-from lrbo.loading import byte_tokenizer, tiny_model
-from lrbo.model import map_model
-from lrbo.specs import ModelMap
-from tests.tiny import build
+from lrbo.models.model_map import map_model
+from lrbo.models.specs import ModelMap
+from lrbo.models.tiny import byte_tokenizer, tiny_model
+from lrbo.reports import page
+from lrbo.study.study_record import StudyRecord
+from lrbo.tracking import mlflow_store
+from tests.support.tiny import build
 
 # deadline=None: the machines that run this are shared. derandomize: a failure is the same for
 # everybody who runs the same commit.
 settings.register_profile("lrbo", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("lrbo")
 
-torch.set_num_threads(2)
+# More take tiny tensors longer, and wait for each other where several processes share the cores.
+torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files of slow tests: no process then waits for one of them at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -43,7 +58,7 @@ def make_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[P
     What would make it is given to a test that asks for it.
     """
     template = tmp_path_factory.mktemp("template") / "mlflow.db"
-    make = mlflow_store._make_store
+    make = mlflow_store.make_store
 
     def copied(database: Path) -> None:
         if not template.exists():
@@ -53,7 +68,7 @@ def make_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[P
         beside.rename(database)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mlflow_store, "_make_store", copied)
+        patch.setattr(mlflow_store, "make_store", copied)
         yield make
 
 
@@ -64,8 +79,12 @@ def _no_pages(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     Studies that a module shares have theirs, and so has a test that asks for ``pages``.
     """
 
+    def unchanged(study: StudyRecord) -> str:
+        file = study.folder / "report.html"
+        return file.read_text("utf-8") if file.is_file() else ""
+
     if "pages" not in request.fixturenames:
-        monkeypatch.setattr(html_report, "write_html", lambda _, path: path.touch())
+        monkeypatch.setattr(page, "study_page", unchanged)
 
 
 @pytest.fixture
@@ -75,7 +94,7 @@ def pages() -> None:
 
 @pytest.fixture
 def family_model() -> Callable[[str], PreTrainedModel]:
-    """Build a fresh tiny model of a case in ``tests.tiny.CASES``; a test may change it."""
+    """Build a fresh tiny model of a case in ``tests.support.tiny.CASES``; a test may change it."""
     return build
 
 
@@ -112,6 +131,8 @@ def mlflow_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def store(mlflow_folder: Path) -> Any:
     """Return a study of its own in a store that all tests share: its tables take seconds."""
-    from tests.mlflow_runs import Store  # which imports mlflow: two seconds for those who need it
+    from tests.support.mlflow_runs import (
+        Store,  # which imports mlflow: two seconds for those who need it
+    )
 
     return Store(mlflow_folder)

@@ -10,10 +10,9 @@ from rich.table import Table
 from rich.text import Text
 
 import lrbo
-from lrbo.progress import LineHandler, Reporter
-from lrbo.report import print_report
-from lrbo.terminal import PlainConsole
-from tests.journal import Journal
+from lrbo.progress import LineHandler, PlainConsole, Reporter
+from lrbo.reports.terminal import print_report
+from tests.support.journal import Journal
 
 HOSTILE = "a\x1b]0;title\x07\x1b[31m\x1b[2Jb\rc\x08\x9b1mz [red]:smile:[/red] [link=x]é"
 SHOWN = "a]0;title[31m[2Jbc1mz [red]:smile:[/red] [link=x]é"

@@ -12,9 +12,9 @@ from lrbo.errors import (
     ModelError,
     NonFiniteError,
     StatisticsError,
-    TrialError,
     outcome_of,
     reading,
+    some,
 )
 
 TRANSIENT = [
@@ -24,13 +24,11 @@ TRANSIENT = [
     ConnectionResetError("node lost"),
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
     RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory"),
-    TrialError("lost", "failed"),
 ]
 DETERMINISTIC = [
     BudgetError("nothing fits"),
     NonFiniteError("NaN"),
     StatisticsError("missing"),
-    TrialError("no value", "abandoned"),
 ]
 DEFECTS = [
     TypeError("unsupported operand"),
@@ -116,3 +114,18 @@ def test_lack_of_memory_and_our_own_errors_stay_what_they_are(error: Exception) 
     with pytest.raises(type(error)) as caught, reading(ModelError, "cannot read x"):
         raise error
     assert caught.value is error
+
+
+def test_one_kind_of_our_own_is_reported_as_another_where_that_is_asked_for() -> None:
+    with (
+        pytest.raises(ModelError, match=r"^cannot read x: short$"),
+        reading(ModelError, "cannot read x", own=DataError),
+    ):
+        raise DataError("short")
+
+
+@pytest.mark.parametrize(
+    ("names", "text"), [([], "nothing"), (["a", "b"], "a, b"), (["a", "b", "c"], "a, b and 1 more")]
+)
+def test_of_many_names_some_are_listed(names: list[str], text: str) -> None:
+    assert some(names, 2) == text

@@ -1,27 +1,28 @@
 """The whole chain on a GPU says what it says on the CPU."""
 
-from functools import partial
-
 import pytest
 import torch
 from torch import Tensor
 
-from lrbo.allocation import Allocation, Budget
-from lrbo.blockwise import BlockwiseBody
+from lrbo.allocation.allocate import Allocation
+from lrbo.allocation.apply import compressed
 from lrbo.calibration.collect import Calibration, CalibrationSettings, calibrate
-from lrbo.compression import compressed
-from lrbo.evaluation.divergence import measure_dense
-from lrbo.evaluation.latency import LatencySettings
-from lrbo.factorization.base import Statistic
+from lrbo.calibration.statistics import Statistic
+from lrbo.evaluation.timing import TimingSettings
+from lrbo.factorization.cache import factor_model
+from lrbo.factorization.factors import LowRankFactors
 from lrbo.factorization.registry import METHODS, method_named
-from lrbo.factorization.store import factor_model
-from lrbo.model import map_model
-from lrbo.nested import LowRankFactors, PivotedFactors
-from lrbo.refit import refit
-from lrbo.specs import ModelMap
-from lrbo.trial import TrialRequest
-from lrbo.worker import Worker
-from tests.tiny import build, token_ids
+from lrbo.layers.modules import MODULES
+from lrbo.layers.options import Option
+from lrbo.models.blockwise import BlockwiseBody
+from lrbo.models.model_map import map_model
+from lrbo.models.specs import ModelMap
+from lrbo.refit.sequential import refit
+from lrbo.tasks.perplexity import measure_dense
+from lrbo.trials.records import TrialRequest
+from lrbo.trials.worker import Worker
+from tests.support.allocations import decided
+from tests.support.tiny import build, token_ids
 
 pytestmark = [
     pytest.mark.gpu,
@@ -54,7 +55,10 @@ def factored(device: torch.device, method: str) -> dict[str, LowRankFactors]:
 
 
 def allocated(layers: ModelMap) -> Allocation:
-    return Allocation({spec.name: RANK for spec in layers.compressible}, 0, Budget(0))
+    """Decide one rank everywhere, in all forms by turns."""
+    units, forms = layers.compressible, list(MODULES)
+    options = {u.name: Option(forms[i % len(forms)], (RANK,)) for i, u in enumerate(units)}
+    return decided(units, options, measure="bytes")
 
 
 def products(factors: dict[str, LowRankFactors]) -> dict[str, Tensor]:
@@ -62,7 +66,7 @@ def products(factors: dict[str, LowRankFactors]) -> dict[str, Tensor]:
 
 
 def test_statistics_are_those_of_the_cpu() -> None:
-    one, two = calibrated(CPU).found, calibrated(GPU).found
+    one, two = calibrated(CPU).statistics, calibrated(GPU).statistics
     assert one.keys() == two.keys()
     for name, statistics in one.items():
         for key, expected in statistics.items():
@@ -84,7 +88,7 @@ def test_a_trial_scores_as_on_the_cpu(dtype: torch.dtype) -> None:
     found = {}
     for device in (CPU, GPU):
         model = build(CASE).to(device, dtype)
-        layers, method, ids = map_model(model), method_named("loss_aware"), token_ids(4, 12)
+        layers, ids = map_model(model), token_ids(4, 12)
         factors = {
             name: f.to(dtype=dtype, device=device)
             for name, f in factored(CPU, "loss_aware").items()
@@ -93,14 +97,12 @@ def test_a_trial_scores_as_on_the_cpu(dtype: torch.dtype) -> None:
             model,
             layers,
             factors,
-            partial(method.parameters, storage="pivoted"),
-            "pivoted",
             ids,
             measure_dense(model, ids),
-            latency=LatencySettings(12, repeats=3),
+            latency=TimingSettings((12,), steps=4, repeats=3),
         )
         result = worker(TrialRequest(0, "uniform", {}, allocated(layers), seed=0))
-        assert result.outcome == "completed", result.reason
+        assert result.outcome == "completed", result.error
         found[device.type] = result.metrics
         assert {parameter.device.type for parameter in model.parameters()} == {device.type}
         assert result.metrics["prefill_latency_ratio"] > 0
@@ -123,17 +125,18 @@ def test_a_refit_is_that_of_the_cpu() -> None:
         assert after.fitted_after == pytest.approx(before.fitted_after, rel=1e-2, abs=1e-6)
 
 
+@pytest.mark.parametrize("form", MODULES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_pivoted_layers_answer_as_factors_do(dtype: torch.dtype) -> None:
+def test_stored_layers_say_what_factors_do(dtype: torch.dtype, form: str) -> None:
     factors, model = factored(CPU, "loss_aware"), build(CASE).to(GPU)
     layers, ids = map_model(model), token_ids(2, 12).to(GPU)
     running = {n: f.to(dtype=torch.float32, device=GPU) for n, f in factors.items()}
     for name, found in running.items():
         x = torch.randn(3, found.right.shape[1], device=GPU)
-        pivoted = PivotedFactors(found, dtype, name).at_rank(RANK)
-        assert pivoted.rows.weight.device.type == "cuda"
+        stored = found.stored(name, Option(form, (RANK,)), dtype)
+        assert {p.device.type for p in stored.parameters()} == {"cuda"}
         expected = found.at_rank(RANK)(x)
-        error = (pivoted(x.to(dtype)).float() - expected).norm() / expected.norm()
+        error = (stored(x.to(dtype)).float() - expected).norm() / expected.norm()
         assert float(error) <= (1e-4 if dtype is torch.float32 else 0.1)
     with compressed(model, allocated(layers), running), torch.inference_mode():
         assert bool(model(ids).logits.isfinite().all())

@@ -22,7 +22,7 @@ from lrbo.linalg import (
     require_finite,
     weighted_svd,
 )
-from tests import reference
+from tests.support import reference
 
 TOLERANCE = {
     "exact": 1e-12,  # a handful of float64 products of numbers around 1, relative to the largest

@@ -116,8 +116,8 @@ def test_brackets_and_colons_in_a_message_are_no_markup(message: str) -> None:
 
 def test_what_a_search_has_found_stands_above_what_it_does(clock: None) -> None:
     reporter, out = terminal()
-    with reporter.trials(30) as trials:
-        trials.show(12, "best 35.764 at keep ratio 0.8", 3725.0)
+    with reporter.trials(30) as show:
+        show(12, "best 35.764 at keep ratio 0.8", 3725.0)
         with reporter.waiting("Trial 13", "proposing"):
             pass
         with reporter.step("Trial 13", 8192, "tokens", leaves_line=False) as advance:
@@ -151,8 +151,8 @@ def test_every_bar_is_one_line_at_any_width(width: int) -> None:
     out = io.StringIO()
     console = Console(file=out, width=width, force_terminal=True, legacy_windows=False)
     reporter = Reporter(console)
-    with reporter.trials(1000) as trials:
-        trials.show(999, "best 35.764 at keep ratio 0.8", None)
+    with reporter.trials(1000) as show:
+        show(999, "best 35.764 at keep ratio 0.8", None)
         with reporter.step("Dense model on validation text", 10**9, "tokens") as advance:
             advance(10**8)
             reporter._bars.refresh()
@@ -168,8 +168,8 @@ def test_every_bar_is_one_line_at_any_width(width: int) -> None:
 def test_where_nothing_can_move_there_are_no_control_characters(options) -> None:
     out = io.StringIO()
     reporter = Reporter(Console(file=out, width=80, highlight=False, **options))
-    with reporter.trials(30) as trials, reporter.waiting("Starting"):
-        trials.show(1, "best", 5.0)
+    with reporter.trials(30) as show, reporter.waiting("Starting"):
+        show(1, "best", 5.0)
         with reporter.step("Calibration", 8, "blocks") as advance:
             advance(8)
     assert re.fullmatch(r"Calibration: 8 blocks in .*\n", out.getvalue())
@@ -270,6 +270,13 @@ def test_a_slow_step_says_how_long_each_takes(monkeypatch: pytest.MonkeyPatch) -
     with reporter.step("Calibration", 4, "blocks"):
         pass
     assert out.getvalue() == "Calibration: 4 blocks in 50.0 s (12.5 s per block)\n"
+
+
+def test_rates_and_durations_have_the_digits_that_matter() -> None:
+    rates = [progress._rate(*each) for each in ((1210.4, "tokens"), (2.46, "layers"))]
+    assert rates == ["1,210 tokens/s", "2.5 layers/s"]
+    seconds = [progress._seconds(each) for each in (1234.5, 2.345, 0.0123)]
+    assert seconds == ["1,234.5 s", "2.3 s", "0.012 s"]
 
 
 def test_a_step_too_short_to_measure_has_no_rate(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Methods, allocations, storage forms, refit and calibration texts at equal parameters.
+"""Methods, allocations, forms, refit and calibration texts at equal parameters.
 
 Results are appended to a file, one JSON object per line; what is there already is not measured
 again, so that the command can be stopped and typed again.
@@ -17,7 +17,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -26,24 +26,27 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lrbo import builders, config
-from lrbo.allocation import Allocation, Budget
-from lrbo.calibration import corpus
+from lrbo.allocation.allocate import Allocation, dense_cost
+from lrbo.allocation.apply import compressed, on_device
 from lrbo.calibration.collect import CalibrationSettings
-from lrbo.calibration.corpus import CorpusSpec, RoleText
-from lrbo.commands.finalists import output_metric
-from lrbo.compression import compressed
-from lrbo.evaluation.divergence import DenseReference, measure_dense
-from lrbo.evaluation.perplexity import Perplexity, predictions
+from lrbo.config import compose
+from lrbo.config.schema import DataConfig, RefitConfig, RoleConfig
+from lrbo.data.windows import ROLES, make_windows
+from lrbo.factorization.factors import LowRankFactors
 from lrbo.factorization.registry import METHODS, method_named
-from lrbo.loading import load_model, load_tokenizer, resolve_device, resolve_dtype
-from lrbo.model import fingerprint, map_model
-from lrbo.nested import LowRankFactors
-from lrbo.optimization.weights import WeightSpace, build_weight_space
-from lrbo.preparation import Preparation, curve_needs
+from lrbo.layers.options import Budget
+from lrbo.models.devices import resolve_device, resolve_dtype
+from lrbo.models.loading import load_model, load_tokenizer
+from lrbo.models.model_map import map_model
+from lrbo.models.parameters import fingerprint
+from lrbo.optimization.space import Problem
+from lrbo.pipeline import planning
+from lrbo.pipeline.prepare import Preparation, curve_needs
+from lrbo.pipeline.search_space import menus_of
 from lrbo.progress import Reporter
-from lrbo.refit import RefitSettings, refit
-from lrbo.schema import RefitConfig
+from lrbo.refit.sequential import RefitSettings, output_metric, refit
+from lrbo.tasks.causal_lm import CausalLM
+from lrbo.tasks.perplexity import DenseReference, Perplexity, measure_dense, predictions
 
 SMOKE = bool(os.environ.get("LRBO_SMOKE"))
 HERE = Path(__file__).parent
@@ -54,7 +57,7 @@ ITEMS = 50
 
 @dataclass(frozen=True)
 class Row:
-    """One model to measure."""
+    """One model to measure; ``storage`` is the form, as recorded results call it."""
 
     method: str
     allocation: str
@@ -101,8 +104,8 @@ class Bench:
 
     def __init__(self, options: argparse.Namespace) -> None:
         model = ["model=tiny"] if SMOKE else ["model=smollm2_135m"]
-        chosen: Any = config.composed("search", [*model, "data=packaged", "study=none"])
-        self.source = builders.model_source(chosen.model)
+        chosen: Any = compose.composed("search", [*model, "data=packaged", "study=none"])
+        self.source = planning.model_source(chosen.model)
         self.device = resolve_device("auto")
         self.dtype = resolve_dtype(options.dtype, self.device)
         self.model: PreTrainedModel = load_model(self.source, dtype=self.dtype, device=self.device)
@@ -143,10 +146,10 @@ class Bench:
 
         The seed draws windows from the part of the role; those of tests are the first ones.
         """
-        share = RoleText(texts, tokens)
-        names: Any = (role,) if alone else corpus.ROLES
-        spec = CorpusSpec(source, dict.fromkeys(names, share), window, None, seed)
-        found: Any = corpus.make_windows(spec, self.tokenizer, only=[role])  # type: ignore[list-item]
+        text = RoleConfig(list(texts), tokens)
+        roles = dict.fromkeys((role,) if alone else ROLES, text)
+        data = DataConfig(source=source, window=window, **roles)  # type: ignore[arg-type]
+        found: Any = make_windows(data, self.tokenizer, seed=seed, only=[role])  # type: ignore[list-item]
         return found[role].ids
 
     def calibration(self, text: str, tokens: int, seed: int) -> Tensor:
@@ -175,6 +178,7 @@ class Bench:
             needs,
             self.calibration(row.calibration, row.tokens, row.seed),
             CalibrationSettings(seed=row.seed),
+            CausalLM(),
         )
 
     def factors(self, row: Row) -> dict[str, LowRankFactors]:
@@ -188,24 +192,20 @@ class Bench:
         return self._prepared[key]
 
     def allocate(self, row: Row, factors: Mapping[str, LowRankFactors]) -> Allocation:
-        """Return the ranks of a row."""
-        specs = self.layers.compressible
-        space = build_weight_space(
-            specs,
-            Budget.from_keep_ratio(specs, row.keep),
-            groups={},
-            dense=(),
-            knots=0,
-            exponent=False,
-            width=1.0,
-            cost=partial(METHODS[row.method].parameters, storage=row.storage),
-            rank_multiple=1 if SMOKE else 8,
+        """Return the options of a row."""
+        menus = menus_of(
+            self.layers.compressible,
+            [row.storage],
+            METHODS[row.method],
+            self.dtype,
+            multiple=1 if SMOKE else 8,
         )
-        if row.allocation == "uniform":
-            return space.uniform()
-        known = {name: f.loss.numpy() for name, f in factors.items() if f.loss is not None}
-        informed: WeightSpace = replace(space, curves=known)
-        return informed.analytic()[0]  # type: ignore[index]
+        problem = Problem(menus, Budget.keeping(row.keep, dense_cost(menus)))
+        return (
+            problem.uniform()
+            if row.allocation == "uniform"
+            else (problem.with_losses(factors).by_loss())
+        )
 
     def dense(self) -> dict[str, DenseReference]:
         """Return what the dense model says about every test text."""
@@ -221,11 +221,7 @@ class Bench:
             factors = self._refit(row, allocation, factors)
             found |= {"feedback": RefitSettings().feedback, "power": RefitConfig().output_power}
         found["seconds_refit"] = time.perf_counter() - start
-        running = {
-            name: factors[name].to(dtype=self.dtype, device=self.device, max_rank=rank)
-            for name, rank in allocation.ranks.items()
-            if rank is not None
-        }
+        running = on_device(self.model, factors, allocation.ranks)
         tokens = sum(ids.numel() for ids in self.tests.values())
         with compressed(self.model, allocation, running, tokens=tokens):
             for name, ids in self.tests.items():
@@ -236,14 +232,14 @@ class Bench:
                 found[name] = {"nll": total.mean, "kl": divergence / total.tokens}
             if self.options.zeroshot and row.keep in self.options.keeps[:2] and self._worth(row):
                 found["zeroshot"] = self.zero_shot()
-        found["parameters"] = allocation.parameters
-        found["dense_layers"] = sum(rank is None for rank in allocation.ranks.values())
+        found["parameters"] = allocation.cost.parameters
+        found["dense_layers"] = len(allocation.options) - len(allocation.compressed)
         return found
 
     def _refit(
         self, row: Row, allocation: Allocation, factors: Mapping[str, LowRankFactors]
     ) -> dict[str, LowRankFactors]:
-        """Solve the ranks again on the calibration text of the row."""
+        """Solve the options again on the calibration text of the row."""
         preparation = self.preparation(row)
         statistics = preparation.statistics(self.digest, self.dtype, Reporter(), self.model)
         metric = output_metric(self.layers, statistics, RefitConfig().output_power)

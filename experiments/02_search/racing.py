@@ -11,11 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from surrogate import Recorded, Surrogate
+from surrogate import Recorded, Surrogate, ranks_of
 
-from lrbo.allocation import Allocation
-from lrbo.paired import paired_difference
-from lrbo.racing import Race, spread_order
+from lrbo.allocation.allocate import Allocation
+from lrbo.trials.racing import Race, paired_difference, spread_order
 
 # Which recorded trials are raced again: all, or those around the least predicted loss alone.
 SORTS = {
@@ -108,7 +107,7 @@ class WindowSurrogate:
     def __call__(self, allocation: Allocation) -> np.ndarray:
         """Return the loss of each window, nats per token; their mean is the surrogate's loss."""
         total = self.mean(allocation)
-        seed = zlib.crc32(repr(tuple(allocation.ranks.values())).encode())
+        seed = zlib.crc32(repr(tuple(ranks_of(allocation).values())).encode())
         own = self.spread * np.random.default_rng(seed).standard_normal(len(self.spread))
         found = self.lines[0] * total + self.lines[1] + own
         return np.asarray(found + total - found.mean())

@@ -12,60 +12,60 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from surrogate import ranks_of
 
-from lrbo import builders, config
-from lrbo.allocation import Allocation, allocate
-from lrbo.optimization.base import BudgetSpace
-from lrbo.optimization.study import Study
-from lrbo.optimization.weights import WeightSpace
+from lrbo.allocation.allocate import Allocation
+from lrbo.config import compose
+from lrbo.factorization.factors import LowRankFactors
+from lrbo.optimization.space import Space, sobol_point
+from lrbo.optimization.variables import WeightSpace
+from lrbo.pipeline import build_worker, planning
 from lrbo.progress import Reporter
-from lrbo.trial import TrialRequest
+from lrbo.study.journal import Study
+from lrbo.trials.records import TrialRequest
 
 HERE = Path(__file__).parent
 MULTIPLE = 8
 
 
-def planned(overrides: list[str], study: Study) -> builders.Plan:
+def planned(overrides: list[str], study: Study) -> planning.Plan:
     """Return the plan of a search with some overrides."""
-    chosen: Any = config.composed("search", [f"study={study.folder}", *overrides])
-    return builders.plan_search(chosen, study, [])
+    chosen: Any = compose.composed("search", [f"study={study.folder}", *overrides])
+    return planning.plan_search(chosen, study, [])
 
 
 def wanted(
-    weights: WeightSpace, ratios: dict[str, BudgetSpace], count: int
+    weights: WeightSpace, ratios: dict[str, Space], count: int
 ) -> Iterator[tuple[str, Allocation]]:
     """Yield allocations in turn of every sort, so that any beginning has all of them."""
-    yield "uniform", weights.uniform()
-    found = weights.analytic()
-    assert found is not None
-    analytic, _ = found
+    yield "uniform", weights.problem.uniform()
+    analytic = weights.problem.by_loss()
     yield "analytic", analytic
     for index in range(count):
         for width, space in ((0.5, weights), (1.0, weights)):
-            point = space.sobol_point(index, seed=int(10 * width))
+            point = sobol_point(space, index, seed=int(10 * width))
             wide = {name: value * width / 0.5 for name, value in point.items()}
             yield f"weights {width}", space.allocate(wide)
         for name, other in ratios.items():
-            yield name, other.allocate(other.sobol_point(index, seed=1))
+            yield name, other.allocate(sobol_point(other, index, seed=1))
         yield "layers", _shaken(weights, analytic, index)
 
 
 def _shaken(space: WeightSpace, analytic: Allocation, index: int) -> Allocation:
     """Return the analytic allocation with the ratio of every layer multiplied at random."""
     generator = np.random.default_rng(index)
-    ratios = {}
-    for spec in space.layers:
-        rank = analytic.ranks[spec.name]
-        kept = 1.0 if rank is None else space.cost(spec, rank) / spec.parameters
-        ratios[spec.name] = kept * float(np.exp(0.2 * generator.standard_normal()))
-    return allocate(
-        ratios, space.layers, space.budget, cost=space.cost, rank_multiple=space.rank_multiple
+    return space.problem.by_ratio(
+        {
+            name: space.problem.share(analytic, (name,))
+            * float(np.exp(0.2 * generator.standard_normal()))
+            for name in space.problem.menus
+        }
     )
 
 
@@ -86,9 +86,11 @@ def main() -> None:
     }
     reporter = Reporter()
     with study.locked():
-        worker = builders.build_worker(plan, study, reporter)
-        space: Any = builders.informed_space(plan, study, worker, reporter)
-        save_layers(HERE / "layers.npz", space, study.state.dense["nll"])
+        worker = build_worker.build_worker(plan, study, reporter)
+        space: Any = build_worker.informed_space(
+            plan, study, worker.model, worker.prepared, reporter
+        )
+        save_layers(HERE / "layers.npz", space, worker.prepared, study.state.dense["nll"])
         file = HERE / "recorded.jsonl"
         done = len(file.read_text("utf-8").splitlines()) if file.is_file() else 0
         for index, (sort, allocation) in enumerate(wanted(space, ratios, options.count)):
@@ -100,29 +102,33 @@ def main() -> None:
                 "sort": sort,
                 "nll": result.metrics["nll"],
                 "seconds": round(time.perf_counter() - start, 2),
-                "windows": [round(lost, 5) for lost in result.window_nll],
-                "ranks": [rank or 0 for rank in allocation.ranks.values()],
+                "windows": [round(lost, 5) for lost in result.example_losses],
+                "ranks": [rank or 0 for rank in ranks_of(allocation).values()],
             }
             with file.open("a", encoding="utf-8") as out:
                 out.write(json.dumps(line, separators=(",", ":")) + "\n")
             reporter.say(f"{index:>4} {sort:<20} {line['nll']:.4f}  {line['seconds']:.1f} s")
 
 
-def save_layers(path: Path, space: WeightSpace, dense: float) -> None:
+def save_layers(
+    path: Path, space: WeightSpace, factors: Mapping[str, LowRankFactors], dense: float
+) -> None:
     """Write names, shapes and predicted losses of the layers, at ranks that are on offer."""
-    longest = max(len(curve) for curve in space.curves.values())
-    curves = np.zeros((len(space.layers), -(-longest // MULTIPLE)), np.float32)
-    for row, spec in zip(curves, space.layers, strict=True):
-        curve = np.asarray(space.curves[spec.name])[::MULTIPLE]
+    units = space.problem.units
+    losses = {name: f.loss.numpy() for name, f in factors.items() if f.loss is not None}
+    longest = max(map(len, losses.values()))
+    curves = np.zeros((len(units), -(-longest // MULTIPLE)), np.float32)
+    for row, spec in zip(curves, units, strict=True):
+        curve = losses[spec.name][::MULTIPLE]
         row[: len(curve)] = curve
     np.savez_compressed(
         path,
-        names=np.array([spec.name for spec in space.layers]),
-        kinds=np.array([spec.kind for spec in space.layers]),
-        blocks=np.array([spec.block for spec in space.layers]),
-        shapes=np.array([(spec.out_features, spec.in_features) for spec in space.layers]),
+        names=np.array([spec.name for spec in units]),
+        kinds=np.array([spec.kind for spec in units]),
+        blocks=np.array([spec.block for spec in units]),
+        shapes=np.array([(spec.out_features, spec.in_features) for spec in units]),
         curves=curves,
-        budget=space.budget.parameters,
+        budget=space.problem.budget.limit,
         dense=dense,
     )
 

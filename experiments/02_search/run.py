@@ -25,7 +25,7 @@ from racing import SORTS, Races, WindowSurrogate, replayed
 from searches import OURS, RECIPE, SEARCHES, Evaluate, exact, search, spaces
 from surrogate import HERE, Recorded, Surrogate, held_back
 
-from lrbo.racing import Race
+from lrbo.trials.racing import Race
 
 matplotlib.use("Agg")
 SMOKE = bool(os.environ.get("LRBO_SMOKE"))

@@ -14,12 +14,11 @@ import numpy as np
 from botorch.models.map_saas import EnsembleMapSaasSingleTaskGP
 from surrogate import MULTIPLE, Recorded, Surrogate
 
-from lrbo.accounting import low_rank_parameters
-from lrbo.allocation import Allocation
-from lrbo.optimization.base import BudgetSpace, LinearConstraint
-from lrbo.optimization.client import Observation, SearchClient
-from lrbo.optimization.space import build_space
-from lrbo.optimization.weights import build_weight_space
+from lrbo.allocation.allocate import Allocation
+from lrbo.layers.options import Menu
+from lrbo.optimization.proposals import Observation, SearchClient
+from lrbo.optimization.space import LinearConstraint, Problem, Space, sobol_point
+from lrbo.optimization.variables import SpaceSettings, build_ratio_space, build_weight_space
 
 INITIAL = 7
 GROUPS = {
@@ -33,32 +32,37 @@ Point = Mapping[str, float]
 Propose = Callable[[list[Observation], Losses], Point]
 
 
-def spaces(recorded: Recorded) -> dict[str, BudgetSpace]:
+def spaces(recorded: Recorded) -> dict[str, Space]:
     """Return the spaces that are searched."""
-    cost = partial(low_rank_parameters, bias=False, storage="pivoted")
-    shared: dict[str, Any] = {"cost": cost, "rank_multiple": MULTIPLE}
-    of_ratios: dict[str, Any] = {"bounds": (0.2, 1.0), "start": PAPER, **shared}
+    menus = {
+        spec.name: Menu.of(spec, ["pivoted"], bias=False, itemsize=2, multiple=MULTIPLE)
+        for spec in recorded.layers
+    }
+    predicted = {
+        name: menu.with_losses([recorded.curves[name][menu.sections[0].levels[:, 0]]])
+        for name, menu in menus.items()
+    }
+    plain, known = (Problem(each, recorded.budget) for each in (menus, predicted))
     ratios, deep, layers = (
-        build_space(
-            recorded.layers, recorded.budget, groups=groups, dense=dense, granularity=granularity,
-            depth_groups=4, **of_ratios,
+        build_ratio_space(
+            problem,
+            SpaceSettings(
+                groups=groups, dense=dense, granularity=granularity, depth_groups=4, start=PAPER
+            ),
         )
-        for groups, dense, granularity in (
-            (GROUPS, ["v_proj"], "kind"),
-            (GROUPS, ["v_proj"], "depth"),
+        for problem, groups, dense, granularity in (
+            (plain, GROUPS, ["v_proj"], "kind"),
+            (plain, GROUPS, ["v_proj"], "depth"),
             # The allocation of least predicted loss compresses v as well.
-            ({**GROUPS, "v": ["v_proj"]}, [], "layer"),
+            (known, {**GROUPS, "v": ["v_proj"]}, [], "layer"),
         )
-    )  # fmt: skip
-    weights = build_weight_space(
-        recorded.layers, recorded.budget, groups={}, dense=[], knots=3, exponent=True, width=0.5,
-        **shared,
-    )  # fmt: skip
+    )
+    weights = build_weight_space(known, SpaceSettings(bounds=[-0.5, 0.5]))
     return {
         "ratios": ratios,
         "ratios by depth": deep,
-        "ratios by layer": layers.with_curves(recorded.curves),
-        "weights": weights.with_curves(recorded.curves),
+        "ratios by layer": layers,
+        "weights": weights,
     }
 
 
@@ -66,7 +70,7 @@ def spaces(recorded: Recorded) -> dict[str, BudgetSpace]:
 class Constrained:
     """A space as Ax sees it, with another constraint than its own."""
 
-    inner: BudgetSpace
+    inner: Space
     constraint: LinearConstraint | None
 
     def __getattr__(self, name: str) -> Any:
@@ -74,7 +78,7 @@ class Constrained:
         return getattr(self.inner, name)
 
 
-def ax(space: BudgetSpace, seed: int, budget: str = "equality", model: Any = None) -> Propose:
+def ax(space: Space, seed: int, budget: str = "equality", model: Any = None) -> Propose:
     """Return a search with Ax.
 
     Args:
@@ -92,11 +96,11 @@ def ax(space: BudgetSpace, seed: int, budget: str = "equality", model: Any = Non
 
     def propose(seen: list[Observation], losses: Losses) -> Point:
         if len(losses) < INITIAL:
-            return space.sobol_point(len(losses), seed)
+            return sobol_point(space, len(losses), seed)
         with _model(model):
             point = client.ask(len(losses), seen)
         if budget == "projection":
-            return dict(zip(space.names, space.project(list(point.values())), strict=True))
+            return space.project(point)
         return point
 
     return propose
@@ -108,32 +112,32 @@ def _model(found: Any) -> Iterator[None]:
     if found is None:
         yield
         return
-    with mock.patch("lrbo.optimization.client.CappedSingleTaskGP", found):
+    with mock.patch("lrbo.optimization.proposals.CappedSingleTaskGP", found):
         yield
 
 
-def saas(space: BudgetSpace, seed: int) -> Propose:
+def saas(space: Space, seed: int) -> Propose:
     """Return a search with a model for many variables of which few matter."""
     return ax(space, seed, model=EnsembleMapSaasSingleTaskGP)
 
 
-def random(space: BudgetSpace, seed: int) -> Propose:
+def random(space: Space, seed: int) -> Propose:
     """Return a search that draws points evenly."""
     generator = np.random.default_rng(seed)
 
     def propose(_: list[Observation], __: Losses) -> Point:
-        drawn = [generator.uniform(low, high) for low, high in space.bounds.values()]
-        return dict(zip(space.names, space.project(drawn), strict=True))
+        drawn = {name: generator.uniform(*ends) for name, ends in space.bounds.items()}
+        return space.project(drawn)
 
     return propose
 
 
-def sobol(space: BudgetSpace, seed: int) -> Propose:
+def sobol(space: Space, seed: int) -> Propose:
     """Return a search along a Sobol sequence."""
-    return lambda _, losses: space.sobol_point(len(losses), seed)
+    return lambda _, losses: sobol_point(space, len(losses), seed)
 
 
-def tpe(space: BudgetSpace, seed: int) -> Propose:
+def tpe(space: Space, seed: int) -> Propose:
     """Return a search with Optuna; its points are taken onto the budget, as all others are."""
     import optuna  # type: ignore[import-not-found,unused-ignore]
 
@@ -145,8 +149,8 @@ def tpe(space: BudgetSpace, seed: int) -> Propose:
         if trials:
             study.tell(trials[-1], losses[-1])
         trials.append(study.ask())
-        drawn = [trials[-1].suggest_float(name, *ends) for name, ends in space.bounds.items()]
-        return dict(zip(space.names, space.project(drawn), strict=True))
+        drawn = {n: trials[-1].suggest_float(n, *ends) for n, ends in space.bounds.items()}
+        return space.project(drawn)
 
     return propose
 
@@ -157,7 +161,7 @@ class Trials:
 
     Attributes:
         losses: Nats per token, trial by trial.
-        allocations: Their ranks.
+        allocations: Their decisions.
         seconds: That proposals took in all.
     """
 
@@ -171,7 +175,7 @@ Evaluate = Callable[[Allocation], tuple[float, float]]
 
 
 def search(
-    space: BudgetSpace, starts: Sequence[str], propose: Propose, evaluate: Evaluate, trials: int
+    space: Space, starts: Sequence[str], propose: Propose, evaluate: Evaluate, trials: int
 ) -> Trials:
     """Run a search."""
     done = Trials([], [])
@@ -200,7 +204,7 @@ def exact(model: Surrogate) -> Evaluate:
     return lambda allocation: (model(allocation), 0.0)
 
 
-SEARCHES: dict[str, tuple[str, tuple[str, ...], Callable[[BudgetSpace, int], Propose]]] = {
+SEARCHES: dict[str, tuple[str, tuple[str, ...], Callable[[Space, int], Propose]]] = {
     "random ratios": ("ratios", (), random),
     "sobol ratios": ("ratios", ("start",), sobol),
     "tpe ratios": ("ratios", ("start",), tpe),

@@ -21,12 +21,21 @@ from botorch.fit import fit_gpytorch_mll
 from botorch.models import SingleTaskGP
 from gpytorch.mlls import ExactMarginalLogLikelihood
 
-from lrbo.allocation import Allocation, Budget
-from lrbo.specs import LayerSpec
+from lrbo.allocation.allocate import Allocation
+from lrbo.layers.options import Budget
+from lrbo.models.specs import LayerSpec
 
 HERE = Path(__file__).parent
 MULTIPLE = 8
 CRUSHED = 1.2  # nats beyond the dense model
+
+
+def ranks_of(allocation: Allocation) -> dict[str, int | None]:
+    """Return the rank of each layer; ``None`` is dense."""
+    return {
+        name: option.level[0] if option.level else None
+        for name, option in allocation.options.items()
+    }
 
 
 @dataclass
@@ -59,7 +68,7 @@ class Recorded:
         every = [json.loads(line) for line in lines]
         # Where a few layers are crushed the loss jumps; no search goes there twice.
         rows = [row for row in every if row["nll"] - dense < CRUSHED]
-        return cls(layers, curves, Budget(int(found["budget"])), dense, rows)
+        return cls(layers, curves, Budget("parameters", int(found["budget"])), dense, rows)
 
     @cached_property
     def inputs(self) -> np.ndarray:
@@ -121,7 +130,7 @@ class Surrogate:
 
     def __call__(self, allocation: Allocation) -> float:
         """Return the loss, nats per token."""
-        inputs = self.recorded.features(allocation.ranks)[None]
+        inputs = self.recorded.features(ranks_of(allocation))[None]
         return self.recorded.dense + math.exp(float(self.log_excess(inputs)[0]))
 
 

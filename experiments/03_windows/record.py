@@ -16,14 +16,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from lrbo import builders, config
-from lrbo.allocation import Allocation
-from lrbo.compression import compressed
-from lrbo.evaluation.perplexity import score_windows
-from lrbo.optimization.study import Study
-from lrbo.optimization.weights import WeightSpace
+from lrbo.allocation.allocate import Allocation
+from lrbo.allocation.apply import compressed
+from lrbo.config import compose
+from lrbo.files.atomic import replacing
+from lrbo.optimization.space import sobol_point
+from lrbo.optimization.variables import WeightSpace
+from lrbo.pipeline import build_worker, planning
 from lrbo.progress import Reporter
-from lrbo.storage import replacing
+from lrbo.study.journal import Study
 
 FILE = Path(__file__).with_name("losses.npz")
 WINDOWS, TOKENS = 96, 512
@@ -31,13 +32,11 @@ WINDOWS, TOKENS = 96, 512
 
 def wanted(space: WeightSpace, count: int) -> Iterator[tuple[str, Allocation]]:
     """Yield the baselines, and Sobol points of the space at its width and at half of it."""
-    yield "uniform", space.uniform()
-    found = space.analytic()
-    assert found is not None
-    yield "analytic", found[0]
+    yield "uniform", space.problem.uniform()
+    yield "analytic", space.problem.by_loss()
     for index in range(count):
         for width, seed in ((1.0, 11), (0.5, 12)):
-            point = space.sobol_point(index, seed)
+            point = sobol_point(space, index, seed)
             shrunk = {name: value * width for name, value in point.items()}
             yield f"sobol {width}", space.allocate(shrunk)
 
@@ -49,7 +48,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("studies/windows"))
     options = parser.parse_args()
     study = Study(options.folder)
-    chosen: Any = config.composed(
+    chosen: Any = compose.composed(
         "search",
         [
             f"study={study.folder}",
@@ -58,16 +57,18 @@ def main() -> None:
             "evaluation.kl_top=1",
         ],
     )
-    plan = builders.plan_search(chosen, study, [])
+    plan = planning.plan_search(chosen, study, [])
     reporter = Reporter()
     with study.locked():
-        worker = builders.build_worker(plan, study, reporter)
-        space: Any = builders.informed_space(plan, study, worker, reporter)
+        worker = build_worker.build_worker(plan, study, reporter)
+        space: Any = build_worker.informed_space(
+            plan, study, worker.model, worker.prepared, reporter
+        )
         if FILE.is_file():
             kept = np.load(FILE)
             sorts, rows = list(kept["sorts"]), list(kept["losses"])
         else:
-            dense = score_windows(worker.model, worker.windows)
+            dense = worker.task.losses(worker.model, worker.windows)
             sorts, rows = ["dense"], [dense.numpy().astype(np.float32)]
         for index, (sort, allocation) in enumerate(wanted(space, options.count), start=1):
             if index < len(rows):
@@ -76,11 +77,11 @@ def main() -> None:
             with compressed(
                 worker.model,
                 allocation,
-                worker.factors,
+                worker.prepared,
                 tokens=worker.windows.numel(),
                 buffers=worker.buffers,
             ):
-                found = score_windows(worker.model, worker.windows)
+                found = worker.task.losses(worker.model, worker.windows)
             rows.append(found.numpy().astype(np.float32))
             sorts.append(sort)
             with replacing(FILE) as beside, beside.open("wb") as file:

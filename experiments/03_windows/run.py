@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
-from lrbo.evaluation.selection import select_windows
+from lrbo.pipeline.choose_windows import select_windows
 
 SMOKE = bool(os.environ.get("LRBO_SMOKE"))
 FILE = Path(__file__).with_name("losses.npz")

@@ -4,7 +4,7 @@
 
 Every layer is factored twice: by inputs and gradients, and by inputs with the size of the
 gradients only. Each kind is switched alone, then all, and then those together that gained on the
-validation text; the ranks are each time those of least predicted loss.
+validation text; the options are each time those of least predicted loss.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-import numpy as np
 from torch import Tensor
 
-from lrbo import builders, checks, config
-from lrbo.allocation import Allocation
-from lrbo.compression import compressed
-from lrbo.evaluation.perplexity import score
-from lrbo.nested import LowRankFactors
-from lrbo.optimization.study import Study
+from lrbo.allocation.allocate import Allocation
+from lrbo.allocation.apply import compressed
+from lrbo.config import compose
+from lrbo.config.schema import SearchConfig
+from lrbo.factorization.factors import LowRankFactors
+from lrbo.pipeline import build_worker, checks, planning
 from lrbo.progress import Reporter
-from lrbo.schema import SearchConfig
-from lrbo.worker import Worker
+from lrbo.study.journal import Study
+from lrbo.tasks.perplexity import score
+from lrbo.trials.worker import Worker
 
 SMOKE = bool(os.environ.get("LRBO_SMOKE"))
 BASE = ["experiment=tiny", "method=loss_aware", "space=weights"] if SMOKE else [
@@ -36,34 +36,34 @@ TEXTS = ("validation", "test")
 Factors = Mapping[str, LowRankFactors]
 
 
-def planned(studies: str, *overrides: str) -> tuple[builders.Plan, Study]:
+def planned(studies: str, *overrides: str) -> tuple[planning.Plan, Study]:
     """Return the plan of a search with some overrides."""
-    chosen = config.composed("search", [
+    chosen = compose.composed("search", [
         *BASE, "sensitivity.layers_per_kind=0", f"studies={studies}", *overrides
     ])  # fmt: skip
     assert isinstance(chosen, SearchConfig)
     study = Study(Path(studies) / chosen.study)
-    return builders.plan_search(chosen, study, checks.check(chosen)), study
+    return planning.plan_search(chosen, study, checks.check(chosen)), study
 
 
-def both_ways(studies: str) -> tuple[Worker, builders.Plan, Factors, Factors]:
+def both_ways(studies: str) -> tuple[Worker, planning.Plan, Factors, Factors]:
     """Return the worker and its plan, and the factors two-sided and one-sided."""
     plan, study = planned(studies)
-    worker = builders.build_worker(plan, study, Reporter())
+    worker = build_worker.build_worker(plan, study, Reporter())
     kinds = sorted({spec.kind for spec in plan.layers.compressible})
     other, _ = planned(studies, f"method.one_sided=[{','.join(kinds)}]")
-    digest = study.about()["model_fingerprint"]
+    digest = study.about.model_fingerprint
     model = worker.model
     stored = other.preparation.factors(digest, model.dtype, model.device, Reporter(), model)
     one = {
         name: stored[name].to(dtype=model.dtype, device=model.device, max_rank=two.max_rank)
-        for name, two in worker.factors.items()
+        for name, two in worker.prepared.items()
     }
-    return worker, plan, worker.factors, one
+    return worker, plan, worker.prepared, one
 
 
 def losses(
-    worker: Worker, plan: builders.Plan, factors: Factors, allocation: Allocation
+    worker: Worker, plan: planning.Plan, factors: Factors, allocation: Allocation
 ) -> list[float]:
     """Return nats per token on each text."""
 
@@ -81,20 +81,13 @@ def measured(studies: str) -> Iterator[tuple[str, float, list[float]]]:
     for kept in KEPT:
         budgeted, _ = planned(studies, f"budget.keep_ratio={kept}", f"study=keep_{kept}")
 
-        def switched(*sides: str, budgeted: builders.Plan = budgeted) -> list[float]:
+        def switched(*sides: str, budgeted: planning.Plan = budgeted) -> list[float]:
             mixed = {
                 name: (one if plan.layers.by_name[name].kind in sides else two)[name]
                 for name in two
             }
-            curves = {
-                name: found.loss.numpy().astype(np.float64)
-                for name, found in mixed.items()
-                if found.loss is not None
-            }
-            space = budgeted.space.with_curves(curves)
-            analytic = space.analytic()
-            assert analytic is not None
-            return losses(worker, plan, mixed, analytic[0])
+            allocation = budgeted.space.problem.with_losses(mixed).by_loss()
+            return losses(worker, plan, mixed, allocation)
 
         reference = switched()
         yield "none", kept, reference

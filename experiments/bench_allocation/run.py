@@ -12,10 +12,10 @@ import time
 
 import numpy as np
 
-from lrbo import knapsack
-from lrbo.accounting import Storage, low_rank_parameters
-from lrbo.allocation import Budget, allocate_by_loss
-from lrbo.specs import LayerSpec
+from lrbo.allocation import knapsack
+from lrbo.allocation.allocate import allocate_by_loss, dense_cost
+from lrbo.layers.options import Budget, Menu
+from lrbo.models.specs import LayerSpec
 
 SMOKE = bool(os.environ.get("LRBO_SMOKE"))
 SHRINK = 64 if SMOKE else 1  # of the sides of Llama-2-7B's layers
@@ -24,17 +24,12 @@ CASES = 50 if SMOKE else 1000
 SEEDS = 1 if SMOKE else 3
 RANK_MULTIPLE = 8
 KEEP_RATIOS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.2)
-STORAGES: tuple[Storage, ...] = ("factored", "pivoted")
+FORMS = ("factored", "pivoted")
 SHAPES = {
     **dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), (4096, 4096)),
     **dict.fromkeys(("gate_proj", "up_proj"), (11008, 4096)),
     "down_proj": (4096, 11008),
 }
-
-
-def cost_of(storage: Storage, layer: LayerSpec, rank: int) -> int:
-    """Return the stored parameters of a layer at a rank."""
-    return low_rank_parameters(layer, rank, bias=False, storage=storage)
 
 
 def layers_of(blocks: int) -> list[LayerSpec]:
@@ -60,45 +55,38 @@ def curves_of(layers: list[LayerSpec], seed: int) -> dict[str, np.ndarray]:
     return curves
 
 
-def measure(blocks: int, storage: Storage) -> None:
+def measure(blocks: int, form: str) -> None:
     """Print one row per keep ratio: the worst of all seeds."""
     layers = layers_of(blocks)
-
-    def cost(layer: LayerSpec, rank: int) -> int:
-        return cost_of(storage, layer, rank)
-
     for keep_ratio in KEEP_RATIOS:
-        budget = Budget.from_keep_ratio(layers, keep_ratio)
         taken, solving, gaps, unused = [], [], [], []
         for seed in range(SEEDS):
-            curves = curves_of(layers, seed)
+            menus = menus_of(layers, form, seed)
+            budget = Budget.keeping(keep_ratio, dense_cost(menus))
             start = time.process_time()
-            found = allocate_by_loss(curves, layers, budget, cost=cost, rank_multiple=RANK_MULTIPLE)
+            allocation = allocate_by_loss(menus, budget)
             taken.append(time.process_time() - start)
-            unused.append(budget.parameters - found.parameters)
-            sizes, losses = problem_of(layers, curves, storage)
+            unused.append(budget.limit - allocation.cost.parameters)
+            ladders = [menu.ladder(budget.measure, menu.losses) for menu in menus.values()]
+            losses = [ladder.losses for ladder in ladders if ladder.losses is not None]
             start = time.process_time()
-            best = knapsack.solve(sizes, losses, budget.parameters)
+            best = knapsack.solve([ladder.prices for ladder in ladders], losses, budget.limit)
             solving.append(time.process_time() - start)
             gaps.append(best.gap / best.loss)
         print(
-            f"| {len(layers):,} {storage} {keep_ratio} | {sum(len(own) for own in sizes):,} "
+            f"| {len(layers):,} {form} {keep_ratio} "
+            f"| {sum(map(len, ladders)):,} "
             f"| {max(taken):.2f} | {max(solving):.2f} | {max(gaps):.1e} | {max(unused):,} |"
         )
 
 
-def problem_of(
-    layers: list[LayerSpec], curves: dict[str, np.ndarray], storage: Storage
-) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Return parameters and losses per layer, ranks below dense and then dense."""
-    sizes, losses = [], []
-    for layer in layers:
-        ranks = np.arange(RANK_MULTIPLE, len(curves[layer.name]), RANK_MULTIPLE)
-        price = np.array([cost_of(storage, layer, int(rank)) for rank in ranks])
-        low = price < layer.parameters
-        sizes.append(np.append(price[low], layer.parameters))
-        losses.append(np.append(curves[layer.name][ranks[low]], 0.0))
-    return sizes, losses
+def menus_of(layers: list[LayerSpec], form: str, seed: int) -> dict[str, Menu]:
+    """Return the menus of layers with their losses."""
+    menus = {}
+    for layer, curve in zip(layers, curves_of(layers, seed).values(), strict=True):
+        menu = Menu.of(layer, [form], bias=False, itemsize=2, multiple=RANK_MULTIPLE)
+        menus[layer.name] = menu.with_losses([curve[menu.sections[0].levels[:, 0]]])
+    return menus
 
 
 def compare() -> None:
@@ -135,12 +123,10 @@ def compare() -> None:
 
 def main() -> None:
     """Print both tables."""
-    print(
-        "| layers, storage, keep ratio | choices | allocation s | solver s | gap / loss | unused |"
-    )
+    print("| layers, form, keep ratio | choices | allocation s | solver s | gap / loss | unused |")
     print("|---|---:|---:|---:|---:|---:|")
-    for blocks, storage in itertools.product(BLOCKS, STORAGES):
-        measure(blocks, storage)
+    for blocks, form in itertools.product(BLOCKS, FORMS):
+        measure(blocks, form)
     print()
     compare()
 

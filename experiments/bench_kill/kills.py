@@ -36,7 +36,7 @@ LOSS_WITHIN = 1e-9  # nats per token
 # reads: the child is a process of its own, with its own locks and files, which is killed.
 NURSERY = """
 import json, os, sys
-import lrbo.commands.search, lrbo.optimization.loop, lrbo.plots
+import lrbo.commands.search, lrbo.optimization.loop, lrbo.reports.plots
 import mlflow.store.tracking.sqlalchemy_store, matplotlib.backends.backend_agg
 from lrbo.cli import main
 print("ready", flush=True)

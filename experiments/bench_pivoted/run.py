@@ -11,12 +11,14 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
-from lrbo.layers import LowRankLinear, PivotedLinear
-from lrbo.pivoting import Pivoting, pivot
+from lrbo.layers import pivoted
+from lrbo.layers.low_rank import LowRankLinear
+from lrbo.layers.pivoted import PivotedLinear, Pivoting, pivot
 
 SMOKE = bool(os.environ.get("LRBO_SMOKE"))
 SHAPES = [(576, 1536), (1536, 576), (4096, 11008), (11008, 4096)]  # (out, in)
@@ -25,7 +27,6 @@ KEEP = (0.8, 0.5)
 TOKENS = (1, 16) if SMOKE else (1, 256)
 REPEATS = 2 if SMOKE else 9
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
-CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def cases() -> Iterator[Case]:
             yield Case(out_features, in_features, keep, left, right, factored, pivoted)
 
 
-def modules(case: Case, form: Pivoting, dtype: torch.dtype) -> dict[str, nn.Module]:
+def modules(case: Case, dtype: torch.dtype) -> dict[str, nn.Module]:
     """Return the forms in a dtype: dense, factored at both ranks, pivoted."""
     with torch.device("meta"):
         dense = nn.Linear(case.in_features, case.out_features, bias=False, dtype=dtype)
@@ -78,15 +79,15 @@ def modules(case: Case, form: Pivoting, dtype: torch.dtype) -> dict[str, nn.Modu
 
     def factored(count: int) -> LowRankLinear:
         left, right = case.left[:, :count], case.right[:count]
-        return LowRankLinear.from_tensors(
-            left.T.contiguous().to(dtype).T, right.contiguous().to(dtype), None
-        )
+        return LowRankLinear(left.T.contiguous().to(dtype).T, right.contiguous().to(dtype), None)
 
     return {
         "dense": dense,
         "factored": factored(case.factored),
         "factored, same rank": factored(case.pivoted),
-        "pivoted": PivotedLinear.from_pivoting(form, dtype=dtype, device=CPU),
+        "pivoted": PivotedLinear.of_product(
+            case.name, case.left, case.right, lambda *_: None, dtype
+        ),
     }
 
 
@@ -107,6 +108,18 @@ def milliseconds(found: dict[str, nn.Module], x: Tensor) -> dict[str, float]:
     return {name: min(times[1:]) for name, times in taken.items()}  # the first warms up
 
 
+def pivot_and_count(left: Tensor, right: Tensor) -> tuple[Pivoting, int]:
+    """Return the pivoted form, and the number of swaps that it took."""
+    counts, swap = [0], pivoted._swap
+
+    def counted(coefficients: Tensor, order: Tensor) -> int:
+        counts.append(swap(coefficients, order))
+        return counts[-1]
+
+    with mock.patch.object(pivoted, "_swap", counted):
+        return pivot(left, right), sum(counts)
+
+
 @torch.inference_mode()
 def main() -> None:
     """Convert, measure and print three tables."""
@@ -114,16 +127,16 @@ def main() -> None:
     conversion, errors, times = [], [], []
     for case in cases():
         start = time.perf_counter()
-        form = pivot(case.left, case.right)
+        form, swaps = pivot_and_count(case.left, case.right)
         seconds = time.perf_counter() - start
         conversion.append(
             f"| {case.name} | {case.factored} | {case.pivoted} | {seconds:.2f} | "
-            f"{form.growth:.3f} | {form.swaps} |"
+            f"{float(form.coefficients.abs().max()):.3f} | {swaps} |"
         )
         generator = torch.Generator().manual_seed(1)
         x = torch.randn(max(TOKENS), case.in_features, generator=generator)
         for dtype in DTYPES:
-            found = modules(case, form, dtype)
+            found = modules(case, dtype)
             given = x.to(dtype)
             expected = (given.double() @ case.right.double().T) @ case.left.double().T
             shown = [

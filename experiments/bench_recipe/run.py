@@ -17,27 +17,29 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lrbo import builders, checks, config
-from lrbo.compression import replace_module
-from lrbo.evaluation.perplexity import score
-from lrbo.nested import LowRankFactors
-from lrbo.optimization.study import Study
+from lrbo.config import compose
+from lrbo.config.schema import SearchConfig
+from lrbo.factorization.factors import LowRankFactors
+from lrbo.layers.modules import replace_module
+from lrbo.optimization.space import sobol_point
+from lrbo.pipeline import build_worker, checks, planning
 from lrbo.progress import Reporter
-from lrbo.schema import SearchConfig
-from lrbo.trial import TrialRequest
+from lrbo.study.journal import Study
+from lrbo.tasks.perplexity import score
+from lrbo.trials.records import TrialRequest
 
 SMOKE = bool(os.environ.get("LRBO_SMOKE"))
 REPEATS = 2 if SMOKE else 7
 
 
 def configured(studies: str) -> SearchConfig:
-    """Return the paper's method, ratios and storage on the quickstart's model, or a tiny one."""
+    """Return the paper's method, ratios and form on the quickstart's model, or a tiny one."""
     overrides = [
         "experiment=tiny" if SMOKE else "experiment=quickstart",
-        "method=bolaco", "space=per_kind", "budget.storage=factored", "sensitivity.enabled=false",
+        "method=bolaco", "space=per_kind", "space.forms=[factored]", "sensitivity.enabled=false",
         f"studies={studies}",
     ]  # fmt: skip
-    found = config.composed("search", overrides)
+    found = compose.composed("search", overrides)
     assert isinstance(found, SearchConfig)
     return found
 
@@ -62,12 +64,13 @@ def main() -> None:
         chosen = configured(studies)
         study = Study(Path(studies) / "bench")
         with study.locked():
-            plan = builders.plan_search(chosen, study, checks.check(chosen))
-            worker = builders.build_worker(plan, study, Reporter())
-            point = plan.space.start_point() or plan.space.sobol_point(0, 0)
+            plan = planning.plan_search(chosen, study, checks.check(chosen))
+            worker = build_worker.build_worker(plan, study, Reporter())
+            point = plan.space.start_point() or sobol_point(plan.space, 0, 0)
             allocation = plan.space.allocate(point)
     request = TrialRequest(0, "start", point, allocation, 0)
-    sizes = {"batch_windows": worker.batch_windows, "chunk_tokens": worker.chunk_tokens}
+    evaluation = chosen.evaluation
+    sizes = {"batch_windows": evaluation.batch_windows, "chunk_tokens": evaluation.chunk_tokens}
     names = ("copying", "cutting", "scoring", "dropping", "the paper's", "lrbo's", "dense scoring")
     taken: dict[str, list[float]] = {name: [] for name in names}
 
@@ -75,9 +78,8 @@ def main() -> None:
         marks = [time.perf_counter()]
         model = copy.deepcopy(worker.model)
         marks.append(time.perf_counter())
-        for name, rank in allocation.ranks.items():
-            if rank is not None:
-                replace_module(model, name, sliced(worker.factors[name], rank))
+        for name, option in allocation.compressed.items():
+            replace_module(model, name, sliced(worker.prepared[name], *option.level))
         marks.append(time.perf_counter())
         found = score(model, worker.windows, **sizes)
         marks.append(time.perf_counter())

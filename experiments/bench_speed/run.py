@@ -1,4 +1,4 @@
-"""How much faster than dense is a model in each storage form, and does fusing layers pay?
+"""How much faster than dense is a model in each form, and does fusing layers pay?
 
     python experiments/bench_speed/run.py [--shape 135m|1b|7b] [--dtype bfloat16] [--compile]
 
@@ -17,19 +17,20 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from lrbo.accounting import STORAGES
-from lrbo.compression import replace_module
-from lrbo.families import is_pointwise
-from lrbo.layers import LowRankLinear, PivotedLinear, Product, linear_of
-from lrbo.speed import (
+from lrbo.evaluation.timing import (
     KindSpeed,
     Speed,
-    SpeedSettings,
+    TimingSettings,
     dense_twin,
-    low_rank_layers,
     measure_kinds,
     measure_speed,
 )
+from lrbo.layers.low_rank import linear_of
+from lrbo.layers.modules import MODULES, low_rank_layers, replace_module
+from lrbo.layers.options import Menu
+from lrbo.layers.pivoted import Product
+from lrbo.models.model_map import map_model
+from lrbo.models.specs import LayerSpec
 
 SMOKE = bool(os.environ.get("LRBO_SMOKE"))
 # Of 1B and 7B fewer blocks than they have: their share of the time hardly changes.
@@ -74,18 +75,16 @@ def fuse_(model: PreTrainedModel) -> None:
                 layer.rows = Shared(shared, place)
 
 
-def rank_for(out: int, inputs: int, kept: float, storage: str) -> int:
+def rank_for(unit: LayerSpec, kept: float, form: str) -> int:
     """Return the largest rank at a share of the parameters, a multiple of 32 where there is one."""
-
-    def numbers(rank: int) -> int:
-        return rank * (out + inputs) - (rank**2 if storage == "pivoted" else 0)
-
-    fits = [r for r in range(1, min(out, inputs)) if numbers(r) <= kept * out * inputs]
-    return max([r for r in fits if r % 32 == 0] or fits)
+    menu = Menu.of(unit, [form], bias=False, itemsize=4)
+    options = [(menu.option(i), menu.cost(i).parameters) for i in range(len(menu) - 1)]
+    fits = [option.level[0] for option, cost in options if cost <= kept * unit.parameters]
+    return max([rank for rank in fits if rank % 32 == 0] or fits)
 
 
-def made(shape: str, kept: float, storage: str, dtype: torch.dtype, device: str) -> PreTrainedModel:
-    """Return a model of random numbers."""
+def made(shape: str, kept: float, form: str, dtype: torch.dtype, device: str) -> PreTrainedModel:
+    """Return a model of random weights."""
 
     def some(*size: int) -> Tensor:
         return torch.randn(*size, dtype=dtype, device=device) * 0.02
@@ -93,28 +92,21 @@ def made(shape: str, kept: float, storage: str, dtype: torch.dtype, device: str)
     with torch.device(device):
         config = LlamaConfig(**SHAPES[shape], max_position_embeddings=8192)
         model = LlamaForCausalLM(config).to(dtype).eval().requires_grad_(False)
-    dense = {n: m for n, m in model.model.named_modules() if isinstance(m, nn.Linear)}
-    for name, layer in dense.items():
-        out, inputs = layer.weight.shape
-        rank = rank_for(out, inputs, kept, storage)
-        right = some(rank, inputs)
-        if storage == "pivoted":
-            places = torch.randperm(out, device=device).to(torch.int32)
-            new: nn.Module = PivotedLinear(right, some(out - rank, rank), places, None)
-            new.take_pointwise(is_pointwise(name))
-        else:
-            new = LowRankLinear.from_tensors(some(out, rank), right, None)
-        replace_module(model.model, name, new)
-    assert len(low_rank_layers(model)) == len(dense)
+    units = map_model(model).compressible
+    for unit in units:
+        rank = rank_for(unit, kept, form)
+        left, right = some(unit.out_features, rank), some(rank, unit.in_features)
+        replace_module(model, unit.name, MODULES[form].stand_in(unit.name, left, right, None))
+    assert len(low_rank_layers(model)) == len(units)
     return model
 
 
-def print_speeds(model: str, kept: float, storage: str, found: list[Speed]) -> None:
+def print_speeds(model: str, kept: float, form: str, found: list[Speed]) -> None:
     """Print a row for each."""
     for one in found:
         step = f"{one.step}, compiled" if one.compiled else one.step
         print(
-            f"| {model} | {kept} | {storage} | {step} | {one.prompt:,} "
+            f"| {model} | {kept} | {form} | {step} | {one.prompt:,} "
             f"| {one.dense_tokens_per_second:,.0f} | {one.tokens_per_second:,.0f} "
             f"| {one.speedup:.2f} +- {one.error:.2f} |",
             flush=True,
@@ -130,31 +122,31 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, nargs="+", default=[8] if SMOKE else [512])
     parser.add_argument("--compile", action="store_true")
     chosen = parser.parse_args()
-    settings = SpeedSettings(tuple(chosen.prompts), steps=8, repeats=3 if SMOKE else 7)
+    settings = TimingSettings(tuple(chosen.prompts), steps=8, repeats=3 if SMOKE else 7)
     kinds: list[tuple[float, str, KindSpeed]] = []
     label = f"{chosen.shape}, {chosen.dtype}, {chosen.device}"
     print(f"{torch.get_num_threads()} threads\n")
-    print("| model | kept | storage | step | prompt | dense tokens/s | tokens/s | times faster |")
+    print("| model | kept | form | step | prompt | dense tokens/s | tokens/s | times faster |")
     print("|---|---:|---|---|---:|---:|---:|---:|")
     for kept in KEPT:
-        for storage in STORAGES:
+        for form in MODULES:
             dtype = getattr(torch, chosen.dtype)
-            model = made(chosen.shape, kept, storage, dtype, chosen.device)
+            model = made(chosen.shape, kept, form, dtype, chosen.device)
             twin = dense_twin(model)
-            print_speeds(label, kept, storage, measure_speed(model, twin, settings))
-            kinds += [(kept, storage, one) for one in measure_kinds(model, twin, settings)]
+            print_speeds(label, kept, form, measure_speed(model, twin, settings))
+            kinds += [(kept, form, one) for one in measure_kinds(model, twin, settings)]
             if chosen.compile:
                 shorter = replace(settings, prompts=settings.prompts[:1])
                 found = measure_speed(model, twin, shorter, compiled=True)
-                print_speeds(label, kept, storage, found)
-            if storage == "pivoted":
+                print_speeds(label, kept, form, found)
+            if form == "pivoted":
                 fuse_(model)
                 print_speeds(label, kept, "pivoted, fused", measure_speed(model, twin, settings))
-    print("\n| model | kept | storage | kind | dense ms | ms | times faster |")
+    print("\n| model | kept | form | kind | dense ms | ms | times faster |")
     print("|---|---:|---|---|---:|---:|---:|")
-    for kept, storage, kind in kinds:
+    for kept, form, kind in kinds:
         print(
-            f"| {label} | {kept} | {storage} | {kind.kind} | {kind.dense_ms:.2f} | {kind.ms:.2f} "
+            f"| {label} | {kept} | {form} | {kind.kind} | {kind.dense_ms:.2f} | {kind.ms:.2f} "
             f"| {kind.speedup:.2f} +- {kind.error:.2f} |"
         )
 

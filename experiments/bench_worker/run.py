@@ -16,19 +16,21 @@ from pathlib import Path
 
 import torch
 
-from lrbo import builders, checks, config
-from lrbo.blockwise import BlockwiseBody
 from lrbo.calibration.collect import calibrate
-from lrbo.evaluation.perplexity import score
-from lrbo.factorization.base import Statistic
+from lrbo.calibration.statistics import Statistic
+from lrbo.config import compose
+from lrbo.config.schema import SearchConfig
+from lrbo.evaluation.memory import peak_memory_gib
 from lrbo.factorization.registry import METHODS
-from lrbo.optimization.base import Space
-from lrbo.optimization.client import Observation, SearchClient
-from lrbo.optimization.study import Study
+from lrbo.models.blockwise import BlockwiseBody
+from lrbo.optimization.proposals import Observation, SearchClient
+from lrbo.optimization.space import Space, sobol_point
+from lrbo.pipeline import build_worker, checks, planning
 from lrbo.progress import Reporter
-from lrbo.schema import SearchConfig
-from lrbo.trial import TrialRequest
-from lrbo.worker import peak_memory_gib
+from lrbo.study.journal import Study
+from lrbo.tasks.perplexity import score
+from lrbo.trials.records import TrialRequest
+from lrbo.trials.worker import Worker
 
 DTYPE = os.environ.get("LRBO_BENCH_DTYPE", "float32")
 SMOKE = bool(os.environ.get("LRBO_SMOKE"))
@@ -59,7 +61,7 @@ def configured(studies: str) -> SearchConfig:
     overrides = ["experiment=tiny"] if SMOKE else [
         "experiment=quickstart", "data.calibration.tokens=8192", f"model.dtype={DTYPE}"
     ]  # fmt: skip
-    found = config.composed("search", [*overrides, f"studies={studies}"])
+    found = compose.composed("search", [*overrides, f"studies={studies}"])
     assert isinstance(found, SearchConfig)
     return found
 
@@ -70,15 +72,15 @@ def main() -> None:
         chosen = configured(studies)
         study = Study(Path(studies) / "bench")
         with study.locked():
-            plan = builders.plan_search(chosen, study, checks.check(chosen))
-            worker = builders.build_worker(plan, study, Reporter())
-            space = builders.informed_space(plan, study, worker, Reporter())
+            plan = planning.plan_search(chosen, study, checks.check(chosen))
+            worker = build_worker.build_worker(plan, study, Reporter())
+            space = build_worker.informed_space(
+                plan, study, worker.model, worker.prepared, Reporter()
+            )
             measure(plan, worker, space, chosen)
 
 
-def measure(
-    plan: builders.Plan, worker: builders.Worker, space: Space, chosen: SearchConfig
-) -> None:
+def measure(plan: planning.Plan, worker: Worker, space: Space, chosen: SearchConfig) -> None:
     """Print one row per quantity."""
     sizes = {
         "batch_windows": chosen.evaluation.batch_windows,
@@ -101,7 +103,7 @@ def measure(
     def dense() -> None:
         score(model, validation, **sizes)
 
-    point = space.start_point() or space.sobol_point(0, 0)
+    point = space.start_point() or sobol_point(space, 0, 0)
     request = TrialRequest(0, "start", point, space.allocate(point), 0)
     names = ("forward", "calibration", "calibration with gradients", "dense scoring", "trial")
     taken: dict[str, list[float]] = {name: [] for name in names}
@@ -114,7 +116,7 @@ def measure(
         taken["trial"].append(seconds(lambda: worker(request)))
 
     client = SearchClient(space, seed=0)
-    points = [space.sobol_point(index, 0) for index in range(OBSERVATIONS)]
+    points = [sobol_point(space, index, 0) for index in range(OBSERVATIONS)]
     known = [Observation(p, sum((1 - x) ** 2 for x in p.values())) for p in points]
     median = {name: statistics.median(values) for name, values in taken.items()}
     # Of the repeats, so that what slows one repeat down slows both sides of its ratio down.

@@ -18,32 +18,28 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
-import numpy as np
 import psutil
 import torch
 from accelerate import init_empty_weights
+from lazy import LazyModel, compress_mapped
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lrbo
-from lrbo.accounting import account
-from lrbo.allocation import Budget, allocate_by_loss
-from lrbo.blockwise import BlockwiseBody
+from lrbo.allocation.allocate import allocate_by_loss, dense_cost
+from lrbo.calibration.cache import CalibrationFolder, save_calibration
 from lrbo.calibration.collect import CalibrationSettings, calibrate
-from lrbo.calibration.store import CalibrationFolder, save_calibration
-from lrbo.export import save, streamed
+from lrbo.checkpoints.export import save
+from lrbo.factorization.cache import factor_model, load_factors, save_factors
 from lrbo.factorization.registry import method_named
-from lrbo.factorization.store import factor_model, load_factors, save_factors
-from lrbo.lazy import LazyModel
-from lrbo.loading import byte_tokenizer
-from lrbo.model import map_model
-from lrbo.nested import NestedFactors, PivotedFactors
-from lrbo.preparation import curve_needs
-from lrbo.stored import INDEX
-from lrbo.worker import allocation_parameters
+from lrbo.layers.options import Budget, Menu, account
+from lrbo.models.blockwise import BlockwiseBody
+from lrbo.models.headers import INDEX
+from lrbo.models.model_map import map_model
+from lrbo.models.tiny import byte_tokenizer
+from lrbo.pipeline.prepare import curve_needs
 
 SMOKE = bool(os.environ.get("LRBO_SMOKE"))
 LLAMA = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32}
@@ -150,31 +146,33 @@ def compress(room: Path, options: argparse.Namespace, meter: Meter) -> None:
         save_factors(room / "factors", made, "large")
     factors = load_factors(room / "factors", "large")
     with meter.step("allocate"):
-        specs = layers.compressible
-        cost = partial(method.parameters, storage="pivoted")
-        allocation = allocate_by_loss(
-            {n: np.asarray(f.loss, dtype=np.float64) for n, f in factors.items()},
-            specs,
-            Budget.from_keep_ratio(specs, options.keep),
-            cost=cost,
-            rank_multiple=1 if SMOKE else 8,
-        )
-    held = allocation_parameters(layers, allocation, cost)
-    counted = account(layers, allocation.ranks, held, storage="pivoted", bytes_per_parameter=2)
-    with meter.step("convert to pivoted storage and export"):
+        menus = {}
+        for unit in layers.compressible:
+            menu = Menu.of(
+                unit,
+                ["pivoted"],
+                bias=method.adds_bias or unit.has_bias,
+                itemsize=torch.bfloat16.itemsize,
+                multiple=1 if SMOKE else 8,
+            )
+            losses = factors[unit.name].losses(menu.sections[0].levels)
+            assert losses is not None, "calibration took gradients"
+            menus[unit.name] = menu.with_losses([losses])
+        dense = dense_cost(menus)
+        budget = Budget.keeping(options.keep, dense)
+        allocation = allocate_by_loss(menus, budget)
+    counted = account(layers, allocation.cost, itemsize=torch.bfloat16.itemsize).model
+    kept = allocation.cost.parameters / dense.parameters
+    with meter.step("pivot and export"):
         own = LazyModel(room / "dense")
-        forms: dict[str, NestedFactors] = {
-            n: PivotedFactors(f, torch.bfloat16, n) for n, f in factors.items()
-        }
         save(
             room / "compressed",
-            own.model,
+            compress_mapped(own, allocation, factors, room / "layers"),
             byte_tokenizer(),
             allocation,
-            {"method": method.name, "keep_ratio": counted.keep_ratio},
-            storage="pivoted",
-            parameters=counted.model,
-            parts=streamed(own, allocation, forms),
+            {"method": method.name, "keep_ratio": kept},
+            costs={name: allocation.costs[name] for name in allocation.compressed},
+            parameters=counted.parameters,
         )
     with meter.step("open and run 16 tokens"):
         model = lrbo.load(room / "compressed")
@@ -186,7 +184,7 @@ def compress(room: Path, options: argparse.Namespace, meter: Meter) -> None:
         for part in ("dense", "calibration", "factors", "compressed")
     }
     print(", ".join(f"{part} {size:.2f} GiB" for part, size in sizes.items()), "on disk")
-    print(f"{layers.parameters:,} parameters, {counted.model:,} kept: {counted.keep_ratio:.4f}")
+    print(f"{layers.parameters:,} parameters, {counted.parameters:,} kept: {kept:.4f}")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from lrbo.gains import with_error
+from lrbo.tasks.metrics import with_error
 
 SMOKE = bool(os.environ.get("LRBO_SMOKE"))
 STUDY, EXPERIMENT = ("tiny", "tiny") if SMOKE else ("quickstart", "quickstart")

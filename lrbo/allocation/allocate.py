@@ -1,300 +1,136 @@
-"""Ratios or loss curves -> ranks under a hard parameter budget; integers only, no tensors."""
+"""Ratios or predicted losses -> one option per unit under a hard budget; no tensors."""
 
 from __future__ import annotations
 
 import heapq
-import json
 import logging
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from fractions import Fraction
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 
-import numpy as np
-import numpy.typing as npt
-
-from lrbo import knapsack
-from lrbo.accounting import dense_parameters
+from lrbo.allocation import knapsack
 from lrbo.errors import BudgetError
-from lrbo.specs import LayerSpec
+from lrbo.layers.options import DENSE, Budget, Cost, Ladder, Losses, Measure, Menu, Option
 
 logger = logging.getLogger(__name__)
-
-Cost = Callable[[LayerSpec, int], int]
-Rung = tuple[int | None, int]
-Curve = Sequence[float] | npt.NDArray[np.float32] | npt.NDArray[np.float64]
-
-# Tail sums in float32 rise by about 1e-7 of the curve's largest value. What rises or is negative
-# by more than this share of it is not rounding, and is refused.
-CURVE_TOLERANCE = 1e-6
-
-
-@dataclass(frozen=True)
-class Budget:
-    """A ceiling on the parameters of the layers that may be compressed.
-
-    Attributes:
-        parameters: The ceiling.
-    """
-
-    parameters: int
-
-    @classmethod
-    def from_keep_ratio(cls, layers: Sequence[LayerSpec], keep_ratio: float) -> Budget:
-        """Return the budget that keeps a share of the dense parameters, rounded down.
-
-        Args:
-            layers: The compressible layers.
-            keep_ratio: In (0, 1].
-
-        Raises:
-            ValueError: If ``keep_ratio`` is not in (0, 1].
-        """
-        if not 0.0 < keep_ratio <= 1.0:
-            raise ValueError(f"keep_ratio={keep_ratio} is outside (0, 1].")
-        exact = Fraction(str(float(keep_ratio)))  # 0.57 of 100 is 57; in binary it is 56.99...
-        return cls(math.floor(exact * dense_parameters(layers)))
 
 
 @dataclass(frozen=True)
 class Allocation:
-    """The decision of a trial; ``None`` keeps a layer dense. Replayable from its JSON.
+    """An option per unit, with its cost as its form counts it, and the budget that was met."""
 
-    Attributes:
-        ranks: Layer name to rank.
-        parameters: Stored parameters of these layers, added biases included.
-        budget: The ceiling that was met.
-    """
-
-    ranks: Mapping[str, int | None]
-    parameters: int
+    options: Mapping[str, Option]
+    costs: Mapping[str, Cost]
     budget: Budget
 
-    def to_json(self) -> str:
-        """Return the allocation as one line of JSON."""
-        return json.dumps(asdict(self))
+    @cached_property
+    def cost(self) -> Cost:
+        """The cost of all units together."""
+        return Cost.total(self.costs.values())
 
-    @classmethod
-    def from_json(cls, text: str) -> Allocation:
-        """Return the allocation that :meth:`to_json` wrote."""
-        return cls.from_dict(json.loads(text))
+    @property
+    def compressed(self) -> dict[str, Option]:
+        """The options that are not dense, by unit."""
+        return {name: option for name, option in self.options.items() if option != DENSE}
 
-    @classmethod
-    def from_dict(cls, fields: Mapping[str, object]) -> Allocation:
-        """Return the allocation from the fields of its JSON.
-
-        Raises:
-            ValueError: If a field is missing or of another type.
-        """
-        try:
-            ranks, parameters, budget = fields["ranks"], fields["parameters"], fields["budget"]
-        except KeyError as error:
-            raise ValueError(f"the allocation has no field {error}.") from error
-        if not (
-            isinstance(ranks, dict)
-            and all(rank is None or isinstance(rank, int) for rank in ranks.values())
-            and isinstance(parameters, int)
-            and isinstance(budget, dict)
-            and isinstance(budget.get("parameters"), int)
-        ):
-            raise ValueError(f"the allocation has fields of wrong types: {dict(fields)}.")
-        return cls(dict(ranks), parameters, Budget(budget["parameters"]))
+    @property
+    def ranks(self) -> dict[str, int]:
+        """The ranks of the units that are not dense."""
+        return {name: option.level[0] for name, option in self.compressed.items()}
 
 
-def rungs(spec: LayerSpec, cost: Cost, rank_multiple: int) -> list[Rung]:
-    """List what a layer may hold, from least to most: (rank, parameters), dense last.
-
-    A rank is a multiple of ``rank_multiple``; a rank whose form is not smaller than the dense
-    layer is no choice, because dense is then both smaller and exact. A layer whose smaller side
-    is below ``rank_multiple`` can only be dense.
-
-    Args:
-        spec: The layer.
-        cost: Stored parameters of a layer at a rank.
-        rank_multiple: Ranks are multiples of this.
-
-    Returns:
-        At least one step; the last has rank ``None`` and the dense parameters.
-    """
-    steps: list[Rung] = []
-    for rank in range(rank_multiple, min(spec.out_features, spec.in_features) + 1, rank_multiple):
-        parameters = cost(spec, rank)
-        if parameters >= spec.parameters:
-            break
-        steps.append((rank, parameters))
-    return [*steps, (None, spec.parameters)]
+def dense_cost(menus: Mapping[str, Menu]) -> Cost:
+    """Return the cost of all units while they are dense."""
+    return Cost.total(menu.dense for menu in menus.values())
 
 
-def smallest_parameters(
-    layers: Sequence[LayerSpec],
-    *,
-    cost: Cost,
-    rank_multiple: int = 1,
-    dense: Collection[str] = (),
-) -> int:
-    """Return the smallest budget that any allocation can meet.
-
-    Args:
-        layers: The layers that the budget covers.
-        cost: Stored parameters of a layer at a rank.
-        rank_multiple: Ranks are multiples of this; the smallest one is the least rank.
-        dense: Names of layers that stay dense.
-    """
+def smallest_cost(menus: Mapping[str, Menu], measure: Measure, dense: Collection[str] = ()) -> int:
+    """Return the smallest budget that any allocation can meet; units of ``dense`` stay dense."""
     return sum(
-        spec.parameters if spec.name in dense else rungs(spec, cost, rank_multiple)[0][1]
-        for spec in layers
+        menu.dense.of(measure)
+        if name in dense
+        else int(menu.ladder(measure, menu.losses).prices[0])
+        for name, menu in menus.items()
     )
 
 
 def allocate(
     ratios: Mapping[str, float],
-    layers: Sequence[LayerSpec],
+    menus: Mapping[str, Menu],
     budget: Budget,
     *,
-    cost: Cost,
-    rank_multiple: int = 1,
     dense: Collection[str] = (),
 ) -> Allocation:
-    """Turn wished ratios into ranks that use the whole budget.
+    """Turn wished ratios into options that use the whole budget.
 
-    Every layer starts at its smallest rank. All wishes are then scaled up together from
-    nothing, ``scale * ratio * dense parameters``, and whenever a layer's wish reaches its next
-    step, the step is taken if it still fits; a layer whose step does not fit stays where it is.
-    So the scale passes 1 where the wishes leave room, and stops below 1 where they ask for too
-    much. It holds that
+    Each unit has the options of its first form, and dense, and starts at the cheapest. All wishes,
+    ``scale * ratio * dense cost``, rise together; where a unit's wish reaches its next option, that
+    is taken if it still fits, else the unit stays where it is. So
 
-    - (a) ``parameters <= budget``;
-    - (b) no layer that is not dense can take its next step without breaking (a): what did not
-      fit once cannot fit later, because the rest only shrinks;
-    - (c) a layer is dense as soon as a low-rank form would not be smaller;
-    - (d) the same input gives the same output, in any order of ``layers``;
-    - a larger budget never gives fewer parameters: where one more parameter first changes a
-      decision, the step taken fits exactly and uses up the whole budget.
+    - (a) the cost is at most the budget;
+    - (b) no unit that is not dense can take its next option without breaking (a);
+    - (c) a unit is dense as soon as its form would not be cheaper;
+    - (d) the same input gives the same output, in any order of units;
+    - (e) a larger budget never buys less: where one unit more of it first changes a decision, the
+      option taken fits exactly and uses up the whole budget.
 
-    Args:
-        ratios: Wished share of its dense parameters per layer name, positive; only proportions
-            and the budget decide.
-        layers: The layers that the budget covers.
-        budget: The ceiling.
-        cost: Stored parameters of a layer at a rank, a method's ``parameters``.
-        rank_multiple: Ranks are multiples of this.
-        dense: Names of layers that stay dense whatever the wishes.
-
-    Returns:
-        The allocation; its ranks are in the order of ``layers``.
+    Only the proportions of ``ratios`` count. Units of ``dense`` stay dense and need none.
 
     Raises:
-        BudgetError: If even the smallest ranks exceed the budget; says the smallest feasible
-            keep ratio.
-        ValueError: If a layer has no ratio, or one that is not positive and finite.
+        BudgetError: If even the cheapest options exceed the budget, naming one that would do.
+        ValueError: If a unit has no ratio, or one that is not positive and finite.
     """
-    searched = [spec for spec in layers if spec.name not in dense]
-    bad = [s.name for s in searched if not 0.0 < ratios.get(s.name, math.nan) < math.inf]
-    if bad:
+    measure = budget.measure
+    ladders = {n: menu.ladder(measure, None) for n, menu in menus.items() if n not in dense}
+    if bad := [name for name in ladders if not 0.0 < ratios.get(name, math.nan) < math.inf]:
         raise ValueError(
-            f"{len(bad)} layers have no positive ratio, the first is {bad[0]}: "
+            f"{len(bad)} units have no positive ratio, the first is {bad[0]}: "
             f"{ratios.get(bad[0])!r}."
         )
-    ladders = {spec.name: rungs(spec, cost, rank_multiple) for spec in searched}
-    place = dict.fromkeys(ladders, 0)
-    fixed = dense_parameters(spec for spec in layers if spec.name in dense)
-    smallest = fixed + sum(ladder[0][1] for ladder in ladders.values())
-    room = _room(budget, smallest, layers, dense, f"rank_multiple ({rank_multiple})")
-    wishes = {spec.name: ratios[spec.name] * spec.parameters for spec in searched}
+    wishes = {name: ratios[name] * menus[name].dense.of(measure) for name in ladders}
 
-    def scale(name: str, position: int) -> float:
-        """Return the scale at which a layer asks for a step."""
-        return ladders[name][position][1] / wishes[name]
+    def scale(name: str, rung: int) -> float:
+        return float(ladders[name].prices[rung] / wishes[name])
 
-    room = _climb(ladders, place, room, scale)
-    return _allocation(layers, ladders, place, budget, room)
+    room = _room(budget, ladders, menus)
+    return _climb(menus, ladders, dict.fromkeys(ladders, 0), room, scale, budget)
 
 
 def allocate_by_loss(
-    curves: Mapping[str, Curve],
-    layers: Sequence[LayerSpec],
+    menus: Mapping[str, Menu],
     budget: Budget,
     *,
-    cost: Cost,
-    rank_multiple: int = 1,
+    losses: Mapping[str, Losses] | None = None,
     dense: Collection[str] = (),
-    minimum: Mapping[str, int] | int = 0,
 ) -> Allocation:
-    """Choose the ranks of least summed predicted loss within the budget.
+    """Choose the options of least summed predicted loss within the budget.
 
-    The minimum over all layers at once is found with a proof (:func:`lrbo.knapsack.solve`);
-    should a proof ever take too long, a warning states by how much the loss may miss the minimum,
-    if it is more than 1e-6 of it. What the minimum leaves of the budget buys further steps, which
-    happens where curves are flat: the one with the largest predicted gain per parameter first, in
-    order of the layers' names where they are equal, until none fits. So (a) to (d) of
-    :func:`allocate` hold here too.
+    The minimum comes with a proof (:func:`lrbo.allocation.knapsack.solve`); where that takes too
+    long, a warning states by how much the loss may exceed it, if by more than 1e-6 of it. Where
+    losses are flat, the rest of the budget buys further options: the one with the largest predicted
+    gain per cost first, ties by name, until none fits. So (a) to (d) of :func:`allocate` hold too.
+    A larger budget never predicts a larger loss, but may leave more of it unused.
 
-    Args:
-        curves: Predicted loss of each layer in nats per token at rank 0, 1, ..., relative to
-            dense, which has 0: ``(ranks,)``, never rising. Ranks beyond its end are not on
-            offer. Rises and negative values up to 1e-6 of the curve's largest value are taken
-            for rounding and flattened. Curves of layers that stay dense are not read.
-        layers: The layers that the budget covers.
-        budget: The ceiling.
-        cost: Stored parameters of a layer at a rank, a method's ``parameters``.
-        rank_multiple: Ranks are multiples of this.
-        dense: Names of layers that stay dense whatever their curves.
-        minimum: Smallest rank of every layer, or of the layers that it names; rounded up to
-            ``rank_multiple``. A layer without a low-rank form that large stays dense.
-
-    Returns:
-        The allocation; its ranks are in the order of ``layers``.
+    ``losses`` replace those of the menus. Units that they lack stay dense, and those of
+    ``dense`` too.
 
     Raises:
-        BudgetError: If even the smallest ranks exceed the budget; says the smallest feasible
-            keep ratio.
-        ValueError: If a layer has no curve, or one that is not finite, negative, rising, longer
-            than the layer's ranks, or too short for its smallest rank; or if ``minimum`` names
-            an unknown layer.
-
-    Note:
-        A larger budget never predicts a larger loss, but may leave more parameters unused.
+        BudgetError: If even the cheapest options exceed the budget, naming one that would do.
+        ValueError: If nothing is predicted of a unit.
     """
-    names = {spec.name for spec in layers}
-    if isinstance(minimum, Mapping) and (unknown := sorted(set(minimum) - names)):
+    given = {name: menu.losses for name, menu in menus.items()} if losses is None else losses
+    names = sorted((menus.keys() & given.keys()) - set(dense))  # ties must not depend on order
+    ladders = {name: menus[name].ladder(budget.measure, given[name]) for name in names}
+    curves = {name: each.losses for name, each in ladders.items() if each.losses is not None}
+    if unknown := [name for name in menus if name in ladders and name not in curves]:
         raise ValueError(
-            f"minimum names {len(unknown)} layers that are not among the {len(names)} of the "
-            f"budget, the first is {unknown[0]}; use the names of the layers."
+            f"{len(unknown)} of {len(menus)} units have no predicted losses, the first is "
+            f"{unknown[0]}; calibrate with output gradients first."
         )
-    ladders: dict[str, list[Rung]] = {}
-    losses: dict[str, npt.NDArray[np.float64]] = {}
-    problems: list[str] = []
-    for spec in sorted(layers, key=lambda layer: layer.name):  # ties must not depend on the order
-        if spec.name in dense:
-            continue
-        floor = minimum if isinstance(minimum, int) else minimum.get(spec.name, 0)
-        steps = [
-            (rank, price)
-            for rank, price in rungs(spec, cost, rank_multiple)
-            if rank is None or rank >= floor
-        ]
-        try:
-            curve = _checked_curve(curves.get(spec.name), spec, steps[0][0])
-        except ValueError as problem:
-            problems.append(f"{spec.name}: {problem}")
-            continue
-        known = [(rank, price) for rank, price in steps if rank is None or rank < len(curve)]
-        ladders[spec.name] = known
-        losses[spec.name] = np.append(curve[[rank for rank, _ in known if rank is not None]], 0.0)
-    if problems:
-        raise ValueError(
-            f"{len(problems)} of {len(names)} layers have no usable loss curve, the first is "
-            f"{problems[0]}"
-        )
-    fixed = dense_parameters(spec for spec in layers if spec.name in dense)
-    smallest = fixed + sum(ladder[0][1] for ladder in ladders.values())
-    ways = f"rank_multiple ({rank_multiple}) or the minimum ranks"
-    _room(budget, smallest, layers, dense, ways)
-    best = knapsack.solve(
-        [np.array([price for _, price in ladder]) for ladder in ladders.values()],
-        list(losses.values()),
-        budget.parameters - fixed,
-    )
+    prices = [ladder.prices for ladder in ladders.values()]
+    ceiling = _room(budget, ladders, menus) + sum(int(each[0]) for each in prices)
+    best = knapsack.solve(prices, list(curves.values()), ceiling)
     if best.gap > knapsack.SMALL_GAP * best.loss:
         logger.warning(
             "the predicted loss of %g nats per token may be %g above the least possible: too many "
@@ -302,105 +138,65 @@ def allocate_by_loss(
             best.loss,
             best.gap,
         )
-    place = dict(zip(ladders, best.choices, strict=True))
 
-    def gain(name: str, position: int) -> float:
-        """Return what a step gains per parameter, negative so that the largest comes first."""
-        (_, before), (_, after) = ladders[name][position - 1 : position + 1]
-        return float(losses[name][position] - losses[name][position - 1]) / (after - before)
+    def rise(name: str, rung: int) -> float:
+        before, after = ladders[name].prices[rung - 1 : rung + 1]
+        return float((curves[name][rung] - curves[name][rung - 1]) / (after - before))
 
-    room = _climb(ladders, place, budget.parameters - fixed - best.parameters, gain)
-    return _allocation(layers, ladders, place, budget, room)
+    solved = dict(zip(ladders, best.choices, strict=True))
+    return _climb(menus, ladders, solved, ceiling - best.cost, rise, budget)
 
 
-def _checked_curve(
-    curve: Curve | None, spec: LayerSpec, smallest: int | None
-) -> npt.NDArray[np.float64]:
-    """Return a curve in float64, free of rounding, or refuse it."""
-    if curve is None:
-        raise ValueError("there is none; give the loss at rank 0, 1, ...")
-    values = np.asarray(curve, dtype=np.float64)
-    most = min(spec.out_features, spec.in_features) + 1
-    if values.ndim != 1 or not (0 if smallest is None else smallest) < len(values) <= most:
-        raise ValueError(
-            f"a shape of {values.shape}; expected one value per rank from 0 on, at most {most}, "
-            f"and its smallest rank on offer is {smallest}."
-        )
-    if len(bad := np.flatnonzero(~np.isfinite(values))):
-        raise ValueError(
-            f"{len(bad)} of {len(values)} values are not finite, the first at rank {bad[0]}: "
-            f"{values[bad[0]]}; see how the curve was made."
-        )
-    tolerance = CURVE_TOLERANCE * float(np.abs(values).max())
-    if len(bad := np.flatnonzero(values < -tolerance)):
-        raise ValueError(
-            f"{len(bad)} of {len(values)} values are negative, the first at rank {bad[0]}: "
-            f"{values[bad[0]]}; losses are relative to dense, which has 0."
-        )
-    falling = np.minimum.accumulate(np.maximum(values, 0.0))
-    if len(bad := np.flatnonzero(values - falling > tolerance)):
-        raise ValueError(
-            f"{len(bad)} of {len(values)} values are above one at a lower rank, the first at rank "
-            f"{bad[0]}: {values[bad[0]]} after {falling[bad[0]]}; a larger rank must not predict "
-            "a larger loss."
-        )
-    return falling
-
-
-def _room(
-    budget: Budget, smallest: int, layers: Sequence[LayerSpec], dense: Collection[str], ways: str
-) -> int:
-    """Return what the smallest ranks leave of the budget, or refuse one that they exceed."""
-    room = budget.parameters - smallest
-    if room < 0:
-        needed = -(-smallest * 10_000 // dense_parameters(layers)) / 10_000  # rounded up
-        pinned = sum(spec.name in dense for spec in layers)
+def _room(budget: Budget, ladders: Mapping[str, Ladder], menus: Mapping[str, Menu]) -> int:
+    """The budget less the cheapest options, or BudgetError; units without a ladder are dense."""
+    measure = budget.measure
+    smallest = sum(
+        int(ladders[name].prices[0]) if name in ladders else menu.dense.of(measure)
+        for name, menu in menus.items()
+    )
+    if smallest > budget.limit:
+        needed = -(-smallest * 10_000 // dense_cost(menus).of(measure)) / 10_000  # rounded up
         raise BudgetError(
-            f"budget of {budget.parameters:_} parameters is below the {smallest:_} that "
-            f"{len(layers)} layers need at their smallest ranks ({pinned} of them fixed dense); "
-            f"raise keep_ratio to at least {needed:.4f} or lower {ways}."
+            f"budget of {budget} is below the {smallest:_} that {len(menus)} units need at their "
+            f"cheapest options ({len(menus) - len(ladders)} of them fixed dense); raise "
+            f"keep_ratio to at least {needed:.4f}, or offer cheaper options: lower rank_multiple "
+            "or the minimum rank."
         )
-    return room
+    return budget.limit - smallest
 
 
 def _climb(
-    ladders: Mapping[str, Sequence[Rung]],
-    place: dict[str, int],
+    menus: Mapping[str, Menu],
+    ladders: Mapping[str, Ladder],
+    start: Mapping[str, int],
     room: int,
     urgency: Callable[[str, int], float],
-) -> int:
-    """Take steps in order of urgency, lowest first, while they fit; return the room left.
+    budget: Budget,
+) -> Allocation:
+    """Take rungs in order of urgency, lowest first; units without a ladder are dense."""
+    rungs = dict(start)
+    queue: list[tuple[float, str]] = []
 
-    A layer whose step does not fit stays where it is. ``place`` is changed.
-    """
-    queue = [
-        (urgency(name, place[name] + 1), name)
-        for name, ladder in ladders.items()
-        if place[name] + 1 < len(ladder)
-    ]
-    heapq.heapify(queue)
+    def enqueue(name: str) -> None:
+        if rungs[name] + 1 < len(ladders[name]):
+            heapq.heappush(queue, (urgency(name, rungs[name] + 1), name))
+
+    for name in ladders:
+        enqueue(name)
     while queue:
         _, name = heapq.heappop(queue)
-        position = place[name] + 1
-        price = ladders[name][position][1] - ladders[name][position - 1][1]
+        rung, prices = rungs[name] + 1, ladders[name].prices
+        price = int(prices[rung] - prices[rung - 1])
         if price <= room:
             room -= price
-            place[name] = position
-            if position + 1 < len(ladders[name]):
-                heapq.heappush(queue, (urgency(name, position + 1), name))
-    return room
-
-
-def _allocation(
-    layers: Sequence[LayerSpec],
-    ladders: Mapping[str, Sequence[Rung]],
-    place: Mapping[str, int],
-    budget: Budget,
-    room: int,
-) -> Allocation:
-    """Return the ranks where the layers stand; a layer without a ladder is dense."""
-    ranks = {
-        spec.name: ladders[spec.name][place[spec.name]][0] if spec.name in ladders else None
-        for spec in layers
+            rungs[name] = rung
+            enqueue(name)
+    indices = {
+        name: int(ladders[name].indices[rungs[name]]) if name in ladders else len(menu) - 1
+        for name, menu in menus.items()
     }
-    return Allocation(ranks, budget.parameters - room, budget)
+    return Allocation(
+        {name: menu.option(indices[name]) for name, menu in menus.items()},
+        {name: menu.cost(indices[name]) for name, menu in menus.items()},
+        budget,
+    )

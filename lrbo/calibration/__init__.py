@@ -1,1 +1,1 @@
-"""One pass over text gives all moments that any method needs."""
+"""From text to the moments of what layers read and of their gradients."""

@@ -1,312 +1,271 @@
-"""One pass of text through the model, hooks in, moments out."""
+"""Pass text through the model block by block, and gather the statistics of its layers."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor, nn
+from jaxtyping import Int
+from torch import Tensor
 
-from lrbo.blockwise import BlockwiseBody, Scratch, watching_inputs
-from lrbo.calibration.gradients import GradientMoments, Labels, loss_gradients, scored_tokens
-from lrbo.calibration.sites import SiteMoments
-from lrbo.factorization.base import GRADIENT_STATISTICS, Statistic
-from lrbo.specs import LayerSpec, ModelMap
+from lrbo.calibration.moments import GradientMoments, SiteMoments
+from lrbo.calibration.statistics import GRADIENT_STATISTICS, MATRICES, Statistic
+from lrbo.models.blockwise import Scratch, States, watching
+from lrbo.models.specs import LayerSpec, ModelMap
+from lrbo.tasks.causal_lm import CausalLM
+from lrbo.tasks.model_task import Labels, ModelTask, Segments
 
-OnBlock = Callable[[int], None]
-# Statistics by the name of the site or layer that they belong to.
-Found = Mapping[str, Mapping[Statistic, Tensor]]
+# By owner: the name of a site or layer.
+StatisticsByOwner = Mapping[str, Mapping[Statistic, Tensor]]
 
 
 class CalibrationWarning(UserWarning):
-    """Calibration text that leaves statistics poorer than they look."""
+    """Calibration has fewer tokens than a moment needs for full rank."""
 
 
 @dataclass(frozen=True)
 class CalibrationSettings:
-    """How statistics are gathered.
+    """How statistics are gathered."""
 
-    Attributes:
-        groups: Groups of the pooled covariance, at most one per window.
-        batch_windows: Windows per forward pass.
-        labels: What the loss of output gradients is taken of: ``"sampled"`` from the model
-            itself, which gives the Fisher information, or the ``"data"``'s own next tokens.
-        gradient_share: Share of the windows that output gradients are taken on, evenly spread.
-        seed: Of the sampled labels.
-        memory_gib: Main memory for hidden states between blocks; beyond it they are in files.
-    """
-
-    groups: int = 32
-    batch_windows: int = 4
+    groups: int = 32  # of the pooled covariance, at most one per window
+    batch_windows: int = 4  # per forward pass
+    # "sampled" from the model itself, which gives the Fisher information, or those of the "data".
     labels: Labels = "sampled"
-    gradient_share: float = 0.5
-    seed: int = 0
-    memory_gib: float = 2.0
+    gradient_share: float = 0.5  # of the windows, evenly spread
+    seed: int = 0  # of the sampled labels
+    memory_gib: float = 2.0  # for hidden states between blocks; what exceeds it goes to files
 
     def gradient_windows(self, windows: int) -> list[int]:
-        """Return which windows output gradients are taken on: at least one."""
+        """Return the indices of the windows for output gradients: at least one."""
         count = max(1, round(self.gradient_share * windows))
         return [index * windows // count for index in range(count)]
 
 
 @dataclass(repr=False)
 class Calibration:
-    """What calibration found, in memory.
+    """Statistics in memory."""
 
-    Attributes:
-        found: Statistics by the name of the site or layer that they belong to.
-        weights: Samples of the parameters of the model that they were gathered from, by name.
-    """
-
-    found: dict[str, dict[Statistic, Tensor]] = field(default_factory=dict)
-    weights: dict[str, Tensor] = field(default_factory=dict)
+    statistics: dict[str, dict[Statistic, Tensor]] = field(default_factory=dict)  # by owner
+    weights: dict[str, Tensor] = field(default_factory=dict)  # samples of the model's parameters
 
     def __repr__(self) -> str:
-        """Return which statistics there are, without the numbers."""
-        kinds = sorted({key.value for statistics in self.found.values() for key in statistics})
-        return f"<statistics of {len(self.found)} inputs and layers: {', '.join(kinds) or 'none'}>"
+        kinds = sorted({kind.value for each in self.statistics.values() for kind in each})
+        owners = f"{len(self.statistics)} inputs and layers"
+        return f"<statistics of {owners}: {', '.join(kinds) or 'none'}>"
 
     @classmethod
-    def gather(cls, parts: Iterator[Found]) -> Calibration:
-        """Keep everything that :func:`calibrate` yields."""
+    def gather(cls, parts: Iterator[StatisticsByOwner]) -> Calibration:
+        """Collect everything that :func:`calibrate` yields."""
         calibration = cls()
         for part in parts:
             for owner, statistics in part.items():
-                calibration.found.setdefault(owner, {}).update(statistics)
+                calibration.statistics.setdefault(owner, {}).update(statistics)
         return calibration
 
     def of(self, spec: LayerSpec) -> dict[Statistic, Tensor]:
-        """Return the statistics of a layer, those of its input and its own: what there are."""
-        return merged_statistics(self.found.get(spec.site, {}), self.found.get(spec.name, {}))
+        """Return the statistics of a layer: those of its input and its own."""
+        read = self.statistics.get
+        return merged_statistics(read(spec.site, {}), read(spec.name, {}))
 
 
 def merged_statistics(
     inputs: Mapping[Statistic, Tensor], own: Mapping[Statistic, Tensor]
 ) -> dict[Statistic, Tensor]:
-    """Return what belongs to a layer, of what is kept under its site's and its own name."""
-    found = {key: value for key, value in inputs.items() if key not in GRADIENT_STATISTICS}
-    return found | {key: value for key, value in own.items() if key in GRADIENT_STATISTICS}
+    """Return the statistics of a layer, from those stored under its site's and its own name."""
+    # A site has the name of its first layer, and so that layer's own statistics beside its own.
+    shared = {key: value for key, value in inputs.items() if key not in GRADIENT_STATISTICS}
+    return {**shared, **own}
 
 
-def group_of_window(windows: int, groups: int) -> list[int]:
-    """Deal windows out to groups; sizes differ by at most one window.
-
-    Windows come text by text. Dealt out, every group has its part of each text, so that what
-    tells texts apart counts as variation inside a group, not as a difference between groups.
-    """
-    groups = min(groups, windows)
-    return [index % groups for index in range(windows)]
+def batches_of(start: int, stop: int, size: int) -> list[slice]:
+    """Cut a range of windows into batches of ``size``; the last may be smaller."""
+    return [slice(first, min(first + size, stop)) for first in range(start, stop, size)]
 
 
 def calibrate(
-    body: BlockwiseBody,
+    body: Segments,
     layers: ModelMap,
-    windows: Int[Tensor, "windows tokens"],
+    windows: Any,
     needs: Collection[Statistic],
     settings: CalibrationSettings,
     *,
-    on_block: OnBlock | None = None,
-) -> Iterator[Found]:
-    """Gather statistics block by block, and hand each block's out as soon as it is done.
+    task: ModelTask | None = None,
+    on_block: Callable[[int], object] = lambda _: None,
+) -> Iterator[StatisticsByOwner]:
+    """Gather statistics block by block, yielding each block's as soon as they are complete.
 
-    The text passes through the blocks once, in order, and once back from the last to the first
-    if output gradients are needed; of a block, what enters it is kept and it is run again, so
-    that the graph of one block and one batch is all that exists. No gradient of a parameter is
-    ever formed. So memory holds the statistics and weights of one block, and the hidden states.
+    The text passes once forward, and once backward if output gradients are needed: each block then
+    runs again on its stored inputs, so that only the graph of one block and one batch exists.
 
     Args:
         body: Of the model.
         layers: Its map.
-        windows: ``(windows, tokens)`` token ids; every position enters.
-        needs: What to gather. Nothing needed means no pass.
-        settings: How.
-        on_block: Told 1 after each block, in each direction.
+        windows: Examples of the task, such as ``(windows, tokens)`` token ids.
+        needs: The statistics; none means no pass.
+        settings: How to gather them.
+        task: Whose loss is meant; by default that of causal language models.
+        on_block: Called with 1 after each block, in each direction.
 
     Yields:
-        Statistics of a block, float64 on the CPU: of its sites, then (in a second round, from
-        the last block to the first) of its layers.
+        Statistics of a block's sites, float64 on the CPU; then of its layers, last block first.
 
     Raises:
-        StatisticsError: If a site or layer saw a non-finite value, naming it, or not every token;
-            or if no token has a loss.
+        StatisticsError: Naming a site or layer with a non-finite value or not every token; or if
+            no token has a loss.
     """
     wanted = set(needs)
     if not wanted:
         return
+    task = task or CausalLM()
+    count = len(windows)
     of_inputs, of_gradients = wanted - GRADIENT_STATISTICS, wanted & GRADIENT_STATISTICS
     # Without pooling there is one group: the order of windows decides which labels are sampled.
     groups = settings.groups if Statistic.POOLED_INPUT_COVARIANCE in wanted else 1
-    dealt = group_of_window(len(windows), groups)
-    order = sorted(range(len(windows)), key=dealt.__getitem__)  # group by group
-    _announce_few_tokens(layers, windows, settings, wanted)
-    chosen = set(settings.gradient_windows(len(windows))) if of_gradients else set[int]()
+    # Windows come text by text, and each group gets its part of each text: differences between
+    # texts count as variation inside a group, not between groups.
+    order = sorted(range(count), key=lambda window: window % groups)
+    with_loss = set(settings.gradient_windows(count)) if of_gradients else set[int]()
     if not of_inputs:
-        order = [index for index in order if index in chosen]
-    windows, membership = windows[order], [dealt[index] for index in order]
-    with_gradient = torch.tensor([place for place, index in enumerate(order) if index in chosen])
-    scored = scored_tokens(windows[with_gradient], settings.labels) if of_gradients else 0
-    batches = [
-        slice(first, min(first + settings.batch_windows, len(windows)))
-        for first in range(0, len(windows), settings.batch_windows)
-    ]
-    by_block = {
-        index: [spec for spec in layers.compressible if spec.block == index]
-        for index in range(len(body))
-    }
-    with Scratch(int(settings.memory_gib * 2**30)) as scratch:
-        first = body.embed(windows[batches[0]])  # some models embed in more precision than they run
-        hidden = scratch.empty(*windows.shape, first.shape[-1], dtype=first.dtype)
-        for batch in batches:
-            hidden[batch] = body.embed(windows[batch]).to(hidden)
-        entering: list[Tensor] = []
-        for index, specs in by_block.items():
-            if of_gradients:
-                entering.append(_picked(hidden, with_gradient, scratch))
-            sites = _through_block(body, index, specs, hidden, batches, membership, of_inputs)
-            if of_inputs:
-                tokens = windows.numel()
-                # Taken out one by one: sums and means of all would be twice the memory.
-                yield {name: sites.pop(name).statistics(name, tokens) for name in list(sites)}
-            del sites
-            if on_block is not None:
-                on_block(1)
-        if not of_gradients:
-            return
-        ids, gradient = windows[with_gradient], _picked(hidden, with_gradient, scratch)
-        loss_gradients(body, gradient, ids, settings)
-        for index in reversed(by_block):
-            found = _back_through_block(
-                body, index, by_block[index], entering[index], gradient, settings, of_gradients
-            )
-            tokens = ids.numel()
-            yield {name: found.pop(name).statistics(name, tokens, scored) for name in list(found)}
-            if on_block is not None:
-                on_block(1)
+        order = [index for index in order if index in with_loss]
+    windows, membership = windows[order], [window % groups for window in order]
+    with_gradient = torch.tensor([at for at, index in enumerate(order) if index in with_loss])
+    scratch = Scratch(int(settings.memory_gib * 2**30))
+    blocks = _Blocks(body, layers, scratch, settings.batch_windows)
+    batches = batches_of(0, len(windows), settings.batch_windows)
+    first = body.embed(windows[batches[0]])  # in some models more precise than the blocks
+    length = first.shape[1]
+    _announce_few_tokens(layers, count * length, len(with_loss) * length, wanted)
+    hidden = scratch.empty(len(windows), *first.shape[1:], dtype=first.dtype)
+    for batch in batches:
+        hidden[batch] = body.embed(windows[batch]).to(hidden)
+    entering: list[Tensor] = []
+    for index in range(len(body)):
+        if of_gradients:
+            entering.append(_selected(hidden, with_gradient, scratch))
+        sites, hidden = blocks.forward(index, hidden, membership, of_inputs)
+        if of_inputs:
+            tokens = len(windows) * length
+            # One by one: sums and means of all at once would take twice the memory.
+            yield {name: sites.pop(name).statistics(name, tokens) for name in list(sites)}
+        del sites
+        on_block(1)
+    if not of_gradients:
+        return
+    examples, gradient = windows[with_gradient], _selected(hidden, with_gradient, scratch)
+    scored = task.output_gradients(
+        body,
+        gradient,
+        examples,
+        labels=settings.labels,
+        seed=settings.seed,
+        batch_windows=settings.batch_windows,
+    )
+    tokens = len(examples) * length
+    for index in reversed(range(len(body))):
+        moments, gradient = blocks.backward(index, entering[index], gradient, of_gradients)
+        yield {name: moments.pop(name).statistics(name, tokens, scored) for name in list(moments)}
+        on_block(1)
 
 
-def _picked(
-    hidden: Float[Tensor, "windows tokens d"], places: Int[Tensor, " picked"], scratch: Scratch
-) -> Float[Tensor, "picked tokens d"]:
-    """Copy some windows to where there is room, and nowhere else on the way."""
-    found = scratch.empty(len(places), *hidden.shape[1:], dtype=hidden.dtype)
-    return torch.index_select(hidden, 0, places, out=found)
+def _selected(hidden: States, indices: Int[Tensor, " selected"], scratch: Scratch) -> Tensor:
+    """Copy some windows into new scratch space, without a temporary copy."""
+    copy = scratch.empty(len(indices), *hidden.shape[1:], dtype=hidden.dtype)
+    return torch.index_select(hidden, 0, indices, out=copy)
 
 
-def _through_block(
-    body: BlockwiseBody,
-    index: int,
-    specs: Sequence[LayerSpec],
-    hidden: Float[Tensor, "windows tokens d"],
-    batches: Sequence[slice],
-    membership: Sequence[int],
-    needs: Collection[Statistic],
-) -> dict[str, SiteMoments]:
-    """Take the hidden states through a block, in place, and gather what its sites read."""
-    found = {
-        spec.site: SiteMoments.empty(needs, spec.in_features, body.device)
-        for spec in specs
-        if needs
-    }
-    spans: list[tuple[int, int, bool]] = []
+@dataclass(frozen=True)
+class _Blocks:
+    """Takes hidden states forward and gradients backward through single blocks."""
 
-    def watch(site: str, inputs: Tensor) -> None:
-        found[site].update(inputs.reshape(-1, hidden.shape[1], inputs.shape[-1]), spans)
+    body: Segments
+    layers: ModelMap
+    scratch: Scratch
+    batch_windows: int
 
-    watched = watching_inputs(body.model, found, watch)
-    with body.open_block(index) as block, watched, torch.no_grad():
-        for batch in batches:
-            spans[:] = _spans(membership, batch.start, batch.stop - batch.start)
-            out = body.run(block, index, hidden[batch].to(body.device))
-            hidden[batch] = out.to(hidden)
-    return found
+    def forward(
+        self, index: int, hidden: States, membership: Sequence[int], needs: Collection[Statistic]
+    ) -> tuple[dict[str, SiteMoments], Tensor]:
+        """Run a block; return the moments by site, and its output."""
+        device = self.body.device
+        specs = self._specs(index) if needs else []
+        moments = {spec.site: SiteMoments(needs, spec.in_features, device) for spec in specs}
 
+        def step(batch: slice) -> Tensor:
+            groups, closes_last = _groups_in(membership, batch)
 
-def _back_through_block(
-    body: BlockwiseBody,
-    index: int,
-    specs: Sequence[LayerSpec],
-    entering: Float[Tensor, "windows tokens d"],
-    gradient: Float[Tensor, "windows tokens d"],
-    settings: CalibrationSettings,
-    needs: Collection[Statistic],
-) -> dict[str, GradientMoments]:
-    """Take gradients back through a block, in place, and gather those of its layers."""
-    found = {
-        spec.name: GradientMoments.empty(needs, spec.out_features, spec.in_features, body.device)
-        for spec in specs
-    }
+            def watch(site: str, inputs: Tensor, _output: Tensor) -> None:
+                windows = inputs.reshape(-1, hidden.shape[1], inputs.shape[-1])
+                moments[site].update(windows, groups, closes_last=closes_last)
 
-    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def answered(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            del module
-            x = inputs[0].detach()
-            untyped: Any = output
-            untyped.register_hook(
-                lambda g: found[name].update(x.flatten(0, -2), g.detach().flatten(0, -2))
-            )
+            with watching(self.body.model, moments, watch):
+                return self.body.run(block, index, hidden[batch].to(device))
 
-        return answered
+        with self.body.open_block(index) as block, torch.no_grad():
+            return moments, self._replaced(hidden, step)
 
-    with body.open_block(index) as block:
-        handles = [
-            body.model.get_submodule(name).register_forward_hook(hook(name)) for name in found
-        ]
-        try:
-            for first in range(0, len(entering), settings.batch_windows):
-                batch = slice(first, first + settings.batch_windows)
-                inputs = entering[batch].to(body.device).requires_grad_()
-                with torch.enable_grad():
-                    out = body.run(block, index, inputs)
-                (back,) = torch.autograd.grad(out, inputs, gradient[batch].to(out))
-                gradient[batch] = back.to(gradient)
-        finally:
-            for handle in handles:
-                handle.remove()
-    return found
+    def backward(
+        self, index: int, entering: States, gradient: Tensor, needs: Collection[Statistic]
+    ) -> tuple[dict[str, GradientMoments], Tensor]:
+        """Backpropagate through a block; return the moments by layer, and its input's gradients."""
+        device = self.body.device
+        moments = {spec.name: GradientMoments(needs, spec, device) for spec in self._specs(index)}
+
+        def watch(name: str, inputs: Tensor, output: Any) -> None:
+            x = inputs.detach().flatten(0, -2)
+            output.register_hook(lambda g: moments[name].update(x, g.detach().flatten(0, -2)))
+
+        def step(batch: slice) -> Tensor:
+            inputs = entering[batch].to(device).requires_grad_()
+            with torch.enable_grad():
+                out = self.body.run(block, index, inputs)
+            return torch.autograd.grad(out, inputs, gradient[batch].to(out))[0]
+
+        model = self.body.model
+        with self.body.open_block(index) as block, watching(model, moments, watch):
+            return moments, self._replaced(gradient, step)
+
+    def _specs(self, index: int) -> list[LayerSpec]:
+        return [spec for spec in self.layers.compressible if spec.block == index]
+
+    def _replaced(self, states: Tensor, step: Callable[[slice], Tensor]) -> Tensor:
+        """Replace states batch by batch, in place where their shape stays the same."""
+        result = states
+        for batch in batches_of(0, len(states), self.batch_windows):
+            part = step(batch)
+            if part.shape[1:] != result.shape[1:]:
+                result = self.scratch.empty(len(states), *part.shape[1:], dtype=states.dtype)
+            result[batch] = part.to(result)
+        return result
 
 
-def _spans(membership: Sequence[int], first: int, count: int) -> list[tuple[int, int, bool]]:
-    """Cut a batch of windows at the borders of groups: (start, stop, closes the group)."""
-    spans: list[tuple[int, int, bool]] = []
-    start = 0
-    for index in range(count):
-        here = first + index
-        ends = here + 1 == len(membership) or membership[here + 1] != membership[here]
-        if ends or index + 1 == count:
-            spans.append((start, index + 1, ends))
-            start = index + 1
-    return spans
+def _groups_in(membership: Sequence[int], batch: slice) -> tuple[list[int], bool]:
+    """Return the windows of each group in a batch, and whether its last group ends with it."""
+    sizes = [len(list(windows)) for _, windows in groupby(membership[batch])]
+    following = membership[batch.stop : batch.stop + 1]
+    return sizes, not following or following[0] != membership[batch.stop - 1]
 
 
 def _announce_few_tokens(
-    layers: ModelMap,
-    windows: Int[Tensor, "windows tokens"],
-    settings: CalibrationSettings,
-    needs: Collection[Statistic],
+    layers: ModelMap, tokens: int, seen: int, needs: Collection[Statistic]
 ) -> None:
-    """Warn where a covariance cannot have full rank."""
-    tokens = windows.numel()
+    """Warn where a matrix cannot have full rank."""
+    messages = []
     widest = max(spec.in_features for spec in layers.compressible)
-    matrices = {Statistic.INPUT_COVARIANCE, Statistic.POOLED_INPUT_COVARIANCE}
-    if matrices & set(needs) and tokens <= widest:
-        warnings.warn(
-            f"{tokens} calibration tokens for inputs of up to {widest} features: covariances "
-            "are singular, and directions that no token has are cut first. Use more "
-            "data.calibration.tokens.",
-            CalibrationWarning,
-            stacklevel=3,
-        )
     tallest = max(spec.out_features for spec in layers.compressible)
-    seen = len(settings.gradient_windows(len(windows))) * windows.shape[1]
-    if Statistic.OUTPUT_GRADIENT in needs and seen <= tallest:
-        warnings.warn(
-            f"{seen} tokens with gradients for outputs of up to {tallest} features: gradient "
-            "moments are singular, and rest on method.output_shrinkage. Use more "
-            "data.calibration.tokens, or a larger calibration.gradient_share.",
-            CalibrationWarning,
-            stacklevel=3,
+    if (MATRICES - GRADIENT_STATISTICS) & set(needs) and tokens <= widest:
+        messages.append(
+            f"{tokens} calibration tokens for inputs of up to {widest} features: covariances are "
+            "singular. Use more data.calibration.tokens."
         )
+    if Statistic.OUTPUT_GRADIENT in needs and seen <= tallest:
+        messages.append(
+            f"{seen} tokens with gradients for outputs of up to {tallest} features: their moments "
+            "are singular, and rest on method.output_shrinkage. Use more data.calibration.tokens, "
+            "or a larger calibration.gradient_share."
+        )
+    for message in messages:
+        warnings.warn(message, CalibrationWarning, stacklevel=3)

@@ -1,68 +1,51 @@
-"""Exact running mean and covariance; pooled over groups; merge, save, load."""
+"""Running moments: of vectors, of the inputs of a site, of a layer's output gradients."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lrbo.calibration.statistics import Statistic
+from lrbo.errors import StatisticsError
 from lrbo.linalg import add_gram, float64_device, mirror_upper
+from lrbo.models.specs import LayerSpec
 
 RUN = 64  # rows
 
 
-def _centred(batch: Float[Tensor, "n d"]) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the rows around a shift, the shift, and the mean of the shifted rows.
+def _zeros(*shape: int, device: torch.device | str) -> Tensor:
+    return torch.zeros(shape, dtype=torch.float64, device=float64_device(torch.device(device)))
 
-    Products of half-precision activations are exact in float32 and a batch sums a few thousand
-    of them, so the rows of a batch are multiplied in float32 (float64 rows in float64) and
-    batches are summed in float64. Rows are shifted by their rounded mean first, so that a large
-    mean cancels nothing; the rest of the mean is returned in float64 and taken out exactly.
-    """
+
+def _centred(batch: Float[Tensor, "n d"]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the rows around a shift, the shift, and the mean of the shifted rows in float64."""
+    # Products of half-precision activations are exact in float32, so rows are multiplied in it
+    # (float64 rows in float64) and batches are summed in float64. Rows are shifted by their rounded
+    # mean, so that a large mean cancels nothing.
     rows = batch if batch.dtype == torch.float64 else batch.to(torch.float32)
     shift = rows.mean(0)
     rows = rows - shift
     device = float64_device(batch.device)
-    return rows, shift.to(device, torch.float64), _column_sums(rows, device) / len(rows)
-
-
-def _column_sums(rows: Float[Tensor, "n d"], device: torch.device) -> Float[Tensor, " d"]:
-    """Return the sums of columns in float64.
-
-    Runs of rows are summed in the dtype of the rows, and only these in float64: to convert every
-    entry takes longer than the rest of what is done with a batch but for the product. After the
-    shift sums are small, so that their rounding is nothing beside the entries.
-    """
+    # Runs of rows are summed in their dtype, and only these sums in float64: to convert every
+    # element takes longer than all else but the product. Small sums have a small rounding.
     whole = len(rows) // RUN * RUN
     runs = rows[:whole].reshape(-1, RUN, rows.shape[1]).sum(1)
     runs = torch.cat([runs, rows[whole:].sum(0, keepdim=True)])
-    return runs.to(device).sum(0, dtype=torch.float64)
+    rest = runs.to(device).sum(0, dtype=torch.float64) / len(rows)
+    return rows, shift.to(device, torch.float64), rest
 
 
-@dataclass
 class Moments:
-    """Exact running mean and scatter of vectors; merging is associative.
+    """Exact running mean and scatter of vectors, float64."""
 
-    Attributes:
-        tokens: Vectors seen.
-        mean: ``(d,)``, float64.
-        upper: ``(d, d)``, float64; its upper triangle is the scatter
-            ``sum (x - mean)(x - mean)^T``, below it is nothing of meaning.
-    """
-
-    tokens: int
-    mean: Float[Tensor, " d"]
-    upper: Float[Tensor, "d d"]
-
-    @classmethod
-    def empty(cls, features: int, device: torch.device | str = "cpu") -> Moments:
-        """Return the moments of no vectors, the neutral element of :meth:`merge`."""
-        place = float64_device(torch.device(device))
-        mean = torch.zeros(features, dtype=torch.float64, device=place)
-        return cls(0, mean, torch.zeros(features, features, dtype=torch.float64, device=place))
+    def __init__(self, features: int, device: torch.device | str = "cpu") -> None:
+        self.tokens = 0
+        self.mean = _zeros(features, device=device)
+        # Its upper triangle is sum (x - mean)(x - mean)^T, the rest is undefined.
+        self.upper = _zeros(features, features, device=device)
 
     def update(self, batch: Float[Tensor, "n d"]) -> None:
         """Add the rows of ``batch``, any floating dtype; an empty batch changes nothing."""
@@ -72,121 +55,63 @@ class Moments:
         rows, shift, rest = _centred(batch)
         total = self.tokens + count
         delta = shift + rest - self.mean
-        # The rows were centred on `shift`, which misses their mean by `rest`; and the mean of all
-        # moves, as in `merge`.
+        # `shift` misses the mean of the rows by `rest`; and the mean of all moves (Chan, Golub and
+        # LeVeque, 1983).
         weights = rest.new_tensor([-count, self.tokens * count / total])
         add_gram(self.upper, rows, vectors=torch.stack([rest, delta]), weights=weights)
         self.mean += delta * (count / total)
         self.tokens = total
 
-    def merge(self, other: Moments) -> Moments:
-        """Return the moments of both sets of vectors (Chan, Golub and LeVeque, 1983).
-
-        The correction uses the difference of the two means. (The published code of Bolaco
-        uses the deviation from the combined mean, which is inexact.)
-        """
-        if not other.tokens:
-            return Moments(self.tokens, self.mean.clone(), self.upper.clone())
-        total = self.tokens + other.tokens
-        delta = other.mean - self.mean
-        upper = self.upper + other.upper
-        upper.addr_(delta, delta, alpha=self.tokens * other.tokens / total)
-        return Moments(total, self.mean + delta * (other.tokens / total), upper)
-
-    @property
-    def scatter(self) -> Float[Tensor, "d d"]:
-        """Return ``sum (x - mean)(x - mean)^T``, symmetric."""
-        return mirror_upper(self.upper)
-
     @property
     def covariance(self) -> Float[Tensor, "d d"]:
         """Return the maximum-likelihood covariance: the scatter over the number of tokens."""
-        return self.scatter.div_(max(self.tokens, 1))
+        return mirror_upper(self.upper).div_(max(self.tokens, 1))
 
 
-@dataclass
 class PooledMoments:
-    """Mean of per-group covariances, each group counted once (Bolaco, section 3.2).
+    """Mean of per-group covariances, each group counted once (Bolaco, section 3.2), float64."""
 
-    Attributes:
-        groups: Closed groups.
-        tokens: Vectors in closed groups.
-        mean: ``(d,)``, mean over all vectors of closed groups, float64.
-        upper: ``(d, d)``, upper triangle of the sum of the groups' covariances, float64.
-        open: Moments of the group that is still open.
-    """
+    def __init__(self, features: int, device: torch.device | str = "cpu") -> None:
+        self.groups, self.tokens = 0, 0  # that are closed, and their vectors
+        self.mean = _zeros(features, device=device)  # of these vectors
+        self.upper = _zeros(features, features, device=device)  # of the sum of their covariances
+        self.open = Moments(features, device)  # of the group that is still open
 
-    groups: int
-    tokens: int
-    mean: Float[Tensor, " d"]
-    upper: Float[Tensor, "d d"]
-    open: Moments
+    def update(self, parts: Sequence[Float[Tensor, "_ d"]], *, closes_last: bool) -> None:
+        """Add rows of consecutive groups, each ``(n, d)`` with ``n > 0``, any floating dtype.
 
-    @classmethod
-    def empty(cls, features: int, device: torch.device | str = "cpu") -> PooledMoments:
-        """Return the moments of no groups."""
-        start = Moments.empty(features, device)
-        other = Moments.empty(features, device)
-        return cls(0, 0, start.mean, start.upper, other)
-
-    def update(self, batch: Float[Tensor, "n d"], *, closes_group: bool) -> None:
-        """Add the rows of ``batch`` to the open group, and close it if told to.
-
-        Args:
-            batch: ``(n, d)``, any floating dtype.
-            closes_group: Whether the group ends with this batch.
+        The first part belongs to the open group, if any; the last one may leave its group open.
         """
-        if self.open.tokens == 0 and closes_group and len(batch):
-            self.update_whole([batch])
+        whole: list[Tensor] = []
+        for index, part in enumerate(parts):
+            closes = closes_last or index + 1 < len(parts)
+            if closes and not self.open.tokens:
+                whole.append(part)
+                continue
+            self.open.update(part)
+            if closes:
+                self.upper.add_(self.open.upper, alpha=1.0 / self.open.tokens)
+                self._count(self.open.tokens, self.open.mean)
+                self.open = Moments(len(self.mean), self.mean.device)
+        if not whole:
             return
-        self.open.update(batch)
-        if closes_group and self.open.tokens:
-            self.upper.add_(self.open.upper, alpha=1.0 / self.open.tokens)
-            self._count(self.open.tokens, self.open.mean)
-            self.open = Moments.empty(len(self.mean), self.mean.device)
-
-    def update_whole(self, groups: Sequence[Float[Tensor, "_ d"]]) -> None:
-        """Add whole groups with one product, beside the one that may be open.
-
-        Args:
-            groups: Each ``(n, d)`` with ``n > 0``, any floating dtype; ``n`` may differ.
-        """
-        found, rests = [], []
-        first = len(groups[0])
-        for group in groups:
+        centred, rests = [], []  # of whole groups, which are added with one product
+        first = len(whole[0])
+        for group in whole:
             rows, shift, rest = _centred(group)
-            if len(group) != first:  # each group counts once, however many rows it has
+            if len(group) != first:  # each group counts once
                 rows = rows * (first / len(group)) ** 0.5
-            found.append(rows)
+            centred.append(rows)
             rests.append(rest)
             self._count(len(group), shift + rest)
         together = torch.stack(rests)
         weights = -torch.ones(len(rests), dtype=together.dtype, device=together.device)
-        rows = found[0] if len(found) == 1 else torch.cat(found)
+        rows = centred[0] if len(centred) == 1 else torch.cat(centred)
         add_gram(self.upper, rows, scale=1.0 / first, vectors=together, weights=weights)
 
-    def merge(self, other: PooledMoments) -> PooledMoments:
-        """Return the moments of both sets of groups; both must have no group open.
-
-        Raises:
-            ValueError: If a group is open on either side.
-        """
-        if self.open.tokens or other.open.tokens:
-            raise ValueError(
-                f"cannot merge while a group is open ({self.open.tokens} and "
-                f"{other.open.tokens} tokens): close the groups first."
-            )
-        none_open = Moments.empty(len(self.mean), self.mean.device)
-        merged = PooledMoments(
-            self.groups, self.tokens, self.mean.clone(), self.upper + other.upper, none_open
-        )
-        if other.tokens:
-            merged._count(other.tokens, other.mean, groups=other.groups)
-        return merged
-
-    def _count(self, tokens: int, mean: Tensor, groups: int = 1) -> None:
-        """Include ``tokens`` vectors with this mean in count and mean."""
-        self.groups += groups
+    def _count(self, tokens: int, mean: Tensor) -> None:
+        """Include a group of ``tokens`` vectors with this mean."""
+        self.groups += 1
         self.tokens += tokens
         self.mean += (mean - self.mean) * (tokens / self.tokens)
 
@@ -194,3 +119,97 @@ class PooledMoments:
     def covariance(self) -> Float[Tensor, "d d"]:
         """Return the mean over groups of the groups' maximum-likelihood covariances."""
         return mirror_upper(self.upper).div_(max(self.groups, 1))
+
+
+def _require_sound(
+    owner: str, of: str, statistics: Mapping[Statistic, Tensor], *, seen: int, tokens: int
+) -> None:
+    """Refuse statistics of the wrong number of tokens, or that are not finite."""
+    if seen != tokens:
+        raise StatisticsError(
+            f"{owner}: {of} came for {seen} of {tokens} tokens; every mapped layer must run once "
+            "per token. Correct the family's sites in lrbo/models/families.py."
+        )
+    for statistic, tensor in statistics.items():
+        if bad := int((~torch.isfinite(tensor)).sum()):
+            raise StatisticsError(
+                f"{owner}: its {statistic} holds {bad} non-finite values out of {tensor.numel()} "
+                f"after {tokens} tokens. The {of} overflowed; use model.dtype=float32 or bfloat16."
+            )
+
+
+class SiteMoments:
+    """Running statistics of the inputs of a site; mean and covariance come together."""
+
+    def __init__(self, needs: Collection[Statistic], width: int, device: torch.device) -> None:
+        pooled = Statistic.POOLED_INPUT_COVARIANCE in needs
+        plain = Statistic.INPUT_COVARIANCE in needs or (
+            Statistic.INPUT_MEAN in needs and not pooled
+        )
+        magnitude = Statistic.INPUT_MAGNITUDE in needs
+        self.tokens = 0
+        self.plain = Moments(width, device) if plain else None
+        self.pooled = PooledMoments(width, device) if pooled else None
+        self.magnitude = _zeros(width, device=device) if magnitude else None  # sum |x|
+
+    def update(
+        self, inputs: Float[Tensor, "windows tokens d"], groups: Sequence[int], *, closes_last: bool
+    ) -> None:
+        """Add inputs, of so many windows of each group; the last one may go on after them."""
+        rows = inputs.flatten(0, 1)
+        self.tokens += len(rows)
+        if self.plain is not None:
+            self.plain.update(rows)
+        if self.pooled is not None:
+            parts = [part.flatten(0, 1) for part in torch.split(inputs, list(groups))]
+            self.pooled.update(parts, closes_last=closes_last)
+        if self.magnitude is not None:
+            self.magnitude += rows.abs().to(self.magnitude.device).sum(0, dtype=torch.float64)
+
+    def statistics(self, site: str, tokens: int) -> dict[Statistic, Tensor]:
+        """Return means over all tokens, float64, on the CPU; StatisticsError if unsound."""
+        statistics: dict[Statistic, Tensor] = {}
+        if self.pooled is not None:
+            statistics[Statistic.INPUT_MEAN] = self.pooled.mean
+            statistics[Statistic.POOLED_INPUT_COVARIANCE] = self.pooled.covariance
+        if self.plain is not None:
+            statistics[Statistic.INPUT_MEAN] = self.plain.mean
+            statistics[Statistic.INPUT_COVARIANCE] = self.plain.covariance
+        if self.magnitude is not None:
+            statistics[Statistic.INPUT_MAGNITUDE] = self.magnitude / tokens
+        _require_sound(site, "inputs", statistics, seen=self.tokens, tokens=tokens)
+        return {statistic: tensor.cpu() for statistic, tensor in statistics.items()}
+
+
+class GradientMoments:
+    """Running moments of the output gradients of a layer."""
+
+    def __init__(self, needs: Collection[Statistic], spec: LayerSpec, device: torch.device) -> None:
+        upper, importance = Statistic.OUTPUT_GRADIENT in needs, Statistic.INPUT_IMPORTANCE in needs
+        self.tokens = 0
+        # The upper triangle of sum g g^T, and sum |g|^2 x_j^2.
+        self.upper = _zeros(spec.out_features, spec.out_features, device=device) if upper else None
+        self.importance = _zeros(spec.in_features, device=device) if importance else None
+
+    def update(self, inputs: Float[Tensor, "n in"], gradients: Float[Tensor, "n out"]) -> None:
+        """Add some tokens, any floating dtype; products run in float32, sums in float64."""
+        wide = torch.promote_types(gradients.dtype, torch.float32)
+        rows = gradients.to(wide)
+        self.tokens += len(rows)
+        if self.upper is not None:
+            add_gram(self.upper, rows)
+        if self.importance is not None:
+            lengths = rows.square().sum(1, keepdim=True)
+            weighted = inputs.to(wide).square() * lengths
+            self.importance += weighted.to(self.importance.device).sum(0, dtype=torch.float64)
+
+    def statistics(self, layer: str, tokens: int, scored: int) -> dict[Statistic, Tensor]:
+        """Return means over the tokens with a loss, float64, on the CPU; refuse unsound ones."""
+        # With the data's labels the last token of a window has no loss, and its gradients are 0.
+        statistics: dict[Statistic, Tensor] = {}
+        if self.upper is not None:
+            statistics[Statistic.OUTPUT_GRADIENT] = mirror_upper(self.upper).div_(scored).cpu()
+        if self.importance is not None:
+            statistics[Statistic.INPUT_IMPORTANCE] = self.importance.cpu() / scored
+        _require_sound(layer, "gradients", statistics, seen=self.tokens, tokens=tokens)
+        return statistics

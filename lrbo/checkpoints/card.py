@@ -12,128 +12,64 @@ import yaml  # type: ignore[import-untyped]  # has no types
 from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
-from lrbo.loading import ORIGINS, ModelSource
-from lrbo.rendering import render
-
-LOADING = {
-    "lrbo": """\
-import lrbo  # which tells transformers what a low-rank layer is
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained({folder})
-tokenizer = AutoTokenizer.from_pretrained({folder})""",
-    "remote_code": """\
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained({folder}, trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained({folder})""",
-    "merged": """\
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained({folder})
-tokenizer = AutoTokenizer.from_pretrained({folder})""",
-}
+from lrbo.files.rendering import render
+from lrbo.files.tables import Table
+from lrbo.layers.options import UNITS, Measure
+from lrbo.models.sources import PACKAGED, ModelSource
 
 
 @dataclass(frozen=True)
-class Score:
-    """A row of the card's table.
+class Card:
+    """What the card of a checkpoint states."""
 
-    Attributes:
-        model: What it is, for readers.
-        keep_ratio: Share of the compressible parameters that it keeps.
-        validation: Perplexity on the validation text, if known.
-        test: Perplexity on the test text, if known.
-    """
-
-    model: str
+    name: str
+    written_as: str  # "lrbo", "remote_code" or "merged"
+    about: Mapping[str, Any]  # of the checkpoint: method, refit, validation, data and versions
+    source: ModelSource  # of the base model
+    parameters: tuple[int, int]  # of the whole model, low-rank and dense
+    forms: Sequence[str]
     keep_ratio: float
-    validation: float | None
-    test: float | None
+    scores: Table
+    commands: Sequence[str]  # which make the checkpoint again
+    measuring: str | None  # the command that scores it on the test text, if it reads text
+    auto_class: str = "AutoModelForCausalLM"
+    hub_tag: str = "text-generation"
+    notes: Sequence[str] = ()  # a sentence each, on what the search adds to where it began
+    measure: Measure = "parameters"
 
-
-def model_card(
-    name: str,
-    written_as: str,
-    about: Mapping[str, Any],
-    *,
-    source: ModelSource,
-    parameters: tuple[int, int],
-    storage: str,
-    scores: Sequence[Score],
-    commands: Sequence[str],
-    measuring: str,
-    notes: Sequence[str] = (),
-) -> str:
-    """Return the text of a model card, with the head that the Hub reads.
-
-    Args:
-        name: Of the folder.
-        written_as: ``"lrbo"``, ``"remote_code"`` or ``"merged"``.
-        about: What the checkpoint says of its making: ``method``, ``refit``, ``validation``,
-            ``data`` and ``versions``.
-        source: Of the base model.
-        parameters: Of the whole model, low-rank and dense.
-        storage: Form of the low-rank layers, where they are written.
-        scores: Rows of the table, the model itself last.
-        commands: Command lines that make the checkpoint again.
-        measuring: Command line that scores it on the test text of the table.
-        notes: What the search adds to the allocation that it starts from, a sentence each.
-    """
-    origin, license_ = origin_of(source)
-    data = ModelCardData(
-        base_model=origin,
-        license=license_,
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        tags=["lrbo", "low-rank", "compression"],
-    )
-    solved = [row["taken"] for row in (about["refit"] or {"trials": []})["trials"]]
-    # As Python has it too: JSON writes a character beyond U+FFFF as two escapes.
-    literal = json.dumps(name, ensure_ascii=False)
-    return render(
-        "model_card.md",
-        head=data.to_yaml(),
-        name=name,
-        origin=origin,
-        path=source.path,
-        kept=f"{scores[-1].keep_ratio:.1%}",
-        method=about["method"],
-        is_refit=any(solved),
-        form="merged" if written_as == "merged" else storage,
-        parameters=f"{parameters[0]:,}",
-        dense_parameters=f"{parameters[1]:,}",
-        scores=[
-            (row.model, f"{row.keep_ratio:.1%}", _number(row.validation), _number(row.test))
-            for row in scores
-        ],
-        dtype=about["validation"]["dtype"],
-        notes=notes,
-        measuring=measuring,
-        written_as=written_as,
-        loading=LOADING[written_as].format(folder=literal),
-        without_code=f"lrbo.load({literal})",
-        texts=[(role, used["text"]) for role, used in about["data"].items()],
-        commands="\n".join(commands),
-        versions=", ".join(f"{package} {found}" for package, found in about["versions"].items()),
-    )
-
-
-def _number(perplexity: float | None) -> str:
-    """Return a perplexity for the table."""
-    return "-" if perplexity is None else f"{perplexity:.2f}"
+    def text(self) -> str:
+        """Return the Markdown of the card, with the head that the Hub reads."""
+        origin, license_ = origin_of(self.source)
+        head = ModelCardData(
+            base_model=origin,
+            license=license_,
+            library_name="transformers",
+            pipeline_tag=self.hub_tag,
+            tags=["lrbo", "low-rank", "compression"],
+        )
+        refit = self.about["refit"] or {"trials": []}
+        return render(
+            "model_card.md",
+            **vars(self),
+            head=head.to_yaml(),
+            # As Python has it too: JSON writes a character beyond U+FFFF as two escapes.
+            folder=json.dumps(self.name, ensure_ascii=False),
+            origin=origin,
+            kept=f"{self.keep_ratio:.1%}",
+            counted=UNITS[self.measure],
+            is_refit=any(trial["taken"] for trial in refit["trials"]),
+            table=self.scores,
+        )
 
 
 def origin_of(source: ModelSource) -> tuple[str | None, str | None]:
     """Return the hub id of a base model and its license, as far as they are known here.
 
     The hub is not asked: the license is that of a card in the folder, or in the hub's cache.
-
-    Args:
-        source: Where the base model came from.
     """
     if source.source != "hf":
-        return ORIGINS.get(source.path, (None, None))
+        packaged = PACKAGED.get(source.path)
+        return (packaged.hub_id, packaged.license) if packaged else (None, None)
     folder = Path(source.path)
     if folder.is_dir():
         return None, _license(folder / "README.md")
@@ -147,7 +83,7 @@ def origin_of(source: ModelSource) -> tuple[str | None, str | None]:
 def _license(card: Path) -> str | None:
     """Return the license that a card states, if it can be read."""
     try:
-        found = ModelCard.load(card, ignore_metadata_errors=True).data.license
+        stated = ModelCard.load(card, ignore_metadata_errors=True).data.license
     except (OSError, ValueError, yaml.YAMLError):
         return None
-    return found if isinstance(found, str) else None
+    return stated if isinstance(stated, str) else None

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-# Layers whose answers are only taken number by number, so that these may lie by columns.
+# Layers whose outputs are only used elementwise, so that these may lie by columns.
 POINTWISE = {"gate_proj", "up_proj", "gate_up_proj", "c_fc", "fc1", "dense_h_to_4h"}
 
 
@@ -27,12 +27,12 @@ class LowRankLinear(nn.Module):
 
 
 def by_columns(x: Tensor, pointwise: bool) -> bool:
-    """Return whether a pivoted layer works by columns."""
+    """Whether a pivoted layer works by columns."""
     return pointwise or (x.device.type == "cpu" and x.element_size() == 2)
 
 
 class Product(nn.Linear):
-    """A linear map whose answer may lie in memory by columns, which are fast to put in order."""
+    """A linear map whose output may lie in memory by columns, which are fast to put in order."""
 
     pointwise = False
 
@@ -47,14 +47,14 @@ class Product(nn.Linear):
 class PivotedLinear(nn.Module):
     """Some outputs are rows times the input, the others combinations of these outputs."""
 
-    places: Tensor
+    index: Tensor
 
     def __init__(self, inputs: int, outputs: int, rank: int, bias: bool, pointwise: bool) -> None:
         super().__init__()
         self.rows = Product(inputs, rank, bias=False)
         self.coefficients = Product(rank, outputs - rank, bias=False)
         self.pointwise = self.rows.pointwise = self.coefficients.pointwise = pointwise
-        self.register_buffer("places", torch.arange(outputs, dtype=torch.int32))
+        self.register_buffer("index", torch.arange(outputs, dtype=torch.int32))
         self.register_buffer("weight", torch.empty(0))  # there is no dense weight
         self.bias = nn.Parameter(torch.zeros(outputs)) if bias else None
 
@@ -63,32 +63,35 @@ class PivotedLinear(nn.Module):
         pivots = self.rows(x.reshape(-1, x.shape[-1]))
         others = self.coefficients(pivots)
         if by_columns(x, self.pointwise):
-            result = torch.cat([pivots.T, others.T]).index_select(0, self.places).T
+            result = torch.cat([pivots.T, others.T]).index_select(0, self.index).T
             result = result if self.pointwise else result.contiguous()
         else:
             both = torch.cat([pivots, others], -1)
             if x.device.type == "cpu":  # there index_select takes up to ten times as long
-                result = both.gather(-1, self.places.long().expand_as(both))
+                result = both.gather(-1, self.index.long().expand_as(both))
             else:
-                result = both.index_select(-1, self.places)
+                result = both.index_select(-1, self.index)
         result = result if self.bias is None else result + self.bias
-        return result.view(*x.shape[:-1], len(self.places))
+        return result.view(*x.shape[:-1], len(self.index))
 
 
 class LowRankForCausalLM(LlamaForCausalLM):
-    """The dense architecture, with low-rank layers where ``config.json`` gives a rank."""
+    """The dense architecture, with layers of other forms where ``config.json`` says so."""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         about = config.lrbo
-        for name, rank in about["ranks"].items():
+        for name, option in about["units"].items():
+            form, rank = option.split(" ")
             dense = self.get_submodule(name)
             shape = dense.weight.shape
             outputs, inputs = reversed(shape) if isinstance(dense, Conv1D) else shape
             bias = dense.bias is not None or name in about["added_biases"]
-            if about["storage"] == "pivoted":
+            if form == "pivoted":
                 pointwise = name.rpartition(".")[2] in POINTWISE
-                layer: nn.Module = PivotedLinear(inputs, outputs, rank, bias, pointwise)
+                layer: nn.Module = PivotedLinear(inputs, outputs, int(rank), bias, pointwise)
+            elif form == "factored":
+                layer = LowRankLinear(inputs, outputs, int(rank), bias)
             else:
-                layer = LowRankLinear(inputs, outputs, rank, bias)
+                raise ValueError(f"{name} has the form {form!r}, which this file does not know")
             self.set_submodule(name, layer)

@@ -1,1 +1,1 @@
-"""What the commands do, from checked values to a result; `cli` only reads and prints."""
+"""One file per command: from checked values to a result."""

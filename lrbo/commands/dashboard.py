@@ -13,15 +13,15 @@ from pathlib import Path
 
 import psutil
 
-from lrbo import checks
+from lrbo.config.choices import SQLITE
+from lrbo.config.schema import DashboardConfig
 from lrbo.errors import ConfigError, StudyError
 from lrbo.interrupts import listening
-from lrbo.mlflow_store import absolute_uri, pages_of_runs
-from lrbo.options import SQLITE
+from lrbo.pipeline import checks
 from lrbo.progress import Reporter
-from lrbo.schema import DashboardConfig
+from lrbo.tracking.mlflow_store import absolute_uri, pages_of_studies
 
-PAGES = 8  # that are named; the UI's menu of views has all of them
+PAGES = 9  # that are named: of all studies, and two of each of the newest
 PATIENCE_S = 5  # an open page keeps a server waiting
 LOCAL = ("localhost", "127.0.0.1", "::1")
 # Of the environment, what would let the server show another store, or the same one elsewhere.
@@ -31,46 +31,41 @@ OTHER_SERVERS = (
 )  # fmt: skip
 
 
-def run(chosen: DashboardConfig, reporter: Reporter) -> None:
+def run(config: DashboardConfig, reporter: Reporter) -> None:
     """Serve the MLflow UI until it is interrupted.
 
     Raises:
-        ConfigError: If a value cannot work, or the port is taken or cannot be used.
-        StudyError: If no study was tracked there yet.
-        TrackingError: If the store cannot be read.
+        LrboError: If a value, the port or the store cannot be used, or no study was tracked there.
     """
-    file = chosen.uri.removeprefix(SQLITE)
-    if file != chosen.uri and not Path(file).is_file():
+    file = config.uri.removeprefix(SQLITE)
+    if file != config.uri and not Path(file).is_file():
         raise StudyError(
-            f"there is no MLflow store at {chosen.uri} yet; run lrbo search first, or rebuild it "
+            f"there is no MLflow store at {config.uri} yet; run lrbo search first, or rebuild it "
             "with: lrbo report study=NAME sync=true"
         )
-    checks.require_valid(chosen)
-    require_free_port(chosen.host, chosen.port)
-    uri = absolute_uri(chosen.uri)
-    pages = pages_of_runs(uri)
-    command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri]
-    command += ["--registry-store-uri", uri]
-    command += ["--host", chosen.host, "--port", str(chosen.port)]
+    checks.require_valid(config)
+    require_free_port(config.host, config.port)
+    uri = absolute_uri(config.uri)
+    pages = pages_of_studies(uri)
+    command = [sys.executable, "-m", "mlflow", "ui"]
+    command += ["--backend-store-uri", uri, "--registry-store-uri", uri]
+    command += ["--host", config.host, "--port", str(config.port), *allowing(config)]
     command += ["--workers", "1"]  # of four, each imports all of mlflow before the first page
-    command += allowing(chosen)
-    address = f"http://{in_address(chosen.host)}:{chosen.port}/"
+    address = f"http://{in_address(config.host)}:{config.port}/"
     reporter.say(f"MLflow UI on {address} (Ctrl-C stops it)")
-    if chosen.host not in LOCAL:
-        others = (
-            ""
-            if "*" in chosen.allowed_hosts
-            else " Any other name, of a proxy for one, is refused unless it is given: "
-            "allowed_hosts=[NAME]"
+    if config.host not in LOCAL:
+        note = (
+            f"  from elsewhere: http://{socket.gethostname()}:{config.port}/ or an address of this "
+            "machine; whoever reaches it can read and change all of it."
         )
-        reporter.say(
-            f"  from elsewhere: http://{socket.gethostname()}:{chosen.port}/ or an address of this "
-            f"machine; whoever reaches it can read and change all of it.{others}"
-        )
+        if "*" not in config.allowed_hosts:
+            note += " Any other name, of a proxy for one, is refused unless it is given: "
+            note += "allowed_hosts=[NAME]"
+        reporter.say(note)
     for name, page in list(pages.items())[:PAGES]:
         reporter.say(f"  {name}: {address}{page}")
     if len(pages) > PAGES:
-        reporter.say(f"  and {len(pages) - PAGES} older: in the menu of views over the table")
+        reporter.say(f"  and {len(pages) - PAGES} older, which the first page lists")
     environment = {k: v for k, v in os.environ.items() if k not in OTHER_SERVERS}
     # A group of its own: mlflow starts processes that would go on without it. A terminal that is
     # closed does not reach it either, and it would hold the port.
@@ -79,38 +74,35 @@ def run(chosen: DashboardConfig, reporter: Reporter) -> None:
         subprocess.Popen(command, start_new_session=True, env=environment) as server,
     ):
         try:
-            status = server.wait()
+            raise SystemExit(server.wait())
         except KeyboardInterrupt:
             end(server)
-            status = 0
-    raise SystemExit(status)
+            raise SystemExit(0) from None
 
 
-def allowing(chosen: DashboardConfig) -> list[str]:
-    """Name to mlflow what a browser may call the server; it refuses every other name.
+def allowing(config: DashboardConfig) -> list[str]:
+    """Return the options that let browsers use the names of this machine; mlflow refuses others.
 
-    That protects from pages which let a name of their own lead here. By itself it knows localhost
-    and patterns of private addresses, and lets the pages of localhost alone ask for runs. The
-    names and addresses of this machine are as safe.
+    By itself it takes private addresses, and lets only the pages of localhost ask for runs.
     """
-    given = list(chosen.allowed_hosts)
-    if not given and (chosen.host in LOCAL or "MLFLOW_SERVER_ALLOWED_HOSTS" in os.environ):
+    allowed = [*config.allowed_hosts]
+    if not allowed and (config.host in LOCAL or "MLFLOW_SERVER_ALLOWED_HOSTS" in os.environ):
         return []
-    if "*" in given:
+    if "*" in allowed:
         return ["--allowed-hosts", "*", "--cors-allowed-origins", "*"]
-    own = [*LOCAL, "0.0.0.0", chosen.host]
-    if chosen.host not in LOCAL:
+    own = [*LOCAL, "0.0.0.0", config.host]
+    if config.host not in LOCAL:
         own += [socket.gethostname(), socket.getfqdn()]
         own += [
-            found.address.partition("%")[0]
+            address.address.partition("%")[0]
             for interface in psutil.net_if_addrs().values()
-            for found in interface
-            if found.family in (socket.AF_INET, socket.AF_INET6)
+            for address in interface
+            if address.family in (socket.AF_INET, socket.AF_INET6)
         ]
-    bare = list(dict.fromkeys(map(in_address, [*own, *given])))
-    hosts = [*(f"{host}:{chosen.port}" for host in bare), *map(in_address, given)]
+    bare = list(dict.fromkeys(map(in_address, [*own, *allowed])))
+    hosts = [*(f"{host}:{config.port}" for host in bare), *map(in_address, allowed)]
     origins = [f"http://{host}" for host in hosts]
-    origins += [f"https://{in_address(host)}" for host in given]
+    origins += [f"https://{in_address(host)}" for host in allowed]
     return ["--allowed-hosts", ",".join(hosts), "--cors-allowed-origins", ",".join(origins)]
 
 
@@ -120,7 +112,7 @@ def in_address(host: str) -> str:
 
 
 def end(server: subprocess.Popen[bytes]) -> None:
-    """End a server and every process that it started; at once if it takes longer than seconds."""
+    """End a server and every process that it started, by force after seconds."""
     os.killpg(server.pid, signal.SIGTERM)
     with suppress(subprocess.TimeoutExpired):
         server.wait(PATIENCE_S)
@@ -129,11 +121,7 @@ def end(server: subprocess.Popen[bytes]) -> None:
 
 
 def require_free_port(host: str, port: int) -> None:
-    """Refuse a port that the server could not use; mlflow would end in a traceback.
-
-    Raises:
-        ConfigError: Says why, and which one to take.
-    """
+    """Refuse, saying which one to take, a port that mlflow would end in a traceback on."""
     try:
         if not 0 < port < 2**16:
             raise OverflowError("expected a number from 1 to 65535")
@@ -142,19 +130,16 @@ def require_free_port(host: str, port: int) -> None:
             tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             tried.bind(address)
     except (OSError, OverflowError, UnicodeError) as error:
-        no_host = isinstance(error, socket.gaierror | UnicodeError)
-        if no_host or getattr(error, "errno", None) == errno.EADDRNOTAVAIL:
-            raise ConfigError(
-                [
-                    f"host={host}: no name or address of this machine ({error}); expected one, as "
-                    "host=127.0.0.1, or host=0.0.0.0 for all of them"
-                ]
-            ) from error
-        if getattr(error, "errno", None) == errno.EADDRINUSE:
+        number, other = getattr(error, "errno", None), 5001 if port != 5001 else 5002
+        reason = f"it cannot be used ({error})"
+        if number == errno.EADDRINUSE:
             reason = "another program uses it already, maybe an earlier dashboard"
-        else:
-            reason = f"it cannot be used ({error})"
-        other = 5001 if port != 5001 else 5002
-        raise ConfigError(
-            [f"port={port} host={host}: {reason}; take another one: lrbo dashboard port={other}"]
-        ) from error
+        problem = (
+            f"port={port} host={host}: {reason}; take another one: lrbo dashboard port={other}"
+        )
+        if isinstance(error, socket.gaierror | UnicodeError) or number == errno.EADDRNOTAVAIL:
+            problem = (
+                f"host={host}: no name or address of this machine ({error}); expected one, as "
+                "host=127.0.0.1, or host=0.0.0.0 for all of them"
+            )
+        raise ConfigError([problem]) from error

@@ -5,234 +5,174 @@ from __future__ import annotations
 import importlib.metadata
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lrbo import builders, checks, config, export
-from lrbo.calibration.corpus import Role, TokenWindows, make_windows
-from lrbo.calibration.seen import FILE, seen_shares
-from lrbo.commands.tables import console, print_table, record, table
-from lrbo.errors import CheckpointError, ConfigError, DataError, ModelError
-from lrbo.evaluation.limits import Limits
-from lrbo.evaluation.perplexity import score
-from lrbo.evaluation.protocols import Protocol, protocol_windows
+from lrbo.checkpoints import export
+from lrbo.checkpoints.calibration_text import FILE, seen_shares
+from lrbo.config import saved
+from lrbo.config.schema import EvaluateConfig
+from lrbo.data.windows import Role, TokenWindows, make_windows, protocol_windows
+from lrbo.errors import CheckpointError, Collecting, ConfigError, DataError, ModelError
 from lrbo.evaluation.zero_shot import TaskScore, load_tasks, missing_harness, score_tasks
-from lrbo.loading import (
-    ModelSource,
-    load_config,
-    load_model,
-    load_tokenizer,
-    missing_package,
-    resolve_device,
-    resolve_dtype,
-)
-from lrbo.model import dtype_name
-from lrbo.progress import Reporter
-from lrbo.schema import EvaluateConfig
-from lrbo.texts import corpus_spec
+from lrbo.files.tables import Table, columns
+from lrbo.models.devices import dtype_name, resolve_device, resolve_dtype
+from lrbo.models.limits import Limits
+from lrbo.models.loading import load_config, load_model, load_tokenizer
+from lrbo.models.sources import ModelSource
+from lrbo.pipeline import checks, planning
+from lrbo.progress import PlainConsole, Reporter
+from lrbo.reports.record import record
+from lrbo.reports.terminal import print_table
+from lrbo.tasks.perplexity import score
 
 TEST: Role = "test"
 # Share of a text that may occur in what was calibrated on: licences and page frames recur.
 SEEN_LIMIT = 0.01
+RULES = ("documents", "join", "bos", "max_windows")  # by which a protocol cuts its text
+# How the numbers of a protocol are printed.
+NUMBERS = {"perplexity": ".4f", "nll": ".5f"} | dict.fromkeys(
+    ("tokens", "windows", "window", "stride"), ","
+)
 
 
 @dataclass(frozen=True)
 class Subject:
-    """The model that is evaluated, before it is loaded.
-
-    Attributes:
-        name: For reports.
-        source: Of its configuration and tokenizer.
-        load: Loads it in a dtype onto a device.
-        folder: Of the checkpoint; ``None`` for a model that was not compressed here.
-        dtype: Of its weights, in which it was scored when it was written; ``None`` for a model
-            that was not compressed here.
-    """
+    """The model that is evaluated, before it is loaded."""
 
     name: str
-    source: ModelSource
-    load: Callable[[torch.dtype, torch.device], PreTrainedModel]
-    folder: Path | None = None
+    source: ModelSource  # of its configuration and tokenizer
+    load: Callable[..., PreTrainedModel]  # in a dtype onto a device
+    # Of what `lrbo compress` wrote: the folder, and the dtype in which it was written and scored.
+    written: Path | None = None
     dtype: str | None = None
 
 
-def run(chosen: EvaluateConfig, reporter: Reporter) -> dict[str, Any]:
+def run(config: EvaluateConfig, reporter: Reporter) -> dict[str, Any]:
     """Score a checkpoint, or a dense model, on texts and tasks.
 
     Raises:
-        ConfigError: If a value cannot work, a name is not known, the model has no configuration
-            or tokenizer, a text is missing, too short, or was calibrated on; all of it before a
-            model is loaded.
-        CheckpointError: If the checkpoint cannot be opened.
-        ModelError: If the model cannot be loaded.
+        ConfigError: Listing every problem of values, names, tokenizer and texts, before a model
+            is loaded.
+        CheckpointError, ModelError: If checkpoint or model cannot be loaded.
     """
-    problems = checks.check(chosen)
-    if chosen.checkpoint is None:
-        problems += _known(missing_package(builders.model_source(chosen.model)))
-    if chosen.tasks:
-        problems += _known(missing_harness())
+    problems = checks.check(config)
+    if config.checkpoint is None:
+        problems += filter(None, [planning.model_source(config.model).missing_package()])
+    if config.tasks:
+        problems += filter(None, [missing_harness()])
     is_readable, device = not problems, None
-    try:
-        device = resolve_device(chosen.model.device)
-    except ConfigError as error:
-        problems += error.problems
+    with Collecting(problems, ConfigError):
+        device = resolve_device(config.model.device)
     if not is_readable:
         raise ConfigError(problems)
     try:
-        subject = _subject(chosen)
+        subject = _subject(config)
         tokenizer = load_tokenizer(subject.source)
         with reporter.waiting("Reading texts"):
-            windows, tasks = _texts_and_tasks(chosen, subject, tokenizer, problems)
+            windows, tasks = _texts_and_tasks(config, subject, tokenizer, problems)
     except (ModelError, CheckpointError) as error:
         raise ConfigError([*problems, str(error)]) from error
-    seen = {} if subject.folder is None else _seen(chosen, subject.folder, windows, problems)
+    seen = {} if subject.written is None else _seen(config, subject.written, windows, problems)
     if device is None or problems:
         raise ConfigError(problems)
-    dtype = _dtype(chosen, subject, device, reporter)
-    if subject.folder is not None and windows and None in seen.values():
+    # By default that of the checkpoint: rounding moves a perplexity as much as methods differ.
+    dtype, stored = config.model.dtype, subject.dtype
+    if dtype == "auto":
+        dtype = stored or dtype
+    elif stored not in (None, dtype):
+        reporter.say(
+            f"{subject.name} is scored in {dtype} and stored in {stored}; "
+            f"model.dtype=auto takes {stored}"
+        )
+    if None in seen.values():
         reporter.say(
             f"{subject.name} does not say which text it has seen, so that is not checked; "
             "lrbo compress writes it since this version"
         )
     with reporter.waiting("Loading the model"):
-        model = subject.load(dtype, device)
-    found: dict[str, Any] = {
+        model = subject.load(dtype=resolve_dtype(dtype, device), device=device)
+    result: dict[str, Any] = {
         "model": subject.name,
         "dtype": dtype_name(model.dtype),
         "device": str(device),
     }
-    texts = {name: _score_text(model, w, name, chosen, reporter) for name, w in windows.items()}
+    texts = {name: _score_text(model, w, name, config, reporter) for name, w in windows.items()}
     for name, shares in seen.items():
         texts[name]["seen"] = None if shares is None else max(shares.values(), default=0.0)
     if TEST in texts:
-        found |= texts[TEST]
-        _print_test(found)
-    for name, rules in _rules(chosen).items():
-        texts[name] |= rules
-    if chosen.protocols:
-        found["protocols"] = texts
-        _print_protocols(found)
+        result |= texts[TEST]
+        _print_test(result)
+    if config.protocols:
+        for name, changed in saved.protocol_changes(config).items():
+            texts[name] |= {rule: getattr(config.protocols[name], rule) for rule in RULES}
+            texts[name]["changed"] = changed
+        result["protocols"] = texts
+        _print_protocols(result)
     if tasks is not None:
         scores = score_tasks(
-            model, tokenizer, tasks, batch_items=chosen.batch_items, limit=chosen.limit
+            model, tokenizer, tasks, batch_items=config.batch_items, limit=config.limit
         )
-        found["tasks"] = {one.task: asdict(one) for one in scores}
-        found |= {"limit": chosen.limit, "lm_eval": importlib.metadata.version("lm_eval")}
-        _print_tasks(found, scores)
-    if chosen.record is not None:
-        record(Path(chosen.record), found)
-    return found
+        result["tasks"] = {one.task: asdict(one) for one in scores}
+        result |= {"limit": config.limit, "lm_eval": importlib.metadata.version("lm_eval")}
+        _print_tasks(result, scores)
+    if config.record is not None:
+        record(Path(config.record), result)
+    return result
 
 
-def _dtype(
-    chosen: EvaluateConfig, subject: Subject, device: torch.device, reporter: Reporter
-) -> torch.dtype:
-    """Return the dtype to score in, where nothing was typed that in which a checkpoint is stored.
-
-    Rounding moves a perplexity by as much as methods differ: the same number must come out.
-    """
-    wanted = chosen.model.dtype
-    if subject.dtype is None:
-        return resolve_dtype(wanted, device)
-    if wanted == "auto":
-        return resolve_dtype(subject.dtype, device)
-    if wanted != subject.dtype:
-        reporter.say(
-            f"{subject.name} is scored in {wanted} and stored in {subject.dtype}; "
-            f"model.dtype=auto takes {subject.dtype}"
-        )
-    return resolve_dtype(wanted, device)
-
-
-def _known(problem: str | None) -> list[str]:
-    """Return a problem as a list."""
-    return [] if problem is None else [problem]
-
-
-def _subject(chosen: EvaluateConfig) -> Subject:
-    """Return the model that is evaluated."""
-    folder = chosen.checkpoint
-    source = builders.model_source(chosen.model) if folder is None else ModelSource("hf", folder)
-    if folder is not None and export.is_checkpoint(folder):
-        return Subject(
-            folder,
-            source,
-            lambda dtype, device: export.load(folder, dtype=dtype, device=device),
-            Path(folder),
-            export.stored_dtype(folder),
-        )
-    merged = Path(folder) if folder is not None and (Path(folder) / FILE).is_file() else None
-    return Subject(
-        source.path,
-        source,
-        lambda dtype, device: load_model(source, dtype=dtype, device=device),
-        merged,
-        None if merged is None else export.stored_dtype(merged),
-    )
+def _subject(config: EvaluateConfig) -> Subject:
+    folder = config.checkpoint
+    if folder is None:
+        source = planning.model_source(config.model)
+        return Subject(source.path, source, partial(load_model, source))
+    source = ModelSource("hf", folder)
+    is_low_rank = export.is_checkpoint(folder)
+    load = partial(export.load, folder) if is_low_rank else partial(load_model, source)
+    if not is_low_rank and not (Path(folder) / FILE).is_file():
+        return Subject(folder, source, load)
+    return Subject(folder, source, load, Path(folder), export.stored_dtype(folder))
 
 
 def _texts_and_tasks(
-    chosen: EvaluateConfig,
+    config: EvaluateConfig,
     subject: Subject,
     tokenizer: PreTrainedTokenizerBase,
     problems: list[str],
 ) -> tuple[dict[str, TokenWindows], Any]:
-    """Cut the windows of each text and find the tasks; what cannot be is added to the problems."""
+    """Cut the windows of each text and load the tasks, adding what fails to the problems."""
     windows: dict[str, TokenWindows] = {}
     tasks = None
-    try:
-        windows = _windows(chosen, tokenizer)
-    except DataError as error:
-        problems += error.problems
-    if chosen.tasks:
-        folder = None if chosen.task_folder is None else Path(chosen.task_folder)
-        try:
-            tasks = load_tasks(chosen.tasks, folder)
-        except DataError as error:
-            problems += error.problems
+    if not config.protocols and not config.tasks:
+        with Collecting(problems, DataError):
+            test = make_windows(config.data, tokenizer, seed=config.seed, only=[TEST])
+            windows[TEST] = test[TEST]
+    for name, protocol in config.protocols.items():
+        path = checks.protocol_file(protocol, config.text_folder)
+        with Collecting(problems, DataError):
+            windows[name] = protocol_windows(name, protocol, path, tokenizer)
+    if config.tasks:
+        folder = None if config.task_folder is None else Path(config.task_folder)
+        with Collecting(problems, DataError):
+            tasks = load_tasks(config.tasks, folder)
     limits = Limits.of(load_config(subject.source), subject.name)
-    problems += limits.of_windows({name: found.ids for name, found in windows.items()})
-    if chosen.tasks:
+    problems += limits.of_windows({name: text.ids for name, text in windows.items()})
+    if config.tasks:
         problems += limits.of_tokenizer(tokenizer.vocab_size)
     return windows, tasks
 
 
-def _windows(chosen: EvaluateConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, TokenWindows]:
-    """Cut the windows of each protocol, or, without protocols and tasks, of the test text.
-
-    Returns:
-        Windows by protocol, or of the test text under ``"test"``.
-
-    Raises:
-        DataError: Listing every text that is missing or too short.
-    """
-    if not chosen.protocols and not chosen.tasks:
-        spec = corpus_spec(chosen.data, chosen.seed)
-        return {TEST: make_windows(spec, tokenizer, only=[TEST])[TEST]}
-    problems: list[str] = []
-    windows = {}
-    for name, found in chosen.protocols.items():
-        values = {**vars(found), "path": checks.protocol_file(found, chosen.text_folder)}
-        try:
-            windows[name] = protocol_windows(Protocol(name=name, **values), tokenizer)
-        except DataError as error:
-            problems += error.problems
-    if problems:
-        raise DataError(*problems)
-    return windows
-
-
 def _seen(
-    chosen: EvaluateConfig, folder: Path, windows: Mapping[str, TokenWindows], problems: list[str]
+    config: EvaluateConfig, folder: Path, windows: Mapping[str, TokenWindows], problems: list[str]
 ) -> dict[str, dict[str, float] | None]:
-    """Return which part of each text the checkpoint has seen; too much is added to the problems."""
-    seen = {name: seen_shares(folder, found.ids) for name, found in windows.items()}
+    """The shares of each text that the checkpoint was made with; large ones are problems."""
+    seen = {name: seen_shares(folder, text.ids) for name, text in windows.items()}
     for name, shares in seen.items():
         for role, share in (shares or {}).items():
-            if share > SEEN_LIMIT and not chosen.allow_seen:
+            if share > SEEN_LIMIT and not config.allow_seen:
                 problems.append(
                     f"{name}: {share:.1%} of {windows[name].text} is in what {folder} used for "
                     f"{role}, so its score would mean nothing; choose another text, or "
@@ -245,17 +185,16 @@ def _score_text(
     model: PreTrainedModel,
     windows: TokenWindows,
     name: str,
-    chosen: EvaluateConfig,
+    config: EvaluateConfig,
     reporter: Reporter,
 ) -> dict[str, Any]:
-    """Return the perplexity on a text, with what it was measured on."""
     step = "Evaluation" if name == TEST else name
-    with reporter.step(step, windows.scored_tokens, "tokens") as advance:
-        found = score(
+    with reporter.step(step, windows.scored, "tokens") as advance:
+        loss = score(
             model,
             windows.ids,
-            batch_windows=chosen.batch_windows,
-            chunk_tokens=chosen.chunk_tokens,
+            batch_windows=config.batch_windows,
+            chunk_tokens=config.chunk_tokens,
             on_tokens=advance,
         )
     count, window = windows.ids.shape
@@ -265,84 +204,56 @@ def _score_text(
         "windows": count,
         "window": window,
         "stride": window,
-        "tokens": found.tokens,
-        "nll": found.mean,
-        "perplexity": found.value,
+        "tokens": loss.tokens,
+        "nll": loss.mean,
+        "perplexity": loss.value,
     }
 
 
-def _rules(chosen: EvaluateConfig) -> dict[str, dict[str, Any]]:
-    """Return by which rules each protocol cut its text, and what of them is not the protocol's."""
-    changes = config.protocol_changes(chosen)
-    return {
-        name: {
-            "documents": found.documents,
-            "join": found.join,
-            "bos": found.bos,
-            "max_windows": found.max_windows,
-            "changed": changes[name],
-        }
-        for name, found in chosen.protocols.items()
-    }
-
-
-def _print_test(found: Mapping[str, Any]) -> None:
-    """Print the perplexity on the test text."""
-    console().print(
-        f"{found['model']}: perplexity {found['perplexity']:.4f} "
-        f"(nll {found['nll']:.5f} nats/token)\n"
-        f"on {found['text']}: {found['tokens']:,} tokens in {found['windows']} windows of "
-        f"{found['window']}, stride {found['stride']}, {found['dtype']} on {found['device']}",
-        markup=False,
-        emoji=False,
-        soft_wrap=True,
-    )
-    for note in _seen_notes("the text", found):
-        console().print(note, markup=False, emoji=False, soft_wrap=True)
+def _print_test(result: Mapping[str, Any]) -> None:
+    lines = [
+        f"{result['model']}: perplexity {result['perplexity']:.4f} "
+        f"(nll {result['nll']:.5f} nats/token)",
+        f"on {result['text']}: {result['tokens']:,} tokens in {result['windows']} windows of "
+        f"{result['window']}, stride {result['stride']}, {result['dtype']} on {result['device']}",
+        *_seen_notes("the text", result),
+    ]
+    PlainConsole().print("\n".join(lines), soft_wrap=True)
 
 
 def _seen_notes(name: str, text: Mapping[str, Any]) -> list[str]:
-    """Return what must be known about a text that the model has seen a part of."""
     share = text.get("seen")
     return [f"{name}: {share:.2%} of it is in what the model has seen"] if share else []
 
 
-def _print_protocols(found: Mapping[str, Any]) -> None:
+def _print_protocols(result: Mapping[str, Any]) -> None:
     """Print a line per protocol, and below what is not as its name promises."""
-    rows = table("protocol", "perplexity", "nll", "tokens", "windows", "window", "stride")
-    notes = []
-    for name, text in found["protocols"].items():
-        rows.add_row(
-            f"{name} *" if text["changed"] else name,
-            f"{text['perplexity']:.4f}",
-            f"{text['nll']:.5f}",
-            f"{text['tokens']:,}",
-            f"{text['windows']:,}",
-            f"{text['window']:,}",
-            f"{text['stride']:,}",
-        )
+    rows, notes = [], []
+    for name, text in result["protocols"].items():
+        numbers = (format(text[number], spec) for number, spec in NUMBERS.items())
+        rows.append([f"{name} *" if text["changed"] else name, *numbers])
         notes.append(f"{name}: {text['text']}")
         if text["changed"]:
             notes.append(f"* {name} is not the literature's: {'; '.join(text['changed'])}")
         notes += _seen_notes(name, text)
-    print_table(_title(found), rows, notes)
+    print_table(Table(_title(result), columns("protocol", *NUMBERS), rows, notes))
 
 
-def _print_tasks(found: Mapping[str, Any], scores: list[TaskScore]) -> None:
-    """Print a line per task and metric."""
-    rows = table("task", "metric", "value", "standard error", "items", "shots", "version")
-    for one in scores:
-        for metric in one.metrics:
-            rows.add_row(
-                one.task,
-                metric.name,
-                *("-" if x is None else f"{x:.4f}" for x in (metric.value, metric.error)),
-                *("-" if x is None else str(x) for x in (one.items, one.shots, one.version)),
-            )
-    limited = [f"limit={found['limit']}: not the whole tasks"] if found["limit"] else []
-    print_table(_title(found), rows, limited)
+def _print_tasks(result: Mapping[str, Any], scores: list[TaskScore]) -> None:
+    heads = columns("task", "metric", "value", "standard error", "items", "shots", "version")
+    rows = [
+        [
+            one.task,
+            metric.name,
+            *("-" if x is None else f"{x:.4f}" for x in (metric.value, metric.error)),
+            *("-" if x is None else str(x) for x in (one.items, one.shots, one.version)),
+        ]
+        for one in scores
+        for metric in one.metrics
+    ]
+    limited = [f"limit={result['limit']}: not the whole tasks"] if result["limit"] else []
+    print_table(Table(_title(result), heads, rows, limited))
 
 
-def _title(found: Mapping[str, Any]) -> str:
-    """Return which model a table is of."""
-    return f"{found['model']}, {found['dtype']} on {found['device']}"
+def _title(result: Mapping[str, Any]) -> str:
+    return f"{result['model']}, {result['dtype']} on {result['device']}"

@@ -7,122 +7,94 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from lrbo import checks, comparison, config
-from lrbo.commands.view import (
-    digests,
-    make_tracker,
-    presentation,
-    show,
-    show_checkpoint,
-    write_page,
-)
-from lrbo.errors import StudyError, listed
-from lrbo.optimization.study import Study
-from lrbo.pictures import digest_of, is_of, write_picture
-from lrbo.progress import Reporter, imported
-from lrbo.report import print_comparison, print_report
-from lrbo.results import draw_figures, summary
-from lrbo.schema import ReportConfig
-from lrbo.shell import assigned
-from lrbo.terminal import PlainConsole
+from lrbo.config import saved, schema
+from lrbo.config.schema import ReportConfig
+from lrbo.config.shell import assigned
+from lrbo.errors import Collecting, StudyError, listed
+from lrbo.pipeline import checks
+from lrbo.progress import PlainConsole, Reporter
+from lrbo.reports import comparison, mlflow_view
+from lrbo.reports.pictures import draw_comparison, draw_figures
+from lrbo.reports.results import summary
+from lrbo.reports.terminal import print_comparison, print_report
+from lrbo.study.study_record import StudyRecord, study_folder
 
 
-def run(chosen: ReportConfig, reporter: Reporter) -> dict[str, Any]:
+def run(config: ReportConfig, reporter: Reporter) -> dict[str, Any]:
     """Show what a study found, or compare several, from their journals alone.
 
     Raises:
         StudyError: If there is no such study.
         TrackingError: If ``sync`` is asked for and MLflow cannot be reached.
     """
-    checks.require_valid(chosen)
-    names = _names(chosen)
-    studies = _opened(chosen, names)
-    for study in studies if chosen.sync else ():
-        _sync(chosen, study, reporter)
-    if isinstance(chosen.study, str) and names == [chosen.study]:
-        return _one(chosen, studies[0], reporter)
+    checks.require_valid(config)
+    names = _names(config)
+    studies = _opened(config, names)
+    for study in studies if config.sync else ():
+        _sync(config, study, reporter)
+    if isinstance(config.study, str) and names == [config.study]:
+        (study,) = studies
+        print_report(study, PlainConsole())
+        for path in draw_figures(study) if config.figures else ():
+            reporter.say(f"Figure: {path}")
+        if config.format == "html":
+            reporter.say(f"Page: {mlflow_view.write_page(study)}")
+        return summary(study)
     table = comparison.compared(studies)
     print_comparison(studies, table, PlainConsole())
-    if chosen.figures and table["best"].notna().any():
-        path = Path(chosen.studies) / "comparison.png"
-        digest = digest_of(table.to_csv(), names)
-        if not is_of(path, digest):
-            figure = imported("lrbo.plots").comparison(table, about=", ".join(names))
-            write_picture(path, figure, digest)
+    if config.figures and table["best"].notna().any():
+        path = Path(config.studies) / "comparison.png"
+        draw_comparison(path, table, names, comparison.common_task(studies).headline)
         reporter.say(f"Figure: {path}")
     return {"studies": [summary(study) for study in studies]}
 
 
-def _names(chosen: ReportConfig) -> list[str]:
-    """Return the names of the studies that are meant.
-
-    Raises:
-        StudyError: If a pattern fits none.
-    """
-    if not isinstance(chosen.study, str):
-        names = [str(name) for name in chosen.study] if isinstance(chosen.study, list) else []
-        if not names:
-            raise StudyError(
-                f"study={chosen.study!r}: expected a name, a pattern or a list of names"
-            )
-        return names
-    if not checks.is_pattern(chosen.studies, chosen.study):
-        return [chosen.study]
-    folder = Path(chosen.studies)
+def _names(config: ReportConfig) -> list[str]:
+    """The names of the studies that are meant; a pattern must fit one."""
+    if isinstance(config.study, list) and config.study:
+        return [str(name) for name in config.study]
+    if not isinstance(config.study, str):
+        raise StudyError(f"study={config.study!r}: expected a name, a pattern or a list of names")
+    if not checks.is_pattern(config.studies, config.study):
+        return [config.study]
+    folder = Path(config.studies)
     files = ("study.json", "journal.jsonl")  # one that lacks either is named as damaged
     inside = folder.iterdir() if folder.is_dir() else ()
-    found = sorted(
+    fitting = sorted(
         path.name
         for path in inside
-        if fnmatchcase(path.name, chosen.study) and any((path / file).exists() for file in files)
+        if fnmatchcase(path.name, config.study) and any((path / file).exists() for file in files)
     )
-    if not found:
-        raise StudyError(f"no study in {folder} fits study={chosen.study}; look with: ls {folder}")
-    return found
+    if not fitting:
+        raise StudyError(f"no study in {folder} fits study={config.study}; look with: ls {folder}")
+    return fitting
 
 
-def _opened(chosen: ReportConfig, names: Sequence[str]) -> list[Study]:
-    """Open studies, all of them before anything is shown of one.
-
-    Raises:
-        StudyError: Naming every one that is missing or damaged.
-    """
-    studies, problems = [], []
+def _opened(config: ReportConfig, names: Sequence[str]) -> list[StudyRecord]:
+    """Open studies, all of them before anything is shown of one, or name all that are damaged."""
+    studies: list[StudyRecord] = []
+    problems: list[str] = []
     for name in names:
-        try:
-            study = Study(checks.study_folder(chosen.studies, name), chosen.studies)
-            study.config()
-        except StudyError as error:
-            problems.append(str(error))
-        else:
+        with Collecting(problems, StudyError):
+            study = StudyRecord(study_folder(config.studies, name), config.studies)
+            _ = study.config  # refuses what is damaged
             studies.append(study)
     if problems:
         raise StudyError(problems[0] if len(problems) == 1 else listed(problems))
     return studies
 
 
-def _sync(chosen: ReportConfig, study: Study, reporter: Reporter) -> None:
-    """Show MLflow what it lacks of a study."""
-    changes = [assigned("studies", chosen.studies), "tracking.enabled=true"]
-    stored = config.continued(study.config(), changes)
-    tracker = make_tracker(stored, study, strict=True)
-    tracker.start(config.flat(stored) | digests(study))
-    tracker.present(presentation(study))
+def _sync(config: ReportConfig, study: StudyRecord, reporter: Reporter) -> None:
+    """Write what MLflow lacks of a study."""
+    changes = [assigned("studies", config.studies), "tracking.enabled=true"]
+    stored = saved.continued(study.config, changes)
+    tracker = mlflow_view.make_tracker(stored, study, strict=True)
+    tracker.start(schema.flat(stored) | mlflow_view.digests(study))
+    tracker.present(mlflow_view.presentation(study))
     written = tracker.sync(study.state.records)
     if study.state.dense:
-        show(study, tracker)
-    for written_before in study.state.checkpoints:
-        show_checkpoint(tracker, written_before)
+        mlflow_view.show(study, tracker)
+    for event in study.state.checkpoints:
+        mlflow_view.show_checkpoint(tracker, event)
     tracker.finish(completed=len(study.state.searched) >= stored.search.trials)
     reporter.say(f"MLflow: {written} trials were missing and are there now")
-
-
-def _one(chosen: ReportConfig, study: Study, reporter: Reporter) -> dict[str, Any]:
-    """Show what one study found."""
-    print_report(study, PlainConsole())
-    if chosen.figures:
-        for path in draw_figures(study):
-            reporter.say(f"Figure: {path}")
-    if chosen.format == "html":
-        reporter.say(f"Page: {write_page(study)}")
-    return summary(study)

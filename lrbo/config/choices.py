@@ -1,14 +1,15 @@
-"""What settings may be, for those who check them and those who use them: no tensors in here."""
+"""Values that settings may take, for their checks and their users; imports no torch."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from typing import Literal
+from contextlib import suppress
+from typing import Literal, get_args
 
 SOURCES = ("packaged", "files", "hf", "generated")  # of text
-# Of a text, in the order in which a search uses them.
-ROLES: tuple[Literal["calibration", "validation", "test"], ...]
-ROLES = ("calibration", "validation", "test")
+Role = Literal["calibration", "validation", "test"]
+ROLES: tuple[Role, ...] = get_args(Role)  # in the order in which a search uses them
 SUFFIXES: Mapping[str, tuple[str, ...]] = {  # of files of text, by their format
     "text": (".txt", ".text", ".md", ".raw", ".tokens", ".utf8"),
     "json": (".json", ".jsonl", ".ndjson", ".jsonlines"),
@@ -19,11 +20,30 @@ SUFFIXES: Mapping[str, tuple[str, ...]] = {  # of files of text, by their format
 AUTO = "auto"
 FILE_FORMATS = (AUTO, *SUFFIXES)
 BOS = ("start", "window", "none")  # of a protocol
+ITEMSIZES = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes of a parameter, by dtype
+DTYPES = (AUTO, *ITEMSIZES)  # of the weights in memory
 STEPS = 4  # of decoding in a timing, of one token each
 
 STUDIES = "studies"  # the folder of studies, where none is named
 STUDY = "study:"  # begins what a warm start takes from a study, by its name or folder
+WARM_START = re.compile(rf"uniform|analytic|start|paper|{STUDY}[^:]+(:\d+)?")
 SQLITE = "sqlite:///"  # begins the address of an MLflow store in a file
 
 # What a variable may be: a kept ratio, or the natural logarithm of a factor of a loss curve.
 RANGES: Mapping[str, tuple[float, float]] = {"ratios": (0.01, 1.0), "weights": (-5.0, 5.0)}
+
+KEEP_RATIO = "keep_ratio"  # also the variable of a front
+# What a search may trade loss against, smaller is better: metrics of every trial, and those that
+# are measured where latency.enabled asks for it, each with its standard error beside it.
+SIZES = (KEEP_RATIO, "model_parameters", "model_bytes", "macs_per_token")
+LATENCIES = ("prefill_latency_ratio", "decode_latency_ratio")
+LOSS = "loss"  # the search's objective: nll, and the divergence if it is weighted
+
+
+def ceiling_of(point: object) -> tuple[str, float] | None:
+    """Return the metric and its largest value for ``keep=0.75`` and the like; else ``None``."""
+    name, _, value = str(point).partition("=")
+    metrics = {"keep": KEEP_RATIO} | {latency: latency for latency in LATENCIES}
+    with suppress(KeyError, ValueError):
+        return metrics[name], float(value)
+    return None

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+import math
+import re
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, get_args
 
-from lrbo.options import SQLITE, STUDIES
+from lrbo.config import choices, options
+from lrbo.config.options import ANY_COUNT, REPEATED, Rule, at_least, flatten, one_of, option
 
 # A required value; the string that OmegaConf's MISSING stands for.
 MISSING: Any = "???"
+
 # Keys whose values are paths, or the addresses of files, in which a leading ~ is a home folder.
 PATHS = (
     "study", "studies", "out", "record", "text_folder", "task_folder", "checkpoint", "model.path",
@@ -16,15 +20,46 @@ PATHS = (
 )  # fmt: skip
 
 
+def _is_point(point: object) -> bool:
+    if ceiling := choices.ceiling_of(point):
+        metric, value = ceiling
+        return 0 < value <= (1 if metric == choices.KEEP_RATIO else math.inf)
+    return str(point) == "best" or str(point).isdigit()
+
+
+NAME = Rule("a name", str.strip)
+POINT = Rule(
+    "best, a trial number or keep=RATIO; where it was measured, also "
+    + " or ".join(f"{name}=RATIO" for name in choices.LATENCIES),
+    _is_point,
+)
+SIZE = Rule(
+    f"{' or '.join(choices.SIZES)}, metrics of every trial, or with latency.enabled=true "
+    f"{' or '.join(choices.LATENCIES)}",
+    lambda v: v in (*choices.SIZES, *choices.LATENCIES),
+)
+START = "uniform, analytic, start, paper, study:NAME or study:NAME:TRIAL"
+STARTS = Rule(START, choices.WARM_START.fullmatch, each=True)
+HOST = re.compile(r"[^\s,/@]+")
+HOSTS = Rule("a host as runs.example.org, without http://", HOST.fullmatch, each=True)
+CONFIDENCE = Rule("a confidence above 0.5 and below 1", lambda v: 0.5 < v < 1).or_null()
+ALLOCATIONS = at_least(2, " allocations, for windows to differ on", most=REPEATED)
+LENGTHS = Rule("lengths of at least 1 token", lambda v: len(v) > 0 and min(v) >= 1)
+SEED = replace(options.WHOLE_FROM_0, most=2**32 - 1)  # numpy takes no larger one
+DTYPE, FORMAT = one_of(choices.DTYPES), one_of(choices.FILE_FORMATS)
+OUTPUT = one_of(("text", "json"))
+WINDOW, LIMIT = at_least(2, " tokens"), ANY_COUNT.or_null()
+
+
 @dataclass
 class ModelConfig:
     """conf/model."""
 
     name: str = MISSING
-    source: str = MISSING
+    source: str = option(MISSING, one_of(("packaged", "hf", "tiny")))
     path: str = MISSING
     revision: str | None = None
-    dtype: str = "auto"
+    dtype: str = option("auto", DTYPE)
     device: str = "auto"
 
 
@@ -34,7 +69,7 @@ class RoleConfig:
 
     path: Any = None
     tokens: int | None = None
-    format: str = "auto"
+    format: str = option(choices.AUTO, FORMAT)
     column: str = "text"
 
 
@@ -43,9 +78,9 @@ class DataConfig:
     """conf/data."""
 
     name: str = MISSING
-    source: str = MISSING
-    window: int = 512
-    max_windows: int | None = None
+    source: str = option(MISSING, one_of(choices.SOURCES))
+    window: int = option(512, WINDOW)
+    max_windows: int | None = option(None, LIMIT)
     bos: bool | None = None
     calibration: RoleConfig = field(default_factory=RoleConfig)
     validation: RoleConfig = field(default_factory=RoleConfig)
@@ -53,57 +88,45 @@ class DataConfig:
 
 
 @dataclass
-class MethodConfig:
-    """conf/method; an option that the method does not have must stay null."""
-
-    name: str = MISSING
-    alpha: float | None = None
-    input_shrinkage: float | None = None
-    output_shrinkage: float | None = None
-    output_power: float | None = None
-    centred: bool | None = None
-    one_sided: list[str] | None = None
-
-
-@dataclass
 class SpaceConfig:
     """conf/space."""
 
     name: str = MISSING
-    type: str = "ratios"
+    type: str = option("ratios", one_of(choices.RANGES))
+    forms: list[str] = field(default_factory=lambda: ["pivoted"])
     granularity: str = "kind"
     depth_groups: int = 1
     groups: dict[str, list[str]] = field(default_factory=dict)
     dense: list[str] = field(default_factory=list)
     bounds: list[float] = field(default_factory=lambda: [0.2, 1.0])
-    rank_multiple: int = 8
+    rank_multiple: int = option(8, ANY_COUNT)
     minimum_rank: int = 0
     knots: int = 3
     exponent: bool = True
     start: dict[str, Any] = field(default_factory=dict)
     variables: dict[str, Any] = field(default_factory=dict)
-    tied: list[list[str]] = field(default_factory=list)
+    tied: list[list[str]] = option(list, Rule("lists of names or patterns of variables", all))
 
 
 @dataclass
 class BudgetConfig:
     """conf/budget."""
 
-    keep_ratio: float = 0.8
+    keep_ratio: float = option(0.8, options.ABOVE_0_TO_1)
     lowest: float | None = None
-    storage: str = "pivoted"
+    measure: str = "parameters"
 
 
 @dataclass
 class SearchSection:
     """How long to search, and for what."""
 
-    trials: int = 30
-    initial: int = 7
-    kl_weight: float = 0.0
-    racing: float | None = None
-    size: str = "keep_ratio"
-    thresholds: dict[str, float] = field(default_factory=dict)
+    trials: int = option(30, ANY_COUNT)
+    initial: int = option(7, at_least(2, ": baseline and start"))
+    kl_weight: float = option(0.0, options.FROM_0)
+    racing: float | None = option(None, CONFIDENCE)
+    size: str = option("keep_ratio", SIZE)
+    thresholds: dict[str, float] = option(dict, replace(options.ABOVE_0, each=True))
     other_versions: bool = False
 
 
@@ -111,11 +134,11 @@ class SearchSection:
 class CalibrationConfig:
     """How statistics are gathered."""
 
-    groups: int = 32
-    batch_windows: int = 4
-    labels: str = "sampled"
-    gradient_share: float = 0.5
-    memory_gib: float = 2.0
+    groups: int = option(32, ANY_COUNT)
+    batch_windows: int = option(4, ANY_COUNT)
+    labels: str = option("sampled", one_of(("sampled", "data")))
+    gradient_share: float = option(0.5, options.ABOVE_0_TO_1)
+    memory_gib: float = option(2.0, options.FROM_0)
 
 
 @dataclass
@@ -123,21 +146,20 @@ class SensitivityConfig:
     """How loss curves are made."""
 
     enabled: bool = True
-    layers_per_kind: int = 3
-    ranks: int = 3
-    windows: int = 4
-    apply: bool = False
+    layers_per_kind: int = option(3, at_least(0))
+    ranks: int = option(3, ANY_COUNT)
+    windows: int = option(4, ANY_COUNT)
 
 
 @dataclass
 class EvaluationConfig:
     """How trials are scored."""
 
-    batch_windows: int = 4
-    chunk_tokens: int = 256
-    kl_top: int = 128
+    batch_windows: int = option(4, ANY_COUNT)
+    chunk_tokens: int = option(256, ANY_COUNT)
+    kl_top: int = option(128, ANY_COUNT)
     pool_tokens: int | None = None
-    pool_allocations: int = 8
+    pool_allocations: int = option(8, ALLOCATIONS)
 
 
 @dataclass
@@ -146,8 +168,8 @@ class LatencyConfig:
 
     enabled: bool = False
     tokens: int | None = None
-    repeats: int = 7
-    warmup: int = 1
+    repeats: int = option(7, at_least(3, ", for a median", most=REPEATED))
+    warmup: int = option(1, at_least(0, most=REPEATED))
 
 
 @dataclass
@@ -155,18 +177,18 @@ class TrackingConfig:
     """Where MLflow is."""
 
     enabled: bool = True
-    uri: str = f"{SQLITE}${{studies}}/mlflow.db"
-    experiment: str = "lrbo"
+    uri: str = f"{choices.SQLITE}${{studies}}/mlflow.db"
+    experiment: str = option("lrbo", NAME)
 
 
 @dataclass
 class ExecutorConfig:
     """conf/executor."""
 
-    name: str = "inline"
+    name: str = option("inline", one_of(("inline", "ray")))
     address: str | None = None
-    workers: int | None = 1
-    devices: int | None = None
+    workers: int | None = option(1, LIMIT)
+    devices: int | None = option(None, LIMIT)
     oversubscribe: bool = False
 
 
@@ -174,13 +196,14 @@ class ExecutorConfig:
 class SearchConfig:
     """conf/search.yaml."""
 
+    task: str = "causal_lm"
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    method: MethodConfig = field(default_factory=MethodConfig)
+    method: dict[str, Any] = field(default_factory=lambda: {"name": MISSING})  # and its options
     space: SpaceConfig = field(default_factory=SpaceConfig)
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     search: SearchSection = field(default_factory=SearchSection)
-    warm_start: list[str] = field(default_factory=lambda: ["uniform", "analytic", "start"])
+    warm_start: list[str] = option(lambda: ["uniform", "analytic", "start"], STARTS)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     sensitivity: SensitivityConfig = field(default_factory=SensitivityConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -188,9 +211,9 @@ class SearchConfig:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     executor: ExecutorConfig = field(default_factory=ExecutorConfig)
     study: str = MISSING
-    studies: str = STUDIES
-    seed: int = 0
-    output: str = "text"
+    studies: str = choices.STUDIES
+    seed: int = option(0, SEED)
+    output: str = option("text", OUTPUT)
 
 
 @dataclass
@@ -198,24 +221,24 @@ class ReportConfig:
     """conf/report.yaml."""
 
     study: Any = MISSING
-    studies: str = STUDIES
+    studies: str = choices.STUDIES
     sync: bool = False
     figures: bool = True
-    format: str = "text"
-    output: str = "text"
+    format: str = option("text", one_of(("text", "html")))
+    output: str = option("text", OUTPUT)
 
 
 @dataclass
 class RefitConfig:
-    """How chosen ranks are solved again."""
+    """How factors of the final ranks are solved again."""
 
     enabled: bool = True
-    blend: float = 0.5
-    feedback: float = 1.0
-    ridge: float = 0.03
-    output_power: float = 0.75
-    held_back: float | None = None
-    candidates: int = 1
+    blend: float = option(0.5, options.FROM_0_TO_1)
+    feedback: float = option(1.0, options.FROM_0)
+    ridge: float = option(0.03, options.FROM_0)
+    output_power: float = option(0.75, options.FROM_0_TO_1)
+    held_back: float | None = option(None, options.BELOW_1.or_null())
+    candidates: int = option(1, ANY_COUNT)
 
 
 @dataclass
@@ -223,14 +246,14 @@ class CompressConfig:
     """conf/compress.yaml."""
 
     study: str = MISSING
-    studies: str = STUDIES
-    point: str = "best"
+    studies: str = choices.STUDIES
+    point: str = option("best", POINT)
     out: str = MISSING
-    format: str = "lrbo"
-    register: str = "link"
+    format: str = option("lrbo", one_of(("lrbo", "remote_code", "merged")))
+    register: str = option("link", one_of(("link", "copy", "none")))
     refit: RefitConfig = field(default_factory=RefitConfig)
-    dtype: str = "auto"
-    output: str = "text"
+    dtype: str = option("auto", DTYPE)
+    output: str = option("text", OUTPUT)
 
 
 @dataclass
@@ -240,11 +263,11 @@ class ProtocolConfig:
     hub: str = MISSING
     file: str = MISSING
     strip: bool = False
-    documents: int | None = None
+    documents: int | None = option(None, LIMIT)
     join: str = "\n\n"
-    bos: str = "start"
-    window: int = 2048
-    max_windows: int | None = None
+    bos: str = option("start", one_of(choices.BOS))
+    window: int = option(2048, WINDOW)
+    max_windows: int | None = option(None, LIMIT)
     path: str | None = None
     format: str = "auto"
     column: str | None = None
@@ -254,22 +277,23 @@ class ProtocolConfig:
 class EvaluateConfig:
     """conf/evaluate.yaml."""
 
+    task: str = "causal_lm"
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     protocols: dict[str, ProtocolConfig] = field(default_factory=dict)
     text_folder: str | None = None
     tasks: list[str] = field(default_factory=list)
     task_folder: str | None = None
-    limit: int | None = None
+    limit: int | None = option(None, LIMIT)
     checkpoint: str | None = None
     allow_seen: bool = False
-    seed: int = 0
-    batch_windows: int = 4
-    batch_items: int = 16
-    chunk_tokens: int = 256
-    studies: str = STUDIES
+    seed: int = option(0, SEED)
+    batch_windows: int = option(4, ANY_COUNT)
+    batch_items: int = option(16, ANY_COUNT)
+    chunk_tokens: int = option(256, ANY_COUNT)
+    studies: str = choices.STUDIES
     record: str | None = "${studies}/evaluations.jsonl"
-    output: str = "text"
+    output: str = option("text", OUTPUT)
 
 
 @dataclass
@@ -278,44 +302,52 @@ class BenchmarkConfig:
 
     checkpoint: str = MISSING
     device: str = "auto"
-    dtype: str = "auto"
-    prompts: list[int] = field(default_factory=lambda: [128, 512])
-    batch: int = 1
-    steps: int = 16
-    repeats: int = 7
-    warmup: int = 2
-    threads: int | None = None
+    dtype: str = option("auto", DTYPE)
+    prompts: list[int] = option(lambda: [128, 512], LENGTHS)
+    batch: int = option(1, ANY_COUNT)
+    steps: int = option(16, at_least(1, most=REPEATED))
+    repeats: int = option(7, at_least(3, ", for a standard error", most=REPEATED))
+    warmup: int = option(2, replace(options.WHOLE_FROM_0, most=REPEATED))
+    threads: int | None = option(None, LIMIT)
     compile: bool = False
     memory: bool = True
-    studies: str = STUDIES
+    studies: str = choices.STUDIES
     record: str | None = "${studies}/benchmarks.jsonl"
-    output: str = "text"
+    output: str = option("text", OUTPUT)
 
 
 @dataclass
 class DashboardConfig:
     """conf/dashboard.yaml."""
 
-    studies: str = STUDIES
-    uri: str = f"{SQLITE}${{studies}}/mlflow.db"
-    host: str = "127.0.0.1"
+    studies: str = choices.STUDIES
+    uri: str = f"{choices.SQLITE}${{studies}}/mlflow.db"
+    host: str = option("127.0.0.1", Rule("a name or address of this machine", str.strip))
     port: int = 5000
-    allowed_hosts: list[str] = field(default_factory=list)
+    allowed_hosts: list[str] = option(list, HOSTS)
 
 
 Config = (
-    SearchConfig
-    | ReportConfig
-    | CompressConfig
-    | EvaluateConfig
-    | BenchmarkConfig
-    | DashboardConfig
-)
-SCHEMAS: dict[str, type[Config]] = {
-    "search": SearchConfig,
-    "report": ReportConfig,
-    "compress": CompressConfig,
-    "evaluate": EvaluateConfig,
-    "benchmark": BenchmarkConfig,
-    "dashboard": DashboardConfig,
+    SearchConfig | ReportConfig | CompressConfig | EvaluateConfig | BenchmarkConfig
+) | DashboardConfig
+SCHEMAS: dict[str, type[Config]] = {  # by command
+    schema.__name__.removesuffix("Config").lower(): schema for schema in get_args(Config)
 }
+
+
+def role_paths(role: RoleConfig) -> tuple[str, ...]:
+    """Return the texts of a role: none, one, or several."""
+    if role.path is None:
+        return ()
+    return tuple(map(str, role.path)) if isinstance(role.path, list) else (str(role.path),)
+
+
+def windows_of(tokens: int, data: DataConfig) -> int:
+    """Return the number of windows of a role that asks for so many tokens."""
+    most = data.max_windows
+    return tokens // data.window if most is None else min(tokens // data.window, most)
+
+
+def flat(config: Config) -> dict[str, Any]:
+    """Return the values by dotted key."""
+    return flatten(asdict(config))

@@ -7,32 +7,29 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from lrbo.options import STUDIES
+from lrbo.config.choices import STUDIES
 
+# A text that is typed so is quoted for Hydra by the command itself.
 TYPED = re.compile(r"(\w+=)?[\w.]+|[\w./-]+", re.ASCII)
 
 
 def command(name: str, **values: Any) -> str:
-    """Write the command line that gives some texts, to be pasted into a shell.
-
-    Args:
-        name: Of the command.
-        **values: By key, which holds a text or takes no other; a dotted one is given as
-            ``**{"search.other_versions": True}``.
-    """
-    line = [
-        # A text that is typed so is quoted for Hydra by the command itself.
-        f"{key}={value}"
-        if isinstance(value, str) and TYPED.fullmatch(value)
-        else assigned(key, value)
-        for key, value in values.items()
-    ]
-    return shlex.join(["lrbo", name, *line])
+    """Write the command line that gives values by key, to be pasted into a shell."""
+    line = ["lrbo", name]
+    for key, value in values.items():
+        is_plain = isinstance(value, str) and TYPED.fullmatch(value)
+        line.append(f"{key}={value}" if is_plain else assigned(key, value))
+    return shlex.join(line)
 
 
 def assigned(key: str, value: Any) -> str:
     """Write an override, its value in Hydra's grammar."""
     return f"{key}={grammar(value)}"
+
+
+def key_of(override: str) -> str:
+    """Return the key of an override, such as ``+key=value``."""
+    return override.lstrip("+~").partition("=")[0]
 
 
 def grammar(value: Any) -> str:
@@ -54,7 +51,9 @@ def text(value: str) -> str:
     plain = re.fullmatch(r"(\.{0,2}/|[A-Za-z_])[\w./-]*", value, re.ASCII)
     if plain and value.lower() not in ("null", "true", "false", "nan", "inf"):
         return value
-    return "'" + re.sub(r"(\\*)('|\Z)", _escaped, literal(value)) + "'"
+    # Backslashes before a quote would escape it.
+    quoted = re.sub(r"(\\*)'", r"\1\1\\'", literal(value))
+    return "'" + re.sub(r"(\\+)\Z", r"\1\1", quoted) + "'"
 
 
 def literal(value: str) -> str:
@@ -62,25 +61,14 @@ def literal(value: str) -> str:
     return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
 
 
-def _escaped(match: re.Match[str]) -> str:
-    """Double the backslashes before a quote, where they would escape it, and escape the quote."""
-    slashes, quote = match.groups()
-    return slashes * 2 + ("\\'" if quote else "")
-
-
 def keys_of(folder: Path, studies: str | None = None) -> dict[str, str]:
-    """Return what is typed to mean a study: ``studies=`` too, which has its MLflow store.
+    """Return the keys to type for a study: its name where that is enough, else its path.
 
-    Args:
-        folder: Of the study.
-        studies: The folder that its name was looked up in; ``None`` if it was given as a path.
+    ``studies``, the folder in which its name was looked up, is typed as well, for it has the MLflow
+    store; it is ``None`` for a study that was given as a path.
     """
-    if studies not in (None, STUDIES) and folder == Path(str(studies)) / folder.name:
-        return {"study": folder.name, "studies": str(studies)}
-    return {"study": study_at(folder)}
-
-
-def study_at(folder: Path) -> str:
-    """Write what ``study=`` must be to mean a folder: a name where the name is enough."""
-    named = folder == Path(STUDIES) / folder.name
-    return folder.name if named else str(folder if folder.parent.parts else Path.cwd() / folder)
+    if folder == Path(STUDIES) / folder.name:
+        return {"study": folder.name}
+    if studies is not None and folder == Path(studies) / folder.name:
+        return {"study": folder.name, "studies": studies}
+    return {"study": str(folder if folder.parent.parts else Path.cwd() / folder)}

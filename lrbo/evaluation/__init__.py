@@ -1,1 +1,1 @@
-"""A number with its unit and its token count."""
+"""What a finished model costs and can do."""

@@ -1,341 +1,307 @@
-"""How fast a compressed model is beside its dense architecture, in turns."""
+"""How fast a compressed model is beside the dense one, timed in turns, so that load hits both."""
 
 from __future__ import annotations
 
 import copy
-import time
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from time import perf_counter
 from typing import Any, Literal
 
 import torch
+from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, StaticCache
 
-from lrbo.compression import replace_module
-from lrbo.evaluation.latency import Clock, Latency, in_turns, seconds_of
-from lrbo.layers import LowRankLinear, PivotedLinear, linear_of
-from lrbo.model import body_and_head, map_model
+from lrbo.layers.low_rank import linear_of
+from lrbo.layers.modules import low_rank_layers, replace_module
+from lrbo.models.model_map import body_and_head, map_model
 
-Step = Literal["prefill", "decode"]
-Pair = tuple[Callable[[], object], Callable[[], object]]
-LowRank = LowRankLinear | PivotedLinear
+# Standard deviation of a normal variable per median absolute deviation, and standard error of
+# a median per standard error of a mean.
+NORMAL, MEDIAN = 1.4826, 1.2533
+
+Phase = Literal["prefill", "decode"]
 
 
 @dataclass(frozen=True)
-class SpeedSettings:
-    """What is timed, and how often.
+class TimingSettings:
+    """How a prefill and decoding are timed."""
 
-    Attributes:
-        prompts: Lengths of prompts, tokens.
-        batch: Sequences at a time.
-        steps: Tokens of each sequence that one timing of decoding adds to a prompt.
-        repeats: Timings of each model.
-        warmup: Runs of each model before them that do not count.
-    """
-
-    prompts: tuple[int, ...]
+    prompts: tuple[int, ...]  # lengths in tokens, each of which is timed
     batch: int = 1
-    steps: int = 16
+    steps: int = 16  # tokens that are decoded
     repeats: int = 7
-    warmup: int = 2
+    warmup: int = 2  # runs before them, which do not count
+
+
+@dataclass(frozen=True)
+class Run:
+    """Something to time; ``prepare`` is called before each ``run``, and not timed."""
+
+    run: Callable[[], object]
+    prepare: Callable[[], object] = lambda: None
+
+
+@dataclass(frozen=True)
+class PairedTimes:
+    """Median seconds of a compressed model and of the dense one."""
+
+    seconds: float
+    dense_seconds: float
+    ratio: float  # median of the ratios of neighbouring timings, compressed to dense
+    ratio_error: float  # its standard error, from the spread of these
+
+    @property
+    def speedup(self) -> tuple[float, float]:
+        """How many times faster the compressed model is, and the standard error of that."""
+        return 1 / self.ratio, self.ratio_error / self.ratio**2
+
+    @classmethod
+    def of(cls, compressed: Sequence[float], dense: Sequence[float]) -> PairedTimes:
+        """Take the medians of timings that were made in pairs, in seconds.
+
+        Medians, because what disturbs a machine now and then makes single timings much longer.
+        The error takes timings as independent; it is too small where one load lasts for several.
+        """
+        ratios = [mine / other for mine, other in zip(compressed, dense, strict=True)]
+        ratio, count = statistics.median(ratios), len(ratios)
+        spread = NORMAL * statistics.median(abs(one - ratio) for one in ratios)
+        spread *= count / (count - 0.8)  # of few it is too small: Croux and Rousseeuw, 1992
+        error = MEDIAN * spread / count**0.5
+        return cls(statistics.median(compressed), statistics.median(dense), ratio, error)
 
 
 @dataclass(frozen=True)
 class Speed:
-    """How fast both models are at one thing.
+    """How fast both models read a prompt of so many tokens, or add tokens to it."""
 
-    Attributes:
-        step: Reading a prompt, up to the logits after it, or adding tokens to it.
-        compiled: Whether both ran through ``torch.compile``.
-        prompt: Tokens of each sequence before that.
-        tokens_per_second: Of the compressed model, all sequences together.
-        dense_tokens_per_second: Of the dense one.
-        speedup: How many times faster the compressed model is: the median over neighbouring runs.
-        error: Standard error of the speed-up.
-    """
-
-    step: Step
+    step: Phase
     compiled: bool
     prompt: int
-    tokens_per_second: float
+    tokens_per_second: float  # of all sequences together
     dense_tokens_per_second: float
     speedup: float
-    error: float
-
-    @classmethod
-    def of(cls, step: Step, prompt: int, tokens: int, timed: Latency, *, compiled: bool) -> Speed:
-        """Turn times into speeds.
-
-        Args:
-            step: What was timed.
-            prompt: Length of the prompt.
-            tokens: That one timing processed.
-            timed: Seconds.
-            compiled: Whether through ``torch.compile``.
-        """
-        speedup = 1 / timed.ratio
-        return cls(
-            step,
-            compiled,
-            prompt,
-            tokens / timed.seconds,
-            tokens / timed.dense_seconds,
-            speedup,
-            timed.error * speedup**2,
-        )
+    error: float  # standard error of it
 
 
 @dataclass(frozen=True)
 class KindSpeed:
-    """How fast the layers of a kind are, each alone and summed over the blocks.
-
-    Attributes:
-        kind: Of layers.
-        layers: How many of the kind are low rank.
-        keep_ratio: Their numbers to those of the dense ones.
-        dense_ms: Milliseconds of the dense layers, for the longest prompt.
-        ms: Of the low-rank ones.
-        speedup: Median over neighbouring runs.
-        error: Standard error of the speed-up.
-    """
+    """How fast the low-rank layers of a kind are, one after another, for the longest prompt."""
 
     kind: str
     layers: int
-    keep_ratio: float
+    keep_ratio: float  # of their parameters
     dense_ms: float
     ms: float
     speedup: float
-    error: float
+    error: float  # standard error of it
 
 
-def low_rank_layers(model: nn.Module) -> dict[str, LowRank]:
-    """Return the low-rank layers of a model by name."""
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, LowRankLinear | PivotedLinear)
-    }
+@torch.inference_mode()
+def measure_latency(
+    model: PreTrainedModel,
+    modules: Mapping[str, nn.Module],
+    ids: Int[Tensor, " tokens"],
+    settings: TimingSettings,
+) -> dict[str, float]:
+    """Time a prefill and decoding steps of the dense ``model`` and of its compressed twin.
 
+    A prefill reads the one prompt of the settings, the first of ``ids``, and ends with the logits
+    after its last token; decoding adds its last tokens again. ``modules`` are the layers of the
+    compressed model; the dense one, in evaluation mode, is not changed.
 
-def shape_of(layer: LowRank) -> tuple[int, int]:
-    """Return ``(out, in)`` of the dense layer that a low-rank layer stands for."""
-    if isinstance(layer, LowRankLinear):
-        return layer.left.out_features, layer.right.in_features
-    return len(layer.places), layer.rows.in_features
-
-
-def numbers_in(layer: nn.Module) -> int:
-    """Return the number of parameters of a layer."""
-    return sum(p.numel() for p in layer.parameters())
-
-
-def dense_like(layer: LowRank) -> nn.Linear:
-    """Return a dense layer of the shape, dtype and device of a low-rank one, of random numbers.
-
-    How long a product takes does not depend on its numbers, so the dense checkpoint is not needed.
+    Returns:
+        ``prefill_latency_ratio`` and ``decode_latency_ratio``, compressed to dense, with standard
+        errors ``..._sem``, and medians ``..._s`` and ``..._dense_s``, seconds per prefill or step.
     """
-    like = layer.right.weight if isinstance(layer, LowRankLinear) else layer.rows.weight
-    out_features, in_features = shape_of(layer)
-    weight = torch.empty(out_features, in_features, dtype=like.dtype, device=like.device)
-    bias = None if layer.bias is None else torch.zeros_like(layer.bias)
-    return linear_of(weight.normal_(std=in_features**-0.5), bias)
-
-
-def dense_twin(model: PreTrainedModel) -> PreTrainedModel:
-    """Return the model with dense layers in place of low-rank ones; all others are shared."""
-    layers = low_rank_layers(model)
-    inside = {id(tensor) for layer in layers.values() for tensor in layer.parameters()}
-    shared = {
-        id(tensor): tensor
-        for tensor in (*model.parameters(), *model.buffers())
-        if id(tensor) not in inside
-    }
-    # The memory of deepcopy: what is in it is not copied. Low-rank layers are kept out too.
-    held = {id(layer): nn.Identity() for layer in layers.values()}
-    twin = copy.deepcopy(model, shared | held)
-    for name, layer in layers.items():
-        replace_module(twin, name, dense_like(layer))
-    return twin
-
-
-def _timed(
-    compressed: Pair, dense: Pair, device: torch.device, settings: SpeedSettings, clock: Clock
-) -> Latency:
-    """Time what two models do, in turns; what prepares it does not count."""
-
-    def seconds(pair: Pair) -> float:
-        prepare, run = pair
-        prepare()
-        return seconds_of(run, device, clock)
-
-    return in_turns(
-        partial(seconds, compressed), partial(seconds, dense), settings.repeats, settings.warmup
-    )
-
-
-def prefill_of(model: PreTrainedModel, ids: Tensor, *, compiled: bool) -> Pair:
-    """Return what reads prompts, up to the logits after the last token.
-
-    Args:
-        model: Any causal language model.
-        ids: ``(batch, tokens)``.
-        compiled: Whether the body runs through ``torch.compile``.
-    """
-    body, head = body_and_head(model)
-    run = torch.compile(body, dynamic=False) if compiled else body
-    # Rows, not [:, -1:]: a CPU multiplies such a view by a frozen bfloat16 weight 60 times slower.
-    return (lambda: None), lambda: head(run(ids, use_cache=False).last_hidden_state[:, -1])
-
-
-def decode_of(model: PreTrainedModel, ids: Tensor, steps: int, *, compiled: bool) -> Pair:
-    """Return what adds the last ``steps`` tokens to the others one by one, from their cache.
-
-    It answers their logits. Compiled, the cache has a fixed size, as in
-    ``generate(cache_implementation="static")``, and on CUDA the steps are replayed as graphs.
-
-    Args:
-        model: Any causal language model.
-        ids: ``(batch, tokens + steps)``.
-        steps: How many.
-        compiled: Whether the body runs through ``torch.compile``.
-    """
-    body, head = body_and_head(model)
-    known = ids.shape[1] - steps
-    run: Callable[..., Any] = body
-    static = None
-    if compiled:
-        mode = "reduce-overhead" if ids.device.type == "cuda" else "default"
-        run = torch.compile(body, dynamic=False, mode=mode)
-        static = StaticCache(config=model.config, max_cache_len=ids.shape[1])
-    else:
-        read = DynamicCache(config=model.config)
-        body(ids[:, :known], past_key_values=read, use_cache=True)
-    cache: Any = static
-
-    def prepare() -> None:
-        nonlocal cache
-        if static is None:
-            cache = copy.deepcopy(read)
-        else:  # its place in memory is compiled in
-            static.reset()
-            body(ids[:, :known], past_key_values=static, use_cache=True)
-
-    def decode() -> Tensor:
-        logits = []
-        for place in range(known, known + steps):
-            step = run(ids[:, place : place + 1], past_key_values=cache, use_cache=True)
-            logits.append(head(step.last_hidden_state))
-        return torch.cat(logits, 1)
-
-    return prepare, decode
+    (tokens,) = settings.prompts
+    text = ids[None, :tokens].to(model.device)
+    metrics: dict[str, float] = {}
+    for phase, times in _timed(_twin(model, modules), model, text, tokens, settings):
+        count = settings.steps if phase == "decode" else 1
+        metrics |= {
+            f"{phase}_latency_ratio": times.ratio,
+            f"{phase}_latency_ratio_sem": times.ratio_error,
+            f"{phase}_s": times.seconds / count,
+            f"{phase}_dense_s": times.dense_seconds / count,
+        }
+    return metrics
 
 
 @torch.inference_mode()
 def measure_speed(
     model: PreTrainedModel,
     twin: PreTrainedModel,
-    settings: SpeedSettings,
+    settings: TimingSettings,
     *,
     compiled: bool = False,
-    on_run: Callable[[], object] | None = None,
-    clock: Clock = time.perf_counter,
+    on_run: Callable[[], object] = lambda: None,
 ) -> list[Speed]:
-    """Time reading prompts and decoding, of a compressed model and its dense twin.
+    """Time a prefill and decoding of a compressed model and its dense twin, per length of prompt.
 
-    Args:
-        model: Compressed.
-        twin: From :func:`dense_twin`.
-        settings: What is timed, and how often.
-        compiled: Whether both run through ``torch.compile``; compiling does not count.
-        on_run: Told of each that is done.
-        clock: Seconds.
-
-    Returns:
-        For each length of prompt, prefill and decoding.
+    ``on_run`` is called after each; compiling does not count.
     """
-    found = []
+    speeds = []
     size = model.get_input_embeddings().weight.shape[0]
     generator = torch.Generator().manual_seed(0)
     for prompt in settings.prompts:
         shape = (settings.batch, prompt + settings.steps)
         ids = torch.randint(size, shape, generator=generator).to(model.device)
-        ways: dict[Step, tuple[Callable[[PreTrainedModel], Pair], int]] = {
-            "prefill": (partial(prefill_of, ids=ids[:, :prompt], compiled=compiled), prompt),
-            "decode": (
-                partial(decode_of, ids=ids, steps=settings.steps, compiled=compiled),
-                settings.steps,
-            ),
-        }
-        for step, (way, tokens) in ways.items():
-            torch.compiler.reset()  # else later lengths would be compiled for any length
-            timed = _timed(way(model), way(twin), model.device, settings, clock)
-            count = settings.batch * tokens
-            found.append(Speed.of(step, prompt, count, timed, compiled=compiled))
-            if on_run is not None:
-                on_run()
-    return found
+        for phase, times in _timed(model, twin, ids, prompt, settings, compiled=compiled):
+            count = settings.batch * (prompt if phase == "prefill" else settings.steps)
+            rates = count / times.seconds, count / times.dense_seconds
+            speeds.append(Speed(phase, compiled, prompt, *rates, *times.speedup))
+            on_run()
+    return speeds
 
 
 @torch.inference_mode()
 def measure_kinds(
-    model: PreTrainedModel,
-    twin: PreTrainedModel,
-    settings: SpeedSettings,
-    *,
-    clock: Clock = time.perf_counter,
+    model: PreTrainedModel, twin: PreTrainedModel, settings: TimingSettings
 ) -> list[KindSpeed]:
-    """Time the low-rank layers of each kind against dense ones, on as many rows as a prompt has.
-
-    Args:
-        model: Compressed.
-        twin: From :func:`dense_twin`.
-        settings: The longest prompt counts.
-        clock: Seconds.
-    """
+    """Time the low-rank layers of each kind against dense ones, on rows of the longest prompt."""
     specs = map_model(twin).by_name
     kinds: dict[str, list[str]] = {}
     for name in low_rank_layers(model):
         kinds.setdefault(specs[name].kind, []).append(name)
-    found = []
+    speeds = []
     for kind, names in kinds.items():
-        mine = [model.get_submodule(name) for name in names]
-        other = [twin.get_submodule(name) for name in names]
         shape = (settings.batch, max(settings.prompts))
         rows = {
             width: torch.randn(*shape, width, device=model.device).to(model.dtype)
             for width in sorted({specs[name].in_features for name in names})
         }
-        inputs = [rows[specs[name].in_features] for name in names]
-        pair = _all_of(mine, inputs), _all_of(other, inputs)
-        timed = _timed(*pair, model.device, settings, clock)
-        ratio = sum(map(numbers_in, mine)) / sum(map(numbers_in, other))
-        found.append(
-            KindSpeed(
-                kind,
-                len(names),
-                ratio,
-                1e3 * timed.dense_seconds,
-                1e3 * timed.seconds,
-                1 / timed.ratio,
-                timed.error / timed.ratio**2,
-            )
+        mine, other = ({n: each.get_submodule(n) for n in names} for each in (model, twin))
+
+        def run(layers: Mapping[str, nn.Module], rows: Mapping[int, Tensor] = rows) -> None:
+            for name, layer in layers.items():  # as in a model: no output is kept
+                layer(rows[specs[name].in_features])
+
+        runs = Run(partial(run, mine)), Run(partial(run, other))
+        times = _in_turns(*runs, model.device, settings)
+        low_rank, dense = (
+            sum(p.numel() for layer in layers.values() for p in layer.parameters())
+            for layers in (mine, other)
         )
-    return found
+        ms = 1e3 * times.dense_seconds, 1e3 * times.seconds
+        speeds.append(KindSpeed(kind, len(names), low_rank / dense, *ms, *times.speedup))
+    return speeds
 
 
-def _all_of(layers: list[nn.Module], inputs: list[Tensor]) -> Pair:
-    """Return what runs layers one after another, as in a model: no answer is kept."""
+def _timed(
+    compressed: PreTrainedModel,
+    dense: PreTrainedModel,
+    ids: Int[Tensor, "batch tokens"],
+    prompt: int,
+    settings: TimingSettings,
+    *,
+    compiled: bool = False,
+) -> Iterator[tuple[Phase, PairedTimes]]:
+    """Time a prefill of the first ``prompt`` tokens, and decoding of the last steps."""
+    phases: dict[Phase, Callable[[PreTrainedModel], Run]] = {
+        "prefill": lambda model: prefill(model, ids[:, :prompt], compiled=compiled),
+        "decode": lambda model: decode(model, ids, settings.steps, compiled=compiled),
+    }
+    for phase, run_of in phases.items():
+        if compiled:
+            torch.compiler.reset()  # else later lengths would be compiled for any length
+        yield phase, _in_turns(run_of(compressed), run_of(dense), dense.device, settings)
 
-    def run() -> None:
-        for layer, rows in zip(layers, inputs, strict=True):
-            layer(rows)
 
-    return (lambda: None), run
+def _in_turns(
+    compressed: Run, dense: Run, device: torch.device, settings: TimingSettings
+) -> PairedTimes:
+    """Time two models in turns, which take turns in being first."""
+    mine: list[float] = []
+    other: list[float] = []
+    order = [(dense, other), (compressed, mine)]
+    for _ in range(settings.warmup + settings.repeats):
+        for timed, seconds in order:
+            timed.prepare()
+            wait_for(device)
+            start = perf_counter()
+            timed.run()
+            wait_for(device)
+            seconds.append(perf_counter() - start)
+        order.reverse()
+    return PairedTimes.of(mine[settings.warmup :], other[settings.warmup :])
 
 
-def weight_bytes(model: nn.Module) -> int:
-    """Return the bytes of the parameters of a model, tied ones once."""
-    return sum(p.numel() * p.element_size() for p in model.parameters())
+def wait_for(device: torch.device) -> None:
+    """Wait until a device has finished its work."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def prefill(
+    model: PreTrainedModel, ids: Int[Tensor, "batch tokens"], *, compiled: bool = False
+) -> Run:
+    """Read prompts, up to the logits after the last token, ``(batch, vocabulary)``."""
+    body, head = body_and_head(model)
+    run = torch.compile(body, dynamic=False) if compiled else body
+    # Rows, not [:, -1:]: a CPU multiplies such a view by a frozen bfloat16 weight 60 times slower.
+    return Run(lambda: head(run(ids, use_cache=False).last_hidden_state[:, -1]))
+
+
+def decode(
+    model: PreTrainedModel, ids: Int[Tensor, "batch tokens"], steps: int, *, compiled: bool = False
+) -> Run:
+    """Add the last ``steps`` tokens to the others one by one, from a cache of these.
+
+    The run gives the logits after each, ``(batch, 1, vocabulary)``. Compiled, the cache has a
+    fixed size, as in ``generate(cache_implementation="static")``, and on CUDA the steps are
+    replayed as graphs.
+    """
+    body, head = body_and_head(model)
+    prompt = ids.shape[1] - steps
+    run: Callable[..., Any] = body
+    cache: Any
+    if compiled:
+        mode = "reduce-overhead" if ids.device.type == "cuda" else "default"
+        run = torch.compile(body, dynamic=False, mode=mode)
+        cache = StaticCache(config=model.config, max_cache_len=ids.shape[1])
+    else:
+        filled = DynamicCache(config=model.config)
+        body(ids[:, :prompt], past_key_values=filled, use_cache=True)
+
+    def prepare() -> None:
+        nonlocal cache
+        if compiled:  # its address in memory is compiled in
+            cache.reset()
+            body(ids[:, :prompt], past_key_values=cache, use_cache=True)
+        else:
+            cache = copy.deepcopy(filled)
+
+    def add() -> list[Tensor]:
+        tokens = torch.split(ids[:, prompt:], 1, dim=1)
+        steps = (run(each, past_key_values=cache, use_cache=True) for each in tokens)
+        return [head(step.last_hidden_state) for step in steps]
+
+    return Run(add, prepare)
+
+
+def dense_twin(model: PreTrainedModel) -> PreTrainedModel:
+    """Copy a compressed model with dense layers, of random weights, instead of low-rank ones.
+
+    How long a product takes does not depend on its values, so the dense checkpoint is not needed.
+    """
+    layers: dict[str, nn.Module] = {}
+    for name, layer in low_rank_layers(model).items():
+        weight = layer.weight.new_empty(layer.out_features, layer.in_features)
+        bias = None if layer.bias is None else torch.zeros_like(layer.bias)
+        layers[name] = linear_of(weight.normal_(std=layer.in_features**-0.5), bias)
+    return _twin(model, layers)
+
+
+def _twin(model: PreTrainedModel, layers: Mapping[str, nn.Module]) -> PreTrainedModel:
+    """Copy a model without its weights, which both then share, and replace layers of the copy."""
+    # The memory of deepcopy: what is in it is not copied.
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    twin = copy.deepcopy(model, shared)
+    for name, layer in layers.items():
+        replace_module(twin, name, layer)
+    return twin

@@ -15,63 +15,44 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lrbo.errors import DataError
 
 NEAREST = 8
-FEWSHOT_SEED = 1234  # the harness's own, which its numbers elsewhere were made with
+FEWSHOT_SEED = 1234  # the harness's own, of its published scores
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A number of a task.
+    """One score of a task."""
 
-    Attributes:
-        name: The harness's, with its filter where it has one.
-        value: For example the share of items answered right; ``None`` if it is not finite.
-        error: Standard error of the mean over items; ``None`` where there is none.
-    """
-
-    name: str
-    value: float | None
-    error: float | None
+    name: str  # the harness's, with its filter where it has one
+    value: float | None  # None where it is not finite
+    error: float | None  # over items; likewise, or where the harness has none
 
 
 @dataclass(frozen=True)
 class TaskScore:
-    """What a model reaches on a task, or on a group of them.
-
-    Attributes:
-        task: The harness's name.
-        metrics: In the order of the task.
-        items: That were answered.
-        shots: Solved examples in front of each item.
-        version: Of the task; numbers of different versions do not compare.
-    """
+    """The scores of a model on a task, or on a group of tasks."""
 
     task: str
     metrics: tuple[Metric, ...]
-    items: int | None
-    shots: int | None
-    version: Any
+    items: int | None  # that were scored
+    shots: int | None  # solved examples in front of each
+    version: Any  # of the task; scores of different ones do not compare
 
 
 def missing_harness() -> str | None:
-    """Return the problem, with its pip command, if the harness is not installed."""
+    """Name the problem, with its pip command, if the harness is not installed."""
     if importlib.util.find_spec("lm_eval") is not None:
         return None
     return "tasks need lm-evaluation-harness; run: pip install 'lrbo[eval]'"
 
 
 def load_tasks(names: Sequence[str], folder: Path | None) -> Any:
-    """Find tasks and read their data, before any model is loaded.
+    """Find tasks or groups of them and read their data, before any model is loaded.
 
-    Args:
-        names: Of tasks or groups.
-        folder: With YAML files of tasks, which go before the harness's own; ``None`` has none.
-
-    Returns:
-        The tasks, in the harness's own form.
+    YAML files of tasks in ``folder`` go before the harness's own.
 
     Raises:
-        DataError: Listing every name that is not known, with what is near; or if the data of a
-            task cannot be read.
+        DataError: Listing every unknown name with the nearest ones; or if the data of a task
+            cannot be read.
     """
     from lm_eval.tasks import TaskManager
 
@@ -80,9 +61,14 @@ def load_tasks(names: Sequence[str], folder: Path | None) -> Any:
     own = list(manager.all_tasks)
     if not set(names) <= set(own):
         manager = TaskManager(include_path=folder)
-    problems = [
-        _unknown(name, own, manager.all_tasks) for name in names if name not in manager.all_tasks
-    ]
+    available, problems = manager.all_tasks, []
+    unknown = [name for name in names if name not in available]
+    for name in unknown:
+        near = dict.fromkeys([*difflib.get_close_matches(name, available, n=NEAREST), *own])
+        problems.append(
+            f"tasks: no task of the name {name}; near it or in task_folder: "
+            f"{', '.join(near) or 'none'}; all {len(available):,} are listed by: lm-eval ls tasks"
+        )
     if problems:
         raise DataError(*problems)
     try:
@@ -94,16 +80,6 @@ def load_tasks(names: Sequence[str], folder: Path | None) -> Any:
         ) from error
 
 
-def _unknown(name: str, own: Sequence[str], known: Sequence[str]) -> str:
-    """Return the problem of a name that nobody knows, and what may have been meant."""
-    near = difflib.get_close_matches(name, known, n=NEAREST)
-    listed = list(dict.fromkeys([*near, *own]))
-    return (
-        f"tasks: no task of the name {name}; near it or in task_folder: "
-        f"{', '.join(listed) or 'none'}; all {len(known):,} are listed by: lm-eval ls tasks"
-    )
-
-
 def score_tasks(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -112,17 +88,9 @@ def score_tasks(
     batch_items: int = 16,
     limit: int | None = None,
 ) -> list[TaskScore]:
-    """Score a model on tasks, each with the number of examples that it states itself.
+    """Score a model on tasks of :func:`load_tasks`, and on each group of them.
 
-    Args:
-        model: In evaluation mode.
-        tokenizer: Of the model.
-        tasks: What :func:`load_tasks` returned.
-        batch_items: Requests per forward pass.
-        limit: Only so many items of each task; ``None`` takes all.
-
-    Returns:
-        A score per task, and one per group of tasks.
+    ``batch_items`` requests go into a forward pass; ``limit`` takes only so many items of a task.
     """
     from lm_eval import evaluate
     from lm_eval.models.huggingface import HFLM
@@ -132,28 +100,27 @@ def score_tasks(
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=FEWSHOT_SEED)
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_items)
-    found = evaluate(wrapped, tasks, limit=limit, log_samples=False)
-    return [_score(task, found) for task in found["results"]]
+    tables = evaluate(wrapped, tasks, limit=limit, log_samples=False)
+    return [_score(task, tables) for task in tables["results"]]
 
 
-def _score(task: str, found: Any) -> TaskScore:
-    """Return the numbers of one task out of the harness's tables."""
-    row = found["results"][task]
+def _score(task: str, tables: Any) -> TaskScore:
+    """Take the score of one task out of the harness's tables."""
+    row = tables["results"][task]
     metrics = []
     for key, value in row.items():
         name, comma, rule = key.partition(",")
         if not comma or name.endswith("_stderr") or not isinstance(value, int | float):
             continue
-        label = name if rule == "none" else key
         error = row.get(f"{name}_stderr,{rule}")
-        metrics.append(Metric(label, _finite(value), _finite(error)))
-    items = found.get("n-samples", {}).get(task, {}).get("effective")
-    shots = found.get("n-shot", {}).get(task)
-    version = found.get("versions", {}).get(task)
-    stated = None if version == "Yaml" else version  # what the harness puts where there is none
+        metrics.append(Metric(name if rule == "none" else key, _finite(value), _finite(error)))
+    items = tables.get("n-samples", {}).get(task, {}).get("effective")
+    shots = tables.get("n-shot", {}).get(task)
+    version = tables.get("versions", {}).get(task)
+    stated = None if version == "Yaml" else version  # the harness's word for none
     return TaskScore(task, tuple(metrics), items, shots, stated)
 
 
 def _finite(value: object) -> float | None:
-    """Return a number; ``None`` for what is none, as the harness's ``"N/A"``."""
+    """A finite number, and ``None`` for anything else, as the harness's ``"N/A"``."""
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None

@@ -1,1 +1,1 @@
-"""All methods answer one question: which factors, ordered by importance."""
+"""From one layer to every option of it, ordered by importance."""

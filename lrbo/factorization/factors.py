@@ -1,103 +1,71 @@
-"""Factored once, every rank is a prefix."""
+"""A layer factored once: every rank is a prefix of the same factors."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lrbo.families import is_pointwise
-from lrbo.layers import LowRankLinear, PivotedLinear
-from lrbo.pivoting import pivot
+from lrbo.layers.forms import Integers
+from lrbo.layers.low_rank import Bias, LowRankLinear, linear_of
+from lrbo.layers.modules import MODULES
+from lrbo.layers.options import Losses, Option
 
-
-@runtime_checkable
-class NestedFactors(Protocol):
-    """A layer factored once; each rank uses a prefix of the same tensors."""
-
-    @property
-    def max_rank(self) -> int:
-        """Return the largest rank at hand."""
-        ...
-
-    def at_rank(self, rank: int) -> nn.Module:
-        """Return the layer at a rank, from views of the factors."""
-        ...
-
-    def error_at(self, rank: int) -> float:
-        """Return the error of a rank, in the method's own metric."""
-        ...
+Buffers = MutableMapping[str, Tensor]
+PARTS = ("left", "right", "tail", "offset", "center", "loss")
 
 
 @dataclass(frozen=True)
 class LowRankFactors:
     """A linear layer factored once, from which every rank is a prefix.
 
-    The rank-``r`` layer is ``x -> left[:, :r] @ (right[:r] @ x) + bias_at(r)``.
+    The rank-``r`` layer is ``x -> left[:, :r] @ (right[:r] @ x) + bias_at(r)``. A rank outside
+    ``0..max_rank`` is a ValueError, of every method that takes one.
 
     Attributes:
-        left: ``(out, k)``, columns in order of decreasing importance.
-        right: ``(k, in)``, rows in the same order.
-        tail: ``(k + 1,)``, error left at rank 0, 1, ..., ``k``, float64: squared, and summed over
-            outputs; per token where the method weighs by a covariance.
-        offset: ``(out,)``, the bias that the layer falls back to at rank 0, or ``None`` for a
-            layer without bias.
-        center: ``(in,)``, the input at which the layer answers ``offset`` at every rank: the
-            mean input, if ``offset`` is the mean output. ``None`` where the bias does not depend
-            on the rank.
-        loss: ``(k + 1,)``, float64, predicted increase of the model's loss at rank 0, 1, ...,
-            ``k``, nats per token: comparable between layers and methods. ``None`` where
-            calibration took no output gradients.
+        left: Columns in order of decreasing importance.
+        right: Rows in the same order.
+        tail: Error at rank 0, 1, ..., ``k``, float64: squared, and summed over outputs; per token
+            where the method weighs by a covariance.
+        offset: The bias at rank 0, or ``None`` for a layer without bias.
+        center: The input that gives ``offset`` at every rank: the mean input, if ``offset`` is the
+            mean output. ``None`` where the bias does not depend on the rank.
+        loss: Predicted increase of the model's loss at rank 0, 1, ..., ``k``, nats per token,
+            float64. ``None`` where calibration took no output gradients.
     """
 
     left: Float[Tensor, "out k"]
     right: Float[Tensor, "k in"]
     tail: Float[Tensor, " k_plus_1"]
-    offset: Float[Tensor, " out"] | None = None
+    offset: Bias = None
     center: Float[Tensor, " in"] | None = None
     loss: Float[Tensor, " k_plus_1"] | None = None
 
     @property
     def max_rank(self) -> int:
-        """Return the number of directions at hand."""
+        """The number of directions."""
         return self.right.shape[0]
 
     @property
     def has_effect(self) -> bool:
-        """Say whether any rank costs anything: not where zeros or a bias make up for all."""
+        """Whether any rank raises the error: not where zeros or a bias do as well."""
         return float(self.tail[0]) > 0 and (self.loss is None or float(self.loss[0]) > 0)
 
-    def bias_at(self, rank: int) -> Float[Tensor, " out"] | None:
-        """Return the bias of the rank-``rank`` layer, shape ``(out,)``, or ``None``.
+    def bias_at(self, rank: int) -> Bias:
+        """Return the bias at a rank: ``offset``, less ``W_r center`` if that is given."""
+        left, right = self.left[:, :rank], self.right[:rank]
+        return self.bias_for(lambda x: left.to(x.dtype) @ (right.to(x.dtype) @ x), left.dtype)
 
-        It is ``offset`` itself, or, with a ``center``, ``offset - W_r center``.
-        """
+    def bias_for(self, linear: Callable[[Tensor], Tensor], dtype: torch.dtype) -> Bias:
+        """Return the bias of a dtype with which a layer gives ``offset`` at ``center``, if any.
 
-        def linear(x: Float[Tensor, " in"]) -> Float[Tensor, " out"]:
-            left, right = self.left[:, :rank].to(x.dtype), self.right[:rank].to(x.dtype)
-            return left @ (right @ x)
-
-        return self.bias_for(linear, self.left.dtype)
-
-    def bias_for(
-        self,
-        linear: Callable[[Float[Tensor, " in"]], Float[Tensor, " out"]],
-        dtype: torch.dtype,
-    ) -> Float[Tensor, " out"] | None:
-        """Return the bias with which ``linear`` answers ``offset`` at ``center``, or ``None``.
-
-        It is the small difference of large vectors, so it is formed in float32 at least, from
-        weights as they are after rounding, and rounded once. In bfloat16 throughout, its
-        error was half of its length in some layers of SmolLM2-135M, the same for every token.
-
-        Args:
-            linear: The layer without bias, with rounded weights; computes in the dtype it is
-                given.
-            dtype: Of the bias.
+        ``linear`` is the layer without bias, with rounded weights, in the dtype of its input. The
+        bias is the small difference of large vectors, so it is formed in float32 at least: in
+        bfloat16 its error was half of its length in some layers of SmolLM2-135M.
         """
         if self.offset is None or self.center is None:
             return None if self.offset is None else self.offset.to(dtype)
@@ -105,108 +73,101 @@ class LowRankFactors:
         return (self.offset.to(wide) - linear(self.center.to(wide))).to(dtype)
 
     def at_rank(self, rank: int) -> LowRankLinear:
-        """Return the rank-``rank`` layer; its matrices are views, so this copies only a bias.
+        """Return the rank-``rank`` layer; its matrices are views."""
+        return LowRankLinear(*self._prefix(rank), self.bias_at(rank))
 
-        Raises:
-            ValueError: If the rank is not in ``0..max_rank``.
+    def losses(self, levels: Integers) -> Losses | None:
+        """Return the predicted losses of rising ranks ``(n, 1)``, up to the largest there is."""
+        if self.loss is None:
+            return None
+        ranks = levels[levels[:, 0] <= self.max_rank, 0]
+        losses: Losses = self.loss.numpy().astype(np.float64)[ranks]
+        return losses
+
+    def trial_module(self, name: str, option: Option, tokens: int, buffers: Buffers) -> nn.Module:
+        """Return the layer of an option for a trial; nothing is factored or pivoted for it.
+
+        Every form of a rank is the same function, so that views of the factors serve for all.
+        Where two thin products take more operations for so many tokens than a dense one, the prefix
+        is multiplied out, into the buffer of that name, which trials share; a missing one is added.
         """
-        self._check(rank)
-        return LowRankLinear.from_tensors(
-            self.left[:, :rank], self.right[:rank], self.bias_at(rank)
-        )
+        layer = self.at_rank(*option.level)
+        if not is_dearer(layer.rank, layer.out_features, layer.in_features, tokens):
+            return layer
+        if name not in buffers:
+            buffers[name] = self.left.new_empty(layer.out_features, layer.in_features)
+        product = torch.mm(layer.left.weight, layer.right.weight, out=buffers[name])
+        # Of the product, which is rounded once.
+        bias = self.bias_for(lambda x: product.to(x.dtype) @ x, product.dtype)
+        return linear_of(product, bias)
 
-    def error_at(self, rank: int) -> float:
-        """Return the error of the rank-``rank`` layer in the method's own metric.
+    def stored(self, name: str, option: Option, dtype: torch.dtype) -> nn.Module:
+        """Return the layer of an option as a checkpoint has it: exactly as it is counted."""
+        left, right = self._prefix(*option.level)
+        return MODULES[option.form].of_product(name, left, right, self.bias_for, dtype)
 
-        Raises:
-            ValueError: If the rank is not in ``0..max_rank``.
-        """
-        self._check(rank)
-        return float(self.tail[rank])
+    def stand_in(self, name: str, option: Option) -> nn.Module:
+        """Return a layer that takes as long as the stored one; its outputs mean nothing."""
+        left, right = self._prefix(*option.level)
+        return MODULES[option.form].stand_in(name, left, right, self.bias_at(*option.level))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors by name; ``left`` transposed, so that its prefixes are contiguous."""
+        parts = {part: getattr(self, part) for part in PARTS}
+        return {
+            part: (tensor.T if part == "left" else tensor).contiguous()
+            for part, tensor in parts.items()
+            if tensor is not None
+        }
+
+    @classmethod
+    def of_tensors(cls, tensors: Mapping[str, Tensor]) -> LowRankFactors:
+        """Read what :meth:`tensors` gave; ValueError if shapes do not fit each other."""
+        parts = {part: t.T if part == "left" else t for part, t in tensors.items()}
+        (rows, rank), (_, columns) = parts["left"].shape, parts["right"].shape
+        shapes = {"right": (rank, columns), "tail": (rank + 1,), "offset": (rows,)}
+        shapes |= {"center": (columns,), "loss": (rank + 1,)}
+        for part, shape in shapes.items():
+            if part in parts and tuple(parts[part].shape) != shape:
+                raise ValueError(f"{part} has shape {tuple(parts[part].shape)}, expected {shape}")
+        return cls(**parts)
 
     def to(
         self,
         *,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype,
         device: torch.device | None = None,
         max_rank: int | None = None,
     ) -> LowRankFactors:
-        """Return a copy for running: other dtype or device, only the leading directions.
+        """Return a copy of other dtype or device, with at most ``max_rank`` leading directions.
 
-        ``left`` is laid out by direction, so that a prefix of it is contiguous in memory. What
-        the bias is made of stays in float32 at least.
-
-        Args:
-            dtype: Of ``left`` and ``right``; ``None`` keeps theirs.
-            device: Of all but the errors and losses; ``None`` keeps theirs.
-            max_rank: So many directions are kept, at most; ``None`` keeps all.
+        ``left`` is laid out by direction, so that a prefix of it is contiguous in memory.
+        ``offset`` and ``center`` stay in float32 at least, and errors and losses where they are.
         """
         count = self.max_rank if max_rank is None else min(max_rank, self.max_rank)
-        wide = None if dtype is None else torch.promote_types(dtype, torch.float32)
-
-        def move(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.to(device=device, dtype=wide)
-
-        left = self.left[:, :count].T.contiguous().to(device=device, dtype=dtype)
-        right = self.right[:count].contiguous().to(device=device, dtype=dtype)
+        wide = torch.promote_types(dtype, torch.float32)
+        left = self.left[:, :count].T.contiguous().to(device, dtype)
+        right = self.right[:count].contiguous().to(device, dtype)
         return LowRankFactors(
             left.T,
             right,
             self.tail[: count + 1],
-            move(self.offset),
-            move(self.center),
+            None if self.offset is None else self.offset.to(device, wide),
+            None if self.center is None else self.center.to(device, wide),
             None if self.loss is None else self.loss[: count + 1],
         )
 
-    def _check(self, rank: int) -> None:
-        """Refuse a rank that no prefix has."""
+    def _prefix(self, rank: int) -> tuple[Float[Tensor, "out r"], Float[Tensor, "r in"]]:
+        """Return views of the leading directions."""
         if not 0 <= rank <= self.max_rank:
             raise ValueError(f"rank {rank} is outside 0..{self.max_rank}.")
+        return self.left[:, :rank], self.right[:rank]
 
 
-@dataclass(frozen=True)
-class PivotedFactors:
-    """The same layers in pivoted storage: each rank is converted, not sliced.
+def is_dearer(rank: int, out_features: int, in_features: int, tokens: int) -> bool:
+    """Whether two thin products cost more than multiplying them out for these tokens.
 
-    Attributes:
-        factors: As precise as they are at hand; the conversion runs in float64.
-        dtype: Of the layers that are returned.
-        name: Of the layer, for messages.
+    That takes ``rank * out * in`` operations once, and then ``out * in`` per token.
     """
-
-    factors: LowRankFactors
-    dtype: torch.dtype
-    name: str = "layer"
-
-    @property
-    def max_rank(self) -> int:
-        """Return the number of directions at hand."""
-        return self.factors.max_rank
-
-    def at_rank(self, rank: int) -> PivotedLinear:
-        """Convert the rank-``rank`` layer, round it, and form its bias from the rounded weights.
-
-        Raises:
-            ValueError: If the rank is not in ``0..max_rank``.
-        """
-        found = self.factors.at_rank(rank)
-        form = pivot(found.left.weight, found.right.weight, f"{self.name} at rank {rank}")
-        device = found.left.weight.device
-        layer = PivotedLinear.from_pivoting(form, dtype=self.dtype, device=device)
-
-        def linear(x: Float[Tensor, " in"]) -> Float[Tensor, " out"]:
-            pivots = layer.rows.weight.to(x.dtype) @ x
-            others = layer.coefficients.weight.to(x.dtype) @ pivots
-            return torch.cat([pivots, others])[layer.places]
-
-        bias = self.factors.bias_for(linear, self.dtype)
-        layer.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-        return layer.take_pointwise(is_pointwise(self.name))
-
-    def error_at(self, rank: int) -> float:
-        """Return the error of the rank-``rank`` layer in the method's own metric.
-
-        Raises:
-            ValueError: If the rank is not in ``0..max_rank``.
-        """
-        return self.factors.error_at(rank)
+    dense = out_features * in_features
+    return tokens * rank * (out_features + in_features) > (tokens + rank) * dense

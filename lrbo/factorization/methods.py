@@ -1,29 +1,32 @@
-"""svd, fwsvd, asvd, drone, svd_llm: five metrics, one weighted SVD."""
+"""The methods: svd, fwsvd, asvd, drone, svd_llm, bolaco and loss_aware, each with its metric."""
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from typing_extensions import override
 
-from lrbo.accounting import Storage, low_rank_parameters
-from lrbo.factorization.base import Statistic, require_statistics
-from lrbo.linalg import psd_cholesky, psd_eigenpairs, weighted_svd
-from lrbo.nested import LowRankFactors
-from lrbo.specs import LayerSpec
+from lrbo.calibration.statistics import Statistic
+from lrbo.errors import StatisticsError
+from lrbo.factorization.base import FactorizationMethod, Statistics, Weight
+from lrbo.factorization.factors import LowRankFactors
+from lrbo.factorization.options import AsvdOptions, LossAwareOptions
+from lrbo.layers.low_rank import Bias
+from lrbo.linalg import column_space, output_directions, psd_cholesky, psd_eigenpairs, weighted_svd
+
+PREDICTION_SHRINKAGE = 0.01
 
 
 def tail_sums(energy: Float[Tensor, " k"]) -> Float[Tensor, " k_plus_1"]:
-    """Return what is left after 0, 1, ..., ``k`` entries: summed from the small end."""
+    """Return the sums of the entries after the first 0, 1, ..., ``k``, from the small end."""
     return torch.cat([energy.flip(0).cumsum(0).flip(0), energy.new_zeros(1)])
 
 
-def second_moment(statistics: Mapping[Statistic, Tensor]) -> Float[Tensor, "in in"]:
+def second_moment(statistics: Statistics) -> Float[Tensor, "in in"]:
     """Return ``E[x x^T]``, float64, from mean and covariance."""
     mean = statistics[Statistic.INPUT_MEAN].to(torch.float64)
     return statistics[Statistic.INPUT_COVARIANCE].to(torch.float64) + mean.outer(mean)
@@ -32,87 +35,46 @@ def second_moment(statistics: Mapping[Statistic, Tensor]) -> Float[Tensor, "in i
 def balanced(
     left: Float[Tensor, "out k"], right: Float[Tensor, "k in"]
 ) -> tuple[Float[Tensor, "out k"], Float[Tensor, "k in"]]:
-    """Return the same product with equally long columns and rows.
-
-    So both factors stay in the range of half precision; a direction that is zero stays as it is.
-    """
+    """Scale columns and rows to equal lengths, so that both stay in the range of float16."""
     lengths = left.norm(dim=0), right.norm(dim=1)
     scale = (lengths[1] / lengths[0]).sqrt()
     scale = torch.where(torch.isfinite(scale) & (scale > 0), scale, torch.ones_like(scale))
     return left * scale, right / scale[:, None]
 
 
-@dataclass(frozen=True)
-class WeightedSvd(ABC):
-    """Minimise ``||(W - W_r) B||_F^2``; a method is its ``B``. An existing bias is kept.
+def shrunk(matrix: Float[Tensor, "d d"], share: float) -> Float[Tensor, "d d"]:
+    """Return ``(1 - share) M + share * mean(diag M) I``, of the same trace."""
+    identity = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    return (1 - share) * matrix + share * matrix.diagonal().mean() * identity
 
-    A singular ``B`` (fewer calibration tokens than features, a feature that is always zero)
-    leaves directions without weight: they come last, and the full rank is exact all the same.
+
+@dataclass(frozen=True)
+class WeightedSvd(FactorizationMethod, ABC):
+    """Minimise ``||(W - W_r) B||_F^2``, the error; a method is its ``B``. The bias stays.
+
+    Directions that a singular ``B`` gives no weight come last; the full rank is exact all the same.
     """
 
-    @property
     @abstractmethod
-    def name(self) -> str:
-        """Return the name in the registry and in ``conf/method``."""
-
-    @property
-    @abstractmethod
-    def needs(self) -> frozenset[Statistic]:
-        """Return the statistics that the metric reads."""
-
-    @abstractmethod
-    def right_root(self, statistics: Mapping[Statistic, Tensor]) -> Tensor | None:
+    def right_root(self, statistics: Statistics) -> Tensor | None:
         """Return ``B``: ``(in, k)``, ``(in,)`` for a diagonal one, or ``None`` for the identity."""
 
-    def for_kind(self, kind: str) -> WeightedSvd:
-        """Return the method itself: it treats every kind alike."""
-        del kind
-        return self
-
-    def factor(
-        self,
-        weight: Float[Tensor, "out in"],
-        bias: Float[Tensor, " out"] | None,
-        statistics: Mapping[Statistic, Tensor],
-    ) -> LowRankFactors:
-        """Factor one layer.
-
-        Args:
-            weight: ``(out, in)``, any floating dtype; not modified.
-            bias: ``(out,)`` or ``None``.
-            statistics: What the method needs.
-
-        Returns:
-            Factors of all ranks up to ``min(out, in)``, float64; the error is
-            ``||(W - W_r) B||_F^2``.
-
-        Raises:
-            StatisticsError: If a statistic is missing or anything is not finite.
-        """
-        require_statistics(self, weight, bias, statistics)
+    @override
+    def factor(self, weight: Weight, bias: Bias, statistics: Statistics) -> LowRankFactors:
         left, values, right = weighted_svd(weight, self.right_root(statistics))
-        left, right = balanced(left, right)
-        offset = None if bias is None else bias.to(torch.float64)
-        return LowRankFactors(left, right, tail_sums(values.square()), offset)
-
-    def parameters(self, spec: LayerSpec, rank: int, storage: Storage = "factored") -> int:
-        """Count the factors, and the bias where the dense layer has one."""
-        return low_rank_parameters(spec, rank, bias=spec.has_bias, storage=storage)
+        return LowRankFactors(*balanced(left, right), tail_sums(values.square()), bias)
 
 
 @dataclass(frozen=True)
 class Svd(WeightedSvd):
-    """Truncated singular value decomposition of the weight alone (Eckart and Young, 1936).
-
-    It knows nothing of the data and is the floor that every other method must beat.
-    """
+    """Truncated singular value decomposition of the weight alone (Eckart and Young, 1936)."""
 
     name: str = "svd"
     needs: frozenset[Statistic] = frozenset()
 
-    def right_root(self, statistics: Mapping[Statistic, Tensor]) -> None:
-        """Return the identity."""
-        del statistics
+    @override
+    def right_root(self, statistics: Statistics) -> None:
+        return None
 
 
 @dataclass(frozen=True)
@@ -131,19 +93,16 @@ class Fwsvd(WeightedSvd):
     name: str = "fwsvd"
     needs: frozenset[Statistic] = frozenset({Statistic.INPUT_IMPORTANCE})
 
-    def right_root(self, statistics: Mapping[Statistic, Tensor]) -> Float[Tensor, " in"]:
-        """Return the root of the importances."""
-        return statistics[Statistic.INPUT_IMPORTANCE].to(torch.float64).sqrt()
+    @override
+    def right_root(self, statistics: Statistics) -> Float[Tensor, " in"]:
+        return statistics[Statistic.INPUT_IMPORTANCE].sqrt()
 
 
 @dataclass(frozen=True)
-class Asvd(WeightedSvd):
+class Asvd(AsvdOptions, WeightedSvd):
     """Activation-aware SVD: every input feature weighs as much as it is active.
 
     ``B = diag(E[|x_j|]^alpha)``.
-
-    Attributes:
-        alpha: Strength; 0 is plain SVD. The paper's 0.5.
 
     References:
         Yuan et al., *ASVD: Activation-aware Singular Value Decomposition for Compressing Large
@@ -152,23 +111,15 @@ class Asvd(WeightedSvd):
 
     name: str = "asvd"
     needs: frozenset[Statistic] = frozenset({Statistic.INPUT_MAGNITUDE})
-    alpha: float = 0.5
 
-    def __post_init__(self) -> None:
-        """Refuse what cannot be meant."""
-        if not 0 <= self.alpha < math.inf:
-            raise ValueError(f"alpha={self.alpha!r}: expected a number from 0 on")
-
-    def right_root(self, statistics: Mapping[Statistic, Tensor]) -> Float[Tensor, " in"]:
-        """Return the magnitudes to the power of ``alpha``."""
-        return statistics[Statistic.INPUT_MAGNITUDE].to(torch.float64) ** self.alpha
+    @override
+    def right_root(self, statistics: Statistics) -> Float[Tensor, " in"]:
+        return statistics[Statistic.INPUT_MAGNITUDE] ** self.alpha
 
 
 @dataclass(frozen=True)
 class Drone(WeightedSvd):
     """Data-aware low rank: the least mean squared output error, ``B B^T = E[x x^T]``.
-
-    ``B`` is the root by eigendecomposition, so that data of any rank will do.
 
     References:
         Chen et al., *DRONE: Data-aware Low-rank Compression for Large NLP Models*, NeurIPS 2021,
@@ -178,8 +129,8 @@ class Drone(WeightedSvd):
     name: str = "drone"
     needs: frozenset[Statistic] = frozenset({Statistic.INPUT_MEAN, Statistic.INPUT_COVARIANCE})
 
-    def right_root(self, statistics: Mapping[Statistic, Tensor]) -> Float[Tensor, "in in"]:
-        """Return eigenvectors scaled by the roots of their eigenvalues."""
+    @override
+    def right_root(self, statistics: Statistics) -> Float[Tensor, "in in"]:
         energy, vectors = psd_eigenpairs(second_moment(statistics), "input second moment")
         return vectors * energy.sqrt()
 
@@ -198,6 +149,140 @@ class SvdLlm(WeightedSvd):
     name: str = "svd_llm"
     needs: frozenset[Statistic] = frozenset({Statistic.INPUT_MEAN, Statistic.INPUT_COVARIANCE})
 
-    def right_root(self, statistics: Mapping[Statistic, Tensor]) -> Float[Tensor, "in in"]:
-        """Return the lower Cholesky factor."""
+    @override
+    def right_root(self, statistics: Statistics) -> Float[Tensor, "in in"]:
         return psd_cholesky(second_moment(statistics), "input second moment")
+
+
+@dataclass(frozen=True)
+class Bolaco(FactorizationMethod):
+    r"""Principal directions of the outputs, from a pooled centred covariance, and a bias.
+
+    For a dense layer ``y = W x + b`` whose calibration outputs have mean ``mu`` and pooled
+    covariance ``C``, the rank-``r`` layer is
+
+        y_r = Q_r Q_r^T W x + mu - Q_r Q_r^T (mu - b),
+
+    with ``Q_r`` the ``r`` leading eigenvectors of ``C = W C_in W^T``; its error is the sum of the
+    other eigenvalues. With one group no other rank-``r`` affine layer has a smaller mean squared
+    output error; with more, the same holds for the error around each group's own mean, averaged
+    over groups.
+
+    References:
+        Ji et al., *Adaptive Feature-based Low-Rank Compression of Large Language Models via
+        Bayesian Optimization*, Findings of EMNLP 2024, equations 3 to 6; the dense bias ``b`` is
+        our addition. Moments are merged exactly, which its code does not.
+    """
+
+    name: str = "bolaco"
+    needs: frozenset[Statistic] = frozenset(
+        {Statistic.INPUT_MEAN, Statistic.POOLED_INPUT_COVARIANCE}
+    )
+
+    @property
+    @override
+    def adds_bias(self) -> bool:
+        return True
+
+    @override
+    def factor(self, weight: Weight, bias: Bias, statistics: Statistics) -> LowRankFactors:
+        mean = statistics[Statistic.INPUT_MEAN]
+        covariance = statistics[Statistic.POOLED_INPUT_COVARIANCE]
+        left, energy, right = output_directions(weight, covariance)
+        offset = weight @ mean if bias is None else weight @ mean + bias
+        return LowRankFactors(left, right, tail_sums(energy), offset, mean)
+
+
+@dataclass(frozen=True)
+class LossAware(LossAwareOptions, FactorizationMethod):
+    r"""Two-sided factorization: the least expected increase of the loss, to second order.
+
+    With input moment ``C = E[x x^T]`` and output-gradient moment ``G = E[g g^T]``, where ``g``
+    is the gradient of the summed loss with respect to one token's output, a change ``D`` of the
+    weight raises the loss by about ``1/2 tr(G D C D^T)`` nats per token, if ``x`` and ``g`` are
+    taken as independent (K-FAC). With ``G = R^T R`` and the principal directions ``Q`` of
+    ``R W x``, the rank-``r`` layer is ``R^-1 Q_r Q_r^T R W``.
+
+    ``C`` and ``G`` are shrunk towards a multiple of the identity of the same trace, and the
+    spectrum of ``G`` is flattened: both are estimates of the dense model, and directions with
+    small gradients there matter once other layers change. The error is the predicted increase of
+    the loss with both as they then are. Only outputs that ``W x`` can reach count, so nothing
+    larger than ``min(out, in)`` is decomposed.
+
+    References:
+        Martens and Grosse, *Optimizing Neural Networks with Kronecker-factored Approximate
+        Curvature*, 2015, for the metric; the closed form is that of two-sided weighted low rank.
+        Centring is Bolaco's (Ji et al., 2024).
+    """
+
+    name: str = "loss_aware"
+
+    @property
+    @override
+    def needs(self) -> frozenset[Statistic]:
+        return frozenset(
+            {Statistic.INPUT_MEAN, Statistic.INPUT_COVARIANCE, Statistic.OUTPUT_GRADIENT}
+        )
+
+    @property
+    @override
+    def adds_bias(self) -> bool:
+        return self.centred
+
+    @override
+    def for_kind(self, kind: str) -> LossAware:
+        return replace(self, output_power=0.0, one_sided=()) if kind in self.one_sided else self
+
+    @override
+    def factor(self, weight: Weight, bias: Bias, statistics: Statistics) -> LowRankFactors:
+        basis, reduced = column_space(weight)
+        moment = shrunk(statistics[Statistic.OUTPUT_GRADIENT], self.output_shrinkage)
+        if basis is not None:
+            moment = basis.T @ moment @ basis
+        strength, axes = psd_eigenpairs(moment, "output gradient moment")
+        tempered = strength**self.output_power
+        scale = (tempered * (strength.sum() / tempered.sum())).sqrt()
+        if not float(scale.min()) > 0:
+            raise StatisticsError(
+                f"{Statistic.OUTPUT_GRADIENT.value} has directions without gradient, and "
+                f"output_shrinkage={self.output_shrinkage!r} is lost in rounding; expected at "
+                "least 1e-9. Raise it, or use more data.calibration.tokens."
+            )
+        centred = statistics[Statistic.INPUT_COVARIANCE]
+        directions, energy, right = output_directions(
+            scale[:, None] * (axes.T @ reduced),
+            shrunk(centred if self.centred else second_moment(statistics), self.input_shrinkage),
+            "weighted output moment",
+        )
+        back = axes @ (directions / scale[:, None])
+        left, right = balanced(back if basis is None else basis @ back, right)
+        tail = tail_sums(energy / 2)
+        if not self.centred:
+            return LowRankFactors(left, right, tail, bias)
+        mean = statistics[Statistic.INPUT_MEAN]
+        offset = weight @ mean if bias is None else weight @ mean + bias
+        return LowRankFactors(left, right, tail, offset, mean)
+
+
+def predicted_loss(factors: LowRankFactors, statistics: Statistics) -> Float[Tensor, " k_plus_1"]:
+    """Predict the increase of the loss at rank 0, 1, ..., ``k``, nats per token.
+
+    It is ``1/2 tr(G D C D^T)``, as of :class:`LossAware`, with ``D`` the product of the directions
+    that a rank leaves out, of any method, so that all curves have one unit. ``C`` is the covariance
+    (or else the pooled one) where the factors restore the mean, else the second moment; ``G`` is
+    shrunk by 0.01. Made monotone, for directions of another metric may cancel; float64.
+    """
+    left, right = factors.left.double(), factors.right.double()
+    gradient = statistics[Statistic.OUTPUT_GRADIENT].to(left)
+    covariance = statistics.get(Statistic.INPUT_COVARIANCE)
+    if covariance is None:
+        covariance = statistics[Statistic.POOLED_INPUT_COVARIANCE]
+    outputs = left.T @ shrunk(gradient, PREDICTION_SHRINKAGE) @ left
+    inputs = right @ covariance.to(right) @ right.T
+    if factors.center is None:
+        mean = right @ statistics[Statistic.INPUT_MEAN].to(right)
+        inputs += mean.outer(mean)
+    # Of the directions that a rank leaves out: the sum over the trailing square block.
+    blocks = (outputs * inputs).flip(0, 1).cumsum(0).cumsum(1).diagonal().flip(0) / 2
+    curve = torch.cat([blocks, blocks.new_zeros(1)]).clamp_min(0.0)
+    return curve.flip(0).cummax(0).values.flip(0)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields, replace
 from typing import Any
 
+from lrbo.config.options import no_such_option, rules_of, with_options
 from lrbo.errors import ConfigError
 from lrbo.factorization.base import FactorizationMethod
-from lrbo.factorization.loss_aware import LossAware
-from lrbo.factorization.pooled import Bolaco
-from lrbo.factorization.weighted import Asvd, Drone, Fwsvd, Svd, SvdLlm
+from lrbo.factorization.methods import Asvd, Bolaco, Drone, Fwsvd, LossAware, Svd, SvdLlm
 
 METHODS: dict[str, FactorizationMethod] = {
     method.name: method
@@ -18,37 +16,18 @@ METHODS: dict[str, FactorizationMethod] = {
 }
 
 
-def options_of(name: str) -> dict[str, Any]:
-    """Return the options of a method with their defaults."""
-    method: Any = METHODS[name]
-    return {
-        field.name: getattr(method, field.name)
-        for field in fields(method)
-        if field.name not in ("name", "needs")
-    }
-
-
 def method_named(name: str, options: Mapping[str, Any] | None = None) -> FactorizationMethod:
-    """Return a factorization method.
-
-    Args:
-        name: In the registry.
-        options: Of the method, other than its defaults.
+    """Return the factorization method of a name, with options other than its defaults.
 
     Raises:
-        ConfigError: If there is none of that name, or it has no such option; the message lists
-            those there are.
+        ConfigError: If the name or an option is unknown; lists the known ones.
+        ValueError: If an option breaks its rule.
     """
     if name not in METHODS:
         raise ConfigError([f"method.name={name!r} is unknown; known: {', '.join(METHODS)}."])
-    known = options_of(name)
-    problems = [
-        f"method.{option}: {name} has no such option; it has {', '.join(known) or 'none'}"
-        for option in options or {}
-        if option not in known
-    ]
-    if problems:
-        raise ConfigError(problems)
-    method: Any = METHODS[name]
-    chosen: FactorizationMethod = replace(method, **(options or {}))
-    return chosen
+    known, given = rules_of(METHODS[name]), options or {}
+    unknown = [f"method.{one}: {no_such_option(name, known)}" for one in given if one not in known]
+    if unknown:
+        raise ConfigError(unknown)
+    changed: FactorizationMethod = with_options(METHODS[name], given)
+    return changed

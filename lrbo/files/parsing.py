@@ -1,12 +1,16 @@
-"""What a file says as typed records, or one error: where, which field, what came, what was due."""
+"""JSON -> typed records, or one error: file, field, value, and what was expected; and back.
+
+Strict JSON has no infinity: an infinite perplexity is null.
+"""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Hashable, Iterable
+import sys
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
-from typing import Annotated, Any, NoReturn, TypeVar, cast
+from typing import Annotated, Any, NoReturn
 
 from pydantic import Field, PlainValidator, Strict, TypeAdapter, ValidationError
 
@@ -14,25 +18,18 @@ from lrbo.errors import LrboError, cut
 
 SHOWN = 5  # problems of one record; the others are counted
 LARGEST = 2**63 - 1  # whole number that tables and tensors take
-LENGTH = 60  # characters of a value that came
-
-Record = TypeVar("Record")
+LENGTH = 60  # characters of a value in a message
 
 
 class ContentError(LrboError):
-    """A file, or a line of it, does not say what it should; the message names file and field."""
+    """A file, or a line of it, has other content than expected; the message names the field."""
 
 
 def _number(value: object) -> float:
     """Take a finite number of JSON as it is: whole ones stay whole."""
-    if type(value) not in (int, float):
+    if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError("a number")
-    assert isinstance(value, int | float)
-    try:
-        finite = math.isfinite(value)
-    except OverflowError:  # a whole number beyond all floats
-        finite = False
-    if not finite:
+    if not abs(value) <= sys.float_info.max:  # nor a whole number beyond all floats
         raise ValueError("a finite number")
     return value
 
@@ -44,7 +41,7 @@ Count = Annotated[int, Strict(), Field(ge=0, le=LARGEST)]
 Positive = Annotated[int, Strict(), Field(ge=1, le=LARGEST)]
 Flag = Annotated[bool, Strict()]
 
-# What a type of pydantic's errors means in the words of JSON.
+# Types of pydantic's errors in the words of JSON.
 EXPECTED = {
     "bool_type": "true or false",
     "dataclass_type": "an object",
@@ -57,99 +54,69 @@ EXPECTED = {
 }
 
 
-class _NoValueError(ValueError):
-    """What Python reads and JSON has not."""
-
-
 def _refuse(constant: str) -> NoReturn:
-    raise _NoValueError(f"{constant} is no number of JSON")
+    raise ContentError(f"{constant} is no number of JSON")
 
 
 def _unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     for name, value in pairs:
         if name in fields:
-            raise _NoValueError(f"the field {shown(name)} is there twice")
+            raise ContentError(f"the field {shown(name)} is there twice")
         fields[name] = value
     return fields
 
 
 def parse_json(content: bytes | str, where: str) -> Any:
-    """Read one JSON value, without what JSON has not: NaN, and two fields of one name.
-
-    Raises:
-        ContentError: If it is none.
-    """
+    """Read one JSON value; ContentError where it is none, or a field comes twice."""
     try:
         text = content if isinstance(content, str) else content.decode("utf-8")
         return json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse)
-    except _NoValueError as error:
+    except ContentError as error:
         raise ContentError(f"{where}: {error}") from None
-    except UnicodeDecodeError as error:
-        raise ContentError(f"{where}: byte {error.start + 1} is no UTF-8 text") from error
     except RecursionError as error:
         raise ContentError(f"{where}: lists or objects are nested too deep") from error
-    except ValueError as error:  # of syntax, or a number of more digits than Python reads
+    except ValueError as error:  # also bytes that are no UTF-8, and endless numbers
         raise ContentError(f"{where}: it is not JSON: {error}") from error
 
 
-def checked(value: object, kind: type[Record] | Any, where: str) -> Record:
-    """Turn a JSON value into a typed record.
+def checked(value: object, kind: Any, where: str) -> Any:
+    """Turn a JSON value into a typed record: a dataclass, a TypedDict, or another pydantic type.
 
-    Args:
-        value: What :func:`parse_json` gives.
-        kind: A dataclass, a TypedDict, or what else pydantic takes for a type.
-        where: Begins the message: a file, and a line of it.
-
-    Raises:
-        ContentError: Listing the fields that are missing, too many, or of another kind.
+    ContentError, which begins with ``where``, lists missing, unknown and mistyped fields.
     """
     try:
-        record: Record = _adapter(cast(Any, kind)).validate_python(value)
+        return _adapter(kind).validate_python(value)
     except ValidationError as error:
         problems = list(dict.fromkeys(map(_problem, error.errors(include_url=False))))
         more = f"; and {len(problems) - SHOWN} more" if problems[SHOWN:] else ""
         raise ContentError(f"{where}: {'; '.join(problems[:SHOWN])}{more}") from None
-    return record
 
 
-def parsed(content: bytes | str, kind: type[Record] | Any, where: str) -> Record:
-    """Read one JSON value as a typed record.
-
-    Args:
-        content: The JSON.
-        kind: As for :func:`checked`.
-        where: Begins the message.
-
-    Raises:
-        ContentError: If it is no JSON, or does not fit the type.
-    """
-    record: Record = checked(parse_json(content, where), kind, where)
-    return record
+def parsed(content: bytes | str, kind: Any, where: str) -> Any:
+    """Read one JSON value as a typed record: :func:`parse_json`, then :func:`checked`."""
+    return checked(parse_json(content, where), kind, where)
 
 
-@cache
-def _adapter(kind: Hashable) -> Any:
-    """Build the validator of a type once: that takes milliseconds."""
-    return TypeAdapter(cast(Any, kind))
+_adapter: Callable[[Any], TypeAdapter[Any]] = cache(TypeAdapter)  # which takes milliseconds
 
 
 def _problem(error: Any) -> str:
-    """Say one of pydantic's errors: the field, what came, what was expected."""
+    """Word an error of pydantic: the field, its value, what was expected."""
     kind, context = error["type"], error.get("ctx", {})
     field = ".".join(str(part) for part in error["loc"])
     if kind in ("missing", "missing_argument", "missing_keyword_only_argument"):
         return f"the field {field} is missing"
     if kind in ("extra_forbidden", "unexpected_keyword_argument"):
         return f"there is no field {field}"
-    came = f"{field} is {shown(error['input'])}" if field else f"it is {shown(error['input'])}"
+    given = f"{field or 'it'} is {shown(error['input'])}"
     if kind == "literal_error":
-        return f"{came}, expected {context['expected']}"
+        return f"{given}, expected {context['expected']}"
     if kind in ("greater_than_equal", "less_than_equal"):
         side = "at least" if "ge" in context else "at most"
-        return f"{came}, expected a whole number, {side} {next(iter(context.values()))}"
+        return f"{given}, expected a whole number, {side} {next(iter(context.values()))}"
     expected = context["error"] if kind == "value_error" else EXPECTED.get(kind, error["msg"])
-    return f"{came}, expected {expected}"
+    return f"{given}, expected {expected}"
 
 
 def shown(value: object) -> str:
@@ -159,3 +126,25 @@ def shown(value: object) -> str:
     except (TypeError, ValueError, RecursionError):
         text = repr(value)
     return cut(text, LENGTH)
+
+
+def to_json(value: object, **options: Any) -> str:
+    """Write strict JSON, with options of ``json.dumps``; ValueError for a NaN or infinite loss."""
+    return json.dumps(without_infinity(value), allow_nan=False, **options)
+
+
+def may_be_infinite(name: str) -> bool:
+    """Whether a number of this name may be infinite, as exp of a finite loss is."""
+    return name.endswith("perplexity")
+
+
+def without_infinity(value: Any) -> Any:
+    """Replace infinite perplexities by null, at any depth."""
+    if isinstance(value, Mapping):
+        return {
+            key: None if item == math.inf and may_be_infinite(str(key)) else without_infinity(item)
+            for key, item in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return [without_infinity(item) for item in value]
+    return value

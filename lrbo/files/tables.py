@@ -1,34 +1,45 @@
-"""Tables for a terminal, and the same cells with tabs between them where nobody looks."""
+"""Tables as data: columns, cells and notes, which a terminal, a page and Markdown render."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
-from lrbo.terminal import printable
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 
-def is_piped(console: Console) -> bool:
-    """Tell a file or pipe, which has no width to pad, break or cut lines at."""
-    return not (console.is_terminal or console.is_jupyter)
+@dataclass(frozen=True)
+class Column:
+    """A column: its head, and how a terminal shows it."""
+
+    head: str
+    short: str = ""  # head on a terminal; empty for the same
+    is_text: bool = False  # cells are aligned to the left, as numbers are not
+    folds: bool = False  # long cells are wrapped where there is no room
+    is_extra: bool = False  # left out on a terminal
+
+    @property
+    def narrow(self) -> str:
+        """Its head on a terminal."""
+        return self.short or self.head
 
 
-def print_piped(console: Console, text: str) -> None:
-    """Print one line as it is: rich would break it, and write tabs as blanks."""
-    console.file.write(f"{printable(text)}\n")
+@dataclass(frozen=True)
+class Table:
+    """A table of cells that are text already, as many in each row as there are columns."""
+
+    title: str
+    columns: Sequence[Column]
+    rows: Sequence[Sequence[str]]
+    notes: Sequence[str] = ()  # below it, a sentence each
+    bold: str = ""  # first cell of the rows that stand out
+    # Columns that a narrow terminal leaves out, in this order: half a number is worse than none.
+    expendable: Sequence[str] = ()
+    # What the rows after the first ten are, which a terminal only counts; empty to show all.
+    further: str = ""
 
 
-def lines_of(table: Table) -> Iterator[str]:
-    """Yield heads, where it has some, and rows of a table with tabs between the cells."""
-    if table.show_header:
-        yield "\t".join(_plain(column.header) for column in table.columns)
-    for cells in zip(*(column.cells for column in table.columns), strict=True):
-        yield "\t".join(map(_plain, cells))
-
-
-def _plain(cell: object) -> str:
-    """Write a cell in one line without tabs, which would divide it."""
-    return " ".join((cell.plain if isinstance(cell, Text) else str(cell)).split())
+def columns(*heads: str | Column) -> list[Column]:
+    """Columns of which the first names the row, unless that is a number of a trial."""
+    return [
+        head if isinstance(head, Column) else Column(head, is_text=not index and head != "trial")
+        for index, head in enumerate(heads)
+    ]

@@ -1,4 +1,4 @@
-"""Some rows of a low-rank matrix, and the others as combinations of them: the pivoted form."""
+"""Some rows of a low-rank product, the others as combinations of them, and the layer of these."""
 
 from __future__ import annotations
 
@@ -7,58 +7,160 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
+from typing_extensions import override
 
-from lrbo.linalg import require_finite
+from lrbo.layers.low_rank import Bias, BiasFor, FormModule, Left, Right, linear_of
+from lrbo.linalg import float64_device, require_finite
+from lrbo.models.families import is_pointwise
 
-# Largest coefficient that is left. What rounding adds to an output grows with the length of its
-# row of coefficients, and swaps shorten it: from 12.1 at a bound of 1.25 to 10.6 at 1.05 for a
-# random (4096, 2973), with 49 swaps instead of 22. At 1.02 it is 9.9 with 102, which take longer.
+# Largest coefficient that is left. Rounding grows with the length of a row of coefficients: for a
+# random (4096, 2973) that is 12.1 at a bound of 1.25 after 22 swaps, and 10.6 at 1.05 after 49.
 GROWTH_BOUND = 1.05
 # Rank-one updates between two fresh computations of the coefficients.
 UPDATES = 64
 EPSILON = torch.finfo(torch.float64).eps
 # Largest entry of U, in units of its column, and of the inverse of L with which an elimination is
-# trusted with 12 digits. Matrices of up to 11008 x 2973 reached 68 and 3; only ones made for it
-# reach more.
+# trusted with 12 digits. Matrices of up to 11008 x 2973 reached 68 and 3.
 ELIMINATION_LIMIT = 1e3
 
 
+class Product(nn.Linear):
+    """A linear map whose output may lie in memory by columns, all rows of one feature together.
+
+    Features are then put in order by copying rows of memory, several times as fast on a CPU as
+    moving elements within rows (``experiments/bench_speed``).
+    """
+
+    pointwise = False  # see PivotedLinear
+
+    def forward(self, x: Float[Tensor, "rows in"]) -> Float[Tensor, "rows out"]:
+        """Apply the layer, which has no bias."""
+        # A quantized or distributed weight is a tensor of its own kind, which may only be a factor
+        # on the right.
+        if by_columns(x, self.pointwise) and type(self.weight) in (nn.Parameter, Tensor):
+            return nn.functional.linear(self.weight, x).T
+        return super().forward(x)
+
+
+def by_columns(x: Tensor, pointwise: bool) -> bool:
+    """Whether a pivoted layer works by columns.
+
+    What has to lie by rows in the end must be transposed, which pays for half precision on a CPU.
+    """
+    return pointwise or (x.device.type == "cpu" and x.element_size() == 2)
+
+
+class PivotedLinear(FormModule):
+    """Some outputs are rows times the input, the others combinations of these outputs.
+
+    It holds ``rank * (in + out) - rank**2`` parameters and multiplies as often; see
+    :func:`pivot`. Both matrices are nn.Linear, so that adapters just work.
+
+    Attributes:
+        rows: ``in -> rank``, the pivot outputs.
+        coefficients: ``rank -> out - rank``, the other outputs in terms of the pivot outputs.
+        index: Where each output is among pivots and others, int32.
+        pointwise: Whether outputs are only used elementwise, as by an activation function, so that
+            they may lie in memory by columns; ``False`` is always right.
+    """
+
+    index: Tensor
+
+    def __init__(
+        self,
+        rows: Float[Tensor, "r in"],
+        coefficients: Float[Tensor, "others r"],
+        index: Int[Tensor, " out"],
+        bias: Bias,
+    ) -> None:
+        super().__init__(len(index), rows.shape[1], len(rows), rows)
+        self.rows = linear_of(rows, None, Product)
+        self.coefficients = linear_of(coefficients, None, Product)
+        self.pointwise = False
+        self.register_buffer("index", index)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    @classmethod
+    @override
+    def of_product(
+        cls, name: str, left: Left, right: Right, bias_for: BiasFor, dtype: torch.dtype
+    ) -> PivotedLinear:
+        form = pivot(left, right, f"{name} at rank {len(right)}")  # in float64
+        rows = form.rows.to(left.device, dtype)
+        coefficients = form.coefficients.to(left.device, dtype)
+        index = form.order.argsort().to(left.device, torch.int32)
+
+        def linear(x: Tensor) -> Tensor:
+            pivots = rows.to(x.dtype) @ x
+            return torch.cat([pivots, coefficients.to(x.dtype) @ pivots])[index]
+
+        layer = cls(rows, coefficients, index, bias_for(linear, dtype))
+        return layer.take_pointwise(is_pointwise(name))
+
+    @classmethod
+    @override
+    def stand_in(cls, name: str, left: Left, right: Right, bias: Bias) -> PivotedLinear:
+        # Choosing pivots takes seconds per layer, and the time of a product does not depend on
+        # its elements. Outputs are gathered from all over the layer, as they are after a choice.
+        rank = len(right)
+        generator = torch.Generator().manual_seed(rank)
+        index = torch.randperm(len(left), generator=generator, device="cpu")
+        index = index.to(left.device, torch.int32)
+        layer = cls(right, left[rank:].contiguous(), index, bias)
+        return layer.take_pointwise(is_pointwise(name))
+
+    @property
+    def growth(self) -> float:
+        """The largest absolute coefficient."""
+        coefficients = self.coefficients.weight
+        return float(coefficients.abs().max()) if coefficients.numel() else 0.0
+
+    @override
+    def dense_weight(self) -> Float[Tensor, "out in"]:
+        rows = self.rows.weight.double()
+        return torch.cat([rows, self.coefficients.weight.double() @ rows])[self.index]
+
+    def take_pointwise(self, pointwise: bool) -> PivotedLinear:
+        """Set ``pointwise``, here and in both matrices, and return the layer."""
+        self.pointwise = self.rows.pointwise = self.coefficients.pointwise = pointwise
+        return self
+
+    def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
+        """Apply the layer."""
+        pivots = self.rows(x.reshape(-1, x.shape[-1]))
+        others = self.coefficients(pivots)
+        if by_columns(x, self.pointwise):
+            result = torch.cat([pivots.T, others.T]).index_select(0, self.index).T
+            if not self.pointwise:
+                result = result.contiguous()
+        else:
+            both = torch.cat([pivots, others], -1)
+            if x.device.type == "cpu":  # there index_select takes up to ten times as long
+                result = both.gather(-1, self.index.long().expand_as(both))
+            else:
+                result = both.index_select(-1, self.index)
+        if self.bias is not None:
+            result = result.add_(self.bias)
+        return result.view(*x.shape[:-1], len(self.index))
+
+
 class DependentColumnsWarning(UserWarning):
-    """Some columns add nothing to those before them: a smaller rank gives the same layer."""
+    """Some columns depend on those before them: a smaller rank gives the same layer."""
 
 
 @dataclass(frozen=True)
 class Pivoting:
     """A product ``left @ right`` as some of its rows and combinations of these.
 
-    Row ``pivots[i]`` of the product is ``rows[i]``, row ``others[i]`` is
-    ``coefficients[i] @ rows``. This is the lossless form of Zhao et al., *PIFA: Pivoting
-    Factorization* (ICML 2025): ``r * (m + n) - r * r`` numbers.
-
-    Attributes:
-        order: ``(m,)``, int64: the ``r`` pivots, then the other rows, each part ascending.
-        rows: ``(r, n)``, float64.
-        coefficients: ``(m - r, r)``, float64.
-        growth: Largest absolute coefficient, at most ``GROWTH_BOUND``.
-        swaps: Pivots that were exchanged after the elimination.
+    Row ``order[i]`` of the product is ``rows[i]``, row ``order[r + i]`` is
+    ``coefficients[i] @ rows``: the lossless form of Zhao et al., *PIFA: Pivoting Factorization*
+    (ICML 2025), ``r * (m + n) - r * r`` numbers, in float64.
     """
 
-    order: Int[Tensor, " m"]
+    order: Int[Tensor, " m"]  # the r pivots, then the other rows, each part ascending
     rows: Float[Tensor, "r n"]
-    coefficients: Float[Tensor, "others r"]
-    growth: float
-    swaps: int
-
-    @property
-    def pivots(self) -> Int[Tensor, " r"]:
-        """Return the rows that are kept."""
-        return self.order[: len(self.rows)]
-
-    @property
-    def others(self) -> Int[Tensor, " others"]:
-        """Return the rows that are combinations of the pivots."""
-        return self.order[len(self.rows) :]
+    coefficients: Float[Tensor, "others r"]  # none larger than GROWTH_BOUND
 
 
 def pivot(left: Float[Tensor, "m r"], right: Float[Tensor, "r n"], name: str = "left") -> Pivoting:
@@ -67,29 +169,18 @@ def pivot(left: Float[Tensor, "m r"], right: Float[Tensor, "r n"], name: str = "
     Gaussian elimination with partial pivoting finds the first pivots. Then the pivot and the
     row of the largest coefficient change places until none is above the bound (maxvol;
     Goreinov et al., *How to find a good submatrix*, 2010). Each swap multiplies the volume of the
-    pivot rows by more than the bound, so it ends; and it ends only after the coefficients were
-    computed afresh and lie within the bound.
+    pivot rows by more than the bound, so it ends.
 
     Both work on the unit lower trapezoidal factor, whose columns are independent whatever
-    ``left`` is. So the form is as exact for a ``left`` of lower rank; it then holds more pivots
-    than were needed, which is warned of. A matrix on which elimination would lose digits is
-    begun with an orthonormal basis of its columns instead, which takes longer.
-
-    Args:
-        left: ``(m, r)`` with ``r <= m``, any floating dtype; not modified.
-        right: ``(r, n)``, on the same device.
-        name: What it is, for messages.
-
-    Returns:
-        The form, in float64, on the device of ``left`` (on the CPU where that has no float64).
+    ``left`` is. So the form is as exact for a ``left`` of lower rank, and a warning says that it
+    holds more pivots than were needed. Where elimination would lose digits, an orthonormal basis
+    of the columns replaces it. All is done in float64, on the device of ``left`` (on the CPU
+    where that has none), in about ``6 m r^2`` operations: on one busy core 0.2 s for
+    ``(1536, 417)`` and a minute for ``(11008, 2973)`` (``experiments/bench_pivoted``).
 
     Raises:
         StatisticsError: If an entry is not finite.
         ValueError: If ``left`` has more columns than rows.
-
-    Note:
-        The time is that of about ``6 m r^2`` operations: on one busy core 0.2 s for
-        ``(1536, 417)`` and a minute for ``(11008, 2973)`` (``experiments/bench_pivoted``).
     """
     count, rank = left.shape
     if rank > count:
@@ -99,37 +190,26 @@ def pivot(left: Float[Tensor, "m r"], right: Float[Tensor, "r n"], name: str = "
         )
     require_finite(name, left)
     require_finite(f"the right factor of {name}", right)
-    work = torch.device("cpu") if left.device.type == "mps" else left.device  # has no float64
+    work = float64_device(left.device)
     exact = left.detach().to(work, torch.float64)
-    basis, place = _start(exact, name)
-    swaps = 0
+    basis, order = _start(exact, name)
     while True:  # afresh each time, because rank-one updates drift
-        coefficients = _combinations(basis[place[:rank]], basis[place[rank:]])
-        done = _swap(coefficients, place)
-        if not done:
+        coefficients = _combinations(basis[order[:rank]], basis[order[rank:]])
+        if not _swap(coefficients, order):
             break
-        swaps += done
-    pivots, by_pivot = place[:rank].sort()
-    others, by_other = place[rank:].sort()
-    coefficients = coefficients[by_other][:, by_pivot]
+    pivots, by_pivot = order[:rank].sort()
+    others, by_other = order[rank:].sort()
     return Pivoting(
         order=torch.cat([pivots, others]),
         rows=exact[pivots] @ right.detach().to(work, torch.float64),
-        coefficients=coefficients,
-        growth=float(coefficients.abs().max()) if coefficients.numel() else 0.0,
-        swaps=swaps,
+        coefficients=coefficients[by_other][:, by_pivot],
     )
 
 
 def _start(
     exact: Float[Tensor, "m r"], name: str
 ) -> tuple[Float[Tensor, "m r"], Int[Tensor, " m"]]:
-    """Return independent columns that span those of ``exact``, and rows to begin with.
-
-    Returns:
-        ``(m, r)``, a basis, and ``(m,)``, first the pivots, then the other rows. The pivot rows
-        of the basis are well conditioned.
-    """
+    """Return a basis of the columns, and rows in order: well-conditioned pivots, then others."""
     rank = exact.shape[1]
     packed, exchanges, _ = torch.linalg.lu_factor_ex(exact)  # _ex: takes singular matrices too
     upper = packed[:rank].triu().abs()
@@ -138,7 +218,7 @@ def _start(
     if dependent:
         warnings.warn(
             f"{name}: {dependent} of {rank} columns depend on those before them. The pivoted form "
-            f"is exact, but rank {rank - dependent} would store less and answer the same.",
+            f"is exact, but rank {rank - dependent} would store less and give the same outputs.",
             DependentColumnsWarning,
             stacklevel=3,
         )
@@ -148,31 +228,31 @@ def _start(
     inverse = torch.linalg.solve_triangular(lower[:rank], unit, upper=False, unitriangular=True)
     if bool((upper > ELIMINATION_LIMIT * scale).any() | (inverse.abs() > ELIMINATION_LIMIT).any()):
         return _start_orthonormal(exact)
-    order = list(range(len(exact)))
+    rows = list(range(len(exact)))
     for row, other in enumerate(exchanges.tolist()):  # LAPACK counts from 1
-        order[row], order[other - 1] = order[other - 1], order[row]
-    place = torch.tensor(order, dtype=torch.int64, device=exact.device)
+        rows[row], rows[other - 1] = rows[other - 1], rows[row]
+    order = torch.tensor(rows, dtype=torch.int64, device=exact.device)
     basis = torch.empty_like(lower)
-    basis[place] = lower
-    return basis, place
+    basis[order] = lower
+    return basis, order
 
 
 def _start_orthonormal(
     exact: Float[Tensor, "m r"],
 ) -> tuple[Float[Tensor, "m r"], Int[Tensor, " m"]]:
-    """Do as :func:`_start` by pivoted Gram-Schmidt, which no matrix that we know of defeats."""
+    """Do the same by pivoted Gram-Schmidt, which no matrix that we know of defeats."""
     basis, _ = torch.linalg.qr(exact)
     rest, is_pivot = basis.clone(), torch.zeros(len(exact), dtype=torch.bool, device=exact.device)
-    pivots = []
+    rows = []
     for _ in range(exact.shape[1]):
         row = int(rest.square().sum(1).argmax())
         direction = rest[row] / rest[row].norm()
         rest.addr_(rest @ direction, direction, alpha=-1.0)
         rest[row] = 0.0
         is_pivot[row] = True
-        pivots.append(row)
-    chosen = torch.tensor(pivots, dtype=torch.int64, device=exact.device)
-    return basis, torch.cat([chosen, (~is_pivot).nonzero()[:, 0]])
+        rows.append(row)
+    pivots = torch.tensor(rows, dtype=torch.int64, device=exact.device)
+    return basis, torch.cat([pivots, (~is_pivot).nonzero()[:, 0]])
 
 
 def _combinations(
@@ -180,21 +260,13 @@ def _combinations(
 ) -> Float[Tensor, "others r"]:
     """Return ``others pivots^-1``; one step of refinement saves a digit of a large matrix."""
     packed, exchanges = torch.linalg.lu_factor(pivots)
-    found: Tensor = torch.linalg.lu_solve(packed, exchanges, others, left=False)
-    rest = others - found @ pivots
-    return found.add_(torch.linalg.lu_solve(packed, exchanges, rest, left=False))
+    solution: Tensor = torch.linalg.lu_solve(packed, exchanges, others, left=False)
+    rest = others - solution @ pivots
+    return solution.add_(torch.linalg.lu_solve(packed, exchanges, rest, left=False))
 
 
-def _swap(coefficients: Float[Tensor, "others r"], place: Int[Tensor, " m"]) -> int:
-    """Exchange pivots until no coefficient is above the bound, or the updates are used up.
-
-    Args:
-        coefficients: Updated in place.
-        place: Pivots, then others; updated in place.
-
-    Returns:
-        The number of swaps; 0 if the coefficients were within the bound.
-    """
+def _swap(coefficients: Float[Tensor, "others r"], order: Int[Tensor, " m"]) -> int:
+    """Exchange pivots, in place, until the bound holds or the updates are used up; count swaps."""
     if not coefficients.numel():
         return 0
     rank = coefficients.shape[1]
@@ -208,5 +280,5 @@ def _swap(coefficients: Float[Tensor, "others r"], place: Int[Tensor, " m"]) -> 
         coefficients[i] = -row / largest
         coefficients[:, j] = column / largest
         coefficients[i, j] = 1.0 / largest
-        place[[j, rank + i]] = place[[rank + i, j]]
+        order[[j, rank + i]] = order[[rank + i, j]]
     return UPDATES

@@ -11,25 +11,14 @@ from lrbo.errors import ModelError
 
 @dataclass(frozen=True)
 class Family:
-    """Where the linear layers of a family are.
+    """Where the linear layers of a family are, by their paths inside a block."""
 
-    To add a family, add one entry to ``FAMILIES``; ``tests/test_model.py`` checks on a tiny
-    random model that the layers of a site really read the same tensor.
-
-    Attributes:
-        model_types: Values of ``config.model_type`` in Hugging Face's terms.
-        blocks: Path of the module list of blocks.
-        sites: Paths inside a block; one tuple per distinct input, in forward order.
-        writers: Paths of the layers, each alone at its site, whose answers are added to the
-            residual stream as they are: first attention's, then the MLP's.
-        pointwise: Paths of the layers whose answers the MLP takes number by number, through an
-            activation function or a product, so that they may lie in memory in any order.
-    """
-
-    model_types: tuple[str, ...]
-    blocks: str
-    sites: tuple[tuple[str, ...], ...]
+    model_types: tuple[str, ...]  # values of config.model_type
+    blocks: str  # path of the module list of blocks
+    sites: tuple[tuple[str, ...], ...]  # a tuple per distinct input, in forward order
+    # Whose outputs are added to the residual stream as they are: attention's, then the MLP's.
     writers: tuple[str, str]
+    # Whose outputs the MLP uses elementwise, so that these may lie in memory in any order.
     pointwise: tuple[str, ...]
 
     @cached_property
@@ -43,16 +32,12 @@ class Family:
         }
 
 
+_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 FAMILIES = (
     Family(
         ("llama", "mistral", "qwen2", "qwen3", "smollm3"),
         "model.layers",
-        (
-            ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-            ("self_attn.o_proj",),
-            ("mlp.gate_proj", "mlp.up_proj"),
-            ("mlp.down_proj",),
-        ),
+        (_QKV, ("self_attn.o_proj",), ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",)),
         ("self_attn.o_proj", "mlp.down_proj"),
         ("mlp.gate_proj", "mlp.up_proj"),
     ),
@@ -66,12 +51,7 @@ FAMILIES = (
     Family(
         ("opt",),
         "model.decoder.layers",
-        (
-            ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-            ("self_attn.out_proj",),
-            ("fc1",),
-            ("fc2",),
-        ),
+        (_QKV, ("self_attn.out_proj",), ("fc1",), ("fc2",)),
         ("self_attn.out_proj", "fc2"),
         ("fc1",),
     ),
@@ -90,66 +70,40 @@ FAMILIES = (
     Family(  # attention and MLP run in parallel behind one norm: fc1 reads what q, k, v read
         ("phi",),
         "model.layers",
-        (
-            ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.fc1"),
-            ("self_attn.dense",),
-            ("mlp.fc2",),
-        ),
+        ((*_QKV, "mlp.fc1"), ("self_attn.dense",), ("mlp.fc2",)),
         ("self_attn.dense", "mlp.fc2"),
         ("mlp.fc1",),
     ),
     Family(
         ("phi3",),
         "model.layers",
-        (
-            ("self_attn.qkv_proj",),
-            ("self_attn.o_proj",),
-            ("mlp.gate_up_proj",),
-            ("mlp.down_proj",),
-        ),
+        (("self_attn.qkv_proj",), ("self_attn.o_proj",), ("mlp.gate_up_proj",), ("mlp.down_proj",)),
         ("self_attn.o_proj", "mlp.down_proj"),
         ("mlp.gate_up_proj",),
     ),
 )
-
-
 MODEL_TYPES = tuple(sorted(name for family in FAMILIES for name in family.model_types))
-POINTWISE = frozenset(path for family in FAMILIES for path in family.pointwise)
 
 
 def family_of(model_type: str) -> Family:
-    """Return the family of a model type.
-
-    Raises:
-        ModelError: If no family lists it; the message names those that exist.
-    """
+    """Return the family of a model type; ModelError if none lists it."""
     for family in FAMILIES:
         if model_type in family.model_types:
             return family
     raise ModelError(
         f"model type {model_type!r} is not mapped; known types: {', '.join(MODEL_TYPES)}. "
-        "Describe it in lrbo/families.py."
+        "Describe it in lrbo/models/families.py."
     )
 
 
 def is_pointwise(name: str) -> bool:
-    """Return whether the answers of a layer are only taken number by number, in any family.
-
-    Args:
-        name: Module path, in a model or in a block.
-    """
-    return any(f".{name}".endswith(f".{path}") for path in POINTWISE)
+    """Whether the outputs of the layer with this path are only used elementwise."""
+    paths = {path for family in FAMILIES for path in family.pointwise}
+    return any(f".{name}".endswith(f".{path}") for path in paths)
 
 
 def writers_of(config: Any) -> tuple[str, ...]:
-    """Return the layers of a block that add to its residual stream as they are.
-
-    Args:
-        config: Of a model, as transformers has it.
-
-    Raises:
-        ModelError: If the family is unknown.
-    """
-    family = family_of(config.model_type)
+    """Return the layers of a block whose outputs are added to its residual stream as they are."""
     # OPT-350m normalizes behind the addition, so that its stream is not what layers add to.
-    return family.writers if getattr(config, "do_layer_norm_before", True) else ()
+    normalizes_before = getattr(config, "do_layer_norm_before", True)
+    return family_of(config.model_type).writers if normalizes_before else ()

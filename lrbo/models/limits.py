@@ -1,4 +1,4 @@
-"""What a model can read: one list of checks of model, tokenizer and text, for every command."""
+"""The token ids that a model has and the tokens that it reads at once, compared with texts."""
 
 from __future__ import annotations
 
@@ -12,43 +12,24 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Limits:
-    """Which tokens a model has, and how many of them it reads at once.
+    """Sizes in a model's configuration, ``None`` where it does not state them."""
 
-    Attributes:
-        name: Of the model, for messages.
-        vocabulary: Token ids are below it; ``None`` where the model does not say.
-        positions: Of a window, or of a prompt and what follows it. Beyond them learned positions
-            do not exist, and rotary ones were not trained; ``None`` where there is no limit.
-    """
-
-    name: str
+    name: str  # of the model, for messages
     vocabulary: int | None
-    positions: int | None
+    positions: int | None  # beyond which learned ones do not exist, and rotary ones are untrained
 
     @classmethod
     def of(cls, config: Any, name: str) -> Limits:
         """Read the limits out of a model's configuration."""
-        whole = {
-            key: value
-            for key in ("vocab_size", "max_position_embeddings")
-            if isinstance(value := getattr(config, key, None), int) and value > 0
-        }
-        return cls(name, whole.get("vocab_size"), whole.get("max_position_embeddings"))
+        sizes = (getattr(config, key, None) for key in ("vocab_size", "max_position_embeddings"))
+        return cls(name, *(size if isinstance(size, int) and size > 0 else None for size in sizes))
 
     def of_windows(
         self,
         windows: Mapping[str, Int[Tensor, "windows tokens"]],
         advice: str = "restore tokenizer and config.json",
     ) -> list[str]:
-        """Check token windows.
-
-        Args:
-            windows: By what they are called in a message, none of them empty.
-            advice: What to do where an id is none of the model's.
-
-        Returns:
-            The problems.
-        """
+        """Return the problems of token windows, none of them empty, by their names in messages."""
         problems = []
         for name, ids in windows.items():
             low, high = int(ids.min()), int(ids.max())
@@ -59,10 +40,8 @@ class Limits:
                     f"{name}: the id {high:,} is beyond the vocabulary of {self.name}, "
                     f"0..{self.vocabulary - 1:,}; {advice}"
                 )
-        lengths: dict[int, list[str]] = {}
-        for name, ids in windows.items():
-            lengths.setdefault(ids.shape[1], []).append(name)
-        for length, names in lengths.items():
+        for length in dict.fromkeys(ids.shape[1] for ids in windows.values()):
+            names = [name for name, ids in windows.items() if ids.shape[1] == length]
             if self.positions is not None and length > self.positions:
                 problems.append(
                     f"{', '.join(names)}: windows of {length:,} tokens, but {self.name} has "
@@ -71,13 +50,7 @@ class Limits:
         return problems
 
     def of_prompt(self, key: str, prompt: int, more: int) -> list[str]:
-        """Check the length of a prompt together with that of what follows it.
-
-        Args:
-            key: Of the configuration.
-            prompt: Tokens.
-            more: Tokens that are added to it.
-        """
+        """Return the problem of a prompt that is too long with ``more`` tokens after it."""
         if self.positions is None or prompt + more <= self.positions:
             return []
         return [
@@ -86,11 +59,7 @@ class Limits:
         ]
 
     def of_tokenizer(self, size: int) -> list[str]:
-        """Check the tokenizer itself, where texts are not known before they are read.
-
-        Args:
-            size: Of its vocabulary, without tokens that were added to it.
-        """
+        """Return the problem of a tokenizer of that size, added tokens not counted."""
         if self.vocabulary is None or size <= self.vocabulary:
             return []
         return [

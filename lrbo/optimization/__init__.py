@@ -1,1 +1,1 @@
-"""Ask, tell, save, continue."""
+"""From a point to an allocation, and which point comes next."""

@@ -2,211 +2,101 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from lrbo.accounting import dense_parameters
-from lrbo.allocation import Allocation, Budget, Cost, allocate
-from lrbo.optimization.base import (
-    BudgetSpace,
-    LinearConstraint,
-    Start,
-    WarmStart,
-    sobol_within,
-    without_repeats,
-)
-from lrbo.optimization.front import KEEP_RATIO
-from lrbo.sensitivity import Curves
-from lrbo.specs import LayerSpec
+from lrbo.allocation.allocate import Allocation
+from lrbo.config.choices import KEEP_RATIO
+from lrbo.layers.options import DENSE
+from lrbo.optimization.space import LinearConstraint, Point, Space, Start, WarmStart
 
 BASELINES = 4  # keep ratios at which the baselines of a front are evaluated
 
 
 @dataclass(frozen=True)
-class FrontSpace:
-    """What is searched where the budget is searched too.
+class FrontSpace(Space):
+    """A space whose points name their budget too; ``inside`` is the space of one budget."""
 
-    A point is one of the space inside, at the budget that ``keep_ratio`` names. Every allocation
-    uses its own budget up.
-
-    Attributes:
-        inside: Of any one budget in the range.
-        layers: The layers that the budget covers.
-        lowest: Smallest keep ratio.
-        highest: Largest one: the ceiling.
-    """
-
-    inside: BudgetSpace
-    layers: tuple[LayerSpec, ...]
-    lowest: float
-    highest: float
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Return the names of the variables, the keep ratio last."""
-        return (*self.inside.names, KEEP_RATIO)
-
-    @property
-    def bounds(self) -> Mapping[str, tuple[float, float]]:
-        """Return the smallest and largest value of each variable."""
-        return {**self.inside.bounds, KEEP_RATIO: (self.lowest, self.highest)}
+    inside: Space
 
     @property
     def constraint(self) -> LinearConstraint | None:
-        """Return the constraint of the space inside, whose bound rises with the keep ratio."""
-        small, large = (self._at(ratio).constraint for ratio in (self.lowest, self.highest))
+        """The constraint of the space inside, whose bound rises with the keep ratio."""
+        lowest, highest = self.bounds[KEEP_RATIO]
+        small, large = self.at(lowest).constraint, self.at(highest).constraint
         if small is None or large is None:
             return None
-        slope = (large.bound - small.bound) / (self.highest - self.lowest)
+        slope = (large.bound - small.bound) / (highest - lowest)
         return LinearConstraint(
-            {**large.weights, KEEP_RATIO: -slope},
-            large.bound - slope * self.highest,
-            large.is_equality,
+            {**large.weights, KEEP_RATIO: -slope}, large.bound - slope * highest, large.is_equality
         )
 
-    @property
-    def budget(self) -> Budget:
-        """Return the ceiling."""
-        return Budget.from_keep_ratio(self.layers, self.highest)
+    def at(self, ratio: float) -> Space:
+        """Return the space inside, at one budget."""
+        return self.inside.of(self.problem.keeping(ratio))
 
-    @property
-    def cost(self) -> Cost:
-        """Return the stored parameters of a layer at a rank."""
-        return self.inside.cost
+    def allocate(self, point: Point) -> Allocation:
+        """Turn a point into options that use the budget of its keep ratio up."""
+        return self.at(point[KEEP_RATIO]).allocate(_inside(point))
 
-    def with_curves(self, curves: Curves) -> FrontSpace:
-        """Return the space with the loss curves of the layers."""
-        return replace(self, inside=self.inside.with_curves(curves))
-
-    def allocate(self, point: Mapping[str, float]) -> Allocation:
-        """Turn a point into ranks that use the budget of its keep ratio up."""
-        return self._at(point[KEEP_RATIO]).allocate(_inside(point))
-
-    def uniform(self) -> Allocation:
-        """Return the baseline at the ceiling."""
-        return self._at(self.highest).uniform()
-
-    def analytic(self) -> tuple[Allocation, Mapping[str, float]] | None:
-        """Return the allocation of least predicted loss at the ceiling, with its point."""
-        found = self._at(self.highest).analytic()
-        return found and (found[0], self._with_ratio(found[1], self.highest))
-
-    def start_point(self) -> Mapping[str, float] | None:
-        """Return the configured start at the ceiling, if there is one."""
-        found = self._at(self.highest).start_point()
-        return found and self._with_ratio(found, self.highest)
-
-    def warm_starts(self, wanted: Sequence[Start]) -> list[WarmStart]:
-        """Return what the space inside begins with, at keep ratios from the ceiling down.
-
-        All of one sort come before those of the next: the front that the search has to beat.
-        What donors lend is left out where its ranks are there already.
-        """
-        step = (self.highest - self.lowest) / (BASELINES - 1)
+    def starts(self, start: Start) -> list[WarmStart]:
+        """Return the starts inside at keep ratios from the largest down: the front to beat."""
+        lowest, highest = self.bounds[KEEP_RATIO]
+        step = (highest - lowest) / (BASELINES - 1)
         # Decimals as one would type them, not 0.7666666666666667.
-        ratios = [round(self.highest - step * place, 4) for place in range(BASELINES)]
-        ratios[0], ratios[-1] = self.highest, self.lowest
-        return without_repeats(
-            [
-                [
-                    WarmStart(found.origin, self._place_of(found, ratio), found.allocation)
-                    for ratio in ratios
-                    for found in self._at(ratio).warm_starts([start])
-                ]
-                for start in wanted
-            ]
-        )
+        ratios = [round(highest - step * index, 4) for index in range(BASELINES)]
+        ratios[0], ratios[-1] = highest, lowest
+        return [
+            replace(each, point=self.realised(each.allocation, {**each.point, KEEP_RATIO: ratio}))
+            if each.point
+            else each
+            for ratio in ratios
+            for each in self.at(ratio).starts(start)
+        ]
 
-    def between(
-        self, points: Sequence[Mapping[str, float]], ratio: float
-    ) -> dict[str, float] | None:
-        """Return the point at a keep ratio on the line between its two neighbours.
-
-        Args:
-            points: Of this space.
-            ratio: Wanted keep ratio.
-
-        Returns:
-            ``None`` if there is no neighbour on one of the sides.
-        """
-        below = [point for point in points if point[KEEP_RATIO] <= ratio]
-        above = [point for point in points if point[KEEP_RATIO] > ratio]
-        if not below or not above:
-            return None
-        small = max(below, key=lambda point: point[KEEP_RATIO])
-        large = min(above, key=lambda point: point[KEEP_RATIO])
-        share = (ratio - small[KEEP_RATIO]) / (large[KEEP_RATIO] - small[KEEP_RATIO])
-        values = [(1 - share) * small[name] + share * large[name] for name in self.names[:-1]]
-        return dict(zip(self.names, self.project([*values, ratio]), strict=True))
+    def between(self, small: Point, large: Point, ratio: float) -> Point:
+        """Interpolate between two points; ``{}`` unless the keep ratio lies between theirs."""
+        if not (small and large and small[KEEP_RATIO] <= ratio < large[KEEP_RATIO]):
+            return {}
+        weight = (ratio - small[KEEP_RATIO]) / (large[KEEP_RATIO] - small[KEEP_RATIO])
+        line = {name: (1 - weight) * small[name] + weight * large[name] for name in self.names}
+        return self.project({**line, KEEP_RATIO: ratio})
 
     def between_allocations(self, small: Allocation, large: Allocation, ratio: float) -> Allocation:
-        """Return the ranks at a keep ratio between two allocations, wherever these stand.
-
-        Each layer keeps the mean of what it keeps in both, weighted so that all together keep
-        the ratio. Baselines may stand at no point of the space.
-
-        Args:
-            small: Keeps less than the ratio.
-            large: Keeps more.
-            ratio: Wanted keep ratio.
-        """
-        budget = Budget.from_keep_ratio(self.layers, ratio)
-        share = (budget.parameters - small.parameters) / (large.parameters - small.parameters)
-
-        def kept(spec: LayerSpec, allocation: Allocation) -> float:
-            rank = allocation.ranks[spec.name]
-            return 1.0 if rank is None else self.cost(spec, rank) / spec.parameters
-
+        """Allocate by a mean of the ratios of two allocations, weighted for a keep ratio."""
+        problem = self.problem.keeping(ratio)
+        measure = problem.budget.measure
+        least, most = small.cost.of(measure), large.cost.of(measure)
+        weight = (problem.budget.limit - least) / (most - least)
         ratios = {
-            spec.name: (1 - share) * kept(spec, small) + share * kept(spec, large)
-            for spec in self.layers
+            name: (1 - weight) * problem.share(small, (name,))
+            + weight * problem.share(large, (name,))
+            for name in problem.menus
         }
-        dense = [name for name in ratios if small.ranks[name] is large.ranks[name] is None]
-        return allocate(
-            ratios,
-            self.layers,
-            budget,
-            cost=self.cost,
-            rank_multiple=self.inside.rank_multiple,
-            dense=dense,
-        )
+        both = [n for n in problem.menus if small.options[n] == large.options[n] == DENSE]
+        return replace(problem, dense=tuple(both)).by_ratio(ratios)
 
-    def realised(
-        self, allocation: Allocation, point: Mapping[str, float]
-    ) -> Mapping[str, float] | None:
+    def realised(self, allocation: Allocation, point: Point) -> Point:
         """Return the point that an allocation stands at, for the surrogate."""
-        found = self.inside.realised(allocation, _inside(point))
-        if found is None:
-            return None
-        # Where the budget is a constraint, the point must meet it with the ratio that was kept.
-        if self.inside.constraint is not None or KEEP_RATIO not in point:
-            return {**found, KEEP_RATIO: allocation.parameters / dense_parameters(self.layers)}
-        return {**found, KEEP_RATIO: point[KEEP_RATIO]}
-
-    def project(self, values: Sequence[float]) -> list[float]:
-        """Return the nearest point of this keep ratio, or of the nearest one in the range."""
-        ratio = min(max(values[-1], self.lowest), self.highest)
-        return [*self._at(ratio).project(values[:-1]), ratio]
-
-    def sobol_point(self, index: int, seed: int) -> dict[str, float]:
-        """Return a point of a scrambled Sobol sequence; a function of index and seed alone."""
-        return sobol_within(self, index, seed)
-
-    def _at(self, ratio: float) -> BudgetSpace:
-        """Return the space inside, at one budget."""
-        return self.inside.at(Budget.from_keep_ratio(self.layers, ratio))
-
-    def _place_of(self, start: WarmStart, ratio: float) -> Mapping[str, float]:
-        """Return where a start of the space inside stands here; ``{}`` if nowhere."""
-        if not start.point:
+        realised = self.inside.of(self.problem).realised(allocation, _inside(point))
+        if not realised:
             return {}
-        return self.realised(start.allocation, self._with_ratio(start.point, ratio)) or {}
+        # Where the budget is a constraint, the point must meet it with the realised ratio.
+        if self.inside.constraint is None and KEEP_RATIO in point:
+            return {**realised, KEEP_RATIO: point[KEEP_RATIO]}
+        return {**realised, KEEP_RATIO: self.problem.share(allocation)}
 
-    def _with_ratio(self, point: Mapping[str, float], ratio: float) -> dict[str, float]:
-        """Return a point with its keep ratio; no point stays none."""
-        return {**point, KEEP_RATIO: ratio} if point else {}
+    def project(self, point: Point) -> dict[str, float]:
+        """Return the nearest point of this keep ratio, or of the nearest one in the range."""
+        lowest, highest = self.bounds[KEEP_RATIO]
+        ratio = min(max(point[KEEP_RATIO], lowest), highest)
+        return {**self.at(ratio).project(point), KEEP_RATIO: ratio}
 
 
-def _inside(point: Mapping[str, float]) -> dict[str, float]:
-    """Return a point without its keep ratio."""
+def over_budgets(inside: Space, lowest: float, highest: float) -> FrontSpace:
+    """Extend a space of one budget to all budgets between two keep ratios."""
+    bounds = {**inside.bounds, KEEP_RATIO: (lowest, highest)}
+    return FrontSpace(inside.problem.keeping(highest), bounds, inside)
+
+
+def _inside(point: Point) -> Point:
     return {name: value for name, value in point.items() if name != KEEP_RATIO}

@@ -1,291 +1,274 @@
-"""Search variables <-> layer ratios; the budget as a linear constraint."""
+"""A problem, and search spaces: points, and the allocations of the problem they stand for."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Literal
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from functools import cached_property
+from typing import Any
 
-from lrbo.accounting import dense_parameters
-from lrbo.allocation import Allocation, Budget, Cost, allocate
-from lrbo.errors import ConfigError
-from lrbo.optimization.base import (
-    LinearConstraint,
-    Start,
-    WarmStart,
-    assign_groups,
-    known_starts,
-    least_loss,
-    project,
-    require_feasible,
-    sobol_within,
-    uniform_ratios,
+import torch
+
+from lrbo.allocation.allocate import (
+    Allocation,
+    allocate,
+    allocate_by_loss,
+    dense_cost,
+    smallest_cost,
 )
-from lrbo.sensitivity import Curves
-from lrbo.specs import LayerSpec
+from lrbo.allocation.transfer import Donor, transferred_ratios
+from lrbo.config.choices import KEEP_RATIO
+from lrbo.errors import BudgetError
+from lrbo.factorization.factors import LowRankFactors
+from lrbo.layers.options import Budget, Cost, Losses, Menu
+from lrbo.models.specs import LayerSpec
+from lrbo.trials.records import Origin
 
-Granularity = Literal["kind", "depth", "layer"]
-Ratios = Mapping[str, float | Sequence[float]]
-
-
-@dataclass(frozen=True)
-class Variable:
-    """One search variable: a keep ratio that some layers share.
-
-    Attributes:
-        name: ``"qk"``, ``"qk.2"`` (third depth group) or a layer's name.
-        group: Name of the group in the configuration that it comes from.
-        depth: Depth group, 0 where there is only one.
-        layers: Names of its layers; each gets its own rank.
-        dense_parameters: Of these layers.
-    """
-
-    name: str
-    group: str
-    depth: int
-    layers: tuple[str, ...]
-    dense_parameters: int
+Limits = tuple[float, float]
+Point = Mapping[str, float]  # {} where an allocation stands at no point
+Start = str | Donor
+STARTS = ("uniform", "analytic", "start")
 
 
 @dataclass(frozen=True)
-class SearchSpace:
-    """What is searched, under which budget, and how a point becomes ranks.
+class Problem:
+    """The menus of all units that a budget covers; the search keeps some of the units dense."""
 
-    A point maps each variable to a keep ratio. The budget is linear in it:
-    ``sum share_i x_i = room``, where ``share_i`` is the variable's part of the searched
-    parameters and ``room`` is what the budget leaves after the layers that stay dense.
-
-    Attributes:
-        variables: In a fixed order.
-        dense: Layers that no trial of the search compresses.
-        layers: All layers that the budget covers.
-        budget: The ceiling.
-        lower: Smallest keep ratio of a variable.
-        upper: Largest keep ratio of a variable; 1 is dense.
-        cost: Stored parameters of a layer at a rank.
-        rank_multiple: Ranks are multiples of this.
-        start: Ratios to begin with, by group; a list gives one ratio per depth group.
-        curves: Predicted loss by layer, nats per token; empty if it is not known.
-    """
-
-    variables: tuple[Variable, ...]
-    dense: tuple[str, ...]
-    layers: tuple[LayerSpec, ...]
+    menus: Mapping[str, Menu]
     budget: Budget
-    lower: float
-    upper: float
-    cost: Cost
-    rank_multiple: int
-    start: Ratios
-    curves: Curves = field(default_factory=dict)
+    dense: tuple[str, ...] = ()
 
-    def at(self, budget: Budget) -> SearchSpace:
-        """Return the space under another budget."""
+    @property
+    def units(self) -> tuple[LayerSpec, ...]:
+        """All units that the budget covers."""
+        return tuple(menu.unit for menu in self.menus.values())
+
+    @cached_property
+    def dense_cost(self) -> Cost:
+        """The cost of all units while they are dense."""
+        return dense_cost(self.menus)
+
+    @property
+    def is_predicted(self) -> bool:
+        """Whether losses are predicted."""
+        return all(menu.losses is not None for menu in self.menus.values())
+
+    @property
+    def keep_ratio(self) -> float:
+        """The share of the dense cost that the budget keeps."""
+        return self.budget.limit / self.dense_cost.of(self.budget.measure)
+
+    def price(self, names: Iterable[str]) -> int:
+        """Return the dense cost of some units, in the measure of the budget."""
+        return sum(self.menus[name].dense.of(self.budget.measure) for name in names)
+
+    def keeping(self, keep_ratio: float) -> Problem:
+        """Return the problem under the budget of a keep ratio, of the same measure."""
+        budget = Budget.keeping(keep_ratio, self.dense_cost, self.budget.measure)
         return replace(self, budget=budget)
 
-    def warm_starts(self, wanted: Sequence[Start]) -> list[WarmStart]:
-        """Return the trials that need no search."""
-        return known_starts(self, wanted)
+    def with_losses(self, prepared: Mapping[str, LowRankFactors]) -> Problem:
+        """Return the problem with predicted losses, or itself if there are none."""
+        menus = {}
+        for name, menu in self.menus.items():
+            if name not in prepared:  # it can only be dense
+                menus[name] = menu.only_dense()
+                continue
+            losses = [prepared[name].losses(section.levels) for section in menu.sections[:-1]]
+            known = [each for each in losses if each is not None]
+            if len(known) < len(losses):
+                return self
+            menus[name] = menu.with_losses(known)
+        return replace(self, menus=menus)
 
-    def with_curves(self, curves: Curves) -> SearchSpace:
-        """Return the space with the loss curves of the layers."""
-        return replace(self, curves=curves)
+    def share(self, allocation: Allocation, names: Iterable[str] | None = None) -> float:
+        """Return the cost of units over their dense cost; by default of all of them."""
+        names = list(self.menus if names is None else names)
+        measure = self.budget.measure
+        return sum(allocation.costs[name].of(measure) for name in names) / self.price(names)
+
+    def by_ratio(self, ratios: Mapping[str, float]) -> Allocation:
+        """Turn ratios that are wished for into options that use the whole budget."""
+        return allocate(ratios, self.menus, self.budget, dense=self.dense)
+
+    def by_loss(self, losses: Mapping[str, Losses] | None = None) -> Allocation:
+        """Return the options of least summed predicted loss, of the menus or as given."""
+        return allocate_by_loss(self.menus, self.budget, losses=losses, dense=self.dense)
+
+    def uniform(self) -> Allocation:
+        """Return the baseline: one wished ratio for all units, also those a search keeps dense."""
+        return allocate(dict.fromkeys(self.menus, 1.0), self.menus, self.budget)
+
+    def require_feasible(self, lower: float = 0.0, *, relief: str) -> None:
+        """Refuse a budget that the cheapest options or the lower bound of ratios exceed.
+
+        Raises:
+            BudgetError: With the smallest feasible keep ratio, and the keys that give ``relief``.
+        """
+        budget = self.budget
+        total = self.dense_cost.of(budget.measure)
+        pinned = self.price(self.dense)
+        # Of the decimal that was typed: in binary, 0.07 of 100 is 7.000000000000001.
+        at_bounds = pinned + math.ceil(Fraction(str(float(lower))) * (total - pinned))
+        needed = max(smallest_cost(self.menus, budget.measure, self.dense), at_bounds)
+        if needed > budget.limit:
+            raise BudgetError(
+                f"budget of {budget} (keep_ratio {self.keep_ratio:.4f}) cannot be met: "
+                f"{len(self.dense)} units stay dense with {pinned:_} and the others need at least "
+                f"{needed - pinned:_}, at ratio {lower:g} or their cheapest options. The smallest "
+                f"feasible budget.keep_ratio is {-(-needed * 10_000 // total) / 10_000:.4f}; or "
+                f"lower {relief}."
+            )
+
+
+@dataclass(frozen=True)
+class LinearConstraint:
+    """A bound on a weighted sum of variables: the sum is at most it, or equal to it."""
+
+    weights: Mapping[str, float]
+    bound: float
+    is_equality: bool
+
+
+@dataclass(frozen=True)
+class WarmStart:
+    """A trial that needs no search."""
+
+    origin: Origin
+    point: Point
+    allocation: Allocation
+
+
+@dataclass(frozen=True)
+class Space(ABC):
+    """The points of a search, and the allocations that they stand for."""
+
+    problem: Problem  # over a range of budgets, under the largest of them
+    bounds: Mapping[str, Limits]  # smallest and largest value of each variable, in order
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Return the names of the variables, in order."""
-        return tuple(variable.name for variable in self.variables)
+        """The names of the variables, in order."""
+        return tuple(self.bounds)
 
     @property
-    def shares(self) -> list[float]:
-        """Return each variable's part of the searched parameters; they sum to 1."""
-        total = sum(variable.dense_parameters for variable in self.variables)
-        return [variable.dense_parameters / total for variable in self.variables]
+    def constraint(self) -> LinearConstraint | None:
+        """The budget, unless every point within the bounds meets it."""
+        return None
 
-    @property
-    def room(self) -> float:
-        """Return the mean keep ratio that the budget leaves to the searched layers."""
-        total = sum(variable.dense_parameters for variable in self.variables)
-        pinned = dense_parameters(spec for spec in self.layers if spec.name in self.dense)
-        return (self.budget.parameters - pinned) / total
+    def of(self, problem: Problem) -> Space:
+        """Return the space of another problem with the same units."""
+        return replace(self, problem=problem)
 
-    @property
-    def bounds(self) -> Mapping[str, tuple[float, float]]:
-        """Return the smallest and largest ratio of each variable."""
-        return dict.fromkeys(self.names, (self.lower, self.upper))
+    @abstractmethod
+    def allocate(self, point: Point) -> Allocation:
+        """Turn a point into options that use the whole budget."""
 
-    @property
-    def constraint(self) -> LinearConstraint:
-        """Return the budget.
+    @abstractmethod
+    def realised(self, allocation: Allocation, point: Point) -> Point:
+        """Return the point of an allocation for the surrogate, which may differ from ``point``."""
 
-        Every allocation uses the budget up, so only points that do are ever evaluated. An
-        inequality would leave a direction of which nothing is known, and proposals in it.
+    def start_point(self) -> Point:
+        """Return the configured start, ``{}`` if there is none."""
+        return {}
+
+    def analytic_point(self) -> Point:
+        """Return the point of the allocation of least predicted loss, ``{}`` if there is none."""
+        return {}
+
+    def project(self, point: Point) -> dict[str, float]:
+        """Return the nearest point (Euclidean) within the bounds that uses the budget up.
+
+        The constraint, whose weights are positive, is met with equality unless all upper bounds
+        stay below it.
         """
-        weights = dict(zip(self.names, self.shares, strict=True))
-        return LinearConstraint(weights, self.room, is_equality=self.room < self.upper)
+        values = torch.tensor([point[name] for name in self.names], dtype=torch.float64)
+        lower, upper = torch.tensor([*self.bounds.values()], dtype=torch.float64).T
+        constraint = self.constraint
+        if constraint is None:
+            return dict(zip(self.names, values.clamp(lower, upper).tolist(), strict=True))
+        weights = torch.tensor([*constraint.weights.values()], dtype=torch.float64)
 
-    def analytic(self) -> tuple[Allocation, Mapping[str, float]] | None:
-        """Return the allocation of least predicted loss, if losses are known.
+        def at(multiplier: float) -> torch.Tensor:
+            return (values + multiplier * weights).clamp(lower, upper)
 
-        It stands at no point: layers that share a ratio here have ranks of their own there.
+        low, high = -1.0, 1.0
+        while float(at(low) @ weights) > constraint.bound and low > -1e9:
+            low *= 2
+        while float(at(high) @ weights) < constraint.bound and high < 1e9:
+            high *= 2
+        for _ in range(100):
+            middle = (low + high) / 2
+            fits = float(at(middle) @ weights) <= constraint.bound
+            low, high = (middle, high) if fits else (low, middle)
+        return dict(zip(self.names, at(low).tolist(), strict=True))
+
+    def warm_starts(self, starts: Sequence[Start]) -> list[WarmStart]:
+        """Return the trials that need no search; ``starts`` are some of ``STARTS``, and donors.
+
+        Donors leave out what a baseline or an earlier donor has; one that has nothing but baselines
+        keeps its first trial. Baselines stay, since reports compare with each of them.
+
+        Raises:
+            ConfigError: If a donor has no layers of a kind that the model has.
         """
-        if not self.curves:
-            return None
-        allocation = least_loss(
-            self.curves,
-            self.layers,
-            self.budget,
-            dense=self.dense,
-            cost=self.cost,
-            rank_multiple=self.rank_multiple,
-        )
-        return allocation, {}
+        parts = [self.starts(start) for start in starts]
+        baselines = [
+            each.allocation.options for part in parts for each in part if each.origin != "transfer"
+        ]
+        known, trials = list(baselines), list[WarmStart]()
+        for start, part in zip(starts, parts, strict=True):
+            if isinstance(start, Donor):
+                own = [each.allocation.options for each in part]
+                is_repeated = any(each in known[len(baselines) :] for each in own)
+                new = [part[i] for i, each in enumerate(own) if each not in (*known, *own[:i])]
+                part = new or ([] if is_repeated else part[:1])
+                known += [each.allocation.options for each in part]
+            trials += part
+        return trials
 
-    def allocate(self, point: Mapping[str, float]) -> Allocation:
-        """Turn a point into ranks that use the whole budget."""
-        ratios = {name: point[v.name] for v in self.variables for name in v.layers}
-        return allocate(
-            ratios,
-            self.layers,
-            self.budget,
-            cost=self.cost,
-            rank_multiple=self.rank_multiple,
-            dense=self.dense,
-        )
+    def starts(self, start: Start) -> list[WarmStart]:
+        """Return the trials of one warm start, none if the space does not have it."""
+        point: Point = {}
+        if isinstance(start, Donor):
+            origin: Origin = "transfer"
+            allocation, point = self._transferred(start)
+        elif start == "uniform":
+            origin, allocation = "uniform", self.problem.uniform()
+        elif start == "analytic":
+            if not self.problem.is_predicted:
+                return []
+            return [WarmStart("analytic", self.analytic_point(), self.problem.by_loss())]
+        elif point := self.start_point():
+            origin, allocation = "start", self.allocate(point)
+        else:
+            return []
+        return [WarmStart(origin, self.realised(allocation, point), allocation)]
 
-    def uniform(self) -> Allocation:
-        """Return the baseline: the same wished ratio for every layer that the budget covers."""
-        return uniform_ratios(
-            self.layers, self.budget, cost=self.cost, rank_multiple=self.rank_multiple
-        )
-
-    def realised(
-        self, allocation: Allocation, point: Mapping[str, float]
-    ) -> dict[str, float] | None:
-        """Return the point that an allocation stands at: kept over dense parameters.
-
-        Ranks are integers and the rest of the budget is spent, so it differs from the point
-        that was asked for; the surrogate is told this one.
-
-        Returns:
-            The point, or ``None`` if the allocation compresses a layer that the space keeps
-            dense, so that no point stands for it.
-        """
-        del point
-        if any(allocation.ranks[name] is not None for name in self.dense):
-            return None
-        specs = {spec.name: spec for spec in self.layers}
-
-        def kept(name: str) -> int:
-            rank = allocation.ranks[name]
-            return specs[name].parameters if rank is None else self.cost(specs[name], rank)
-
-        return {
-            v.name: sum(kept(name) for name in v.layers) / v.dense_parameters
-            for v in self.variables
-        }
-
-    def start_point(self) -> dict[str, float] | None:
-        """Return the configured start ratios, projected onto the budget; ``None`` if none."""
-        if not self.start:
-            return None
-        values = []
-        for variable in self.variables:
-            given = self.start.get(variable.group, self.room)
-            if not isinstance(given, float | int):
-                given = given[min(variable.depth, len(given) - 1)]
-            values.append(float(given))
-        return dict(zip(self.names, self.project(values), strict=True))
-
-    def project(self, values: Sequence[float]) -> list[float]:
-        """Return the nearest point (Euclidean) that lies in the bounds and uses the budget.
-
-        More parameters never hurt the search, so the budget is met with equality, unless even
-        all upper bounds stay below it.
-        """
-        return project(values, list(self.bounds.values()), self.constraint)
-
-    def sobol_point(self, index: int, seed: int) -> dict[str, float]:
-        """Return a point of a scrambled Sobol sequence, projected onto the budget.
-
-        The point depends on ``index`` and ``seed`` only, so that a resumed search finds the
-        same one. Ax's own initial design collapses to near copies under a tight constraint.
-        """
-        return sobol_within(self, index, seed)
+    def _transferred(self, donor: Donor) -> tuple[Allocation, Point]:
+        """Take a donor's point where it has these variables, else its ratios."""
+        trial = donor.at(self.problem.keep_ratio)
+        if trial.variables and set(self.names) == set(trial.variables) - {KEEP_RATIO}:
+            point = self.project(trial.variables)
+            return self.allocate(point), point
+        ratios = transferred_ratios(donor.name, trial.profile, self.problem.units)
+        return self.problem.by_ratio(ratios), {}
 
 
-def build_space(
-    layers: Sequence[LayerSpec],
-    budget: Budget,
-    *,
-    groups: Mapping[str, Sequence[str]],
-    dense: Sequence[str],
-    granularity: Granularity,
-    depth_groups: int,
-    bounds: tuple[float, float],
-    start: Ratios,
-    cost: Cost,
-    rank_multiple: int,
-) -> SearchSpace:
-    """Build the search space of a model.
+def sobol_point(space: Space, index: int, seed: int) -> dict[str, float]:
+    """Return a point of a scrambled Sobol sequence over the bounds, projected into the space.
 
-    Args:
-        layers: The layers that the budget covers.
-        budget: The ceiling.
-        groups: Group name to patterns; a pattern is a kind (``q_proj``) or a shell pattern on
-            the layer's name. The first group that matches takes the layer. Groups without a
-            layer in this model are dropped, so that one file serves several families.
-        dense: Patterns of layers that stay dense.
-        granularity: ``kind``: one variable per group; ``depth``: one per group and depth group;
-            ``layer``: one per layer.
-        depth_groups: Number of depth groups for ``depth``: consecutive blocks, as equal as can be.
-        bounds: Smallest and largest ratio of a variable.
-        start: Ratios to begin with, by group name.
-        cost: Stored parameters of a layer at a rank.
-        rank_multiple: Ranks are multiples of this.
-
-    Raises:
-        ConfigError: Listing layers that no group takes, and start values without a group.
-        BudgetError: If the budget cannot be met; says the smallest feasible keep ratio.
+    Ax's own initial design collapses to near copies under a tight constraint.
     """
-    pinned, taken, problems = assign_groups(layers, groups, dense)
-    blocks = 1 + max((spec.block or 0 for spec in layers), default=0)
-    depths = {"kind": 1, "depth": min(depth_groups, blocks), "layer": blocks}[granularity]
-    members: dict[tuple[str, str, int], list[LayerSpec]] = {}
-    for spec in layers:
-        if spec.name not in taken:
-            continue
-        group, depth = taken[spec.name], (spec.block or 0) * depths // blocks
-        name = {"kind": group, "depth": f"{group}.{depth}", "layer": spec.name}[granularity]
-        members.setdefault((name, group, depth), []).append(spec)
-    unknown = sorted(set(start) - set(groups))
-    if unknown:
-        problems.append(f"space.start names {unknown}, which are no groups: {sorted(groups)}")
-    if not members and not problems:
-        problems.append("space: every layer is kept dense, nothing is left to search")
-    if problems:
-        raise ConfigError(problems)
-    space = SearchSpace(
-        variables=tuple(
-            Variable(name, group, depth, tuple(s.name for s in specs), dense_parameters(specs))
-            for (name, group, depth), specs in members.items()
-        ),
-        dense=pinned,
-        layers=tuple(layers),
-        budget=budget,
-        lower=bounds[0],
-        upper=bounds[1],
-        cost=cost,
-        rank_multiple=rank_multiple,
-        start=start,
+    make: Any = torch.quasirandom.SobolEngine  # untyped in torch
+    engine = make(len(space.names), scramble=True, seed=seed)
+    unit = engine.fast_forward(index).draw(1, dtype=torch.float64)[0].tolist()
+    return space.project(
+        {
+            name: low + (high - low) * value
+            for value, (name, (low, high)) in zip(unit, space.bounds.items(), strict=True)
+        }
     )
-    require_feasible(
-        layers,
-        budget,
-        pinned,
-        cost=cost,
-        rank_multiple=rank_multiple,
-        lower=bounds[0],
-        relief="space.bounds[0] or space.rank_multiple",
-    )
-    return space

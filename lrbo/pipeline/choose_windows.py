@@ -1,130 +1,137 @@
-"""Choose the validation windows out of a pool, by what a few allocations lose on each of them."""
+"""Which windows of a text rank allocations as the whole text does."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from lrbo.allocation import Allocation
-from lrbo.calibration.corpus import TokenWindows
-from lrbo.compression import Buffers, compressed
+from lrbo.allocation.allocate import Allocation
+from lrbo.allocation.apply import compressed
+from lrbo.config.schema import windows_of
+from lrbo.data.windows import RoleExamples
 from lrbo.errors import NonFiniteError, StudyError
-from lrbo.evaluation.perplexity import score_windows
-from lrbo.evaluation.selection import select_windows
-from lrbo.nested import LowRankFactors
-from lrbo.optimization.base import Space
-from lrbo.optimization.study import Study
+from lrbo.factorization.factors import Buffers, LowRankFactors
+from lrbo.optimization.space import Space, sobol_point
+from lrbo.pipeline.planning import Plan
 from lrbo.progress import Reporter
+from lrbo.study.journal import Study
 
 
-@dataclass(frozen=True)
-class PoolSettings:
-    """How windows are chosen.
+def select_windows(losses: Float[Tensor, "allocations windows"], count: int) -> list[int]:
+    """Select the windows on which allocations differ as they do over all windows.
 
-    Attributes:
-        windows: That are wanted.
-        allocations: That are scored on the whole pool, at least 2.
-        seed: Of the search.
-        batch_windows: Windows per forward pass.
-        chunk_tokens: Rows of logits at a time.
+    A window's own level says nothing of allocations, so each is centred over them. The mean of the
+    ``count`` windows differs from that of all by as little as possible, in squares summed over
+    allocations: the window that brings it nearest is added until there are ``count``, and then the
+    best exchange is made until none helps. Losses are in nats per token, indices ascend.
+
+    Raises:
+        ValueError: If there are fewer than two allocations, fewer windows than ``count``, or losses
+            that are not finite.
     """
+    allocations, windows = losses.shape
+    if allocations < 2:
+        raise ValueError(f"{allocations} allocations: at least 2 are needed to see a difference.")
+    if not 1 <= count <= windows:
+        raise ValueError(f"{count} windows are wanted: expected 1 to {windows}, which there are.")
+    if bad := int((~torch.isfinite(losses)).sum()):
+        raise ValueError(f"{bad} of {losses.numel()} losses are not finite; leave their rows out.")
+    centred = losses.double() - losses.double().mean(0)
+    profiles = centred - centred.mean(1, keepdim=True)  # mean over windows: the zero vector
+    selected: list[int] = []
+    total = torch.zeros(allocations, dtype=torch.float64)
 
-    windows: int
-    allocations: int
-    seed: int
-    batch_windows: int = 4
-    chunk_tokens: int = 256
+    def nearest(total: Tensor) -> tuple[int, float]:
+        distances = ((total[:, None] + profiles) ** 2).sum(0)
+        distances[selected] = torch.inf
+        index = int(distances.argmin())
+        return index, float(distances[index])
+
+    for _ in range(count):
+        selected.append(nearest(total)[0])
+        total = profiles[:, selected].sum(1)
+    best = float((total**2).sum())
+    while count < windows:
+        exchanges = []
+        for position, window in enumerate(selected):
+            other, distance = nearest(total - profiles[:, window])
+            exchanges.append((distance, position, other))
+        distance, position, other = min(exchanges)
+        if not distance < best * (1 - 1e-9):  # rounding must not exchange forever
+            break
+        selected[position] = other
+        total, best = profiles[:, selected].sum(1), distance
+    return sorted(selected)
 
 
 def pool_allocations(space: Space, count: int, seed: int) -> list[Allocation]:
-    """Return what windows are compared with: the least predicted loss, and Sobol points.
+    """Allocations that windows are compared on: the least predicted loss, and Sobol points.
 
-    Args:
-        space: With its loss curves, if there are any.
-        count: How many.
-        seed: Of the search, whose own Sobol points are others.
+    The search itself takes the Sobol points of ``seed``, these are those of ``seed + 1``.
     """
-    known = space.analytic()
-    found = [] if known is None else [known[0]]
-    points = (space.sobol_point(index, seed + 1) for index in range(count - len(found)))
-    return [*found, *(space.allocate(point) for point in points)]
+    analytic = [space.problem.by_loss()] if space.problem.is_predicted else []
+    points = (sobol_point(space, index, seed + 1) for index in range(count - len(analytic)))
+    return [*analytic, *(space.allocate(point) for point in points)]
 
 
 def choose_windows(
+    plan: Plan,
     study: Study,
     space: Space,
     model: PreTrainedModel,
-    factors: Mapping[str, LowRankFactors],
-    pool: TokenWindows,
-    settings: PoolSettings,
+    prepared: Mapping[str, LowRankFactors],
     reporter: Reporter,
-) -> TokenWindows:
-    """Return the windows of the pool that rank allocations as the whole pool does.
+) -> RoleExamples:
+    """Choose the validation windows of the pool that rank allocations as all of it does, by loss.
 
-    By their nll alone, whatever else the objective weighs. What each allocation lost is a line
-    of the journal, and so is the choice: a search that was interrupted goes on with the next
-    allocation, and one that was continued chooses nothing.
-
-    Args:
-        study: Locked, without a choice yet.
-        space: With its loss curves, if there are any.
-        model: The dense model, in evaluation mode.
-        factors: In the model's dtype and on its device.
-        pool: More windows than are wanted.
-        settings: How many, and by what.
-        reporter: Shows progress.
+    The losses of each allocation are an event of the journal, and so is the choice: an interrupted
+    search goes on with the next allocation.
 
     Raises:
         StudyError: If fewer than two allocations have a finite loss.
     """
-    allocations = pool_allocations(space, settings.allocations, settings.seed)
-    missing = [place for place in range(len(allocations)) if place not in study.state.pooled]
-    trials = len(missing) * len(pool.ids) / settings.windows
+    data, task, pool = plan.config.data, plan.task, plan.windows["validation"]
+    assert data.validation.tokens is not None  # checked: else there would be nothing to choose
+    count = windows_of(data.validation.tokens, data)
+    allocations = pool_allocations(space, plan.config.evaluation.pool_allocations, plan.config.seed)
+    missing = [index for index in range(len(allocations)) if index not in study.state.pooled]
+    trials = len(missing) * len(pool.examples) / count
     reporter.say(
-        f"Choosing {settings.windows} of {len(pool.ids)} validation windows by what "
+        f"Choosing {count} of {len(pool.examples)} validation windows by what "
         f"{len(allocations)} allocations lose on each: once per study, as many tokens as "
         f"{trials:.0f} trials"
     )
     buffers: Buffers = {}
-    total = len(missing) * pool.scored_tokens
-    with reporter.step("Pool of validation text", total, "tokens") as advance:
-        for place in missing:
+    total, positions = len(missing) * pool.scored, task.positions(pool.examples)
+    with reporter.step("Pool of validation text", total, task.record.counted) as advance:
+        for index in missing:
             start = time.perf_counter()
             losses: list[float] | None = None
             error = None
             try:
                 with compressed(
-                    model,
-                    allocations[place],
-                    factors,
-                    tokens=pool.ids.numel(),
-                    buffers=buffers,
+                    model, allocations[index], prepared, tokens=positions, buffers=buffers
                 ):
-                    losses = score_windows(
-                        model,
-                        pool.ids,
-                        batch_windows=settings.batch_windows,
-                        chunk_tokens=settings.chunk_tokens,
-                        on_tokens=advance,
-                    ).tolist()
-            except NonFiniteError as found:  # says nothing of windows, and would come back
-                error = str(found)
+                    losses = task.losses(model, pool.examples, on_scored=advance).tolist()
+            except NonFiniteError as failure:  # says nothing of windows, and would come back
+                error = str(failure)
             seconds = time.perf_counter() - start
-            study.record("pooled", place=place, losses=losses, error=error, seconds=seconds)
-    known = [losses for _, losses in sorted(study.state.pooled.items()) if losses is not None]
-    if len(known) < 2:
+            study.record("pooled", allocation=index, losses=losses, error=error, seconds=seconds)
+    finite = [losses for _, losses in sorted(study.state.pooled.items()) if losses is not None]
+    if len(finite) < 2:
         raise StudyError(
-            f"{len(known)} of {len(allocations)} allocations have a finite loss on the pool of "
+            f"{len(finite)} of {len(allocations)} allocations have a finite loss on the pool of "
             "validation text, 2 are needed to choose windows; begin another study=NAME with "
             "evaluation.pool_tokens=null, or with a higher budget.keep_ratio"
         )
-    places = select_windows(torch.tensor(known, dtype=torch.float64), settings.windows)
-    chosen = pool.only(places)
+    indices = select_windows(torch.tensor(finite, dtype=torch.float64), count)
+    subset = pool.only(indices)
     study.record(
-        "chosen", windows=places, pool=len(pool.ids), text=chosen.text, digest=chosen.digest
+        "chosen", windows=indices, pool=len(pool.examples), text=subset.text, digest=subset.digest
     )
-    return chosen
+    return subset

@@ -1,90 +1,141 @@
-"""The search space that the configuration asks for."""
+"""The search space that the configuration asks for, and the trials that a search begins with."""
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any, cast
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
+from typing import cast
 
-from lrbo.accounting import Storage
-from lrbo.allocation import Budget
-from lrbo.checks import variables
-from lrbo.errors import BudgetError
+import torch
+
+from lrbo.allocation.allocate import dense_cost
+from lrbo.allocation.transfer import PAPER, Donor, DonorTrial, profile_of, transferred_ratios
+from lrbo.config.choices import KEEP_RATIO
+from lrbo.config.options import flatten
+from lrbo.config.schema import SearchConfig
+from lrbo.errors import BudgetError, Collecting, ConfigError, StudyError
 from lrbo.factorization.base import FactorizationMethod
-from lrbo.optimization.base import BudgetSpace, Space
-from lrbo.optimization.front_space import FrontSpace
-from lrbo.optimization.restricted import restrict
-from lrbo.optimization.space import build_space
-from lrbo.optimization.weights import build_weight_space
-from lrbo.options import RANGES
-from lrbo.schema import SearchConfig
-from lrbo.specs import ModelMap
+from lrbo.layers.options import MEASURES, Budget, Measure, Menu
+from lrbo.models.specs import LayerSpec
+from lrbo.optimization.budgets import over_budgets
+from lrbo.optimization.fixed_variables import restrict
+from lrbo.optimization.space import STARTS, Problem, Space, Start
+from lrbo.optimization.variables import SpaceSettings, build_ratio_space, build_weight_space
+from lrbo.pipeline.feasibility import donor_records
 
 
 def build_search_space(
-    config: SearchConfig, layers: ModelMap, method: FactorizationMethod
+    config: SearchConfig,
+    units: tuple[LayerSpec, ...],
+    method: FactorizationMethod,
+    dtype: torch.dtype,
 ) -> Space:
-    """Build the search space under the budget, or over a range of budgets.
-
-    Args:
-        config: Checked values.
-        layers: The map of the model.
-        method: Whose layers are stored.
+    """Build the space of the units under the budget, or over a range of budgets.
 
     Raises:
         ConfigError: Listing what does not fit the model.
         BudgetError: If a budget, the smallest of a range, cannot be met.
     """
+    space = config.space
+    menus = menus_of(
+        units, space.forms, method, dtype, multiple=space.rank_multiple, minimum=space.minimum_rank
+    )
+    dense = dense_cost(menus)
+    names = [each.name for each in fields(SpaceSettings)]
+    settings = SpaceSettings(**{name: getattr(space, name) for name in names})
+
+    def at(keep_ratio: float) -> Space:
+        budget = Budget.keeping(keep_ratio, dense, cast(Measure, config.budget.measure))
+        build = build_weight_space if space.type == "weights" else build_ratio_space
+        variables = flatten(space.variables) if space.variables else {}  # nested, as typed
+        return restrict(build(Problem(menus, budget), settings), variables, space.tied)
+
     highest, lowest = config.budget.keep_ratio, config.budget.lowest
     if lowest is None:
-        return _space_at(highest, config, layers, method)
+        return at(highest)
     try:
-        inside = _space_at(lowest, config, layers, method)
+        inside = at(lowest)
     except BudgetError as error:
         raise BudgetError(f"budget.lowest={lowest:g}, as one budget: {error}") from error
-    if config.space.variables:  # whose bounds may leave no room at the other end
-        _space_at(highest, config, layers, method)
-    return FrontSpace(inside, tuple(layers.compressible), lowest, highest)
+    if space.variables:  # whose bounds may leave no room at the other end
+        at(highest)
+    return over_budgets(inside, lowest, highest)
 
 
-def _space_at(
-    keep_ratio: float, config: SearchConfig, layers: ModelMap, method: FactorizationMethod
-) -> BudgetSpace:
-    """Build the search space under one budget, without what the configuration takes out."""
-    space = config.space
-    whole = _whole_space_at(keep_ratio, config, layers, method)
-    smallest, largest = RANGES[space.type]
-    return restrict(whole, variables(space), space.tied, smallest=smallest, largest=largest)
-
-
-def _whole_space_at(
-    keep_ratio: float, config: SearchConfig, layers: ModelMap, method: FactorizationMethod
-) -> BudgetSpace:
-    """Build the search space under one budget."""
-    space = config.space
-    budget = Budget.from_keep_ratio(layers.compressible, keep_ratio)
-    cost = partial(method.parameters, storage=cast(Storage, config.budget.storage))
-    if space.type == "weights":
-        return build_weight_space(
-            layers.compressible,
-            budget,
-            groups=space.groups,
-            dense=space.dense,
-            knots=space.knots,
-            exponent=space.exponent,
-            width=space.bounds[1],
-            cost=cost,
-            rank_multiple=space.rank_multiple,
-            minimum=space.minimum_rank,
+def menus_of(
+    units: Iterable[LayerSpec],
+    forms: Sequence[str],
+    method: FactorizationMethod,
+    dtype: torch.dtype,
+    *,
+    multiple: int = 1,
+    minimum: int = 0,
+) -> dict[str, Menu]:
+    """The menus of units by name, as :meth:`Menu.of` makes them, without losses."""
+    return {
+        unit.name: Menu.of(
+            unit,
+            forms,
+            bias=method.adds_bias or unit.has_bias,
+            itemsize=dtype.itemsize,
+            multiple=multiple,
+            minimum=minimum,
         )
-    return build_space(
-        layers.compressible,
-        budget,
-        groups=space.groups,
-        dense=space.dense,
-        granularity=cast(Any, space.granularity),
-        depth_groups=space.depth_groups,
-        bounds=(space.bounds[0], space.bounds[1]),
-        start=space.start,
-        cost=cost,
-        rank_multiple=space.rank_multiple,
-    )
+        for unit in units
+    }
+
+
+def largest_ranks(menus: Mapping[str, Menu], measure: Measure) -> dict[str, int]:
+    """Return the largest rank of each unit that costs less than dense; 0 where there is none."""
+    column = MEASURES.index(measure)
+    return {
+        name: max(
+            int(section.levels[section.costs[:, column] < menu.dense.of(measure)].max(initial=0))
+            for section in menu.sections
+        )
+        for name, menu in menus.items()
+    }
+
+
+def build_starts(
+    names: Sequence[str],
+    layers: Sequence[LayerSpec],
+    studies: str,
+    begun_with: Sequence[Donor] = (),
+) -> tuple[Start, ...]:
+    """Build what a search over these layers begins with, by the names in ``warm_start``.
+
+    ``begun_with`` are the donors as they were when the study was begun: their studies may have
+    gone on since, or be gone.
+
+    Raises:
+        ConfigError: Listing donors that do not exist, have no trial with a value, or lack kinds
+            of layers.
+    """
+    donors = {donor.name: donor for donor in begun_with} | {"paper": PAPER}
+    starts: list[Start] = []
+    problems: list[str] = []
+    for name in names:
+        if name in STARTS:
+            starts.append(name)
+            continue
+        with Collecting(problems, ConfigError, StudyError):
+            if name not in donors:
+                study, records = donor_records(name, studies)
+                units, itemsize = list(study.about.units.values()), study.about.itemsize
+                trials = (
+                    DonorTrial(
+                        record.metrics[KEEP_RATIO],
+                        record.request.variables,
+                        profile_of(units, record.request.allocation, itemsize),
+                    )
+                    for record in records
+                )
+                donors[name] = Donor(name, tuple(trials))
+            donor = donors[name]
+            for trial in donor.trials:
+                transferred_ratios(name, trial.profile, layers)
+            starts.append(donor)
+    if problems:
+        raise ConfigError(problems)
+    return tuple(starts)

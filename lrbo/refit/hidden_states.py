@@ -1,119 +1,75 @@
-"""Two streams of hidden states, of the dense and of the compressed model, block after block."""
+"""Hidden states of the dense and of the compressed model, side by side through the blocks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
 
 import torch
-from jaxtyping import Int
 from torch import Tensor, nn
 
-from lrbo.blockwise import BlockwiseBody, Scratch, watching_inputs
 from lrbo.calibration.moments import Moments
 from lrbo.errors import StatisticsError
 from lrbo.linalg import require_finite
-from lrbo.reduced_rank import PairMoments
-
-
-@contextmanager
-def _answers(block: nn.Module, paths: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-    """Keep the last answers of layers, for the length of a ``with``."""
-    found: dict[str, Tensor] = {}
-
-    def hook(path: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def answered(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            del module, inputs
-            found[path] = output
-
-        return answered
-
-    handles = [block.get_submodule(path).register_forward_hook(hook(path)) for path in paths]
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-# Of rows of an input's drift, and of what the residual stream lacks: what a layer is asked for.
-Asked = Callable[[Tensor, Tensor | None], Tensor]
+from lrbo.models.blockwise import Scratch, watching
+from lrbo.refit.regression import PairMoments
+from lrbo.tasks.model_task import Segments
 
 
 class _ReachedError(Exception):
-    """A pass has come to the site that it was made for: the rest of the block is not needed."""
+    """Ends a pass at the site that it was made for."""
 
 
 class Streams:
     """Hidden states of all windows between blocks, in the dense and in the compressed model.
 
-    Beside them, what the sites of one block read in the dense model is kept. Everything is in
-    main memory up to a limit, and beyond it in temporary files, until :meth:`close`.
-
-    Attributes:
-        writers: Paths inside a block of the layers that add to the residual stream.
-
-    Args:
-        body: Runs the blocks.
-        windows: ``(windows, tokens)`` token ids.
-        batches: The windows of each forward pass.
-        memory_bytes: The limit.
-        writers: Of the attributes, the first one first; at their sites what the stream lacks
-            before the addition is kept too.
+    The inputs of one block's sites in the dense model are stored too, and, for the ``writers``,
+    the stream before their addition: paths, in forward order, of the layers in a block that add to
+    the residual stream. Each of ``batches`` is one forward pass of windows of ``length`` positions.
     """
 
     def __init__(
         self,
-        body: BlockwiseBody,
-        windows: Int[Tensor, "windows tokens"],
+        body: Segments,
+        scratch: Scratch,
+        windows: Any,
         batches: Sequence[slice],
-        memory_bytes: int,
-        writers: Sequence[str] = (),
+        blend: float,
+        feedback: float,
+        writers: Sequence[str],
     ) -> None:
-        self._body, self._batches, self.writers = body, batches, tuple(writers)
-        self._shape = (windows.shape[0], windows.shape[1])
-        self._scratch = Scratch(memory_bytes)
-        self._kept: dict[str, Tensor] = {}
+        self._body, self._scratch, self._batches = body, scratch, batches
+        self._blend, self._feedback, self.writers = blend, feedback, writers
+        self._count, self._stored = len(windows), dict[str, Tensor]()
         for batch in batches:
             hidden = body.embed(windows[batch])
-            self._keep("dense", batch, hidden)
-            self._keep("compressed", batch, hidden)
-
-    def close(self) -> None:
-        """Give up memory and files."""
-        self._kept.clear()
-        self._scratch.close()
+            self.length = hidden.shape[1]
+            self._store("dense", batch, hidden)
+            self._store("compressed", batch, hidden)
 
     def advance_dense(self, block: nn.Module, index: int, sites: Sequence[str]) -> None:
-        """Take the dense stream through a dense block, and keep what its sites read.
-
-        Args:
-            block: The block, open.
-            index: Its depth.
-            sites: Paths inside the block.
-        """
-        writers = [path for path in sites if path in self.writers]
+        """Take the dense stream through an open dense block, and store the inputs of its sites."""
+        outputs: dict[str, Tensor] = {}
         for batch in self._batches:
 
-            def keep(path: str, inputs: Tensor, batch: slice = batch) -> None:
-                self._keep(f"site {path}", batch, inputs)
+            def store(path: str, inputs: Tensor, output: Tensor, batch: slice = batch) -> None:
+                self._store(f"site {path}", batch, inputs)
+                if path in self.writers:
+                    outputs[path] = output
 
-            entering = self._kept["dense"][batch]
-            with watching_inputs(block, sites, keep), _answers(block, writers) as answers:
+            entering = self._stored["dense"][batch]
+            with watching(block, sites, store):
                 leaving = self._run("dense", block, index, batch)
-            for path in writers:
-                self._keep(f"at {path}", batch, self._before(path, entering, leaving, answers))
-            self._keep("dense", batch, leaving)
+            for path, output in outputs.items():
+                self._store(f"at {path}", batch, self._before(path, entering, leaving, output))
+            outputs.clear()
+            self._store("dense", batch, leaving)
 
     def advance_compressed(self, block: nn.Module, index: int) -> None:
-        """Take the compressed stream through a compressed block.
-
-        Args:
-            block: The block, open.
-            index: Its depth.
-        """
+        """Take the compressed stream through an open compressed block."""
         for batch in self._batches:
-            self._keep("compressed", batch, self._run("compressed", block, index, batch))
+            self._store("compressed", batch, self._run("compressed", block, index, batch))
 
     def moments(
         self,
@@ -121,90 +77,78 @@ class Streams:
         index: int,
         site: str,
         batches: Sequence[slice],
-        asked: Asked | None = None,
+        weight: Tensor | None,
     ) -> PairMoments:
-        """Return the moments of what a site reads in the compressed model, and of what is asked.
+        """Gather the moments of a site's input in the compressed model and of its target.
 
-        Args:
-            block: The block, compressed as far as the site needs; what follows is not run.
-            index: Its depth.
-            site: Path inside the block; the dense stream has passed it.
-            batches: The windows that count.
-            asked: Makes what is asked of the drift and, at a writer, of what the residual stream
-                lacks there (else ``None``); rows in, rows out. By default it is the drift.
+        The block is compressed up to the site, and run no further; the dense stream has passed it.
+        The target is what a layer of this dense weight should add to its output, token by token:
+        ``blend W d`` for the drift ``d``, and for a writer also ``feedback`` times the stream's
+        error. Without a weight it is the drift.
 
         Raises:
             StatisticsError: If an input is not finite, or the block does not run the site.
         """
-        read: list[Tensor] = []
-        writes = asked is not None and site in self.writers
+        writes = weight is not None and site in self.writers
         whole = writes and site != self.writers[0]
+        reached: list[tuple[Tensor, Tensor]] = []
 
-        def stop(path: str, inputs: Tensor) -> None:
-            del path
-            read.append(inputs)
+        def stop(_: str, inputs: Tensor, output: Tensor) -> None:
+            reached.append((inputs, output))
             if not whole:
                 raise _ReachedError
 
         moments: Moments | None = None
         size = 0
-        with (
-            watching_inputs(block, [site], stop),
-            _answers(block, [site] if whole else []) as answers,
-        ):
+        with watching(block, [site], stop):
             for batch in batches:
-                entering = leaving = self._kept["compressed"][batch]
+                entering = leaving = self._stored["compressed"][batch]
                 with suppress(_ReachedError):
                     leaving = self._run("compressed", block, index, batch)
-                if not read:
+                if not reached:
                     raise StatisticsError(
                         f"block {index}: running it does not run {site}; every mapped layer must "
-                        "run once per token. Correct the family's sites in lrbo/families.py."
+                        "run once per token. Correct the family's sites in lrbo/models/families.py."
                     )
-                inputs = read.pop().flatten(0, -2)
-                dense = self._kept[f"site {site}"][batch].flatten(0, 1).to(inputs.device)
+                inputs, output = reached.pop()
                 # The difference of two half-precision inputs is exact in float32.
                 wide = torch.promote_types(inputs.dtype, torch.float32)
-                inputs = inputs.to(wide)
-                beside = dense.to(wide) - inputs
-                if asked is not None:
-                    lacking = None
-                    if writes:
-                        here = self._before(site, entering, leaving, answers)
-                        there = self._kept[f"at {site}"][batch]
-                        lacking = (there.to(here) - here).flatten(0, -2).to(beside)
-                    beside = asked(beside, lacking)
-                rows = torch.cat([inputs, beside], 1)
-                require_finite(f"block {index}: input of {site} and what is asked of it", rows)
-                moments = moments or Moments.empty(rows.shape[1], rows.device)
+                inputs = inputs.flatten(0, -2).to(wide)
+                target = self._stored[f"site {site}"][batch].flatten(0, 1).to(inputs) - inputs
+                if weight is not None:
+                    target = self._blend * (target @ weight.to(target).T)
+                if writes:
+                    here = self._before(site, entering, leaving, output)
+                    error = self._stored[f"at {site}"][batch].to(here) - here
+                    target = target + self._feedback * error.flatten(0, -2).to(target)
+                rows = torch.cat([inputs, target], 1)
+                require_finite(f"block {index}: input of {site} and its target", rows)
+                moments = moments or Moments(rows.shape[1], rows.device)
                 moments.update(rows)
                 size = inputs.shape[1]
         assert moments is not None
         return PairMoments.of(moments, size)
 
-    def _before(
-        self, path: str, entering: Tensor, leaving: Tensor, answers: dict[str, Tensor]
-    ) -> Tensor:
-        """Return the residual stream, float32 at least, as a layer finds it that adds to it.
+    def _before(self, path: str, entering: Tensor, leaving: Tensor, output: Tensor) -> Tensor:
+        """Return the residual stream before a layer adds to it, float32 or wider.
 
-        The first layer finds what enters the block; the last one what leaves it but for its own
-        answer, whether attention and MLP follow each other or stand side by side. In half
-        precision that is off by the rounding of what leaves.
+        For the first writer that is the block's input; for the last one the block's output minus
+        the layer's own, also where attention and MLP run in parallel. In half precision it is off
+        by the rounding of the block's output.
         """
         wide = torch.promote_types(leaving.dtype, torch.float32)
         if path == self.writers[0]:
             return entering.to(wide)
-        return leaving.to(wide) - answers.pop(path).reshape(leaving.shape).to(wide)
+        before: Tensor = leaving.to(wide) - output.reshape(leaving.shape).to(wide)
+        return before
 
     def _run(self, stream: str, block: nn.Module, index: int, batch: slice) -> Tensor:
-        """Return what a block makes of some windows of a stream."""
-        hidden = self._kept[stream][batch].to(self._body.device)
+        hidden = self._stored[stream][batch].to(self._body.device)
         return self._body.run(block, index, hidden)
 
-    def _keep(self, name: str, batch: slice, values: Tensor) -> None:
-        """Write the values of some windows where those of all are kept."""
-        if name not in self._kept:
-            shape = (*self._shape, values.shape[-1])
-            self._kept[name] = self._scratch.empty(*shape, dtype=values.dtype)
-        # OPT hands the tokens of all windows to its MLP in one row.
-        self._kept[name][batch] = values.reshape(-1, self._shape[1], values.shape[-1])
+    def _store(self, name: str, batch: slice, values: Tensor) -> None:
+        if name not in self._stored:
+            shape = (self._count, self.length, values.shape[-1])
+            self._stored[name] = self._scratch.empty(*shape, dtype=values.dtype)
+        # OPT flattens the tokens of all windows before its MLP.
+        self._stored[name][batch] = values.reshape(-1, self.length, values.shape[-1])

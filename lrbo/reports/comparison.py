@@ -1,54 +1,110 @@
-"""Several studies beside each other: one table."""
+"""Several studies beside each other: one frame, and the tables made of it."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
 
-from lrbo.optimization.study import Study
-from lrbo.presentation import LABELS
-from lrbo.results import summary
+from lrbo.errors import StudyError
+from lrbo.files.tables import Column, Table, columns
+from lrbo.reports.gains import MEANING, gains
+from lrbo.reports.results import LABELS, score_rows
+from lrbo.study.study_record import StudyRecord
+from lrbo.tasks.metrics import MISSING, Task
 
 
-def compared(studies: Sequence[Study]) -> pd.DataFrame:
-    """Return a table with one row per study, in the given order.
+def common_task(studies: Sequence[StudyRecord]) -> Task:
+    """Task of studies; StudyError if they have several, which have no metric in common."""
+    tasks = {study.name: study.task for study in studies}
+    if len(set(tasks.values())) > 1:
+        each = ", ".join(f"{name} ({task.name})" for name, task in tasks.items())
+        raise StudyError(f"studies of several tasks have no metric in common: {each}")
+    return next(iter(tasks.values()))
+
+
+def compared(studies: Sequence[StudyRecord]) -> pd.DataFrame:
+    """Table with one row per study, in the given order.
 
     Returns:
         ``study``, ``model``, ``method``, ``space``, ``keep_ratio`` (that of the best trial),
-        ``seed``, ``trials`` (with a value), perplexity of ``dense``, ``uniform``, ``analytic``
-        and ``best`` on the validation text, and on the test text as ``test_dense`` and so on;
-        what the search adds to the analytic allocation at the largest budget, nats per token, as
-        ``gain`` and ``gain_error`` on the validation text, ``test_gain`` and ``test_gain_error``.
-        Missing where it is not known.
+        ``measure`` (of the budget), ``seed``, ``trials`` (with a value); of the validation text
+        the headline of the task (perplexity) of ``dense``, ``uniform``, ``analytic`` and ``best``,
+        and ``gain`` and ``gain_error``, what the search adds to the analytic allocation at the
+        largest budget, in the minimized metric; the same of the test text as ``test_dense`` and
+        so on. Missing where it is not known.
+
+    Raises:
+        StudyError: If the studies have several tasks.
     """
-    rows = []
+    headline, rows = common_task(studies).headline.name, []
     for study in studies:
-        config, found = study.config(), summary(study)
-        best = found["best"] or {}
-        gain: dict[str, Any] = next(iter(found["gains"]), {})
-        rows.append(
-            {
-                "study": study.name,
-                "model": config.model.name,
-                "method": config.method.name,
-                "space": config.space.name,
-                "keep_ratio": best.get("keep_ratio"),
-                "seed": config.seed,
-                "trials": found["trials_completed"] + found["trials_stopped"],
-                **{label: (found[label] or {}).get("perplexity") for label in LABELS},
-                **{
-                    f"test_{label}": found["test"].get(label, {}).get("perplexity")
-                    for label in LABELS
-                },
-                **{
-                    f"{prefix}gain{suffix}": (gain.get(text) or {}).get(key)
-                    for text, prefix in (("validation", ""), ("test", "test_"))
-                    for key, suffix in (("difference", ""), ("standard_error", "_error"))
-                },
-            }
-        )
-    texts = [name for name in rows[0] if name.startswith("test_") or "gain" in name]
-    numbers = ["keep_ratio", *LABELS, *texts]
-    return pd.DataFrame(rows).astype(dict.fromkeys(numbers, float))
+        config, state = study.config, study.state
+        row: dict[str, Any] = {
+            "study": study.name,
+            "model": config.model.name,
+            "method": config.method["name"],
+            "space": config.space.name,
+            "measure": config.budget.measure,
+            "seed": config.seed,
+            "trials": len(state.completed) + len(state.stopped),
+        }
+        for score in score_rows(study):
+            row[score.label] = score.validation.get(headline)
+            row[f"test_{score.label}"] = score.test.get(headline)
+            if score.label == "best":
+                row["keep_ratio"] = score.keep_ratio
+        for gain in gains(state)[:1]:
+            for text, difference in gain.differences.items():
+                prefix = "test_" if text == "test" else ""
+                row |= {f"{prefix}gain": difference.mean, f"{prefix}gain_error": difference.error}
+        rows.append(row)
+    numbers = [*LABELS, *(f"test_{label}" for label in LABELS)]
+    numbers += ["gain", "gain_error", "test_gain", "test_gain_error"]
+    settings = ["study", "model", "method", "space", "keep_ratio", "measure", "seed", "trials"]
+    types = dict.fromkeys(["keep_ratio", *numbers], float)
+    return pd.DataFrame(rows, columns=[*settings, *numbers]).astype(types)
+
+
+def comparison_tables(studies: Sequence[StudyRecord], frame: pd.DataFrame) -> list[Table]:
+    """Tables that compare studies: their models on each text, and what searches add.
+
+    The frame is that of :func:`compared`. Studies are called by their names where something else
+    than method, space, size and seed tells them apart.
+    """
+    task = common_task(studies)
+    settings = ["method", "space", "kept", "seed"]
+    # Rounded as far as ranks are, so that studies of one budget have one size.
+    kept = [MISSING if math.isnan(ratio) else f"{ratio:.1%}" for ratio in frame["keep_ratio"]]
+    table = frame.assign(kept=kept)
+    if table["measure"].nunique() > 1:  # shares of bytes are none of parameters
+        table["kept"] += " of " + table["measure"]
+    if table["model"].nunique() > 1 or table.duplicated(settings).any():
+        settings = ["study", "kept"]
+    names = table[settings].astype(str).to_numpy().tolist()
+    heads: list[str | Column] = [Column(settings[0], is_text=True, folds=True), *settings[1:]]
+    tables = []
+    for text, prefix in (("validation", ""), ("test", "test_")):
+        labels = [label for label in LABELS if table[f"{prefix}{label}"].notna().any()]
+        if not labels:
+            continue
+        more = [] if prefix else ["trials"]
+        scores = {label: table[f"{prefix}{label}"].map(task.headline.text) for label in labels}
+        values = table[more].astype(str).assign(**scores)
+        cells = [[*name, *row] for name, row in zip(names, values.to_numpy().tolist(), strict=True)]
+        title = f"{task.headline.label.capitalize()} of {len(table)} studies on the {text} text"
+        tables.append(Table(title, columns(*heads, *more, *labels), cells))
+    cells = [
+        [*name, text, line]
+        for name, study in zip(names, studies, strict=True)
+        for gain in gains(study.state)[:1]
+        for text, line in gain.lines.items()
+    ]
+    if cells:
+        added = [Column("text", is_text=True), Column("best - analytic", folds=True)]
+        title = f"What the searches add, {task.minimized.unit or task.minimized.label}"
+        shown = columns(*heads, *added)
+        tables.append(Table(title, shown, cells, [MEANING], expendable=settings[1:]))
+    return tables

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lrbo.optimization.study import StudyState
-from lrbo.paired import paired_difference
-from lrbo.trial import TrialRecord
+from lrbo.study.state import StudyState
+from lrbo.tasks.metrics import Metric, with_error
+from lrbo.trials.racing import paired_difference
+from lrbo.trials.records import TrialRecord
 
-ERRORS = 2.0  # standard errors, within which a difference is none that was measured
-UNIT = "nats per token"
+ERRORS = 2.0  # standard errors, within which no difference was measured
 MEANING = (
     "best - analytic: the same windows in both, +- one standard error over windows; within two of "
     "them no difference was measured. The best trial was chosen on the validation text, which "
@@ -20,137 +19,100 @@ MEANING = (
 )
 
 
-def with_error(value: float, error: float) -> str:
-    """Write a number and its standard error to the digits that the error leaves.
-
-    Example:
-        >>> with_error(-0.00123, 0.00207), with_error(1.2345, 0.51), with_error(31.4, 12.0)
-        ('-0.0012 +- 0.0021', '1.23 +- 0.51', '31 +- 12')
-    """
-    if not (error > 0 and math.isfinite(error)):
-        return f"{value:.4g} +- {error:.2g}"
-    digits = max(0, 1 - math.floor(math.log10(float(f"{error:.1e}"))))
-    return f"{value:.{digits}f} +- {error:.{digits}f}"
-
-
 @dataclass(frozen=True)
 class Difference:
-    """What a trial loses more than another on the same text, nats per token.
+    """What a trial loses more than another on the same text, in the metric that is minimized."""
 
-    Attributes:
-        nats: Mean over the windows; below 0 the trial is better.
-        error: Its standard error, of paired windows; ``None`` where single windows are not known.
-    """
-
-    nats: float
-    error: float | None
+    mean: float  # over the windows; below 0 the trial is better
+    error: float | None  # standard error of paired windows; None where single ones are not known
 
     @classmethod
-    def paired(cls, mine: Sequence[float], other: Sequence[float], nats: float) -> Difference:
-        """Compare two trials window by window.
-
-        Args:
-            mine: Mean nats per token of each window.
-            other: Of the other trial, on the same windows; empty like ``mine`` if not known.
-            nats: The difference of the means, for where windows are not known.
-        """
-        if len(mine) != len(other) or len(mine) < 2:
-            return cls(nats, None)
-        return cls(*paired_difference(mine, other))
+    def paired(cls, losses: Sequence[float], baseline: Sequence[float], mean: float) -> Difference:
+        """Compare losses of the same windows; where they are not known, only ``mean`` is."""
+        if len(losses) != len(baseline) or len(losses) < 2:
+            return cls(mean, None)
+        return cls(*paired_difference(losses, baseline))
 
     @property
     def is_measurable(self) -> bool | None:
-        """Return whether it is beyond two standard errors; ``None`` if nobody can tell."""
-        return None if self.error is None else abs(self.nats) > ERRORS * self.error
+        """Whether it is beyond two standard errors; ``None`` without an error."""
+        return None if self.error is None else abs(self.mean) > ERRORS * self.error
 
     def __str__(self) -> str:
-        """Write it as what it is: a difference, none, or one of which the error is not known."""
         if self.error is None:
-            return f"{self.nats:+.4f}, its error is not known"
-        text = with_error(self.nats, self.error)
+            return f"{self.mean:+.4f}, its error is not known"
+        text = with_error(self.mean, self.error)
         return text if self.is_measurable else f"no measurable difference: {text}"
 
 
 @dataclass(frozen=True)
 class Gain:
-    """The best trial of a budget beside the analytic allocation of the same budget.
+    """The best trial of a budget beside the analytic allocation of the same budget."""
 
-    Attributes:
-        analytic: Of least predicted loss: where the search starts.
-        best: Of the lowest objective within the same budget.
-        validation: Best minus analytic on the validation text.
-        test: The same on the test text; ``None`` where one of the two was not scored on it.
-    """
-
+    metric: Metric
     analytic: TrialRecord
-    best: TrialRecord
-    validation: Difference
-    test: Difference | None
-
-    @property
-    def adds_nothing(self) -> bool:
-        """Return whether the analytic allocation is the best itself."""
-        return self.analytic is self.best
-
-    @property
-    def sentences(self) -> list[str]:
-        """Write the differences where no table says what they are."""
-        return [
-            f"best - analytic, {UNIT}, {name} text: {line}" for name, line in self.lines.items()
-        ]
+    best: TrialRecord  # of the lowest objective within the same budget
+    differences: Mapping[str, Difference]  # by text: validation, and test where both have one
 
     @property
     def lines(self) -> dict[str, str]:
-        """Write the differences, by text."""
-        if self.adds_nothing:
+        """The differences in words, by text."""
+        if self.best is self.analytic:
             return {"any": "none: the best trial is the analytic one"}
-        texts = {"validation": self.validation, "test": self.test}
-        return {name: str(found) for name, found in texts.items() if found is not None}
+        return {text: str(difference) for text, difference in self.differences.items()}
+
+    @property
+    def sentences(self) -> list[str]:
+        """The differences in words, where no table says what they are."""
+        what = f"best - analytic, {self.metric.unit or self.metric.label}"
+        return [f"{what}, {name} text: {line}" for name, line in self.lines.items()]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values: trials, keep ratio, and the differences by text."""
-        texts = {"validation": self.validation, "test": self.test}
-        return {
+        """Plain values: keep ratio, trials, and the difference on each text or ``None``."""
+        plain: dict[str, Any] = {
             "keep_ratio": self.analytic.metrics["keep_ratio"],
             "analytic": self.analytic.request.trial_index,
             "best": self.best.request.trial_index,
-            **{
-                name: None
-                if found is None
-                else {
-                    "difference": found.nats,
-                    "standard_error": found.error,
-                    "is_measurable": found.is_measurable,
-                }
-                for name, found in texts.items()
-            },
+            "validation": None,
+            "test": None,
         }
+        for text, difference in self.differences.items():
+            fields = {"difference": difference.mean, "standard_error": difference.error}
+            plain[text] = fields | {"is_measurable": difference.is_measurable}
+        return plain
 
 
 def gains(state: StudyState) -> list[Gain]:
-    """Return what the search adds, at each budget of an analytic trial, from large to small.
+    """Gain at each budget of an analytic trial, from large to small.
 
-    There is one at one budget, and several on a front, whose best trial at any size would be
-    compared with a smaller model; there is none where losses were not predicted.
+    One budget has one, and a front several; there is none where losses were not predicted.
     """
-    analytic = [r for r in state.completed if r.request.origin == "analytic"]
-    analytic.sort(key=lambda r: -r.metrics["keep_ratio"])
+    analytic = [record for record in state.completed if record.request.origin == "analytic"]
+    analytic.sort(key=lambda record: -record.metrics["keep_ratio"])
     return [_gain(state, record) for record in analytic]
 
 
 def _gain(state: StudyState, analytic: TrialRecord) -> Gain:
     """Compare an analytic trial with the best of those that its budget holds."""
-    ceiling = analytic.request.allocation.budget.parameters
-    within = [r for r in state.completed if r.request.allocation.parameters <= ceiling]
+    metric = state.fixed.task.minimized
+    budget = analytic.request.allocation.budget
+    within = [
+        record
+        for record in state.completed
+        if record.request.allocation.cost.of(budget.measure) <= budget.limit
+    ]
     best = min(within, key=lambda r: r.metrics["objective"])
-    mine, other = (record.result.window_nll if record.result else () for record in (best, analytic))
-    validation = Difference.paired(mine, other, best.metrics["nll"] - analytic.metrics["nll"])
+    pair = (best, analytic)
     tests = {test["trial"]: test for test in state.tests.values()}
-    found = [tests.get(record.request.trial_index) for record in (best, analytic)]
-    test = None
-    if found[0] is not None and found[1] is not None:
-        means = [one["metrics"]["nll"] for one in found if one is not None]
-        test = Difference.paired(
-            found[0]["window_nll"], found[1]["window_nll"], means[0] - means[1]
-        )
-    return Gain(analytic, best, validation, test)
+    tested = [tests.get(record.request.trial_index) for record in pair]
+    scores = {
+        "validation": [(r.metrics, r.result.example_losses) for r in pair if r.result],
+        "test": [(test["metrics"], test["example_losses"]) for test in tested if test],
+    }
+    differences = {}
+    for text, both in scores.items():
+        if len(both) == 2:
+            (mine, losses), (baseline, baseline_losses) = both
+            mean = mine[metric.name] - baseline[metric.name]
+            differences[text] = Difference.paired(losses, baseline_losses, mean)
+    return Gain(metric, analytic, best, differences)

@@ -1,156 +1,140 @@
-"""Saved views of the MLflow UI: which columns and charts it opens a study with."""
+"""What MLflow shows of a study: which store, description, numbers and files of its run."""
 
 from __future__ import annotations
 
-import base64
-import json
-import zlib
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+import logging
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
-from lrbo.mlflow_entities import with_tags
+from lrbo.config.choices import KEEP_RATIO
+from lrbo.config.schema import SearchConfig
+from lrbo.config.shell import command
+from lrbo.errors import LrboError
+from lrbo.files.atomic import write_text
+from lrbo.files.parsing import to_json
+from lrbo.files.rendering import render
+from lrbo.progress import imported
+from lrbo.reports.gains import gains
+from lrbo.reports.pictures import draw_figures
+from lrbo.reports.results import described, hypervolume_of, score_rows, summary
+from lrbo.reports.study_tables import head_tables
+from lrbo.study.journal import Study
+from lrbo.study.study_record import StudyRecord
+from lrbo.tracking.mlflow_runs import Checkpoint, Dataset, Presentation
+from lrbo.tracking.mlflow_store import absolute_uri
+from lrbo.tracking.tracker import MlflowTracker, NullTracker, Tracker
 
-# The UI keeps a saved view as a tag of the experiment. An older one, that of mlflow 3.14 for one,
-# keeps it in another form: it shows the runs with its default columns then.
-TAG = "mlflow.sharedViewState."
-ALL_STUDIES = "lrbo-studies"
-# Which columns come first, as the UI itself calls them.
-_FIRST = ("attributes.`Run Name`", "runDateAndNestInfo", "duration")
-_WIDTH = 120  # of a column, in pixels
-
-
-def study_view(study_id: str) -> str:
-    """Return the key of the view of a study's trials."""
-    return f"lrbo-{study_id}"
-
-
-def address(experiment_id: str, view: str | None = None) -> str:
-    """Return the end of the UI's address that shows runs; without it, it opens on chat models.
-
-    Args:
-        experiment_id: Of the experiment.
-        view: Key of a saved view; ``None`` is the UI's own.
-    """
-    end = f"#/experiments/{experiment_id}/runs?workflowType=machine_learning"
-    return end if view is None else f"{end}&viewStateShareKey={quote(view)}"
+log = logging.getLogger(__name__)
 
 
-def all_studies(when: float) -> str:
-    """Return the tag of the view that has a line per study."""
-    metrics = [
-        "best_perplexity", "uniform_perplexity", "dense_perplexity", "test_best_perplexity",
-        "best_keep_ratio", "hypervolume",
-    ]  # fmt: skip
-    params = ["model.name", "method.name", "space.name", "budget.keep_ratio", "seed"]
-    columns = [*(f"metrics.`{name}`" for name in metrics), *(f"params.`{name}`" for name in params)]
-    state = {"searchFilter": with_tags(role="study"), **_table(columns)}
-    return _tag("all studies", state, when)
-
-
-def trials_of(
-    study: str,
-    study_id: str,
-    variables: Sequence[str],
-    metrics: Sequence[str],
-    size: str | None,
-    when: float,
-    loss: str = "nll",
-) -> str:
-    """Return the tag of the view of a study's trials: best first, and charts of all of them.
-
-    Args:
-        study: Name of the study.
-        study_id: What its runs are found by.
-        variables: Params that the parallel coordinates have an axis of.
-        metrics: Columns of the table, in order.
-        size: Metric that is minimised beside the loss; ``None`` at one budget.
-        when: Unix time.
-        loss: Metric that the best trial has lowest.
-    """
-    columns = [
-        *(f"metrics.`{name}`" for name in metrics),
-        "tags.`lrbo.origin`",
-        *(f"params.`{name}`" for name in variables),
-    ]
-    # nll and not perplexity: one bad trial would press all others together.
-    over = [*([] if size is None else [size]), "trial", "kl_dense_to_compressed"]
-    section = "lrbo-section"
-    charts: list[Mapping[str, Any]] = [
-        _chart(f"nll over {name}", section, type="SCATTER", runsCountToCompare=1000)
-        | {"xaxis": {"key": name, "type": "METRIC"}, "yaxis": {"key": "nll", "type": "METRIC"}}
-        for name in over
-    ]
-    charts.append(
-        _chart("Variables and nll", section, type="PARALLEL")
-        | {
-            "selectedParams": list(variables),
-            "selectedMetrics": [*([] if size is None else [size]), "nll"],
-            "showAllRuns": True,
-        }
+def make_tracker(config: SearchConfig, study: StudyRecord, *, strict: bool = False) -> Tracker:
+    """Tracker that the configuration asks for."""
+    if not config.tracking.enabled:
+        return NullTracker()
+    return MlflowTracker(
+        uri=absolute_uri(config.tracking.uri),
+        experiment=config.tracking.experiment,
+        study_id=study.about.study_id,
+        study_name=study.name,
+        artifact_root=Path(config.studies).absolute() / "mlflow-artifacts",
+        strict=strict,
+        metric=study.task.minimized.name,
+        # A bare number would be taken for a ratio.
+        prefix="log_weight." if study.config.space.type == "weights" else "",
+        keys=study.keys,
     )
-    state = {
-        "searchFilter": with_tags(study_id=study_id, role="trial"),
-        "orderByKey": f"metrics.`{size or loss}`",
-        "orderByAsc": True,
-        **_table(columns),
-        "runsHiddenMode": "SHOW_ALL",  # else charts have the first ten only
-        "compareRunCharts": charts,
-        "compareRunSections": [
-            _section(section, "Study", shown=True),
-            # Every other metric over the trials, which the UI adds: there to be opened.
-            *(_section(f"lrbo-{name}", name, shown=False) for name in ("Model metrics", "seconds")),
-        ],
-        "isAccordionReordered": True,  # else sections are sorted by name
-    }
-    return _tag(f"{study}: trials", state, when)
 
 
-def saved_views(tags: Mapping[str, str]) -> dict[str, str]:
-    """Return names of our own saved views by key, the newest first.
+def digests(study: StudyRecord) -> dict[str, Any]:
+    """Digests of model and data, and versions, for tracking."""
+    digests = {f"data.{role}.digest": used["digest"] for role, used in study.data.items()}
+    versions = {f"version.{name}": version for name, version in study.about.versions.items()}
+    return digests | versions | {"model.fingerprint": study.about.model_fingerprint}
 
-    Args:
-        tags: Of the experiment.
+
+def presentation(study: StudyRecord) -> Presentation:
+    """Description and texts of a study."""
+    length = study.config.data.window
+    datasets = [
+        Dataset(role, used["text"], used["digest"], used["windows"], used["windows"] * length)
+        for role, used in study.data.items()
+    ]
+    note = render("study_note.md", lines=described(study), tables=head_tables(study))
+    return Presentation(note, datasets)
+
+
+def enter_checkpoint(
+    config: SearchConfig, study: Study, folder: Path, trial: int, register: str,
+    tags: Mapping[str, str],
+) -> None:  # fmt: skip
+    """Note in the journal that a checkpoint was written, and show it in MLflow.
+
+    A failure of either is a warning, for the checkpoint is there. The study must not be locked.
     """
-    found = []
-    for tag, value in tags.items():
-        key = tag.removeprefix(TAG)
-        if key != tag and key.startswith("lrbo-"):
-            with suppress(ValueError, KeyError):  # another version may write them otherwise
-                view = json.loads(value)
-                found.append((view["updatedAt"], key, view["name"]))
-    return {key: name for _, key, name in sorted(found, reverse=True)}
+    event = {"id": uuid.uuid4().hex, "trial": trial, "folder": str(folder.absolute())}
+    event |= {"register": register, "tags": {**tags}}
+    try:
+        with study.locked():
+            study.record("compressed", **event)
+    except (LrboError, OSError) as error:
+        log.warning(
+            "The journal of study %s does not say that %s was written (%s), so that `lrbo report "
+            "sync=true` will not show it in MLflow.",
+            study.name,
+            folder,
+            error,
+        )
+    show_checkpoint(make_tracker(config, study), event)
 
 
-def _table(columns: Sequence[str]) -> dict[str, Any]:
-    """Return the columns of a view, in order; the UI's own order is that of the alphabet."""
-    return {
-        "selectedColumns": list(columns),
-        "columnOrder": [*_FIRST, *columns],
-        "columnWidths": dict.fromkeys(columns, _WIDTH),
-    }
+def show_checkpoint(tracker: Tracker, event: Mapping[str, Any]) -> None:
+    """Show a checkpoint as the journal has it, where it is wanted and still there."""
+    folder = Path(event["folder"])
+    if event["register"] != "none" and folder.is_dir():
+        copied = event["register"] == "copy"
+        tracker.checkpoint(Checkpoint(event["id"], event["trial"], folder, copied, event["tags"]))
 
 
-def _chart(title: str, section: str, **options: Any) -> dict[str, Any]:
-    """Return a chart of a view."""
-    return {
-        "uuid": f"lrbo-{title}", "metricSectionId": section, "displayName": title,
-        "deleted": False, "isGenerated": False, **options,
-    }  # fmt: skip
+def write_page(study: StudyRecord) -> Path:
+    """Write the page of a study, and return its path."""
+    path = study.folder / "report.html"
+    write_text(path, imported("lrbo.reports.page").study_page(study))  # which asks Ax
+    return path
 
 
-def _section(uuid: str, name: str, *, shown: bool) -> dict[str, Any]:
-    """Return a part of the page of charts."""
-    return {
-        "uuid": uuid, "name": name, "display": shown, "isReordered": False, "deleted": False,
-        "isGenerated": False,
-    }  # fmt: skip
+def show_if_possible(study: StudyRecord, tracker: Tracker) -> None:
+    """Show a study where a full disk must not stop what it is shown for: it can be done later."""
+    try:
+        show(study, tracker)
+    except OSError as error:
+        log.warning(
+            "The figures of study %s are not all written (%s). Everything they show is in its "
+            "journal; draw them with: %s",
+            study.name,
+            error,
+            command("report", **study.keys),
+        )
 
 
-def _tag(name: str, state: Mapping[str, Any], when: float) -> str:
-    """Return a view as the UI keeps it, compressed: the length of a tag has an end."""
-    packed = base64.b64encode(zlib.compress(json.dumps(state).encode())).decode()
-    moment = round(1000 * when)
-    view = {"name": name, "createdAt": moment, "updatedAt": moment, "state": f"deflate;{packed}"}
-    return json.dumps(view)
+def show(study: StudyRecord, tracker: Tracker) -> None:
+    """Draw the figures and put them, the front and the configuration on the parent run."""
+    figures, area, front = draw_figures(study), hypervolume_of(study), study.folder / "front.json"
+    write_text(front, to_json(summary(study)["front"], indent=2) + "\n")
+    scores = [metric.name for metric in study.task.scores]
+    numbers: dict[str, float] = {} if area is None else {"hypervolume": area["value"]}
+    for row in score_rows(study):
+        names = scores if row.trial is None else [*scores, KEEP_RATIO]
+        numbers |= {f"{row.label}_{name}": row.validation[name] for name in names}
+        numbers |= {f"test_{row.label}_{name}": row.test[name] for name in scores if row.test}
+    for gain in gains(study.state)[:1]:
+        for text, difference in gain.differences.items():
+            numbers[f"gain_{text}"] = difference.mean
+            if difference.error is not None:
+                numbers[f"gain_{text}_error"] = difference.error
+    artifacts = [*figures, front, study.folder / "config.yaml", study.folder / "study.json"]
+    if not isinstance(tracker, NullTracker):
+        artifacts.append(write_page(study))
+    tracker.summary(numbers, artifacts)
+    tracker.present(presentation(study))

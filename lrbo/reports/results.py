@@ -1,424 +1,239 @@
-"""What came of a study: one dict, data frames, figures."""
+"""The results of a study as plain values: one dict, rows of scores, a frame of its trials."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from lrbo.accounting import (
-    dense_parameters,
-    index_bytes,
-    low_rank_macs,
-)
+from lrbo.allocation.loss_calibration import LossCalibration, sensitivity_file
+from lrbo.config.choices import KEEP_RATIO, LOSS
 from lrbo.errors import StudyError
-from lrbo.gains import gains
-from lrbo.loss_calibration import LossCalibration, sensitivity_file
-from lrbo.optimization.front import (
-    KEEP_RATIO,
-    LATENCIES,
-    LOSS,
-    hypervolume,
-    pareto_front,
-    reference_point,
-)
-from lrbo.optimization.study import Study, layers_of, stored_parameters
-from lrbo.pictures import digest_of, is_of, write_picture
-from lrbo.presentation import count_text
-from lrbo.progress import imported
-from lrbo.trial import Origin, TrialRecord
+from lrbo.layers.options import UNITS
+from lrbo.reports.allocations import dense_size
+from lrbo.reports.gains import gains
+from lrbo.study.front import hypervolume, pareto_front, reference_point
+from lrbo.study.state import StudyState
+from lrbo.study.study_record import StudyRecord
+from lrbo.tasks.metrics import LATENCIES, PARAMETERS, SIZES, Task, count_text
+from lrbo.trials.records import Origin, TrialRecord
 
-DEPTHS = 3  # parts of the depth that are told apart
+LABELS = ("dense", "uniform", "analytic", "best")  # models that every table of results has
 STAGES = ("suggestion", "allocation", "scoring", "logging")
-METRICS = {  # column of the frame: metric
-    "nll": "nll",
-    "perplexity": "perplexity",
-    "objective": "objective",
-    "kl": "kl_dense_to_compressed",
-    "keep_ratio": "keep_ratio",
-    "parameters": "parameters",
-    "model_parameters": "model_parameters",
-    "model_bytes": "model_bytes",
-    "macs_per_token": "macs_per_token",
-    "tokens": "tokens",
-    "peak_memory_gib": "peak_memory_gib",
-    **{name: name for latency in LATENCIES for name in (latency, f"{latency}_sem")},
-}
-NUMBERS_WRITTEN = ("keep_ratio", "validation_perplexity", "test_perplexity")  # of a checkpoint
-COLUMNS = (
-    "trial",
-    "origin",
-    "outcome",
-    "error",
-    *METRICS,
-    "seconds",
-    *(f"{stage}_s" for stage in STAGES),
-    "best_perplexity",
-    "is_best",
-    "on_front",
-)
 
 
-def summary(study: Study) -> dict[str, Any]:
-    """Return the results of a study as plain values that go to JSON.
+def summary(study: StudyRecord) -> dict[str, Any]:
+    """Results of a study as plain values that go to JSON.
 
-    Every key is always there. What is not known yet is ``None``, or an empty list or dict
-    where there may be several.
+    Every key is always there. What is not known yet is ``None``, or an empty list or dict.
+    Scores are the metric that the task minimizes and its headline: of a language model ``nll``
+    (nats per token) and ``perplexity``.
 
     Returns:
         - ``study``: its name;
-        - ``trials_completed``, ``trials_stopped``: given up early, and ``trials_failed``: those
-          that ended without a value;
+        - ``trials_completed``, ``trials_stopped`` (early), ``trials_failed`` (without a value);
         - ``tokens_scored``: over all trials with a value;
         - ``validation_windows``: where they were chosen, ``chosen`` of how many in the ``pool``;
-        - ``dense``: ``nll`` (nats per token) and ``perplexity`` on the validation text;
-        - ``uniform``: ``trial``, the same, and ``keep_ratio``;
-        - ``analytic``: the same, of the allocation of least predicted loss;
-        - ``best``: ``trial``, ``nll``, ``perplexity``, ``keep_ratio``, ``parameters`` (of the
-          compressible layers) of the trial with the lowest objective;
-        - ``gains``: what the search adds: the best trial minus the ``analytic`` one, nats per
-          token on ``validation`` and ``test`` text, with the ``standard_error`` over windows; one
-          at one budget, of a front one at each budget of an analytic trial;
-        - ``front``: ``trial``, ``nll``, ``keep_ratio`` of each trial on it, and what it was
-          minimised in, from small to large; at one budget there is none;
-        - ``hypervolume``: where a front was searched, the area that it dominates below its
-          ``reference``, loss times size, and ``size``, the name of the metric;
+        - ``dense``, ``uniform``, ``analytic`` (least predicted loss), ``best`` (lowest objective):
+          scores on the validation text, ``trial``, ``keep_ratio``, and ``parameters`` of the best;
+        - ``test``: by the same labels, ``trial``, ``text``, and scores on the test text;
+        - ``gains``: best minus ``analytic`` at each budget, in the minimized metric, with the
+          ``standard_error`` over windows;
+        - ``front``: ``trial``, minimized metric, ``keep_ratio`` and the size that is minimized, of
+          each trial on it, from small to large; at one budget there is none;
+        - ``hypervolume``: area that a front dominates below its ``reference``, loss times ``size``;
         - ``seconds``: sums over all trials, by stage;
-        - ``checkpoints``: what was written: ``trial``, ``folder``, whether it ``exists`` still,
-          ``format``, ``dtype``, ``keep_ratio``, ``validation_perplexity`` and
-          ``test_perplexity``; of a folder that was written again the last;
-        - ``test``: by label, ``trial``, ``text``, ``nll`` and ``perplexity`` on the test text.
+        - ``checkpoints``: the models that were written, and whether each ``exists`` still.
     """
-    state, size = study.state, size_metric(study)
-    best = state.best()
+    state, task, size = study.state, study.task, size_metric(study) or KEEP_RATIO
+    scores = [metric.name for metric in task.scores]
+    models: dict[str, Any] = dict.fromkeys(LABELS)
+    more: dict[str, tuple[str, ...]] = {"dense": (), "best": (KEEP_RATIO, PARAMETERS.name)}
+    for row in score_rows(study):
+        names = (*scores, *more.get(row.label, (KEEP_RATIO,)))
+        number = {} if row.trial is None else {"trial": row.trial}
+        models[row.label] = number | _pick(row.validation, *names)
+    windows = None
+    if selection := state.selection:
+        windows = {"chosen": len(selection["windows"]), "pool": selection["pool"]}
     return {
         "study": study.name,
-        "trials_completed": len(state.completed),
-        "trials_stopped": len(state.stopped),
-        "trials_failed": len(state.ended) - len(state.completed) - len(state.stopped),
-        "tokens_scored": int(sum(record.metrics.get("tokens", 0) for record in state.ended)),
-        "validation_windows": {
-            "chosen": len(state.chosen["windows"]),
-            "pool": state.chosen["pool"],
-        }
-        if state.chosen
-        else None,
-        "dense": _pick(state.dense, "nll", "perplexity") if state.dense else None,
-        "uniform": _baseline(state.uniform),
-        "analytic": _baseline(state.analytic),
-        "best": {
-            "trial": best.request.trial_index,
-            **_pick(best.metrics, "nll", "perplexity", "keep_ratio", "parameters"),
-        }
-        if best
-        else None,
+        **_counts(state),
+        "validation_windows": windows,
+        **models,
         "gains": [gain.to_dict() for gain in gains(state)],
         "front": [
-            {
-                "trial": record.request.trial_index,
-                **_pick(record.metrics, "nll", "keep_ratio", *([size] if size else [])),
-            }
+            {"trial": record.request.trial_index}
+            | _pick(record.metrics, task.minimized.name, KEEP_RATIO, size)
             for record in front(study)
         ],
-        "hypervolume": _hypervolume(study),
+        "hypervolume": hypervolume_of(study),
         "checkpoints": checkpoints(study),
-        "seconds": {
-            stage: math.fsum(record.seconds.get(stage, 0.0) for record in state.records)
-            for stage in STAGES
-        },
+        "seconds": seconds_by_stage(state),
         "test": {
-            label: {
-                "trial": test["trial"],
-                "text": test["text"],
-                **_pick(test["metrics"], "nll", "perplexity"),
-            }
+            label: {"trial": test["trial"], "text": test["text"], **_pick(test["metrics"], *scores)}
             for label, test in state.tests.items()
         },
     }
 
 
+def _counts(state: StudyState) -> dict[str, int]:
+    completed, stopped = len(state.completed), len(state.stopped)
+    return {
+        "trials_completed": completed,
+        "trials_stopped": stopped,
+        "trials_failed": len(state.ended) - completed - stopped,
+        "tokens_scored": int(sum(record.metrics.get("tokens", 0) for record in state.ended)),
+    }
+
+
+def seconds_by_stage(state: StudyState) -> dict[str, float]:
+    """Sum up the seconds of all trials, those that did not end included."""
+    return {
+        stage: math.fsum(record.seconds.get(stage, 0.0) for record in state.records)
+        for stage in STAGES
+    }
+
+
+def first_reason(record: TrialRecord) -> str:
+    """First line of the reason why a trial has no value."""
+    reason = record.result and record.result.error
+    return ((reason or "").strip() or "no reason given").splitlines()[0]
+
+
+def _pick(metrics: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {name: metrics.get(name) for name in names}
+
+
 @dataclass(frozen=True)
 class ScoreRow:
-    """A row of every table of results: the dense model or a trial beside the others.
+    """The dense model, or a trial, in a table of results."""
 
-    Attributes:
-        label: ``dense``, ``uniform``, ``analytic``, ``best``, or what proposed it.
-        trial: Its number; ``None`` for the dense model.
-        keep_ratio: Share of the parameters of the compressible layers.
-        validation: Metrics on the validation text, ``{}`` if not known.
-        test: Metrics on the test text, likewise.
-    """
-
-    label: str
-    trial: int | None
+    label: str  # dense, uniform, analytic, best, or what proposed it
+    trial: int | None  # its number; None for the dense model
     keep_ratio: float
-    validation: Mapping[str, float]
-    test: Mapping[str, float]
-
-    @property
-    def name(self) -> str:
-        """Return what a table calls it."""
-        return f"best, trial {self.trial}" if self.label == "best" else self.label
+    validation: Mapping[str, float]  # metrics on the validation text, and its sizes
+    test: Mapping[str, float]  # metrics on the test text; empty if not known
 
 
-def score_rows(study: Study, *origins: Origin) -> list[ScoreRow]:
-    """Return what is known of the dense model, the baselines and the best trial.
+def score_rows(study: StudyRecord, *origins: Origin) -> list[ScoreRow]:
+    """Scores of the dense model, the baselines and the best trial, as far as known.
 
-    Args:
-        study: Perhaps without a trial.
-        *origins: Of which the first trial with a value is a row too, before the best.
+    The first trial with a value of each of the ``origins`` has a row too, before the best.
     """
     state = study.state
+    dense = {m.name: m.dense for m in (*study.task.metrics, *SIZES) if m.dense is not None}
+    dense |= {**dense_size(study.about), **state.dense}
     first = {record.request.origin: record for record in reversed(state.completed)}
     records = {"uniform": state.uniform, "analytic": state.analytic}
     records |= {origin: first.get(origin) for origin in origins} | {"best": state.best()}
     tests = {test["trial"]: test["metrics"] for test in state.tests.values()}
-    rows = [ScoreRow("dense", None, 1.0, state.dense, tests.get(None, {}))] if state.dense else []
+    rows = [ScoreRow("dense", None, 1.0, dense, tests.get(None, {}))] if state.dense else []
     for label, record in records.items():
         if record is not None:
             trial, metrics = record.request.trial_index, record.metrics
-            rows.append(
-                ScoreRow(label, trial, metrics["keep_ratio"], metrics, tests.get(trial, {}))
-            )
+            rows.append(ScoreRow(label, trial, metrics[KEEP_RATIO], metrics, tests.get(trial, {})))
     return rows
 
 
-def counted_trials(study: Study) -> str:
-    """Say how many trials ended in which way, and how many tokens they scored."""
-    state = study.state
-    failed = len(state.ended) - len(state.completed) - len(state.stopped)
-    tokens = sum(record.metrics.get("tokens", 0) for record in state.ended)
-    parts = [f"{len(state.completed)} completed"]
-    parts += [f"{len(state.stopped)} stopped early"] if state.stopped else []
-    parts += [f"{failed} without a value"] if failed else []
-    parts += [f"{len(state.open)} not ended"] if state.open else []
-    parts += [f"{count_text(tokens)} tokens scored"] if tokens else []
-    return ", ".join(parts)
-
-
-def _baseline(record: TrialRecord | None) -> dict[str, Any] | None:
-    """Return what stands in tables of a trial that others are compared with."""
-    if record is None:
-        return None
-    numbers = _pick(record.metrics, "nll", "perplexity", "keep_ratio")
-    return {"trial": record.request.trial_index, **numbers}
-
-
-def front(study: Study) -> list[TrialRecord]:
-    """Return the Pareto front from small to large.
-
-    There is none at one budget, where sizes differ by the rounding of ranks alone.
-    """
+def front(study: StudyRecord) -> list[TrialRecord]:
+    """Pareto front from small to large; none at one budget, where sizes differ by rounding."""
     size = size_metric(study)
     return [] if size is None else pareto_front(study.state.completed, size)
 
 
-def size_metric(study: Study) -> str | None:
-    """Return what a study minimises beside the loss; ``None`` at one budget."""
-    config = study.config()
+def size_metric(study: StudyRecord) -> str | None:
+    """Size that a study minimizes beside the loss; ``None`` at one budget."""
+    config = study.config
     return None if config.budget.lowest is None else config.search.size
 
 
-def checkpoints(study: Study) -> list[dict[str, Any]]:
-    """Return the compressed models that were written, and whether they are still there."""
-    found = {}
+def checkpoints(study: StudyRecord) -> list[dict[str, Any]]:
+    """Compressed models that were written, and whether they are still there."""
+    headline = study.task.headline.name
+    texts = ("validation", "test")
+    tag_of = {KEEP_RATIO: KEEP_RATIO} | {f"{text}_{headline}": text for text in texts}
+    written = {}
     for event in study.state.checkpoints:
         folder, tags = event["folder"], event["tags"]
-        numbers = {key: tags.get(key) for key in NUMBERS_WRITTEN}
-        found[folder] = {
+        written[folder] = {
             "trial": event["trial"],
             "folder": folder,
             "exists": (Path(folder) / "config.json").is_file(),
             "format": tags["format"],
             "dtype": tags["dtype"],
-            **{key: None if text is None else float(text) for key, text in numbers.items()},
+            **{key: float(tags[tag]) if tag in tags else None for key, tag in tag_of.items()},
         }
-    return list(found.values())
+    return list(written.values())
 
 
-def _hypervolume(study: Study) -> dict[str, Any] | None:
-    """Return the area that the front dominates, where one was searched."""
+def hypervolume_of(study: StudyRecord) -> dict[str, Any] | None:
+    """Area that a searched front dominates, its reference point, and the size."""
     size, completed = size_metric(study), study.state.completed
-    if size is None:
-        return None
-    thresholds = study.config().search.thresholds
-    reference = reference_point(completed, size, thresholds)
-    if reference is None:
+    reference = size and reference_point(completed, size, study.config.search.thresholds)
+    if not size or not reference:
         return None
     points = [(record.metrics["objective"], record.metrics[size]) for record in completed]
-    return {
-        "value": hypervolume(points, reference),
-        "reference": {LOSS: reference[0], size: reference[1]},
-        "size": size,
-    }
+    ends = dict(zip((LOSS, size), reference, strict=True))
+    return {"value": hypervolume(points, reference), "reference": ends, "size": size}
 
 
-def frame(study: Study) -> pd.DataFrame:
-    """Return a table with one row per trial that ended, in the order of their numbers.
+def metric_columns(task: Task) -> list[str]:
+    """Columns of :func:`frame` that hold metrics of trials."""
+    timed = [f"{metric.name}{end}" for metric in LATENCIES for end in ("", "_sem")]
+    costs = [metric.name for metric in (*SIZES, PARAMETERS)]
+    quality = [*(metric.name for metric in task.metrics), "objective"]
+    return [*quality, *costs, *timed, "tokens", "peak_memory_gib"]
+
+
+def frame(study: StudyRecord) -> pd.DataFrame:
+    """Table with one row per trial that ended, in the order of their numbers.
 
     Returns:
-        The columns in ``COLUMNS``. ``seconds`` is the sum of the four stages after it;
-        ``best_perplexity`` is the perplexity of the best trial up to this one, the best being
-        the one with the lowest objective; ``is_best`` marks the best of all and ``on_front``
-        the Pareto front, of which there is none at one budget. Metrics of trials without a
-        value are missing.
+        ``trial``, ``origin``, ``outcome``, ``error``, those of :func:`metric_columns`, ``seconds``
+        and the four stages that it is the sum of, ``suggestion_s`` and so on,
+        ``best_perplexity`` (the headline of the trial of the lowest objective up to this one),
+        ``is_best`` (of all), and ``on_front``, of which there is none at one budget. Metrics of
+        trials without a value are missing.
     """
-    best = study.state.best()
+    best, headline = study.state.best(), study.task.headline.name
     on_front = {record.request.trial_index for record in front(study)}
     rows = []
-    lowest, best_perplexity = math.inf, math.nan
+    lowest, so_far = math.inf, math.nan
     for record in study.state.ended:
-        result, index = record.result, record.request.trial_index
+        request, result = record.request, record.result
         assert result is not None
         if record.is_completed and record.metrics["objective"] < lowest:
-            lowest, best_perplexity = record.metrics["objective"], record.metrics["perplexity"]
+            lowest, so_far = record.metrics["objective"], record.metrics[headline]
         rows.append(
             {
-                "trial": index,
-                "origin": record.request.origin,
+                **record.metrics,
+                "trial": request.trial_index,
+                "origin": request.origin,
                 "outcome": result.outcome,
                 "error": result.error,
-                **{column: record.metrics.get(name) for column, name in METRICS.items()},
-                "seconds": math.fsum(record.seconds.get(stage, 0.0) for stage in STAGES),
-                **{f"{stage}_s": record.seconds.get(stage) for stage in STAGES},
-                "best_perplexity": best_perplexity,
-                "is_best": best is not None and index == best.request.trial_index,
-                "on_front": index in on_front,
+                "seconds": math.fsum(record.seconds.values()),
+                **{f"{stage}_s": seconds for stage, seconds in record.seconds.items()},
+                f"best_{headline}": so_far,
+                "is_best": record is best,
+                "on_front": request.trial_index in on_front,
             }
         )
-    table = pd.DataFrame(rows, columns=list(COLUMNS))
-    numbers = [*METRICS, "seconds", *(f"{stage}_s" for stage in STAGES), "best_perplexity"]
-    types = {"trial": int, "is_best": bool, "on_front": bool, **dict.fromkeys(numbers, float)}
-    return table.astype(types)
+    stages = [f"{stage}_s" for stage in STAGES]
+    numbers = [*metric_columns(study.task), "seconds", *stages, f"best_{headline}"]
+    types = {
+        "trial": int, **dict.fromkeys(("origin", "outcome", "error"), object),
+        **dict.fromkeys(numbers, float), "is_best": bool, "on_front": bool,
+    }  # fmt: skip
+    return pd.DataFrame(rows, columns=list(types)).astype(types)
 
 
-def ranks_frame(study: Study, record: TrialRecord) -> pd.DataFrame:
-    """Return a table with one row per layer of a trial's allocation.
-
-    Returns:
-        ``name``, ``kind``, ``block``, ``rank`` (missing where the layer is dense), ``stored``
-        and ``dense`` (parameters), and ``kept``, their ratio.
-    """
-    about = study.about()
-    specs = layers_of(about)
-    rows = []
-    for name, rank in record.request.allocation.ranks.items():
-        spec = specs[name]
-        stored = stored_parameters(spec, rank, about)
-        rows.append((name, spec.kind, spec.block, rank, stored, spec.parameters))
-    table = pd.DataFrame(rows, columns=["name", "kind", "block", "rank", "stored", "dense"])
-    table = table.astype({"rank": "Int64", "block": "Int64"})
-    table["kept"] = table["stored"] / table["dense"]
-    return table
-
-
-def draw_figures(study: Study) -> list[Path]:
-    """Draw what there is to draw into the study's ``figures/``, unless it is there already.
-
-    Returns:
-        Paths of the pictures, such as ``convergence.png``.
-    """
-    paths = [study.folder / "figures" / f"{name}.png" for name in drawable(study)]
-    state, measured = study.state, sensitivity(study)
-    fixed = (study.about(), study.config_yaml())
-    digest = digest_of(*fixed, state.dense, state.trials, state.tests, measured)
-    if not all(is_of(path, digest) for path in paths):
-        drawn = imported("lrbo.figures").figures(study)  # matplotlib, which nothing else asks for
-        for path in paths:
-            write_picture(path, drawn[path.stem], digest)
-    return paths
-
-
-def drawable(study: Study) -> list[str]:
-    """Return the names of the figures that there is something to draw in.
-
-    There is no front at one budget, at which all trials are of one size.
-    """
-    if study.state.best() is None:
-        return []
-    front = ["front"] if size_metric(study) is not None else []
-    measured = ["sensitivity"] if sensitivity(study) is not None else []
-    return ["convergence", *front, "ranks", *measured]
-
-
-def _pick(metrics: Mapping[str, Any], *names: str) -> dict[str, Any]:
-    """Return some of the metrics; ``None`` for one that is not there."""
-    return {name: metrics.get(name) for name in names}
-
-
-def dense_size(study: Study) -> dict[str, float]:
-    """Return size and cost of the dense model: those of a trial plus what it left out.
-
-    Empty while there is no completed trial.
-    """
-    if not study.state.completed:
-        return {}
-    about = study.about()
-    record, specs, storage = study.state.completed[0], layers_of(about), about["storage"]
-    metrics, ranks = record.metrics, record.request.allocation.ranks
-    layers = [specs[name] for name in ranks]
-    parameters = metrics["model_parameters"] - metrics["parameters"] + dense_parameters(layers)
-    macs, integers = metrics["macs_per_token"], 0
-    for spec in layers:
-        rank = ranks[spec.name]
-        if rank is not None:
-            macs += spec.out_features * spec.in_features
-            macs -= low_rank_macs(spec, rank, storage)
-            integers += index_bytes(spec, storage)
-    bytes_per_parameter = (metrics["model_bytes"] - integers) / metrics["model_parameters"]
-    return {
-        "model_parameters": parameters,
-        "model_bytes": parameters * bytes_per_parameter,
-        "macs_per_token": macs,
-    }
-
-
-def kept_by_depth(study: Study, record: TrialRecord) -> pd.DataFrame:
-    """Return the share of their parameters that layers keep in a trial, by kind and depth.
-
-    Returns:
-        A row per kind, and a last one ``all``. A column per third of the blocks, named after
-        the blocks in it; missing where the kind has no layer. A last column ``all``.
-    """
-    table = ranks_frame(study, record)
-    blocks = int(table["block"].max()) + 1
-    parts = min(DEPTHS, blocks)
-    edges = [-(-part * blocks // parts) for part in range(parts + 1)]
-    columns = {
-        f"blocks {first}-{end - 1}" if end - first > 1 else f"block {first}": table[
-            table["block"].between(first, end - 1)
-        ]
-        for first, end in pairwise(edges)
-    }
-    if parts == 1:
-        columns = {}
-    shares = {}
-    for name, some in {**columns, "all": table}.items():
-        sums = some.groupby("kind")[["stored", "dense"]].sum()
-        sums.loc["all"] = sums.sum()
-        shares[name] = sums["stored"] / sums["dense"]
-    kinds = list(dict.fromkeys(table["kind"]))
-    return pd.DataFrame(shares).reindex([*kinds, "all"])
-
-
-def weights(study: Study, record: TrialRecord) -> dict[str, float]:
-    """Return the weights of a trial in natural logarithms; empty where ratios are searched."""
-    is_weights = study.config().space.type == "weights"
-    found = record.request.variables if is_weights else {}
-    return {name: value for name, value in found.items() if name != KEEP_RATIO}
-
-
-def sensitivity(study: Study) -> LossCalibration | None:
-    """Return what single layers were measured to cost, if that was measured.
-
-    Raises:
-        StudyError: If the file says something else, with what to do.
-    """
+def sensitivity(study: StudyRecord) -> LossCalibration | None:
+    """Measured losses of single layers, if there are any; StudyError if their file is damaged."""
     file = sensitivity_file(study.folder)
     try:
         return LossCalibration.load(file) if file.is_file() else None
@@ -428,27 +243,24 @@ def sensitivity(study: Study) -> LossCalibration | None:
         ) from error
 
 
-def dense_kinds(study: Study, record: TrialRecord) -> list[str]:
-    """Return the kinds of which every layer of a trial is dense."""
-    is_dense = ranks_frame(study, record).set_index("kind")["rank"].isna()
-    return [
-        str(kind) for kind, every in is_dense.groupby("kind", sort=False).all().items() if every
-    ]
-
-
-def described(study: Study) -> dict[str, str]:
-    """Return what was searched, under which budget, as lines by name."""
-    about, config = study.about(), study.config()
+def described(study: StudyRecord) -> dict[str, str]:
+    """Say what was searched, under which budget, and how many trials ended: lines by name."""
+    about, config, state = study.about, study.config, study.state
     keep, lowest = config.budget.keep_ratio, config.budget.lowest
-    budget = f"{about['budget_parameters']:,} parameters, {keep:.4g} of the compressible ones"
+    unit = UNITS[about.budget.measure]
+    budget = f"{about.budget.limit:,} {unit}, {keep:.4g} of the compressible ones"
     if lowest is not None:
-        budget = f"from {lowest:.4g} to {keep:.4g} of the parameters of compressible layers"
+        budget = f"from {lowest:.4g} to {keep:.4g} of the {unit} of compressible layers"
     lines = {
-        "Study": study.name,
-        "Model": f"{config.model.name} ({about['dtype']} on {about['device']})",
-        "Method": f"{config.method.name}, space {config.space.name}",
+        "Model": f"{config.model.name} ({about.dtype} on {about.device})",
+        "Method": f"{config.method['name']}, space {config.space.name}",
         "Budget": budget,
     }
     if weight := config.search.kl_weight:
-        lines["Loss"] = f"nll + {weight:g} KL(dense || compressed), which the best has lowest"
-    return lines
+        loss = about.task.minimized.label
+        lines["Loss"] = f"{loss} + {weight:g} KL(dense || compressed), which the best has lowest"
+    completed, stopped, failed, tokens = _counts(state).values()
+    others = {"stopped early": stopped, "without a value": failed, "not ended": len(state.open)}
+    ends = [f"{completed} completed", *(f"{n} {name}" for name, n in others.items() if n)]
+    ends += [f"{count_text(tokens)} {about.task.counted} scored"] if tokens else []
+    return {**lines, "Trials": ", ".join(ends)}

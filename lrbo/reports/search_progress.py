@@ -2,163 +2,107 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
-from lrbo.executors.base import Evaluate
-from lrbo.gains import gains, with_error
-from lrbo.optimization.front import LATENCIES, pareto_front
-from lrbo.optimization.study import Study
-from lrbo.progress import Reporter, Trials
-from lrbo.schema import SearchConfig
-from lrbo.trial import TrialRecord, TrialRequest, TrialResult
-from lrbo.worker import Worker
+from lrbo.progress import Reporter, ShowTrials
+from lrbo.reports.gains import gains
+from lrbo.reports.results import first_reason, front, size_metric
+from lrbo.study.study_record import StudyRecord
+from lrbo.tasks.metrics import LATENCIES, with_error
+from lrbo.trials.records import Evaluate, TrialRecord, TrialRequest, TrialResult
+from lrbo.trials.worker import Worker
 
 RECENT = 10  # trials whose seconds say how long the next ones take
 
 
 @dataclass
 class LiveSearch:
-    """The view of a search that is running.
-
-    Attributes:
-        reporter: Writes it.
-        study: Which has the trial that ended already.
-        chosen: The values of the search.
-        trials: The line about the search as a whole.
-        capacity: Asked how many trials run at the same time.
-    """
+    """The view of a search that is running."""
 
     reporter: Reporter
-    study: Study
-    chosen: SearchConfig
-    trials: Trials
-    capacity: Callable[[], int]
+    study: StudyRecord
+    count: int  # trials that the search is to have
+    show: ShowTrials  # updates the line about the search as a whole
+    capacity: Callable[[], int]  # number of trials that run at the same time
 
     def ended(self, record: TrialRecord) -> None:
-        """Tell of a trial that ended."""
+        """Show a trial that ended."""
         self.reporter.say(self._line(record))
         self.update()
 
     def update(self) -> None:
         """Show how far the search is."""
-        done = self._done
-        left = seconds_left(self.study.state.ended, self.chosen.search.trials - done, self.capacity)
-        self.trials.show(done, self._best(), left)
+        done = len(self.study.state.searched)
+        left = seconds_left(self.study.state.ended, self.count - done, self.capacity)
+        self.show(done, self._best(), left)
 
     def proposing(self, index: int) -> AbstractContextManager[None]:
-        """Show that the next trial is chosen, which takes seconds where Ax does it."""
+        """Show that the next trial is being proposed, which takes seconds."""
         return self.reporter.waiting(f"Trial {index}", "proposing")
 
     def scoring(self, worker: Worker) -> Evaluate:
-        """Return a worker of this process that shows how far a trial is."""
+        """Wrap a worker of this process so that it shows how far a trial is."""
         tokens = worker.windows.numel() - len(worker.windows)
 
         def evaluate(request: TrialRequest) -> TrialResult:
-            with self.reporter.step(
-                f"Trial {request.trial_index}", tokens, "tokens", leaves_line=False
-            ) as worker.on_tokens:
+            name = f"Trial {request.trial_index}"
+            with self.reporter.step(name, tokens, "tokens", leaves_line=False) as worker.on_tokens:
                 return worker(request)
 
         return evaluate
 
-    @property
-    def _done(self) -> int:
-        """Return how many trials of the search ended."""
-        return len(self.study.state.searched)
-
-    @property
-    def _size(self) -> str | None:
-        """Return what a front is minimised in; ``None`` at one budget."""
-        return None if self.chosen.budget.lowest is None else self.chosen.search.size
-
     def _best(self) -> str:
-        """Return what is found so far."""
-        if self._size is not None:
-            front = pareto_front(self.study.state.completed, self._size)
-            return f"front of {len(front)}" if front else ""
-        best = self.study.state.best()
-        if best is None:
+        if (best := self.study.state.best()) is None:
             return ""
-        ratio = self.chosen.budget.keep_ratio
-        found = gains(self.study.state)
-        added = "".join(
-            f", best - analytic {gain.validation}" for gain in found if not gain.adds_nothing
-        )
-        return f"best {best.metrics['perplexity']:.3f} at keep ratio {ratio:g}{added}"
+        if size_metric(self.study) is not None:
+            return f"front of {len(front(self.study))}"
+        ratio = self.study.config.budget.keep_ratio
+        differences = [
+            f"best - analytic {gain.differences['validation']}"
+            for gain in gains(self.study.state)
+            if gain.best is not gain.analytic
+        ]
+        return ", ".join([f"best {self._headline_of(best)} at keep ratio {ratio:g}", *differences])
+
+    def _headline_of(self, record: TrialRecord) -> str:
+        headline = self.study.task.headline
+        return headline.precise(record.metrics[headline.name])
 
     def _line(self, record: TrialRecord) -> str:
-        """Return one line about a trial that ended; a star marks a new best, or one of the front.
-
-        Its number is the one that it has everywhere, from 0; behind it is how many have ended. The
-        seconds are all that it took: to choose, to score and to log it.
-        """
-        state, index = self.study.state, record.request.trial_index
-        trials = str(self.chosen.search.trials)
-        far = f"({self._done}/{trials})".ljust(2 * len(trials) + 3)
-        head = f"Trial {index:>3} {far} {record.request.origin:<8}"
+        """Write one line about a trial that ended; a star marks a new best, or one of the front."""
+        state, metrics = self.study.state, record.metrics
+        index, result = record.request.trial_index, record.result
+        progress = f"({len(state.searched)}/{self.count})".ljust(2 * len(str(self.count)) + 3)
+        head = f"Trial {index:>3} {progress} {record.request.origin:<8}"
         seconds = f"{sum(record.seconds.values()):6.1f} s"
         if record.is_stopped:
-            return (
-                f"{head} stopped after {record.metrics['tokens']:,.0f} tokens: loss "
-                f"{with_error(record.metrics['objective'], record.metrics['objective_sem'])} "
-                f"{seconds}"
-            )
+            loss = with_error(metrics["objective"], metrics["objective_sem"])
+            return f"{head} stopped after {metrics['tokens']:,.0f} tokens: loss {loss} {seconds}"
         if not record.is_completed:
-            assert record.result is not None
-            reason = (record.result.error or "no reason given").strip().partition("\n")[0]
-            return f"{head} {record.result.outcome}: {reason}"
-        measured = f"perplexity {record.metrics['perplexity']:9.3f}"
-        if self._size is None:
-            best = state.best()
-            assert best is not None
-            measured += f"  best {best.metrics['perplexity']:9.3f}"
-            is_good = best.request.trial_index == index
+            assert result is not None
+            return f"{head} {result.outcome}: {first_reason(record)}"
+        measured = f"{self.study.task.headline.label} {self._headline_of(record):>9}"
+        best = front(self.study)
+        if size_metric(self.study) is None:
+            best = [state.best() or record]
+            measured += f"  best {self._headline_of(best[0]):>9}"
         else:
-            front = pareto_front(state.completed, self._size)
-            measured += f" at {record.metrics['keep_ratio']:.1%}"
-            is_good = any(one.request.trial_index == index for one in front)
-        measured += "".join(
-            f", {name.partition('_')[0]} {record.metrics[name]:.3f}"
-            for name in LATENCIES
-            if name in record.metrics
-        )
-        return f"{head} {measured} {seconds}{' *' if is_good else ''}"
+            measured += f" at {metrics['keep_ratio']:.1%}"
+        for latency in LATENCIES:
+            if latency.name in metrics:
+                phase = latency.name.partition("_")[0]
+                measured += f", {phase} {latency.precise(metrics[latency.name])}"
+        star = " *" if index in [each.request.trial_index for each in best] else ""
+        return f"{head} {measured} {seconds}{star}"
 
 
 def seconds_left(ended: list[TrialRecord], count: int, capacity: Callable[[], int]) -> float | None:
-    """Return how long some more trials will take, judged by the last ones.
-
-    Args:
-        ended: Trials by number, those of earlier runs included.
-        count: How many are to come.
-        capacity: Asked how many are scored at the same time; they are chosen one by one.
-
-    Returns:
-        Seconds; ``None`` if no trial has ended yet.
-    """
+    """Estimate the seconds of ``count`` more trials, proposed one by one, once some have ended."""
     recent = [record.seconds for record in ended[-RECENT:]]
     if not recent:
         return None
     scoring = sum(seconds.get("scoring", 0.0) for seconds in recent)
-    whole = sum(sum(seconds.values()) for seconds in recent)
-    return count * (whole - scoring + scoring / capacity()) / len(recent)
-
-
-@contextmanager
-def live_search(
-    reporter: Reporter, study: Study, chosen: SearchConfig, capacity: Callable[[], int]
-) -> Iterator[LiveSearch]:
-    """Show a search for as long as it runs.
-
-    Args:
-        reporter: Writes it.
-        study: Locked.
-        chosen: The values of the search.
-        capacity: Asked how many trials run at the same time.
-    """
-    with reporter.trials(chosen.search.trials) as trials:
-        live = LiveSearch(reporter, study, chosen, trials, capacity)
-        live.update()
-        yield live
+    total = sum(sum(seconds.values()) for seconds in recent)
+    return count * (total - scoring + scoring / capacity()) / len(recent)

@@ -9,82 +9,66 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
-from lrbo import comparison, figures, results
-from lrbo.checks import study_folder
+from lrbo.config.choices import KEEP_RATIO, STUDIES
 from lrbo.errors import StudyError
-from lrbo.optimization.front import KEEP_RATIO
-from lrbo.optimization.study import Study
-from lrbo.options import STUDIES
-from lrbo.report import print_report
-from lrbo.terminal import PlainConsole
-from lrbo.trial import TrialRecord
+from lrbo.progress import PlainConsole
+from lrbo.reports import comparison, plots, results
+from lrbo.reports.allocations import options_frame
+from lrbo.reports.terminal import print_report
+from lrbo.study.study_record import StudyRecord, study_folder
+from lrbo.trials.records import TrialRecord
 
 
 class StudyResults:
-    """What a study has found so far, read from its journal.
+    """The results of a study so far, read from its journal.
 
     Nothing in here changes the study. Open it again to see what was added since.
     """
 
-    def __init__(self, study: Study) -> None:
-        """Read a study as it is now.
-
-        Raises:
-            StudyError: If there is none.
-        """
-        study.about()
-        self._study = Study(study.folder.absolute())  # a notebook may change its folder
+    def __init__(self, study: StudyRecord) -> None:
+        study.require()
+        self._study = StudyRecord(study.folder.absolute())  # a notebook may change its folder
+        self.name, self.folder = self._study.name, self._study.folder
 
     def __repr__(self) -> str:
-        """Return name, number of trials, and the best of them."""
-        best, count = self.best, len(self._study.state.ended)
-        found = "none with a value"
+        best, metric = self.best, self._study.task.headline
+        result = "none with a value"
         if best is not None:
-            found = (
-                f"best perplexity {best.metrics['perplexity']:.4g} at keep ratio "
+            result = (
+                f"best {metric.label} {metric.text(best.metrics[metric.name])} at keep ratio "
                 f"{best.metrics[KEEP_RATIO]:.3g} (trial {best.request.trial_index})"
             )
-        return f"<study {self.name}: {count} trials, {found}>"
-
-    @property
-    def name(self) -> str:
-        """Return the name of the study."""
-        return self._study.name
-
-    @property
-    def folder(self) -> Path:
-        """Return where the study is."""
-        return self._study.folder
+        return f"<study {self.name}: {len(self._study.state.ended)} trials, {result}>"
 
     @property
     def best(self) -> TrialRecord | None:
-        """Return the trial of the lowest objective, with ``request.allocation`` and ``metrics``."""
+        """Trial of the lowest objective, with ``request.allocation`` and ``metrics``."""
         return self._study.state.best()
 
     @property
     def trials(self) -> pd.DataFrame:
-        """Return a row per trial that ended; see :func:`lrbo.results.frame` for the columns."""
+        """A row per trial that ended; columns: :func:`lrbo.reports.results.frame`."""
         return results.frame(self._study)
 
     @property
     def front(self) -> pd.DataFrame:
-        """Return the trials on the Pareto front of loss against size, from small to large."""
+        """The trials on the Pareto front of loss against size, from small to large."""
         size = results.size_metric(self._study) or KEEP_RATIO
         table = self.trials
         return table[table["on_front"]].sort_values([size, "objective"])
 
     @property
     def summary(self) -> dict[str, Any]:
-        """Return the results as plain values; see :func:`lrbo.results.summary` for the keys."""
+        """The results as plain values; keys: :func:`lrbo.reports.results.summary`."""
         return results.summary(self._study)
 
     @property
     def config(self) -> dict[str, Any]:
-        """Return the configuration that the study was begun with, as nested dicts."""
-        return asdict(self._study.config())
+        """The configuration that the study was begun with, as nested dicts."""
+        return asdict(self._study.config)
 
-    def ranks(self, trial: int | None = None) -> pd.DataFrame:
-        """Return a row per layer: its rank and what it keeps.
+    def options(self, trial: int | None = None) -> pd.DataFrame:
+        """A row per layer; columns: :func:`lrbo.reports.allocations.options_frame`.
 
         Args:
             trial: Number of the trial; ``None`` is the best.
@@ -92,17 +76,18 @@ class StudyResults:
         Raises:
             StudyError: If there is no such trial.
         """
-        record = self.best if trial is None else self._study.state.trials.get(trial)
+        trials = self._study.state.trials
+        record = self.best if trial is None else trials.get(trial)
         if record is None:
             raise StudyError(
                 f"study {self.name} has no trial {'with a value' if trial is None else trial}; it "
-                f"has the trials {sorted(self._study.state.trials)}"
+                f"has the trials {sorted(trials)}"
             )
-        return results.ranks_frame(self._study, record)
+        return options_frame(self._study.about, record.request.allocation)
 
     def figures(self) -> dict[str, Figure]:
-        """Draw what there is to draw: see :func:`lrbo.figures.figures` for the names."""
-        return figures.figures(self._study)
+        """Draw what there is to draw; names: :func:`lrbo.reports.plots.figures`."""
+        return plots.figures(self._study)
 
     def report(self) -> None:
         """Print what ``lrbo report`` prints."""
@@ -120,11 +105,11 @@ def open_study(study: str | Path, *, studies: str | Path = STUDIES) -> StudyResu
         StudyError: If there is no such study, or its files are damaged.
     """
     folder = study if isinstance(study, Path) else study_folder(str(studies), study)
-    return StudyResults(Study(folder))
+    return StudyResults(StudyRecord(folder))
 
 
 def compare(*studies: StudyResults | str | Path) -> pd.DataFrame:
-    """Return a table with one row per study; see :func:`lrbo.comparison.compared`.
+    """Table with one row per study; see :func:`lrbo.reports.comparison.compared`.
 
     Args:
         *studies: Studies, or what :func:`open_study` takes.

@@ -4,31 +4,42 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal, NotRequired
+from contextlib import suppress
+from dataclasses import asdict, astuple, dataclass
+from typing import Annotated, Any, Literal, NotRequired, TypeVar
 
-from pydantic import AfterValidator, ConfigDict, Field, WrapValidator, with_config
+from pydantic import (
+    AfterValidator,
+    ConfigDict,
+    Field,
+    GetPydanticSchema,
+    WrapValidator,
+    with_config,
+)
 from typing_extensions import TypedDict  # that of Python 3.11 pydantic does not take
 
-from lrbo.accounting import Storage
-from lrbo.allocation import Allocation, Budget
+from lrbo.allocation.allocate import Allocation
+from lrbo.config.choices import KEEP_RATIO, LATENCIES, SIZES
 from lrbo.errors import Outcome
-from lrbo.optimization.front import LATENCIES
-from lrbo.parsing import (
+from lrbo.files.parsing import (
     LARGEST,
     ContentError,
     Count,
-    Flag,
     Number,
     Positive,
     Whole,
     checked,
+    may_be_infinite,
     shown,
 )
-from lrbo.strict_json import may_be_infinite
-from lrbo.trial import Origin
+from lrbo.layers.options import Budget, Cost, Measure, Option
+from lrbo.tasks.metrics import Task
+from lrbo.trials.records import Origin
 
-FORMAT = 2  # of study.json and the journal beside it
+FORMAT = 3  # of study.json and the journal beside it
+
+Element = TypeVar("Element")
+NonEmpty = Annotated[list[Element], Field(min_length=1)]
 
 
 def _with_infinity(value: object, check: Callable[[object], Any]) -> Any:
@@ -41,16 +52,11 @@ def _with_infinity(value: object, check: Callable[[object], Any]) -> Any:
 
 Metrics = Annotated[dict[str, Number], WrapValidator(_with_infinity)]
 
-SCORED = ("nll", "perplexity")  # what every model that is scored on a text has
-
-# What a trial with a value must have measured.
+# What a trial with a value must have measured, beside the metrics of its task.
 MEASURED: Mapping[str, tuple[str, ...]] = {
-    "completed": (
-        *SCORED, "kl_dense_to_compressed", "objective", "tokens", "keep_ratio", "parameters",
-        "model_parameters", "model_bytes", "macs_per_token",
-    ),
+    "completed": ("objective", "tokens", KEEP_RATIO, "parameters", *SIZES[1:]),
     "stopped": ("objective", "objective_sem"),
-}  # fmt: skip
+}
 
 # Whole numbers: the smallest that a model can have.
 COUNTS = {"tokens": 1, "parameters": 0, "model_parameters": 1, "model_bytes": 1,
@@ -59,20 +65,50 @@ COUNTS = {"tokens": 1, "parameters": 0, "model_parameters": 1, "model_bytes": 1,
 exact = with_config(ConfigDict(extra="forbid"))
 
 
+def made_of(kind: Any, make: Callable[[Any], object]) -> GetPydanticSchema:
+    """Annotate a value that ``make`` makes of JSON of a kind; its ValueError says the expected."""
+    checked_kind = Annotated[kind, AfterValidator(make)]
+    return GetPydanticSchema(lambda _, handler: handler.generate_schema(checked_kind))
+
+
 @exact
 class BudgetFields(TypedDict):
-    """A ceiling on parameters."""
+    """A ceiling on what the units cost together."""
 
-    parameters: Count
+    measure: Measure
+    limit: Count
+
+
+# Option and cost: parameters, bytes, multiply-adds per token.
+UnitFields = tuple[str, tuple[Count, Count, Count]]
 
 
 @exact
 class AllocationFields(TypedDict):
-    """The ranks of a trial."""
+    """The options of a trial, by unit."""
 
-    ranks: dict[str, Count | None]
-    parameters: Count
+    units: dict[str, UnitFields]
     budget: BudgetFields
+
+
+def fields_of(allocation: Allocation) -> AllocationFields:
+    """Return an allocation as its line of the journal has it."""
+    units: dict[str, Any] = {
+        name: (str(option), astuple(allocation.costs[name]))
+        for name, option in allocation.options.items()
+    }
+    budget: Any = asdict(allocation.budget)
+    return {"units": units, "budget": budget}
+
+
+def allocation_of(fields: AllocationFields) -> Allocation:
+    """Return the allocation that :func:`fields_of` gave."""
+    units = fields["units"].items()
+    return Allocation(
+        {name: Option.parse(option) for name, (option, _) in units},
+        {name: Cost(*cost) for name, (_, cost) in units},
+        Budget(**fields["budget"]),
+    )
 
 
 @exact
@@ -85,12 +121,7 @@ class ScoringFields(TypedDict):
 @exact
 @dataclass(frozen=True, kw_only=True)
 class Event:
-    """A line of the journal.
-
-    Attributes:
-        event: Its name.
-        time: Unix time, seconds.
-    """
+    """A line of the journal, at a Unix time in seconds."""
 
     event: str
     time: Number
@@ -105,7 +136,7 @@ class Dense(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Suggested(Event):
-    """A trial was chosen."""
+    """A trial was proposed."""
 
     trial: Count
     origin: Origin
@@ -114,13 +145,6 @@ class Suggested(Event):
     seed: Whole
     seconds: dict[str, Number]
     rival: Count | None = None
-
-    def decision(self) -> Allocation:
-        """Return the ranks as the rest of the package has them."""
-        found = self.allocation
-        return Allocation(
-            dict(found["ranks"]), found["parameters"], Budget(found["budget"]["parameters"])
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,8 +163,8 @@ class Ended(Event):
     metrics: Metrics
     error: str | None
     seconds: ScoringFields
-    window_nll: tuple[Number, ...] = ()
-    window_kl: tuple[Number, ...] = ()
+    example_losses: tuple[Number, ...] = ()
+    example_divergences: tuple[Number, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,14 +183,14 @@ class Tested(Event):
     trial: Count | None
     text: str
     metrics: Metrics
-    window_nll: tuple[Number, ...]
+    example_losses: tuple[Number, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pooled(Event):
     """An allocation was scored on every window of the pool."""
 
-    place: Count
+    allocation: Count
     losses: list[Number] | None
     error: str | None
     seconds: Number
@@ -174,32 +198,24 @@ class Pooled(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Chosen(Event):
-    """Validation windows were chosen out of the pool."""
+    """Validation windows were selected from the pool."""
 
-    windows: Annotated[list[Count], Field(min_length=1)]
+    windows: NonEmpty[Count]
     pool: Positive
     text: str
     digest: str
 
 
 def _finite_text(value: str) -> str:
-    """Take a finite number as it is printed."""
-    try:
-        is_finite = math.isfinite(float(value))
-    except ValueError:
-        is_finite = False
-    if not is_finite:
-        raise ValueError("text that is a finite number")
-    return value
-
-
-def _perplexity_text(value: str) -> str:
-    """Take a perplexity as it is printed, which may be infinite."""
-    return value if value == "inf" else _finite_text(value)
+    with suppress(ValueError):
+        if math.isfinite(float(value)):
+            return value
+    raise ValueError("text that is a finite number")
 
 
 FiniteText = Annotated[str, AfterValidator(_finite_text)]
-PerplexityText = Annotated[str, AfterValidator(_perplexity_text)]
+# A perplexity may be infinite.
+PerplexityText = Annotated[str, AfterValidator(lambda v: v if v == "inf" else _finite_text(v))]
 
 
 @exact
@@ -207,8 +223,8 @@ class TagFields(TypedDict):
     """What is to be read of a checkpoint in MLflow, where every value is text."""
 
     keep_ratio: FiniteText
-    validation_perplexity: PerplexityText
-    test_perplexity: NotRequired[PerplexityText]
+    validation: PerplexityText
+    test: NotRequired[PerplexityText]
     format: str
     dtype: str
 
@@ -232,155 +248,37 @@ class Versions(Event):
 
 
 EVENTS: Mapping[str, type[Event]] = {
-    "dense": Dense,
-    "suggested": Suggested,
-    "started": Started,
-    "ended": Ended,
-    "logged": Logged,
-    "tested": Tested,
-    "pooled": Pooled,
-    "chosen": Chosen,
-    "compressed": Compressed,
-    "versions": Versions,
-}
+    kind.__name__.lower(): kind
+    for kind in (Dense, Suggested, Started, Ended, Logged, Tested, Pooled, Chosen, Compressed,
+                 Versions)
+}  # fmt: skip
 
 
-def event_of(value: object, where: str) -> Event:
-    """Take a JSON value as an event.
-
-    Args:
-        value: Of a line.
-        where: The line, for messages.
-
-    Raises:
-        ContentError: If it is none, naming the fields.
-    """
+def event_of(value: object, where: str, task: Task) -> Event:
+    """Check a JSON value as an event of a study of a task; ``where`` begins a ContentError."""
     if not isinstance(value, dict):
         raise ContentError(f"{where}: it is {shown(value)}, expected an object")
     name = value.get("event")
-    kind = EVENTS.get(name) if isinstance(name, str) else None
-    if kind is None:
+    if not isinstance(name, str) or name not in EVENTS:
         known = ", ".join(EVENTS)
         raise ContentError(f"{where}: event is {shown(name)}, expected one of {known}")
-    found: Event = checked(value, kind, where)
-    if isinstance(found, Ended):
-        needed, whose = MEASURED.get(found.outcome, ()), f" of a {found.outcome} trial"
-    elif isinstance(found, Dense | Tested):
-        needed, whose = SCORED, ""
+    event: Event = checked(value, EVENTS[name], where)
+    if isinstance(event, Ended):
+        needed, whose = MEASURED.get(event.outcome, ()), f" of a {event.outcome} trial"
+        if event.outcome == "completed":
+            needed = (*(metric.name for metric in task.metrics), *needed)
+    elif isinstance(event, Dense | Tested):
+        needed, whose = tuple(metric.name for metric in task.scores), ""
     else:
-        return found
-    metrics = found.metrics
+        return event
+    metrics = event.metrics
     needed += tuple(f"{name}_sem" for name in LATENCIES if name in metrics)
     if lacking := [name for name in needed if name not in metrics]:
         raise ContentError(f"{where}: metrics{whose} lack {', '.join(lacking)}")
-    if problem := _problem_of_metrics(metrics):
-        raise ContentError(f"{where}: {problem}")
-    return found
-
-
-def _problem_of_metrics(metrics: Mapping[str, float]) -> str | None:
-    """Say which metric nobody can have measured, if there is one."""
-    for name, value in metrics.items():
-        lowest = COUNTS.get(name)
+    for name, value in metrics.items():  # that cannot have been measured
+        lowest, given = COUNTS.get(name), f"{where}: metrics.{name} is {shown(value)}"
         if lowest is not None and not (lowest <= value <= LARGEST and value == int(value)):
-            return f"metrics.{name} is {shown(value)}, expected a whole number from {lowest} on"
-        if name == "keep_ratio" and value < 0:
-            return f"metrics.{name} is {shown(value)}, expected a number from 0 on"
-    return None
-
-
-@exact
-class LayerFields(TypedDict):
-    """A layer of the dense model: the fields of :class:`lrbo.model.LayerSpec`."""
-
-    name: str
-    kind: str
-    block: Count | None
-    out_features: Positive
-    in_features: Positive
-    has_bias: Flag
-    site: str
-    tied_to: str | None
-
-
-@exact
-class TextFields(TypedDict):
-    """The token windows of a role."""
-
-    text: str
-    windows: Positive
-    digest: str
-
-
-@exact
-class DataFields(TypedDict):
-    """The token windows of a study; of validation the whole pool."""
-
-    calibration: TextFields
-    validation: TextFields
-    test: TextFields
-
-
-@exact
-class LentFields(TypedDict):
-    """A trial of another study that the search begins with."""
-
-    keep_ratio: Number
-    variables: dict[str, Number]
-    profile: dict[str, Annotated[list[tuple[Number, Number]], Field(min_length=1)]]
-
-
-@exact
-class DonorFields(TypedDict):
-    """Another study that the search begins with."""
-
-    name: str
-    trials: Annotated[list[LentFields], Field(min_length=1)]
-
-
-@exact
-class About(TypedDict):
-    """``study.json``: what was fixed when the study was begun."""
-
-    format: Whole
-    study: str
-    study_id: str
-    seed: Whole
-    model_fingerprint: str
-    model_parameters: Positive
-    dtype: Literal["float32", "bfloat16", "float16"]
-    device: str
-    timed: Flag
-    data: DataFields
-    budget_parameters: Count
-    storage: Storage
-    adds_bias: Flag
-    layers: Annotated[list[LayerFields], Field(min_length=1)]
-    variables: dict[str, tuple[Number, Number]]
-    donors: list[DonorFields]
-    versions: dict[str, str]
-    config: list[str]
-
-
-def about_of(value: object, where: str) -> dict[str, Any]:
-    """Take a JSON value as what was fixed at the start.
-
-    Args:
-        value: Of ``study.json``.
-        where: The file, for messages.
-
-    Raises:
-        ContentError: If it is not that, or of another format.
-    """
-    if not isinstance(value, dict):
-        raise ContentError(f"{where}: it is {shown(value)}, expected an object")
-    if (found := value.get("format")) != FORMAT or isinstance(found, bool):
-        raise ContentError(
-            f"{where} has format {shown(found)}, this lrbo reads {FORMAT}; use the version that "
-            "made it"
-        )
-    about: dict[str, Any] = checked(value, About, where)
-    names = [layer["name"] for layer in about["layers"]]
-    if len(set(names)) < len(names):
-        raise ContentError(f"{where}: two of layers have one name")
-    return about
+            raise ContentError(f"{given}, expected a whole number from {lowest} on")
+        if name == KEEP_RATIO and value < 0:
+            raise ContentError(f"{given}, expected a number from 0 on")
+    return event

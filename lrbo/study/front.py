@@ -2,31 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 
-from lrbo.trial import TrialRecord
-
-KEEP_RATIO = "keep_ratio"  # also the variable of a front
-# What a search may trade loss against, smaller is better: metrics of every trial, and those that
-# are measured where latency.enabled asks for it, each with its standard error beside it.
-SIZES = (KEEP_RATIO, "model_parameters", "model_bytes", "macs_per_token")
-LATENCIES = ("prefill_latency_ratio", "decode_latency_ratio")
-LOSS = "loss"  # the search's objective: nll, and the divergence if it is weighted
+from lrbo.config.choices import LOSS
+from lrbo.trials.records import TrialRecord
 
 
 def pareto_front(trials: Iterable[TrialRecord], size: str = "parameters") -> list[TrialRecord]:
-    """Return the completed trials that no other beats in both loss and size.
+    """Return the completed trials that no other beats in both loss and size, from small to large.
 
     A trial is on the front if no other has a lower or equal ``objective`` and a lower or equal
-    size with at least one of them lower. Of equal trials the first is kept.
+    size with at least one of them lower; of equal trials the first is on it.
 
     Args:
-        trials: In any order and state; those without a value are passed over.
-        size: The metric that says how large a trial is.
-
-    Returns:
-        The front from small to large.
+        trials: In any order and state.
+        size: The metric of the size.
     """
     completed = [trial for trial in trials if trial.is_completed]
     completed.sort(key=lambda t: (t.metrics[size], t.metrics["objective"], t.request.trial_index))
@@ -73,45 +63,16 @@ def reference_point(
     Returns:
         ``None`` while the trials that decide it have no value.
     """
-    found = []
+    point = []
     for objective, metric in ((LOSS, "objective"), (size, size)):
+        values: dict[str, list[float]] = {"analytic": [], "uniform": []}
+        for trial in trials:
+            if trial.is_completed and trial.request.origin in values:
+                values[trial.request.origin].append(trial.metrics[metric])
         if objective in thresholds:
-            found.append(thresholds[objective])
-            continue
-        for origin in ("analytic", "uniform"):
-            values = [
-                trial.metrics[metric]
-                for trial in trials
-                if trial.is_completed and trial.request.origin == origin
-            ]
-            if values:
-                found.append(max(values) + 0.1 * (max(values) - min(values)))
-                break
+            point.append(thresholds[objective])
+        elif ends := values["analytic"] or values["uniform"]:
+            point.append(max(ends) + 0.1 * (max(ends) - min(ends)))
         else:
             return None
-    return found[0], found[1]
-
-
-def ceiling_of(point: object) -> tuple[str, float] | None:
-    """Return the metric and its largest value that ``keep=0.75`` and the like stand for.
-
-    Returns:
-        ``None`` where ``point`` is no such name and number.
-    """
-    name, is_given, value = str(point).partition("=")
-    metrics = {"keep": "keep_ratio"} | {latency: latency for latency in LATENCIES}
-    if not is_given or name not in metrics:
-        return None
-    try:
-        return metrics[name], float(value)
-    except ValueError:
-        return None
-
-
-def is_point(point: object) -> bool:
-    """Return whether ``point`` can name a trial."""
-    ceiling = ceiling_of(point)
-    if ceiling is None:
-        return str(point) == "best" or str(point).isdigit()
-    metric, value = ceiling
-    return 0 < value <= (1 if metric == "keep_ratio" else math.inf)
+    return point[0], point[1]

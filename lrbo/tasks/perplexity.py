@@ -1,109 +1,81 @@
-"""Token-weighted negative log-likelihood."""
+"""Scores of next tokens: perplexity, and KL from the dense model's distributions."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Float, Int
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lrbo.errors import NonFiniteError
-from lrbo.model import body_and_head
+from lrbo.errors import NonFiniteError, StudyError, reading
+from lrbo.files.atomic import replacing
+from lrbo.models.model_map import body_and_head
+from lrbo.tasks.metrics import perplexity_of
+from lrbo.tasks.model_task import OnScored
 
-OnTokens = Callable[[int], None]
+# Log-probabilities in float32 are off by about 1e-6: below this, 1 minus the top is no good measure
+# of the rest, which is summed token by token.
+CANCELLED = 1e-3
 
-
-def perplexity_of(nll: float) -> float:
-    """Take ``exp`` of nats per token, which is ``inf`` above 709.78, as in every float.
-
-    Example:
-        >>> perplexity_of(0.0), perplexity_of(710.0)
-        (1.0, inf)
-    """
-    try:
-        return math.exp(nll)
-    except OverflowError:
-        return math.inf
+Windows: TypeAlias = Int[Tensor, "windows tokens"]
 
 
 @dataclass(frozen=True)
 class Perplexity:
-    """Summed negative log-likelihood in nats over scored tokens; adds across batches.
-
-    Attributes:
-        nll: Sum over tokens, nats.
-        tokens: Tokens that were predicted.
-    """
+    """Negative log-likelihood in nats, summed over scored tokens; adds across batches."""
 
     nll: float
     tokens: int
 
     @property
     def mean(self) -> float:
-        """Return nats per token."""
+        """Nats per token."""
         return self.nll / self.tokens
 
     @property
     def value(self) -> float:
-        """Return the perplexity, ``exp(nll / tokens)``, ``inf`` where that overflows."""
+        """The perplexity, ``exp(nll / tokens)``: ``inf`` where that overflows."""
         return perplexity_of(self.mean)
 
-    @classmethod
-    def of_windows(cls, losses: Sequence[float], tokens: int) -> Perplexity:
-        """Add windows up.
-
-        Args:
-            losses: Mean nats per token of each window.
-            tokens: Scored in each of them.
-        """
-        return cls(math.fsum(losses) * tokens, len(losses) * tokens)
-
     def __add__(self, other: Perplexity) -> Perplexity:
-        """Return the score of both sets of tokens."""
         return Perplexity(self.nll + other.nll, self.tokens + other.tokens)
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Predictions for some consecutive scored tokens.
+    """Predictions for consecutive scored tokens, float32."""
 
-    Attributes:
-        first: Index of the first among all scored tokens.
-        logits: ``(n, vocabulary)``, float32.
-        log_normalizer: ``(n,)``, logsumexp of the logits.
-        nll: ``(n,)``, negative log-likelihood of the true tokens, nats.
-    """
-
-    first: int
+    first: int  # number of the first of them
     logits: Float[Tensor, "n vocabulary"]
-    log_normalizer: Float[Tensor, " n"]
-    nll: Float[Tensor, " n"]
+    log_normalizer: Float[Tensor, " n"]  # logsumexp of the logits
+    nll: Float[Tensor, " n"]  # of the true tokens, nats
+
+    @property
+    def perplexity(self) -> Perplexity:
+        """The score of these tokens."""
+        return Perplexity(float(self.nll.double().sum()), len(self.nll))
 
 
 def predictions(
     model: PreTrainedModel,
-    windows: Int[Tensor, "windows tokens"],
+    windows: Windows,
     *,
     batch_windows: int = 4,
     chunk_tokens: int = 256,
+    on_tokens: OnScored = None,
 ) -> Iterator[Chunk]:
-    """Predict every token of every window but the first, a chunk of logits at a time.
+    """Predict every token of every window but the first, which is context only.
 
-    The logits of a long batch over a large vocabulary would be the largest tensor of the whole
-    run; hidden states go through the head in chunks, so at most ``chunk_tokens`` rows exist.
-
-    Args:
-        model: In evaluation mode.
-        windows: ``(windows, tokens)`` ids.
-        batch_windows: Windows per forward pass.
-        chunk_tokens: Rows of logits at a time.
-
-    Yields:
-        Chunks in the order of the tokens.
+    Hidden states go through the head ``chunk_tokens`` rows at a time: the logits of a long batch
+    over a large vocabulary would be the largest tensor of the whole run. Neither this size nor that
+    of batches changes the result. ``on_tokens`` is called with the number of tokens of each chunk.
 
     Raises:
         NonFiniteError: With the count, if a token's loss is not finite.
@@ -116,81 +88,115 @@ def predictions(
         with torch.inference_mode():  # not around the yields: it would hold for the caller too
             hidden = body(ids, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
         targets = ids[:, 1:].flatten()
-        for rows, true in zip(
-            torch.split(hidden, chunk_tokens), torch.split(targets, chunk_tokens), strict=True
-        ):
+        chunks = (torch.split(each, chunk_tokens) for each in (hidden, targets))
+        for rows, tokens in zip(*chunks, strict=True):
             with torch.inference_mode():
                 logits = head(rows).float()
                 log_normalizer = logits.logsumexp(-1)
-                nll = log_normalizer - logits.gather(1, true[:, None]).squeeze(1)
-            bad = int((~torch.isfinite(nll)).sum())
-            if bad:
-                raise NonFiniteError(
-                    f"the loss of {bad} tokens is not finite among the {len(nll)} tokens "
-                    f"from number {first} on; the model overflows in {rows.dtype}"
-                )
+                nll = log_normalizer - logits.gather(1, tokens[:, None]).squeeze(1)
+            _require_finite("loss", nll, first, f"the model overflows in {rows.dtype}")
             yield Chunk(first, logits, log_normalizer, nll)
             first += len(nll)
+            if on_tokens is not None:
+                on_tokens(len(nll))
 
 
-def score(
-    model: PreTrainedModel,
-    windows: Int[Tensor, "windows tokens"],
-    *,
-    batch_windows: int = 4,
-    chunk_tokens: int = 256,
-    on_tokens: OnTokens | None = None,
-) -> Perplexity:
-    """Score a model on token windows.
+def _require_finite(what: str, values: Float[Tensor, " n"], first: int, why: str) -> None:
+    if bad := int((~torch.isfinite(values)).sum()):
+        raise NonFiniteError(
+            f"the {what} of {bad} tokens is not finite among the {len(values)} tokens from number "
+            f"{first} on; {why}"
+        )
 
-    Args:
-        model: In evaluation mode.
-        windows: ``(windows, tokens)`` ids; the first token of each is context only.
-        batch_windows: Windows per forward pass; does not change the result.
-        chunk_tokens: Rows of logits at a time; does not change the result.
-        on_tokens: Told the number of tokens after each chunk.
 
-    Raises:
-        NonFiniteError: With the count, if a token's loss is not finite.
+def score(model: PreTrainedModel, windows: Windows, **passes: Any) -> Perplexity:
+    """Score a model on token windows; ``passes`` are other arguments of :func:`predictions`."""
+    chunks = predictions(model, windows, **passes)
+    return sum((chunk.perplexity for chunk in chunks), start=Perplexity(0.0, 0))
+
+
+@dataclass(frozen=True)
+class DenseReference:
+    """Next-token distributions of the dense model for the validation tokens, measured once.
+
+    Of each distribution the ``k`` most probable tokens are stored and the rest is one bucket:
+    ``tokens * (8 k + 4)`` bytes. The divergence over this coarser partition is a lower bound of the
+    full one (data processing inequality), equal to it if ``k`` is the vocabulary.
     """
-    total = Perplexity(0.0, 0)
-    for chunk in predictions(
-        model, windows, batch_windows=batch_windows, chunk_tokens=chunk_tokens
-    ):
-        total += Perplexity(float(chunk.nll.double().sum()), len(chunk.nll))
-        if on_tokens is not None:
-            on_tokens(len(chunk.nll))
-    return total
+
+    perplexity: Perplexity  # of the dense model
+    ids: Int[Tensor, "tokens k"]  # int32
+    log_probs: Float[Tensor, "tokens k"]  # float32, as the next
+    log_rest: Float[Tensor, " tokens"]  # of all other tokens together
+
+    @property
+    def loss(self) -> float:
+        """Nats per token."""
+        return self.perplexity.mean
+
+    @property
+    def scored(self) -> int:
+        """Number of tokens."""
+        return self.perplexity.tokens
+
+    def kl_dense_to_compressed(self, chunk: Chunk) -> Float[Tensor, " n"]:
+        """``KL(dense || compressed)`` per token, nats, not negative; NonFiniteError otherwise."""
+        rows = slice(chunk.first, chunk.first + len(chunk.nll))
+        device = chunk.logits.device
+        ids = self.ids[rows].to(device, torch.int64)
+        dense, rest = self.log_probs[rows].to(device), self.log_rest[rows].to(device)
+        compressed = chunk.logits.gather(1, ids) - chunk.log_normalizer[:, None]
+        compressed_rest = _log_rest(chunk, ids, compressed)
+        inside = (dense.exp() * (dense - compressed)).sum(-1)
+        outside = (rest.exp() * (rest - compressed_rest)).masked_fill(rest.isneginf(), 0.0)
+        divergence = (inside + outside).clamp_min(0.0)
+        why = "the compressed model calls a token impossible"
+        _require_finite("divergence", divergence, chunk.first, why)
+        return divergence
+
+    def save(self, path: Path) -> None:
+        """Write a file for :meth:`load`."""
+        tensors = {"ids": self.ids, "log_probs": self.log_probs, "log_rest": self.log_rest}
+        about = {"nll": repr(self.perplexity.nll), "tokens": str(self.perplexity.tokens)}
+        with replacing(path) as beside:
+            save_file(tensors, beside, metadata=about)
+
+    @classmethod
+    def load(cls, path: Path) -> DenseReference:
+        """Read a file of :meth:`save`; StudyError if it is damaged."""
+        with reading(StudyError, f"{path} is damaged"):
+            with safe_open(str(path), framework="pt") as file:
+                about = file.metadata() or {}
+                perplexity = Perplexity(float(about["nll"]), int(about["tokens"]))
+                tensors = [file.get_tensor(name) for name in ("ids", "log_probs", "log_rest")]
+            actual = [(tensor.dtype, *tensor.shape) for tensor in tensors]
+            rows = (perplexity.tokens, tensors[0].shape[-1])
+            expected = [(torch.int32, *rows), (torch.float32, *rows), (torch.float32, rows[0])]
+            if actual != expected:
+                raise ValueError(f"its tensors are {actual}, expected {expected}")
+        return cls(perplexity, *tensors)
 
 
-def score_windows(
-    model: PreTrainedModel,
-    windows: Int[Tensor, "windows tokens"],
-    *,
-    batch_windows: int = 4,
-    chunk_tokens: int = 256,
-    on_tokens: OnTokens | None = None,
-) -> Float[Tensor, " windows"]:
-    """Score a model on each token window by itself.
+def measure_dense(
+    model: PreTrainedModel, windows: Windows, *, top: int = 128, **passes: Any
+) -> DenseReference:
+    """Score the dense model, and store the ``top`` most probable tokens of its distributions."""
+    total, rows = Perplexity(0.0, 0), []
+    for chunk in predictions(model, windows, **passes):
+        total += chunk.perplexity
+        best = chunk.logits.topk(min(top, chunk.logits.shape[1]), sorted=False)
+        log_probs = best.values - chunk.log_normalizer[:, None]
+        log_rest = _log_rest(chunk, best.indices, log_probs)
+        rows.append((best.indices.int().cpu(), log_probs.cpu(), log_rest.cpu()))
+    return DenseReference(total, *map(torch.cat, zip(*rows, strict=True)))
 
-    Args:
-        model: In evaluation mode.
-        windows: ``(windows, tokens)`` ids; the first token of each is context only.
-        batch_windows: Windows per forward pass; does not change the result.
-        chunk_tokens: Rows of logits at a time; does not change the result.
-        on_tokens: Told the number of tokens after each chunk.
 
-    Returns:
-        Mean nats per token of each window, float64 on the CPU.
-
-    Raises:
-        NonFiniteError: With the count, if a token's loss is not finite.
-    """
-    found: list[Tensor] = []
-    for chunk in predictions(
-        model, windows, batch_windows=batch_windows, chunk_tokens=chunk_tokens
-    ):
-        found.append(chunk.nll.double().cpu())
-        if on_tokens is not None:
-            on_tokens(len(chunk.nll))
-    return torch.cat(found).view(len(windows), -1).mean(1)
+def _log_rest(
+    chunk: Chunk, ids: Int[Tensor, "n k"], log_probs: Float[Tensor, "n k"]
+) -> Float[Tensor, " n"]:
+    """Log-probability of everything but ``ids``; ``-inf`` if there is nothing else."""
+    rest = 1.0 - log_probs.double().exp().sum(-1)
+    log_rest = rest.clamp_min(CANCELLED).log().to(log_probs.dtype)
+    rows = (rest < CANCELLED).nonzero().squeeze(1)
+    others = chunk.logits[rows].scatter(1, ids[rows], -torch.inf).logsumexp(-1)
+    return log_rest.index_copy(0, rows, others - chunk.log_normalizer[rows])

@@ -1,4 +1,4 @@
-"""Give a trial up as soon as it is surely worse than the best one, window by window."""
+"""Stop a trial as soon as it is almost certainly worse than the best one, window by window."""
 
 from __future__ import annotations
 
@@ -6,58 +6,60 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from scipy.special import stdtrit
-
-from lrbo.paired import paired_difference
-
-LEAST = 4  # windows before which nothing is said of how much they differ
+MIN_WINDOWS = 4  # that an estimate of their variance needs
 
 
 @dataclass(frozen=True)
 class Race:
-    """Decides from paired differences on the same windows whether a trial can still win.
+    """A sequential test on paired differences: can a trial still win?
 
-    Windows differ much more in how hard they are than trials do on one window, so that the
-    difference to the best trial is known long before either mean is (racing: Maron and Moore,
-    1994).
-
-    Attributes:
-        confidence: One-sided, of a whole trial, in (0.5, 1): one that is no worse than the best
-            over all windows is given up with at most the rest of the probability, however often
-            it is looked at (Bonferroni: the looks share it).
-        kl_weight: Weight of the divergence in the loss of a window.
+    Windows differ more than trials on one window do, so the difference from the best trial is
+    known long before either mean is (racing: Maron and Moore, 1994). A trial that is no worse than
+    the best over all windows is stopped with a probability of at most ``1 - confidence``, however
+    many looks there are (Bonferroni).
     """
 
     confidence: float
-    kl_weight: float = 0.0
+    kl_weight: float = 0.0  # of the divergence in a window's loss
 
     def is_lost(
-        self, mine: Sequence[float], rival: Sequence[float], windows: int, looks: int
+        self, losses: Sequence[float], rival: Sequence[float], windows: int, looks: int
     ) -> bool:
-        """Return whether the trial is worse, as far as it can be told.
+        """Whether losses are surely worse than those of the best trial on the same windows.
 
-        Args:
-            mine: Losses of the windows that were scored.
-            rival: Those of the best trial on the same windows.
-            windows: How many there are in all.
-            looks: How often this is asked of a trial, at most.
+        ``windows`` is their number in a whole trial, ``looks`` the largest number of calls for it.
         """
-        if not LEAST <= len(mine) < windows:
+        from scipy.special import stdtrit  # reports need the rest of this module, without scipy
+
+        if not MIN_WINDOWS <= len(losses) < windows:
             return False
-        difference, error = paired_difference(mine, rival, windows)
+        difference, error = paired_difference(losses, rival, windows)
         quantile = 1 - (1 - self.confidence) / max(looks, 1)
-        return difference > float(stdtrit(len(mine) - 1, quantile)) * error
+        return difference > float(stdtrit(len(losses) - 1, quantile)) * error
+
+
+def paired_difference(
+    losses: Sequence[float], rival: Sequence[float], windows: float = math.inf
+) -> tuple[float, float]:
+    """Return the mean of ``losses - rival``, and its standard error as an estimate over windows.
+
+    The scored windows are a sample without replacement: the error is 0 when all were scored.
+    """
+    differences = [a - b for a, b in zip(losses, rival, strict=True)]
+    count = len(differences)
+    mean = math.fsum(differences) / count
+    if count < 2:
+        return mean, math.inf if windows > count else 0.0
+    variance = math.fsum((d - mean) ** 2 for d in differences) / (count - 1)
+    return mean, math.sqrt(variance / count * (1 - count / windows))
 
 
 def window_loss(nll: float, kl: float, kl_weight: float) -> float:
-    """Return the loss of a window: two trials of the same numbers must not differ by rounding."""
+    """Return the loss of a window; in one order of operations, so equal trials stay equal."""
     return nll + kl_weight * kl
 
 
 def spread_order(count: int) -> list[int]:
-    """Return 0, 1, ..., ``count - 1`` so that every beginning is spread over the whole.
-
-    Windows come text by text; the first ones scored must speak for all texts.
-    """
+    """Order ``range(count)`` so that every prefix is spread evenly: windows come text by text."""
     golden = (math.sqrt(5) - 1) / 2
     return sorted(range(count), key=lambda index: index * golden % 1.0)

@@ -5,14 +5,17 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lrbo.allocation import Allocation, Budget
-from lrbo.compression import compress_, compressed, is_dearer, replace_module
-from lrbo.compression import multiplied_out as multiplied_out_layer
+from lrbo.allocation.allocate import Allocation
+from lrbo.allocation.apply import compressed, on_device, store_
+from lrbo.factorization.base import factor_layer
+from lrbo.factorization.factors import LowRankFactors, is_dearer
 from lrbo.factorization.registry import method_named
-from lrbo.layers import LowRankLinear
-from lrbo.model import linear_bias, linear_weight, map_model
-from lrbo.nested import LowRankFactors
-from tests.tiny import CASES, build, token_ids
+from lrbo.layers.low_rank import LowRankLinear
+from lrbo.layers.modules import MODULES, replace_module
+from lrbo.layers.options import DENSE, Budget, Option
+from lrbo.models.model_map import linear_bias, linear_weight, map_model
+from tests.support.forms import form_of
+from tests.support.tiny import CASES, build, token_ids
 
 TOLERANCE = {
     "logits": 1e-9,  # float64, two blocks deep, relative to the largest logit
@@ -20,6 +23,7 @@ TOLERANCE = {
 }
 
 every_case = pytest.mark.parametrize("case", CASES)
+FORMS = tuple(MODULES)
 
 
 def factors_of(model: PreTrainedModel, *, shift: bool = False) -> dict[str, LowRankFactors]:
@@ -28,34 +32,49 @@ def factors_of(model: PreTrainedModel, *, shift: bool = False) -> dict[str, LowR
     generator = torch.Generator().manual_seed(0)
     for spec in map_model(model).compressible:
         module = model.get_submodule(spec.name)
-        found = method_named("svd").factor(linear_weight(module), linear_bias(module), {})
+        own = factor_layer(method_named("svd"), linear_weight(module), linear_bias(module), {})
         if shift:
             offset = torch.randn(spec.out_features, generator=generator, dtype=torch.float64)
-            center = torch.randn(found.right.shape[1], generator=generator, dtype=torch.float64)
-            found = LowRankFactors(found.left, found.right, found.tail, offset, center)
-        factors[spec.name] = found.to(dtype=model.dtype)
+            center = torch.randn(own.right.shape[1], generator=generator, dtype=torch.float64)
+            own = LowRankFactors(own.left, own.right, own.tail, offset, center)
+        factors[spec.name] = own.to(dtype=model.dtype)
     return factors
 
 
+def deciding(options: dict[str, Option]) -> Allocation:
+    """Return an allocation of which nobody asks what it costs."""
+    return Allocation(options, {}, Budget("parameters", 0))
+
+
+def of_ranks(ranks: dict[str, int | None]) -> Allocation:
+    """Give each unit a rank, in all forms by turns; ``None`` is dense."""
+    return deciding(
+        {
+            name: DENSE if rank is None else Option(FORMS[i % len(FORMS)], (rank,))
+            for i, (name, rank) in enumerate(ranks.items())
+        }
+    )
+
+
 def allocation_of(factors: dict[str, LowRankFactors]) -> Allocation:
-    """Give each layer another rank, from 0 up; every fourth stays dense."""
+    """Give each unit another rank, from 0 up; every fourth stays dense."""
     names = list(factors)
-    ranks = {
-        name: None if i % 4 == 3 else i % factors[name].max_rank for i, name in enumerate(names)
-    }
-    return Allocation(ranks, 0, Budget(0))
+    return of_ranks(
+        {name: None if i % 4 == 3 else i % factors[name].max_rank for i, name in enumerate(names)}
+    )
 
 
 def multiplied_out(
     model: PreTrainedModel, factors: dict[str, LowRankFactors], allocation: Allocation
 ) -> PreTrainedModel:
     """Write each truncated product into the dense weight."""
-    for name, rank in allocation.ranks.items():
-        if rank is None:
+    for name, option in allocation.options.items():
+        if option == DENSE:
             continue
-        found, module = factors[name], model.get_submodule(name)
-        linear_weight(module).copy_(found.left[:, :rank] @ found.right[:rank])
-        bias = found.bias_at(rank)
+        (rank,) = option.level
+        own, module = factors[name], model.get_submodule(name)
+        linear_weight(module).copy_(own.left[:, :rank] @ own.right[:rank])
+        bias = own.bias_at(rank)
         if bias is not None:
             module.bias = nn.Parameter(bias, requires_grad=False)
     return model
@@ -69,8 +88,8 @@ def logits(model: PreTrainedModel) -> Tensor:
 def state(model: nn.Module) -> dict[str, object]:
     """Return every module and the place of every parameter in memory."""
     modules = dict(model.named_modules())
-    places = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
-    return {"modules": modules, "places": places, "training": model.training}
+    addresses = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
+    return {"modules": modules, "addresses": addresses, "training": model.training}
 
 
 @every_case
@@ -81,11 +100,11 @@ def test_compressed_is_the_model_with_the_products_written_in(case: str, shift: 
     factors = factors_of(model, shift=shift)
     allocation = allocation_of(factors)
     with compressed(model, allocation, factors) as running:
-        found = logits(running)
+        actual = logits(running)
     expected = logits(multiplied_out(model, factors, allocation))
     unit = float(expected.abs().max())
-    assert float((found - expected).abs().max()) <= TOLERANCE["logits"] * unit
-    assert float((found - dense).abs().max()) > 1e-3 * unit, "the case must change something"
+    assert float((actual - expected).abs().max()) <= TOLERANCE["logits"] * unit
+    assert float((actual - dense).abs().max()) > 1e-3 * unit, "the case must change something"
 
 
 @every_case
@@ -93,11 +112,39 @@ def test_at_full_rank_the_model_says_what_it_said(case: str) -> None:
     model = build(case).double()
     dense = logits(model)
     factors = factors_of(model)
-    full = Allocation({name: f.max_rank for name, f in factors.items()}, 0, Budget(0))
+    full = of_ranks({name: f.max_rank for name, f in factors.items()})
     with compressed(model, full, factors):
-        found = logits(model)
+        actual = logits(model)
     unit = float(dense.abs().max())
-    assert float((found - dense).abs().max()) <= TOLERANCE["logits"] * unit
+    assert float((actual - dense).abs().max()) <= TOLERANCE["logits"] * unit
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_stored_is_rounded_to_the_dtype_of_the_model(dtype: torch.dtype) -> None:
+    """From factors as precise as they are at hand, so that nothing is rounded twice."""
+    model = build("llama_tied")
+    factors = {n: f.to(dtype=torch.float64) for n, f in factors_of(model, shift=True).items()}
+    model = model.to(dtype)
+    allocation = allocation_of(factors)
+    store_(model, allocation, factors)
+    for name, option in allocation.options.items():
+        if option != DENSE:
+            stored = factors[name].stored(name, option, dtype).state_dict()
+            held = model.get_submodule(name).state_dict()
+            assert held.keys() == stored.keys()
+            assert all(torch.equal(held[n], tensor) for n, tensor in stored.items())
+            assert {t.dtype for t in held.values()} <= {dtype, torch.int32}
+
+
+def test_leading_directions_are_moved_to_where_their_units_are() -> None:
+    model = build("llama_tied").bfloat16()
+    factors = factors_of(build("llama_tied"))
+    first, second, third, *_ = factors
+    moved = on_device(model, factors, {first: 3, second: 0, third: 10**6, "elsewhere": 2})
+    assert set(moved) == {first, third}
+    assert moved[first].max_rank == 3
+    assert moved[third].max_rank == factors[third].max_rank
+    assert {f.left.dtype for f in moved.values()} == {torch.bfloat16}
 
 
 @every_case
@@ -105,18 +152,18 @@ def test_every_module_comes_back_and_nothing_was_copied(case: str) -> None:
     model = build(case)
     factors = factors_of(model)
     allocation = allocation_of(factors)
-    before, said = state(model), logits(model)
+    before, outputs = state(model), logits(model)
     with compressed(model, allocation, factors) as running:
         assert running is model
         replaced = {n for n, m in model.named_modules() if isinstance(m, LowRankLinear)}
-        assert replaced == {name for name, rank in allocation.ranks.items() if rank is not None}
+        assert replaced == {name for name, option in allocation.options.items() if option != DENSE}
         for name in replaced:
             module = model.get_submodule(name)
             if module.rank:
                 assert module.left.weight.data_ptr() == factors[name].left.data_ptr()
                 assert module.right.weight.data_ptr() == factors[name].right.data_ptr()
     assert state(model) == before
-    assert torch.equal(logits(model), said)
+    assert torch.equal(logits(model), outputs)
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, torch.OutOfMemoryError])
@@ -138,13 +185,12 @@ def test_one_allocation_after_another_leaves_no_trace() -> None:
     model = build("llama_tied").double()
     factors = factors_of(model)
     before = state(model)
-    said = []
+    outputs = []
     for rank in (2, 5, 2):
-        ranks = dict.fromkeys(factors, rank)
-        with compressed(model, Allocation(ranks, 0, Budget(0)), factors):
-            said.append(logits(model))
-    assert torch.equal(said[0], said[2])
-    assert not torch.equal(said[0], said[1])
+        with compressed(model, of_ranks(dict.fromkeys(factors, rank)), factors):
+            outputs.append(logits(model))
+    assert torch.equal(outputs[0], outputs[2])
+    assert not torch.equal(outputs[0], outputs[1])
     assert state(model) == before
 
 
@@ -152,15 +198,20 @@ def test_compressing_for_good_stays_and_gives_the_dense_modules_back() -> None:
     model = build("gpt2").double()
     factors = factors_of(model)
     allocation = allocation_of(factors)
-    before = state(model)["modules"]
+    before, reported = state(model)["modules"], list[str]()
     with compressed(model, allocation, factors):
         expected = logits(model)
-    taken = compress_(model, allocation, factors)
-    assert torch.equal(logits(model), expected)
-    assert set(taken) == {name for name, rank in allocation.ranks.items() if rank is not None}
-    assert all(module is before[name] for name, module in taken.items())
+    dense = store_(model, allocation, factors, on_unit=reported.append)
+    unit = float(expected.abs().max())
+    assert float((logits(model) - expected).abs().max()) <= TOLERANCE["logits"] * unit
+    options = {n: option for n, option in allocation.options.items() if option != DENSE}
+    assert list(dense) == reported == list(options)
+    assert all(module is before[name] for name, module in dense.items())
+    assert {n: form_of(model.get_submodule(n)) for n in dense} == {
+        name: option.form for name, option in options.items()
+    }
     held = {id(module) for module in model.modules()}
-    assert not any(id(module) in held for module in taken.values())
+    assert not any(id(module) in held for module in dense.values())
 
 
 def test_the_mode_of_the_model_is_kept() -> None:
@@ -176,36 +227,44 @@ def test_the_mode_of_the_model_is_kept() -> None:
 # --- refusals leave the model as it was --------------------------------------------------------
 
 
-def test_a_layer_without_factors_is_refused_by_name() -> None:
+def test_a_unit_that_is_not_prepared_is_refused_by_name() -> None:
     model = build("llama_tied")
     factors = factors_of(model)
     before = state(model)
     *others, missing = factors
     some = {name: factors[name] for name in others}
-    allocation = Allocation(dict.fromkeys(factors, 1), 0, Budget(0))
-    with pytest.raises(KeyError, match=rf"1 layers have a rank but no factors: {missing}"):
-        compress_(model, allocation, some)
+    allocation = of_ranks(dict.fromkeys(factors, 1))
+    message = rf"1 units are not dense and were not prepared, the first is {missing}"
+    with pytest.raises(KeyError, match=message):
+        store_(model, allocation, some)
+    with pytest.raises(KeyError, match=message), compressed(model, allocation, some):
+        pytest.fail("a unit is not prepared")
     assert state(model) == before
-    # A dense layer needs none.
-    compress_(model, Allocation({**dict.fromkeys(others, 1), missing: None}, 0, Budget(0)), some)
+    # A dense unit needs none.
+    store_(model, of_ranks({**dict.fromkeys(others, 1), missing: None}), some)
 
 
 def test_a_rank_that_the_factors_do_not_have_is_refused() -> None:
     model = build("llama_tied")
     factors = factors_of(model)
     before = state(model)
-    ranks = {**dict.fromkeys(factors, 1), list(factors)[-1]: 99}
+    allocation = of_ranks({**dict.fromkeys(factors, 1), list(factors)[-1]: 99})
     with pytest.raises(ValueError, match="rank 99 is outside"):
-        compress_(model, Allocation(ranks, 0, Budget(0)), factors)
+        store_(model, allocation, factors)
+    with pytest.raises(ValueError, match="rank 99"), compressed(model, allocation, factors):
+        pytest.fail("the factors lack this rank")
     assert state(model) == before
 
 
-def test_a_layer_that_the_model_does_not_have_is_refused() -> None:
+def test_a_unit_that_the_model_does_not_have_is_refused() -> None:
     model = build("llama_tied")
     factors = factors_of(model)
     before = state(model)
     factors["model.layers.7.mlp.up_proj"] = next(iter(factors.values()))
-    allocation = Allocation(dict.fromkeys(factors, 1), 0, Budget(0))
+    allocation = of_ranks(dict.fromkeys(factors, 1))
+    with pytest.raises(AttributeError, match="7"):
+        store_(model, allocation, factors)
+    assert state(model) == before
     with (
         pytest.raises(AttributeError, match="7"),
         compressed(model, allocation, factors),
@@ -232,7 +291,15 @@ def high_ranks(factors: dict[str, LowRankFactors]) -> Allocation:
     names = list(factors)
     ranks = {name: None if i % 4 == 3 else factors[name].max_rank - 1 - i % 2
              for i, name in enumerate(names)}  # fmt: skip
-    return Allocation(ranks, 0, Budget(0))
+    return of_ranks(ranks)
+
+
+def lower(allocation: Allocation) -> Allocation:
+    """Return an allocation of one rank less."""
+    options = allocation.options.items()
+    return deciding(
+        {name: o if o == DENSE else Option(o.form, (o.level[0] - 1,)) for name, o in options}
+    )
 
 
 @every_case
@@ -248,12 +315,12 @@ def test_multiplied_out_prefixes_say_what_two_products_say(
         expected = logits(model)
     before, bits = state(model), {n: p.clone() for n, p in model.named_parameters()}
     with compressed(model, allocation, factors, tokens=10**6):
-        kinds = {type(model.get_submodule(n)) for n, r in allocation.ranks.items() if r}
+        kinds = {type(model.get_submodule(n)) for n in allocation.compressed}
         assert kinds == {nn.Linear}
-        found = logits(model)
+        actual = logits(model)
     unit = float(expected.abs().max())
     tolerance = TOLERANCE["logits" if dtype == torch.float64 else "float32"]
-    assert float((found - expected).abs().max()) <= tolerance * unit
+    assert float((actual - expected).abs().max()) <= tolerance * unit
     assert state(model) == before
     assert all(torch.equal(p, bits[n]) for n, p in model.named_parameters())
 
@@ -268,7 +335,7 @@ def test_a_product_is_made_only_where_it_saves_operations() -> None:
         for name, rank in ranks.items():
             shape = len(factors[name].left), factors[name].right.shape[1]
             dearer[name] = is_dearer(rank, *shape, tokens)
-        with compressed(model, Allocation(ranks, 0, Budget(0)), factors, tokens=tokens):
+        with compressed(model, of_ranks(ranks), factors, tokens=tokens):
             for name in names:
                 kind = nn.Linear if dearer[name] else LowRankLinear
                 assert type(model.get_submodule(name)) is kind
@@ -296,19 +363,18 @@ def test_products_are_written_into_the_same_memory_trial_after_trial() -> None:
     model = build("gpt2")
     factors = factors_of(model)
     allocation, buffers = high_ranks(factors), {}
-    places, said = [], []
-    lower = {n: None if r is None else r - 1 for n, r in allocation.ranks.items()}
-    for decided in (allocation, Allocation(lower, 0, Budget(0)), allocation):
+    addresses, outputs = [], []
+    for decided in (allocation, lower(allocation), allocation):
         with compressed(model, decided, factors, tokens=10**6, buffers=buffers):
-            used = {n: model.get_submodule(n).weight.data_ptr() for n, r in lower.items() if r}
-            said.append(logits(model))
-        places.append({name: buffer.data_ptr() for name, buffer in buffers.items()})
-        assert used == places[-1]
-    assert places[0] == places[1] == places[2]
-    assert torch.equal(said[0], said[2])
-    assert not torch.equal(said[0], said[1])
+            used = {n: model.get_submodule(n).weight.data_ptr() for n in decided.compressed}
+            outputs.append(logits(model))
+        addresses.append({name: buffer.data_ptr() for name, buffer in buffers.items()})
+        assert used == addresses[-1]
+    assert addresses[0] == addresses[1] == addresses[2]
+    assert torch.equal(outputs[0], outputs[2])
+    assert not torch.equal(outputs[0], outputs[1])
     dense = {parameter.data_ptr() for parameter in model.parameters()}
-    assert not dense & set(places[0].values())
+    assert not dense & set(addresses[0].values())
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
@@ -335,7 +401,8 @@ def test_a_product_in_half_precision_is_rounded_once(dtype: torch.dtype) -> None
     offset = torch.randn(96, generator=generator)
     factors = LowRankFactors(left, right, torch.zeros(257), offset, center)
     buffer = torch.empty(96, 80, dtype=dtype)
-    layer = multiplied_out_layer(factors, 200, buffer)
+    option, buffers = Option("pivoted", (200,)), {"unit": buffer}
+    layer = factors.trial_module("unit", option, 10**6, buffers)
     assert layer.weight.data_ptr() == buffer.data_ptr()
     exact = left[:, :200].double() @ right[:200].double()
     # Adding up in half precision would lose ten times as much.

@@ -8,13 +8,13 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from lrbo import knapsack
+from lrbo.allocation import knapsack
 
 # Losses that are small integers sum without rounding: there everything must be equal.
 # Other losses: sums of a few float64 in two orders.
 ROUNDING = 1e-13
 
-Table = list[list[tuple[int, float]]]  # per layer (parameters, loss) of each choice
+Table = list[list[tuple[int, float]]]  # per layer (cost, loss) of each choice
 
 whole = st.integers(0, 12).map(float)
 real = st.builds(lambda x, e: x * 10.0**e, st.floats(0.0, 1.0), st.integers(-6, 6))
@@ -33,11 +33,11 @@ def solve(table: Table, ceiling: int, **options: int) -> knapsack.Solution:
 
 
 def brute(table: Table, ceiling: int) -> tuple[float, int]:
-    """Return the least loss, and the fewest parameters of those that have it."""
+    """Return the least loss, and the least cost of those that have it."""
     return min(
-        (math.fsum(loss for _, loss in chosen), sum(size for size, _ in chosen))
-        for chosen in itertools.product(*table)
-        if sum(size for size, _ in chosen) <= ceiling
+        (math.fsum(loss for _, loss in selection), sum(size for size, _ in selection))
+        for selection in itertools.product(*table)
+        if sum(size for size, _ in selection) <= ceiling
     )
 
 
@@ -47,12 +47,12 @@ def ceiling_of(table: Table, fullness: float) -> int:
     return least + round(fullness * (most + 2 - least))
 
 
-def consistent(found: knapsack.Solution, table: Table, ceiling: int) -> None:
-    chosen = [choices[index] for choices, index in zip(table, found.choices, strict=True)]
-    assert found.parameters == sum(size for size, _ in chosen) <= ceiling
-    assert found.loss == math.fsum(loss for _, loss in chosen)
-    assert found.multiplier >= 0.0
-    assert found.gap == found.loss - found.bound >= 0.0
+def consistent(solution: knapsack.Solution, table: Table, ceiling: int) -> None:
+    selection = [choices[index] for choices, index in zip(table, solution.choices, strict=True)]
+    assert solution.cost == sum(size for size, _ in selection) <= ceiling
+    assert solution.loss == math.fsum(loss for _, loss in selection)
+    assert solution.multiplier >= 0.0
+    assert solution.gap == solution.loss - solution.bound >= 0.0
 
 
 fullnesses = st.one_of(st.just(0.0), st.just(1.0), st.floats(0.0, 1.0))
@@ -62,10 +62,10 @@ fullnesses = st.one_of(st.just(0.0), st.just(1.0), st.floats(0.0, 1.0))
 @settings(max_examples=300)
 def test_equals_every_selection_tried(table: Table, fullness: float) -> None:
     ceiling = ceiling_of(table, fullness)
-    found = solve(table, ceiling)
-    consistent(found, table, ceiling)
-    assert (found.loss, found.parameters) == brute(table, ceiling)
-    assert found.gap == 0.0
+    solution = solve(table, ceiling)
+    consistent(solution, table, ceiling)
+    assert (solution.loss, solution.cost) == brute(table, ceiling)
+    assert solution.gap == 0.0
 
 
 @given(tables(real), fullnesses)
@@ -74,25 +74,25 @@ def test_equals_every_selection_tried_with_losses_of_all_sizes(
     table: Table, fullness: float
 ) -> None:
     ceiling = ceiling_of(table, fullness)
-    found = solve(table, ceiling)
-    consistent(found, table, ceiling)
+    solution = solve(table, ceiling)
+    consistent(solution, table, ceiling)
     best, _ = brute(table, ceiling)
     scale = math.fsum(max(loss for _, loss in choices) for choices in table)
-    assert abs(found.loss - best) <= ROUNDING * scale
-    assert found.gap == 0.0
+    assert abs(solution.loss - best) <= ROUNDING * scale
+    assert solution.gap == 0.0
 
 
 @given(tables(whole), fullnesses, st.integers(1, 200))
 @example([[(7, 5.0), (10, 0.0)], [(7, 5.0), (11, 0.0)]], 0.3, 1)
 def test_whatever_it_leaves_out_its_gap_covers(table: Table, fullness: float, states: int) -> None:
     ceiling = ceiling_of(table, fullness)
-    found = solve(table, ceiling, states=states)
-    consistent(found, table, ceiling)
-    best, fewest = brute(table, ceiling)
-    assert found.bound <= best + ROUNDING * max(1.0, best)
-    assert found.loss >= best
-    if found.gap == 0.0:
-        assert (found.loss, found.parameters) == (best, fewest)
+    solution = solve(table, ceiling, states=states)
+    consistent(solution, table, ceiling)
+    best, cheapest = brute(table, ceiling)
+    assert solution.bound <= best + ROUNDING * max(1.0, best)
+    assert solution.loss >= best
+    if solution.gap == 0.0:
+        assert (solution.loss, solution.cost) == (best, cheapest)
 
 
 def test_large_steps_beside_small_ones_are_proven_in_parts(monkeypatch) -> None:
@@ -123,9 +123,9 @@ def test_a_search_that_is_cut_short_says_so() -> None:
     table = [[(0, float(size)), (int(size), 0.0)] for size in sizes]
     ceiling = int(sizes.sum()) // 2
     short, long = solve(table, ceiling, states=2_000), solve(table, ceiling, states=200_000)
-    for found in (short, long):
-        consistent(found, table, ceiling)
-        assert 0.0 < found.gap < 1e-2 * found.loss
+    for solution in (short, long):
+        consistent(solution, table, ceiling)
+        assert 0.0 < solution.gap < 1e-2 * solution.loss
     assert long.gap < short.gap
     assert max(short.bound, long.bound) <= min(short.loss, long.loss)
 
@@ -143,7 +143,7 @@ def test_a_common_factor_of_the_losses_changes_no_optimum(
     ceiling = ceiling_of(table, fullness)
     scaled = [[(size, factor * loss) for size, loss in choices] for choices in table]
     before, after = solve(table, ceiling), solve(scaled, ceiling)
-    assert (after.loss, after.parameters) == (factor * before.loss, before.parameters)
+    assert (after.loss, after.cost) == (factor * before.loss, before.cost)
     assert math.isclose(after.multiplier, factor * before.multiplier, rel_tol=1e-12)
 
 
@@ -155,41 +155,38 @@ def test_order_of_layers_and_choices_changes_no_optimum(
     shuffled = [chooser.sample(choices, len(choices)) for choices in table]
     chooser.shuffle(shuffled)
     before, after = solve(table, ceiling), solve(shuffled, ceiling)
-    assert (after.loss, after.parameters) == (before.loss, before.parameters)
+    assert (after.loss, after.cost) == (before.loss, before.cost)
     assert solve(table, ceiling) == before
 
 
 @given(tables(whole))
 def test_the_border_of_what_fits(table: Table) -> None:
     least = ceiling_of(table, 0.0)
-    assert solve(table, least).parameters == least
-    with pytest.raises(ValueError, match=f"{len(table)} layers sum to {least:_} parameters"):
+    assert solve(table, least).cost == least
+    with pytest.raises(ValueError, match=f"{len(table)} layers cost {least:_}, above"):
         solve(table, least - 1)
 
 
 def test_nothing_to_choose() -> None:
-    found = knapsack.solve([], [], 5)
-    assert found == knapsack.Solution((), 0.0, 0, 0.0, 0.0)
+    solution = knapsack.solve([], [], 5)
+    assert solution == knapsack.Solution((), 0.0, 0, 0.0, 0.0)
     assert solve([[(3, 1.0)], [(4, 2.0)]], 100) == knapsack.Solution((0, 0), 3.0, 7, 3.0, 0.0)
 
 
 def test_where_everything_fits_the_smallest_of_the_best_is_taken() -> None:
-    found = solve([[(1, 2.0), (5, 0.0), (9, 0.0)]], 100)
-    assert found == knapsack.Solution((1,), 0.0, 5, 0.0, 0.0)
+    solution = solve([[(1, 2.0), (5, 0.0), (9, 0.0)]], 100)
+    assert solution == knapsack.Solution((1,), 0.0, 5, 0.0, 0.0)
 
 
-def test_the_multiplier_is_the_price_of_a_parameter() -> None:
-    """Savings per parameter are 4, 2, 1; two steps of 10 fit, the third would be the next."""
-    found = solve([[(0, 70.0), (10, 30.0), (20, 10.0), (30, 0.0)]], 25)
-    assert (found.choices, found.multiplier) == ((2,), 1.0)
+def test_the_multiplier_is_the_saving_per_cost() -> None:
+    """Savings per cost are 4, 2, 1; two steps of 10 fit, the third would be the next."""
+    solution = solve([[(0, 70.0), (10, 30.0), (20, 10.0), (30, 0.0)]], 25)
+    assert (solution.choices, solution.multiplier) == ((2,), 1.0)
 
 
 @pytest.mark.parametrize(
     ("sizes", "losses", "message"),
     [
-        ([[1, 2]], [], "parameters of 1 layers but losses of 0"),
-        ([[1, 2]], [[1.0]], r"layer 0: parameters of shape \(2,\) and losses of shape \(1,\)"),
-        ([[1], []], [[1.0], []], "layer 1: .* at least one choice"),
         ([[1, 2]], [[1.0, math.nan]], "layer 0: 1 of 2 losses are not finite"),
         ([[1, 2]], [[math.inf, -math.inf]], "layer 0: 2 of 2 losses are not finite"),
     ],
@@ -218,11 +215,11 @@ def test_a_model_of_many_layers_is_solved_with_a_proof(form: str, keep: float) -
         sizes.append(np.append(price[low], out * into))
         losses.append(np.append(tail[low] * random.uniform(0.01, 1.0), 0.0))
     ceiling = int(keep * sum(int(own[-1]) for own in sizes))
-    found = knapsack.solve(sizes, losses, ceiling)
-    assert found.gap == 0.0
-    assert found.parameters <= ceiling
-    relaxed = min_over_multipliers(sizes, losses, ceiling, found.multiplier)
-    assert relaxed <= found.loss <= relaxed + 1e-3
+    solution = knapsack.solve(sizes, losses, ceiling)
+    assert solution.gap == 0.0
+    assert solution.cost <= ceiling
+    relaxed = min_over_multipliers(sizes, losses, ceiling, solution.multiplier)
+    assert relaxed <= solution.loss <= relaxed + 1e-3
 
 
 def min_over_multipliers(sizes: list, losses: list, ceiling: int, multiplier: float) -> float:

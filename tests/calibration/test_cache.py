@@ -12,20 +12,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
-from lrbo.blockwise import BlockwiseBody
-from lrbo.cache import ABOUT
-from lrbo.calibration import store
-from lrbo.calibration.collect import Calibration, CalibrationSettings, Found, calibrate
-from lrbo.calibration.store import CalibrationFolder, calibration_fingerprint, save_calibration
+from lrbo.calibration import cache
+from lrbo.calibration.cache import CalibrationFolder, calibration_fingerprint, save_calibration
+from lrbo.calibration.collect import Calibration, CalibrationSettings, StatisticsByOwner, calibrate
+from lrbo.calibration.statistics import GRADIENT_STATISTICS, MATRICES, Statistic
 from lrbo.errors import CacheError
-from lrbo.factorization.base import GRADIENT_STATISTICS, MATRICES, Statistic
-from lrbo.specs import LayerSpec, ModelMap
-from tests.tiny import token_ids
+from lrbo.files.caches import ABOUT
+from lrbo.models.blockwise import BlockwiseBody
+from lrbo.models.specs import LayerSpec, ModelMap
+from tests.support.tiny import token_ids
 
 ALL = frozenset(Statistic)
 
 
-def parts_of(model: PreTrainedModel, layers: ModelMap) -> Iterator[Found]:
+def parts_of(model: PreTrainedModel, layers: ModelMap) -> Iterator[StatisticsByOwner]:
     settings = CalibrationSettings(gradient_share=1.0, groups=3)
     return calibrate(BlockwiseBody(model), layers, token_ids(7, 12), ALL, settings)
 
@@ -36,17 +36,17 @@ def parts_of(model: PreTrainedModel, layers: ModelMap) -> Iterator[Found]:
 def test_statistics_come_back_bit_by_bit(
     model: PreTrainedModel, layers: ModelMap, tmp_path: Path
 ) -> None:
-    kept = Calibration.gather(parts_of(model, layers))
+    in_memory = Calibration.gather(parts_of(model, layers))
     folder = tmp_path / "made" / "here"
     save_calibration(folder, parts_of(model, layers), "fingerprint")
     stored = CalibrationFolder(folder, "fingerprint")
     assert len(layers.compressible) == 14
     for spec in layers.compressible:
-        expected, found = kept.of(spec), stored.of(spec)
-        assert found.keys() == expected.keys() == ALL
+        expected, actual = in_memory.of(spec), stored.of(spec)
+        assert actual.keys() == expected.keys() == ALL
         for statistic, tensor in expected.items():
-            assert found[statistic].dtype == torch.float64
-            assert torch.equal(found[statistic], tensor), (spec.name, statistic)
+            assert actual[statistic].dtype == torch.float64
+            assert torch.equal(actual[statistic], tensor), (spec.name, statistic)
 
 
 def test_blocks_are_written_as_they_come(
@@ -56,7 +56,7 @@ def test_blocks_are_written_as_they_come(
     folder = tmp_path / "statistics"
     written: list[int] = []
 
-    def watched() -> Iterator[Found]:
+    def watched() -> Iterator[StatisticsByOwner]:
         for part in parts_of(model, layers):
             assert not folder.exists()
             written.append(len(list(tmp_path.rglob("*.safetensors"))))
@@ -69,7 +69,7 @@ def test_blocks_are_written_as_they_come(
 
 
 def test_what_is_interrupted_leaves_nothing(tmp_path: Path) -> None:
-    def interrupted() -> Iterator[Found]:
+    def interrupted() -> Iterator[StatisticsByOwner]:
         yield {"site": {Statistic.INPUT_MEAN: torch.zeros(3, dtype=torch.float64)}}
         raise KeyboardInterrupt
 
@@ -82,8 +82,8 @@ def test_a_part_without_statistics_is_no_problem(tmp_path: Path) -> None:
     """A block in which nothing is compressed."""
     mean = {Statistic.INPUT_MEAN: torch.arange(3, dtype=torch.float64)}
     save_calibration(tmp_path / "statistics", iter([{}, {"layer": mean}]), "f")
-    found = CalibrationFolder(tmp_path / "statistics", "f").of(layer("layer"))
-    assert torch.equal(found[Statistic.INPUT_MEAN], mean[Statistic.INPUT_MEAN])
+    actual = CalibrationFolder(tmp_path / "statistics", "f").of(layer("layer"))
+    assert torch.equal(actual[Statistic.INPUT_MEAN], mean[Statistic.INPUT_MEAN])
 
 
 @pytest.mark.parametrize("statistic", sorted(MATRICES))
@@ -99,9 +99,9 @@ def test_packing_gives_back_every_symmetric_matrix(features: int, seed: int) -> 
     generator = torch.Generator().manual_seed(seed)
     matrix = torch.randn(features, features, generator=generator, dtype=torch.float64)
     matrix = matrix + matrix.T
-    packed = store._pack(matrix)
+    packed = cache._pack(matrix)
     assert packed.numel() == features * (features + 1) // 2
-    assert torch.equal(store._unpack(packed), matrix)
+    assert torch.equal(cache._unpack(packed), matrix)
 
 
 # --- whose ---------------------------------------------------------------------------------------
@@ -118,7 +118,7 @@ def test_a_layer_has_the_inputs_of_its_site_and_gradients_of_its_own(tmp_path: P
         shape = (3, 3) if statistic in MATRICES else (3,)
         return {statistic: torch.full(shape, value, dtype=torch.float64)}
 
-    parts: list[Found] = [
+    parts: list[StatisticsByOwner] = [
         {"q|x": filled(Statistic.INPUT_COVARIANCE, 1.0)},
         {
             "q|x": filled(Statistic.OUTPUT_GRADIENT, 2.0),
@@ -126,14 +126,14 @@ def test_a_layer_has_the_inputs_of_its_site_and_gradients_of_its_own(tmp_path: P
         },
     ]
     save_calibration(tmp_path / "statistics", iter(parts), "f")
-    kept = Calibration.gather(iter(parts))
+    in_memory = Calibration.gather(iter(parts))
     stored = CalibrationFolder(tmp_path / "statistics", "f")
-    for source in (kept, stored):
+    for source in (in_memory, stored):
         for spec, gradient in ((layer("q|x"), 2.0), (layer("k", site="q|x"), 3.0)):
-            found = source.of(spec)
-            assert set(found) == {Statistic.INPUT_COVARIANCE, Statistic.OUTPUT_GRADIENT}
-            assert bool((found[Statistic.INPUT_COVARIANCE] == 1.0).all())
-            assert bool((found[Statistic.OUTPUT_GRADIENT] == gradient).all())
+            actual = source.of(spec)
+            assert set(actual) == {Statistic.INPUT_COVARIANCE, Statistic.OUTPUT_GRADIENT}
+            assert bool((actual[Statistic.INPUT_COVARIANCE] == 1.0).all())
+            assert bool((actual[Statistic.OUTPUT_GRADIENT] == gradient).all())
         assert set(source.of(layer("v", site="q|x"))) == {Statistic.INPUT_COVARIANCE}
         assert source.of(layer("lm_head")) == {}
 
@@ -155,15 +155,15 @@ def test_statistics_that_are_deleted_while_they_are_read_are_named(tmp_path: Pat
     mean = {Statistic.INPUT_MEAN: torch.arange(3, dtype=torch.float64)}
     folder = tmp_path / "statistics"
     save_calibration(folder, iter([{"layer": mean}]), "f")
-    found = CalibrationFolder(folder, "f")
+    actual = CalibrationFolder(folder, "f")
     (file,) = folder.glob("*.safetensors")
     content = file.read_bytes()
     file.write_bytes(content[:8] + b"?" * (len(content) - 8))
     with pytest.raises(CacheError, match=rf"{file.name} is damaged"):
-        found.of(layer("layer"))
+        actual.of(layer("layer"))
     shutil.rmtree(folder)
     with pytest.raises(CacheError, match=rf"{file.name} is damaged: .*No such file"):
-        found.of(layer("layer"))
+        actual.of(layer("layer"))
 
 
 def test_fingerprint_knows_everything_that_decides_the_statistics(
@@ -193,7 +193,7 @@ def test_fingerprint_knows_everything_that_decides_the_statistics(
     assert len(set(everything)) == len(everything)
     for needs in (sorted(ALL), sorted(ALL, reverse=True)):
         assert of(needs=needs) == everything[0]
-    monkeypatch.setattr(store, "FORMAT", store.FORMAT + 1)
+    monkeypatch.setattr(cache, "FORMAT", cache.FORMAT + 1)
     assert of() not in everything
 
 

@@ -11,22 +11,21 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lrbo.blockwise import BlockwiseBody
 from lrbo.calibration import collect
 from lrbo.calibration.collect import (
     Calibration,
     CalibrationSettings,
     CalibrationWarning,
     calibrate,
-    group_of_window,
 )
+from lrbo.calibration.statistics import GRADIENT_STATISTICS, Statistic
 from lrbo.errors import StatisticsError
-from lrbo.factorization.base import GRADIENT_STATISTICS, Statistic
-from lrbo.model import map_model
-from lrbo.specs import ModelMap
-from tests import reference
-from tests.reference import Matrix
-from tests.tiny import build, token_ids
+from lrbo.models.blockwise import BlockwiseBody
+from lrbo.models.model_map import map_model
+from lrbo.models.specs import ModelMap
+from tests.support import reference
+from tests.support.reference import Matrix
+from tests.support.tiny import build, token_ids
 
 TOLERANCE = {
     # Same inputs to the bit (the reference runs the same batches), float64 sums; relative to
@@ -45,9 +44,9 @@ def gathered(
     model: PreTrainedModel, windows: Tensor, needs: Collection[Statistic], **settings: Any
 ) -> Calibration:
     """Calibrate and keep everything; gradients are taken on all windows."""
-    chosen = CalibrationSettings(**{"gradient_share": 1.0, **settings})
+    with_defaults = CalibrationSettings(**{"gradient_share": 1.0, **settings})
     return Calibration.gather(
-        calibrate(BlockwiseBody(model), map_model(model), windows, needs, chosen)
+        calibrate(BlockwiseBody(model), map_model(model), windows, needs, with_defaults)
     )
 
 
@@ -55,12 +54,12 @@ def captured_inputs(
     model: PreTrainedModel, names: Sequence[str], windows: Tensor, batch_windows: int
 ) -> dict[str, Matrix]:
     """Run the whole model and keep what each layer read: ``(windows, tokens, features)``."""
-    kept: dict[str, list[Tensor]] = {name: [] for name in names}
+    captured: dict[str, list[Tensor]] = {name: [] for name in names}
     handles = []
     for name in names:
 
         def keep(module: nn.Module, inputs: tuple[Tensor], name: str = name) -> None:
-            kept[name].append(inputs[0].detach().clone().double())
+            captured[name].append(inputs[0].detach().clone().double())
 
         handles.append(model.get_submodule(name).register_forward_pre_hook(keep))
     with torch.no_grad():
@@ -69,18 +68,18 @@ def captured_inputs(
     for handle in handles:
         handle.remove()
     shape = (*windows.shape, -1)
-    return {name: torch.cat(parts).reshape(shape).numpy() for name, parts in kept.items()}
+    return {name: torch.cat(parts).reshape(shape).numpy() for name, parts in captured.items()}
 
 
 def assert_inputs(
-    found: Calibration,
+    actual: Calibration,
     layers: ModelMap,
     inputs: dict[str, Matrix],
     count: int,
     tolerance: float,
 ) -> None:
     """Compare every layer with the plain formulas; windows are dealt out to ``count`` groups."""
-    assert set(found.found) == set(layers.sites)
+    assert set(actual.statistics) == set(layers.sites)
     assert set(inputs) == {spec.name for spec in layers.compressible}
     for spec in layers.compressible:
         windows = inputs[spec.name]
@@ -94,7 +93,7 @@ def assert_inputs(
             Statistic.POOLED_INPUT_COVARIANCE: reference.pooled_covariance(groups),
         }
         unit = np.trace(expected[Statistic.INPUT_COVARIANCE])
-        for statistic, tensor in found.of(spec).items():
+        for statistic, tensor in actual.of(spec).items():
             assert tensor.dtype == torch.float64
             assert tensor.device.type == "cpu"
             difference = np.abs(tensor.numpy() - expected[statistic]).max()
@@ -122,33 +121,33 @@ def windows() -> Tensor:
 def test_statistics_equal_the_plain_formulas(
     model: PreTrainedModel, layers: ModelMap, windows: Tensor, groups: int, count: int
 ) -> None:
-    found = gathered(model, windows, OF_INPUTS, groups=groups, batch_windows=7)
-    assert all(set(statistics) == OF_INPUTS for statistics in found.found.values())
+    actual = gathered(model, windows, OF_INPUTS, groups=groups, batch_windows=7)
+    assert all(set(statistics) == OF_INPUTS for statistics in actual.statistics.values())
     inputs = all_inputs(model, layers, windows, 7)
-    assert_inputs(found, layers, inputs, count, TOLERANCE["other batches"])
+    assert_inputs(actual, layers, inputs, count, TOLERANCE["other batches"])
 
 
 @pytest.mark.parametrize("batch_windows", [1, 3, 7, 100])
 def test_batch_size_changes_nothing(
     model: PreTrainedModel, layers: ModelMap, windows: Tensor, batch_windows: int
 ) -> None:
-    found = gathered(model, windows, OF_INPUTS, groups=3, batch_windows=batch_windows)
+    actual = gathered(model, windows, OF_INPUTS, groups=3, batch_windows=batch_windows)
     inputs = all_inputs(model, layers, windows, 2)
-    assert_inputs(found, layers, inputs, 3, TOLERANCE["other batches"])
+    assert_inputs(actual, layers, inputs, 3, TOLERANCE["other batches"])
 
 
 @pytest.mark.parametrize("case", ["gpt2", "opt", "phi", "gpt_neox", "phi3", "qwen2"])
 def test_other_families(case: str, windows: Tensor) -> None:
     model = build(case).double()
     layers = map_model(model)
-    found = gathered(model, windows, OF_INPUTS, groups=1, batch_windows=4)
+    actual = gathered(model, windows, OF_INPUTS, groups=1, batch_windows=4)
     inputs = all_inputs(model, layers, windows, 4)
-    assert_inputs(found, layers, inputs, 1, TOLERANCE["same batches"])
+    assert_inputs(actual, layers, inputs, 1, TOLERANCE["same batches"])
 
 
 def test_hidden_states_in_files_give_the_same_bits(model: PreTrainedModel, windows: Tensor) -> None:
-    one = gathered(model, windows, ALL, memory_gib=2.0).found
-    other = gathered(model, windows, ALL, memory_gib=0.0).found
+    one = gathered(model, windows, ALL, memory_gib=2.0).statistics
+    other = gathered(model, windows, ALL, memory_gib=0.0).statistics
     assert one.keys() == other.keys()
     assert len(one) == 14  # layers; a site has the name of its first one
     for owner, statistics in one.items():
@@ -177,22 +176,22 @@ def test_only_what_is_asked_for_is_gathered(
     needs: set[Statistic],
     brings: set[Statistic],
 ) -> None:
-    found = gathered(model, windows, needs, groups=3, batch_windows=2)
-    assert all(set(statistics) == needs | brings for statistics in found.found.values())
+    actual = gathered(model, windows, needs, groups=3, batch_windows=2)
+    assert all(set(statistics) == needs | brings for statistics in actual.statistics.values())
     inputs = all_inputs(model, layers, windows, 2)
-    assert_inputs(found, layers, inputs, 3, TOLERANCE["other batches"])
+    assert_inputs(actual, layers, inputs, 3, TOLERANCE["other batches"])
 
 
 @pytest.mark.parametrize("need", sorted(GRADIENT_STATISTICS))
 def test_gradients_alone_are_gathered_for_layers_and_not_for_sites(
     model: PreTrainedModel, layers: ModelMap, windows: Tensor, need: Statistic
 ) -> None:
-    found = gathered(model, windows, {need})
-    assert set(found.found) == {spec.name for spec in layers.compressible}
+    actual = gathered(model, windows, {need})
+    assert set(actual.statistics) == {spec.name for spec in layers.compressible}
     together = gathered(model, windows, ALL - {Statistic.POOLED_INPUT_COVARIANCE})
     for spec in layers.compressible:
-        assert set(found.of(spec)) == {need}
-        assert torch.equal(found.of(spec)[need], together.of(spec)[need])
+        assert set(actual.of(spec)) == {need}
+        assert torch.equal(actual.of(spec)[need], together.of(spec)[need])
 
 
 # --- the pass ------------------------------------------------------------------------------------
@@ -201,12 +200,12 @@ def test_gradients_alone_are_gathered_for_layers_and_not_for_sites(
 def test_nothing_needed_means_no_pass(
     model: PreTrainedModel, layers: ModelMap, windows: Tensor
 ) -> None:
-    told: list[int] = []
+    advanced: list[int] = []
     parts = calibrate(
-        BlockwiseBody(model), layers, windows, (), CalibrationSettings(), on_block=told.append
+        BlockwiseBody(model), layers, windows, (), CalibrationSettings(), on_block=advanced.append
     )
     assert list(parts) == []
-    assert told == []
+    assert advanced == []
 
 
 @pytest.mark.parametrize(
@@ -220,7 +219,7 @@ def test_blocks_are_handed_out_as_they_are_done_there_and_back(
     needs: frozenset[Statistic],
     passes: int,
 ) -> None:
-    told: list[int] = []
+    advanced: list[int] = []
     body = BlockwiseBody(model)
     parts = list(
         calibrate(
@@ -229,10 +228,10 @@ def test_blocks_are_handed_out_as_they_are_done_there_and_back(
             windows,
             needs,
             CalibrationSettings(gradient_share=1),
-            on_block=told.append,
+            on_block=advanced.append,
         )
     )
-    assert told == [1] * (passes * len(body))
+    assert advanced == [1] * (passes * len(body))
     there = [sorted({s.site for s in layers.compressible if s.block == i}) for i in range(2)]
     back = [sorted(s.name for s in layers.compressible if s.block == i) for i in (1, 0)]
     expected = (there if needs & OF_INPUTS else []) + (back if needs & GRADIENT_STATISTICS else [])
@@ -351,35 +350,21 @@ def test_too_few_tokens_for_a_covariance_are_announced_before_the_pass(
 # --- groups ------------------------------------------------------------------------------------
 
 
-@given(st.integers(1, 60), st.integers(1, 40))
-def test_windows_are_dealt_out_evenly_from_first_to_last(windows: int, groups: int) -> None:
-    membership = group_of_window(windows, groups)
-    assert len(membership) == windows
-    # Texts lie one behind the other: any run of windows must reach as many groups as it can.
-    for start in range(0, windows - len(set(membership)) + 1):
-        assert len(set(membership[start : start + len(set(membership))])) == min(groups, windows)
-    sizes = [membership.count(group) for group in range(min(groups, windows))]
-    assert sum(sizes) == windows
-    assert max(sizes) - min(sizes) <= 1
-    assert min(sizes) >= 1
-
-
 @given(st.integers(1, 30), st.integers(1, 12), st.integers(1, 9))
-def test_spans_cut_batches_at_the_borders_of_groups(
+def test_batches_are_cut_at_the_borders_of_groups(
     windows: int, groups: int, batch_windows: int
 ) -> None:
-    membership = sorted(group_of_window(windows, groups))
-    seen: list[int] = []
+    membership = sorted(window % groups for window in range(windows))
+    seen = 0
     closed: list[list[int]] = [[]]
-    for first in range(0, windows, batch_windows):
-        count = min(batch_windows, windows - first)
-        for start, stop, closes in collect._spans(membership, first, count):
-            part = list(range(first + start, first + stop))
-            seen += part
-            closed[-1] += part
-            if closes:
+    for batch in collect.batches_of(0, windows, batch_windows):
+        sizes, closes_last = collect._groups_in(membership, batch)
+        for index, size in enumerate(sizes):
+            closed[-1] += range(seen, seen + size)
+            seen += size
+            if closes_last or index + 1 < len(sizes):
                 closed.append([])
-    assert seen == list(range(windows))  # every window once, in order
+        assert seen == batch.stop
     assert closed.pop() == []  # the last group was closed
     expected = [
         [w for w in range(windows) if membership[w] == group] for group in range(len(closed))

@@ -12,20 +12,15 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lrbo.blockwise import BlockwiseBody
-from lrbo.calibration import gradients
-from lrbo.calibration.collect import (
-    Calibration,
-    CalibrationSettings,
-    CalibrationWarning,
-    calibrate,
-)
-from lrbo.factorization.base import GRADIENT_STATISTICS, Statistic
-from lrbo.factorization.loss_aware import predicted_loss
-from lrbo.model import linear_weight, map_model
-from lrbo.nested import LowRankFactors
-from tests import reference
-from tests.tiny import build, token_ids
+from lrbo.calibration.collect import Calibration, CalibrationSettings, CalibrationWarning, calibrate
+from lrbo.calibration.statistics import GRADIENT_STATISTICS, Statistic
+from lrbo.factorization.factors import LowRankFactors
+from lrbo.factorization.methods import predicted_loss
+from lrbo.models.blockwise import BlockwiseBody
+from lrbo.models.model_map import linear_weight, map_model
+from lrbo.tasks.causal_lm import CausalLM, sample_labels
+from tests.support import reference
+from tests.support.tiny import build, token_ids
 
 TOLERANCE = {
     # Relative to the largest entry. float64, but Llama's norms round to float32 inside, there
@@ -46,13 +41,15 @@ every_family = pytest.mark.parametrize(
 
 
 def gathered(
-    model: PreTrainedModel, windows: Tensor, **settings: Any
+    model: PreTrainedModel, windows: Tensor, task: CausalLM | None = None, **settings: Any
 ) -> dict[str, dict[Statistic, Tensor]]:
-    """Calibrate for gradients only, on all windows if nothing else is said."""
-    chosen = CalibrationSettings(**{"gradient_share": 1.0, **settings})
+    """Calibrate for gradients only, on all windows by default."""
+    with_defaults = CalibrationSettings(**{"gradient_share": 1.0, **settings})
     layers = map_model(model)
-    found = calibrate(BlockwiseBody(model), layers, windows, GRADIENT_STATISTICS, chosen)
-    return Calibration.gather(found).found
+    parts = calibrate(
+        BlockwiseBody(model), layers, windows, GRADIENT_STATISTICS, with_defaults, task=task
+    )
+    return Calibration.gather(parts).statistics
 
 
 def plain_gradients(
@@ -74,19 +71,19 @@ def plain_gradients(
     loss(model(windows).logits).backward()
     for handle in handles:
         handle.remove()
-    found = {}
+    actual = {}
     for name, (inputs, output) in seen.items():
         assert output.grad is not None
-        found[name] = (inputs.flatten(0, -2), output.grad.flatten(0, -2))
-    return found
+        actual[name] = (inputs.flatten(0, -2), output.grad.flatten(0, -2))
+    return actual
 
 
 def largest_difference(
-    found: dict[str, dict[Statistic, Tensor]], plain: dict[str, tuple[Tensor, Tensor]]
+    actual: dict[str, dict[Statistic, Tensor]], plain: dict[str, tuple[Tensor, Tensor]]
 ) -> float:
     """Compare all statistics with the printed formulas, relative to the largest entry."""
-    assert found.keys() == plain.keys()
-    assert len(found) >= 8
+    assert actual.keys() == plain.keys()
+    assert len(actual) >= 8
     differences = []
     for name, (inputs, gradient) in plain.items():
         rows, slopes = reference.numpy_of(inputs), reference.numpy_of(gradient)
@@ -94,9 +91,9 @@ def largest_difference(
             Statistic.OUTPUT_GRADIENT: reference.second_moment(slopes),
             Statistic.INPUT_IMPORTANCE: reference.importance(rows, slopes),
         }
-        assert found[name].keys() == expected.keys()
+        assert actual[name].keys() == expected.keys()
         for statistic, value in expected.items():
-            tensor = found[name][statistic]
+            tensor = actual[name][statistic]
             assert tensor.dtype == torch.float64
             assert np.abs(value).max() > 0
             differences.append(np.abs(tensor.numpy() - value).max() / np.abs(value).max())
@@ -107,12 +104,12 @@ def scored(
     plain: dict[str, tuple[Tensor, Tensor]], windows: Tensor
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Leave out the last token of each window: it has no loss, and no other's depends on it."""
-    found = {}
+    actual = {}
     for name, pair in plain.items():
         inputs, gradient = (rows.unflatten(0, tuple(windows.shape)) for rows in pair)
         assert not gradient[:, -1].any()
-        found[name] = (inputs[:, :-1].flatten(0, 1), gradient[:, :-1].flatten(0, 1))
-    return found
+        actual[name] = (inputs[:, :-1].flatten(0, 1), gradient[:, :-1].flatten(0, 1))
+    return actual
 
 
 def next_token_loss(windows: Tensor) -> Callable[[Tensor], Tensor]:
@@ -145,31 +142,31 @@ def sampled_by_hand(logits: Tensor, uniform: Tensor) -> Tensor:
 @every_family
 def test_gradients_of_the_data_are_those_of_the_whole_model(case: str) -> None:
     model, windows = build(case).double(), token_ids(5, 9)
-    found = gathered(model, windows, labels="data", batch_windows=2)
+    actual = gathered(model, windows, labels="data", batch_windows=2)
     plain = scored(plain_gradients(model, windows, next_token_loss(windows)), windows)
-    assert largest_difference(found, plain) <= TOLERANCE["autograd"]
+    assert largest_difference(actual, plain) <= TOLERANCE["autograd"]
 
 
 @every_family
 def test_gradients_of_sampled_labels_are_those_of_labels_sampled_by_hand(case: str) -> None:
     model, windows = build(case).double(), token_ids(4, 7)
-    found = gathered(model, windows, labels="sampled", seed=3, batch_windows=3)
+    actual = gathered(model, windows, labels="sampled", seed=3, batch_windows=3)
     uniform = torch.rand(windows.shape, generator=torch.Generator().manual_seed(3))
     labels = sampled_by_hand(model(windows).logits, uniform)
     plain = plain_gradients(model, windows, label_loss(labels))
-    assert largest_difference(found, plain) <= TOLERANCE["autograd"]
+    assert largest_difference(actual, plain) <= TOLERANCE["autograd"]
 
 
 @pytest.mark.parametrize("labels", ["data", "sampled"])
-def test_batch_size_and_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch, labels: str) -> None:
+def test_batch_size_and_chunks_change_nothing(labels: str) -> None:
     model, windows = build("gpt2").double(), token_ids(5, 9)
     expected = gathered(model, windows, labels=labels)
     for batch_windows, chunk in ((1, 256), (3, 4), (100, 1)):
-        monkeypatch.setattr(gradients, "CHUNK_TOKENS", chunk)
-        found = gathered(model, windows, labels=labels, batch_windows=batch_windows)
+        task = CausalLM(chunk_tokens=chunk)
+        actual = gathered(model, windows, task, labels=labels, batch_windows=batch_windows)
         for name, statistics in expected.items():
             for statistic, tensor in statistics.items():
-                difference = (found[name][statistic] - tensor).abs().max() / tensor.abs().max()
+                difference = (actual[name][statistic] - tensor).abs().max() / tensor.abs().max()
                 assert float(difference) <= TOLERANCE["same order"], (name, batch_windows)
 
 
@@ -195,13 +192,8 @@ def test_a_seed_decides_the_bits_and_groups_that_nothing_pools_do_not(
 @pytest.mark.parametrize("draw", [0.0, 0.5, 1 - 2**-24])
 def test_a_label_without_probability_is_never_sampled(draw: float) -> None:
     """Neither by a draw of 0 in front of all others nor by the largest one behind them."""
-    head = nn.Linear(5, 5)
-    with torch.no_grad():
-        head.weight.copy_(torch.eye(5))
-        head.bias.copy_(torch.tensor([-1e4, 0.0, -1e4, 0.0, -1e4]))
-    gradient = gradients._head_gradient(head, torch.zeros(1, 5), None, torch.tensor([draw]))
-    assert gradient[0].tolist() == [0.0, -0.5, 0.0, 0.5, 0.0] or draw > 0.4
-    assert gradient[0].tolist() == [0.0, 0.5, 0.0, -0.5, 0.0] or draw < 0.4
+    logits = torch.tensor([[-1e4, 0.0, -1e4, 0.0, -1e4]])
+    assert sample_labels(logits, torch.tensor([draw])).tolist() == [1 if draw < 0.4 else 3]
 
 
 # --- which windows -------------------------------------------------------------------------------
@@ -209,23 +201,23 @@ def test_a_label_without_probability_is_never_sampled(draw: float) -> None:
 
 @given(st.floats(0.0, 1.0), st.integers(1, 300))
 def test_a_share_of_windows_is_picked_evenly(share: float, windows: int) -> None:
-    chosen = CalibrationSettings(gradient_share=share).gradient_windows(windows)
-    assert len(chosen) == max(1, round(share * windows))
-    assert chosen == sorted(set(chosen))
-    assert chosen[0] == 0
-    assert chosen[-1] < windows
-    steps = np.diff([*chosen, windows])
+    indices = CalibrationSettings(gradient_share=share).gradient_windows(windows)
+    assert len(indices) == max(1, round(share * windows))
+    assert indices == sorted(set(indices))
+    assert indices[0] == 0
+    assert indices[-1] < windows
+    steps = np.diff([*indices, windows])
     assert steps.max() - steps.min() <= 1
 
 
 def test_only_the_chosen_windows_enter() -> None:
     model, windows = build("gpt2").double(), token_ids(7, 9)
-    chosen = CalibrationSettings(gradient_share=0.4).gradient_windows(7)
-    assert chosen == [0, 2, 4]
-    found = gathered(model, windows, labels="data", gradient_share=0.4)
-    windows = windows[chosen]
+    indices = CalibrationSettings(gradient_share=0.4).gradient_windows(7)
+    assert indices == [0, 2, 4]
+    actual = gathered(model, windows, labels="data", gradient_share=0.4)
+    windows = windows[indices]
     plain = scored(plain_gradients(model, windows, next_token_loss(windows)), windows)
-    assert largest_difference(found, plain) <= TOLERANCE["autograd"]
+    assert largest_difference(actual, plain) <= TOLERANCE["autograd"]
 
 
 @pytest.mark.filterwarnings("error")
@@ -284,12 +276,12 @@ def exact_moment(model: PreTrainedModel, name: str, window: Tensor) -> tuple[Ten
 def test_sampled_gradients_have_the_fisher_information_as_their_mean(case: str) -> None:
     """Many copies of one window, each with labels of its own."""
     model, window, copies = build(case).double(), token_ids(1, 4), 2000
-    found = gathered(model, window.expand(copies, -1), batch_windows=1000, seed=5)
+    actual = gathered(model, window.expand(copies, -1), batch_windows=1000, seed=5)
     layers = map_model(model)
-    assert len(found) == len(layers.compressible)
+    assert len(actual) == len(layers.compressible)
     for spec in layers.compressible[::3]:
         moment, importance = exact_moment(model, spec.name, window)
-        sampled = found[spec.name]
+        sampled = actual[spec.name]
         share = TOLERANCE["samples"] / copies**0.5
         difference = sampled[Statistic.OUTPUT_GRADIENT] - moment
         assert float(difference.norm()) <= share * float(moment.trace()), spec.name
@@ -319,7 +311,7 @@ def test_predicted_loss_is_the_divergence_of_a_small_change_in_nats_per_token(ca
     copies = window.expand(4000, -1)
     needs = GRADIENT_STATISTICS | {Statistic.INPUT_MEAN, Statistic.INPUT_COVARIANCE}
     settings = CalibrationSettings(gradient_share=1.0, batch_windows=2000)
-    found = Calibration.gather(calibrate(BlockwiseBody(model), layers, copies, needs, settings))
+    actual = Calibration.gather(calibrate(BlockwiseBody(model), layers, copies, needs, settings))
     dense = model(window).logits[0, 0]
     seen = 0
     for spec in layers.compressible:
@@ -331,7 +323,7 @@ def test_predicted_loss_is_the_divergence_of_a_small_change_in_nats_per_token(ca
         with moved_weight(model, spec.name, step * left @ right.T):
             measured = reference.divergence(dense, model(window).logits[0, 0]) / step**2
         factors = LowRankFactors(left, right.T, torch.zeros(2, dtype=torch.float64))
-        predicted = float(predicted_loss(factors, found.of(spec))[0])
+        predicted = float(predicted_loss(factors, actual.of(spec))[0])
         if spec.kind in ("q_proj", "k_proj"):  # one token attends to itself, whatever they say
             assert measured == predicted == 0.0
             continue

@@ -8,12 +8,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
-from lrbo.calibration.gradients import GradientMoments
+from lrbo.calibration.moments import GradientMoments
+from lrbo.calibration.statistics import GRADIENT_STATISTICS, Statistic
 from lrbo.errors import StatisticsError
-from lrbo.factorization.base import GRADIENT_STATISTICS, Statistic
-from lrbo.specs import ModelMap
-from tests.test_gradients import gathered, same_bits
-from tests.tiny import HIDDEN, VOCABULARY, build, token_ids
+from lrbo.models.specs import LayerSpec, ModelMap
+from tests.calibration.test_gradients import gathered, same_bits
+from tests.support.tiny import HIDDEN, VOCABULARY, build, token_ids
 
 pytestmark = pytest.mark.filterwarnings("ignore::lrbo.calibration.collect.CalibrationWarning")
 
@@ -56,20 +56,21 @@ def test_gradients_that_are_not_finite_are_refused_naming_layer_and_count() -> N
 
 def test_moments_of_half_precision_gradients_are_summed_in_more() -> None:
     rows, slopes = torch.full((4096, 2), 3.0), torch.full((4096, 2), 300.0)
-    moments = GradientMoments.empty(GRADIENT_STATISTICS, 2, 2, torch.device("cpu"))
+    spec = LayerSpec("layer", "kind", 0, 2, 2, has_bias=False, site="layer")
+    moments = GradientMoments(GRADIENT_STATISTICS, spec, torch.device("cpu"))
     for part in range(4):
         half = slice(part * 1024, (part + 1) * 1024)
         moments.update(rows[half].half(), slopes[half].half())
-    found = moments.statistics("layer", 4096, 4096)
-    assert found[Statistic.OUTPUT_GRADIENT].tolist() == [[90_000.0] * 2] * 2
-    assert found[Statistic.INPUT_IMPORTANCE].tolist() == [180_000.0 * 9] * 2
+    actual = moments.statistics("layer", 4096, 4096)
+    assert actual[Statistic.OUTPUT_GRADIENT].tolist() == [[90_000.0] * 2] * 2
+    assert actual[Statistic.INPUT_IMPORTANCE].tolist() == [180_000.0 * 9] * 2
 
 
 def test_layers_of_the_map_are_those_that_get_gradients(
     model: PreTrainedModel, layers: ModelMap
 ) -> None:
-    found = gathered(model, token_ids(6, 12))
-    assert set(found) == {spec.name for spec in layers.compressible}
+    actual = gathered(model, token_ids(6, 12))
+    assert set(actual) == {spec.name for spec in layers.compressible}
 
 
 class Copies(TorchDispatchMode):
@@ -93,8 +94,8 @@ def test_hidden_states_are_copied_a_batch_at_a_time(labels: str) -> None:
     model, windows = build("gpt2"), token_ids(20, 24)
     with Copies() as copies:
         gathered(model, windows, labels=labels, batch_windows=1, gradient_share=0.5)
-    batch, chosen = 24, 10 * 24
-    assert batch * VOCABULARY <= copies.largest < chosen * HIDDEN
+    batch, selected = 24, 10 * 24
+    assert batch * VOCABULARY <= copies.largest < selected * HIDDEN
 
 
 def test_windows_without_a_next_token_are_refused_and_may_have_sampled_labels() -> None:

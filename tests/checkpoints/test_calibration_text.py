@@ -9,11 +9,11 @@ import torch
 from safetensors.numpy import save_file
 from torch import Tensor
 
-from lrbo.calibration import seen
-from lrbo.calibration.corpus import TokenWindows
-from lrbo.calibration.seen import FILE, RUN, save_seen, seen_shares
+from lrbo.checkpoints import calibration_text
+from lrbo.checkpoints.calibration_text import FILE, RUN, save_seen, seen_shares
+from lrbo.data.windows import TokenWindows
 from lrbo.errors import CheckpointError
-from tests.tiny import token_ids
+from tests.support.tiny import token_ids
 
 TEXT = token_ids(1, 6400, vocabulary=50_000).flatten()
 
@@ -62,7 +62,7 @@ def test_many_windows_are_looked_at_in_parts_of_equal_weight(
 ) -> None:
     ids = windows(TEXT[1000:5000], 100)
     whole = seen_shares(folder, ids)
-    monkeypatch.setattr(seen, "PART", 7)
+    monkeypatch.setattr(calibration_text, "PART", 7)
     assert len(ids) % 7
     assert seen_shares(folder, ids) == whole
 

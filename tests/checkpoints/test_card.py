@@ -10,8 +10,9 @@ from huggingface_hub import ModelCard, constants
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
-from lrbo.loading import ModelSource
-from lrbo.model_card import Score, model_card, origin_of
+from lrbo.checkpoints.card import Card, origin_of
+from lrbo.files.tables import Table, columns
+from lrbo.models.sources import ModelSource
 
 ABOUT: dict[str, Any] = {
     "method": "loss_aware",
@@ -21,21 +22,26 @@ ABOUT: dict[str, Any] = {
     "versions": {"lrbo": "0.1.0", "torch": "2.13.0"},
 }
 PACKAGED = ModelSource("packaged", "smollm2_135m")
-SCORES = [Score("dense", 1.0, 30.389, 25.888), Score("this model", 0.8, 35.763, None)]
+SCORES = Table(
+    "Scores",
+    columns("model", "parameters kept", "validation perplexity", "test perplexity"),
+    [["dense", "100.0%", "30.39", "25.89"], ["this model", "80.0%", "35.76", "-"]],
+)
 
 
 def card(**changes: Any) -> str:
     options: dict[str, Any] = {
         "source": PACKAGED,
         "parameters": (113_000_000, 134_515_008),
-        "storage": "pivoted",
+        "forms": ["pivoted"],
+        "keep_ratio": 0.8,
         "scores": SCORES,
         "commands": ["lrbo search study=mine", "lrbo compress study=mine out=mine-80"],
         "measuring": "lrbo evaluate checkpoint=mine-80 data.test.tokens=8192",
     }
     name, written_as = changes.pop("name", "mine-80"), changes.pop("written_as", "lrbo")
     about = ABOUT | changes.pop("about", {})
-    return model_card(name, written_as, about, **(options | changes))
+    return Card(name, written_as, about, **(options | changes)).text()
 
 
 def test_the_command_that_measures_is_shown() -> None:
@@ -68,22 +74,28 @@ def test_it_says_numbers_data_and_commands() -> None:
 
 
 @pytest.mark.parametrize(
-    ("written_as", "storage", "words", "others"),
+    ("written_as", "forms", "words", "others"),
     [
         (
             "lrbo",
-            "pivoted",
+            ["pivoted"],
             ["import lrbo", "(`pivoted`)"],
             ["trust_remote_code", "multiplied out"],
         ),
-        ("remote_code", "factored", ["trust_remote_code=True", "(`factored`)"], ["import lrbo"]),
-        ("merged", "pivoted", ["multiplied out"], ["import lrbo", "trust_remote_code", "(`pivot"]),
+        ("remote_code", ["factored"], ["trust_remote_code=True", "(`factored`)"], ["import lrbo"]),
+        ("lrbo", [], ["import lrbo"], ["multiplied out", "stored as"]),
+        (
+            "merged",
+            ["pivoted"],
+            ["multiplied out"],
+            ["import lrbo", "trust_remote_code", "(`pivot"],
+        ),
     ],
 )
 def test_it_says_how_this_kind_of_folder_is_loaded(
-    written_as: str, storage: str, words: list[str], others: list[str]
+    written_as: str, forms: list[str], words: list[str], others: list[str]
 ) -> None:
-    text = card(written_as=written_as, storage=storage)
+    text = card(written_as=written_as, forms=forms)
     assert 'from_pretrained("mine-80"' in text
     for word in words:
         assert word in text
@@ -136,8 +148,8 @@ def test_names_paths_and_licences_are_text(tmp_path: Path, written_as: str) -> N
         (folder / "README.md").write_text(f"---\n{head}---\n", encoding="utf-8")
         source = ModelSource("hf", str(folder))
         made = card(
-            name=word, written_as=written_as, source=source, storage="factored",
-            scores=[Score(word, 1.0, 2.0, 3.0)], commands=[f"lrbo search study={word}"],
+            name=word, written_as=written_as, source=source, forms=["factored"],
+            scores=Table(word, columns(word), [[word]]), commands=[f"lrbo search study={word}"],
             about={
                 "method": word, "validation": {"dtype": word}, "data": {word: {"text": word}},
                 "versions": {word: word},

@@ -3,8 +3,8 @@
 import copy
 import json
 import pickle
-from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,30 +20,25 @@ from transformers import (
     PreTrainedModel,
 )
 
-from lrbo import export
-from lrbo.accounting import Storage, account
-from lrbo.allocation import Allocation, Budget
-from lrbo.compression import compress_
+from lrbo.allocation.apply import store_
+from lrbo.checkpoints import export
+from lrbo.checkpoints.export import CONFIG, WEIGHTS, is_checkpoint, load, save
+from lrbo.checkpoints.merged import save_merged
 from lrbo.errors import CheckpointError, ConfigError
-from lrbo.export import (
-    CONFIG,
-    WEIGHTS,
-    is_checkpoint,
-    load,
-    save,
-    streamed,
-)
+from lrbo.factorization.base import factor_layer
+from lrbo.factorization.factors import LowRankFactors
 from lrbo.factorization.registry import method_named
-from lrbo.layers import LowRankLinear, PivotedLinear
-from lrbo.lazy import LazyModel
-from lrbo.loading import byte_tokenizer
-from lrbo.merging import save_merged
-from lrbo.model import linear_bias, linear_weight, map_model
-from lrbo.nested import LowRankFactors, NestedFactors, PivotedFactors
-from lrbo.steps import factorize
-from lrbo.worker import allocation_parameters
-from tests import reference
-from tests.tiny import CASES, build, token_ids
+from lrbo.layers.low_rank import LowRankLinear
+from lrbo.layers.modules import low_rank_layers
+from lrbo.layers.options import Cost, Option, account
+from lrbo.layers.pivoted import PivotedLinear
+from lrbo.models.model_map import linear_bias, linear_weight, map_model
+from lrbo.models.tiny import byte_tokenizer
+from lrbo.pipeline.in_memory import factorize
+from tests.support import reference
+from tests.support.allocations import decided, mixed_options
+from tests.support.forms import form_of
+from tests.support.tiny import CASES, build, token_ids
 
 TOLERANCE = {
     "loaded": 1e-6,  # relative to the largest logit: the same float32 weights, and kernels that
@@ -55,53 +50,70 @@ TOKENIZER = byte_tokenizer()
 TIED = {case for case in CASES if map_model(build(case)).layers[-1].tied_to}
 OPTIONS = {"card", "with_code"}
 every_case = pytest.mark.parametrize("case", CASES)
-# Every family in the form that is written by default, and some in the other one.
-FACTORED = ("llama_tied", "llama_biased", "gpt2")
-FORMS = [(case, "pivoted") for case in CASES] + [(case, "factored") for case in FACTORED]
-every_form = pytest.mark.parametrize(("case", "storage"), FORMS)
+Forms = tuple[str, ...]
+PIVOTED: Forms = ("pivoted",)
+FACTORED: Forms = ("factored",)
+BOTH: Forms = ("factored", "pivoted")
+EVERY: tuple[Forms, ...] = (PIVOTED, FACTORED, BOTH)
+# Every family in all forms at once, and some in each of them alone.
+SOME = ("llama_tied", "llama_biased", "gpt2")
+CASES_IN_FORMS = [(case, BOTH) for case in CASES]
+CASES_IN_FORMS += [(case, forms) for case in SOME for forms in (PIVOTED, FACTORED)]
+every_form = pytest.mark.parametrize(
+    ("case", "forms"),
+    CASES_IN_FORMS,
+    ids=lambda value: value if value in CASES else "+".join(value),
+)
 
 
 class Compressed:
-    """A model with low-rank layers in place, and what should be true of it."""
+    """A model with options in place, and what should be true of it."""
 
-    def __init__(
-        self, case: str, *, moving_bias: bool = False, storage: Storage = "pivoted"
-    ) -> None:
-        self.model, self.storage = build(case), storage
+    def __init__(self, case: str, *, moving_bias: bool = False, forms: Forms = PIVOTED) -> None:
+        self.model = build(case)
         layers = map_model(self.model)
-        method = method_named("bolaco" if moving_bias else "svd")
-        factors: dict[str, LowRankFactors] = {}
+        svd = method_named("svd")
+        self.prepared: dict[str, LowRankFactors] = {}
         for i, spec in enumerate(layers.compressible):
             module = self.model.get_submodule(spec.name)
-            found = method_named("svd").factor(linear_weight(module), linear_bias(module), {})
+            found = factor_layer(svd, linear_weight(module), linear_bias(module), {})
             if moving_bias:
                 offset, center = torch.ones(spec.out_features), torch.ones(spec.in_features)
                 found = LowRankFactors(
                     found.left, found.right, found.tail, offset.double() * i, center.double()
                 )
-            factors[spec.name] = found.to(dtype=self.model.dtype)
-        forms: dict[str, NestedFactors] = dict(factors)
-        if storage == "pivoted":
-            forms = {n: PivotedFactors(f, self.model.dtype, n) for n, f in factors.items()}
-        self.forms = forms
-        ranks = {name: None if i % 4 == 3 else 1 + i % 5 for i, name in enumerate(factors)}
-        decided = Allocation(ranks, 0, Budget(0))
-        cost = partial(method.parameters, storage=storage)
-        held = allocation_parameters(layers, decided, cost)
-        total = sum(held.values())
-        self.allocation = Allocation(ranks, total, Budget(total))
-        counted = account(layers, ranks, held, storage=storage, bytes_per_parameter=4)
-        self.parameters = counted.model
-        compress_(self.model, self.allocation, forms)
+            self.prepared[spec.name] = found.to(dtype=self.model.dtype)
+        units = layers.compressible
+        self.allocation = decided(
+            units, mixed_options(units, forms), adds_bias=moving_bias, measure="bytes"
+        )
+        counted = account(layers, self.allocation.cost, itemsize=4)
+        self.parameters = counted.model.parameters
+        store_(self.model, self.allocation, self.prepared)
+
+    @property
+    def options(self) -> dict[str, Option]:
+        """What is not dense."""
+        return self.allocation.compressed
+
+    @property
+    def costs(self) -> dict[str, Cost]:
+        """Of what is not dense, in the dtype of the model."""
+        size = self.model.dtype.itemsize
+        return {
+            name: Cost(cost.parameters, cost.bytes - (4 - size) * cost.parameters, cost.macs)
+            for name, cost in self.allocation.costs.items()
+            if name in self.options
+        }
 
     def save(
         self,
         folder: Path,
-        parts: Iterable[Mapping[str, Tensor]] | None = None,
         **changes: object,
     ) -> int:
         about = {"method": "svd", "base": "tiny"}
         parameters = changes.pop("parameters", self.parameters)
+        costs = changes.pop("costs", self.costs)
         options: dict[str, Any] = {k: changes.pop(k) for k in OPTIONS & changes.keys()}
         return save(
             folder,
@@ -109,9 +121,8 @@ class Compressed:
             TOKENIZER,
             self.allocation,
             about | changes,
-            storage=self.storage,
+            costs=costs,
             parameters=parameters,
-            parts=parts,
             **options,
         )
 
@@ -126,6 +137,14 @@ def logits(model: PreTrainedModel) -> Tensor:
     model.set_attn_implementation("eager")
     with torch.no_grad():
         return model(token_ids(2, 7)).logits.float()
+
+
+def options_of(model: PreTrainedModel) -> dict[str, Option]:
+    """Return what the layers of a model are, by their kind and shape."""
+    return {
+        name: Option(form_of(module), (module.rank,))
+        for name, module in low_rank_layers(model).items()
+    }
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
@@ -154,9 +173,9 @@ def checkpoint(tmp_path: Path) -> Path:
 @every_form
 @pytest.mark.parametrize("moving_bias", [False, True])
 def test_a_loaded_model_says_what_the_saved_one_said(
-    case: str, moving_bias: bool, storage: Storage, tmp_path: Path
+    case: str, moving_bias: bool, forms: Forms, tmp_path: Path
 ) -> None:
-    compressed = Compressed(case, moving_bias=moving_bias, storage=storage)
+    compressed = Compressed(case, moving_bias=moving_bias, forms=forms)
     in_file = compressed.save(tmp_path / "model")
     loaded = load(tmp_path / "model")
     tensors = load_file(tmp_path / "model" / WEIGHTS)
@@ -169,9 +188,8 @@ def test_a_loaded_model_says_what_the_saved_one_said(
         sum(t.numel() for t in tensors.values() if t.is_floating_point()),
     }
     assert len(counts) == 1
-    kind = {"factored": LowRankLinear, "pivoted": PivotedLinear}[storage]
-    ranks = {n: m.rank for n, m in loaded.named_modules() if isinstance(m, kind)}
-    assert ranks == {n: k for n, k in compressed.allocation.ranks.items() if k is not None}
+    assert options_of(loaded) == compressed.options
+    assert {option.form for option in compressed.options.values()} == set(forms)
     before, after = compressed.model.state_dict(), loaded.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -201,10 +219,10 @@ def test_dtype_is_that_of_the_file_unless_another_is_asked_for(
     loaded = load(checkpoint, dtype=dtype)
     assert {p.dtype for p in loaded.parameters()} == {dtype}
     pivoted = [m for m in loaded.modules() if isinstance(m, PivotedLinear)]
-    assert {module.places.dtype for module in pivoted} == {torch.int32}
+    assert {module.index.dtype for module in pivoted} == {torch.int32}
     # Rotary frequencies in bfloat16 would be wrong by radians at a distance of 1,000 tokens.
     exact, found = dict(build("llama_tied").named_buffers()), dict(loaded.named_buffers())
-    own = {f"{name}.{own}" for name, m in loaded.named_modules() for own in ("places", "weight")}
+    own = {f"{name}.{own}" for name, m in loaded.named_modules() for own in ("index", "weight")}
     assert found.keys() - own == exact.keys()
     assert all(torch.equal(found[name], exact[name]) for name in exact)
 
@@ -233,21 +251,21 @@ def test_the_tokenizer_and_what_was_decided_lie_beside_the_weights(checkpoint: P
     compressed = Compressed("llama_tied")
     config = json.loads((checkpoint / CONFIG).read_text(encoding="utf-8"))
     said = config["quantization_config"]
-    ranks = {name: k for name, k in compressed.allocation.ranks.items() if k is not None}
+    units = {name: f"pivoted {option.level[0]}" for name, option in compressed.options.items()}
     assert said == {
         "quant_method": "lrbo",
-        "format": 3,
-        "storage": "pivoted",
+        "format": 4,
+        "auto_class": "AutoModelForCausalLM",
         "parameters": compressed.parameters,
-        "ranks": ranks,
+        "units": units,
         "added_biases": [],
         "provenance": {
             "method": "svd",
             "base": "tiny",
-            "budget": compressed.allocation.budget.parameters,
+            "budget": asdict(compressed.allocation.budget),
         },
     }
-    assert 0 < len(ranks) < len(compressed.allocation.ranks)
+    assert 0 < len(units) < len(compressed.allocation.options)
     assert is_checkpoint(checkpoint)
     assert not is_checkpoint(checkpoint.parent)
 
@@ -297,12 +315,11 @@ def test_code_of_the_dense_model_is_not_named(merged: bool, tmp_path: Path) -> N
 
 
 @every_form
-def test_a_merged_model_opens_anywhere(case: str, storage: Storage, tmp_path: Path) -> None:
-    compressed = Compressed(case, storage=storage)
+def test_a_merged_model_opens_anywhere(case: str, forms: Forms, tmp_path: Path) -> None:
+    compressed = Compressed(case, forms=forms)
     count = save_merged(tmp_path / "merged", compressed.model, TOKENIZER)
     opened = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
-    forms = LowRankLinear | PivotedLinear
-    assert not any(isinstance(module, forms) for module in opened.modules())
+    assert not any(isinstance(m, LowRankLinear | PivotedLinear) for m in opened.modules())
     assert count == reference.count_parameters(opened) == reference.count_parameters(build(case))
     assert relative(logits(opened), logits(compressed.model)) <= TOLERANCE["merged"]
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
@@ -401,42 +418,15 @@ def test_a_count_that_the_accountant_does_not_confirm_is_refused(tmp_path: Path)
     assert list(tmp_path.iterdir()) == []
 
 
-# --- a model that never is in memory as a whole ------------------------------------------------
-
-
-@every_form
-def test_a_streamed_checkpoint_is_the_one_of_the_whole_model(
-    case: str, storage: Storage, tmp_path: Path
-) -> None:
-    build(case).save_pretrained(tmp_path / "dense")
-    compressed = Compressed(case, storage=storage)
-    lazy, layers = LazyModel(tmp_path / "dense"), []
-    before = lazy.model.state_dict().keys()
-    parts = streamed(lazy, compressed.allocation, compressed.forms, layers.append)
-    compressed.save(tmp_path / "streamed", parts)
-    compressed.save(tmp_path / "whole")
-    found = load_file(tmp_path / "streamed" / WEIGHTS)
-    expected = load_file(tmp_path / "whole" / WEIGHTS)
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert torch.equal(found[name], tensor), name
-    ranks = compressed.allocation.ranks
-    assert layers == [name for name, rank in ranks.items() if rank is not None]
-    assert lazy.model.state_dict().keys() == before  # the dense layers are back
-    assert (
-        relative(logits(load(tmp_path / "streamed")), logits(compressed.model))
-        <= (TOLERANCE["loaded"])
-    )
+# --- several files ----------------------------------------------------------------------------
 
 
 def test_a_large_checkpoint_is_several_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(export, "SHARD_BYTES", 8_000)
-    build("llama_tied").save_pretrained(tmp_path / "dense")
     compressed = Compressed("llama_tied")
-    parts = streamed(LazyModel(tmp_path / "dense"), compressed.allocation, compressed.forms)
-    compressed.save(tmp_path / "model", parts)
+    compressed.save(tmp_path / "model")
     shards = sorted(path.name for path in (tmp_path / "model").glob("model-*"))
     count = len(shards)
     assert count > 1
@@ -448,10 +438,3 @@ def test_a_large_checkpoint_is_several_files(
     (tmp_path / "model" / shards[0]).unlink()
     with pytest.raises(CheckpointError, match=rf"cannot read .*{shards[0]}"):
         load(tmp_path / "model")
-
-
-def test_an_allocation_of_another_model_is_not_streamed(tmp_path: Path) -> None:
-    build("llama_tied").save_pretrained(tmp_path / "dense")
-    other = Compressed("gpt2")
-    with pytest.raises(KeyError, match=r"\d+ allocated layers are in no block: transformer"):
-        list(streamed(LazyModel(tmp_path / "dense"), other.allocation, other.forms))

@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from lrbo import export
+from lrbo.checkpoints import export
+from lrbo.checkpoints.export import CONFIG, INDEX, WEIGHTS, is_checkpoint, load
 from lrbo.errors import CheckpointError
-from lrbo.export import CONFIG, INDEX, WEIGHTS, is_checkpoint, load
-from tests.test_export import Compressed, checkpoint
+from tests.checkpoints.test_export import Compressed, checkpoint
 
 __all__ = ["checkpoint"]  # a fixture
 
@@ -31,9 +31,9 @@ def change(checkpoint: Path, **values: object) -> None:
     (checkpoint / CONFIG).write_text(json.dumps(config), encoding="utf-8")
 
 
-def ranks(checkpoint: Path) -> dict[str, Any]:
+def units(checkpoint: Path) -> dict[str, Any]:
     config = json.loads((checkpoint / CONFIG).read_text(encoding="utf-8"))
-    found: dict[str, Any] = config["quantization_config"]["ranks"]
+    found: dict[str, Any] = config["quantization_config"]["units"]
     return found
 
 
@@ -130,11 +130,11 @@ def test_values_that_transformers_stumbles_over_are_errors_of_the_checkpoint(
 @pytest.mark.parametrize(
     ("found", "message"),
     [
-        (4, "has format 4, this lrbo reads format 3; a newer lrbo wrote it: upgrade lrbo"),
+        (5, "has format 5, this lrbo reads format 4; a newer lrbo wrote it: upgrade lrbo"),
         (2, r"has format 2, .* an older lrbo wrote it: write it again with: lrbo compress study=s"),
-        (None, r"has format None, this lrbo reads format 3; restore config\.json"),
-        ("3", r"has format '3', this lrbo reads format 3; restore config\.json"),
-        (True, r"has format True, this lrbo reads format 3; restore config\.json"),
+        (None, r"has format None, this lrbo reads format 4; restore config\.json"),
+        ("4", r"has format '4', this lrbo reads format 4; restore config\.json"),
+        (True, r"has format True, this lrbo reads format 4; restore config\.json"),
     ],
 )
 def test_another_format_is_refused(
@@ -143,6 +143,32 @@ def test_another_format_is_refused(
     change(checkpoint, format=found, provenance={"study": "s", "trial": 7})
     with pytest.raises(CheckpointError, match=message):
         loader(checkpoint)
+
+
+@pytest.mark.parametrize("key", ["quantization_config", "lrbo"])
+def test_a_checkpoint_of_ranks_in_one_storage_says_how_to_write_it_again(
+    checkpoint: Path, key: str
+) -> None:
+    """Format 3, as written for this package and, under the other key, with a modelling file."""
+    config = json.loads((checkpoint / CONFIG).read_text(encoding="utf-8"))
+    config.pop("quantization_config")
+    config[key] = {
+        "quant_method": "lrbo",
+        "format": 3,
+        "storage": "pivoted",
+        "parameters": 9000,
+        "ranks": {LAYER: 1},
+        "added_biases": [],
+        "provenance": {"study": "mine", "trial": 7, "budget": 4000},
+    }
+    (checkpoint / CONFIG).write_text(json.dumps(config), encoding="utf-8")
+    assert is_checkpoint(checkpoint)
+    message = (
+        r"has format 3, this lrbo reads format 4; an older lrbo wrote it: write it again with: "
+        "lrbo compress study=mine point=7 out=FOLDER"
+    )
+    with pytest.raises(CheckpointError, match=message):
+        load(checkpoint)
 
 
 @pytest.mark.parametrize("found", [1, 2])
@@ -154,7 +180,7 @@ def test_a_checkpoint_of_the_first_formats_says_how_to_write_it_again(
     (tmp_path / CONFIG).write_text('{"model_type": "llama"}', encoding="utf-8")
     assert is_checkpoint(tmp_path)  # so that it comes to `load`, which says what to do
     message = (
-        rf"has format {found}, this lrbo reads format 3; an older lrbo wrote it: write it again "
+        rf"has format {found}, this lrbo reads format 4; an older lrbo wrote it: write it again "
         "with: lrbo compress study=mine point=7 out=FOLDER"
     )
     with pytest.raises(CheckpointError, match=message):
@@ -168,18 +194,17 @@ def test_a_checkpoint_of_the_first_formats_says_how_to_write_it_again(
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"storage": "dense"}, "storage is \"dense\", expected 'factored' or 'pivoted'"),
-        ({"storage": None}, "storage is null, expected 'factored' or 'pivoted'"),
-        ({"storage": ["pivoted"]}, r"storage is \[\"pivoted\"\], expected 'factored' or 'piv"),
+        ({"storage": "pivoted"}, "there is no field storage"),
+        ({"ranks": {LAYER: 1}}, "there is no field ranks"),
         ({"parameters": "many"}, 'parameters is "many", expected a whole number'),
         ({"parameters": 1234}, r"model holds [\d_]+ parameters, its config\.json states 1_234"),
-        ({"ranks": [1, 2]}, r"ranks is \[1, 2\], expected an object"),
+        ({"units": [1, 2]}, r"units is \[1, 2\], expected an object"),
         (
             {"added_biases": [f"{LAYER}x"]},
-            f"added_biases has {LAYER}x, expected layers with a rank",
+            f"added_biases has {LAYER}x, expected layers among its units",
         ),
         ({"added_biases": [{}]}, r"added_biases\.0 is \{\}, expected text"),
-        ({"ranks": 3, "added_biases": ["x"]}, "ranks is 3, expected an object"),
+        ({"units": 3, "added_biases": ["x"]}, "units is 3, expected an object"),
         ({"added_biases": [LAYER]}, rf"missing {LAYER}\.bias, not expected nothing"),
         ({"provenance": None}, "provenance is null, expected an object"),
         ({"runs": "code"}, "there is no field runs"),
@@ -198,40 +223,60 @@ def test_values_that_cannot_be_right_are_refused(
     ("found", "message"),
     [
         (
-            {"model.layers.9.mlp.up_proj": 2},
-            r"model\.layers\.9\.mlp\.up_proj in the ranks .* Llama",
+            {"model.layers.9.mlp.up_proj": "pivoted 2"},
+            r"model\.layers\.9\.mlp\.up_proj in the units .* Llama",
         ),
-        ({"model.norm": 2}, r"model\.norm in the ranks of the checkpoint is no linear layer"),
-        ({LAYER: 3}, rf"{LAYER}.* has shape \(\d+, \d+\), config\.json wants \(\d+, \d+\)"),
-        ({LAYER: 17}, rf"{LAYER} cannot have rank 17: the layer is 16 by 16"),
-        ({LAYER: "2"}, rf'ranks\.{LAYER} is "2", expected a whole number'),
-        ({LAYER: -1}, rf"ranks\.{LAYER} is -1, expected a whole number, at least 0"),
-        ({LAYER: True}, rf"ranks\.{LAYER} is true, expected a whole number"),
+        (
+            {"model.norm": "pivoted 2"},
+            r"model\.norm in the units of the checkpoint is no linear la",
+        ),
+        (
+            {LAYER: "pivoted 3"},
+            rf"{LAYER}.* has shape \(\d+, \d+\), config\.json wants \(\d+, \d+\)",
+        ),
+        (
+            {LAYER: "pivoted 17"},
+            rf"{LAYER} cannot be 'pivoted 17': the layer is 16 by 16, and .* 0 to 16, got \[17\]",
+        ),
+        ({LAYER: "pivoted"}, rf"{LAYER} cannot be 'pivoted': .* one rank from 0 to 16, got \[\]"),
+        ({LAYER: "factored 1 2"}, rf"{LAYER} cannot be 'factored 1 2': .* one rank .* \[1, 2\]"),
+        ({LAYER: "dense"}, rf"{LAYER} cannot be 'dense': the layer is 16 by 16; restore config"),
+        (
+            {LAYER: "woven 2"},
+            rf"{LAYER}: 'woven 2' is no option: expected one of dense, factored, p",
+        ),
+        ({LAYER: "pivoted -1"}, rf"{LAYER}: 'pivoted -1' is no option"),
+        ({LAYER: "pivoted 1.5"}, rf"{LAYER}: 'pivoted 1\.5' is no option"),
+        ({LAYER: ""}, rf"{LAYER}: '' is no option"),
+        ({LAYER: 2}, rf"units\.{LAYER} is 2, expected text"),
+        ({LAYER: None}, rf"units\.{LAYER} is null, expected text"),
+        ({LAYER: ["pivoted", 1]}, rf"units\.{LAYER} is \[\"pivoted\", 1\], expected text"),
     ],
 )
-def test_ranks_that_do_not_fit_are_refused(
+def test_options_that_do_not_fit_are_refused(
     checkpoint: Path, loader: Loader, found: dict[str, object], message: str
 ) -> None:
-    assert ranks(checkpoint)[LAYER] == 1
-    change(checkpoint, ranks=ranks(checkpoint) | found)
+    assert units(checkpoint)[LAYER] == "pivoted 1"
+    change(checkpoint, units=units(checkpoint) | found)
     with pytest.raises(CheckpointError, match=message):
         loader(checkpoint)
 
 
 @both_loaders
-def test_a_rank_that_is_gone_is_missed(checkpoint: Path, loader: Loader) -> None:
-    left = ranks(checkpoint)
+def test_a_unit_that_is_gone_is_missed(checkpoint: Path, loader: Loader) -> None:
+    left = units(checkpoint)
     del left[LAYER]
-    change(checkpoint, ranks=left)
+    change(checkpoint, units=left)
     message = rf"do not fit its config\.json: missing nothing, not expected {LAYER}\.coeff"
     with pytest.raises(CheckpointError, match=message):
         loader(checkpoint)
 
 
 @both_loaders
-def test_a_storage_that_the_weights_are_not_in_is_refused(checkpoint: Path, loader: Loader) -> None:
-    change(checkpoint, storage="factored")
-    with pytest.raises(CheckpointError, match=r"missing model.*right\.weight.* not expected model"):
+def test_a_form_that_the_weights_are_not_in_is_refused(checkpoint: Path, loader: Loader) -> None:
+    change(checkpoint, units=units(checkpoint) | {LAYER: "factored 1"})
+    message = rf"missing {LAYER}\.left\.weight.*right\.weight.* not expected {LAYER}\.coefficients"
+    with pytest.raises(CheckpointError, match=message):
         loader(checkpoint)
 
 
@@ -249,7 +294,7 @@ def rewrite(file: Path, edit: Callable[[dict[str, Tensor]], object]) -> None:
     ("edit", "message"),
     [
         (lambda t: t.pop("model.norm.weight"), r"missing model\.norm\.weight, not expected noth"),
-        (lambda t: t.pop(f"{LAYER}.places"), rf"missing {LAYER}\.places"),
+        (lambda t: t.pop(f"{LAYER}.index"), rf"missing {LAYER}\.index"),
         (lambda t: t.update(extra=torch.ones(3)), "missing nothing, not expected extra"),
         (
             lambda t: t.update({"model.norm.weight": torch.ones(3)}),
@@ -274,11 +319,11 @@ def test_an_order_that_is_none_is_refused_by_name(
     """It would be read as other outputs, or beyond the end."""
 
     def edit(tensors: dict[str, Tensor]) -> None:
-        places = tensors[f"{LAYER}.places"]
-        places[0] = places[1] if damage == "twice" else len(places)
+        index = tensors[f"{LAYER}.index"]
+        index[0] = index[1] if damage == "twice" else len(index)
 
     rewrite(checkpoint / WEIGHTS, edit)
-    with pytest.raises(CheckpointError, match=rf"{LAYER}\.places is no order"):
+    with pytest.raises(CheckpointError, match=rf"{LAYER}\.index is no order"):
         loader(checkpoint)
 
 

@@ -15,9 +15,9 @@ from matplotlib.figure import Figure
 
 import lrbo
 from lrbo.errors import ConfigError, DiskFullError, LrboError, StudyError
-from lrbo.overrides import chosen_by
-from lrbo.worker import Worker
-from tests.commands import lrbo_command, same_logging
+from lrbo.pipeline.overrides import values_of
+from lrbo.trials.worker import Worker
+from tests.support.commands import lrbo_command, same_logging
 
 OVERRIDES = [
     "experiment=tiny",
@@ -43,8 +43,8 @@ def surroundings() -> dict[str, Any]:
     }
 
 
-def decisions(results: lrbo.StudyResults) -> list[list[int | None]]:
-    return [list(results.ranks(trial)["rank"]) for trial in results.trials["trial"]]
+def decisions(results: lrbo.StudyResults) -> list[list[str]]:
+    return [list(results.options(trial)["option"]) for trial in results.trials["trial"]]
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +134,7 @@ def test_a_study_compresses_loads_and_is_scored(
         (lambda: lrbo.compress("study=tiny"), ["out is required"]),
         (lambda: lrbo.evaluate("checkpoint=a/b/c"), ["a/b/c"]),
         (lambda: lrbo.search("-m", "seed=0"), ["-m"]),
-        (lambda: chosen_by("search", [["seed=0"]]), ["1 problem:", "an argument of its own"]),
+        (lambda: values_of("search", [["seed=0"]]), ["1 problem:", "an argument of its own"]),
         (lambda: lrbo.compress("study=a", "out=b (1)"), ["1 problem:", "\"out='b (1)'\""]),
     ],
 )
@@ -179,8 +179,8 @@ def test_a_study_reads_into_tables(interrupted: Any, project: Path) -> None:
     assert front.empty  # all trials are of one size
     assert results.summary["best"]["trial"] == best["trial"]
     assert results.config["search"]["trials"] == 5
-    assert list(results.ranks()["name"]) == list(results.best.request.allocation.ranks)
-    assert results.ranks(0)["stored"].sum() == trials.loc[0, "parameters"]
+    assert list(results.options()["name"]) == list(results.best.request.allocation.options)
+    assert results.options(0)["stored"].sum() == trials.loc[0, "parameters"]
     assert {"convergence", "ranks"} <= set(results.figures())
     assert all(isinstance(figure, Figure) for figure in results.figures().values())
     assert f"study tiny: 5 trials, best perplexity {best['perplexity']:.4g}" in repr(results)
@@ -203,7 +203,7 @@ def test_studies_and_trials_that_are_not_there_are_named(project: Path) -> None:
     with pytest.raises(StudyError, match="no study to compare"):
         lrbo.compare()
     with pytest.raises(StudyError, match=r"no trial 9; it has the trials \[0, 1, 2, 3, 4\]"):
-        lrbo.open_study("tiny").ranks(9)
+        lrbo.open_study("tiny").options(9)
 
 
 def test_a_study_without_a_value_says_so(interrupted: Any, project: Path, tmp_path: Path) -> None:
@@ -217,4 +217,4 @@ def test_a_study_without_a_value_says_so(interrupted: Any, project: Path, tmp_pa
     assert (results.best, len(results.trials), len(results.front)) == (None, 0, 0)
     assert results.figures() == {}
     with pytest.raises(StudyError, match="no trial with a value"):
-        results.ranks()
+        results.options()

@@ -17,11 +17,12 @@ import pytest
 from scipy import stats
 
 import lrbo
-from lrbo import cli, config
-from lrbo.optimization.study import Study
-from lrbo.overrides import find_problems
-from lrbo.schema import SCHEMAS
-from tests.commands import TINY, Ran, lrbo_command, project, searched, state_of
+from lrbo import cli
+from lrbo.config import compose, refusals
+from lrbo.config.schema import SCHEMAS
+from lrbo.pipeline.overrides import find_problems
+from lrbo.study.journal import Study
+from tests.support.commands import TINY, Ran, lrbo_command, project, searched, state_of
 
 __all__ = ["project", "searched"]  # fixtures
 
@@ -70,17 +71,17 @@ def test_what_the_search_adds_is_the_difference_of_single_windows(
     pair = [state.trials[gain[label]] for label in ("best", "analytic")]
     for record in pair:
         assert record.result is not None
-        mean = np.mean(record.result.window_nll)
+        mean = np.mean(record.result.example_losses)
         assert mean == pytest.approx(record.metrics["nll"], abs=1e-9)
-    differences = np.subtract(*(record.result.window_nll for record in pair if record.result))
+    differences = np.subtract(*(record.result.example_losses for record in pair if record.result))
     assert gain["validation"]["difference"] == pytest.approx(np.mean(differences), abs=1e-9)
     error = stats.sem(differences) if pair[0] is not pair[1] else 0.0
     assert gain["validation"]["standard_error"] == pytest.approx(error, abs=1e-9)
     best, analytic = (state.tests[label] for label in ("best", "analytic"))
     assert best["trial"] == gain["best"]
     for test in (best, analytic):
-        assert np.mean(test["window_nll"]) == pytest.approx(test["metrics"]["nll"], abs=1e-9)
-    differences = np.subtract(best["window_nll"], analytic["window_nll"])
+        assert np.mean(test["example_losses"]) == pytest.approx(test["metrics"]["nll"], abs=1e-9)
+    differences = np.subtract(best["example_losses"], analytic["example_losses"])
     assert gain["test"]["difference"] == pytest.approx(np.mean(differences), abs=1e-9)
     assert "What the search adds, nats per token" in ran.out
 
@@ -158,7 +159,9 @@ def test_a_search_that_cannot_work_begins_nothing(
     overrides: list[str], messages: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("lrbo.builders.load_model", lambda *_, **__: pytest.fail("model loaded"))
+    monkeypatch.setattr(
+        "lrbo.tasks.causal_lm.CausalLM.load", lambda *_, **__: pytest.fail("model loaded")
+    )
     ran = lrbo_command("search", *TINY, "study=doomed", *overrides)
     assert ran.status == 2
     for message in messages:
@@ -291,9 +294,9 @@ def test_help_lists_the_groups_that_a_command_has() -> None:
     for command, missing in (("search", "protocols"), ("evaluate", "space")):
         groups = re.findall(r"^  (\w+): ", help_of(command).out, re.MULTILINE)
         assert missing not in groups
-        values = vars(config.composed(command, []))
+        values = vars(compose.composed(command, []))
         assert set(groups) - {"experiment"} <= set(values)
-        assert {g for g in values if (config.conf_folder() / g).is_dir()} <= set(groups)
+        assert {g for g in values if (compose.conf_folder() / g).is_dir()} <= set(groups)
 
 
 def complete(line: str) -> list[str]:
@@ -340,7 +343,7 @@ def test_what_is_wrong_with_any_job_of_a_sweep_is_said_before_the_first(tmp_path
 def test_a_sweep_takes_what_fits_a_pattern_and_no_interval() -> None:
     """Both were tracebacks."""
     methods = [["method=asvd"], ["method=fwsvd"], ["method=svd"], ["method=svd_llm"]]
-    assert config.jobs(["method=glob(*svd*)"]) == methods
+    assert refusals.jobs(["method=glob(*svd*)"]) == methods
     typed = ["experiment=tiny", "method=glob(x*)", "budget.keep_ratio=interval(0.5,0.9)"]
     assert find_problems("search", typed, sweeps=True) == [
         "method=glob(x*): no value fits; see --help",

@@ -14,14 +14,15 @@ from safetensors.torch import load_file
 from transformers import MistralConfig, MistralForCausalLM
 
 import lrbo
-from lrbo import export
-from lrbo.calibration.corpus import documents, load_windows
+from lrbo.checkpoints import export
 from lrbo.commands import compress
+from lrbo.data.documents import documents
+from lrbo.data.windows import load_windows
 from lrbo.errors import ConfigError
-from lrbo.loading import byte_tokenizer, tiny_model
-from lrbo.optimization.study import Study
-from lrbo.texts import tokens_file
-from tests.commands import TINY, Ran, lrbo_command, project, searched
+from lrbo.models.tiny import byte_tokenizer, tiny_model
+from lrbo.pipeline.planning import tokens_file
+from lrbo.study.journal import Study
+from tests.support.commands import TINY, Ran, lrbo_command, project, searched
 
 __all__ = ["project", "searched"]  # fixtures
 
@@ -35,11 +36,11 @@ def test_compress_writes_what_evaluate_scores_like_the_trial(project: Path, sear
     ran = lrbo_command("compress", "study=tiny", "out=best", "output=json")
     assert ran.status == 0, ran.err
     found = ran.json
-    keys = {"folder", "parameters", "parameters_in_file", "keep_ratio", "storage", "refit"}
+    keys = {"folder", "parameters", "parameters_in_file", "keep_ratio", "forms", "refit"}
     assert set(found) == keys
     assert found["parameters"] == found["parameters_in_file"]
     assert found["keep_ratio"] == best["keep_ratio"]
-    assert found["storage"] == "pivoted"
+    assert found["forms"] == ["pivoted"]
     assert "Largest coefficient of the pivoted layers: " in ran.err
     model = lrbo.load("best")
     assert sum(p.numel() for p in model.parameters()) == found["parameters"]
@@ -64,7 +65,7 @@ def test_no_study_is_judged_but_the_one_that_was_named_and_that_may_be_read_only
     def planned(_: object, study: Study, problems: list[str]) -> None:
         raise ConfigError([f"judged {study.folder}", *problems])
 
-    monkeypatch.setattr("lrbo.builders.plan_search", planned)
+    monkeypatch.setattr("lrbo.pipeline.planning.plan_search", planned)
     ran = lrbo_command("compress", "study=backup/tiny", "out=new")
     assert ran.err.splitlines()[-1].split() == ["-", "judged", "backup/tiny"], ran.err
 
@@ -137,16 +138,16 @@ def test_the_best_after_refits_is_written(project: Path) -> None:
     tried = ran.json["refit"]["trials"]
     assert len({row["trial"] for row in tried}) == 2
     for row in tried:
-        better = row["validation_nll_after"] < row["validation_nll_before"]
+        better = row["validation_loss_after"] < row["validation_loss_before"]
         assert row["taken"] is better
     best = min(
-        tried, key=lambda row: min(row["validation_nll_after"], row["validation_nll_before"])
+        tried, key=lambda row: min(row["validation_loss_after"], row["validation_loss_before"])
     )
     about = provenance("two")
     assert about["trial"] == best["trial"]
     assert about["refit"] == ran.json["refit"]
     assert about["validation"]["nll"] == min(
-        best["validation_nll_after"], best["validation_nll_before"]
+        best["validation_loss_after"], best["validation_loss_before"]
     )
     assert f"Trial {best['trial']} is the best after refits" in " ".join(ran.err.split())
 
@@ -194,9 +195,9 @@ def test_between_two_points_of_a_front_one_more_is_tried(
     study = Study(Path("studies/front"))
     # The loss of a random model does not rise as it shrinks: take the ends for its front.
     ends = [study.state.trials[index] for index in (11, 8)]
-    monkeypatch.setattr("lrbo.commands.trials.pareto_front", lambda trials, size: ends)
+    monkeypatch.setattr("lrbo.pipeline.trial_loop.pareto_front", lambda trials, size: ends)
     with monkeypatch.context() as patch:  # which scores otherwise
-        patch.setattr("lrbo.versions.versions", lambda: {"torch": "1.13.0"})
+        patch.setattr("lrbo.study.versions.versions", lambda: {"torch": "1.13.0"})
         ran = lrbo_command("compress", "study=front", "point=keep=0.72", "out=x")
     assert ran.status == 2
     assert "search.other_versions=true" in ran.err
@@ -223,7 +224,7 @@ def test_a_front_of_baselines_uses_the_budget_that_is_asked_for(
     study = Study(Path("studies/bare"))
     # The loss of a random model does not rise as it shrinks: take two neighbours for its front.
     ends = sorted(study.state.completed, key=lambda record: record.metrics["keep_ratio"])[1:3]
-    monkeypatch.setattr("lrbo.commands.trials.pareto_front", lambda trials, size: ends)
+    monkeypatch.setattr("lrbo.pipeline.trial_loop.pareto_front", lambda trials, size: ends)
     ran = lrbo_command("compress", "study=bare", "point=keep=0.72", "out=x", "refit.enabled=false")
     assert ran.status == 0, ran.err
     record = Study(Path("studies/bare")).state.trials[4]
@@ -290,7 +291,7 @@ def test_merged_biases_without_a_place_are_refused_before_any_work(
     ran = lrbo_command(*line)
     assert ran.status == 2
     assert "MistralForCausalLM has no place for the bias of" in ran.err
-    assert "Pivoting" not in ran.err
+    assert "Layers as stored" not in ran.err
     assert "Largest coefficient" not in ran.err
     assert not Path("merged").exists()
 
@@ -301,7 +302,7 @@ def test_merged_weights_open_with_any_loader(project: Path) -> None:
     ran = lrbo_command("compress", "study=tiny", "format=merged", "out=merged", "output=json")
     assert ran.status == 0, ran.err
     assert "saves nothing" in ran.err
-    assert ran.json["storage"] == "dense"
+    assert ran.json["forms"] == []
     merged = AutoModelForCausalLM.from_pretrained("merged")
     if not Path("best").exists():
         assert lrbo_command("compress", "study=tiny", "out=best").status == 0
@@ -342,10 +343,9 @@ def test_the_card_s_commands_write_the_same_checkpoint(
     card = ModelCard.load("carded/README.md")
     assert card.data.library_name == "transformers"
     state = Study(Path("studies/tiny")).state
-    labels = {"dense": "dense", "uniform": "uniform ranks", "analytic": "analytic ranks"}
-    for key, label in labels.items():
+    for key in ("dense", "uniform", "analytic"):
         value = state.tests[key]["metrics"]["perplexity"]
-        (row,) = [line for line in card.text.splitlines() if line.startswith(f"| {label} |")]
+        (row,) = [line for line in card.text.splitlines() if line.startswith(f"| {key} |")]
         assert row.endswith(f"| {value:.2f} |")
     lines = re.findall(r"^lrbo (?:search|compress) .*", card.text, re.MULTILINE)
     assert len(lines) == 2

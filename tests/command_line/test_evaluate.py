@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from lrbo.commands import evaluate
-from lrbo.loading import tiny_config
-from tests.commands import lrbo_command
-from tests.test_zero_shot import write_task
+from lrbo.models.tiny import tiny_config
+from tests.evaluation.test_zero_shot import write_task
+from tests.support.commands import lrbo_command
 
 MODEL = ["model=tiny", "model.dtype=float32", "model.device=cpu"]
 ROWS = ["the cat sat on the mat , and the dog lay there . "] * 40

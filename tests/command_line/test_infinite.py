@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import lrbo
-from lrbo.loading import byte_tokenizer, tiny_model
-from tests.commands import Ran, in_folder, lrbo_command
+from lrbo.models.tiny import byte_tokenizer, tiny_model
+from tests.support.commands import Ran, in_folder, lrbo_command
 
 
 def refuse(constant: str) -> None:

@@ -1,28 +1,26 @@
 """A model read block by block is the model read whole."""
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from lrbo.blockwise import BlockwiseBody
+from experiments.large_model.lazy import LazyModel, compress_mapped
 from lrbo.calibration.collect import Calibration, CalibrationSettings, calibrate
-from lrbo.errors import ModelError
-from lrbo.factorization.base import Statistic
+from lrbo.calibration.statistics import Statistic
+from lrbo.checkpoints.export import WEIGHTS
+from lrbo.factorization.cache import factor_model
 from lrbo.factorization.registry import METHODS
-from lrbo.factorization.store import factor_model
-from lrbo.lazy import LazyModel
-from lrbo.model import body_and_head, map_model
-from lrbo.stored import INDEX
-from tests.tiny import CASES, build, token_ids
+from lrbo.models.blockwise import BlockwiseBody
+from lrbo.models.headers import INDEX
+from lrbo.models.model_map import body_and_head, map_model
+from tests.checkpoints.test_export import Compressed, Forms, every_form
+from tests.support.tiny import CASES, build, token_ids
 
 # Same weights; where a file's tensors lie in memory decides how products are split and rounded.
 ROUNDING = {"rtol": 1e-5, "atol": 1e-5}
-
-OTHER = {"other": torch.ones(1)}  # a file holds one at least
 
 every_family = pytest.mark.parametrize("case", CASES)
 
@@ -35,7 +33,8 @@ def saved(case: str, folder: Path, **options: object) -> Path:
 
 def on_meta(lazy: LazyModel) -> set[bool]:
     """Return whether parameters of blocks are on the meta device."""
-    return {parameter.is_meta for block in lazy._blocks for parameter in block.parameters()}
+    blocks = lazy.model.get_submodule(lazy._path)
+    return {parameter.is_meta for parameter in blocks.parameters()}
 
 
 @every_family
@@ -115,37 +114,22 @@ def test_weights_come_in_the_dtype_that_is_asked_for(tmp_path: Path) -> None:
     assert lazy.model.model.rotary_emb.inv_freq.dtype == torch.float32  # never rounded
 
 
-def test_what_is_wrong_with_a_folder_is_said(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="nowhere"):
-        LazyModel(tmp_path / "nowhere")
-    folder = saved("llama_untied", tmp_path / "model", max_shard_size="4KB")
-    name = "model.layers.1.mlp.up_proj.weight"
-    file = folder / json.loads((folder / INDEX).read_text())["weight_map"][name]
-    whole = load_file(file)
-    save_file({key: tensor for key, tensor in whole.items() if key != name} or OTHER, file)
-    lazy = LazyModel(folder)
-    with pytest.raises(ModelError, match=name), lazy.open_block(1):
-        pass
-    save_file(whole, file)
-    lazy = LazyModel(folder)
-    file.write_bytes(b"not a tensor")
-    with pytest.raises(ModelError, match=rf"{name}.*{file.name}"), lazy.open_block(1):
-        pass
-    with pytest.raises(ModelError, match=rf"cannot read .*{file.name}"):
-        LazyModel(folder)
-    (folder / INDEX).write_text("{}")
-    with pytest.raises(ModelError, match=rf"cannot read .*{INDEX}: KeyError: 'weight_map'"):
-        LazyModel(folder)
-    for path in folder.glob("*.safetensors*"):
-        path.unlink()
-    with pytest.raises(ModelError, match="holds no weights, expected model"):
-        LazyModel(folder)
-
-
-def test_a_shape_that_the_configuration_does_not_have_is_refused(tmp_path: Path) -> None:
-    folder = saved("llama_untied", tmp_path / "model")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 20}))
-    lazy = LazyModel(folder)
-    with pytest.raises(ModelError, match=r"gate_proj.*\(24, 16\).*\(20, 16\)"), lazy.open_block(0):
-        pass
+@every_form
+def test_a_mapped_checkpoint_is_the_one_of_the_whole_model(
+    case: str, forms: Forms, tmp_path: Path
+) -> None:
+    saved(case, tmp_path / "dense")
+    compressed = Compressed(case, forms=forms)
+    compressed.save(tmp_path / "whole")
+    lazy = LazyModel(tmp_path / "dense")
+    compressed.model = compress_mapped(
+        lazy, compressed.allocation, compressed.prepared, tmp_path / "layers"
+    )
+    compressed.save(tmp_path / "mapped")
+    mine, expected = (load_file(tmp_path / name / WEIGHTS) for name in ("mapped", "whole"))
+    assert mine.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(mine[name], tensor), name
+    assert (tmp_path / "mapped" / "config.json").read_bytes() == (
+        tmp_path / "whole" / "config.json"
+    ).read_bytes()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.journal import Journal
+from tests.support.journal import Journal
 
 HEAVY = ("torch", "transformers", "scipy", "mlflow", "ax", "botorch", "datasets", "matplotlib")
 # Runs command lines one after another; says of each its status, and what was imported by then.

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 # Stands for Python, and for everything that is installed; notes what it is asked for.
 FAKE = """#!/bin/sh
 echo "$*" >> asked

@@ -1,5 +1,6 @@
 """What README and docs say is true: commands run, links exist, tables are the code's."""
 
+import itertools
 import re
 import shlex
 import textwrap
@@ -9,15 +10,16 @@ from typing import Any
 import pytest
 
 import lrbo
-from lrbo import cli, config
-from lrbo.accounting import STORAGES, low_rank_parameters
-from lrbo.calibration import corpus
-from lrbo.loading import byte_tokenizer, tiny_model
-from lrbo.overrides import spelled
-from lrbo.specs import LayerSpec
-from tests.commands import lrbo_command
+from lrbo import cli
+from lrbo.config import compose, refusals
+from lrbo.data import documents as sources
+from lrbo.layers.forms import DENSE_FORM, FORMS, INDEX_BYTES
+from lrbo.models.specs import LayerSpec
+from lrbo.models.tiny import byte_tokenizer, tiny_model
+from lrbo.pipeline.overrides import spelled
+from tests.support.commands import lrbo_command
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PAGES = {
     str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
     for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -101,7 +103,7 @@ def test_its_steps_in_python_run(
     monkeypatch.chdir(tmp_path)
     tiny_model().save_pretrained("my-model")
     byte_tokenizer().save_pretrained("my-model")
-    (tmp_path / "text.txt").write_text("".join(corpus.documents("generated", "words"))[:8_000])
+    (tmp_path / "text.txt").write_text("".join(sources.documents("generated", "words"))[:8_000])
     exec(compile(PYTHON[2], "README.md", "exec"), {})
     uniform, least = map(float, capsys.readouterr().out.split())
     assert uniform != least
@@ -115,10 +117,10 @@ def test_every_other_command_line_is_one_that_lrbo_takes(line: str) -> None:
     if command == "transfer":
         command, *arguments = cli.transfer_arguments(arguments)
     overrides = [spelled(command, argument) for argument in arguments if argument != "-m"]
-    jobs = config.jobs(overrides) if "-m" in arguments else [overrides]
+    jobs = refusals.jobs(overrides) if "-m" in arguments else [overrides]
     assert (len(jobs) > 1) == ("-m" in arguments)
     for job in jobs:
-        assert config.find_problems(command, job) == {}
+        assert refusals.find_problems(command, job) == {}
 
 
 def test_every_make_target_exists() -> None:
@@ -152,7 +154,7 @@ def test_python_on_a_page_is_python_and_its_tests_exist(name: str) -> None:
     for language, text in blocks(PAGES[name]):
         if language == "python":
             compile(text, name, "exec")
-        for path in re.findall(r"tests/\w+\.py", text):
+        for path in re.findall(r"tests/[\w/]+\.py", text):
             assert (ROOT / path).is_file(), path
 
 
@@ -162,9 +164,9 @@ def test_the_table_of_protocols_is_that_of_their_files() -> None:
         PAGES["docs/numbers.md"],
         re.MULTILINE,
     )
-    names = sorted(path.stem for path in (config.conf_folder() / "protocols").glob("*.yaml"))
+    names = sorted(path.stem for path in (compose.conf_folder() / "protocols").glob("*.yaml"))
     assert sorted(row[0] for row in rows) == names
-    found = config.composed("evaluate", [f"protocols=[{','.join(names)}]"])
+    found = compose.composed("evaluate", [f"protocols=[{','.join(names)}]"])
     for name, documents, join, window, windows in rows:
         protocol = found.protocols[name]
         limits = protocol.documents, protocol.max_windows
@@ -175,19 +177,22 @@ def test_the_table_of_protocols_is_that_of_their_files() -> None:
         assert protocol.bos == "start", name
 
 
-def test_the_formulas_of_storage_are_those_of_the_accountant() -> None:
+def test_the_formulas_of_forms_are_those_of_the_accountant() -> None:
     spec = LayerSpec("layer", "kind", 0, 7, 5, has_bias=False, site="layer")
     rows = dict(
         re.findall(
             r"^\| `(\w+)`[^|]* \| [^|]+ \| `([^`]+)` \|$", PAGES["docs/concepts.md"], re.MULTILINE
         )
     )
-    assert set(rows) == set(STORAGES)
-    for storage in STORAGES:
-        for rank in range(6):
-            formula = rows[storage].replace("^", "**").replace("in)", "in_)")
-            expected = eval(formula, {"r": rank, "out": 7, "in_": 5})
-            assert low_rank_parameters(spec, rank, bias=False, storage=storage) == expected
+    assert set(rows) == set(FORMS) - {DENSE_FORM}
+    for name, formula in rows.items():
+        for rank, bias in itertools.product(range(6), (False, True)):
+            formula_ = formula.replace("^", "**").replace("in)", "in_)")
+            macs = eval(formula_, {"r": rank, "out": 7, "in_": 5})
+            parameters = macs + 7 * bias
+            size = 2 * parameters + INDEX_BYTES * 7 * (name == "pivoted")
+            found = FORMS[name].cost(spec, (rank,), bias=bias, itemsize=2)
+            assert found == (parameters, size, macs)
 
 
 def test_its_table_of_commands_is_whole() -> None:

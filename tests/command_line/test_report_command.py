@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from lrbo.commands import view
-from lrbo.config import composed
-from lrbo.schema import SearchConfig
-from lrbo.tracking import NullTracker
-from tests.commands import lrbo_command
-from tests.journal import Journal
+from lrbo.config.compose import composed
+from lrbo.config.schema import SearchConfig
+from lrbo.reports import mlflow_view
+from lrbo.tracking.tracker import NullTracker
+from tests.support.commands import lrbo_command
+from tests.support.journal import Journal
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def closed(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
         def finish(self, *, completed: bool) -> None:
             seen.append(completed)
 
-    monkeypatch.setattr("lrbo.commands.report.make_tracker", lambda *_, **__: Closed())
+    monkeypatch.setattr("lrbo.reports.mlflow_view.make_tracker", lambda *_, **__: Closed())
     return seen
 
 
@@ -63,7 +63,9 @@ def test_a_checkpoint_that_the_journal_does_not_take_is_there_all_the_same(
     assert isinstance(chosen, SearchConfig)
     written = journal.study.journal.read_bytes()
     with caplog.at_level(logging.WARNING):
-        view.enter_checkpoint(chosen, journal.study, tmp_path / "out", 0, "link", {"dtype": "f"})
+        mlflow_view.enter_checkpoint(
+            chosen, journal.study, tmp_path / "out", 0, "link", {"dtype": "f"}
+        )
     assert "does not say that" in caplog.text
     assert "the field tags.keep_ratio is missing" in caplog.text
     assert journal.study.journal.read_bytes() == written

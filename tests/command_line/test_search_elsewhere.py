@@ -9,15 +9,14 @@ from typing import Any
 
 import pytest
 
-from lrbo import builders
 from lrbo.commands import search
-from lrbo.executors.base import Evaluate
-from lrbo.executors.inline import FinishedJob
-from lrbo.optimization.study import Study
-from lrbo.trial import TrialRequest
-from lrbo.worker import Worker
-from tests.commands import lrbo_command
-from tests.test_builders import Said, chosen
+from lrbo.config import saved
+from lrbo.pipeline import build_worker, planning
+from lrbo.study.journal import Study
+from lrbo.trials.records import Evaluate, InlineExecutor, Job, TrialRequest
+from lrbo.trials.worker import Worker
+from tests.support.commands import lrbo_command
+from tests.support.small_search import Said, chosen
 
 TINY = ["search", "experiment=tiny", "study=doomed", "executor=ray"]
 
@@ -32,15 +31,15 @@ class Elsewhere:
         self.worker: Worker | None = None
         self.held: list[bool] = []
 
-    def submit(self, worker: Evaluate, request: TrialRequest) -> FinishedJob:
+    def submit(self, worker: Evaluate, request: TrialRequest) -> Job:
         self.held.append(any(model() is not None for model in self.models))
         with pytest.raises(AssertionError, match="beside the actors"):
             worker(request)
         if self.worker is None:
             place = Path.cwd()
             folder = self.study.folder.absolute()
-            self.worker = builders.study_worker(folder, self.config, place, place / "cache")
-        return FinishedJob("one", self.worker(request))
+            self.worker = build_worker.study_worker(folder, self.config, place, place / "cache")
+        return InlineExecutor().submit(self.worker, request)
 
 
 def test_while_trials_run_elsewhere_the_search_holds_no_model(
@@ -49,7 +48,7 @@ def test_while_trials_run_elsewhere_the_search_holds_no_model(
     monkeypatch.setenv("LRBO_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     models: list[Any] = []
-    build = builders.build_worker
+    build = build_worker.build_worker
     made: list[Elsewhere] = []
 
     def watched(*arguments: Any) -> Worker:
@@ -58,16 +57,16 @@ def test_while_trials_run_elsewhere_the_search_holds_no_model(
         return worker
 
     @contextlib.contextmanager
-    def executor(plan: builders.Plan, study: Study) -> Iterator[Elsewhere]:
-        made.append(Elsewhere(study, search.config.to_yaml(plan.config), models))
+    def executor(plan: planning.Plan, study: Study) -> Iterator[Elsewhere]:
+        made.append(Elsewhere(study, saved.to_yaml(plan.config), models))
         # What the search builds from here on; the worker elsewhere is not among it.
-        monkeypatch.setattr(search.builders, "build_worker", watched)
-        monkeypatch.setattr(builders, "study_worker", original)
+        monkeypatch.setattr(build_worker, "build_worker", watched)
+        monkeypatch.setattr(build_worker, "study_worker", original)
         yield made[0]
 
     def original(folder: Path, config: str, place: Path, cache: Path) -> Worker:
         study = Study(folder)
-        plan = builders.plan_search(search.config.from_yaml(config, "it"), study, [])
+        plan = planning.plan_search(saved.from_yaml(config, "it"), study, [])
         return build(plan, study, Said())
 
     monkeypatch.setattr(search, "_executor", executor)
@@ -88,7 +87,9 @@ def test_what_is_wrong_with_the_cluster_is_said_with_everything_else(
 ) -> None:
     pytest.importorskip("ray")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("lrbo.builders.load_model", lambda *_, **__: pytest.fail("model loaded"))
+    monkeypatch.setattr(
+        "lrbo.tasks.causal_lm.CausalLM.load", lambda *_, **__: pytest.fail("model loaded")
+    )
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"

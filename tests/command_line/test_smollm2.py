@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import lrbo
-from lrbo.loading import ModelSource, load_tokenizer
-from tests.commands import Ran, in_folder, lrbo_command
+from lrbo.models.loading import load_tokenizer
+from lrbo.models.sources import ModelSource
+from tests.support.commands import Ran, in_folder, lrbo_command
 
 pytestmark = pytest.mark.slow
 
@@ -23,6 +24,7 @@ SMALL = [
     "data.calibration.tokens=4096",
     "data.validation.tokens=1024",
     "data.test.tokens=1024",
+    "sensitivity.windows=2",
     "study=smollm2",
     "search.trials=3",
     "search.initial=3",
@@ -95,7 +97,6 @@ def test_predicted_losses_rank_like_measured_ones(found: dict[str, Any]) -> None
     content = json.loads(Path("studies/smollm2/sensitivity.json").read_text(encoding="utf-8"))
     assert len(content["measurements"]) == 7 * 3 * 3  # kinds, layers, ranks
     assert content["rank_correlation"] > 0.8
-    assert set(content["fits"]) == {m["kind"] for m in content["measurements"]}
 
 
 def test_every_trial_uses_the_budget_and_stays_in_it(found: dict[str, Any]) -> None:

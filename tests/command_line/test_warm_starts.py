@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from lrbo.optimization.study import Study
-from tests.commands import Ran, lrbo_command, project, searched
-from tests.journal import Journal
+from lrbo.layers.options import DENSE
+from lrbo.study.journal import Study
+from tests.support.commands import Ran, lrbo_command, project, searched
+from tests.support.journal import Journal
 
 __all__ = ["project", "searched"]  # fixtures
 
@@ -97,18 +98,18 @@ def test_a_donor_whose_best_is_the_baseline_lends_the_baseline(project: Path) ->
     assert ran.status == 0, ran.err
     assert origins("humble") == ["uniform", "analytic", "transfer"]
     records = Study(Path("studies/humble")).state.records
-    assert records[2].request.allocation.ranks == records[0].request.allocation.ranks
+    assert records[2].request.allocation == records[0].request.allocation
     said = " ".join(ran.err.split())
-    assert "Trial 2, what the donor lends, has the ranks of trial 0, uniform" in said
+    assert "Trial 2, what the donor lends, has the options of trial 0, uniform" in said
 
 
 def test_a_trial_may_be_named(project: Path) -> None:
     ran = transfer("donor=tiny:2", "study=second")
     assert ran.status == 0, ran.err
-    wanted = Study(Path("studies/tiny")).state.trials[2].request.allocation.ranks
+    wanted = Study(Path("studies/tiny")).state.trials[2].request.allocation.options
     found = Study(Path("studies/second")).state.records[-1].request
     assert found.origin == "transfer"
-    assert found.allocation.ranks == wanted
+    assert found.allocation.options == wanted
 
 
 @pytest.mark.parametrize(
@@ -146,8 +147,8 @@ def test_variables_are_fixed_bounded_and_tied_from_the_command_line(project: Pat
     assert [r.request.origin for r in records] == ["uniform", "analytic", "start", "model"]
     for record in records[2:]:
         assert set(record.request.variables) == {"qk", "o", "gate"}
-        down = [r for n, r in record.request.allocation.ranks.items() if n.endswith("down_proj")]
-        assert down == [None, None]
+        options = record.request.allocation.options
+        assert [o for n, o in options.items() if n.endswith("down_proj")] == [DENSE, DENSE]
     ran = lrbo_command(
         "search", *TINY, "study=bad", "+space.variables={down:1.0,nope:1}", "space.tied=[[o,down]]"
     )

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 pytestmark = pytest.mark.slow
 
@@ -34,7 +34,15 @@ class Environment:
             "LRBO_CACHE": str(self.empty.parent / "cache"),
             "PATH": f"{self.bin}{os.pathsep}{os.environ['PATH']}",
         }
-        for name in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "COMP_LINE"):
+        # Of the last: nothing is compiled when it is installed, only what is imported, and once.
+        left_out = (
+            "PYTHONPATH",
+            "PYTHONHOME",
+            "VIRTUAL_ENV",
+            "COMP_LINE",
+            "PYTHONDONTWRITEBYTECODE",
+        )
+        for name in left_out:
             variables.pop(name, None)
         done = subprocess.run(
             [str(self.bin / command[0]), *command[1:]],
@@ -60,8 +68,12 @@ def environment(folder: Path, wheel: Path) -> Environment:
 
 
 def install(target: Environment, *arguments: str) -> None:
-    """Install with the pip of the running environment, told to install into the other one."""
-    python("-m", "pip", "--python", str(target.bin / "python"), "install", "--quiet", *arguments)
+    """Install with the pip of the running environment, told to install into the other one.
+
+    Without compiling what is installed, of which a search imports a tenth.
+    """
+    pip = ["-m", "pip", "--python", str(target.bin / "python"), "install", "--quiet"]
+    python(*pip, "--no-compile", *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +111,9 @@ def test_the_wheel_holds_package_and_configuration_and_no_tests(installed: Envir
     names = zipfile.ZipFile(installed.wheel).namelist()
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / "lrbo").rglob("*.py")}
     values = {f"lrbo/{path.relative_to(ROOT)}" for path in (ROOT / "conf").rglob("*.yaml")}
-    templates = {f"lrbo/templates/{path.name}" for path in (ROOT / "lrbo/templates").iterdir()}
+    templates = {
+        f"lrbo/files/templates/{path.name}" for path in (ROOT / "lrbo/files/templates").iterdir()
+    }
     assert len(sources) > 30
     assert len(values) > 15
     assert templates
@@ -110,7 +124,10 @@ def test_the_wheel_holds_package_and_configuration_and_no_tests(installed: Envir
 
 
 def test_what_is_imported_is_the_wheel(installed: Environment) -> None:
-    code = "import lrbo, lrbo.config; print(lrbo.__file__); print(lrbo.config.conf_folder())"
+    code = (
+        "import lrbo, lrbo.config.compose as compose;"
+        "print(lrbo.__file__); print(compose.conf_folder())"
+    )
     module, conf = map(Path, installed.run("python", "-c", code).splitlines())
     assert module == installed.site / "lrbo" / "__init__.py"
     assert conf == installed.site / "lrbo" / "conf"
@@ -150,7 +167,7 @@ def test_the_source_distribution_has_all_that_make_test_needs(
         "LICENSE",
         "Makefile",
         "conf/search.yaml",
-        "tests/test_wheel.py",
+        "tests/command_line/test_wheel.py",
         "lrbo/py.typed",
     ):
         assert name in names

@@ -10,12 +10,14 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from lrbo import cli, config, overrides, shell
-from lrbo.command_lines import typed
+from lrbo import cli
+from lrbo.config import compose, refusals, schema, shell
+from lrbo.config.saved import overrides_for
+from lrbo.config.shell import command, keys_of
 from lrbo.errors import ConfigError, StudyError
-from lrbo.optimization.study import Study
-from lrbo.overrides import chosen_by, spelled
-from lrbo.shell import command, keys_of, study_at
+from lrbo.pipeline import overrides
+from lrbo.pipeline.overrides import spelled, values_of
+from lrbo.study.journal import Study
 
 
 @pytest.mark.parametrize(
@@ -26,7 +28,9 @@ from lrbo.shell import command, keys_of, study_at
         ["experiment=paper"],
         ["model=hf", "model.path=Qwen/Qwen3-0.6B", "data=wikitext2", "budget.keep_ratio=0.7"],
         ["budget=front", "+search.thresholds.loss=4.5", "study=null_or_true"],
-        ["warm_start=[uniform,analytic,'study:smaller']", "method.alpha=1e-3", "study='true'"],
+        ["warm_start=[uniform,analytic,'study:smaller']", "study='true'"],
+        ["method=asvd", "method.alpha=1e-3"],
+        ["method=svd", "method.name=mine", "+method.power=2"],
         ["space=per_kind", "+space.variables.qk=0.4", "space.tied=[[a,b]]", "~space.start.o"],
         [
             *("model=hf", "model.path=/models/mine", "data=files"),
@@ -36,23 +40,23 @@ from lrbo.shell import command, keys_of, study_at
     ],
 )
 def test_what_was_composed_can_be_typed_again(given: list[str]) -> None:
-    wanted = config.flat(config.composed("search", given))
-    line = typed("search", wanted)
-    assert config.flat(config.composed("search", line)) == wanted
-    assert config.find_problems("search", line) == {}
+    wanted = schema.flat(compose.composed("search", given))
+    line = overrides_for("search", wanted)
+    assert schema.flat(compose.composed("search", line)) == wanted
+    assert refusals.find_problems("search", line) == {}
 
 
 def test_only_what_differs_is_typed() -> None:
-    wanted = config.flat(config.composed("search", ["experiment=tiny", "search.trials=5"]))
-    line = typed("search", wanted)
+    wanted = schema.flat(compose.composed("search", ["experiment=tiny", "search.trials=5"]))
+    line = overrides_for("search", wanted)
     assert {"model=tiny", "data=generated", "search.trials=5", "space.rank_multiple=1"} <= set(line)
     assert not [text for text in line if text.startswith(("data.", "model.", "evaluation."))]
 
 
 def test_values_that_no_command_line_gives_are_named() -> None:
-    wanted = config.flat(config.composed("search", [])) | {"space.bound": 3}
+    wanted = schema.flat(compose.composed("search", [])) | {"space.bound": 3}
     with pytest.raises(ConfigError, match=r"space\.bound"):
-        typed("search", wanted)
+        overrides_for("search", wanted)
 
 
 # --- what is printed can be pasted --------------------------------------------------------------
@@ -77,7 +81,7 @@ ODD = [
 
 def read(override: str) -> object:
     """Read the value of an override as Hydra does, which has its grammar and OmegaConf's."""
-    value = config.read_value(override.partition("=")[2])
+    value = compose.read_value(override.partition("=")[2])
     return OmegaConf.create({"x": value})["x"]
 
 
@@ -112,7 +116,7 @@ def test_texts_like_words_of_the_grammar_come_back_from_it(text: str) -> None:
 
 @pytest.mark.parametrize("value", ["my model (v2)", "my model (v2), it's", "é's $HOME\\"])
 def test_what_hydra_cannot_read_is_written_as_it_can(value: str) -> None:
-    (problem,) = config.find_problems("search", [f"model.path={value}", "model=hf"]).values()
+    (problem,) = refusals.find_problems("search", [f"model.path={value}", "model=hf"]).values()
     assert "Hydra cannot read it" in problem
     (override,) = shlex.split(problem.rpartition("quote it: ")[2])
     assert read(override) == value
@@ -126,8 +130,8 @@ def test_what_follows_from_a_refused_override_is_not_said() -> None:
 def test_a_printed_command_is_composed_to_its_values() -> None:
     text = "it's ${x} 1e3\\"
     _, _, *line = shlex.split(command("search", study=text, **{"model.revision": "1e3"}))
-    _, values = chosen_by("search", line)
-    found = config.flat(values)
+    _, values = values_of("search", line)
+    found = schema.flat(values)
     assert (found["study"], found["model.revision"]) == (text, "1e3")
 
 
@@ -153,7 +157,7 @@ def test_a_text_stays_as_it_was_typed(text: str) -> None:
 def test_what_stays_as_it_was_typed_is_composed_so() -> None:
     line = ["study=1e3", "tracking.experiment=007", "model=hf", "model.path=null"]
     line = [spelled("search", each) for each in line]
-    found = config.flat(config.composed("search", line))
+    found = schema.flat(compose.composed("search", line))
     assert found["study"] == "1e3"
     assert (found["tracking.experiment"], found["model.path"]) == ("007", "null")
 
@@ -169,16 +173,19 @@ def test_texts_of_lists_and_sweeps_stay_too_and_other_values_are_what_they_are()
 @pytest.mark.parametrize("donor", ["1e3", "it's", "x'", "007", "a b", "/abs/path"])
 def test_a_transfer_names_its_donor_as_it_was_typed(donor: str) -> None:
     _, *line = cli.transfer_arguments([f"donor={donor}", "experiment=tiny"])
-    found = config.flat(config.composed("search", line))
+    found = schema.flat(compose.composed("search", line))
     assert found["warm_start"][-1] == f"study:{donor}"
     assert found["study"].endswith(f"_from_{Path(donor).name}")
 
 
 def test_a_study_is_named_so_that_it_is_found_from_here() -> None:
-    assert study_at(Path("studies/mine")) == "mine"
-    assert study_at(Path("other/mine")) == "other/mine"
-    assert study_at(Path("/abs/mine")) == "/abs/mine"
-    assert study_at(Path("mine")) == str(Path.cwd() / "mine")
+    for folder, expected in (
+        ("studies/mine", "mine"),
+        ("other/mine", "other/mine"),
+        ("/abs/mine", "/abs/mine"),
+        ("mine", str(Path.cwd() / "mine")),
+    ):
+        assert keys_of(Path(folder)) == {"study": expected}
 
 
 def test_a_study_named_in_another_folder_is_typed_with_it() -> None:
@@ -188,4 +195,4 @@ def test_a_study_named_in_another_folder_is_typed_with_it() -> None:
     assert keys_of(Path("studies/mine"), "studies") == {"study": "mine"}
     assert keys_of(Path("sw/mine")) == {"study": "sw/mine"}
     with pytest.raises(StudyError, match="lrbo search study=mine studies=sw"):
-        Study(Path("sw/mine"), "sw").about()
+        Study(Path("sw/mine"), "sw").require()

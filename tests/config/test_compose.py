@@ -8,13 +8,13 @@ from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
-from lrbo import config
-from lrbo.checks import check
+from lrbo.config import compose, refusals, saved, schema
+from lrbo.config.schema import SCHEMAS, EvaluateConfig, ReportConfig, SearchConfig
 from lrbo.errors import ConfigError
 from lrbo.factorization.registry import METHODS
-from lrbo.schema import SCHEMAS, EvaluateConfig, ReportConfig, SearchConfig
+from lrbo.pipeline.checks import check
 
-CONF = config.conf_folder()
+CONF = compose.conf_folder()
 COMMANDS = sorted(SCHEMAS)
 GROUPS = {
     folder.name: sorted(path.stem for path in folder.glob("*.yaml"))
@@ -31,7 +31,7 @@ REQUIRED = {
 
 
 def search(*overrides: str) -> SearchConfig:
-    found = config.composed("search", overrides)
+    found = compose.composed("search", overrides)
     assert isinstance(found, SearchConfig)
     return found
 
@@ -54,7 +54,7 @@ def test_every_option_composes_into_valid_values(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     overrides = [f"{group}={option}", *REQUIRED.get((group, option), [])]
-    assert config.find_problems("search", overrides) == {}
+    assert refusals.find_problems("search", overrides) == {}
     assert check(search(*overrides)) == []
 
 
@@ -67,7 +67,7 @@ def test_every_file_begins_with_the_command_that_uses_it(path: Path) -> None:
     assert command in COMMANDS
     assert path.parent.name != "protocols" or overrides == [f"protocols=[{path.stem}]"]
     typed = [o.replace("...", "x") for o in overrides]
-    problems = config.find_problems(command, typed)
+    problems = refusals.find_problems(command, typed)
     assert problems == {}, path
 
 
@@ -81,20 +81,22 @@ def test_values_of_every_command_have_the_schema_s_keys() -> None:
         "search": [],
     }
     for command, overrides in required.items():
-        assert type(config.composed(command, overrides)) is SCHEMAS[command]
+        assert type(compose.composed(command, overrides)) is SCHEMAS[command]
 
 
 def test_the_default_search_is_around_the_least_predicted_loss() -> None:
     found = search()
-    assert (found.method.name, found.space.type) == ("loss_aware", "weights")
-    assert (found.budget.keep_ratio, found.budget.storage) == (0.8, "pivoted")
+    assert (found.method["name"], found.space.type) == ("loss_aware", "weights")
+    assert (found.budget.keep_ratio, found.budget.measure) == (0.8, "parameters")
+    assert found.space.forms == ["pivoted"]
     assert found.sensitivity.enabled
 
 
 def test_the_paper_s_search_is_at_hand() -> None:
     found = search("experiment=paper")
-    assert (found.method.name, found.space.type) == ("bolaco", "ratios")
-    assert (found.budget.keep_ratio, found.budget.storage) == (0.8, "factored")
+    assert (found.method["name"], found.space.type) == ("bolaco", "ratios")
+    assert (found.budget.keep_ratio, found.budget.measure) == (0.8, "parameters")
+    assert found.space.forms == ["factored"]
     assert found.space.dense == ["v_proj"]
     assert found.space.start == {"qk": 0.363, "o": 0.789, "gate": 0.841, "up": 0.807, "down": 1.0}
 
@@ -102,7 +104,7 @@ def test_the_paper_s_search_is_at_hand() -> None:
 def test_the_quickstart_is_a_study_of_at_least_12_trials_on_a_real_model() -> None:
     found = search("experiment=quickstart")
     assert (found.study, found.studies) == ("quickstart", "studies")
-    assert (found.method.name, found.space.type) == ("loss_aware", "weights")
+    assert (found.method["name"], found.space.type) == ("loss_aware", "weights")
     assert found.search.trials >= 12
     assert found.model.source == found.data.source == "packaged"
 
@@ -125,7 +127,7 @@ def test_conf_is_composed_within_a_command_that_hydra_runs_too() -> None:
         running = GlobalHydra.instance().hydra
         assert running is not None
         assert search("seed=3").seed == 3
-        assert config.find_problems("search", ["seed=much"]) != {}
+        assert refusals.find_problems("search", ["seed=much"]) != {}
         assert GlobalHydra.instance().hydra is running
     assert search("seed=4").seed == 4
 
@@ -149,7 +151,7 @@ def test_a_program_keeps_its_own_resolvers() -> None:
 
 
 def test_unknown_keys_are_named_all_at_once_with_the_nearest_one() -> None:
-    problems = config.find_problems(
+    problems = refusals.find_problems(
         "search", ["trials=5", "+bar=1", "++model.z=2", "search.trials=5", "data.windw=3"]
     )
     assert list(problems) == ["trials=5", "+bar=1", "++model.z=2", "data.windw=3"]
@@ -159,7 +161,9 @@ def test_unknown_keys_are_named_all_at_once_with_the_nearest_one() -> None:
 
 
 def test_a_value_of_the_wrong_type_and_an_option_that_is_not_there_are_named() -> None:
-    problems = config.find_problems("search", ["budget.keep_ratio=much", "method=magic", "seed=1"])
+    problems = refusals.find_problems(
+        "search", ["budget.keep_ratio=much", "method=magic", "seed=1"]
+    )
     assert list(problems) == ["budget.keep_ratio=much", "method=magic"]
     assert (
         "'much' of type 'str' could not be converted to Float" in problems["budget.keep_ratio=much"]
@@ -173,43 +177,55 @@ def test_a_value_of_the_wrong_type_and_an_option_that_is_not_there_are_named() -
     ["space.start.qk=0.5", "+space.groups.mine=[q_proj]", "space.start={qk: 0.5}", "~experiment"],
 )
 def test_free_mappings_and_hydra_s_grammar_are_taken(override: str) -> None:
-    assert config.find_problems("search", ["space=per_kind", override]) == {}
+    assert refusals.find_problems("search", ["space=per_kind", override]) == {}
 
 
 @pytest.mark.parametrize("value", ["a (1)", "a[1]", "keep=0.7/a", "modèle", "a{b"])
 def test_a_value_that_hydra_cannot_read_is_named_as_it_must_be_quoted(value: str) -> None:
     typed = f"model.path={value}"
     quoted = f"model.path='{value}'"
-    (problem,) = config.find_problems("search", ["model=hf", typed]).values()
+    (problem,) = refusals.find_problems("search", ["model=hf", typed]).values()
     assert problem == f'{typed}: Hydra cannot read it; if that is one value, quote it: "{quoted}"'
     assert search("model=hf", quoted).model.path == value
-    (both,) = config.find_problems("search", ["model=tiny seed=1"]).values()
+    (both,) = refusals.find_problems("search", ["model=tiny seed=1"]).values()
     assert "if it is several, give each by itself" in both
 
 
 def test_a_new_entry_of_a_free_mapping_is_added_with_a_plus() -> None:
-    (problem,) = config.find_problems("search", ["space.groups.mine=[q_proj]"]).values()
+    (problem,) = refusals.find_problems("search", ["space.groups.mine=[q_proj]"]).values()
     assert "type +space.groups.mine=[q_proj]" in problem
+
+
+def test_an_option_that_the_method_does_not_have_is_refused_with_those_that_it_has() -> None:
+    line = ["method=asvd", "method.beta=1", "method.alpha=0.3"]
+    assert refusals.find_problems("search", line) == {
+        "method.beta=1": "method.beta=1: asvd has no such option; it has alpha"
+    }
+    assert search("method=asvd", "method.alpha=0.3").method == {"name": "asvd", "alpha": 0.3}
+    (problem,) = refusals.find_problems("search", ["method=svd", "method.alpha=0.3"]).values()
+    assert problem == "method.alpha=0.3: svd has no such option; it has none"
+    (problem,) = check(search("method=svd", "+method.alpha=0.3"))
+    assert problem == "method.alpha=0.3: svd has no such option; it has none"
 
 
 def test_required_values_that_are_missing_are_named_all_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
-        config.composed("compress", [])
+        compose.composed("compress", [])
     assert [p.split()[0] for p in caught.value.problems] == ["out", "study"]
 
 
 def test_a_key_that_hydra_let_through_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"model\.z is no key"):
-        config.composed("search", ["+model.z=2"])
+        compose.composed("search", ["+model.z=2"])
 
 
 @pytest.mark.parametrize("name", GROUPS["protocols"])
 def test_every_protocol_composes_under_its_name_with_every_value_stated(name: str) -> None:
-    found = config.composed("evaluate", [f"protocols=[{name}]"])
+    found = compose.composed("evaluate", [f"protocols=[{name}]"])
     assert isinstance(found, EvaluateConfig)
     assert list(found.protocols) == [name]
     assert check(found) == []
-    assert config.protocol_changes(found) == {name: []}
+    assert saved.protocol_changes(found) == {name: []}
     text = (CONF / "protocols" / f"{name}.yaml").read_text(encoding="utf-8")
     for key in vars(found.protocols[name]):
         assert (f"\n{key}: " in text) == (key not in ("path", "format", "column")), (
@@ -218,7 +234,7 @@ def test_every_protocol_composes_under_its_name_with_every_value_stated(name: st
 
 
 def test_unknown_protocols_are_named_with_the_known_ones_nearest_first() -> None:
-    (problem,) = config.find_problems("evaluate", ["protocols=[wikitext2,c4,nope]"]).values()
+    (problem,) = refusals.find_problems("evaluate", ["protocols=[wikitext2,c4,nope]"]).values()
     assert (
         "no protocols of the name wikitext2, nope; known, the nearest first: wikitext2_" in problem
     )
@@ -227,26 +243,26 @@ def test_unknown_protocols_are_named_with_the_known_ones_nearest_first() -> None
 
 def test_a_protocol_that_is_not_chosen_has_no_values() -> None:
     override = "protocols.c4.window=64"
-    (problem,) = config.find_problems("evaluate", [override]).values()
+    (problem,) = refusals.find_problems("evaluate", [override]).values()
     assert problem == f"{override}: c4 is not chosen; type protocols=[c4]"
-    assert config.find_problems("evaluate", ["protocols=[c4]", override]) == {}
+    assert refusals.find_problems("evaluate", ["protocols=[c4]", override]) == {}
     wrong = ["protocols=[c4]", "protocols.c4.widow=64"]
-    (problem,) = config.find_problems("evaluate", wrong).values()
+    (problem,) = refusals.find_problems("evaluate", wrong).values()
     assert "widow" in problem
     assert "not chosen" not in problem
 
 
 def test_what_was_changed_of_a_protocol_is_stated_and_where_its_text_lies_is_not() -> None:
-    found = config.composed(
+    found = compose.composed(
         "evaluate",
         ["protocols=[c4,ptb]", "protocols.c4.window=64", "protocols.ptb.path=ptb.txt"],
     )
     assert isinstance(found, EvaluateConfig)
-    assert config.protocol_changes(found) == {"c4": ["window=64, not 2048"], "ptb": []}
+    assert saved.protocol_changes(found) == {"c4": ["window=64, not 2048"], "ptb": []}
 
 
 def test_flat_has_every_value_under_its_dotted_key() -> None:
-    flat = config.flat(ReportConfig(study="s"))
+    flat = schema.flat(ReportConfig(study="s"))
     assert flat == {
         "study": "s",
         "studies": "studies",
@@ -255,7 +271,7 @@ def test_flat_has_every_value_under_its_dotted_key() -> None:
         "format": "text",
         "output": "text",
     }
-    assert config.flat(search())["data.calibration.tokens"] == 65536
+    assert schema.flat(search())["data.calibration.tokens"] == 65536
 
 
 @pytest.mark.parametrize(
@@ -263,11 +279,11 @@ def test_flat_has_every_value_under_its_dotted_key() -> None:
     [
         "data.bos=2", "data.bos=1", "data.bos=yes", "data.bos='true'", "data.bos=1.0",
         "search.other_versions=null", "tracking.enabled=on", "data={bos:1}", "data.bos=[true]",
-        "++sensitivity.apply=0",
+        "++sensitivity.enabled=0",
     ],
 )  # fmt: skip
 def test_only_true_and_false_are_booleans(override: str) -> None:
-    (problem,) = config.find_problems("search", ["experiment=tiny", override]).values()
+    (problem,) = refusals.find_problems("search", ["experiment=tiny", override]).values()
     assert problem.startswith(f"{override}: ")
     assert "expected true" in problem
     assert " or " in problem
@@ -275,8 +291,8 @@ def test_only_true_and_false_are_booleans(override: str) -> None:
 
 def test_booleans_are_taken_as_they_are_typed() -> None:
     taken = [
-        "data.bos=True", "tracking.enabled=false", "sensitivity.apply=${tracking.enabled}",
+        "data.bos=True", "tracking.enabled=false", "sensitivity.enabled=${tracking.enabled}",
         "executor.oversubscribe=FALSE",
     ]  # fmt: skip
-    assert config.find_problems("search", ["experiment=tiny", *taken]) == {}
-    assert config.find_problems("search", ["experiment=tiny", "data.bos=null"]) == {}
+    assert refusals.find_problems("search", ["experiment=tiny", *taken]) == {}
+    assert refusals.find_problems("search", ["experiment=tiny", "data.bos=null"]) == {}

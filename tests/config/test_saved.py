@@ -5,26 +5,26 @@ from typing import Any
 import pytest
 import yaml
 
-from lrbo import config
-from lrbo.command_lines import repeating, typed
+from lrbo.config import compose, saved
+from lrbo.config.saved import overrides_for, repeating
+from lrbo.config.schema import SearchConfig
 from lrbo.errors import StudyError
-from lrbo.schema import SearchConfig
-from tests.test_checks import RATIOS, search
+from tests.pipeline.test_checks import RATIOS, search
 
 
 def continued(text: str, overrides: list[str], typed: SearchConfig | None = None) -> SearchConfig:
     """Return a stored configuration with some keys changed."""
-    return config.continued(config.from_yaml(text, "it"), overrides, typed)
+    return saved.continued(saved.from_yaml(text, "it"), overrides, typed)
 
 
 def differences(text: str, other: SearchConfig) -> list[str]:
     """Return what differs from a stored configuration."""
-    return config.differences(config.from_yaml(text, "it"), other)
+    return saved.differences(saved.from_yaml(text, "it"), other)
 
 
 def test_a_stored_configuration_comes_back_as_it_was() -> None:
     found = search("space=per_kind_and_depth", "data.window=256", "seed=3", "search.trials=9")
-    text = config.to_yaml(found)
+    text = saved.to_yaml(found)
     assert continued(text, []) == found
     assert yaml.safe_load(text)["space"]["start"]["qk"] == [0.332, 0.473, 0.199, 0.320]
 
@@ -40,8 +40,8 @@ def test_a_stored_text_is_only_a_text(text: str) -> None:
     written = search()
     written.model.name = written.studies = written.data.test.path = text
     written.space.start = {"qk": 0.5, text: text}
-    written.method.one_sided = [text]
-    stored = config.to_yaml(written)
+    written.method["one_sided"] = [text]
+    stored = saved.to_yaml(written)
     assert yaml.safe_load(stored)["model"]["name"] == text
     assert continued(stored, []) == written
     assert differences(stored, written) == []
@@ -54,18 +54,18 @@ def test_a_stored_text_is_only_a_text(text: str) -> None:
 def test_a_study_whose_name_looks_like_a_reference_is_begun_again_by_its_name() -> None:
     written = search(r"study='v\${oc.env:HOME}'")
     assert written.study == "v${oc.env:HOME}"
-    again = repeating(continued(config.to_yaml(written), []))
-    assert config.composed("search", typed("search", again)).study == written.study  # type: ignore[union-attr]
+    again = repeating(continued(saved.to_yaml(written), []))
+    assert compose.composed("search", overrides_for("search", again)).study == written.study  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("text", ["a: [", "text", "- a", ""])
 def test_a_stored_configuration_that_is_none_is_refused(text: str) -> None:
     with pytest.raises(StudyError, match=r"^it( is no YAML)?: "):
-        config.from_yaml(text, "it")
+        saved.from_yaml(text, "it")
 
 
 def test_free_keys_may_change_when_a_study_is_continued() -> None:
-    text = config.to_yaml(search())
+    text = saved.to_yaml(search())
     found = continued(
         text, ["search.trials=99", "tracking.uri=http://elsewhere:5000", "tracking.enabled=false"]
     )
@@ -76,16 +76,16 @@ def test_free_keys_may_change_when_a_study_is_continued() -> None:
 
 
 def test_the_mlflow_store_follows_the_folder_of_the_studies() -> None:
-    text = config.to_yaml(search("studies=here"))
+    text = saved.to_yaml(search("studies=here"))
     assert "sqlite:///here/mlflow.db" in text
     moved = continued(text, ["studies=there"])
     assert moved.tracking.uri == "sqlite:///there/mlflow.db"
-    text = config.to_yaml(search("tracking.uri=http://server:5000"))
+    text = saved.to_yaml(search("tracking.uri=http://server:5000"))
     assert continued(text, ["studies=x"]).tracking.uri == "http://server:5000"
 
 
 def test_every_other_difference_is_listed_with_both_values() -> None:
-    text = config.to_yaml(search())
+    text = saved.to_yaml(search())
     other = search("budget.keep_ratio=0.7", "seed=2", "search.trials=99", "data.window=256")
     assert differences(text, other) == [
         "data.window: the study has 512, the command has 256",
@@ -95,7 +95,7 @@ def test_every_other_difference_is_listed_with_both_values() -> None:
 
 
 def test_an_entry_of_a_mapping_is_one_difference() -> None:
-    text = config.to_yaml(search("+space.variables={exponent:0.5}"))
+    text = saved.to_yaml(search("+space.variables={exponent:0.5}"))
     expected = ["space.variables.exponent: the study has 0.5, the command has None"]
     assert differences(text, search()) == expected
 
@@ -112,30 +112,30 @@ def test_an_entry_of_a_mapping_is_one_difference() -> None:
 def test_a_study_that_this_version_does_not_understand_is_refused(
     section: str, change: dict[str, Any], message: str | None
 ) -> None:
-    stored = yaml.safe_load(config.to_yaml(search(*RATIOS)))
+    stored = yaml.safe_load(saved.to_yaml(search(*RATIOS)))
     stored[section] |= change
     text = yaml.safe_dump(stored)
     if message is None:  # a number like any other
-        assert config.from_yaml(text, "it").search.trials == 3
+        assert saved.from_yaml(text, "it").search.trials == 3
         return
     with pytest.raises(StudyError, match=rf"^it: {message}.*; use the version of lrbo that wrote"):
-        config.from_yaml(text, "it")
+        saved.from_yaml(text, "it")
 
 
 def test_no_default_of_today_stands_for_what_a_study_was_begun_with() -> None:
-    stored = yaml.safe_load(config.to_yaml(search(*RATIOS)))
-    del stored["sensitivity"], stored["budget"]["storage"]
-    with pytest.raises(StudyError, match=r"budget\.storage is missing; sensitivity\.enabled is mi"):
-        config.from_yaml(yaml.safe_dump(stored), "it")
+    stored = yaml.safe_load(saved.to_yaml(search(*RATIOS)))
+    del stored["sensitivity"], stored["budget"]["measure"]
+    with pytest.raises(StudyError, match=r"budget\.measure is missing; sensitivity\.enabled is mi"):
+        saved.from_yaml(yaml.safe_dump(stored), "it")
 
 
 def test_where_trials_run_may_change_by_the_name_of_a_group() -> None:
-    stored = config.to_yaml(search("method=bolaco", "space=per_kind", "seed=3"))
+    stored = saved.to_yaml(search("method=bolaco", "space=per_kind", "seed=3"))
     typed = ["executor=ray", "executor.workers=2", "search.trials=9"]
     found = continued(stored, typed, search(*typed))
     assert (found.executor.name, found.executor.workers) == ("ray", 2)
-    assert (found.search.trials, found.seed, found.method.name) == (9, 3, "bolaco")
+    assert (found.search.trials, found.seed, found.method["name"]) == (9, 3, "bolaco")
     assert differences(stored, found) == []
-    back = continued(config.to_yaml(found), ["executor=inline"], search("executor=inline"))
+    back = continued(saved.to_yaml(found), ["executor=inline"], search("executor=inline"))
     assert (back.executor.name, back.executor.workers) == ("inline", 1)
     assert back.search.trials == 9

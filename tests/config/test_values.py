@@ -7,17 +7,19 @@ from typing import Any
 
 import pytest
 
-from lrbo import checks
-from lrbo.config import composed
-from lrbo.evaluation.perplexity import Perplexity, perplexity_of
-from lrbo.optimization.client import SearchClient
-from lrbo.optimization.events import Metrics
-from lrbo.parsing import ContentError, checked
-from lrbo.ranges import COUNT, check_numbers
-from lrbo.schema import SCHEMAS
-from lrbo.strict_json import to_json
-from tests.commands import lrbo_command
-from tests.test_client import observe, space_of
+from lrbo.config.choices import RANGES
+from lrbo.config.compose import composed
+from lrbo.config.conflicts import SPACES, check_numbers
+from lrbo.config.options import COUNT, rules_of
+from lrbo.config.schema import SCHEMAS, SpaceConfig
+from lrbo.files.parsing import ContentError, checked, to_json
+from lrbo.optimization.proposals import SearchClient
+from lrbo.pipeline import checks
+from lrbo.study.events import Metrics
+from lrbo.tasks.metrics import perplexity_of
+from lrbo.tasks.perplexity import Perplexity
+from tests.optimization.test_proposals import observe, space_of
+from tests.support.commands import lrbo_command
 
 REQUIRED = {
     "search": ["experiment=tiny"],
@@ -58,9 +60,9 @@ def numeric_fields(node: Any, kind: str, prefix: str = "") -> dict[str, tuple[An
     ],
 )  # fmt: skip
 def test_what_is_done_over_and_over_has_an_end(command: str, key: str) -> None:
-    most = composed(command, [*REQUIRED[command], f"{key}=10000"])
-    assert check_numbers(most) == {}
-    (problem,) = check_numbers(composed(command, [*REQUIRED[command], f"{key}=10001"])).values()
+    line = [*REQUIRED[command], *(["space=weights"] if key == "space.knots" else [])]
+    assert check_numbers(composed(command, [*line, f"{key}=10000"])) == {}
+    (problem,) = check_numbers(composed(command, [*line, f"{key}=10001"])).values()
     assert problem == f"{key}=10001: expected a whole number up to 10,000"
 
 
@@ -127,6 +129,14 @@ def test_a_seed_that_is_too_large_is_refused_once() -> None:
         assert problems == [f"seed={seed}: expected a whole number {rest}"]
     config = composed("search", ["experiment=tiny", f"search.trials={COUNT}"])
     assert checks.check(config) == []
+
+
+def test_every_rule_of_a_type_of_space_is_of_a_key_without_another_rule() -> None:
+    for rules in SPACES.values():
+        assert set(rules) <= {field.name for field in fields(SpaceConfig)} - set(
+            rules_of(SpaceConfig)
+        )
+    assert set(SPACES) == set(RANGES)
 
 
 # --- perplexities beyond exp ---------------------------------------------------------------------

@@ -11,21 +11,15 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from lrbo.calibration.corpus import (
-    PACKAGE,
-    PACKAGE_VERSION,
-    PACKAGED,
-    CorpusSpec,
-    RoleText,
+from lrbo.config.schema import DataConfig, RoleConfig
+from lrbo.data.documents import PACKAGE, PACKAGE_VERSION, PACKAGED, documents, missing_package
+from lrbo.data.windows import (
     TokenWindows,
-    documents,
     load_windows,
     make_windows,
-    missing_package,
     save_windows,
 )
 from lrbo.errors import DataError
-from lrbo.options import SOURCES
 
 
 def listed(source: str, path: object, seed: int = 0) -> list[str]:
@@ -65,15 +59,19 @@ def test_documents_are_joined_by_an_empty_line(
 ) -> None:
     path = tmp_path / "text.jsonl"
     path.write_text('{"text": "abcd"}\n{"text": "efgh"}\n', encoding="utf-8")
-    spec = CorpusSpec("files", {"test": RoleText((str(path),), None)}, 10, None, 0, bos=False)
+    spec = DataConfig(source="files", test=RoleConfig(str(path)), window=10, bos=False)
     assert tokenizer.decode(make_windows(spec, tokenizer)["test"].ids[0]) == "abcd\n\nefgh"
 
 
-@pytest.mark.parametrize("line", ['{"body": "x"}', "not json", "[1]", '"text"', "null", "{"])
-def test_a_broken_line_is_named_by_number(tmp_path: Path, line: str) -> None:
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [(line, "text in one column 'text'") for line in ('{"body": "x"}', "[1]", '"text"', "null")]
+    + [(line, "JSON: ") for line in ("not json", "{")],
+)
+def test_a_broken_line_is_named_by_number(tmp_path: Path, line: str, expected: str) -> None:
     path = tmp_path / "text.jsonl"
     path.write_text(f'{{"text": "fine"}}\n{line}\n', encoding="utf-8")
-    with pytest.raises(DataError, match=r"text\.jsonl, line 2: expected .* a field 'text'"):
+    with pytest.raises(DataError, match=rf"text\.jsonl, line 2: expected {expected}"):
         listed("files", path)
 
 
@@ -81,7 +79,7 @@ def test_a_broken_line_is_named_by_number(tmp_path: Path, line: str) -> None:
 def test_a_text_that_is_no_text_is_named_by_number(tmp_path: Path, value: str) -> None:
     path = tmp_path / "text.jsonl"
     path.write_text(f'{{"text": {value}}}\n', encoding="utf-8")
-    with pytest.raises(DataError, match=r"text\.jsonl, line 1: expected .* a field 'text'"):
+    with pytest.raises(DataError, match=r"text\.jsonl, line 1: expected .* column 'text'"):
         listed("files", path)
 
 
@@ -170,9 +168,9 @@ def test_an_unknown_packaged_text_and_one_that_is_gone_are_refused(
 def test_the_real_package_carries_the_texts(name: str) -> None:
     if missing_package():
         pytest.skip(f"{PACKAGE} is not installed")
-    found = listed("packaged", name)
-    assert len(found) >= 30
-    assert all(document.strip() and "<doc" not in document for document in found)
+    actual = listed("packaged", name)
+    assert len(actual) >= 30
+    assert all(document.strip() and "<doc" not in document for document in actual)
 
 
 # --- hub ---------------------------------------------------------------------------------------
@@ -220,8 +218,7 @@ def test_a_hub_text_is_read_no_further_than_needed(
 ) -> None:
     hub = FakeHub([{"text": f"{i:04d}" * 25} for i in range(1000)])
     monkeypatch.setattr(datasets, "load_dataset", hub.load_dataset)
-    roles = {"test": RoleText(("a:b:c",), 320)}
-    spec = CorpusSpec("hf", roles, 32, max_windows=None, seed=0, bos=False)
+    spec = DataConfig(source="hf", test=RoleConfig("a:b:c", 320), window=32, bos=False)
     windows = make_windows(spec, tokenizer)["test"]
     assert windows.ids.shape == (10, 32)
     assert hub.read < 200
@@ -251,7 +248,7 @@ def test_a_hub_text_must_be_written_in_full(path: str) -> None:
         listed("hf", path)
 
 
-# --- generated, unknown ------------------------------------------------------------------------
+# --- generated ---------------------------------------------------------------------------------
 
 
 def test_generated_text_follows_from_name_and_seed() -> None:
@@ -259,12 +256,6 @@ def test_generated_text_follows_from_name_and_seed() -> None:
     assert listed("generated", "words") != listed("generated", "words", seed=1)
     assert listed("generated", "words") != listed("generated", "other")
     assert all(document.endswith(".") for document in listed("generated", "words"))
-
-
-def test_an_unknown_source_lists_the_known_ones() -> None:
-    with pytest.raises(DataError, match="unknown source 'web'") as caught:
-        listed("web", "x")
-    assert all(source in str(caught.value) for source in SOURCES)
 
 
 # --- disk --------------------------------------------------------------------------------------
@@ -276,13 +267,13 @@ def test_windows_come_back_from_disk_as_they_were(tmp_path: Path) -> None:
         "test": TokenWindows(torch.tensor([[0, 2**31 - 1]]), "files:ü[test]"),
     }
     save_windows(tmp_path / "windows.safetensors", windows)
-    found = load_windows(tmp_path / "windows.safetensors")
-    assert set(found) == set(windows)
+    actual = load_windows(tmp_path / "windows.safetensors")
+    assert set(actual) == set(windows)
     for role, expected in windows.items():
-        assert found[role].ids.dtype == torch.int64
-        assert torch.equal(found[role].ids, expected.ids)
-        assert found[role].text == expected.text
-        assert found[role].digest == expected.digest
+        assert actual[role].ids.dtype == torch.int64
+        assert torch.equal(actual[role].ids, expected.ids)
+        assert actual[role].text == expected.text
+        assert actual[role].digest == expected.digest
     assert [path.name for path in tmp_path.iterdir()] == ["windows.safetensors"]
 
 

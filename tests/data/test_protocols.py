@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pandas
@@ -15,12 +16,12 @@ from tokenizers import processors
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from lrbo import config
+from lrbo.config import compose
+from lrbo.config.schema import EvaluateConfig
+from lrbo.data.windows import TokenWindows, protocol_windows
 from lrbo.errors import DataError
-from lrbo.evaluation.perplexity import score
-from lrbo.evaluation.protocols import Protocol, protocol_windows
-from lrbo.loading import byte_tokenizer
-from lrbo.schema import EvaluateConfig
+from lrbo.models.tiny import byte_tokenizer
+from lrbo.tasks.perplexity import score
 
 TOLERANCE = {"perplexity": 1e-5}  # relative: the same logits, in float32, summed in another order
 Recipe = Callable[[PreTrainedTokenizerFast, Sequence[str]], list[int]]
@@ -62,11 +63,13 @@ def perplexity_as_printed(model: PreTrainedModel, testenc: Tensor, seqlen: int) 
     return float(torch.exp(torch.stack(nlls).sum() / (nsamples * seqlen)))
 
 
-def protocol(name: str, path: Path | None = None) -> Protocol:
-    """Return a protocol as its file states it, with a text from a file."""
-    found = config.composed("evaluate", [f"protocols=[{name}]"])
-    assert isinstance(found, EvaluateConfig)
-    return Protocol(name=name, **{**vars(found.protocols[name]), "path": path})
+def windows_of(
+    name: str, path: Path | None, tokenizer: PreTrainedTokenizerFast, **changes: Any
+) -> TokenWindows:
+    """Cut the windows of a protocol as its file states it, but for changes."""
+    config = compose.composed("evaluate", [f"protocols=[{name}]"])
+    assert isinstance(config, EvaluateConfig)
+    return protocol_windows(name, replace(config.protocols[name], **changes), path, tokenizer)
 
 
 def rows_file(folder: Path, rows: Sequence[str], column: str) -> Path:
@@ -92,7 +95,7 @@ def adding() -> PreTrainedTokenizerFast:
 
 def test_every_protocol_has_its_recipe_here() -> None:
     assert sorted(LITERATURE) == sorted(
-        path.stem for path in (config.conf_folder() / "protocols").glob("*.yaml")
+        path.stem for path in (compose.conf_folder() / "protocols").glob("*.yaml")
     )
 
 
@@ -105,10 +108,10 @@ def test_windows_are_those_of_the_literature_s_code(
     column = "sentence" if name.startswith("ptb") else "text"
     recipe, seqlen = LITERATURE[name]
     expected = cut_as_printed(recipe(adding, rows), seqlen)
-    found = protocol_windows(protocol(name, rows_file(tmp_path, rows, column)), adding).ids
+    actual = windows_of(name, rows_file(tmp_path, rows, column), adding).ids
     assert len(expected) >= 7
-    assert torch.equal(found, expected)
-    assert (found == 256).sum() == found[0, 0] // 256 == 1  # bos once, in front of everything
+    assert torch.equal(actual, expected)
+    assert (actual == 256).sum() == actual[0, 0] // 256 == 1  # bos once, in front of everything
 
 
 @pytest.mark.parametrize("adds_bos", [True, False])
@@ -121,17 +124,15 @@ def test_perplexity_is_that_of_the_literature_s_loop(
 ) -> None:
     rows = ["", " = A heading = \n", "", " the first paragraph .\n"] * 12
     used = adding if adds_bos else tokenizer
-    windows = protocol_windows(
-        replace(protocol("wikitext2_2048", rows_file(tmp_path, rows, "text")), window=32), used
-    )
+    windows = windows_of("wikitext2_2048", rows_file(tmp_path, rows, "text"), used, window=32)
     testenc = torch.tensor(used("\n\n".join(rows)).input_ids)[None]
     assert testenc.numel() % 32, "else the rest behind the last window is not tested"
     expected = perplexity_as_printed(model, testenc, 32)
-    found = score(model, windows.ids, batch_windows=5)
-    assert found.value == pytest.approx(expected, rel=TOLERANCE["perplexity"])
-    assert found.tokens == windows.scored_tokens == testenc.numel() // 32 * 31
+    actual = score(model, windows.ids, batch_windows=5)
+    assert actual.value == pytest.approx(expected, rel=TOLERANCE["perplexity"])
+    assert actual.tokens == windows.scored == testenc.numel() // 32 * 31
     # What SliceGPT divides by is another number: a window predicts one token less than it has.
-    other = math.exp(found.nll / windows.ids.numel())
+    other = math.exp(actual.nll / windows.ids.numel())
     assert other != pytest.approx(expected, rel=1e-2)
 
 
@@ -141,9 +142,9 @@ def test_perplexity_is_that_of_the_literature_s_loop(
 def test_bos_may_begin_every_window_or_none(
     tmp_path: Path, adding: PreTrainedTokenizerFast
 ) -> None:
-    stated = replace(protocol("ptb", rows_file(tmp_path, ["abcdef" * 10], "sentence")), window=8)
-    every = protocol_windows(replace(stated, bos="window"), adding).ids
-    none = protocol_windows(replace(stated, bos="none"), adding).ids
+    path = rows_file(tmp_path, ["abcdef" * 10], "sentence")
+    every = windows_of("ptb", path, adding, window=8, bos="window").ids
+    none = windows_of("ptb", path, adding, window=8, bos="none").ids
     assert every.shape == (60 // 7, 8)
     assert (every[:, 0] == 256).all()
     assert adding.decode(every[:, 1:].flatten()) == ("abcdef" * 10)[: 60 // 7 * 7]
@@ -154,9 +155,9 @@ def test_bos_may_begin_every_window_or_none(
 def test_a_tokenizer_without_bos_cannot_begin_windows_with_it(tmp_path: Path) -> None:
     plain = byte_tokenizer()
     plain.bos_token = None
-    stated = protocol("ptb", rows_file(tmp_path, ["abcdef" * 10], "sentence"))
+    path = rows_file(tmp_path, ["abcdef" * 10], "sentence")
     with pytest.raises(DataError, match=r"protocols\.ptb\.bos=window, but .* no bos token"):
-        protocol_windows(replace(stated, bos="window", window=8), plain)
+        windows_of("ptb", path, plain, bos="window", window=8)
 
 
 # --- texts -------------------------------------------------------------------------------------
@@ -166,8 +167,8 @@ ROWS = ["", " = Title = \n", "", " Grün . \n"]
 
 def text_of(path: Path, tokenizer: PreTrainedTokenizerFast, name: str = "wikitext2_2048") -> str:
     """Return the text that a protocol reads from a file, up to its last whole window."""
-    stated = replace(protocol(name, path), window=2, documents=None, max_windows=None)
-    return tokenizer.decode(protocol_windows(stated, tokenizer).ids.flatten())
+    windows = windows_of(name, path, tokenizer, window=2, documents=None, max_windows=None)
+    return tokenizer.decode(windows.ids.flatten())
 
 
 def test_files_of_every_kind_have_the_same_rows(
@@ -204,10 +205,10 @@ def test_a_text_that_is_cut_off_is_not_the_protocol_s(
 ) -> None:
     path = rows_file(tmp_path, ["a page"] * 1099, "text")
     with pytest.raises(DataError, match=r"has 1,099 rows, the protocol takes the first 1,100"):
-        protocol_windows(protocol("c4", path), tokenizer)
+        windows_of("c4", path, tokenizer)
     short = rows_file(tmp_path, ["a line"], "sentence")
     with pytest.raises(DataError, match=r"protocols\.ptb: .* has 6 tokens, one window takes 2,048"):
-        protocol_windows(protocol("ptb", short), tokenizer)
+        windows_of("ptb", short, tokenizer)
 
 
 @pytest.mark.parametrize("content", ['{"body": "x"}\n', '{"text": 3}\n', "no json\n"])
@@ -219,7 +220,7 @@ def test_a_file_without_the_rows_is_named_with_one_that_has_them(
     with pytest.raises(
         DataError, match=r"protocols\.c4: .*a\.jsonl.*c4-validation\.00000"
     ) as caught:
-        protocol_windows(protocol("c4", path), tokenizer)
+        windows_of("c4", path, tokenizer)
     assert "protocols.c4.path=FILE" in str(caught.value)
 
 
@@ -231,7 +232,7 @@ def test_without_the_hub_the_file_to_give_is_named(
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     with pytest.raises(DataError) as caught:
-        protocol_windows(protocol("wikitext2_2048"), tokenizer)
+        windows_of("wikitext2_2048", None, tokenizer)
     (problem,) = caught.value.problems
     assert problem.startswith("protocols.wikitext2_2048: cannot read 'Salesforce/wikitext")
     assert "no route to the hub" in problem
@@ -248,7 +249,7 @@ def test_the_hub_is_asked_for_the_rows_of_the_protocol(
         return [{"sentence": "ab"}, {"sentence": "cde"}]
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    found = protocol_windows(replace(protocol("ptb"), window=6), tokenizer)
-    assert tokenizer.decode(found.ids[0]) == "ab cde"
+    actual = windows_of("ptb", None, tokenizer, window=6)
+    assert tokenizer.decode(actual.ids[0]) == "ab cde"
     assert asked == [(("ptb-text-only/ptb_text_only", "penn_treebank"), "test")]
-    assert found.text == "hf:ptb-text-only/ptb_text_only:penn_treebank:test:sentence"
+    assert actual.text == "hf:ptb-text-only/ptb_text_only:penn_treebank:test:sentence"

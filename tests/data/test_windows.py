@@ -9,19 +9,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
-from lrbo.calibration.corpus import (
+from lrbo.config.schema import DataConfig, RoleConfig
+from lrbo.data.windows import (
     ROLES,
     SHARES,
-    CorpusSpec,
     Role,
-    RoleText,
     TokenWindows,
     make_windows,
     overlaps,
 )
 from lrbo.errors import DataError
+from lrbo.models.tiny import byte_tokenizer
 
 # Tokens are integers: nothing here has a tolerance.
 
@@ -40,14 +41,13 @@ def write(path: Path, text: str) -> str:
     return str(path)
 
 
-def spec_of(roles: dict[Role, tuple[Sequence[str], int | None]], **changes: object) -> CorpusSpec:
+def spec_of(roles: dict[Role, tuple[Sequence[str], int | None]], **changes: object) -> DataConfig:
     """Describe text files: role -> (paths, windows)."""
-    wanted = {
-        role: RoleText(tuple(paths), None if count is None else count * WINDOW)
+    texts = {
+        role: RoleConfig(list(paths), None if count is None else count * WINDOW)
         for role, (paths, count) in roles.items()
     }
-    spec = CorpusSpec("files", wanted, WINDOW, max_windows=None, seed=0, bos=False)
-    return replace(spec, **changes)
+    return replace(DataConfig(source="files", window=WINDOW, bos=False, **texts), **changes)
 
 
 def decoded(windows: TokenWindows, tokenizer: PreTrainedTokenizerFast) -> list[str]:
@@ -85,7 +85,7 @@ def test_windows_are_consecutive_cuts_of_the_text(
         else:
             assert places != list(range(7))  # drawn, so they come from all over the text
         assert windows[role].ids.dtype == torch.int64
-        assert windows[role].scored_tokens == 7 * (WINDOW - 1)
+        assert windows[role].scored == 7 * (WINDOW - 1)
 
 
 def test_the_seed_decides_what_is_drawn_and_nothing_else_does(
@@ -95,9 +95,9 @@ def test_the_seed_decides_what_is_drawn_and_nothing_else_does(
     digests = {}
     for seed in (0, 0, 1):
         torch.manual_seed(random.randrange(1000))  # the global state must not matter
-        windows = make_windows(replace(spec, seed=seed), tokenizer)
-        found = {role: windows[role].digest for role in ROLES}
-        assert digests.setdefault(seed, found) == found
+        windows = make_windows(spec, tokenizer, seed=seed)
+        actual = {role: windows[role].digest for role in ROLES}
+        assert digests.setdefault(seed, actual) == actual
     assert digests[0]["test"] == digests[1]["test"]
     assert digests[0]["validation"] != digests[1]["validation"]
     assert digests[0]["calibration"] != digests[1]["calibration"]
@@ -113,10 +113,10 @@ def test_drawing_leaves_the_global_random_state_as_it_was(
 
 def test_some_windows_are_a_text_of_their_own() -> None:
     ids = torch.arange(12).reshape(3, 4)
-    found = TokenWindows(ids, "text").only([2, 0])
-    assert found.ids.tolist() == [[8, 9, 10, 11], [0, 1, 2, 3]]
-    assert found.text == "text, 2 of 3 windows"
-    assert found.scored_tokens == 6
+    actual = TokenWindows(ids, "text").only([2, 0])
+    assert actual.ids.tolist() == [[8, 9, 10, 11], [0, 1, 2, 3]]
+    assert actual.text == "text, 2 of 3 windows"
+    assert actual.scored == 6
 
 
 def test_the_digest_depends_on_every_token() -> None:
@@ -139,9 +139,9 @@ def test_roles_divide_a_shared_text_and_never_overlap(
     spec = spec_of({role: ([shared], None) for role in roles})
     windows = make_windows(spec, tokenizer)
     text = Path(shared).read_text(encoding="utf-8")
-    found = [decoded(windows[role], tokenizer) for role in ROLES if role in roles]
+    actual = [decoded(windows[role], tokenizer) for role in ROLES if role in roles]
     # Together they are the whole text, in the order of the roles: nothing twice, nothing lost.
-    assert "".join(window for part in found for window in part) == text
+    assert "".join(window for part in actual for window in part) == text
     total = sum(SHARES[role] for role in roles)
     for role in roles:
         assert abs(len(windows[role].ids) - 80 * SHARES[role] / total) < 1
@@ -153,7 +153,7 @@ def test_the_size_of_one_role_does_not_change_another(
     def digests(calibration: int) -> dict[Role, str]:
         sizes: dict[Role, int] = {"test": 5, "validation": 6, "calibration": calibration}
         spec = spec_of({role: ([shared], count) for role, count in sizes.items()})
-        return {role: found.digest for role, found in make_windows(spec, tokenizer).items()}
+        return {role: actual.digest for role, actual in make_windows(spec, tokenizer).items()}
 
     few, many = digests(4), digests(20)
     assert few["test"] == many["test"]
@@ -196,16 +196,16 @@ def test_tokens_are_taken_from_all_paths_in_equal_parts(
 # --- limits and bos ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("limit", "wanted", "found"), [(3, 7, 3), (9, 7, 7), (None, 7, 7)])
+@pytest.mark.parametrize(("limit", "wanted", "actual"), [(3, 7, 3), (9, 7, 7), (None, 7, 7)])
 def test_at_most_max_windows_are_made(
     shared: str,
     tokenizer: PreTrainedTokenizerFast,
     limit: int | None,
     wanted: int,
-    found: int,
+    actual: int,
 ) -> None:
     spec = spec_of({"validation": ([shared], wanted)}, max_windows=limit)
-    assert len(make_windows(spec, tokenizer)["validation"].ids) == found
+    assert len(make_windows(spec, tokenizer)["validation"].ids) == actual
 
 
 def test_max_windows_bounds_a_role_that_takes_everything(
@@ -226,30 +226,28 @@ def test_bos_begins_each_window_and_the_text_goes_on_behind_it(
     assert tokenizer.decode(ids[:, 1:].flatten()) == text[: 5 * (WINDOW - 1)]
 
 
-class WithBos:
-    """A tokenizer that begins whatever it reads with bos, as Llama's does."""
-
-    def __init__(self, inner: PreTrainedTokenizerFast, bos: int | None) -> None:
-        self.inner, self.bos_token_id = inner, bos
-
-    def __call__(self, text: str, *, add_special_tokens: bool = True, **options: object):
-        encoded = self.inner(text, add_special_tokens=False)
-        if add_special_tokens and self.bos_token_id is not None:
-            encoded["input_ids"] = [self.bos_token_id, *encoded.input_ids]
-        return encoded
+def adding_bos() -> PreTrainedTokenizerFast:
+    """Return a tokenizer that begins whatever it reads with bos, as Llama's does."""
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 256)]
+    )
+    return tokenizer
 
 
 def test_bos_follows_the_tokenizer_unless_it_is_stated(
     shared: str, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     spec = spec_of({"test": ([shared], 2)}, bos=None)
-    adds = WithBos(tokenizer, 256)
+    adds = adding_bos()
     assert make_windows(spec, tokenizer)["test"].ids[0, 0] != 256
     assert make_windows(spec, adds)["test"].ids[:, 0].tolist() == [256, 256]
     stated = make_windows(replace(spec, bos=False), adds)["test"].ids
     assert not (stated == 256).any()
+    without = byte_tokenizer()
+    without.bos_token = None
     with pytest.raises(DataError, match=r"data\.bos=true, but this tokenizer has no bos"):
-        make_windows(replace(spec, bos=True), WithBos(tokenizer, None))
+        make_windows(replace(spec, bos=True), without)
 
 
 # --- refusals ----------------------------------------------------------------------------------
@@ -277,12 +275,11 @@ def test_a_text_that_is_too_short_for_a_pool_is_named_by_the_key_of_the_pool(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     path = write(tmp_path / "short", letters(WINDOW * 8, 0))
-    text = RoleText((path,), 9 * WINDOW, key="evaluation.pool_tokens")
-    spec = replace(spec_of({"validation": ([path], 9)}), roles={"validation": text})
+    spec = spec_of({"validation": ([path], 1)})
     with pytest.raises(
         DataError, match=r"9 are needed; .* lower evaluation\.pool_tokens or data\.w"
     ):
-        make_windows(spec, tokenizer)
+        make_windows(spec, tokenizer, pool_tokens=9 * WINDOW)
 
 
 def test_a_text_without_one_window_is_too_short_even_for_everything(
@@ -308,14 +305,14 @@ def test_a_document_that_two_roles_read_is_refused(
 
 def test_a_shared_document_is_found_at_any_alignment() -> None:
     """The shortest windows for which this is promised: three runs, less what they overlap."""
-    length, run = 93, 32
+    length = 93
     generator = torch.Generator().manual_seed(0)
     document, *noise = (torch.randint(0, 50_000, (4 * length,), generator=generator) for _ in "123")
     first = TokenWindows(torch.cat([noise[0], document]).reshape(8, length), "a")
     for shift in range(length):
         ids = torch.cat([noise[1][: length + shift], document, noise[1][: length - shift]])
         second = TokenWindows(ids.reshape(6, length), "b")
-        (problem,) = overlaps({"test": first, "validation": second}, run)
+        (problem,) = overlaps({"test": first, "validation": second})
         assert problem.startswith("4 of 8 windows of test"), shift
 
 
@@ -336,8 +333,8 @@ def test_a_window_is_shared_if_half_of_its_runs_are(shared: int, refused: bool) 
     generator = torch.Generator().manual_seed(0)
     one, two = torch.randint(0, 50_000, (2, 1, 93), generator=generator)
     two[0, :shared] = one[0, :shared]
-    found = overlaps({"test": TokenWindows(one, "a"), "calibration": TokenWindows(two, "b")}, 32)
-    assert len(found) == refused
+    actual = overlaps({"test": TokenWindows(one, "a"), "calibration": TokenWindows(two, "b")})
+    assert len(actual) == refused
 
 
 def test_windows_shorter_than_a_run_are_compared_whole() -> None:

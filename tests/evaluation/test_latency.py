@@ -9,16 +9,24 @@ import pytest
 import torch
 from torch import Tensor
 
-from lrbo.accounting import STORAGES, Storage, account
-from lrbo.evaluation import latency
-from lrbo.evaluation.latency import Latency, LatencySettings, executed_layers, measure_latency
-from lrbo.nested import PivotedFactors
-from lrbo.options import STEPS
-from lrbo.racing import Race
-from lrbo.trial import TrialRequest
-from lrbo.worker import allocation_parameters
-from tests import tiny
-from tests.test_worker import WINDOWS, make_worker, numbers, request_for, snapshot
+from lrbo.config.choices import STEPS
+from lrbo.evaluation import timing
+from lrbo.evaluation.timing import PairedTimes, TimingSettings, measure_latency
+from lrbo.layers.options import account
+from lrbo.layers.pivoted import PivotedLinear
+from lrbo.trials.racing import Race
+from lrbo.trials.records import TrialRequest
+from tests.support import tiny
+from tests.trials.test_worker import (
+    BOTH,
+    WINDOWS,
+    Forms,
+    every_forms,
+    make_worker,
+    numbers,
+    request_for,
+    snapshot,
+)
 
 TOLERANCE = {
     "ratio": 1e-12,  # sums of whole numbers, divided once
@@ -62,34 +70,37 @@ class WorkClock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> WorkClock:
     clock = WorkClock()
     monkeypatch.setattr(torch.nn.functional, "linear", clock.linear)
+    monkeypatch.setattr(timing, "perf_counter", clock)
     return clock
 
 
-def measured(storage: Storage, clock: WorkClock, **settings: int) -> dict[str, float]:
-    worker = make_worker(storage=storage)
-    layers = executed_layers(request_for(worker).allocation, worker.factors, storage)
-    return measure_latency(
-        worker.model, layers, IDS, LatencySettings(TOKENS, **settings), clock=clock
-    )
+PIVOTED = ("pivoted",)
 
 
-@pytest.mark.parametrize("storage", STORAGES)
+def measured(forms: Forms, **settings: int) -> dict[str, float]:
+    worker = make_worker()
+    options = request_for(worker, forms=forms).allocation.compressed
+    layers = {
+        name: worker.prepared[name].stand_in(name, option) for name, option in options.items()
+    }
+    return measure_latency(worker.model, layers, IDS, timings(**settings))
+
+
+def timings(**settings: int) -> TimingSettings:
+    return TimingSettings((TOKENS,), **{"steps": STEPS, "warmup": 1, **settings})
+
+
+@every_forms
 def test_ratios_are_those_of_the_multiply_adds_that_the_accountant_counts(
-    storage: Storage, clock: WorkClock
+    forms: Forms, clock: WorkClock
 ) -> None:
-    found = measured(storage, clock)
-    worker = make_worker(storage=storage)
-    allocation = request_for(worker).allocation
-    counted = account(
-        worker.layers,
-        allocation.ranks,
-        allocation_parameters(worker.layers, allocation, worker.cost),
-        storage=storage,
-        bytes_per_parameter=4,
-    )
+    found = measured(forms)
+    worker = make_worker()
+    allocation = request_for(worker, forms=forms).allocation
+    counted = account(worker.layers, allocation.cost, itemsize=8)
     head = worker.model.get_output_embeddings().weight.numel()
     # The head runs once at the end of a prefill, and in every step of decoding.
-    blocks = [count - head for count in (counted.macs_per_token, counted.macs_per_token_dense)]
+    blocks = [cost.macs - head for cost in (counted.model, counted.model_dense)]
     prefill = [TOKENS * count + head for count in blocks]
     decode = [count + head for count in blocks]
     for phase, (mine, dense) in (("prefill", prefill), ("decode", decode)):
@@ -105,23 +116,23 @@ def test_ratios_are_those_of_the_multiply_adds_that_the_accountant_counts(
 def test_a_machine_that_slows_down_and_runs_that_warm_up_leave_the_ratios(
     clock: WorkClock,
 ) -> None:
-    expected = measured("pivoted", clock)
+    expected = measured(PIVOTED)
     # Slower from turn to turn: two timings of two looks each in a turn, with the same factor.
     drift = [1.0 + turn // 4 for turn in range(1000)]
     clock.looks, clock.slowness = 0, drift
-    assert measured("pivoted", clock)["prefill_latency_ratio"] == expected["prefill_latency_ratio"]
+    assert measured(PIVOTED)["prefill_latency_ratio"] == expected["prefill_latency_ratio"]
     # The first two turns do not count, however long one of the two models takes in them.
     cold = [*[1.0, 100.0, 1.0, 1.0] * 2, *[1.0] * 32]
     clock.looks, clock.slowness = 0, cold * 2
-    found = measured("pivoted", clock, warmup=2, repeats=8)
+    found = measured(PIVOTED, warmup=2, repeats=8)
     assert found == expected
 
 
 def test_who_is_first_takes_turns(clock: WorkClock) -> None:
     """Whoever is second takes twice as long: half of the ratios double, the others halve."""
-    expected = measured("pivoted", clock)["prefill_latency_ratio"]
+    expected = measured(PIVOTED)["prefill_latency_ratio"]
     clock.looks, clock.slowness = 0, [1.0, 1.0, 1.0, 2.0] * 100  # start, end, start, end
-    found = measured("pivoted", clock, repeats=4, warmup=0)["prefill_latency_ratio"]
+    found = measured(PIVOTED, repeats=4, warmup=0)["prefill_latency_ratio"]
     assert found == pytest.approx((2 + 1 / 2) / 2 * expected, rel=TOLERANCE["ratio"])
 
 
@@ -132,48 +143,43 @@ def test_the_clock_is_read_when_the_device_has_finished(monkeypatch: pytest.Monk
         seen.append("clock")
         return float(len(seen))
 
-    monkeypatch.setattr(latency, "wait_for", lambda device: seen.append("wait"))
-    settings = LatencySettings(TOKENS, repeats=1, warmup=0)
-    measure_latency(make_worker().model, {}, IDS, settings, clock=clock)
+    monkeypatch.setattr(timing, "wait_for", lambda device: seen.append("wait"))
+    monkeypatch.setattr(timing, "perf_counter", clock)
+    measure_latency(make_worker().model, {}, IDS, timings(repeats=1, warmup=0))
     assert seen == ["wait", "clock"] * 8  # begin and end, of two models, in two phases
     waited: list[torch.device] = []
     monkeypatch.undo()
-    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
-    latency.wait_for(torch.device("cpu"))
-    latency.wait_for(torch.device("cuda:1"))
+    monkeypatch.setattr(torch.accelerator, "synchronize", waited.append)
+    timing.wait_for(torch.device("cpu"))
+    timing.wait_for(torch.device("cuda:1"))
     assert waited == [torch.device("cuda:1")]
 
 
-@pytest.mark.parametrize("storage", STORAGES)
-def test_layers_are_those_of_an_export_in_all_but_their_numbers(storage: Storage) -> None:
-    worker = make_worker("llama_biased", storage=storage)
-    allocation = request_for(worker).allocation
-    layers = executed_layers(allocation, worker.factors, storage)
-    ranked = {name: rank for name, rank in allocation.ranks.items() if rank is not None}
-    assert layers.keys() == ranked.keys()
-    for name, rank in ranked.items():
-        found, factors = layers[name], worker.factors[name]
-        if storage == "pivoted":
-            exported = PivotedFactors(factors, torch.float64).at_rank(rank)
-            assert sorted(found.places.tolist()) == sorted(exported.places.tolist())
-        else:
-            exported = factors.at_rank(rank)
-        mine, theirs = found.state_dict(), exported.state_dict()
+@every_forms
+def test_layers_are_those_of_an_export_in_all_but_their_elements(forms: Forms) -> None:
+    worker = make_worker("llama_biased")
+    allocation = request_for(worker, forms=forms).allocation
+    assert {option.form for option in allocation.compressed.values()} == set(forms)
+    for name, option in allocation.compressed.items():
+        found = worker.prepared[name].stand_in(name, option)
+        exported = worker.prepared[name].stored(name, option, torch.float64)
         assert type(found) is type(exported)
+        if isinstance(exported, PivotedLinear):
+            assert sorted(found.index.tolist()) == sorted(exported.index.tolist())
+        mine, theirs = found.state_dict(), exported.state_dict()
         assert {n: (t.shape, t.dtype) for n, t in mine.items()} == {
             n: (t.shape, t.dtype) for n, t in theirs.items()
         }
         assert all(tensor.is_contiguous() for tensor in mine.values())
-        bias = exported.bias
-        assert (found.bias is None) == (bias is None)
+        assert (found.bias is None) == (exported.bias is None)
 
 
 @pytest.mark.parametrize("case", tiny.CASES)
 def test_every_family_can_be_timed_and_is_as_it_was(case: str) -> None:
-    worker = make_worker(case, storage="pivoted")
-    worker.latency = LatencySettings(TOKENS, repeats=3)
+    worker = make_worker(case)
+    worker.latency = timings(repeats=3)
     before = snapshot(worker)
-    found = worker(request_for(worker)).metrics
+    found = worker(request_for(worker, forms=BOTH)).metrics
     assert METRICS.issubset(found)
     assert all(found[name] > 0 for name in METRICS if not name.endswith("_sem"))
     assert snapshot(worker) == before
@@ -181,19 +187,19 @@ def test_every_family_can_be_timed_and_is_as_it_was(case: str) -> None:
 
 def test_a_trial_times_nothing_unless_it_is_asked_to(monkeypatch: pytest.MonkeyPatch) -> None:
     worker, timed = make_worker(), make_worker()
-    timed.latency = LatencySettings(TOKENS, repeats=3)
+    timed.latency = timings(repeats=3)
     one, other = numbers(worker(request_for(worker))), numbers(timed(request_for(timed)))
     assert set(other) - set(one) == METRICS
     assert one == {name: other[name] for name in one}
-    monkeypatch.setattr("lrbo.worker.measure_latency", lambda *_: pytest.fail("timed"))
+    monkeypatch.setattr("lrbo.trials.worker.measure_latency", lambda *_: pytest.fail("timed"))
     assert worker(request_for(worker)).outcome == "completed"
 
 
 def test_a_trial_that_is_given_up_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     worker = make_worker(batch_windows=1)
-    worker.latency, worker.race = LatencySettings(TOKENS), Race(0.99, 0.0)
+    worker.latency, worker.race = timings(), Race(0.99, 0.0)
     monkeypatch.setattr(Race, "is_lost", lambda *_: True)
-    monkeypatch.setattr("lrbo.worker.measure_latency", lambda *_: pytest.fail("timed"))
+    monkeypatch.setattr("lrbo.trials.worker.measure_latency", lambda *_: pytest.fail("timed"))
     asked = request_for(worker)
     losses = tuple(1.0 + index / 8 for index in range(len(WINDOWS)))
     rival = TrialRequest(1, "sobol", {}, asked.allocation, 0, 0, losses)
@@ -204,7 +210,7 @@ def test_memory_that_runs_out_while_timing_fails_the_trial_and_leaves_the_model(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     worker = make_worker()
-    worker.latency = LatencySettings(TOKENS)
+    worker.latency = timings()
     before = snapshot(worker)
     seen = 0
 
@@ -222,13 +228,6 @@ def test_memory_that_runs_out_while_timing_fails_the_trial_and_leaves_the_model(
     assert snapshot(worker) == before
 
 
-@pytest.mark.parametrize("tokens", [STEPS, TOKENS + 1])
-def test_tokens_that_cannot_be_timed_are_refused(tokens: int) -> None:
-    worker = make_worker()
-    with pytest.raises(ValueError, match=f"{tokens} tokens are to be timed: expected more than"):
-        measure_latency(worker.model, {}, IDS, LatencySettings(tokens))
-
-
 # --- the estimate ------------------------------------------------------------------------------
 
 
@@ -236,21 +235,21 @@ def test_a_few_disturbed_timings_change_little() -> None:
     chooser = random.Random(0)
     dense = [chooser.uniform(1.0, 1.02) for _ in range(7)]
     mine = [0.8 * chooser.uniform(1.0, 1.02) for _ in range(7)]
-    quiet = Latency.of(mine, dense)
-    disturbed = Latency.of([*mine[:2], 50.0, *mine[3:]], [*dense[:5], 40.0, dense[6]])
+    quiet = PairedTimes.of(mine, dense)
+    disturbed = PairedTimes.of([*mine[:2], 50.0, *mine[3:]], [*dense[:5], 40.0, dense[6]])
     assert abs(quiet.ratio - 0.8) < 0.02
     assert abs(disturbed.ratio - 0.8) < 0.02
-    assert disturbed.error < 0.02
+    assert disturbed.ratio_error < 0.02
 
 
 def test_the_error_is_the_spread_of_the_medians_of_many_measurements() -> None:
     chooser = random.Random(1)
 
-    def once() -> Latency:
+    def once() -> PairedTimes:
         mine = [chooser.gauss(0.8, 0.02) for _ in range(25)]
-        return Latency.of(mine, [1.0] * len(mine))
+        return PairedTimes.of(mine, [1.0] * len(mine))
 
     many = [once() for _ in range(600)]
     spread = statistics.stdev(found.ratio for found in many)
-    claimed = math.sqrt(statistics.fmean(found.error**2 for found in many))
+    claimed = math.sqrt(statistics.fmean(found.ratio_error**2 for found in many))
     assert claimed == pytest.approx(spread, rel=TOLERANCE["error"])

@@ -1,4 +1,4 @@
-"""Speeds are compared with counts of multiply-adds, and what is timed is what a model answers."""
+"""Speeds are compared with counts of multiply-adds, and timed runs give the logits of a model."""
 
 import json
 import subprocess
@@ -11,26 +11,23 @@ import pytest
 import torch
 from torch import nn
 
-from lrbo import speed
-from lrbo.accounting import STORAGES
 from lrbo.cli import main
-from lrbo.model import map_model
-from lrbo.speed import (
-    SpeedSettings,
-    decode_of,
+from lrbo.evaluation import timing
+from lrbo.evaluation.timing import (
+    Run,
+    TimingSettings,
+    decode,
     dense_twin,
-    low_rank_layers,
     measure_kinds,
     measure_speed,
-    numbers_in,
-    prefill_of,
-    shape_of,
-    weight_bytes,
+    prefill,
 )
-from lrbo.steps import factorize
-from tests.test_export import Compressed
-from tests.test_latency import WorkClock, clock
-from tests.tiny import build, token_ids
+from lrbo.layers.modules import low_rank_layers
+from lrbo.models.model_map import map_model
+from lrbo.pipeline.in_memory import factorize
+from tests.checkpoints.test_export import EVERY, Compressed, Forms
+from tests.evaluation.test_latency import clock
+from tests.support.tiny import build, token_ids
 
 __all__ = ["clock"]  # a fixture
 TOLERANCE = {
@@ -38,15 +35,21 @@ TOLERANCE = {
     "ratio": 1e-12,  # sums of whole numbers, divided once
 }
 CPU = torch.device("cpu")
-SETTINGS = SpeedSettings(prompts=(5, 9), batch=2, steps=3, repeats=4, warmup=1)
-some_forms = pytest.mark.parametrize(
-    ("case", "storage"), [(case, form) for case in ("llama_tied", "gpt2") for form in STORAGES]
-)
+SETTINGS = TimingSettings(prompts=(5, 9), batch=2, steps=3, repeats=4, warmup=1)
+in_every_form = pytest.mark.parametrize("forms", EVERY, ids="+".join)
 
 
-@some_forms
-def test_a_twin_is_dense_and_shares_every_other_weight(case: str, storage: Any) -> None:
-    model = Compressed(case, storage=storage).model
+def parameters_in(layer: nn.Module) -> int:
+    return sum(p.numel() for p in layer.parameters())
+
+
+some_cases = pytest.mark.parametrize("case", ["llama_tied", "gpt2"])
+
+
+@in_every_form
+@some_cases
+def test_a_twin_is_dense_and_shares_every_other_weight(case: str, forms: Forms) -> None:
+    model = Compressed(case, forms=forms).model
     layers = low_rank_layers(model)
     before = {name: tensor.data_ptr() for name, tensor in model.named_parameters()}
     twin = dense_twin(model)
@@ -57,51 +60,54 @@ def test_a_twin_is_dense_and_shares_every_other_weight(case: str, storage: Any) 
     for name, layer in layers.items():
         dense = twin.get_submodule(name)
         assert isinstance(dense, nn.Linear)
-        assert tuple(dense.weight.shape) == shape_of(layer)
+        assert dense.weight.shape == layer.dense_weight().shape
         assert (dense.bias is None) == (layer.bias is None)
     inside = tuple(f"{name}." for name in layers)
     shared = {n: t.data_ptr() for n, t in twin.named_parameters() if not n.startswith(inside)}
     assert shared == {n: place for n, place in before.items() if not n.startswith(inside)}
     assert twin.get_output_embeddings().weight is twin.get_input_embeddings().weight
-    assert weight_bytes(twin) - weight_bytes(model) == 4 * sum(
-        numbers_in(twin.get_submodule(name)) - numbers_in(layer) for name, layer in layers.items()
+    sizes = [one.get_memory_footprint(return_buffers=False) for one in (twin, model)]
+    assert sizes[0] - sizes[1] == 4 * sum(
+        parameters_in(twin.get_submodule(name)) - parameters_in(layer)
+        for name, layer in layers.items()
     )
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-@some_forms
-def test_what_is_timed_is_what_the_model_answers(
-    case: str, storage: Any, compiled: bool, monkeypatch: pytest.MonkeyPatch
+@in_every_form
+@some_cases
+def test_what_is_timed_gives_the_logits_of_the_model(
+    case: str, forms: Forms, compiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As if compiled: another cache, and the same functions, which take long to compile."""
     monkeypatch.setattr(torch, "compile", lambda body, **_: body)
-    model = Compressed(case, storage=storage).model
+    model = Compressed(case, forms=forms).model
     ids, steps = token_ids(2, 9), 3
     with torch.inference_mode():
         logits = model(ids).logits
-        _, prefill = prefill_of(model, ids, compiled=compiled)
-        found: Any = prefill()
+        found: Any = prefill(model, ids, compiled=compiled).run()
         torch.testing.assert_close(found, logits[:, -1], rtol=0, atol=TOLERANCE["one by one"])
-        prepare, decode = decode_of(model, ids, steps, compiled=compiled)
+        added = decode(model, ids, steps, compiled=compiled)
         for _ in range(2):  # every timing begins with the same cache
-            prepare()
-            answered: Any = decode()
+            added.prepare()
+            outputs: Any = added.run()
             torch.testing.assert_close(
-                answered, logits[:, -steps:], rtol=0, atol=TOLERANCE["one by one"]
+                torch.cat(outputs, 1), logits[:, -steps:], rtol=0, atol=TOLERANCE["one by one"]
             )
 
 
-@pytest.mark.parametrize("storage", STORAGES)
-def test_speeds_are_those_of_the_multiply_adds(storage: Any, clock: WorkClock) -> None:
-    model = Compressed("llama_tied", storage=storage).model
+@in_every_form
+@pytest.mark.usefixtures("clock")
+def test_speeds_are_those_of_the_multiply_adds(forms: Forms) -> None:
+    model = Compressed("llama_tied", forms=forms).model
     twin = dense_twin(model)
     head = model.get_output_embeddings().weight.numel()
     layers = [
-        sum(numbers_in(m) for m in one.modules() if isinstance(m, nn.Linear)) - head
+        sum(parameters_in(m) for m in one.modules() if isinstance(m, nn.Linear)) - head
         for one in (model, twin)
     ]
     done = []
-    found = measure_speed(model, twin, SETTINGS, clock=clock, on_run=lambda: done.append("timed"))
+    found = measure_speed(model, twin, SETTINGS, on_run=lambda: done.append("timed"))
     assert [(one.step, one.prompt) for one in found] == [
         ("prefill", 5), ("decode", 5), ("prefill", 9), ("decode", 9),
     ]  # fmt: skip
@@ -115,12 +121,12 @@ def test_speeds_are_those_of_the_multiply_adds(storage: Any, clock: WorkClock) -
         assert one.dense_tokens_per_second == pytest.approx(total / dense, rel=TOLERANCE["ratio"])
         assert one.speedup == pytest.approx(dense / mine, rel=TOLERANCE["ratio"])
         assert one.error == 0
-    for kind in measure_kinds(model, twin, SETTINGS, clock=clock):
+    for kind in measure_kinds(model, twin, SETTINGS):
         assert kind.speedup == pytest.approx(1 / kind.keep_ratio, rel=TOLERANCE["ratio"])
         rows = SETTINGS.batch * max(SETTINGS.prompts)
         names = [name for name in low_rank_layers(model) if name.endswith(kind.kind)]
         assert kind.layers == len(names)
-        assert kind.ms == 1e3 * rows * sum(numbers_in(model.get_submodule(n)) for n in names)
+        assert kind.ms == 1e3 * rows * sum(parameters_in(model.get_submodule(n)) for n in names)
 
 
 def test_a_kind_is_what_the_search_calls_so() -> None:
@@ -136,7 +142,7 @@ def test_a_kind_is_what_the_search_calls_so() -> None:
 def test_preparing_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     now, prepared = 0.0, 0
 
-    def pair(takes: float) -> Any:
+    def made(takes: float) -> Run:
         def prepare() -> None:
             nonlocal now, prepared
             now, prepared = now + 100, prepared + 1
@@ -145,14 +151,15 @@ def test_preparing_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
             nonlocal now
             now += takes
 
-        return prepare, run
+        return Run(run, prepare)
 
-    ways = iter([pair(1), pair(3)] * 2)  # compressed and dense, of a prefill and of decoding
-    monkeypatch.setattr(speed, "prefill_of", lambda *_, **__: next(ways))
-    monkeypatch.setattr(speed, "decode_of", lambda *_, **__: next(ways))
+    runs = iter([made(1), made(3)] * 2)  # compressed and dense, of a prefill and of decoding
+    monkeypatch.setattr(timing, "prefill", lambda *_, **__: next(runs))
+    monkeypatch.setattr(timing, "decode", lambda *_, **__: next(runs))
     model = Compressed("llama_tied").model
     settings = replace(SETTINGS, prompts=(5,))
-    for one in measure_speed(model, dense_twin(model), settings, clock=lambda: now):
+    monkeypatch.setattr(timing, "perf_counter", lambda: now)
+    for one in measure_speed(model, dense_twin(model), settings):
         assert (one.speedup, one.error) == (3, 0)
     assert prepared == 4 * (settings.warmup + settings.repeats)
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from lrbo.errors import DataError
 from lrbo.evaluation import zero_shot
-from tests.reference import negative_log_likelihood
+from tests.support.reference import negative_log_likelihood
 
 lm_eval_tasks = pytest.importorskip("lm_eval.tasks", reason="the extra eval is not installed")
 

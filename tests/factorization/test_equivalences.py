@@ -9,14 +9,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lrbo.factorization.base import FactorizationMethod, Statistic
-from lrbo.factorization.loss_aware import PREDICTION_SHRINKAGE, LossAware, predicted_loss, shrunk
-from lrbo.factorization.pooled import Bolaco
-from lrbo.factorization.weighted import Asvd, Drone, Fwsvd, Svd, SvdLlm
-from lrbo.nested import LowRankFactors
-from tests import reference
-from tests.methods import CASES, SHAPES, Layer, make_layer
-from tests.reference import Affine
+from lrbo.calibration.statistics import Statistic
+from lrbo.factorization.base import FactorizationMethod
+from lrbo.factorization.factors import LowRankFactors
+from lrbo.factorization.methods import (
+    PREDICTION_SHRINKAGE,
+    Asvd,
+    Bolaco,
+    Drone,
+    Fwsvd,
+    LossAware,
+    Svd,
+    SvdLlm,
+    predicted_loss,
+    shrunk,
+)
+from tests.support import reference
+from tests.support.methods import CASES, SHAPES, Layer, make_layer
+from tests.support.reference import Affine
 
 TOLERANCE = {
     "map": 1e-9,  # 1e-16 times the condition of the covariance (below 1e4), over the gaps
@@ -48,8 +58,8 @@ def maps(factors: LowRankFactors) -> list[Affine]:
 
 def assert_same(one: LowRankFactors, other: LowRankFactors, error: float = 1.0) -> None:
     """Compare the maps of all ranks, and the errors, of which the other's are so many times."""
-    for rank, (found, expected) in enumerate(zip(maps(one), maps(other), strict=True)):
-        for a, b in zip(found, expected, strict=True):
+    for rank, (actual, expected) in enumerate(zip(maps(one), maps(other), strict=True)):
+        for a, b in zip(actual, expected, strict=True):
             assert np.abs(a - b).max() <= TOLERANCE["map"], rank
     difference = float((one.tail * error - other.tail).abs().max())
     assert difference <= TOLERANCE["error"] * float(other.tail[0])
@@ -99,8 +109,8 @@ def test_asvd_without_strength_is_plain_svd(shape: str) -> None:
 def test_fwsvd_with_equal_importances_is_plain_svd(shape: str, importance: float) -> None:
     layer = draw(shape)
     equal = torch.full((layer.weight.shape[1],), importance, dtype=torch.float64)
-    found = factor(Fwsvd(), layer, {Statistic.INPUT_IMPORTANCE: equal})
-    assert_same(found, factor(Svd(), layer), 1 / importance)
+    actual = factor(Fwsvd(), layer, {Statistic.INPUT_IMPORTANCE: equal})
+    assert_same(actual, factor(Svd(), layer), 1 / importance)
 
 
 @cases
@@ -129,8 +139,8 @@ def test_loss_aware_without_directions_of_gradients_is_drone_in_nats(
     if shrinkage < 1:  # then gradients must be alike in all directions by themselves
         gradient = strength * torch.eye(len(gradient), dtype=torch.float64)
     given = {Statistic.OUTPUT_GRADIENT: gradient}
-    found = factor(LossAware(output_shrinkage=shrinkage), layer, given)
-    assert_same(found, factor(Drone(), layer), 2 / strength)
+    actual = factor(LossAware(output_shrinkage=shrinkage), layer, given)
+    assert_same(actual, factor(Drone(), layer), 2 / strength)
 
 
 @cases
@@ -140,8 +150,8 @@ def test_loss_aware_with_the_power_0_is_drone(shape: str) -> None:
     gradient = shrunk(layer.statistics[Statistic.OUTPUT_GRADIENT], 0.01).numpy()
     reached = reference.flattened(gradient, layer.dense[0], 0.0)
     strength = float(np.trace(reached)) / min(layer.weight.shape)
-    found = factor(LossAware(output_power=0.0), layer)
-    assert_same(found, factor(Drone(), layer), 2 / strength)
+    actual = factor(LossAware(output_power=0.0), layer)
+    assert_same(actual, factor(Drone(), layer), 2 / strength)
 
 
 @cases
@@ -151,8 +161,8 @@ def test_centred_loss_aware_without_directions_is_bolaco_with_one_group(
 ) -> None:
     layer = draw(shape, bias=bias)
     strength = float(layer.statistics[Statistic.OUTPUT_GRADIENT].diagonal().mean())
-    found = factor(LossAware(centred=True, output_shrinkage=1.0), layer)
-    assert_same(found, factor(Bolaco(), layer), 2 / strength)
+    actual = factor(LossAware(centred=True, output_shrinkage=1.0), layer)
+    assert_same(actual, factor(Bolaco(), layer), 2 / strength)
 
 
 @cases
@@ -160,14 +170,14 @@ def test_centred_loss_aware_without_directions_is_bolaco_with_one_group(
 def test_bolaco_with_one_group_is_svd_llm_with_centred_inputs(shape: str, bias: bool) -> None:
     layer = draw(shape, bias=bias)
     centred = {Statistic.INPUT_MEAN: torch.zeros(layer.weight.shape[1], dtype=torch.float64)}
-    found, whitened = factor(Bolaco(), layer), factor(SvdLlm(), layer, centred)
+    actual, whitened = factor(Bolaco(), layer), factor(SvdLlm(), layer, centred)
     mean = layer.number(Statistic.INPUT_MEAN)
     restored = replace(
         whitened,
         offset=torch.from_numpy(layer.dense[0] @ mean + layer.dense[1]),
         center=torch.from_numpy(mean),
     )
-    assert_same(found, restored)
+    assert_same(actual, restored)
 
 
 @cases
@@ -200,10 +210,10 @@ def test_predicted_loss_is_the_quadratic_form_of_what_is_left_out(shape: str, na
     moment = "second" if factors.center is None else "covariance"
     plain = [by_the_formula(factors, layer, r, moment) for r in range(factors.max_rank + 1)]
     expected = [max(plain[rank:]) for rank in range(len(plain))]
-    found = predicted_loss(factors, layer.statistics)
-    assert found.dtype == torch.float64
-    assert np.abs(found.numpy() - expected).max() <= TOLERANCE["error"] * max(expected)
-    assert float(found[-1]) == 0.0
+    actual = predicted_loss(factors, layer.statistics)
+    assert actual.dtype == torch.float64
+    assert np.abs(actual.numpy() - expected).max() <= TOLERANCE["error"] * max(expected)
+    assert float(actual[-1]) == 0.0
 
 
 @given(st.sampled_from(list(SHAPES)), st.integers(0, 7), st.integers(0, 2**31))
@@ -218,10 +228,10 @@ def test_predicted_loss_holds_for_any_factors(shape: str, count: int, seed: int)
         left[:, 1], right[1] = -left[:, 0], 0.9 * right[0]
     factors = LowRankFactors(left, right, torch.zeros(count + 1, dtype=torch.float64))
     plain = [by_the_formula(factors, layer, rank, "second") for rank in range(count + 1)]
-    found = predicted_loss(factors, layer.statistics).numpy()
-    assert bool((np.diff(found) <= 0).all())
+    actual = predicted_loss(factors, layer.statistics).numpy()
+    assert bool((np.diff(actual) <= 0).all())
     expected = [max(plain[rank:]) for rank in range(count + 1)]
-    assert np.abs(found - expected).max() <= TOLERANCE["error"] * max(*expected, 1.0)
+    assert np.abs(actual - expected).max() <= TOLERANCE["error"] * max(*expected, 1.0)
 
 
 @cases
@@ -232,8 +242,8 @@ def test_without_flattening_the_error_of_loss_aware_is_its_predicted_loss(
     layer = draw(shape)
     method = LossAware(output_shrinkage=PREDICTION_SHRINKAGE, output_power=1.0, centred=centred)
     factors = factor(method, layer)
-    found = predicted_loss(factors, layer.statistics)
-    difference = float((found - factors.tail).abs().max())
+    actual = predicted_loss(factors, layer.statistics)
+    difference = float((actual - factors.tail).abs().max())
     assert difference <= TOLERANCE["error"] * float(factors.tail[0])
 
 
@@ -243,8 +253,8 @@ def test_no_method_without_a_bias_predicts_less_loss_than_kfac(shape: str, name:
     layer = draw(shape)
     factors = factor(CASES[name].method, layer)
     best = factor(LossAware(output_power=1.0, centred=factors.center is not None), layer).tail
-    found = predicted_loss(factors, layer.statistics)
-    assert bool((found >= best - TOLERANCE["error"] * best[0]).all())
+    actual = predicted_loss(factors, layer.statistics)
+    assert bool((actual >= best - TOLERANCE["error"] * best[0]).all())
 
 
 def test_predicted_loss_uses_the_pooled_covariance_for_want_of_the_plain_one() -> None:
@@ -265,10 +275,10 @@ def test_shrinking_keeps_the_trace_and_pulls_eigenvalues_together(
         size, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
     )
     matrix = rows @ rows.T
-    found = shrunk(matrix, share)
-    assert np.abs(found.numpy() - reference.shrunk(matrix.numpy(), share)).max() <= 1e-12 * size**2
-    assert float(found.trace()) == pytest.approx(float(matrix.trace()))
-    before, after = (torch.linalg.eigvalsh(m) for m in (matrix, found))
+    actual = shrunk(matrix, share)
+    assert np.abs(actual.numpy() - reference.shrunk(matrix.numpy(), share)).max() <= 1e-12 * size**2
+    assert float(actual.trace()) == pytest.approx(float(matrix.trace()))
+    before, after = (torch.linalg.eigvalsh(m) for m in (matrix, actual))
     spread = (before[-1] - before[0]) * (1 - share)
     assert float(after[-1] - after[0]) == pytest.approx(float(spread), abs=1e-9)
 
@@ -293,7 +303,7 @@ def test_no_layer_of_that_rank_near_it_is_better(
     width = layer.weight.shape[1]
     right = factors.right[:rank].numpy() + size * chooser.normal(size=(rank, width))
     measured = CASES[name].error(layer, (left @ right, layer.dense[1]))
-    assert measured >= factors.error_at(rank) * (1 - TOLERANCE["error"])
+    assert measured >= float(factors.tail[rank]) * (1 - TOLERANCE["error"])
 
 
 @given(
@@ -315,7 +325,7 @@ def test_no_affine_layer_of_that_rank_near_that_of_bolaco_is_better(
     assert bias is not None
     offset = bias.numpy() + size * chooser.normal(size=rows)
     measured = reference.mean_squared_output_error(layer.dense, (left @ right, offset), layer.rows)
-    assert measured >= factors.error_at(rank) * (1 - TOLERANCE["error"])
+    assert measured >= float(factors.tail[rank]) * (1 - TOLERANCE["error"])
 
 
 @cases
@@ -326,7 +336,7 @@ def test_alternating_least_squares_from_random_starts_is_never_better(
     """An optimizer that knows nothing of eigenvectors comes close from above, never below."""
     layer = draw(shape)
     rows, dense = layer.rows, layer.dense
-    optimum = factor(Bolaco(), layer).error_at(rank)
+    optimum = float(factor(Bolaco(), layer).tail[rank])
     targets = rows @ dense[0].T + dense[1]
     best = np.inf
     for seed in range(5):

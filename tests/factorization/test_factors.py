@@ -3,11 +3,18 @@
 import dataclasses
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from lrbo.nested import LowRankFactors, NestedFactors, PivotedFactors
+from lrbo.factorization.factors import LowRankFactors
+from lrbo.layers.forms import FORMS
+from lrbo.layers.modules import MODULES
+from lrbo.layers.options import Option
+from lrbo.models.specs import LayerSpec
+from tests.support import reference
+from tests.support.forms import form_of
 
 TOLERANCE = {
     "map": 1e-12,  # sums of a few products of numbers around 1, float64
@@ -18,6 +25,7 @@ OUT, IN, COUNT = 6, 8, 5
 BIASES = ("none", "fixed", "with rank")
 
 every_bias = pytest.mark.parametrize("bias", BIASES)
+every_form = pytest.mark.parametrize("form", MODULES)
 
 
 def make(bias: str, seed: int = 0) -> LowRankFactors:
@@ -80,20 +88,39 @@ def test_a_bias_that_moves_with_the_rank_leaves_the_offset_as_it_was() -> None:
     assert not torch.equal(layers[1].left.bias, layers[2].left.bias)
 
 
+def stored(factors: LowRankFactors, option: Option) -> nn.Module:
+    return factors.stored("layer", option, torch.float32)
+
+
+ASKED: list[Callable[[LowRankFactors, Option], nn.Module]] = [
+    lambda factors, option: factors.at_rank(*option.level),
+    lambda factors, option: factors.trial_module("layer", option, 0, {}),
+    lambda factors, option: factors.trial_module("layer", option, 10**6, {}),
+    lambda factors, option: factors.stand_in("layer", option),
+    stored,
+]
+
+
+@every_form
 @pytest.mark.parametrize("rank", [-1, COUNT + 1, 99])
-@pytest.mark.parametrize("question", [LowRankFactors.at_rank, LowRankFactors.error_at])
+@pytest.mark.parametrize("asked", ASKED)
 def test_a_rank_that_no_prefix_has_is_refused(
-    question: Callable[[LowRankFactors, int], object], rank: int
+    asked: Callable[[LowRankFactors, Option], nn.Module], rank: int, form: str
 ) -> None:
     with pytest.raises(ValueError, match=rf"rank {rank} is outside 0\.\.{COUNT}"):
-        question(make("fixed"), rank)
+        asked(make("fixed"), Option(form, (rank,)))
 
 
-def test_error_is_read_off_the_tail_as_a_plain_number() -> None:
+@pytest.mark.parametrize("multiple", [1, 2])
+def test_losses_are_those_of_the_levels_as_far_as_there_are_factors(multiple: int) -> None:
     factors = make("none")
-    errors = [factors.error_at(rank) for rank in range(COUNT + 1)]
-    assert errors == factors.tail.tolist()
-    assert all(type(error) is float for error in errors)
+    assert factors.loss is not None
+    levels = np.arange(multiple, 3 * COUNT, multiple)[:, None]
+    losses = factors.losses(levels)
+    assert losses is not None
+    assert losses.dtype == np.float64
+    assert losses.tolist() == factors.loss[multiple : COUNT + 1 : multiple].tolist()
+    assert dataclasses.replace(factors, loss=None).losses(levels) is None
 
 
 @every_bias
@@ -110,32 +137,32 @@ def test_a_copy_for_running_has_the_leading_directions_in_the_new_dtype(
         assert {p.dtype for p in layer.parameters()} == {torch.float32}
         difference = float((layer(x.float()).double() - exact(x)).abs().max())
         assert difference <= TOLERANCE["float32"]
-        assert copy.error_at(rank) == factors.error_at(rank)  # the tail stays in float64
-    assert len(copy.tail) == copy.max_rank + 1
+    assert torch.equal(copy.tail, factors.tail[: copy.max_rank + 1])  # in float64
     assert copy.loss is not None
     assert copy.loss.dtype == torch.float64
     assert torch.equal(copy.loss, 3 * copy.tail)
-    assert dataclasses.replace(factors, loss=None).to(max_rank=limit).loss is None
+    lossless = dataclasses.replace(factors, loss=None)
+    cpu = torch.device("cpu")
+    assert lossless.to(dtype=torch.float32, device=cpu, max_rank=limit).loss is None
 
 
 @every_bias
 def test_a_copy_for_running_keeps_each_prefix_contiguous(bias: str) -> None:
-    copy = make(bias).to(dtype=torch.float32)
+    copy = make(bias).to(dtype=torch.float32, device=torch.device("cpu"))
     for rank in range(1, COUNT + 1):
         assert copy.left[:, :rank].T.is_contiguous()
         assert copy.right[:rank].is_contiguous()
 
 
-def test_a_copy_without_a_dtype_keeps_the_numbers() -> None:
+def test_a_copy_of_the_same_dtype_keeps_the_elements() -> None:
     factors = make("with rank")
-    copy = factors.to()
+    copy = factors.to(dtype=factors.left.dtype, device=factors.left.device)
     for field in dataclasses.fields(LowRankFactors):
         assert torch.equal(getattr(copy, field.name), getattr(factors, field.name)), field.name
 
 
-def test_low_rank_factors_keep_the_protocol() -> None:
+def test_low_rank_factors_give_modules_and_are_frozen() -> None:
     factors = make("fixed")
-    assert isinstance(factors, NestedFactors)
     assert isinstance(factors.at_rank(1), nn.Module)
     with pytest.raises(dataclasses.FrozenInstanceError):
         factors.left = factors.right  # type: ignore[misc]
@@ -163,55 +190,80 @@ def test_in_any_dtype_the_center_is_answered_with_the_offset(dtype: torch.dtype)
         assert float((answer - factors.offset).abs().max()) <= limit
 
 
-# --- pivoted -----------------------------------------------------------------------------------
+# --- the forms -----------------------------------------------------------------------------------
 
 
+@every_form
 @every_bias
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_pivoted_factors_are_the_same_layers_in_fewer_numbers(
-    bias: str, dtype: torch.dtype
+def test_every_form_stores_the_same_layers_at_what_they_cost(
+    bias: str, form: str, dtype: torch.dtype
 ) -> None:
     factors = make(bias)
-    pivoted = PivotedFactors(factors, dtype)
-    assert isinstance(pivoted, NestedFactors)
-    assert pivoted.max_rank == COUNT
+    unit = LayerSpec("layer", "kind", 0, OUT, IN, bias != "none", site="layer")
     x = torch.randn(4, IN, dtype=torch.float64)
-    tolerance = TOLERANCE["map" if dtype == torch.float64 else "float32"]
+    tolerance = 10 * TOLERANCE["map" if dtype == torch.float64 else "float32"]
     for rank in range(COUNT + 1):
         weight, offset = by_loops(factors, rank)
-        layer = pivoted.at_rank(rank)
+        option = Option(form, (rank,))
+        layer = factors.stored("layer", option, dtype)
+        assert form_of(layer) == form
         assert layer.rank == rank
         assert (layer.bias is None) == (bias == "none")
         assert {parameter.dtype for parameter in layer.parameters()} == {dtype}
-        found = layer(x.to(dtype)).double()
-        assert float((found - (x @ weight.T + offset)).abs().max()) <= 10 * tolerance
-        assert pivoted.error_at(rank) == factors.error_at(rank)
+        outputs = layer(x.to(dtype)).double()
+        assert float((outputs - (x @ weight.T + offset)).abs().max()) <= tolerance
+        running = factors.trial_module("layer", option, 0, {})
+        difference = outputs - running(x)
+        assert float(difference.abs().max()) <= tolerance
+        parameters, *_ = FORMS[form].cost(unit, (rank,), bias=bias != "none", itemsize=4)
+        assert parameters == reference.count_parameters(layer)
+        assert parameters == reference.count_parameters(factors.stand_in("layer", option))
 
 
-def test_the_bias_of_a_pivoted_layer_mends_its_rounded_weights_at_the_center() -> None:
-    """As for factors: else the error of rounding is the same for every token."""
+@every_form
+def test_the_bias_of_a_stored_layer_mends_its_rounded_weights_at_the_center(form: str) -> None:
+    """Else the error of rounding is the same for every token."""
     factors = make("with rank")
     assert factors.offset is not None
     assert factors.center is not None
     far = dataclasses.replace(factors, center=50 * factors.center)  # a mean as large as in models
     assert far.center is not None
-    layer = PivotedFactors(far, torch.bfloat16).at_rank(4)
+    layer = far.stored("layer", Option(form, (4,)), torch.bfloat16)
     assert layer.bias is not None
-    mended = factors.offset - layer.multiplied() @ far.center
+    mended = factors.offset - layer.dense_weight() @ far.center
     slack = 2**-8 * mended.abs() + 1e-4
     assert bool(((layer.bias.double() - mended).abs() <= slack).all())
     of_exact_weights = factors.offset - by_loops(far, 4)[0] @ far.center
     assert not torch.equal(of_exact_weights.bfloat16(), layer.bias)
 
 
-def test_a_rank_that_pivoted_factors_do_not_have_is_refused() -> None:
-    with pytest.raises(ValueError, match="rank 6 is outside"):
-        PivotedFactors(make("none"), torch.float32).at_rank(COUNT + 1)
-
-
 def test_a_warning_of_pivoting_names_layer_and_rank() -> None:
     factors = make("none")
     factors.left[:, 2] = 0.0
-    pivoted = PivotedFactors(factors, torch.float32, "layers.3.up_proj")
     with pytest.warns(UserWarning, match=r"layers\.3\.up_proj at rank 4: 1 of 4 columns"):
-        pivoted.at_rank(4)
+        factors.stored("layers.3.up_proj", Option("pivoted", (4,)), torch.float32)
+
+
+# --- tensors of the cache ------------------------------------------------------------------------
+
+
+@every_bias
+def test_what_is_kept_are_contiguous_prefixes_and_comes_back(bias: str) -> None:
+    factors = make(bias)
+    tensors = factors.tensors()
+    assert all(tensor.is_contiguous() for tensor in tensors.values())
+    assert tensors["left"].shape == (COUNT, OUT)
+    again = LowRankFactors.of_tensors(tensors)
+    for field in dataclasses.fields(LowRankFactors):
+        one, other = getattr(again, field.name), getattr(factors, field.name)
+        assert (one is None) == (other is None) == (field.name not in tensors)
+        assert one is None or torch.equal(one, other)
+
+
+@pytest.mark.parametrize("part", ["right", "tail", "offset", "center", "loss"])
+def test_tensors_of_shapes_that_do_not_fit_are_refused(part: str) -> None:
+    tensors = make("with rank").tensors()
+    tensors[part] = tensors[part][1:]
+    with pytest.raises(ValueError, match=rf"{part} has shape \(.*\), expected \("):
+        LowRankFactors.of_tensors(tensors)

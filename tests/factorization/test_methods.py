@@ -6,19 +6,23 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+import yaml  # type: ignore[import-untyped]
 from torch import Tensor, nn
 
-from lrbo.accounting import STORAGES
-from lrbo.config import group_keys
+from lrbo.config.compose import conf_folder
+from lrbo.config.options import rules_of
 from lrbo.errors import ConfigError, StatisticsError
 from lrbo.factorization.base import FactorizationMethod, factor_layer
-from lrbo.factorization.loss_aware import LossAware
-from lrbo.factorization.registry import METHODS, method_named, options_of
+from lrbo.factorization.factors import LowRankFactors
+from lrbo.factorization.methods import LossAware
+from lrbo.factorization.registry import METHODS, method_named
+from lrbo.layers.forms import FORMS
+from lrbo.layers.modules import MODULES
+from lrbo.layers.options import Option
 from lrbo.linalg import JitterWarning
-from lrbo.nested import NestedFactors, PivotedFactors
-from tests import reference
-from tests.methods import CASES, SHAPES, Case, Layer, make_layer, plain_svd
-from tests.reference import Affine
+from tests.support import reference
+from tests.support.methods import CASES, SHAPES, Case, Layer, make_layer, plain_svd
+from tests.support.reference import Affine
 
 TOLERANCE = {
     "full rank": 1e-10,  # the design's promise; products of well-conditioned float64 matrices
@@ -49,18 +53,18 @@ every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 
 
 @cache  # tests ask of the same layers
-def factors_of(method: FactorizationMethod, layer: Layer) -> NestedFactors:
+def factors_of(method: FactorizationMethod, layer: Layer) -> LowRankFactors:
     """Factor with exactly the statistics that the method says it needs."""
     given = {need: layer.statistics[need] for need in method.needs}
     return method.factor(layer.weight, layer.bias, given)
 
 
 @cache
-def map_at(factors: NestedFactors, layer: Layer, rank: int) -> Affine:
+def map_at(factors: LowRankFactors, layer: Layer, rank: int) -> Affine:
     return reference.affine_of(factors.at_rank(rank), layer.spec.in_features)
 
 
-def ranks_of(factors: NestedFactors) -> range:
+def ranks_of(factors: LowRankFactors) -> range:
     return range(factors.max_rank + 1)
 
 
@@ -72,7 +76,7 @@ def largest_difference(a: Affine, b: Affine) -> float:
 @every_layer
 def test_full_rank_reproduces_the_affine_map(method: FactorizationMethod, layer: Layer) -> None:
     factors = factors_of(method, layer)
-    assert isinstance(factors, NestedFactors)
+    assert isinstance(factors, LowRankFactors)
     assert factors.max_rank == min(layer.weight.shape)
     full = map_at(factors, layer, factors.max_rank)
     assert largest_difference(full, layer.dense) <= TOLERANCE["full rank"]
@@ -82,7 +86,7 @@ def test_full_rank_reproduces_the_affine_map(method: FactorizationMethod, layer:
 @every_layer
 def test_error_never_rises_and_ends_at_zero(method: FactorizationMethod, layer: Layer) -> None:
     factors = factors_of(method, layer)
-    errors = [factors.error_at(rank) for rank in ranks_of(factors)]
+    errors = [float(factors.tail[rank]) for rank in ranks_of(factors)]
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] == 0.0
     assert errors[0] > 0.0
@@ -92,10 +96,10 @@ def test_error_never_rises_and_ends_at_zero(method: FactorizationMethod, layer: 
 @every_layer
 def test_error_is_what_is_measured(case: Case, layer: Layer) -> None:
     factors = factors_of(case.method, layer)
-    unit = factors.error_at(0)
+    unit = float(factors.tail[0])
     for rank in ranks_of(factors):
         measured = case.error(layer, map_at(factors, layer, rank))
-        assert abs(factors.error_at(rank) - measured) <= TOLERANCE["error"] * unit, rank
+        assert abs(float(factors.tail[rank]) - measured) <= TOLERANCE["error"] * unit, rank
 
 
 @every_case
@@ -111,10 +115,10 @@ def test_a_prefix_is_the_direct_factorization(case: Case, layer: Layer) -> None:
 @every_layer
 def test_never_worse_than_svd_in_its_own_metric(case: Case, layer: Layer) -> None:
     factors = factors_of(case.method, layer)
-    unit = factors.error_at(0)
+    unit = float(factors.tail[0])
     for rank in ranks_of(factors):
         plain = case.error(layer, plain_svd(layer, rank))
-        assert factors.error_at(rank) <= plain + TOLERANCE["error"] * unit, rank
+        assert float(factors.tail[rank]) <= plain + TOLERANCE["error"] * unit, rank
 
 
 @every_method
@@ -128,27 +132,22 @@ def test_a_rank_has_that_rank(method: FactorizationMethod, layer: Layer) -> None
 
 @every_method
 @every_layer
-def test_parameters_counts_the_module(method: FactorizationMethod, layer: Layer) -> None:
-    factors = factors_of(method, layer)
-    for rank in ranks_of(factors):
-        module = factors.at_rank(rank)
-        assert method.parameters(layer.spec, rank) == reference.count_parameters(module), rank
-
-
-@every_method
-@every_layer
-def test_pivoted_storage_is_the_same_map_in_the_numbers_that_are_counted(
-    method: FactorizationMethod, layer: Layer
+@pytest.mark.parametrize("form", MODULES)
+def test_every_form_is_the_same_map_at_what_it_costs(
+    method: FactorizationMethod, layer: Layer, form: str
 ) -> None:
-    assert STORAGES == ("factored", "pivoted")
+    """What adds a bias says so: a menu must count it before anything is factored."""
     factors = factors_of(method, layer)
+    bias = method.adds_bias or layer.spec.has_bias
     for rank in ranks_of(factors):
-        module = PivotedFactors(factors, torch.float64).at_rank(rank)
-        counted = method.parameters(layer.spec, rank, "pivoted")
-        assert counted == reference.count_parameters(module), rank
-        assert counted == method.parameters(layer.spec, rank, "factored") - rank * rank
-        found = reference.affine_of(module, layer.spec.in_features)
-        difference = largest_difference(found, map_at(factors, layer, rank))
+        option = Option(form, (rank,))
+        module = factors.stored("layer", option, torch.float64)
+        assert (module.bias is not None) == bias
+        for counted in (module, factors.stand_in("layer", option)):
+            parameters, *_ = FORMS[form].cost(layer.spec, (rank,), bias=bias, itemsize=8)
+            assert parameters == reference.count_parameters(counted), rank
+        actual = reference.affine_of(module, layer.spec.in_features)
+        difference = largest_difference(actual, map_at(factors, layer, rank))
         assert difference <= TOLERANCE["full rank"], rank
 
 
@@ -165,7 +164,7 @@ def test_same_call_same_bits_and_input_untouched(method: FactorizationMethod, la
         one, two = first.at_rank(rank).state_dict(), second.at_rank(rank).state_dict()
         assert one.keys() == two.keys()
         assert all(torch.equal(one[name], two[name]) for name in one)
-        assert first.error_at(rank) == second.error_at(rank)
+        assert float(first.tail[rank]) == float(second.tail[rank])
 
 
 @every_method
@@ -177,8 +176,8 @@ def test_works_in_float64_whatever_the_weight_is(
     layer = make_layer("tall", bias=True)
     assert layer.bias is not None
     weight, bias = layer.weight.to(dtype), layer.bias.to(dtype)
-    low = method.factor(weight, bias, layer.statistics)
-    high = method.factor(weight.double(), bias.double(), layer.statistics)
+    low = factor_layer(method, weight, bias, layer.statistics)
+    high = factor_layer(method, weight.double(), bias.double(), layer.statistics)
     for rank in ranks_of(low):
         one, two = low.at_rank(rank).state_dict(), high.at_rank(rank).state_dict()
         assert {(tensor.dtype, tensor.device.type) for tensor in one.values()} == {
@@ -193,7 +192,7 @@ def test_a_missing_statistic_is_refused_by_name(method: FactorizationMethod) -> 
     for missing in method.needs:
         rest = {need: layer.statistics[need] for need in method.needs - {missing}}
         with pytest.raises(StatisticsError, match=rf"{method.name}.*needs .*\b{missing.value}\b"):
-            method.factor(layer.weight, layer.bias, rest)
+            factor_layer(method, layer.weight, layer.bias, rest)
 
 
 @every_method
@@ -207,14 +206,14 @@ def test_non_finite_input_is_refused_with_its_count(
     weight[1, 2] = weight[4, 0] = bad
     bias[3] = bad
     with pytest.raises(StatisticsError, match=r"weight holds 2 non-finite values out of 45"):
-        method.factor(weight, layer.bias, layer.statistics)
+        factor_layer(method, weight, layer.bias, layer.statistics)
     with pytest.raises(StatisticsError, match=r"bias holds 1 non-finite values out of 5"):
-        method.factor(layer.weight, bias, layer.statistics)
+        factor_layer(method, layer.weight, bias, layer.statistics)
     for need in method.needs:
         broken = layer.statistics[need].clone()
         broken.view(-1)[:3] = bad
         with pytest.raises(StatisticsError, match=rf"{need.value} holds 3 non-finite"):
-            method.factor(layer.weight, layer.bias, {**layer.statistics, need: broken})
+            factor_layer(method, layer.weight, layer.bias, {**layer.statistics, need: broken})
 
 
 def assert_scaled(method: FactorizationMethod, layer: Layer, gradients: Tensor, times: int) -> None:
@@ -225,8 +224,8 @@ def assert_scaled(method: FactorizationMethod, layer: Layer, gradients: Tensor, 
     for rank in ranks_of(factors):
         one, three = map_at(factors, layer, rank), map_at(scaled, layer, rank)
         assert largest_difference((3 * one[0], 3 * one[1]), three) <= TOLERANCE["scaled"], rank
-        assert scaled.error_at(rank) == pytest.approx(
-            times * factors.error_at(rank), rel=1e-9, abs=TOLERANCE["scaled"]
+        assert float(scaled.tail[rank]) == pytest.approx(
+            times * float(factors.tail[rank]), rel=1e-9, abs=TOLERANCE["scaled"]
         )
 
 
@@ -305,14 +304,14 @@ def test_singular_statistics_are_no_special_case(case: Case, shape: str, what: s
         factors = factors_of(case.method, layer)
     full = map_at(factors, layer, factors.max_rank)
     assert largest_difference(full, layer.dense) <= TOLERANCE["full rank"]
-    assert factors.error_at(factors.max_rank) == 0.0
-    unit = factors.error_at(0)
+    assert float(factors.tail[factors.max_rank]) == 0.0
+    unit = float(factors.tail[0])
     assert unit > 0.0
     for rank in ranks_of(factors):
         measured = case.error(layer, map_at(factors, layer, rank))
-        assert abs(factors.error_at(rank) - measured) <= TOLERANCE["error"] * unit, rank
+        assert abs(float(factors.tail[rank]) - measured) <= TOLERANCE["error"] * unit, rank
         plain = case.error(layer, plain_svd(layer, rank))
-        assert factors.error_at(rank) <= plain + TOLERANCE["error"] * unit, rank
+        assert float(factors.tail[rank]) <= plain + TOLERANCE["error"] * unit, rank
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -336,7 +335,7 @@ LEFT = {
 }
 
 
-def factors_without_effect(method: FactorizationMethod, layer: Layer) -> NestedFactors:
+def factors_without_effect(method: FactorizationMethod, layer: Layer) -> LowRankFactors:
     given = {need: layer.statistics[need] for need in method.needs}
     return factor_layer(method, layer.weight, layer.bias, given)
 
@@ -351,13 +350,13 @@ def test_a_layer_without_effect_costs_nothing_and_keeps_directions_in_order(
     for tensor in layer.groups if what == "inputs" else [layer.gradients]:
         tensor.zero_()
     factors = factors_without_effect(METHODS[name], layer)
-    assert {factors.error_at(rank) for rank in ranks_of(factors)} == {0.0}
+    assert {float(factors.tail[rank]) for rank in ranks_of(factors)} == {0.0}
     full = map_at(factors, layer, factors.max_rank)
     assert largest_difference(full, layer.dense) <= TOLERANCE["full rank"]
     direct = LEFT[name, what]
     for rank in ranks_of(factors) if direct else ():
-        found = map_at(factors, layer, rank)
-        assert largest_difference(found, direct(layer, rank)) <= TOLERANCE["direct"], rank
+        actual = map_at(factors, layer, rank)
+        assert largest_difference(actual, direct(layer, rank)) <= TOLERANCE["direct"], rank
 
 
 @every_method
@@ -367,7 +366,7 @@ def test_a_weight_of_zeros_costs_nothing(method: FactorizationMethod, shape: str
     layer.weight.zero_()
     factors = factors_without_effect(method, layer)
     for rank in ranks_of(factors):
-        assert factors.error_at(rank) == 0.0
+        assert float(factors.tail[rank]) == 0.0
         assert largest_difference(map_at(factors, layer, rank), layer.dense) == 0.0
 
 
@@ -380,9 +379,9 @@ def test_a_layer_with_effect_is_factored_by_the_method_alone(method: Factorizati
             group.copy_(layer.groups[0][0].expand_as(group))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", JitterWarning)
-            plain, found = factors_of(method, layer), factors_without_effect(method, layer)
-        assert torch.equal(found.left, plain.left)
-        assert torch.equal(found.tail, plain.tail)
+            plain, actual = factors_of(method, layer), factors_without_effect(method, layer)
+        assert torch.equal(actual.left, plain.left)
+        assert torch.equal(actual.tail, plain.tail)
 
 
 # --- registry ------------------------------------------------------------------------------------
@@ -397,11 +396,9 @@ def test_unknown_method_lists_the_known_ones() -> None:
 
 
 def test_options_change_a_method_and_are_known_by_name() -> None:
-    assert options_of("svd") == {}
-    assert options_of("asvd") == {"alpha": 0.5}
-    assert "output_shrinkage" in options_of("loss_aware")
     for name, method in METHODS.items():
-        assert method_named(name, options_of(name)) == method
+        options = {option: getattr(method, option) for option in rules_of(method)}
+        assert method_named(name, options) == method
     assert method_named("asvd", {"alpha": 0.25}).alpha == 0.25
     assert METHODS["asvd"].alpha == 0.5
 
@@ -429,7 +426,10 @@ def test_one_sided_kinds_are_treated_without_directions_of_gradients() -> None:
         assert other.for_kind("q_proj") is other
 
 
-def test_values_are_checked_against_the_options_that_methods_have() -> None:
-    """The check reads conf/method, so that it needs no tensors."""
-    stated = {name: set(keys) - {"name"} for name, keys in group_keys("method").items()}
-    assert stated == {name: set(options_of(name)) for name in METHODS}
+def test_every_method_has_a_file_that_states_all_of_its_options() -> None:
+    files = {file.stem: file for file in (conf_folder() / "method").glob("*.yaml")}
+    assert set(files) == set(METHODS)
+    for name, file in files.items():
+        stated = yaml.safe_load(file.read_text(encoding="utf-8"))
+        assert method_named(stated.pop("name"), stated) == METHODS[name]
+        assert set(stated) == set(rules_of(METHODS[name]))

@@ -9,17 +9,17 @@ import torch
 from transformers import PreTrainedModel
 
 import lrbo
-from lrbo.allocation import Allocation, Budget
+from lrbo.allocation.allocate import Allocation
+from lrbo.allocation.apply import on_device
 from lrbo.calibration.collect import CalibrationSettings
-from lrbo.commands.finalists import output_metric
-from lrbo.compression import running
 from lrbo.factorization.registry import METHODS
-from lrbo.loading import byte_tokenizer, tiny_model
-from lrbo.model import map_model
-from lrbo.refit import RefitSettings, refit
-from lrbo.steps import NoEffectWarning, calibrate, factorize
-from tests.commands import TINY, lrbo_command
-from tests.tiny import build, token_ids
+from lrbo.layers.options import DENSE, Budget, Option
+from lrbo.models.model_map import map_model
+from lrbo.models.tiny import byte_tokenizer, tiny_model
+from lrbo.pipeline.in_memory import NoEffectWarning, calibrate, factorize
+from lrbo.refit.sequential import RefitSettings, output_metric, refit
+from tests.support.commands import TINY, lrbo_command
+from tests.support.tiny import build, token_ids
 
 IDS = token_ids(8, 24)
 SETTINGS = CalibrationSettings(groups=3, gradient_share=1.0)
@@ -73,6 +73,11 @@ def changed(change: Callable[[torch.nn.Module], None]) -> PreTrainedModel:
     return model
 
 
+def deciding(options: dict[str, Option]) -> Allocation:
+    """Return an allocation of which nobody asks what it costs."""
+    return Allocation(options, {}, Budget("parameters", 0))
+
+
 @pytest.mark.parametrize("change", IDLE, ids=lambda change: change.__name__)
 def test_every_method_takes_them_says_so_and_any_rank_costs_nothing(
     change: Callable[[torch.nn.Module], None],
@@ -84,19 +89,22 @@ def test_every_method_takes_them_says_so_and_any_rank_costs_nothing(
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             factorization = factorize(model, calibration, method, progress=False)
-        (said,) = [str(w.message) for w in caught if w.category is NoEffectWarning]
-        assert said.startswith(f"{len(kinds)} of 14 layers cost nothing at any rank")
-        assert said.endswith(": " + ", ".join(f"{kind} of 1" for kind in kinds))
+        (message,) = [str(w.message) for w in caught if w.category is NoEffectWarning]
+        assert message.startswith(f"{len(kinds)} of 14 layers cost nothing at any rank")
+        assert message.endswith(": " + ", ".join(f"{kind} of 1" for kind in kinds))
         idle = {
             s.name for s in factorization.layers.compressible if s.block == 1 and s.kind in kinds
         }
         for name, factors in factorization.factors.items():
             assert (float(factors.loss.max()) == 0.0) == (name in idle), (method, name)
-        ranks = {s.name: 1 if s.name in idle else None for s in factorization.layers.compressible}
-        with factorization.compressed(model, Allocation(ranks, 0, Budget(0))):
+        options = {
+            s.name: Option("factored", (1,)) if s.name in idle else DENSE
+            for s in factorization.layers.compressible
+        }
+        with factorization.compressed(model, deciding(options)):
             assert lrbo.score(model, IDS).mean == pytest.approx(dense, abs=1e-6), method
         for allocation in (factorization.uniform(0.6), factorization.least_loss(0.6)):
-            assert allocation.parameters <= allocation.budget.parameters
+            assert allocation.cost.parameters <= allocation.budget.limit
 
 
 def test_all_layers_may_do_nothing() -> None:
@@ -131,8 +139,7 @@ def test_a_refit_does_not_make_them_worse(
     calibration = calibrate(model, IDS, settings=SETTINGS, progress=False)
     with pytest.warns(NoEffectWarning):
         factorization = factorize(model, calibration, progress=False)
-    ranks = {s.name: 4 for s in layers.compressible}
-    allocation = Allocation(ranks, 0, Budget(0))
+    allocation = deciding({s.name: Option("factored", (4,)) for s in layers.compressible})
     metric = output_metric(layers, calibration, 0.75)
     settings = RefitSettings(held_back=held_back)
     again = refit(model, layers, allocation, factorization.factors, IDS, settings, metric=metric)
@@ -142,10 +149,10 @@ def test_a_refit_does_not_make_them_worse(
         assert torch.isfinite(new.right).all()
         product = new.left @ new.right
         assert bool(product.any()) or not bool(model.get_submodule(spec.name).weight.any())
-    prefixes = running(model, again.factors, ranks)
+    prefixes = on_device(model, again.factors, {s.name: 4 for s in layers.compressible})
     with factorization.compressed(model, allocation):
         before = lrbo.score(model, IDS).mean
-    with lrbo.compression.compressed(model, allocation, prefixes):
+    with lrbo.allocation.apply.compressed(model, allocation, prefixes):
         assert lrbo.score(model, IDS).mean <= before + 0.05
 
 
@@ -158,10 +165,10 @@ def test_a_whole_search_takes_a_model_with_an_idle_block(
         zero_outputs(model.model.layers[1])
     model.save_pretrained("grown")
     byte_tokenizer().save_pretrained("grown")
-    chosen = ["model=hf", "model.path=grown", "model.dtype=float32", "model.device=cpu"]
+    own_model = ["model=hf", "model.path=grown", "model.dtype=float32", "model.device=cpu"]
     fewer = ["search.trials=3", "search.initial=2", "study=grown"]
     default = ["method=loss_aware", "space=weights"]
-    ran = lrbo_command("search", *TINY, *chosen, *fewer, *default)
+    ran = lrbo_command("search", *TINY, *own_model, *fewer, *default)
     assert ran.status == 0, ran.err
     assert " ".join(ran.err.split()).count("7 of 14 layers cost nothing at any rank") == 1
     ran = lrbo_command("compress", "study=grown", "out=out")

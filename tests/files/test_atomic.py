@@ -14,8 +14,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from lrbo import storage
-from lrbo.storage import is_full, new_folder, remove_whole, replacing, write_text
+from lrbo.files import atomic
+from lrbo.files.atomic import is_full, new_folder, remove_whole, replacing, write_text
 
 
 class Interrupted(BaseException):
@@ -128,7 +128,7 @@ def test_a_new_folder_appears_only_when_it_is_whole(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
-def test_who_may_read_a_new_folder_is_the_umask_s_to_say(tmp_path: Path, umask: int) -> None:
+def test_a_new_folder_follows_the_umask(tmp_path: Path, umask: int) -> None:
     before = os.umask(umask)
     try:
         with new_folder(tmp_path / "model") as beside:
@@ -165,7 +165,7 @@ def test_a_folder_that_exists_is_not_touched(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [None, "theirs"])
-def test_a_folder_that_somebody_else_made_meanwhile_is_kept(
+def test_a_folder_that_another_process_made_meanwhile_stays(
     tmp_path: Path, content: str | None
 ) -> None:
     """Two searches of one model prepare the same: the second finds that it is there."""
@@ -226,16 +226,16 @@ FULL = OSError(errno.ENOSPC, "No space left on device")
     ],
     ids=str,
 )
-def test_a_full_disk_is_told_from_other_errors(error: BaseException, full: bool) -> None:
+def test_a_full_disk_is_distinguished_from_other_errors(error: BaseException, full: bool) -> None:
     assert is_full(error) is full
 
 
-# --- what a killed process leaves ----------------------------------------------------------------
+# --- leftovers of killed processes -------------------------------------------------------------
 
 WRITER = """
 import sys, time
 from pathlib import Path
-from lrbo.storage import new_folder, replacing
+from lrbo.files.atomic import new_folder, replacing
 path = Path(sys.argv[2])
 with {"file": replacing, "folder": new_folder}[sys.argv[1]](path) as beside:
     if sys.argv[1] == "folder":
@@ -259,7 +259,7 @@ def writing(kind: str, path: Path) -> Iterator[subprocess.Popen[str]]:
             process.kill()
 
 
-def test_what_a_killed_process_left_is_removed_by_the_next_and_a_living_one_is_left_alone(
+def test_leftovers_of_killed_processes_are_removed_and_those_of_living_ones_stay(
     tmp_path: Path,
 ) -> None:
     with writing("folder", tmp_path / "out") as alive:
@@ -278,7 +278,7 @@ def test_what_a_killed_process_left_is_removed_by_the_next_and_a_living_one_is_l
     assert {path.name for path in tmp_path.iterdir()} == {"text", "made"}
 
 
-def test_what_another_host_left_is_removed_when_it_is_old(tmp_path: Path) -> None:
+def test_leftovers_of_another_host_are_removed_when_they_are_old(tmp_path: Path) -> None:
     """Its locks may be invisible here."""
     with writing("file", tmp_path / "theirs") as process:
         process.kill()
@@ -286,7 +286,7 @@ def test_what_another_host_left_is_removed_when_it_is_old(tmp_path: Path) -> Non
     theirs = left.rename(tmp_path / ".lrbo-elsewhere-0123456789ab.new")
     write_text(tmp_path / "text", "whole")
     assert theirs.is_dir()
-    then = time.time() - 2 * storage.STALE_SECONDS
+    then = time.time() - 2 * atomic.STALE_SECONDS
     os.utime(theirs, (then, then))
     write_text(tmp_path / "text", "whole")
     assert not theirs.exists()
@@ -294,7 +294,7 @@ def test_what_another_host_left_is_removed_when_it_is_old(tmp_path: Path) -> Non
 
 def test_an_empty_folder_that_never_held_a_lock_is_removed(tmp_path: Path) -> None:
     """Killed between the making of the folder and of its lock."""
-    (tmp_path / storage.BESIDE.format(host=storage._host(), random="0123456789ab")).mkdir()
+    (tmp_path / atomic.BESIDE.format(host=atomic.HOST, random="0123456789ab")).mkdir()
     write_text(tmp_path / "text", "whole")
     assert files(tmp_path) == {"text": "whole"}
 
@@ -307,7 +307,7 @@ def test_a_name_may_be_as_long_as_the_system_takes(tmp_path: Path, length: int) 
     assert sorted(len(path.name) for path in tmp_path.iterdir()) == [length, length]
 
 
-def test_what_is_removed_is_gone_as_a_whole(tmp_path: Path) -> None:
+def test_remove_whole_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "folder" / "deep").mkdir(parents=True)
     (tmp_path / "file").touch()
     for name in ("folder", "file", "nothing"):

@@ -8,19 +8,19 @@ from pathlib import Path
 
 import pytest
 
-from lrbo import paths
-from lrbo.checks import check
 from lrbo.commands.report import _names
+from lrbo.config.schema import BenchmarkConfig, CompressConfig, DashboardConfig, ReportConfig
 from lrbo.errors import StudyError
-from lrbo.optimization.study import Study
-from lrbo.overrides import chosen_by, spelled
-from lrbo.schema import BenchmarkConfig, CompressConfig, DashboardConfig, ReportConfig
-from tests.commands import TINY, lrbo_command
+from lrbo.files import paths
+from lrbo.pipeline.checks import check
+from lrbo.pipeline.overrides import spelled, values_of
+from lrbo.study.journal import Study
+from tests.support.commands import TINY, lrbo_command
 
 
 @pytest.fixture(autouse=True)
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Stand in a folder with one of each kind of thing."""
+def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Change to a folder with one thing of each kind."""
     monkeypatch.chdir(tmp_path)
     Path("file").write_text("mine", encoding="utf-8")
     Path("folder").mkdir()
@@ -29,7 +29,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-# Where nothing can be written, and what is said of it.
+# Paths that cannot be written, and the reason in the message.
 UNWRITABLE = {
     "dangling": "a link to nowhere, which is not there",
     "dangling/below": "a link to nowhere, which is not there",
@@ -41,7 +41,7 @@ UNWRITABLE = {
     "folder/" + "x" * 300 + "/y": "expected at most 255",
     "folder/new/../x": "/folder/new to go up from; expected a path such as ",
     "y/" * 2100 + "x": "a path of more than",
-    "": "came nothing",
+    "": "got nothing",
     "a\nb": "cannot be printed",
     "a\0b": "cannot be printed",
     "~nobody-of-this-name/x": "no such user",
@@ -50,29 +50,29 @@ UNWRITABLE = {
 
 @pytest.mark.parametrize(("path", "reason"), UNWRITABLE.items(), ids=lambda text: text[:20])
 @pytest.mark.parametrize("checked", [paths.check_new, paths.check_writable, paths.check_appended])
-def test_what_cannot_be_written_is_named_with_the_reason(
-    path: str, reason: str, checked: Callable[[str, str], list[str]], place: Path
+def test_a_path_that_cannot_be_written_is_refused_with_the_reason(
+    path: str, reason: str, checked: Callable[[str, str], list[str]], workdir: Path
 ) -> None:
-    before = sorted(place.rglob("*"))
+    before = sorted(workdir.rglob("*"))
     (problem,) = checked("out", path)
     assert problem.startswith("out=")
     is_there = checked is paths.check_new and os.path.lexists(path.replace("\0", "?"))
     assert ("exists already" if is_there else reason) in problem or path == ""
-    assert sorted(place.rglob("*")) == before
+    assert sorted(workdir.rglob("*")) == before
 
 
 @pytest.mark.parametrize("path", ["foo/..", "foo/../..", "foo/../new"])
-def test_a_new_folder_goes_up_only_from_what_is_there(path: str, place: Path) -> None:
+def test_a_new_folder_goes_up_only_from_what_is_there(path: str, workdir: Path) -> None:
     """It was refused after the whole refit, with the folder before the dots left there."""
-    written = os.path.normpath(place / path)
-    expected = f"there is no {place}/foo to go up from; expected a path such as {written}"
+    written = os.path.normpath(workdir / path)
+    expected = f"there is no {workdir}/foo to go up from; expected a path such as {written}"
     for checked in (paths.check_new, paths.check_appended):
         assert checked("out", path) == [f"out={path!r}: {expected}"]
     assert not Path("foo").exists()
 
 
 def test_what_is_written_may_be_beside_the_working_folder(
-    place: Path, monkeypatch: pytest.MonkeyPatch
+    workdir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir("folder")
     for path in ("../new", "../folder/../new", "../new/deep"):
@@ -82,25 +82,25 @@ def test_what_is_written_may_be_beside_the_working_folder(
     assert "expected a folder without '..'" in check(CompressConfig("../s", out="../new"))[0]
 
 
-def test_what_can_be_written_has_no_problem_and_trying_leaves_nothing(place: Path) -> None:
-    before = sorted(place.rglob("*"))
-    for path in ("new", "new/deep/er", "folder/new", "x" * 255, str(place / "abs"), "ä ö", "a'b"):
+def test_a_path_that_can_be_written_has_no_problem_and_checks_leave_nothing(workdir: Path) -> None:
+    before = sorted(workdir.rglob("*"))
+    for path in ("new", "new/deep/er", "folder/new", "x" * 255, str(workdir / "abs"), "ä ö", "a'b"):
         assert paths.check_new("out", path) == []
         assert paths.check_appended("record", path) == []
     assert paths.check_writable("study", "folder") == []
     assert paths.check_appended("record", "file") == []
-    assert sorted(place.rglob("*")) == before
+    assert sorted(workdir.rglob("*")) == before
 
 
-def test_the_longest_name_is_that_of_the_file_system(place: Path) -> None:
-    from lrbo.storage import new_folder, replacing
+def test_the_longest_name_is_that_of_the_file_system(workdir: Path) -> None:
+    from lrbo.files.atomic import new_folder, replacing
 
     name = "x" * 255
-    with new_folder(place / name) as beside:
+    with new_folder(workdir / name) as beside:
         (beside / "file").touch()
-    with replacing(place / name.replace("x", "y")) as other:
+    with replacing(workdir / name.replace("x", "y")) as other:
         other.touch()
-    assert (place / name / "file").is_file()
+    assert (workdir / name / "file").is_file()
     for path in (name, f"{name}/below", f"{name}/../new"):
         assert paths.check_writable("study", path) == []
 
@@ -137,8 +137,8 @@ def test_studies_may_be_in_any_other_folder(path: str) -> None:
     assert paths.check_name("studies", path, root=True) == []
 
 
-def test_a_study_is_looked_for_where_it_would_be() -> None:
-    """A link beside the folder of the studies that has the name of one is none of its business."""
+def test_a_study_is_checked_only_at_its_own_path() -> None:
+    """A link beside the folder of the studies that has the name of one is not looked at."""
     assert check(ReportConfig(study="dangling")) == []
     Path("studies").mkdir()
     Path("studies/dangling").symlink_to("nowhere")
@@ -163,41 +163,42 @@ SEARCHES = {
 
 @pytest.mark.parametrize(("override", "reason"), SEARCHES.items(), ids=lambda text: text[:20])
 def test_a_search_is_refused_before_it_reads_anything(
-    override: str, reason: str, place: Path, monkeypatch: pytest.MonkeyPatch
+    override: str, reason: str, workdir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lrbo.cli._command", lambda *_: pytest.fail("work began"))
-    (place / "folder" / "taken").mkdir()
-    (place / "folder" / "taken" / "thesis.txt").touch()
-    before = sorted(place.rglob("*"))
+    monkeypatch.setattr("lrbo.cli.imported", lambda *_: pytest.fail("work began"))
+    (workdir / "folder" / "taken").mkdir()
+    (workdir / "folder" / "taken" / "thesis.txt").touch()
+    before = sorted(workdir.rglob("*"))
     ran = lrbo_command("search", *TINY, override)
     assert ran.status == 2
     assert reason in " ".join(ran.err.split()), ran.err
-    assert sorted(place.rglob("*")) == before
+    assert sorted(workdir.rglob("*")) == before
 
 
 def test_home_is_put_in_place_of_its_sign_in_every_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lrbo.config import composed, flat
+    from lrbo.config.compose import composed
+    from lrbo.config.schema import flat
 
     monkeypatch.setenv("HOME", "/home/me")
     typed = ["study=~/s/t", "studies=~/s", "model=hf", "model.path=~/m", "data=files"]
     typed += ["data.calibration.path=[~/a,~/b]", "data.validation.path=~/c", "data.test.path=d~"]
-    found = flat(composed("search", [spelled("search", each) for each in typed]))
-    assert found["study"] == "/home/me/s/t"
-    assert found["studies"] == "/home/me/s"
-    assert found["tracking.uri"] == "sqlite:////home/me/s/mlflow.db"
-    assert found["model.path"] == "/home/me/m"
-    assert found["data.calibration.path"] == ["/home/me/a", "/home/me/b"]
-    assert found["data.validation.path"] == "/home/me/c"
-    assert found["data.test.path"] == "d~"
+    values = flat(composed("search", [spelled("search", each) for each in typed]))
+    assert values["study"] == "/home/me/s/t"
+    assert values["studies"] == "/home/me/s"
+    assert values["tracking.uri"] == "sqlite:////home/me/s/mlflow.db"
+    assert values["model.path"] == "/home/me/m"
+    assert values["data.calibration.path"] == ["/home/me/a", "/home/me/b"]
+    assert values["data.validation.path"] == "/home/me/c"
+    assert values["data.test.path"] == "d~"
     typed = ["warm_start=[uniform,study:~/s/t:3]", "experiment=tiny"]
-    found = flat(composed("search", [spelled("search", each) for each in typed]))
-    assert found["warm_start"] == ["uniform", "study:/home/me/s/t:3"]
-    found = flat(chosen_by("compress", ["study=s", "out=~/o"])[1])
-    assert found["out"] == "/home/me/o"
+    values = flat(composed("search", [spelled("search", each) for each in typed]))
+    assert values["warm_start"] == ["uniform", "study:/home/me/s/t:3"]
+    values = flat(values_of("compress", ["study=s", "out=~/o"])[1])
+    assert values["out"] == "/home/me/o"
     typed = ["studies=~", "checkpoint=~/c", "text_folder=~/t"]
-    found = flat(chosen_by("evaluate", typed)[1])
-    assert found["record"] == "/home/me/evaluations.jsonl"
-    assert (found["checkpoint"], found["text_folder"]) == ("/home/me/c", "/home/me/t")
+    values = flat(values_of("evaluate", typed)[1])
+    assert values["record"] == "/home/me/evaluations.jsonl"
+    assert (values["checkpoint"], values["text_folder"]) == ("/home/me/c", "/home/me/t")
 
 
 def test_a_cache_that_cannot_be_written_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,20 +209,20 @@ def test_a_cache_that_cannot_be_written_is_refused(monkeypatch: pytest.MonkeyPat
 
 
 def test_an_evaluation_asks_the_cache_only_for_a_packaged_model(
-    place: Path, monkeypatch: pytest.MonkeyPatch
+    workdir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A checkpoint, a folder and a tiny model keep nothing there."""
-    monkeypatch.setenv("LRBO_CACHE", str(place / "file" / "cache"))
-    (place / "folder" / "config.json").touch()
+    monkeypatch.setenv("LRBO_CACHE", str(workdir / "file" / "cache"))
+    (workdir / "folder" / "config.json").touch()
     for typed in (["checkpoint=folder"], ["model=hf", "model.path=folder"], ["model=tiny"]):
-        assert check(chosen_by("evaluate", [*typed, "data=generated"])[1]) == []
-    packaged = chosen_by("evaluate", ["model=smollm2_135m", "data=generated"])[1]
+        assert check(values_of("evaluate", [*typed, "data=generated"])[1]) == []
+    packaged = values_of("evaluate", ["model=smollm2_135m", "data=generated"])[1]
     (problem,) = check(packaged)
     assert problem.endswith("file is a file, not a folder")
     monkeypatch.setattr("os.access", lambda path, mode: False)
-    monkeypatch.setenv("LRBO_CACHE", str(place / "cache"))
+    monkeypatch.setenv("LRBO_CACHE", str(workdir / "cache"))
     assert "no permission to write" in check(packaged)[0]
-    (place / "cache" / "models").mkdir(parents=True)  # in which it may be unpacked already
+    (workdir / "cache" / "models").mkdir(parents=True)  # in which it may be unpacked already
     assert not [problem for problem in check(packaged) if "LRBO_CACHE" in problem]
 
 
@@ -248,7 +249,7 @@ def test_a_pattern_names_folders_directly_among_the_studies(pattern: str) -> Non
         _names(ReportConfig(study="mlflow-artifacts/*/*/*"))
 
 
-def test_a_record_is_a_regular_file(place: Path) -> None:
+def test_a_record_is_a_regular_file(workdir: Path) -> None:
     os.mkfifo("pipe")
     for path, kind in (("pipe", "a named pipe"), ("/dev/full", "a device")):
         assert paths.check_appended("record", path) == [
@@ -261,7 +262,7 @@ def test_a_record_is_a_regular_file(place: Path) -> None:
     ["journal.jsonl", "config.yaml", "study.json", "tokens.safetensors", "sensitivity.json"],
 )
 def test_a_pipe_among_the_files_of_a_study_is_refused_by_name(name: str) -> None:
-    """Whoever reads it waits for ever."""
+    """Reading it would wait forever."""
     Path("studies/mine").mkdir(parents=True)
     os.mkfifo(f"studies/mine/{name}")
     with pytest.raises(StudyError, match=rf"studies/mine/{name} is a named pipe; expected a file"):

@@ -1,4 +1,4 @@
-"""Whatever is put into Markdown is the text that a reader sees, and nothing else."""
+"""Values in Markdown and pages are shown as they are, and cannot become markup."""
 
 import html
 import re
@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from jinja2 import UndefinedError
 from markdown_it import MarkdownIt
 
-from lrbo.rendering import code, fenced, markdown, render
+from lrbo.files.rendering import code, fenced, markdown, render
+from lrbo.files.tables import Table, columns
 
 READER = MarkdownIt("commonmark").enable(["table", "strikethrough"])
 # As they come, and of the characters that mean something.
@@ -28,7 +29,7 @@ def plain(page: str) -> str:
 
 
 @given(TEXTS)
-def test_a_text_in_a_line_is_read_as_it_was(text: str) -> None:
+def test_a_text_in_a_line_is_shown_as_it_is(text: str) -> None:
     for before, tag in (("x ", "p"), ("# x ", "h1")):
         page = READER.render(f"{before}{markdown(text)} y")
         assert re.fullmatch(rf"<{tag}>[^<]*</{tag}>\n", page)
@@ -46,21 +47,21 @@ def test_a_text_in_a_table_is_one_cell(text: str) -> None:
 
 
 @given(TEXTS, st.sampled_from(["", "bash"]))
-def test_a_block_of_code_ends_where_it_is_meant_to(text: str, language: str) -> None:
+def test_a_text_cannot_close_its_code_block(text: str, language: str) -> None:
     page = READER.render(f"{fenced(text, language)}\n\nafter\n")
     block = re.fullmatch(r"<pre><code[^>]*>([^<]*)</code></pre>\n<p>after</p>\n", page)
     assert block is not None
     assert html.unescape(block[1]) == f"{text}\n"
 
 
-def test_what_a_template_names_must_be_given() -> None:
+def test_a_template_needs_all_its_values() -> None:
     with pytest.raises(UndefinedError, match="lines"):
-        render("study_note.md", rows=[])
+        render("study_note.md", tables=[])
 
 
-def test_what_no_text_file_can_hold_is_written_as_an_escape() -> None:
+def test_half_a_surrogate_pair_is_written_as_an_escape() -> None:
     lines = {"Model": "half \ud83d"}
-    page = render("study_note.md", lines=lines, rows=[], gains=[], meaning="")
+    page = render("study_note.md", lines=lines, tables=[])
     assert "half \\ud83d" in page.encode("utf-8").decode("utf-8")
 
 
@@ -69,17 +70,18 @@ def test_no_control_character_is_written_for_a_terminal() -> None:
     assert code(text) == "`a[31mred b`"
     assert markdown(text) == r"a\[31mred b"
     assert fenced(text, "bash") == "```bash\na[31mred\nb\n```"
-    page = render("study_note.md", lines={text: text}, rows=[[text]], gains=[text], meaning=text)
+    table = Table(text, columns(text), [[text]], [text])
+    page = render("study_note.md", lines={text: text}, tables=[table])
     assert not {c for c in page if ord(c) < 32 or 127 <= ord(c) < 160} - {"\n"}
 
 
 def test_no_control_character_is_in_a_page() -> None:
     text = "a\x1b[31mred\x07\x9b\tb"
-    table = {"heads": [text], "rows": [[text]], "note": text}
+    table = Table(text, columns(text), [[text]], [text])
     page = render(
-        "report.html", study=text, plotly="", searched=[text], scores=table, gains=table,
-        has_best=True, figures=[], parts=[{"title": text, "tables": [table]}], trials=table,
-        command=text, made_of=[text], config_yaml=f"a: b\n{text}",
+        "report.html", study=text, plotly="", lines=[text], head_tables=[table], has_best=True,
+        figures=[], detail_tables=[table], trials=table, command=text, origins=[text],
+        config_yaml=f"a: b\n{text}",
     )  # fmt: skip
     assert not {c for c in page if ord(c) < 32 or 127 <= ord(c) < 160} - {"\n", "\t"}
     assert "a: b\na[31mred\tb" in page

@@ -1,7 +1,6 @@
-"""The accountant says what counting the parameters of the real modules says."""
+"""The accountant says what counting the tensors of the real modules says."""
 
-import math
-import re
+from collections.abc import Mapping
 
 import pytest
 import torch
@@ -9,66 +8,67 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
-from lrbo.accounting import (
-    STORAGES,
-    ModelAccount,
-    Storage,
-    account,
-    dense_parameters,
-    low_rank_parameters,
-)
-from lrbo.compression import replace_module
-from lrbo.layers import LowRankLinear, PivotedLinear
-from lrbo.model import map_model
-from lrbo.specs import LayerSpec, ModelMap
-from tests import reference
-from tests.tiny import CASES, build, token_ids
+from lrbo.config.choices import ITEMSIZES
+from lrbo.layers.forms import FORMS
+from lrbo.layers.modules import MODULES, replace_module
+from lrbo.layers.options import DENSE, Cost, ModelAccount, Option, account, as_stored, dense_cost
+from lrbo.models.model_map import linear_weight, map_model
+from lrbo.models.specs import ModelMap
+from tests.support import reference
+from tests.support.tiny import CASES, build, token_ids
 
 # Everything is counted in integers: nothing here has a tolerance.
 
 every_case = pytest.mark.parametrize("case", CASES)
-every_storage = pytest.mark.parametrize("storage", STORAGES)
+# Each form alone, and all of them in one model.
+every_mixture = pytest.mark.parametrize("forms", [*((name,) for name in MODULES), tuple(MODULES)])
 both_biases = pytest.mark.parametrize("bias", [False, True])
 
 
-def some_ranks(layers: ModelMap) -> dict[str, int | None]:
-    """Give each layer another rank, from 0 up; every third stays dense."""
+def some_options(layers: ModelMap, forms: tuple[str, ...]) -> dict[str, Option]:
+    """Give each unit another option: forms in turn, ranks from 0 up; every third stays dense."""
     return {
-        spec.name: None if i % 3 == 2 else i % min(spec.out_features, spec.in_features)
-        for i, spec in enumerate(layers.compressible)
+        unit.name: DENSE
+        if i % 3 == 2
+        else Option(forms[i % len(forms)], (i % min(unit.out_features, unit.in_features),))
+        for i, unit in enumerate(layers.compressible)
     }
 
 
 def put_in(
-    model: PreTrainedModel,
-    layers: ModelMap,
-    ranks: dict[str, int | None],
-    *,
-    bias: bool,
-    storage: Storage,
-) -> ModelAccount:
-    """Replace layers by real low-rank modules, and return the account of the result."""
-    parameters = {}
-    for name, rank in ranks.items():
-        spec = layers.by_name[name]
-        if rank is None:
-            parameters[name] = spec.parameters
-            continue
-        has_bias = bias or spec.has_bias
-        replace_module(model, name, real_layer(spec, rank, bias=has_bias, storage=storage))
-        parameters[name] = low_rank_parameters(spec, rank, bias=has_bias, storage=storage)
-    return account(layers, ranks, parameters, storage=storage, bytes_per_parameter=4)
+    model: PreTrainedModel, layers: ModelMap, options: Mapping[str, Option], *, adds_bias: bool
+) -> dict[str, Cost]:
+    """Replace units by real modules, and return what they are said to cost."""
+    itemsize = model.dtype.itemsize
+    for name, option in options.items():
+        if option != DENSE:
+            unit = layers.by_name[name]
+            has_bias = adds_bias or unit.has_bias
+            (rank,) = option.level
+            module = MODULES[option.form].of_product(
+                name,
+                torch.eye(unit.out_features, rank, dtype=torch.float64),
+                torch.ones(rank, unit.in_features, dtype=torch.float64),
+                lambda _, dtype, n=unit.out_features, b=has_bias: (
+                    torch.ones(n).to(dtype) if b else None
+                ),
+                linear_weight(model.get_submodule(name)).dtype,
+            )
+            replace_module(model, name, module)
+    return as_stored(layers, options, adds_bias, itemsize)[0]
 
 
-def real_layer(spec: LayerSpec, rank: int, *, bias: bool, storage: Storage) -> nn.Module:
-    """Make a low-rank layer of ones."""
-    left, right = torch.ones(spec.out_features, rank), torch.ones(rank, spec.in_features)
-    offset = torch.ones(spec.out_features) if bias else None
-    if storage == "factored":
-        return LowRankLinear.from_tensors(left, right, offset)
-    coefficients = torch.ones(spec.out_features - rank, rank)
-    places = torch.arange(spec.out_features, dtype=torch.int32)
-    return PivotedLinear(right, coefficients, places, offset)
+def counted(model: PreTrainedModel, layers: ModelMap, costs: Mapping[str, Cost]) -> ModelAccount:
+    return account(layers, Cost.total(costs.values()), itemsize=model.dtype.itemsize)
+
+
+def bytes_of(module: nn.Module) -> int:
+    """Count what is stored: parameters, and the indices that a form keeps; tied tensors once."""
+    tensors = [*module.parameters()]
+    tensors += [b for m in module.modules() if isinstance(m, tuple(MODULES.values()))
+                for b in m.buffers()]  # fmt: skip
+    stored = {id(t): t.numel() * t.element_size() for t in tensors}
+    return sum(stored.values())
 
 
 def macs_of_linear_layers(model: PreTrainedModel) -> int:
@@ -86,55 +86,51 @@ def macs_of_linear_layers(model: PreTrainedModel) -> int:
 
 @every_case
 @both_biases
-@every_storage
-def test_account_is_the_count_of_the_modules(case: str, bias: bool, storage: Storage) -> None:
+@every_mixture
+def test_parameters_and_bytes_are_the_count_of_the_modules(
+    case: str, bias: bool, forms: tuple[str, ...]
+) -> None:
     model = build(case)
     layers = map_model(model)
-    ranks = some_ranks(layers)
-    assert set(ranks.values()) >= {None, 0, 1}, "the case must exercise each kind of decision"
-    dense_model = reference.count_parameters(model)
-    dense = [reference.count_parameters(model.get_submodule(name)) for name in ranks]
-    counted = put_in(model, layers, ranks, bias=bias, storage=storage)
-    kept = [reference.count_parameters(model.get_submodule(name)) for name in ranks]
-    assert counted.model_dense == dense_model
-    assert counted.model == reference.count_parameters(model)
-    assert counted.compressible_dense == sum(dense)
-    assert counted.compressible == sum(kept)
-    assert counted.keep_ratio == sum(kept) / sum(dense)
+    options = some_options(layers, forms)
+    assert {option.level for option in options.values()} >= {(), (0,), (1,)}
+    before = reference.count_parameters(model), bytes_of(model)
+    dense = [reference.count_parameters(model.get_submodule(name)) for name in options]
+    costs = put_in(model, layers, options, adds_bias=bias)
+    result = counted(model, layers, costs)
+    assert (result.model_dense.parameters, result.model_dense.bytes) == before
+    assert result.model.parameters == reference.count_parameters(model)
+    assert result.model.bytes == bytes_of(model)
+    assert result.units_dense.parameters == sum(dense)
+    for name, cost in costs.items():
+        module = model.get_submodule(name)
+        held = reference.count_parameters(module), bytes_of(module)
+        assert (cost.parameters, cost.bytes) == held, name
+    assert result.units == Cost.total(costs.values())
 
 
 @every_case
-@every_storage
-def test_macs_are_what_torch_multiplies(case: str, storage: Storage) -> None:
+@every_mixture
+def test_macs_are_what_torch_multiplies(case: str, forms: tuple[str, ...]) -> None:
     model = build(case)
     layers = map_model(model)
     dense = macs_of_linear_layers(model)
-    counted = put_in(model, layers, some_ranks(layers), bias=False, storage=storage)
-    assert counted.macs_per_token_dense == dense
-    assert counted.macs_per_token == macs_of_linear_layers(model)
+    costs = put_in(model, layers, some_options(layers, forms), adds_bias=False)
+    result = counted(model, layers, costs)
+    assert result.model_dense.macs == dense
+    assert result.model.macs == macs_of_linear_layers(model)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_bytes_are_those_of_the_tensors(dtype: torch.dtype) -> None:
-    model = build("gpt2").to(dtype)
+@pytest.mark.parametrize("dtype", ITEMSIZES)
+def test_bytes_are_those_of_the_dtype(dtype: str) -> None:
+    kind = getattr(torch, dtype)
+    model = build("gpt2").to(kind)
     layers = map_model(model)
-    ranks = dict.fromkeys((spec.name for spec in layers.compressible), None)
-    dense = {spec.name: spec.parameters for spec in layers.compressible}
-    counted = account(layers, ranks, dense, storage="pivoted", bytes_per_parameter=dtype.itemsize)
-    stored = {p.data_ptr(): p.numel() * p.element_size() for p in model.parameters()}
-    assert counted.bytes == counted.bytes_dense == sum(stored.values())
-
-
-@every_storage
-def test_bytes_count_the_order_that_a_pivoted_layer_keeps(storage: Storage) -> None:
-    model = build("gpt2")
-    layers = map_model(model)
-    counted = put_in(model, layers, some_ranks(layers), bias=True, storage=storage)
-    tensors = [*model.parameters()]
-    tensors += [m.places for m in model.modules() if isinstance(m, PivotedLinear)]
-    stored = {t.data_ptr(): t.numel() * t.element_size() for t in tensors if t.numel()}
-    assert counted.bytes == sum(stored.values())
-    assert (counted.bytes > 4 * counted.model) == (storage == "pivoted")
+    costs = put_in(model, layers, some_options(layers, tuple(MODULES)), adds_bias=True)
+    result = counted(model, layers, costs)
+    assert ITEMSIZES[dtype] == kind.itemsize
+    assert result.model.bytes == bytes_of(model)
+    assert result.model.bytes > kind.itemsize * result.model.parameters  # the indices
 
 
 def test_a_tied_head_is_counted_once() -> None:
@@ -143,60 +139,40 @@ def test_a_tied_head_is_counted_once() -> None:
     assert head.tied_to is not None
     assert untied.parameters - tied.parameters == head.parameters
     # The head costs the same multiplications either way.
-    counts = [
-        account(layers, {}, {}, storage="factored", bytes_per_parameter=2)
-        for layers in (tied, untied)
-    ]
-    assert counts[0].macs_per_token_dense == counts[1].macs_per_token_dense
+    results = [account(layers, Cost(0, 0, 0), itemsize=2) for layers in (tied, untied)]
+    assert results[0].model_dense.macs == results[1].model_dense.macs
 
 
 @every_case
-def test_nothing_changes_while_every_layer_is_dense(case: str) -> None:
+def test_nothing_changes_while_every_unit_is_dense(case: str) -> None:
     layers = map_model(build(case))
-    ranks = dict.fromkeys((spec.name for spec in layers.compressible), None)
-    dense = {spec.name: spec.parameters for spec in layers.compressible}
-    counted = account(layers, ranks, dense, storage="pivoted", bytes_per_parameter=2)
-    assert counted.keep_ratio == 1.0
-    assert counted.model == counted.model_dense
-    assert counted.macs_per_token == counted.macs_per_token_dense
-    assert counted.compressible_dense == dense_parameters(layers.compressible)
+    options = dict.fromkeys((unit.name for unit in layers.compressible), DENSE)
+    _, result = as_stored(layers, options, True, 2)
+    assert result.units == result.units_dense == dense_cost(layers.compressible, 2)
+    assert result.model == result.model_dense
 
 
-@pytest.mark.parametrize("shape", [(5, 9), (9, 5), (7, 7), (1, 4)])
-@both_biases
-def test_a_rank_costs_what_its_tensors_hold(shape: tuple[int, int], bias: bool) -> None:
-    out_features, in_features = shape
-    spec = LayerSpec("layer", "kind", 0, *shape, bias, site="layer")
-    assert spec.parameters == reference.count_parameters(nn.Linear(in_features, out_features, bias))
+def test_only_what_is_compressible_is_counted_as_units() -> None:
+    layers = map_model(build("llama_untied"))
+    assert len(layers.compressible) == 14
+    units = Cost(1400, 3000, 900)
+    result = account(layers, units, itemsize=2)
+    assert result.units == units
+    for measure in ("parameters", "bytes", "macs"):
+        outside = result.model_dense.of(measure) - result.units_dense.of(measure)
+        assert outside > 0
+        assert result.model.of(measure) == outside + units.of(measure)
+    assert result.model_dense.bytes == 2 * result.model_dense.parameters
+
+
+@pytest.mark.parametrize("shape", [(5, 9), (9, 5), (7, 7)])
+def test_a_pivoted_unit_holds_rank_squared_fewer_parameters(shape: tuple[int, int]) -> None:
+    unit = map_model(build("gpt2")).compressible[0]
+    unit = type(unit)("unit", "kind", 0, *shape, has_bias=False, site="unit")
     for rank in range(min(shape) + 1):
         factored, pivoted = (
-            low_rank_parameters(spec, rank, bias=bias, storage=form) for form in STORAGES
+            FORMS[form].cost(unit, (rank,), bias=False, itemsize=2)[0]
+            for form in ("factored", "pivoted")
         )
-        for kind, counted in ((LowRankLinear, factored), (PivotedLinear, pivoted)):
-            module = kind.empty(out_features, in_features, rank, bias=bias)
-            assert counted == reference.count_parameters(module)
-        assert pivoted == factored - rank * rank
-        assert pivoted <= spec.parameters
-    assert pivoted == spec.parameters  # at full rank the pivoted form is the dense one
-
-
-@every_storage
-@pytest.mark.parametrize("rank", [-1, 6])
-def test_a_rank_that_the_layer_cannot_have_is_refused_by_name(storage, rank: int) -> None:
-    spec = LayerSpec("blocks.3.fc1", "fc1", 3, 5, 9, has_bias=False, site="blocks.3.fc1")
-    with pytest.raises(ValueError, match=rf"blocks\.3\.fc1: rank {rank} is outside 0\.\.5"):
-        low_rank_parameters(spec, rank, bias=False, storage=storage)
-
-
-def test_keep_ratio_covers_the_compressible_layers_only() -> None:
-    layers = map_model(build("llama_untied"))
-    ranks = {spec.name: 1 for spec in layers.compressible}
-    kept = {spec.name: 100 for spec in layers.compressible}
-    counted = account(layers, ranks, kept, storage="factored", bytes_per_parameter=2)
-    assert isinstance(counted, ModelAccount)
-    assert math.isclose(counted.keep_ratio, 1400 / counted.compressible_dense, rel_tol=1e-15)
-    outside = counted.model_dense - counted.compressible_dense
-    assert counted.model == outside + 1400
-    assert counted.bytes == 2 * counted.model
-    assert len(kept) == 14
-    assert not any(re.search("head|embed", name) for name in kept)
+        assert pivoted == factored - rank * rank <= unit.parameters
+    assert pivoted == unit.parameters  # at full rank the pivoted form is the dense one

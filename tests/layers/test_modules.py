@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lrbo.layers import LowRankLinear, PivotedLinear, linear_of
-from lrbo.pivoting import GROWTH_BOUND, pivot
-from tests import reference
+from lrbo.layers.low_rank import LowRankLinear, linear_of
+from lrbo.layers.pivoted import GROWTH_BOUND, PivotedLinear
+from tests.support import reference
 
 TOLERANCE = {
     torch.float64: 1e-12,  # sums of ten products of numbers around 1
@@ -36,28 +36,28 @@ def parts(rank: int, *, bias: bool, dtype: torch.dtype = torch.float64):
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_forward_is_the_dense_product(rank: int, bias: bool, dtype: torch.dtype) -> None:
     left, right, offset = parts(rank, bias=bias, dtype=dtype)
-    layer = LowRankLinear.from_tensors(left, right, offset)
+    layer = LowRankLinear(left, right, offset)
     x = torch.randn(2, 3, IN, generator=torch.Generator().manual_seed(9)).to(dtype)
     weight = left.double() @ right.double()
     expected = x.double() @ weight.T + (0 if offset is None else offset.double())
-    found = layer(x)
-    assert found.dtype == dtype
-    assert found.shape == (2, 3, OUT)
-    assert float((found.double() - expected).abs().max()) <= TOLERANCE[dtype]
+    actual = layer(x)
+    assert actual.dtype == dtype
+    assert actual.shape == (2, 3, OUT)
+    assert float((actual.double() - expected).abs().max()) <= TOLERANCE[dtype]
 
 
 @both_biases
 def test_rank_0_answers_its_bias(bias: bool) -> None:
     left, right, offset = parts(0, bias=bias)
-    found = LowRankLinear.from_tensors(left, right, offset)(torch.ones(4, IN, dtype=torch.float64))
+    actual = LowRankLinear(left, right, offset)(torch.ones(4, IN, dtype=torch.float64))
     expected = torch.zeros(OUT, dtype=torch.float64) if offset is None else offset
-    assert torch.equal(found, expected.expand(4, OUT))
+    assert torch.equal(actual, expected.expand(4, OUT))
 
 
 @both_biases
 def test_tensors_are_wrapped_and_not_copied(bias: bool) -> None:
     left, right, offset = parts(3, bias=bias)
-    layer = LowRankLinear.from_tensors(left[:, :2], right[:2], offset)
+    layer = LowRankLinear(left[:, :2], right[:2], offset)
     assert layer.left.weight.data_ptr() == left.data_ptr()
     assert layer.right.weight.data_ptr() == right.data_ptr()
     if offset is not None:
@@ -69,38 +69,17 @@ def test_tensors_are_wrapped_and_not_copied(bias: bool) -> None:
 
 @both_biases
 @pytest.mark.parametrize("rank", [0, 1, 5])
-def test_counts_and_names_are_those_of_two_linear_layers_and_no_weight(
-    rank: int, bias: bool
-) -> None:
-    layer = LowRankLinear.from_tensors(*parts(rank, bias=bias))
+def test_names_are_those_of_two_linear_layers_and_no_weight(rank: int, bias: bool) -> None:
+    layer = LowRankLinear(*parts(rank, bias=bias))
     names = ["right.weight", "left.weight", "weight"] + (["left.bias"] if bias else [])
     assert sorted(layer.state_dict()) == sorted(names)
-    assert reference.count_parameters(layer) == rank * (OUT + IN) + (OUT if bias else 0)
     assert layer.rank == rank
 
 
-@both_biases
-@pytest.mark.parametrize("rank", [0, 2])
-def test_an_empty_layer_takes_the_weights_of_another(rank: int, bias: bool) -> None:
-    full = LowRankLinear.from_tensors(*parts(rank, bias=bias))
-    empty = LowRankLinear.empty(OUT, IN, rank, bias=bias)
-    assert all(parameter.is_meta for parameter in empty.parameters())
-    assert empty.rank == rank
-    empty.load_state_dict(full.state_dict(), strict=True, assign=True)
-    x = torch.randn(3, IN, dtype=torch.float64)
-    assert torch.equal(empty(x), full(x))
-
-
-def test_an_empty_layer_leaves_the_random_state_as_it_was() -> None:
-    before = torch.get_rng_state()
-    LowRankLinear.empty(OUT, IN, 3, bias=True)
-    assert torch.equal(torch.get_rng_state(), before)
-
-
 def test_dtype_and_device_move_as_in_any_module() -> None:
-    layer = LowRankLinear.from_tensors(*parts(2, bias=True))
+    layer = LowRankLinear(*parts(2, bias=True))
     for dtype, device in product((torch.float32, torch.bfloat16), ("cpu", "meta")):
-        moved = nn.Sequential(LowRankLinear.from_tensors(*parts(2, bias=True)))
+        moved = nn.Sequential(LowRankLinear(*parts(2, bias=True)))
         moved = moved.to(dtype=dtype, device=device)
         assert {(p.dtype, p.device.type) for p in moved.parameters()} == {(dtype, device)}
     assert {parameter.dtype for parameter in layer.parameters()} == {torch.float64}
@@ -110,7 +89,7 @@ def test_gradients_reach_the_input() -> None:
     """Factors do not learn, but what lies before them may be asked for gradients."""
     left, right, offset = parts(2, bias=True)
     x = torch.randn(1, IN, dtype=torch.float64, requires_grad=True)
-    LowRankLinear.from_tensors(left, right, offset)(x).sum().backward()
+    LowRankLinear(left, right, offset)(x).sum().backward()
     assert x.grad is not None
     expected = (left @ right).sum(0)
     assert float((x.grad[0] - expected).abs().max()) <= TOLERANCE[torch.float64]
@@ -138,9 +117,7 @@ def pivoted(
 
     left, right = draw(shape[0], rank), draw(rank, shape[1])
     offset = draw(shape[0]).to(dtype) if bias else None
-    layer = PivotedLinear.from_pivoting(
-        pivot(left, right), dtype=dtype, device=torch.device("cpu"), bias=offset
-    )
+    layer = PivotedLinear.of_product("layer", left, right, lambda linear, dtype: offset, dtype)
     return layer, left @ right, offset
 
 
@@ -154,15 +131,15 @@ def test_a_pivoted_layer_is_the_dense_product(
     layer, weight, offset = pivoted(shape, rank, bias=bias, dtype=dtype)
     x = torch.randn(2, 3, shape[1], generator=torch.Generator().manual_seed(9)).to(dtype)
     expected = x.double() @ weight.T + (0 if offset is None else offset.double())
-    found = layer(x)
-    assert found.dtype == dtype
-    assert found.shape == (2, 3, shape[0])
-    assert found.is_contiguous()
-    assert float((found.double() - expected).abs().max()) <= TOLERANCE[dtype]
-    assert float((layer.multiplied() - weight).abs().max()) <= TOLERANCE[dtype]
+    actual = layer(x)
+    assert actual.dtype == dtype
+    assert actual.shape == (2, 3, shape[0])
+    assert actual.is_contiguous()
+    assert float((actual.double() - expected).abs().max()) <= TOLERANCE[dtype]
+    assert float((layer.dense_weight() - weight).abs().max()) <= TOLERANCE[dtype]
     assert layer.growth <= GROWTH_BOUND + TOLERANCE[dtype]
     one = layer(x[0, 0])
-    assert float((one - found[0, 0]).abs().max()) <= TOLERANCE[dtype]
+    assert float((one - actual[0, 0]).abs().max()) <= TOLERANCE[dtype]
 
 
 @both_biases
@@ -174,9 +151,9 @@ def test_pointwise_answers_are_the_same_by_columns(
     layer, _, _ = pivoted(shape, rank, bias=bias)
     x = torch.randn(2, 3, shape[1], dtype=torch.float64)
     expected = layer(x)
-    found = layer.take_pointwise(True)(x)
-    assert float((found - expected).abs().max()) <= TOLERANCE[torch.float64]
-    assert found.view(6, shape[0]).T.is_contiguous()
+    actual = layer.take_pointwise(True)(x)
+    assert float((actual - expected).abs().max()) <= TOLERANCE[torch.float64]
+    assert actual.view(6, shape[0]).T.is_contiguous()
     assert torch.equal(layer(x[:0]), expected[:0])
     by_columns = x.view(6, -1).T.contiguous().T.view(2, 3, -1)  # as a pointwise layer answers
     assert float((layer(by_columns) - expected).abs().max()) <= TOLERANCE[torch.float64]
@@ -215,46 +192,34 @@ def test_the_matrices_of_a_pivoted_layer_may_be_quantized() -> None:
         quantized = part.weight.detach().as_subclass(Quantized)
         part.weight = nn.Parameter(quantized, requires_grad=False)
     for pointwise in (False, True):
-        found = layer.take_pointwise(pointwise)(x)
-        assert float((found - x @ weight.T).abs().max()) <= TOLERANCE[torch.float64]
+        actual = layer.take_pointwise(pointwise)(x)
+        assert float((actual - x @ weight.T).abs().max()) <= TOLERANCE[torch.float64]
 
 
 @both_biases
 @every_shape
-def test_a_pivoted_layer_holds_rank_squared_fewer_numbers(
+def test_a_pivoted_layer_holds_rank_squared_fewer_parameters(
     shape: tuple[int, int], bias: bool
 ) -> None:
     for rank in range(min(shape) + 1):
         layer, _, _ = pivoted(shape, rank, bias=bias)
-        numbers = rank * sum(shape) - rank * rank + (shape[0] if bias else 0)
-        assert reference.count_parameters(layer) == numbers
+        parameters = rank * sum(shape) - rank * rank + (shape[0] if bias else 0)
+        assert reference.count_parameters(layer) == parameters
         assert layer.rank == rank
-        names = ["coefficients.weight", "places", "rows.weight", "weight"]
+        names = ["coefficients.weight", "index", "rows.weight", "weight"]
         names += ["bias"] if bias else []
         assert sorted(layer.state_dict()) == sorted(names)
-        assert layer.places.dtype == torch.int32
+        assert layer.index.dtype == torch.int32
         assert not any(parameter.requires_grad for parameter in layer.parameters())
-
-
-@both_biases
-@pytest.mark.parametrize("rank", [0, 2])
-def test_an_empty_pivoted_layer_takes_the_weights_of_another(rank: int, bias: bool) -> None:
-    full, _, _ = pivoted((5, 7), rank, bias=bias)
-    empty = PivotedLinear.empty(5, 7, rank, bias=bias)
-    assert all(tensor.is_meta for tensor in empty.state_dict().values())
-    assert empty.rank == rank
-    empty.load_state_dict(full.state_dict(), strict=True, assign=True)
-    x = torch.randn(3, 7, dtype=torch.float64)
-    assert torch.equal(empty(x), full(x))
 
 
 def test_another_dtype_leaves_the_order_of_a_pivoted_layer_alone() -> None:
     layer, _, _ = pivoted((5, 7), 2, bias=True)
-    places = layer.places.clone()
+    places = layer.index.clone()
     moved = nn.Sequential(layer).to(torch.bfloat16)[0]
     assert {parameter.dtype for parameter in moved.parameters()} == {torch.bfloat16}
-    assert torch.equal(moved.places, places)
-    assert moved.places.dtype == torch.int32
+    assert torch.equal(moved.index, places)
+    assert moved.index.dtype == torch.int32
 
 
 @both_biases
@@ -273,5 +238,5 @@ def test_a_pivoted_layer_runs_on_a_gpu(dtype: torch.dtype) -> None:
     assert offset is not None
     x = torch.randn(6, 4, generator=torch.Generator().manual_seed(9)).to(dtype)
     expected = x.double() @ weight.T + offset.double()
-    found = layer.to("cuda")(x.to("cuda")).cpu()
-    assert float((found.double() - expected).abs().max()) <= TOLERANCE[dtype]
+    actual = layer.to("cuda")(x.to("cuda")).cpu()
+    assert float((actual.double() - expected).abs().max()) <= TOLERANCE[dtype]

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lrbo.blockwise import BlockwiseBody
 from lrbo.errors import ModelError
-from lrbo.model import body_and_head
-from tests.tiny import CASES, build, token_ids
+from lrbo.models.blockwise import BlockwiseBody
+from lrbo.models.model_map import body_and_head
+from tests.support.tiny import CASES, build, token_ids
 
 every_family = pytest.mark.parametrize("case", CASES)
 
@@ -100,18 +100,18 @@ def test_one_block_at_a_time_is_enough() -> None:
     blocks.to("meta")
     ids = token_ids(2, 6)
     with torch.no_grad():
-        found = run_all(BlockwiseBody(model, open_block), ids)
+        actual = run_all(BlockwiseBody(model, open_block), ids)
         expected = body_and_head(whole)[0](ids, use_cache=False).last_hidden_state
-    assert torch.equal(found, expected)
+    assert torch.equal(actual, expected)
     assert opened == [0, 1]
 
 
-def test_a_block_that_answers_with_more_is_refused() -> None:
+def test_a_block_that_returns_more_is_refused() -> None:
     class Chatty(nn.Module):
         def forward(self, hidden: Tensor, **kwargs: object) -> tuple[Tensor]:
             return (hidden,)
 
     body = BlockwiseBody(build("opt"))
     hidden = body.embed(token_ids(1, 4))
-    with pytest.raises(ModelError, match=r"block 1 of OPT.* answers with a tuple"):
+    with pytest.raises(ModelError, match=r"block 1 of OPT.* returns a tuple"):
         body.run(Chatty(), 1, hidden)

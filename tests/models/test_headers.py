@@ -1,4 +1,4 @@
-"""The model that is mapped is the one that is loaded: what files hold, and not what is said."""
+"""The model that is mapped is the one that is loaded: what its files hold."""
 
 import json
 from collections.abc import Callable
@@ -18,25 +18,19 @@ from transformers import (
 )
 
 import lrbo
-from lrbo import loading
+from lrbo.checkpoints.merged import save_merged
 from lrbo.errors import CheckpointError, LrboError, ModelError
-from lrbo.families import MODEL_TYPES
-from lrbo.lazy import LazyModel
-from lrbo.loading import (
-    ModelSource,
-    byte_tokenizer,
-    load_config,
-    load_model,
-    load_skeleton,
-    load_tokenizer,
-    tiny_model,
-)
-from lrbo.merging import save_merged
-from lrbo.model import is_tied, map_model, not_finite
-from lrbo.stored import INDEX, SINGLE
-from tests import reference
-from tests.test_export import TOKENIZER, TOLERANCE, Compressed, logits, relative
-from tests.tiny import BLOCKS, CASES, build
+from lrbo.models import loading, sources
+from lrbo.models.families import MODEL_TYPES
+from lrbo.models.headers import INDEX, SINGLE
+from lrbo.models.loading import load_config, load_model, load_skeleton, load_tokenizer
+from lrbo.models.model_map import is_tied, map_model
+from lrbo.models.parameters import not_finite
+from lrbo.models.sources import ModelSource
+from lrbo.models.tiny import byte_tokenizer, tiny_model
+from tests.checkpoints.test_export import TOKENIZER, TOLERANCE, Compressed, logits, relative
+from tests.support import reference
+from tests.support.tiny import BLOCKS, CASES, build
 
 CPU = torch.device("cpu")
 every_case = pytest.mark.parametrize("case", CASES)
@@ -104,9 +98,6 @@ def test_the_head_is_tied_where_the_files_tie_it(case: str, own: bool, tmp_path:
     assert map_model(skeleton) == map_model(loaded)
     assert map_model(loaded).parameters == reference.count_parameters(loaded)
     assert (map_model(loaded).layers[-1].tied_to is None) is own
-    lazy = LazyModel(tmp_path)
-    assert map_model(lazy.model) == map_model(loaded)
-    assert torch.equal(lazy.model.get_output_embeddings().weight, head_weight(loaded))
 
 
 def head_weight(model: PreTrainedModel) -> Tensor:
@@ -332,7 +323,7 @@ def test_an_adapter_beside_a_model_is_refused_by_name(name: str, tmp_path: Path)
     build("llama_tied").save_pretrained(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)
     (tmp_path / name).write_text("{}", encoding="utf-8")
-    loaders: list[Callable[[Path], object]] = [*LOADERS.values(), LazyModel]
+    loaders: list[Callable[[Path], object]] = [*LOADERS.values()]
     loaders += [lambda folder: load_config(source(folder))]
     loaders += [lambda folder: load_tokenizer(source(folder))]
     for load in loaders:
@@ -348,7 +339,7 @@ def test_an_adapter_at_the_hub_is_refused_by_name(monkeypatch: pytest.MonkeyPatc
         return "adapter_config.json"
 
     monkeypatch.setattr(loading, "find_adapter_config_file", find)
-    monkeypatch.setattr(loading, "try_to_load_from_cache", lambda *_, **__: "config.json")
+    monkeypatch.setattr(sources, "try_to_load_from_cache", lambda *_, **__: "config.json")
     monkeypatch.setattr(loading.AutoConfig, "from_pretrained", lambda *_, **__: CASES["gpt2"])
     for load in (load_config, load_skeleton):
         with pytest.raises(ModelError, match=r"no/such.* comes with an adapter \(adapter_config"):
@@ -400,7 +391,7 @@ def sharded(folder: Path, shard: str, write: Callable[[Path], object]) -> None:
 def test_a_shard_elsewhere_is_refused_by_name(kind: str, tmp_path: Path) -> None:
     shard = str(tmp_path / "x.safetensors") if kind == "absolute" else kind
     sharded(tmp_path / "dense", shard, build("llama_tied").save_pretrained)
-    for load in (*LOADERS.values(), LazyModel):
+    for load in LOADERS.values():
         with pytest.raises(ModelError, match=rf"{INDEX} names the file '{shard}'"):
             load(tmp_path / "dense")
     sharded(tmp_path / "model", shard, lambda folder: Compressed("llama_tied").save(folder))
@@ -425,7 +416,7 @@ def test_no_name_of_a_file_is_taken_for_one(shard: Any, tmp_path: Path) -> None:
 def test_weights_elsewhere_that_config_json_names_are_refused(name: Any, tmp_path: Path) -> None:
     build("llama_tied").save_pretrained(tmp_path / "model")
     configure(tmp_path / "model", transformers_weights=name)
-    for load in (*LOADERS.values(), LazyModel):
+    for load in LOADERS.values():
         with pytest.raises(ModelError, match=rf"config\.json names the file {name!r}, expected"):
             load(tmp_path / "model")
 

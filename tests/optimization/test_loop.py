@@ -11,16 +11,14 @@ from typing import Any
 import pytest
 
 from lrbo.errors import StudyError
-from lrbo.optimization.client import SearchClient
-from lrbo.optimization.front_space import FrontSpace
 from lrbo.optimization.loop import SearchLoop, SearchSettings
-from lrbo.optimization.space import SearchSpace
-from lrbo.optimization.study import Study
-from lrbo.optimization.weights import WeightSpace
-from lrbo.racing import Race
-from lrbo.tracking import NullTracker
-from lrbo.trial import TrialRecord
-from tests.fakes import (
+from lrbo.optimization.proposals import SearchClient
+from lrbo.optimization.space import Space, sobol_point
+from lrbo.study.journal import Study
+from lrbo.tracking.tracker import NullTracker
+from lrbo.trials.racing import Race
+from lrbo.trials.records import TrialRecord
+from tests.support.fakes import (
     DyingStudy,
     FakeClient,
     FakeExecutor,
@@ -52,13 +50,13 @@ class Search:
     delays: tuple[int, ...] = (0,)
     kl_weight: float = 0.0
     real: bool = False
-    space: SearchSpace | WeightSpace | FrontSpace = field(default_factory=make_space)
+    space: Space = field(default_factory=make_space)
     size: str | None = None
     race: Race | None = None
     outcomes: dict[int, Any] = field(default_factory=dict)
     store: dict[int, list[TrialRecord]] = field(default_factory=dict)
     tracker: Any = None
-    told: list[int] = field(default_factory=list)
+    reported: list[int] = field(default_factory=list)
 
     def run(self, fuse: Fuse | None = None) -> None:
         """Do what one process does: new objects, the lock, what MLflow missed, the loop."""
@@ -70,17 +68,13 @@ class Search:
         self.executor = FakeExecutor(self.capacity, self.delays, fuse)
         tracker = self.tracker or FakeTracker(self.store, fuse)
 
-        races = self.race is not None
-        limits = self.trials, self.initial, self.kl_weight, SEED
-        settings = SearchSettings(*limits, size=self.size, races=races)
-
-        def told(record: TrialRecord) -> None:
-            fuse.burn("when told")
-            self.told.append(record.request.trial_index)
+        def reported(record: TrialRecord) -> None:
+            fuse.burn("when reported")
+            self.reported.append(record.request.trial_index)
 
         with study.locked():
             if not study.exists:
-                study.begin(make_about(self.space.layers, self.space), "")
+                study.begin(make_about(self.space.problem.units, self.space), "")
             tracker.sync(study.state.records)
             SearchLoop(
                 study=study,
@@ -88,8 +82,14 @@ class Search:
                 worker=self.worker,
                 executor=self.executor,
                 tracker=tracker,
-                settings=settings,
-                on_trial=told,
+                settings=SearchSettings(
+                    trials=self.trials,
+                    initial=self.initial,
+                    kl_weight=self.kl_weight,
+                    size=self.size,
+                    races=self.race is not None,
+                ),
+                on_trial=reported,
                 poll_s=0.0,
             ).run()
 
@@ -102,26 +102,26 @@ class Search:
         return [json.loads(line) for line in self.study.journal.read_text().splitlines()]
 
     def count(self, event: str) -> Counter[int]:
-        return Counter(found["trial"] for found in self.events if found["event"] == event)
+        return Counter(each["trial"] for each in self.events if each["event"] == event)
 
 
 @pytest.fixture(autouse=True)
 def _no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lrbo.optimization.study.os.fsync", lambda _: None)
+    monkeypatch.setattr("lrbo.study.journal.os.fsync", lambda _: None)
 
 
-def assert_same_search(found: Search, expected: Search) -> None:
+def assert_same_search(actual: Search, expected: Search) -> None:
     """Compare what a search is: requests and results of all trials, each ended and shown once."""
-    ours, theirs = found.study.state, expected.study.state
+    ours, theirs = actual.study.state, expected.study.state
     assert list(ours.trials) == list(theirs.trials) == list(range(expected.trials))
     for index, record in theirs.trials.items():
         assert ours.trials[index].request == record.request
         assert ours.trials[index].metrics == record.metrics
         assert ours.trials[index].is_completed == record.is_completed
     once = dict.fromkeys(range(expected.trials), 1)
-    assert found.count("suggested") == found.count("ended") == once
-    assert {index: len(shown) for index, shown in found.store.items()} == once
-    for index, (shown,) in found.store.items():
+    assert actual.count("suggested") == actual.count("ended") == once
+    assert {index: len(shown) for index, shown in actual.store.items()} == once
+    for index, (shown,) in actual.store.items():
         assert shown.request == theirs.trials[index].request
         assert shown.metrics == theirs.trials[index].metrics
 
@@ -147,7 +147,7 @@ def test_killed_at_any_moment_and_continued_equals_uninterrupted(
     assert_same_search(uninterrupted, uninterrupted)
     for moment in (
         *("before ask", "after ask", "before submit", "in the worker", "after submit"),
-        *("before result", "tracker before storing", "tracker after storing", "when told"),
+        *("before result", "tracker before storing", "tracker after storing", "when reported"),
         *(f"{when} {event}" for when in ("before", "inside", "after") for event in JOURNALED),
     ):
         assert moment in whole.moments
@@ -186,9 +186,9 @@ def test_origins_come_in_order(tmp_path: Path) -> None:
     origins = [record.request.origin for record in records]
     assert origins == ["uniform", "start", "sobol", "sobol", "model", "model"]
     space = search.space
-    assert records[0].request.allocation == space.uniform()
+    assert records[0].request.allocation == space.problem.uniform()
     assert records[1].request.allocation == space.allocate(space.start_point())
-    assert records[2].request.allocation == space.allocate(space.sobol_point(1, SEED))
+    assert records[2].request.allocation == space.allocate(sobol_point(space, 1, SEED))
     assert records[0].request.variables == {}
     for record in records[1:]:
         assert record.request.variables == space.realised(record.request.allocation, {})
@@ -201,7 +201,7 @@ def test_without_start_ratios_trial_1_is_a_sobol_point(tmp_path: Path) -> None:
     origins = [record.request.origin for record in search.study.state.records]
     assert origins == ["uniform", "sobol", "sobol"]
     first = search.study.state.trials[1].request.allocation
-    assert first == search.space.allocate(search.space.sobol_point(0, SEED))
+    assert first == search.space.allocate(sobol_point(search.space, 0, SEED))
 
 
 def test_several_trials_run_at_once_and_end_in_any_order(tmp_path: Path) -> None:
@@ -211,7 +211,7 @@ def test_several_trials_run_at_once_and_end_in_any_order(tmp_path: Path) -> None
     ends = [event["trial"] for event in search.events if event["event"] == "ended"]
     assert sorted(ends) == list(range(9))
     assert ends != sorted(ends)
-    assert search.told == ends
+    assert search.reported == ends
     assert search.count("started") == dict.fromkeys(range(9), 1)
     # A proposal knows the values of all that ended before it, and all that run as open.
     for index, observations in search.client.asked.items():
@@ -230,7 +230,7 @@ def test_several_trials_run_at_once_and_end_in_any_order(tmp_path: Path) -> None
         )
         assert Counter((tuple(o.point.values()), o.loss) for o in observations) == expected
         assert sum(o.loss is None for o in observations) <= 2
-    assert any(o.loss is None for found in search.client.asked.values() for o in found)
+    assert any(o.loss is None for seen in search.client.asked.values() for o in seen)
 
 
 @pytest.mark.parametrize(
@@ -297,22 +297,25 @@ def test_the_objective_weighs_the_divergence(tmp_path: Path) -> None:
         m = record.metrics
         expected = m["nll"] + 0.5 * m["kl_dense_to_compressed"]
         assert m["objective"] == pytest.approx(expected, abs=TOLERANCES["objective"])
-    told = {o.loss for o in search.client.asked[5]}
-    assert told == {r.metrics["objective"] for r in search.study.state.records[1:5]}
+    losses = {o.loss for o in search.client.asked[5]}
+    assert losses == {r.metrics["objective"] for r in search.study.state.records[1:5]}
 
 
-def test_a_point_whose_ranks_were_tried_is_moved(tmp_path: Path) -> None:
+def test_a_point_whose_options_were_tried_is_moved(tmp_path: Path) -> None:
     """Coarse ranks: many points round to the same few allocations."""
     layers = make_layers(1, {"q_proj": (24, 24), "o_proj": (24, 24)})
     space = make_space(0.6, layers, groups={"q": ["q_proj"], "o": ["o_proj"]}, start={}, dense=[])
-    plain = [space.uniform(), *(space.allocate(space.sobol_point(i, SEED)) for i in range(7))]
-    assert len({tuple(allocation.ranks.values()) for allocation in plain}) < 8  # some to move
+    plain = [
+        space.problem.uniform(),
+        *(space.allocate(sobol_point(space, i, SEED)) for i in range(7)),
+    ]
+    assert len({tuple(allocation.options.values()) for allocation in plain}) < 8  # some to move
     search = Search(tmp_path, trials=8, initial=8, space=space)
     search.run()
-    found = [tuple(r.request.allocation.ranks.values()) for r in search.study.state.records]
-    assert len(set(found)) == 8  # of the 10 that budget and bounds allow
+    options = [tuple(r.request.allocation.options.values()) for r in search.study.state.records]
+    assert len(set(options)) == 8  # of the 10 that budget and bounds allow
     for record in search.study.state.records:
-        assert record.request.allocation.parameters <= space.budget.parameters
+        assert record.request.allocation.cost.parameters <= space.problem.budget.limit
 
 
 def test_a_space_with_one_allocation_repeats_it_and_ends(tmp_path: Path) -> None:
@@ -321,8 +324,8 @@ def test_a_space_with_one_allocation_repeats_it_and_ends(tmp_path: Path) -> None
     search = Search(tmp_path, trials=4, space=space)
     search.run()
     assert len(search.study.state.completed) == 4
-    ranks = {tuple(r.request.allocation.ranks.values()) for r in search.study.state.records}
-    assert len(ranks) == 1
+    options = {tuple(r.request.allocation.options.values()) for r in search.study.state.records}
+    assert len(options) == 1
 
 
 def test_more_trials_later_continue_as_if_asked_for_at_once(tmp_path: Path) -> None:
@@ -353,8 +356,8 @@ def test_a_number_that_was_removed_from_the_journal_is_filled_again(tmp_path: Pa
     search = Search(tmp_path)
     search.run()
     before = search.study.state.trials
-    kept = [event for event in search.events if event["trial"] != 2]
-    search.study.journal.write_text("".join(json.dumps(event) + "\n" for event in kept))
+    others = [event for event in search.events if event["trial"] != 2]
+    search.study.journal.write_text("".join(json.dumps(event) + "\n" for event in others))
     search.run()
     after = search.study.state.trials
     assert search.worker.calls == [2]

@@ -10,17 +10,19 @@ import pytest
 import torch
 from botorch.acquisition.multi_objective import logei
 
-from lrbo.optimization.client import CappedSingleTaskGP, Observation, SearchClient
-from lrbo.optimization.space import SearchSpace
-from tests.fakes import make_layers, make_space, make_weight_space
+from lrbo.optimization.proposals import CappedSingleTaskGP, Observation, SearchClient
+from lrbo.optimization.space import sobol_point
+from lrbo.optimization.variables import RatioSpace
+from tests.support.fakes import make_layers, make_space, make_weight_space
 
+LOWER, UPPER = 0.2, 1.0  # bounds of the fake space
 TOLERANCES = {
     "budget": 1e-6,  # the optimizer of the acquisition function keeps constraints to 1e-8
     "repeat": 1e-6,  # two fits of the same surrogate; 4e-10 was measured
 }
 
 
-def space_of(variables: int, keep_ratio: float = 0.6) -> SearchSpace:
+def space_of(variables: int, keep_ratio: float = 0.6) -> RatioSpace:
     """Build a space with this many variables, one per layer."""
     if variables == 1:
         return make_space(keep_ratio, make_layers(1, {"q_proj": (24, 24)}), start={}, dense=[])
@@ -34,13 +36,13 @@ def loss(point: Mapping[str, float]) -> float:
     return sum(weights[i % 5] * (1 - x) ** 2 for i, x in enumerate(point.values())) / len(point)
 
 
-def observe(space: SearchSpace, number: int) -> list[Observation]:
-    points = [space.sobol_point(index, 0) for index in range(number)]
+def observe(space: RatioSpace, number: int) -> list[Observation]:
+    points = [sobol_point(space, index, 0) for index in range(number)]
     return [Observation(point, loss(point)) for point in points]
 
 
-def used(space: SearchSpace, point: Mapping[str, float]) -> float:
-    return sum(share * point[name] for share, name in zip(space.shares, space.names, strict=True))
+def used(space: RatioSpace, point: Mapping[str, float]) -> float:
+    return sum(share * point[name] for name, share in space.shares.items())
 
 
 def distance(one: Mapping[str, float], other: Mapping[str, float]) -> float:
@@ -62,7 +64,7 @@ def test_a_proposal_keeps_bounds_and_meets_the_budget(variables: int, keep_ratio
     assert len(space.names) == variables
     point = SearchClient(space, seed=0).ask(6, observe(space, 6))
     assert list(point) == list(space.names)
-    assert all(space.lower <= value <= space.upper for value in point.values())
+    assert all(LOWER <= value <= UPPER for value in point.values())
     # Below it would be scaled up to another point, of which the surrogate thought nothing.
     assert used(space, point) == pytest.approx(space.room, abs=TOLERANCES["budget"])
 
@@ -70,7 +72,7 @@ def test_a_proposal_keeps_bounds_and_meets_the_budget(variables: int, keep_ratio
 def test_weights_are_proposed_within_bounds_and_nothing_else() -> None:
     layers = make_layers(1, {"q_proj": (24, 24), "o_proj": (24, 24)})
     space = make_weight_space(0.6, layers, knots=0, exponent=False)
-    points = [space.sobol_point(index, 0) for index in range(10)]
+    points = [sobol_point(space, index, 0) for index in range(10)]
     seen = [Observation(point, -sum(point.values())) for point in points]
     client = SearchClient(space, seed=0)
     point = client.ask(10, seen)
@@ -84,21 +86,21 @@ def test_weights_are_proposed_within_bounds_and_nothing_else() -> None:
 def test_a_budget_for_everything_leaves_the_whole_box() -> None:
     space = space_of(5, 1.0)
     point = SearchClient(space, seed=0).ask(6, observe(space, 6))
-    assert all(space.lower <= value <= space.upper for value in point.values())
+    assert all(LOWER <= value <= UPPER for value in point.values())
 
 
 @pytest.mark.parametrize("slack", [0.0, 1e-6, 1e-3])
 def test_a_budget_that_leaves_hardly_any_room_has_a_proposal(slack: float) -> None:
     """At the smallest feasible budget the space is one point, which was tried: not an error."""
     free = space_of(5)
-    pinned = free.budget.parameters - free.room * sum(v.dense_parameters for v in free.variables)
-    total = sum(spec.parameters for spec in free.layers)
-    keep_ratio = (pinned + (free.lower + slack) * (total - pinned)) / total + 1 / total
+    pinned = free.problem.price(free.problem.dense)
+    total = free.problem.dense_cost.parameters
+    keep_ratio = (pinned + (LOWER + slack) * (total - pinned)) / total + 1 / total
     space = space_of(5, keep_ratio)
-    assert space.room - space.lower < slack + 2 / total
+    assert space.room - LOWER < slack + 2 / total
     point = SearchClient(space, seed=0).ask(3, observe(space, 3))
     assert used(space, point) <= space.room + TOLERANCES["budget"]
-    assert all(space.lower <= value <= space.upper for value in point.values())
+    assert all(LOWER <= value <= UPPER for value in point.values())
 
 
 def test_the_same_observations_give_the_same_proposal_and_touch_no_random_state() -> None:
@@ -123,24 +125,24 @@ def test_running_trials_are_taken_as_pending() -> None:
 
 
 def test_ax_is_told_how_sure_each_objective_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lrbo.optimization import client as module
+    from lrbo.optimization import proposals as module
 
-    told, make = [], module.Data
+    tables, make = [], module.Data
 
     def watched(*, df):
-        told.append(df)
+        tables.append(df)
         return make(df=df)
 
     monkeypatch.setattr(module, "Data", watched)
     space = space_of(5)
-    points = [space.sobol_point(index, 0) for index in range(4)]
+    points = [sobol_point(space, index, 0) for index in range(4)]
     errors = [0.01, 0.02, 0.03, 0.04]
     seen = [
         Observation(p, loss(p), 0.5 + index / 10, size_error=error)
         for index, (p, error) in enumerate(zip(points, errors, strict=True))
     ]
     SearchClient(space, seed=0).ask(4, seen, (3.0, 1.0))
-    (table,) = told
+    (table,) = tables
     sizes = table[table["metric_name"] == module.SIZE]
     assert list(sizes["sem"]) == errors
     assert list(sizes["mean"]) == [0.5, 0.6, 0.7, 0.8]
@@ -153,17 +155,17 @@ def test_nothing_is_compiled_for_a_front(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "logei_fused_ext").mkdir()
     (tmp_path / "logei_fused_ext" / "lock").touch()
     space = make_weight_space()
-    points = [space.sobol_point(index, 0) for index in range(5)]
+    points = [sobol_point(space, index, 0) for index in range(5)]
     seen = [Observation(point, 1.0 + i, 5.0 - i) for i, point in enumerate(points)]
     assert set(SearchClient(space, seed=0).ask(5, seen, (7.0, 6.0))) == set(space.names)
     assert logei._C is None
 
 
 def test_observations_outside_the_bounds_count() -> None:
-    """Rounding to ranks realises points a little below the lower bound."""
+    """Rounding to options realises points a little below the lower bound."""
     space = space_of(5)
     client, seen = SearchClient(space, seed=0), observe(space, 6)
-    below = {**seen[0].point, space.names[0]: space.lower - 0.04}
+    below = {**seen[0].point, space.names[0]: LOWER - 0.04}
     outside = [client.ask(6, [*seen, Observation(below, value)]) for value in (0.0, 3.0)]
     assert distance(*outside) > 0.01
 
@@ -171,7 +173,7 @@ def test_observations_outside_the_bounds_count() -> None:
 def test_a_proposal_needs_a_value() -> None:
     space = space_of(5)
     client = SearchClient(space, seed=0)
-    running = [Observation(space.sobol_point(0, 0), None)]
+    running = [Observation(sobol_point(space, 0, 0), None)]
     for observations in ([], running):
         with pytest.raises(ValueError, match="at least one trial with a value"):
             client.ask(1, observations)
@@ -193,7 +195,7 @@ def test_the_same_point_twice_is_no_error() -> None:
 
 def test_fitting_is_capped(monkeypatch: pytest.MonkeyPatch) -> None:
     """The cap goes through a private function of botorch: it must still arrive there."""
-    from lrbo.optimization import client as module
+    from lrbo.optimization import proposals as module
 
     given = []
     fit = module._fit_fallback
@@ -217,12 +219,11 @@ def test_proposals_beat_random_points_under_a_tight_budget() -> None:
     for index in range(4, 16):
         point = client.ask(index, seen)
         seen.append(Observation(point, loss(point)))
-    proposed = min(found.loss for found in seen if found.loss is not None)
+    proposed = min(each.loss for each in seen if each.loss is not None)
     chooser = random.Random(0)
 
     def draw() -> float:
-        values = [chooser.uniform(space.lower, space.upper) for _ in space.names]
-        return loss(dict(zip(space.names, space.project(values), strict=True)))
+        return loss(space.project({name: chooser.uniform(LOWER, UPPER) for name in space.names}))
 
     best_of_12 = sorted(min(draw() for _ in range(12)) for _ in range(40))
     # Not only the typical dozen of random points, but nearly every one.

@@ -5,8 +5,7 @@ What a point distorts is checked against a plain formula, what is optimal by exc
 
 import math
 import re
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -14,12 +13,22 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lrbo.accounting import dense_parameters
-from lrbo.allocation import Allocation, Budget, allocate_by_loss, rungs
+from lrbo.allocation.allocate import Allocation, allocate_by_loss
 from lrbo.errors import BudgetError, ConfigError
-from lrbo.optimization.weights import WeightSpace, build_weight_space
-from lrbo.specs import LayerSpec
-from tests.fakes import factored, make_curves, make_layers, make_space, make_weight_space
+from lrbo.layers.options import DENSE, MEASURES, Budget, Option, cost_of
+from lrbo.models.specs import LayerSpec
+from lrbo.optimization.space import Problem, sobol_point
+from lrbo.optimization.variables import SpaceSettings, WeightSpace, build_weight_space
+from tests.support.fakes import (
+    ITEMSIZE,
+    Curves,
+    make_curves,
+    make_layers,
+    make_problem,
+    make_space,
+    make_weight_space,
+    predicted,
+)
 
 TOLERANCES = {
     "loss": 1e-9,  # sums of curves of order 1 in float64, and the solver's own rounding
@@ -33,38 +42,64 @@ class Case:
 
     Attributes:
         layers: Of the model.
+        offered: What the menus are made of, and the measure of the budget.
         changes: The other arguments.
         fullness: Places the budget between the smallest that can be met and dense.
         seed: Of the curves.
     """
 
     layers: list[LayerSpec]
+    offered: dict
     changes: dict
     fullness: float
     seed: int
 
     @property
+    def measure(self) -> str:
+        return self.offered["measure"]
+
+    @property
+    def whole(self) -> Problem:
+        """Return the problem of the whole budget."""
+        return make_problem(1.0, self.layers, **self.offered)
+
+    @property
+    def curves(self) -> Curves:
+        return make_curves(self.layers, self.seed)
+
+    @property
+    def size(self) -> int:
+        """Return what all units cost while they are dense, by their shapes."""
+        size = sum(unit.out_features * unit.in_features for unit in self.layers)
+        return size * ITEMSIZE if self.measure == "bytes" else size
+
+    @property
     def smallest(self) -> int:
-        """Return the smallest budget that the smallest ranks meet, layer by layer."""
-        dense, minimum = self.changes["dense"], self.changes["minimum"]
-        total = 0
-        for spec in self.layers:
-            offered = [
-                price
-                for rank, price in rungs(spec, factored, self.changes["rank_multiple"])
-                if rank is None or rank >= minimum
+        """Return what the smallest ranks of the first form cost, unit by unit.
+
+        The baseline has no other form, and must be feasible too.
+        """
+        multiple, minimum = self.offered["rank_multiple"], self.offered["minimum"]
+        first, total = max(-(-minimum // multiple), 1) * multiple, 0
+        for unit in self.layers:
+            options = [DENSE]
+            if first <= min(unit.out_features, unit.in_features):
+                options.append(Option(self.offered["forms"][0], (first,)))
+            prices = [
+                cost_of(unit, option, bias=self.offered["bias"], itemsize=ITEMSIZE).of(self.measure)
+                for option in options
             ]
-            total += spec.parameters if spec.kind in dense else offered[0]
+            total += prices[0] if unit.kind in self.changes["dense"] else min(prices)
         return total
 
-    def build(self, budget: int) -> WeightSpace:
-        options = {"groups": {}, "width": 0.5, "cost": factored, **self.changes}
-        space = build_weight_space(self.layers, Budget(budget), **options)
-        return space.with_curves(make_curves(self.layers, self.seed))
+    def build(self, limit: int) -> WeightSpace:
+        problem = replace(self.whole, budget=Budget(self.measure, limit))
+        space = build_weight_space(problem, SpaceSettings(bounds=[-0.5, 0.5], **self.changes))
+        return space.of(predicted(space.problem, self.curves))
 
     @property
     def space(self) -> WeightSpace:
-        rest = dense_parameters(self.layers) - self.smallest
+        rest = self.size - self.smallest
         return self.build(self.smallest + round(self.fullness * rest))
 
 
@@ -76,41 +111,44 @@ def cases(draw) -> Case:
         "dense": draw(st.sampled_from([[], ["v_proj"], ["v_proj", "q_proj"]])),
         "knots": draw(st.sampled_from([0, 2, 3])),
         "exponent": draw(st.booleans()),
+    }
+    offered = {
+        "forms": draw(st.sampled_from([("factored",), ("pivoted",), ("factored", "pivoted")])),
+        "bias": draw(st.booleans()),
         "rank_multiple": draw(st.sampled_from([1, 2, 4])),
         "minimum": draw(st.sampled_from([0, 1, 3, 5])),
+        "measure": draw(st.sampled_from(MEASURES)),
     }
     shapes = {kind: (draw(side), draw(side)) for kind in KINDS}
     layers = make_layers(draw(st.integers(1, 4)), shapes)
-    return Case(layers, changes, draw(st.floats(0, 1)), draw(st.integers(0, 99)))
+    return Case(layers, offered, changes, draw(st.floats(0, 1)), draw(st.integers(0, 99)))
 
 
 def point_of(space: WeightSpace, index: int) -> dict[str, float]:
-    return space.sobol_point(index, 5)
+    return sobol_point(space, index, 5)
 
 
-def loss(space: WeightSpace, allocation: Allocation, names: list[str] | None = None) -> float:
+def loss(curves: Curves, allocation: Allocation) -> float:
     """Return the summed predicted loss of an allocation."""
-    total = 0.0
-    for name in space.curves if names is None else names:
-        rank = allocation.ranks[name]
-        total += 0.0 if rank is None else float(space.curves[name][rank])
-    return total
+    options = allocation.options.items()
+    return sum(float(curves[n][option.level[0]]) for n, option in options if option != DENSE)
 
 
 def assert_keeps_its_promises(space: WeightSpace, allocation: Allocation) -> None:
-    """The budget is met, no step is left that fits, pinned layers are dense, ranks are on offer."""
-    assert list(allocation.ranks) == [spec.name for spec in space.layers]
+    """The budget is met, no step is left that fits, pinned units are dense, all is on offer."""
+    problem = space.problem
+    assert list(allocation.options) == list(problem.menus)
     counted, steps = 0, []
-    for spec in space.layers:
-        rank = allocation.ranks[spec.name]
-        ladder = rungs(spec, space.cost, space.rank_multiple)
-        counted += dict(ladder)[rank]
-        assert rank is None or rank >= space.minimum
-        if rank is not None:
-            steps += [after - now for (own, now), (_, after) in pairwise(ladder) if own == rank]
-    assert counted == allocation.parameters
-    assert 0 <= space.budget.parameters - counted < min(steps, default=10**9)
-    assert all(allocation.ranks[name] is None for name in space.dense)
+    for name, menu in problem.menus.items():
+        ladder = menu.ladder(problem.budget.measure, menu.losses)
+        options = [menu.option(int(index)) for index in ladder.indices]
+        rung = options.index(allocation.options[name])
+        counted += int(ladder.prices[rung])
+        if name not in problem.dense:
+            steps += [int(price) for price in np.diff(ladder.prices)[rung : rung + 1]]
+    assert counted == allocation.cost.of(problem.budget.measure)
+    assert 0 <= problem.budget.limit - counted < min(steps, default=10**9)
+    assert all(allocation.options[name] == DENSE for name in space.problem.dense)
 
 
 # --- points ------------------------------------------------------------------------------------
@@ -125,29 +163,20 @@ def test_every_point_keeps_the_promises_of_an_allocation(case: Case, index: int)
 @given(cases())
 def test_the_origin_is_the_analytic_allocation(case: Case) -> None:
     space = case.space
-    found = space.analytic()
-    assert found is not None
-    allocation, origin = found
+    (analytic,) = space.starts("analytic")
+    allocation, origin = analytic.allocation, analytic.point
     assert origin == dict.fromkeys(space.names, 0.0)
     assert allocation == space.allocate(origin)
-    expected = allocate_by_loss(
-        space.curves,
-        space.layers,
-        space.budget,
-        cost=space.cost,
-        rank_multiple=space.rank_multiple,
-        dense=space.dense,
-        minimum=space.minimum,
-    )
-    assert allocation == expected
+    problem = space.problem
+    assert allocation == allocate_by_loss(problem.menus, problem.budget, dense=problem.dense)
 
 
 @given(cases(), st.integers(0, 40))
 def test_no_point_predicts_less_loss_than_the_analytic_allocation(case: Case, index: int) -> None:
     space = case.space
-    least, _ = space.analytic()
+    least = space.problem.by_loss()
     other = space.allocate(point_of(space, index))
-    assert loss(space, least) <= loss(space, other) + TOLERANCES["loss"]
+    assert loss(case.curves, least) <= loss(case.curves, other) + TOLERANCES["loss"]
 
 
 @given(cases(), st.integers(0, 40))
@@ -156,38 +185,35 @@ def test_a_point_has_the_least_loss_of_curves_that_the_formula_distorts(
 ) -> None:
     space = case.space
     point = point_of(space, index)
-    blocks = len({spec.block for spec in space.layers})
-    distorted = {}
-    for spec in space.layers:
-        if spec.name in space.dense:
+    blocks = len({spec.block for spec in space.problem.units})
+    distorted, prices = {}, {}
+    for spec in space.problem.units:
+        if spec.name in space.problem.dense:
             continue
         weight = point[f"kind.{spec.kind}"]
         if space.knots:
             # Where the block stands between two knots, in steps from knot to knot.
-            place = (space.knots - 1) * spec.block / max(blocks - 1, 1)
-            low = min(int(place), space.knots - 2)
+            position = (space.knots - 1) * spec.block / max(blocks - 1, 1)
+            low = min(int(position), space.knots - 2)
             ends = point[f"depth.{low}"], point[f"depth.{low + 1}"]
-            weight += ends[0] + (place - low) * (ends[1] - ends[0])
-        power = math.exp(point["exponent"]) if space.exponent else 1.0
-        curve = space.curves[spec.name]
-        distorted[spec.name] = np.array([math.exp(weight) * value**power for value in curve])
+            weight += ends[0] + (position - low) * (ends[1] - ends[0])
+        power = math.exp(point["exponent"]) if "exponent" in space.names else 1.0
+        menu = space.problem.menus[spec.name]
+        options = [menu.option(index) for index in range(len(menu))]
+        curve = case.curves[spec.name]
+        values = [0.0 if o == DENSE else float(curve[o.level[0]]) for o in options]
+        distorted[spec.name] = np.array([math.exp(weight) * value**power for value in values])
+        prices[spec.name] = dict(zip(options, distorted[spec.name], strict=True))
     expected = allocate_by_loss(
-        distorted,
-        space.layers,
-        space.budget,
-        cost=space.cost,
-        rank_multiple=space.rank_multiple,
-        dense=space.dense,
-        minimum=space.minimum,
+        space.problem.menus, space.problem.budget, losses=distorted, dense=space.problem.dense
     )
-    found = space.allocate(point)
+    allocation = space.allocate(point)
 
     def price(allocation: Allocation) -> float:
-        ranks = allocation.ranks.items()
-        return sum(distorted[n][rank] for n, rank in ranks if rank is not None)
+        return sum(prices[name][allocation.options[name]] for name in prices)
 
-    # Ranks themselves may differ where rounding decides between equals.
-    assert price(found) == pytest.approx(price(expected), abs=TOLERANCES["loss"])
+    # Options themselves may differ where rounding decides between equals.
+    assert price(allocation) == pytest.approx(price(expected), abs=TOLERANCES["loss"])
 
 
 @given(cases(), st.integers(0, 20), st.floats(-3, 3))
@@ -199,34 +225,35 @@ def test_a_constant_added_to_all_kinds_changes_nothing(
     moved = {name: v + constant * name.startswith("kind.") for name, v in point.items()}
     before, after = space.allocate(point), space.allocate(moved)
     # A scale may decide between selections whose losses are equal to rounding, and no others.
-    assert loss(space, after) == pytest.approx(loss(space, before), abs=TOLERANCES["loss"])
+    plain = loss(case.curves, before)
+    assert loss(case.curves, after) == pytest.approx(plain, abs=TOLERANCES["loss"])
     if space.knots:
         deep = {name: v + constant * name.startswith("depth.") for name, v in point.items()}
-        found = space.allocate(deep)
-        assert loss(space, found) == pytest.approx(loss(space, before), abs=TOLERANCES["loss"])
+        shifted = space.allocate(deep)
+        assert loss(case.curves, shifted) == pytest.approx(plain, abs=TOLERANCES["loss"])
 
 
 @given(cases(), st.integers(0, 20), st.floats(0.01, 3), st.sampled_from(KINDS))
-def test_a_larger_weight_of_a_kind_never_gives_it_fewer_parameters(
+def test_a_larger_weight_of_a_kind_never_gives_it_less_of_the_budget(
     case: Case, index: int, more: float, kind: str
 ) -> None:
     """Two optima, exchanged: the kind's own loss cannot rise with its weight.
 
-    Nor then can its parameters fall: fewer of them with less loss would have been better before.
+    Nor then can its cost fall: less of it with less loss would have been better before.
     Where curves are flat, the rest of the budget goes to anybody; these here fall strictly.
     """
     space = case.space
     variable = f"kind.{kind}"
     if variable not in space.names:
         return
-    specs = [spec for spec in space.layers if spec.kind == kind]
+    specs = [spec for spec in space.problem.units if spec.kind == kind]
 
-    def kept(point: dict[str, float]) -> int:
-        ranks = space.allocate(point).ranks
-        return sum(dict(rungs(s, factored, space.rank_multiple))[ranks[s.name]] for s in specs)
+    def cost(point: dict[str, float]) -> int:
+        costs = space.allocate(point).costs
+        return sum(costs[spec.name].of(case.measure) for spec in specs)
 
     point = point_of(space, index)
-    assert kept(point) <= kept(point | {variable: point[variable] + more})
+    assert cost(point) <= cost(point | {variable: point[variable] + more})
 
 
 @given(cases(), st.integers(0, 20))
@@ -234,9 +261,7 @@ def test_depth_and_exponent_of_nothing_are_left_out(case: Case, index: int) -> N
     """Knots at 0 and the exponent at 0 are a space without them."""
     space = case.space
     kinds = {n: v for n, v in point_of(space, index).items() if n.startswith("kind.")}
-    plain = Case(
-        case.layers, case.changes | {"knots": 0, "exponent": False}, case.fullness, case.seed
-    )
+    plain = replace(case, changes=case.changes | {"knots": 0, "exponent": False})
     assert plain.space.names == tuple(kinds)
     rest = dict.fromkeys(set(space.names) - set(kinds), 0.0)
     assert space.allocate(kinds | rest) == plain.space.allocate(kinds)
@@ -251,13 +276,13 @@ def test_rounding_in_curves_decides_nothing() -> None:
         curve[-2:] = -1e-9 * curve[0], 1e-9 * curve[0]
     flat = {name: np.append(curve[:-2], [0.0, 0.0]) for name, curve in clean.items()}
     for exponent in (-0.5, 0.0, 0.5):
-        found, expected = (
+        allocation, expected = (
             make_weight_space(0.7, layers, curves).allocate(
                 dict.fromkeys(make_weight_space().names, 0.0) | {"exponent": exponent}
             )
             for curves in (noisy, flat)
         )
-        assert found == expected
+        assert allocation == expected
 
 
 # --- the space itself --------------------------------------------------------------------------
@@ -267,10 +292,10 @@ def test_without_groups_each_kind_of_the_model_is_one() -> None:
     space = make_weight_space(dense=["v_proj"])
     kinds = [f"kind.{k}" for k in ("q_proj", "k_proj", "o_proj", "up_proj", "down_proj")]
     assert space.names == (*kinds, "depth.0", "depth.1", "depth.2", "exponent")
-    assert space.dense == ("layers.0.v_proj", "layers.1.v_proj")
+    assert space.problem.dense == ("layers.0.v_proj", "layers.1.v_proj")
     assert space.bounds == dict.fromkeys(space.names, (-0.5, 0.5))
     assert space.constraint is None
-    assert space.start_point() is None
+    assert space.start_point() == {}
 
 
 def test_groups_share_a_weight() -> None:
@@ -290,21 +315,21 @@ def test_sobol_points_are_in_bounds_and_depend_on_index_and_seed_only(
     case: Case, index: int, seed: int
 ) -> None:
     space = case.space
-    point = space.sobol_point(index, seed)
+    point = sobol_point(space, index, seed)
     assert list(point) == list(space.names)
     assert all(low <= point[name] <= high for name, (low, high) in space.bounds.items())
     torch.manual_seed(index)
     before = torch.random.get_rng_state()
-    assert case.space.sobol_point(index, seed) == point
+    assert sobol_point(case.space, index, seed) == point
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
 def test_sobol_points_fill_the_box() -> None:
     space = make_weight_space()
-    points = torch.tensor([list(space.sobol_point(i, 0).values()) for i in range(64)])
+    points = torch.tensor([list(sobol_point(space, i, 0).values()) for i in range(64)])
     for quadrant in (points < 0, points > 0):
         assert (quadrant.sum(0) >= 24).all()
-    assert not torch.equal(points[0], torch.tensor(list(space.sobol_point(0, 1).values())))
+    assert not torch.equal(points[0], torch.tensor(list(sobol_point(space, 0, 1).values())))
 
 
 @given(st.data())
@@ -312,26 +337,28 @@ def test_projection_clamps(data) -> None:
     space = make_weight_space()
     size = len(space.names)
     values = data.draw(st.lists(st.floats(-2, 2), min_size=size, max_size=size))
-    found = space.project(values)
-    assert found == [float(v) for v in np.clip(values, -0.5, 0.5)]
-    assert space.project(found) == found
+    nearest = space.project(dict(zip(space.names, values, strict=True)))
+    assert list(nearest.values()) == [float(v) for v in np.clip(values, -0.5, 0.5)]
+    assert space.project(nearest) == nearest
 
 
 def test_what_was_evaluated_is_the_point_itself_and_the_baseline_has_none() -> None:
     space = make_weight_space()
     point = point_of(space, 3)
     assert space.realised(space.allocate(point), point) == point
-    assert space.realised(space.uniform(), {}) is None
+    assert space.realised(space.problem.uniform(), {}) == {}
 
 
 def test_the_uniform_baseline_is_that_of_ratios() -> None:
     """Studies of both kinds of space compare with the same trial."""
-    assert make_weight_space(0.6).uniform() == make_space(0.6).uniform()
-    pinned = make_weight_space(0.6, dense=["v_proj"], minimum=5)
-    assert pinned.uniform() == make_space(0.6).uniform()
+    assert make_weight_space(0.6).problem.uniform() == make_space(0.6).problem.uniform()
+    pinned = make_weight_space(0.6, dense=["v_proj"], forms=("factored", "pivoted"))
+    assert pinned.problem.uniform() == make_space(0.6).problem.uniform()
+    options = make_weight_space(0.6, minimum=6).problem.uniform().options.values()
+    assert all(o == DENSE or o.level >= (6,) for o in options)  # of the menu, as any trial
 
 
-def test_layers_without_curves_stay_dense() -> None:
+def test_units_without_losses_stay_dense() -> None:
     """As those that are too small for any low-rank form."""
     layers = make_layers()
     curves = dict(make_curves(layers))
@@ -340,13 +367,13 @@ def test_layers_without_curves_stay_dense() -> None:
         del curves[name]
     space = make_weight_space(0.8, layers, curves)
     allocation = space.allocate(point_of(space, 0))
-    assert all(allocation.ranks[name] is None for name in missing)
-    assert allocation.parameters <= space.budget.parameters
+    assert all(allocation.options[name] == DENSE for name in missing)
+    assert allocation.cost.parameters <= space.problem.budget.limit
 
 
-def test_without_any_curves_nothing_can_be_allocated() -> None:
-    space = make_weight_space(curves={})
-    with pytest.raises(ValueError, match="no loss curves; calibrate with output gradients"):
+def test_before_losses_are_predicted_nothing_can_be_allocated() -> None:
+    space = make_weight_space().of(make_problem())
+    with pytest.raises(ValueError, match="nothing is predicted yet; calibrate with output grad"):
         space.allocate(point_of(space, 0))
 
 
@@ -361,10 +388,9 @@ def test_an_infeasible_budget_names_the_smallest_keep_ratio(case: Case) -> None:
     assert message.endswith("or lower space.minimum_rank or space.rank_multiple.")
     stated = re.search(r"smallest feasible budget.keep_ratio is (\d\.\d{4})", message)
     assert stated is not None
-    budget = Budget.from_keep_ratio(case.layers, float(stated[1]))
-    space = case.build(budget.parameters)
+    space = case.build(case.whole.keeping(float(stated[1])).budget.limit)
     assert_keeps_its_promises(space, space.allocate(point_of(space, 0)))
-    below = Budget.from_keep_ratio(case.layers, round(float(stated[1]) - 1e-4, 4)).parameters
+    below = case.whole.keeping(round(float(stated[1]) - 1e-4, 4)).budget.limit
     assert below < case.smallest
     with pytest.raises(BudgetError):
         case.build(below)

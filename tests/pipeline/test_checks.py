@@ -1,20 +1,32 @@
 """Values that cannot work are named before anything is loaded, all of them at once."""
 
+import copy
 import dataclasses
 import math
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lrbo import config
-from lrbo.checks import check, check_search, check_store, protocol_file, require_valid, study_folder
+from lrbo.config import compose, refusals
+from lrbo.config.schema import (
+    CompressConfig,
+    DashboardConfig,
+    EvaluateConfig,
+    ReportConfig,
+    SearchConfig,
+)
 from lrbo.errors import ConfigError
-from lrbo.schema import CompressConfig, DashboardConfig, EvaluateConfig, ReportConfig, SearchConfig
+from lrbo.pipeline.checks import check, check_search, check_store, protocol_file, require_valid
+from lrbo.study.study_record import study_folder
+
+composed = cache(compose.composed)
 
 
 def search(*overrides: str) -> SearchConfig:
-    found = config.composed("search", overrides)
+    """Return a configuration of one's own, which is composed only once."""
+    found = copy.deepcopy(composed("search", overrides))
     assert isinstance(found, SearchConfig)
     return found
 
@@ -22,7 +34,8 @@ def search(*overrides: str) -> SearchConfig:
 BAD_SEARCH: dict[str, Any] = {
     "budget.keep_ratio": [0.0, -0.1, 1.01, math.nan],
     "budget.lowest": [0.8, 0.9, 0.0, math.nan],
-    "budget.storage": ["dense", "sparse"],
+    "budget.measure": ["flops", "storage"],
+    "space.forms": [["sparse"], ["dense"], [], ["pivoted", "pivoted"], ["pivoted", "sparse"]],
     "search.trials": [0],
     "search.initial": [1],
     "search.size": ["latency", "nll"],
@@ -99,8 +112,10 @@ BAD_WEIGHTS: dict[str, Any] = {
 
 
 def changed(found: Any, key: str, value: Any) -> Any:
-    """Return a copy of a dataclass with one nested value replaced."""
+    """Return a copy of a configuration with one nested value replaced."""
     name, _, rest = key.partition(".")
+    if isinstance(found, dict):
+        return {**found, name: value}
     inner = changed(getattr(found, name), rest, value) if rest else value
     return dataclasses.replace(found, **{name: inner})
 
@@ -186,7 +201,7 @@ def test_a_pool_has_more_windows_than_are_wanted(tmp_path: Path) -> None:
     assert check(changed(found, "data.max_windows", 33)) == []
     (problem,) = check(changed(found, "data.max_windows", 32))  # which bounds the pool too
     assert "the 32 that data.validation.tokens=16384 asks for, with at most data.max_w" in problem
-    (problem,) = config.find_problems("search", ["evaluation.pool_token=1"]).values()
+    (problem,) = refusals.find_problems("search", ["evaluation.pool_token=1"]).values()
     assert "did you mean evaluation.pool_tokens?" in problem
 
 
@@ -248,7 +263,7 @@ def test_any_other_point_is_refused(point: Any, tmp_path: Path) -> None:
 
 
 def test_evaluate_needs_only_the_test_text_and_a_checkpoint_that_is_there(tmp_path: Path) -> None:
-    found = config.composed("evaluate", ["data=files", "data.test.path=a.txt"])
+    found = compose.composed("evaluate", ["data=files", "data.test.path=a.txt"])
     assert isinstance(found, EvaluateConfig)
     assert check(found) == []
     found.checkpoint = str(tmp_path / "none")
@@ -311,7 +326,7 @@ def test_a_value_that_a_benchmark_cannot_work_with_is_named(
     key: str, value: Any, tmp_path: Path
 ) -> None:
     (tmp_path / "config.json").write_text("{}")
-    found = config.composed("benchmark", [f"checkpoint={tmp_path}", f"studies={tmp_path}"])
+    found = compose.composed("benchmark", [f"checkpoint={tmp_path}", f"studies={tmp_path}"])
     assert check(found) == []
     (problem,) = check(changed(found, key, value))
     assert problem.startswith(key)
@@ -323,7 +338,7 @@ def test_a_value_that_a_benchmark_cannot_work_with_is_named(
 def test_a_value_that_an_evaluation_cannot_work_with_is_named(
     key: str, value: Any, tmp_path: Path
 ) -> None:
-    found = config.composed("evaluate", ["protocols=[ptb]", "tasks=[piqa]"])
+    found = compose.composed("evaluate", ["protocols=[ptb]", "tasks=[piqa]"])
     assert isinstance(found, EvaluateConfig)
     found = changed(found, "record", str(tmp_path / "evaluations.jsonl"))
     assert check(found) == []
@@ -342,7 +357,7 @@ def test_a_value_that_an_evaluation_cannot_work_with_is_named(
 def test_the_file_of_a_protocol_is_looked_for_in_the_folder_unless_it_is_named(
     tmp_path: Path,
 ) -> None:
-    found = config.composed("evaluate", ["protocols=[ptb]", f"text_folder={tmp_path}"])
+    found = compose.composed("evaluate", ["protocols=[ptb]", f"text_folder={tmp_path}"])
     assert isinstance(found, EvaluateConfig)
     ptb = found.protocols["ptb"]
     (problem,) = check(found)
@@ -359,17 +374,17 @@ def test_what_only_a_file_has_is_refused_for_a_protocol_of_the_hub() -> None:
     """It was passed over."""
     line = ["protocols=[ptb]", "protocols.ptb.format=csv", "protocols.ptb.column=body"]
     assert [
-        problem.partition("; leave")[0] for problem in check(config.composed("evaluate", line))
+        problem.partition("; leave")[0] for problem in check(compose.composed("evaluate", line))
     ] == [
         f"protocols.ptb.{given}: only files have one, and this text is the hub's"
         for given in ("format='csv'", "column='body'")
     ]
-    assert check(config.composed("evaluate", [*line, f"protocols.ptb.path={__file__}"])) == []
+    assert check(compose.composed("evaluate", [*line, f"protocols.ptb.path={__file__}"])) == []
 
 
 def test_what_is_for_protocols_or_tasks_is_not_taken_without_them(tmp_path: Path) -> None:
     alone = EvaluateConfig(text_folder=str(tmp_path), task_folder=str(tmp_path), limit=3)
-    found = dataclasses.replace(config.composed("evaluate", []), **{
+    found = dataclasses.replace(compose.composed("evaluate", []), **{
         key: getattr(alone, key) for key in ("text_folder", "task_folder", "limit")
     })  # fmt: skip
     assert [problem.partition(";")[0] for problem in check(found)] == [

@@ -7,18 +7,21 @@ from typing import Any
 import pytest
 import torch
 
-from lrbo import builders, config, pool
-from lrbo.calibration import corpus
-from lrbo.compression import compressed
+from lrbo.allocation.apply import compressed
+from lrbo.config import compose, saved
+from lrbo.config.schema import SearchConfig
+from lrbo.data import documents
+from lrbo.data.windows import load_windows
 from lrbo.errors import ConfigError, NonFiniteError, StudyError
-from lrbo.evaluation.perplexity import score
-from lrbo.evaluation.selection import select_windows
-from lrbo.optimization.study import Study
-from lrbo.pool import pool_allocations
-from lrbo.schema import SearchConfig
-from tests.commands import lrbo_command
-from tests.fakes import Killed, make_front_space, make_space, make_weight_space
-from tests.test_builders import Said
+from lrbo.optimization.space import sobol_point
+from lrbo.pipeline import build_worker, choose_windows, planning
+from lrbo.pipeline.choose_windows import pool_allocations, select_windows
+from lrbo.study.journal import Study
+from lrbo.tasks.causal_lm import CausalLM
+from lrbo.tasks.perplexity import score
+from tests.support.commands import lrbo_command
+from tests.support.fakes import Killed, make_front_space, make_space, make_weight_space
+from tests.support.small_search import Said
 
 WINDOW, WANTED, POOL, ALLOCATIONS = 64, 4, 12, 3
 TINY = ["experiment=tiny", "search.trials=5", "search.initial=4", "tracking.enabled=false"]
@@ -42,17 +45,17 @@ def _place(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def values(*overrides: str) -> SearchConfig:
-    found = config.composed("search", [*TINY, *overrides])
+    found = compose.composed("search", [*TINY, *overrides])
     assert isinstance(found, SearchConfig)
     return found
 
 
-def build(name: str, *overrides: str) -> tuple[Any, builders.Plan, Study, Said]:
+def build(name: str, *overrides: str) -> tuple[Any, planning.Plan, Study, Said]:
     """Build the worker of a study, which is begun if it is new."""
     study, said = Study(Path("studies") / name), Said()
     with study.locked():
-        plan = builders.plan_search(values(f"study={name}", *overrides), study, [])
-        return builders.build_worker(plan, study, said), plan, study, said
+        plan = planning.plan_search(values(f"study={name}", *overrides), study, [])
+        return build_worker.build_worker(plan, study, said), plan, study, said
 
 
 def events(name: str, *kinds: str) -> list[dict[str, Any]]:
@@ -82,10 +85,10 @@ def test_the_windows_are_those_that_the_losses_of_the_allocations_choose() -> No
     worker, plan, study, said = build("one", *CHOOSE)
     windows = plan.windows["validation"].ids
     assert windows.shape == (POOL, WINDOW)
-    space = builders.informed_space(plan, study, worker, Said())
+    space = build_worker.informed_space(plan, study, worker.model, worker.prepared, Said())
     losses = []
     for allocation in pool_allocations(space, ALLOCATIONS, plan.config.seed):
-        with compressed(worker.model, allocation, worker.factors, tokens=WINDOW):
+        with compressed(worker.model, allocation, worker.prepared, tokens=WINDOW):
             losses.append([score(worker.model, windows[i : i + 1]).mean for i in range(POOL)])
     measured = [event["losses"] for event in events("one", "pooled")]
     torch.testing.assert_close(torch.tensor(measured), torch.tensor(losses), rtol=CLOSE, atol=CLOSE)
@@ -107,8 +110,8 @@ def test_what_was_chosen_is_not_chosen_again_not_even_in_another_process(cache: 
     before = study.journal.read_bytes()
     again, _, _, said = build("one", *CHOOSE)
     assert not any("Choosing" in line or "Pool" in line for line in said.lines)
-    actor = builders.study_worker(
-        study.folder.absolute(), config.to_yaml(plan.config), Path.cwd(), cache
+    actor = build_worker.study_worker(
+        study.folder.absolute(), saved.to_yaml(plan.config), Path.cwd(), cache
     )
     for worker in (again, actor):
         assert torch.equal(worker.windows, first.windows)
@@ -121,7 +124,7 @@ def test_without_a_pool_nothing_is_chosen() -> None:
     assert torch.equal(worker.windows, plan.windows["validation"].ids)
     assert worker.windows.shape == (WANTED, WINDOW)
     assert events("plain", "pooled", "chosen") == []
-    assert study.data() == study.about()["data"]
+    assert study.data == study.about.data
 
 
 def test_the_pool_has_what_was_drawn_without_it_and_other_roles_stay_as_they_are() -> None:
@@ -131,12 +134,12 @@ def test_the_pool_has_what_was_drawn_without_it_and_other_roles_stay_as_they_are
     assert {tuple(row) for row in plain.windows["validation"].ids.tolist()} < rows
     for role in ("calibration", "test"):
         assert with_pool.windows[role].digest == plain.windows[role].digest
-        assert study.data()[role]["digest"] == plain.windows[role].digest
-    validation = study.data()["validation"]
+        assert study.data[role]["digest"] == plain.windows[role].digest
+    validation = study.data["validation"]
     assert validation["windows"] == WANTED
-    assert validation["pool"] == study.about()["data"]["validation"]
+    assert validation["pool"] == study.about.data["validation"]
     assert validation["pool"]["windows"] == POOL
-    kept = with_pool.windows["validation"].only(study.state.chosen["windows"])
+    kept = with_pool.windows["validation"].only(study.state.selection["windows"])
     assert validation["digest"] == kept.digest != validation["pool"]["digest"]
 
 
@@ -149,15 +152,15 @@ def test_allocations_are_the_least_predicted_loss_and_points_that_no_search_begi
     assert len(found) == 6
     assert found[:4] == pool_allocations(space, 4, 3)
     assert found != pool_allocations(space, 6, 4)
-    known = space.analytic()
-    if known is not None:
-        assert found[0] == known[0]
-    # Small layers round many points to the same ranks: some may be equal, but never all.
-    others = found[known is not None :]
-    begins = [space.allocate(space.sobol_point(index, 3)) for index in range(len(others))]
-    assert [found.ranks for found in others] != [found.ranks for found in begins]
+    is_predicted = space.problem.is_predicted
+    if is_predicted:
+        assert found[0] == space.problem.by_loss()
+    # Small layers round many points to the same options: some may be equal, but never all.
+    others = found[is_predicted:]
+    begins = [space.allocate(sobol_point(space, index, 3)) for index in range(len(others))]
+    assert [found.options for found in others] != [found.options for found in begins]
     for allocation in found:
-        assert allocation.parameters <= allocation.budget.parameters
+        assert allocation.cost.of(allocation.budget.measure) <= allocation.budget.limit
 
 
 # --- interruptions -----------------------------------------------------------------------------
@@ -178,7 +181,7 @@ def test_a_choice_that_was_killed_goes_on_where_it_was(
     at: int, uninterrupted: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = 0
-    real = pool.score_windows
+    real = CausalLM.losses
 
     def counted(*arguments: Any, **options: Any) -> Any:
         nonlocal calls
@@ -188,19 +191,19 @@ def test_a_choice_that_was_killed_goes_on_where_it_was(
         return real(*arguments, **options)
 
     with monkeypatch.context() as patched:
-        patched.setattr(pool, "score_windows", counted)
+        patched.setattr(CausalLM, "losses", counted)
         if at == ALLOCATIONS:  # all are scored, and the choice is not written down
 
             def burns(*arguments: Any) -> None:
                 raise Killed
 
-            patched.setattr(pool, "select_windows", burns)
+            patched.setattr(choose_windows, "select_windows", burns)
         with pytest.raises(Killed):
             build("killed", *CHOOSE)
     assert len(events("killed")) == at
     calls = -ALLOCATIONS  # which no call reaches
     with monkeypatch.context() as patched:
-        patched.setattr(pool, "score_windows", counted)
+        patched.setattr(CausalLM, "losses", counted)
         build("killed", *CHOOSE)
     assert calls == -at  # nothing was scored twice
     assert events("killed") == uninterrupted
@@ -221,7 +224,7 @@ def test_settings_that_were_given_up_before_the_study_began_leave_nothing(
     assert Path("studies/one/tokens.safetensors").is_file()
     worker, _, study, _ = build("one")
     assert len(worker.windows) == WANTED
-    assert corpus.load_windows(study.folder / "tokens.safetensors")["validation"].ids.shape == (
+    assert load_windows(study.folder / "tokens.safetensors")["validation"].ids.shape == (
         WANTED,
         WINDOW,
     )
@@ -229,14 +232,14 @@ def test_settings_that_were_given_up_before_the_study_began_leave_nothing(
 
 def broken(monkeypatch: pytest.MonkeyPatch, places: set[int]) -> None:
     """Let the losses of some allocations be no numbers."""
-    real, calls = pool.score_windows, iter(range(100))
+    real, calls = CausalLM.losses, iter(range(100))
 
     def score_windows(*arguments: Any, **options: Any) -> Any:
         if next(calls) in places:
             raise NonFiniteError("the loss of 3 tokens is not finite")
         return real(*arguments, **options)
 
-    monkeypatch.setattr(pool, "score_windows", score_windows)
+    monkeypatch.setattr(CausalLM, "losses", score_windows)
 
 
 def test_an_allocation_without_a_finite_loss_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -291,7 +294,7 @@ def test_a_search_that_is_continued_by_its_name_and_its_model_have_the_chosen_wi
     assert compressed_.status == 0, compressed_.err
     best = ran.json["best"]
     rows = {row["trial"]: row for row in compressed_.json["refit"]["trials"]}
-    assert rows[best["trial"]]["validation_nll_before"] == best["nll"]
+    assert rows[best["trial"]]["validation_loss_before"] == best["nll"]
     written = json.loads(Path("mine/config.json").read_text(encoding="utf-8"))
     about = written["quantization_config"]["provenance"]
     assert about["data"]["validation"]["windows"] == WANTED
@@ -314,7 +317,7 @@ def test_a_pool_that_the_text_cannot_fill_is_named_by_its_key() -> None:
 
 def test_test_text_that_only_the_pool_reads_is_refused() -> None:
     """Without the pool, the windows that are drawn happen to be others."""
-    sentences = list(corpus.documents("generated", "words"))
+    sentences = list(documents.documents("generated", "words"))
     texts = {
         "calibration": sentences[:60],
         "validation": sentences[60:120],
@@ -325,6 +328,6 @@ def test_test_text_that_only_the_pool_reads_is_refused() -> None:
         Path(f"{role}.txt").write_text(" ".join(found), encoding="utf-8")
         files.append(f"data.{role}.path={role}.txt")
     study = Study(Path("studies/one"))
-    builders.plan_search(values("study=one", *files), study, [])
+    planning.plan_search(values("study=one", *files), study, [])
     with pytest.raises(ConfigError, match=r"windows of test .* also occur in validation"):
-        builders.plan_search(values("study=one", *files, "evaluation.pool_tokens=16384"), study, [])
+        planning.plan_search(values("study=one", *files, "evaluation.pool_tokens=16384"), study, [])

@@ -4,14 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from lrbo.commands.asked import donor_problems
-from lrbo.config import composed
-from lrbo.donors import lent
+from lrbo.config.compose import composed
+from lrbo.config.schema import SearchConfig
 from lrbo.errors import ConfigError
-from lrbo.optimization.study import Study
-from lrbo.schema import SearchConfig
-from lrbo.starts import build_starts
-from tests.journal import Journal
+from lrbo.pipeline.feasibility import donor_problems, donor_records
+from lrbo.pipeline.search_space import build_starts
+from lrbo.study.journal import Study
+from tests.support.journal import Journal
 
 
 @pytest.fixture
@@ -27,7 +26,7 @@ def lender(tmp_path: Path) -> Journal:
 def test_the_best_is_lent_or_the_trial_that_is_named(
     lender: Journal, tmp_path: Path, name: str, trial: int
 ) -> None:
-    study, records = lent(name, str(tmp_path))
+    study, records = donor_records(name, str(tmp_path))
     assert study.name == "mine"
     assert [record.request.trial_index for record in records] == [trial]
 
@@ -36,7 +35,7 @@ def test_a_front_is_lent_whole(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "mine", "budget=front")
     for index, nll in enumerate((2.5, 2.25, 2.75)):
         journal.complete(index, nll, keep_ratio=0.5 + index / 10)
-    _, records = lent("study:mine", str(tmp_path))
+    _, records = donor_records("study:mine", str(tmp_path))
     assert [record.request.trial_index for record in records] == [0, 1]
 
 
@@ -60,5 +59,5 @@ def test_the_values_and_the_search_refuse_a_donor_with_one_message(
     assert problem.startswith(message)
     layers = lender.layers.compressible
     with pytest.raises(ConfigError) as caught:
-        build_starts(chosen.warm_start, layers, studies=chosen.studies)
+        build_starts(chosen.warm_start, layers, chosen.studies)
     assert caught.value.problems == [problem]

@@ -15,8 +15,10 @@ from transformers import (
 )
 
 import lrbo
-from lrbo import steps
+from lrbo.allocation.allocate import Allocation
 from lrbo.calibration.collect import Calibration, CalibrationSettings
+from lrbo.calibration.statistics import Statistic
+from lrbo.checkpoints.merged import save_merged
 from lrbo.errors import (
     BudgetError,
     CheckpointError,
@@ -25,15 +27,17 @@ from lrbo.errors import (
     ModelError,
     StatisticsError,
 )
-from lrbo.export import require_writable
-from lrbo.factorization.base import Statistic
 from lrbo.factorization.registry import METHODS
-from lrbo.loading import ModelSource, byte_tokenizer, load_model
-from lrbo.merging import save_merged
-from lrbo.model import first_other, map_model, weight_samples
-from lrbo.steps import Factorization, calibrate, factorize
-from tests.test_preparation import Said, prepared
-from tests.tiny import CASES, build, token_ids
+from lrbo.layers.options import DENSE, MEASURES, Budget, Measure
+from lrbo.models.loading import load_model
+from lrbo.models.model_map import map_model
+from lrbo.models.parameters import first_other, weight_samples
+from lrbo.models.sources import ModelSource
+from lrbo.models.tiny import byte_tokenizer
+from lrbo.pipeline import in_memory, memory_checks
+from lrbo.pipeline.in_memory import Factorization, calibrate, factorize
+from tests.pipeline.test_prepare import Said, prepared
+from tests.support.tiny import CASES, build, token_ids
 
 CPU, FLOAT32 = torch.device("cpu"), torch.float32
 IDS = token_ids(7, 12)
@@ -70,7 +74,7 @@ def test_the_factors_are_those_of_the_commands(
     found = calibrate(tiny(), IDS, method, settings=SETTINGS, progress=False)
     mine = factorize(tiny(), found, method, progress=False)
     how = METHODS[method]
-    preparation = prepared(method=how, needs=steps.curve_needs(how), windows=IDS)
+    preparation = prepared(method=how, needs=in_memory.curve_needs(how), windows=IDS)
     assert same(mine, preparation.factors("digest", FLOAT32, CPU, Said(), tiny()))
 
 
@@ -78,19 +82,28 @@ def test_one_calibration_serves_all_methods_and_each_gives_the_same_alone(
     calibration: Calibration,
 ) -> None:
     alone = calibrate(tiny(), IDS, "asvd", curves=False, settings=SETTINGS, progress=False)
-    assert set(next(iter(alone.found.values()))) == {Statistic.INPUT_MAGNITUDE}
+    assert set(next(iter(alone.statistics.values()))) == {Statistic.INPUT_MAGNITUDE}
     shared = factorize(tiny(), calibration, "asvd", progress=False)
     assert same(shared, dict(factorize(tiny(), alone, "asvd", progress=False).factors))
 
 
-@pytest.mark.parametrize("storage", ["pivoted", "factored"])
+@pytest.mark.parametrize("measure", MEASURES)
+@pytest.mark.parametrize("forms", ["pivoted", "factored", ("factored", "pivoted")])
 def test_from_a_dense_model_to_a_checkpoint(
-    storage: str, calibration: Calibration, tmp_path: Path
+    forms: str | tuple[str, ...], measure: Measure, calibration: Calibration, tmp_path: Path
 ) -> None:
     model, dense = tiny(), tiny()
-    found = factorize(model, calibration, storage=storage, progress=False)
-    allocation = found.least_loss(0.8)
-    assert allocation.parameters <= 0.8 * sum(s.parameters for s in found.layers.compressible)
+    found = factorize(model, calibration, forms=forms, progress=False)
+    allocation = found.least_loss(0.8, measure=measure)
+    layers = found.layers.compressible
+    units = {
+        "parameters": sum(s.parameters for s in layers),
+        "bytes": sum(s.parameters * 4 for s in layers),
+        "macs": sum(s.out_features * s.in_features for s in layers),
+    }
+    assert allocation.budget == Budget(measure, units[measure] * 8 // 10)
+    assert allocation.cost.of(measure) <= allocation.budget.limit
+    assert {option.form for option in allocation.compressed.values()} <= set(found.forms)
     before = lrbo.score(model, IDS).value
     with found.compressed(model, allocation) as small:
         within = lrbo.score(small, IDS).value
@@ -99,23 +112,30 @@ def test_from_a_dense_model_to_a_checkpoint(
     found.compress_(model, allocation)
     assert lrbo.score(model, IDS).value == pytest.approx(within, rel=1e-4)
     held = found.save(tmp_path / "out", model, byte_tokenizer(), allocation)
-    assert held == found.account(allocation).model < map_model(dense).parameters
+    counted = found.account(allocation)
+    assert held == counted.model.parameters == sum(p.numel() for p in model.parameters())
+    assert counted.model.of(measure) < counted.model_dense.of(measure)
+    assert counted.model_dense.parameters == map_model(dense).parameters
+    tensors = {t.data_ptr(): t for t in model.state_dict().values()}.values()
+    assert counted.model.bytes == sum(t.numel() * t.element_size() for t in tensors)
     assert lrbo.load(str(tmp_path / "out"))(IDS).logits == pytest.approx(model(IDS).logits)
 
 
 def test_the_least_loss_is_predicted_to_be_below_the_uniform_one(
     factorization: Factorization,
 ) -> None:
-    def predicted(ranks: dict) -> float:
-        known = {name: rank for name, rank in ranks.items() if rank is not None}
-        return sum(float(factorization.factors[name].loss[rank]) for name, rank in known.items())
+    def predicted(allocation: Allocation) -> float:
+        return sum(
+            float(factorization.factors[name].loss[option.level[0]])
+            for name, option in allocation.compressed.items()
+        )
 
     least, uniform = factorization.least_loss(0.6), factorization.uniform(0.6)
-    assert predicted(least.ranks) < predicted(uniform.ranks)
+    assert predicted(least) < predicted(uniform)
     pinned = factorization.layers.compressible[0].name
-    assert factorization.least_loss(0.6, dense=[pinned]).ranks[pinned] is None
-    multiples = factorization.uniform(0.6, rank_multiple=4).ranks.values()
-    assert {rank % 4 for rank in multiples if rank is not None} == {0}
+    assert factorization.least_loss(0.6, dense=[pinned]).options[pinned] == DENSE
+    multiples = factorization.uniform(0.6, rank_multiple=4).compressed.values()
+    assert {option.level[0] % 4 for option in multiples} == {0}
     with pytest.raises(BudgetError, match="raise keep_ratio"):
         factorization.uniform(0.01)
 
@@ -125,9 +145,9 @@ def test_gradients_of_parameters_and_other_integers_change_nothing(
 ) -> None:
     model = tiny().requires_grad_(True)
     again = calibrate(model, IDS.int(), list(METHODS), settings=SETTINGS, progress=False)
-    for owner, statistics in calibration.found.items():
+    for owner, statistics in calibration.statistics.items():
         for statistic, value in statistics.items():
-            assert torch.equal(value, again.found[owner][statistic])
+            assert torch.equal(value, again.statistics[owner][statistic])
 
 
 def test_a_model_in_half_precision_runs_factors_in_its_own(calibration: Calibration) -> None:
@@ -165,7 +185,7 @@ def test_hooks_on_a_layer_are_not_lost_in_silence(put: str) -> None:
     model = tiny()
     found = factorize(model, method="svd", progress=False)
     allocation = found.uniform(0.8)
-    name = next(name for name, rank in allocation.ranks.items() if rank is not None)
+    name = next(iter(allocation.compressed))
     hook = getattr(model.get_submodule(name), put)(lambda *_: None)
     for step in (found.compress_, found.compressed):
         with pytest.raises(ModelError, match=rf"^{name} of .* has forward hooks"):
@@ -177,7 +197,7 @@ def test_hooks_on_a_layer_are_not_lost_in_silence(put: str) -> None:
 def test_what_cannot_be_written_beside_the_weights_is_said_before_them(tmp_path: Path) -> None:
     """It was raised by transformers, after the weights were written."""
     with pytest.raises(CheckpointError, match="tokenizer of type NoneType: expected that of the"):
-        require_writable(tiny(), None)
+        save_merged(tmp_path / "out", tiny(), None)
     model = tiny()
     found = factorize(model, method="svd", progress=False)
     model.generation_config.temperature = 0.5  # of sampling, which it does not do
@@ -192,9 +212,9 @@ def test_what_cannot_be_written_beside_the_weights_is_said_before_them(tmp_path:
 def test_what_is_no_tensor_and_no_model_is_named() -> None:
     for ids in (IDS.tolist(), {"input_ids": IDS}, "a text"):
         with pytest.raises(DataError, match=f"ids of type {type(ids).__name__}: .*input_ids"):
-            steps._check_ids(ids, tiny())
+            memory_checks.check_ids(ids, tiny())
     with pytest.raises(ModelError, match="model of type str: expected a model"):
-        steps._check_model("my-model")
+        memory_checks.check_model("my-model")
 
 
 def test_a_window_of_one_token_predicts_nothing() -> None:
@@ -284,7 +304,7 @@ def test_gradients_are_there_where_a_program_switched_them_off(calibration: Cali
     model = tiny()
     with torch.inference_mode():
         again = calibrate(model, IDS.clone(), list(METHODS), settings=SETTINGS, progress=False)
-    assert calibration.found.keys() == again.found.keys()
+    assert calibration.statistics.keys() == again.statistics.keys()
     assert same(
         factorize(tiny(), again, progress=False), dict(factorize(tiny(), calibration).factors)
     )
@@ -304,6 +324,18 @@ def test_an_unknown_method_names_those_there_are() -> None:
             step()
 
 
+def test_forms_that_mean_nothing_are_refused() -> None:
+    for forms, message in (
+        ("sparse", "form 'sparse' is unknown; known: dense, factored, pivoted"),
+        (["pivoted", "sparse"], "form 'sparse' is unknown"),
+        ("dense", "forms='dense': expected one beside dense"),
+        ([], r"forms=\[\]: expected one beside dense"),
+        (["pivoted", "pivoted"], r"forms=\['pivoted', 'pivoted'\]: expected each once"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            factorize(tiny(), None, "svd", forms=forms, progress=False)
+
+
 def test_what_calibration_lacks_is_named_with_the_call_that_gathers_it() -> None:
     found = calibrate(tiny(), IDS, "asvd", curves=False, progress=False)
     with pytest.raises(StatisticsError) as caught:
@@ -314,7 +346,7 @@ def test_what_calibration_lacks_is_named_with_the_call_that_gathers_it() -> None
     with pytest.raises(StatisticsError, match="has none; gather"):
         factorize(tiny(), None, progress=False)
     plain = factorize(tiny(), None, "svd", progress=False)
-    assert plain.uniform(0.5).parameters > 0
+    assert plain.uniform(0.5).cost.parameters > 0
     with pytest.raises(StatisticsError, match="curves=True"):
         plain.least_loss(0.5)
 
@@ -431,10 +463,10 @@ def without_weight(model: LlamaForCausalLM, _: Any) -> PreTrainedModel:
         (headless, "LlamaForSequenceClassification has no head"),
         (damaged, r"1 of 32 numbers of model\.norm\.weight are not finite"),
         (offloaded, r"1 parameters of .* are not in memory \(model\.norm\.weight first\)"),
-        (in_sequence, r"has a Sequential at 'model\.layers', expected a ModuleList"),
+        (in_sequence, r"has no ModuleList of blocks at 'model\.layers'"),
         (of_another_activation, r"configuration, .*correct model\.config.*KeyError: 'nope'"),
-        (of_another_class, r"Own cannot be made anew of its configuration.*argument: 'extra'"),
-        (quantized, r"1 parameters .*layers\.0\.mlp\.up_proj\.weight is torch\.float8_e4m3fn\)"),
+        (of_another_class, r"Own cannot be made of its configuration.*argument: 'extra'"),
+        (quantized, r"layers\.0\.mlp\.up_proj\.weight of .* is torch\.float8_e4m3fn, expected"),
         (without_weight, r"missing \['mlp\.up_proj'\]"),
     ],
 )
@@ -453,9 +485,9 @@ def test_a_model_of_peft_is_told_from_others() -> None:
     peft = pytest.importorskip("peft")
     wanted = peft.LoraConfig(r=2, target_modules="all-linear")
     with pytest.raises(ModelError, match=r"PeftModel.*of transformers.*merge_and_unload\(\)"):
-        steps._check_model(peft.get_peft_model(tiny(), wanted))
+        memory_checks.check_model(peft.get_peft_model(tiny(), wanted))
     with pytest.raises(ModelError, match=r"of type Linear.*lrbo\.load give$"):
-        steps._check_model(torch.nn.Linear(2, 2))
+        memory_checks.check_model(torch.nn.Linear(2, 2))
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
@@ -477,7 +509,9 @@ def test_weights_that_are_computed_are_refused_with_what_makes_them_plain(
     model = tiny()
     compute(model.get_submodule(layer))
     for step in (lambda: calibrate(model, IDS), lambda: factorize(model, method="svd")):
-        with pytest.raises(ModelError, match=rf"^{layer}\.weight of .* by pruning") as caught:
+        with pytest.raises(
+            ModelError, match=rf"^{layer}\.weight of .* is computed before"
+        ) as caught:
             step()
     call = str(caught.value).rpartition("make it one with ")[2].removesuffix(".")
     assert f"torch.nn.utils.{mend}(" in call

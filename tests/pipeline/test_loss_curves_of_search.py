@@ -5,15 +5,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mlflow import MlflowClient
 
-from lrbo import builders
-from lrbo.commands.view import make_tracker
-from lrbo.config import to_yaml
-from lrbo.optimization.study import Study, follows
-from lrbo.tracking import MlflowTracker
-from tests.commands import TINY, lrbo_command
-from tests.fakes import make_about, make_layers
-from tests.test_builders import Said, chosen
+from lrbo.config.saved import to_yaml
+from lrbo.pipeline import build_worker, planning
+from lrbo.reports.mlflow_view import make_tracker
+from lrbo.study.journal import Study
+from lrbo.study.study_record import follows
+from tests.support.commands import TINY, lrbo_command
+from tests.support.fakes import make_about, make_layers
+from tests.support.mlflow_runs import record
+from tests.support.small_search import Said, chosen
 
 
 @pytest.fixture(autouse=True)
@@ -27,9 +29,10 @@ def informed(name: str, *overrides: str) -> tuple[Any, Said]:
     """Return the space of a study with what is known of losses."""
     study, said = Study(Path("studies") / name), Said()
     with study.locked():
-        plan = builders.plan_search(chosen(f"study={name}", *overrides), study, [])
-        worker = builders.build_worker(plan, study, said)
-        return builders.informed_space(plan, study, worker, said), said
+        plan = planning.plan_search(chosen(f"study={name}", *overrides), study, [])
+        worker = build_worker.build_worker(plan, study, said)
+        model, factors = worker.model, worker.prepared
+        return build_worker.informed_space(plan, study, model, factors, said), said
 
 
 @pytest.mark.parametrize("method", ["bolaco", "loss_aware"])
@@ -41,16 +44,17 @@ def test_losses_are_measured_once_per_study(method: str) -> None:
     again, said = informed("one", f"method={method}", "space=weights")
     assert not any(line.startswith("Loss of layers: ") for line in said.lines)
     assert file.read_bytes() == written
-    for name, curve in first.curves.items():
-        assert (curve == again.curves[name]).all()
-    assert again.analytic() == first.analytic()
+    for name, menu in first.problem.menus.items():
+        assert (menu.losses == again.problem.menus[name].losses).all()
+        assert menu.losses.max() > 0
+    assert again.starts("analytic") == first.starts("analytic")
 
 
 @pytest.mark.parametrize("method", ["bolaco", "loss_aware"])
 def test_without_sensitivity_there_is_no_analytic_trial(method: str) -> None:
     """Also where the method itself gathers gradients, which would be enough to predict losses."""
     space, said = informed("one", f"method={method}", "sensitivity.enabled=false")
-    assert space.analytic() is None
+    assert space.starts("analytic") == []
     assert not Path("studies/one/sensitivity.json").exists()
     assert not any(line.startswith("Loss of layers: ") for line in said.lines)
 
@@ -75,12 +79,17 @@ def test_weights_are_searched_around_the_least_predicted_loss() -> None:
     assert "CalibrationWarning" not in ran.err
 
 
-def test_the_tracker_is_told_that_weights_are_logarithms(tmp_path: Path) -> None:
-    for space, prefix in (("weights", "log_weight."), ("per_kind", "")):
-        study = Study(tmp_path / space)
-        values = chosen(f"space={space}", "tracking.enabled=true")
-        layers = make_layers()
-        study.begin(make_about(layers, **follows(values, layers)), to_yaml(values))
-        tracker = make_tracker(values, study)
-        assert isinstance(tracker, MlflowTracker)
-        assert tracker._prefix == prefix
+@pytest.mark.parametrize(("space", "prefix"), [("weights", "log_weight."), ("per_kind", "")])
+def test_mlflow_calls_the_logarithms_of_weights_so(space: str, prefix: str, tmp_path: Path) -> None:
+    study, trial = Study(tmp_path / "study"), record(0)
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    values = chosen(f"space={space}", "tracking.enabled=true", f"tracking.uri={uri}")
+    layers = make_layers()
+    study.begin(make_about(layers, **follows(values, layers, "float32")), to_yaml(values))
+    tracker = make_tracker(values, study, strict=True)
+    tracker.start({})
+    tracker.trial(trial)
+    client = MlflowClient(uri)
+    experiments = [e.experiment_id for e in client.search_experiments()]
+    (child,) = client.search_runs(experiments, "tags.`lrbo.trial` = '0'")
+    assert child.data.params.keys() == {f"{prefix}{name}" for name in trial.request.variables}

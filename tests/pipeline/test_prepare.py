@@ -8,20 +8,20 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from lrbo import preparation
 from lrbo.calibration.collect import Calibration, CalibrationSettings
-from lrbo.factorization.base import GRADIENT_STATISTICS, Statistic
-from lrbo.factorization.loss_aware import LossAware
-from lrbo.factorization.pooled import Bolaco
+from lrbo.calibration.statistics import GRADIENT_STATISTICS, Statistic
+from lrbo.factorization.factors import PARTS, LowRankFactors
+from lrbo.factorization.methods import Asvd, Bolaco, LossAware, Svd
 from lrbo.factorization.registry import METHODS
-from lrbo.factorization.store import PARTS
-from lrbo.factorization.weighted import Asvd, Svd
-from lrbo.loading import ModelSource, load_model
-from lrbo.model import fingerprint, map_model
-from lrbo.nested import LowRankFactors
-from lrbo.preparation import Preparation, curve_needs
+from lrbo.models.loading import load_model
+from lrbo.models.model_map import map_model
+from lrbo.models.parameters import fingerprint
+from lrbo.models.sources import ModelSource
+from lrbo.pipeline import prepare
+from lrbo.pipeline.prepare import Preparation, curve_needs
 from lrbo.progress import Reporter
-from tests.tiny import token_ids
+from lrbo.tasks.causal_lm import CausalLM
+from tests.support.tiny import token_ids
 
 CPU, FLOAT32 = torch.device("cpu"), torch.float32
 SOURCE = ModelSource("tiny", "0")
@@ -49,9 +49,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def prepared(**changes: object) -> Preparation:
     model = load_model(SOURCE, dtype=FLOAT32, device=CPU)
     method = changes.get("method", LossAware())
-    base = Preparation(
-        SOURCE, map_model(model), method, curve_needs(method), token_ids(7, 12), SETTINGS
-    )
+    layers, windows = map_model(model), token_ids(7, 12)
+    needs = curve_needs(method)
+    base = Preparation(SOURCE, layers, method, needs, windows, SETTINGS, CausalLM())
     return replace(base, **changes)
 
 
@@ -99,7 +99,7 @@ def test_the_model_is_loaded_only_where_something_must_be_made(
     given, digest = prepared(), fingerprint(model)
     first = given.factors(digest, FLOAT32, CPU, Said())
     assert same_bits(first, made(given)[0])
-    monkeypatch.setattr(preparation, "load_model", lambda *a, **k: pytest.fail("loaded"))
+    monkeypatch.setattr("lrbo.tasks.causal_lm.CausalLM.load", lambda *a, **k: pytest.fail("loaded"))
     assert same_bits(first, given.factors(digest, FLOAT32, CPU, Said()))
 
 
@@ -140,7 +140,10 @@ def test_other_weights_get_factors_of_their_own() -> None:
 
 def test_factors_that_were_deleted_come_from_the_statistics_that_are_left(cache: Path) -> None:
     first, _ = made(prepared())
-    first = {name: found.to() for name, found in first.items()}  # no longer in the file
+    first = {  # no longer in the file
+        name: factors.to(dtype=factors.left.dtype, device=factors.left.device)
+        for name, factors in first.items()
+    }
     (folder,) = (cache / "factors").iterdir()
     for file in folder.iterdir():
         file.unlink()
@@ -172,7 +175,7 @@ def test_a_model_that_runs_in_half_precision_is_factored_at_that_of_its_checkpoi
 def test_a_search_that_finishes_second_takes_what_the_first_made(
     cache: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
-    save = getattr(preparation, step)
+    save = getattr(prepare, step)
     done: list[str] = []
 
     def twice(folder: Path, parts: object, name: str) -> None:
@@ -185,7 +188,7 @@ def test_a_search_that_finishes_second_takes_what_the_first_made(
 
     expected, _ = made(prepared())
     monkeypatch.setenv("LRBO_CACHE", str(cache / "other"))
-    monkeypatch.setattr(preparation, step, twice)
+    monkeypatch.setattr(prepare, step, twice)
     found, steps = made(prepared())
     assert steps == BOTH
     assert len(done) == 1
@@ -199,7 +202,7 @@ def test_an_interrupted_preparation_is_begun_again(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(preparation.CalibrationFolder, "of", interrupted)
+        patch.setattr(prepare.CalibrationFolder, "of", interrupted)
         with pytest.raises(KeyboardInterrupt):
             made(prepared())
     assert count(cache) == {"calibration": 1, "factors": 0}

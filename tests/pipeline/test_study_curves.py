@@ -1,33 +1,47 @@
-"""The loss curves of a study: as predicted, and checked against the model once."""
+"""The predicted losses of a study are checked against the model once, and never changed."""
 
 from pathlib import Path
 
-import numpy as np
 import pytest
+import torch
 
-from lrbo import preparation
+from lrbo.allocation.loss_calibration import LossCalibration, sensitivity_file
+from lrbo.config.schema import SearchConfig, SensitivityConfig
+from lrbo.data.windows import TokenWindows
 from lrbo.errors import StudyError
-from lrbo.loss_calibration import LossCalibration, sensitivity_file
-from lrbo.model import map_model
-from lrbo.nested import LowRankFactors
-from lrbo.preparation import loss_curves
+from lrbo.factorization.factors import LowRankFactors
+from lrbo.factorization.methods import LossAware
+from lrbo.models.model_map import map_model
+from lrbo.models.sources import ModelSource
+from lrbo.pipeline import build_worker
+from lrbo.pipeline.build_worker import check_predictions
+from lrbo.pipeline.planning import Plan
 from lrbo.progress import Reporter
-from lrbo.sensitivity import SensitivitySettings
-from tests.test_sensitivity import plain_factors
-from tests.tiny import build, token_ids
+from lrbo.tasks.causal_lm import CausalLM
+from tests.allocation.test_loss_curves import plain_factors
+from tests.support.fakes import make_space
+from tests.support.tiny import build, token_ids
 
 
 @pytest.fixture
 def arguments(tmp_path: Path) -> dict:
     model = build("llama_untied")
     layers = map_model(model)
+    settings = SensitivityConfig(layers_per_kind=1, ranks=2, windows=2)
     return {
-        "model": model,
-        "layers": layers,
-        "factors": plain_factors(layers, model),
-        "windows": token_ids(3, 12),
-        "settings": SensitivitySettings(layers_per_kind=1, ranks=2, windows=2),
+        "plan": Plan(
+            SearchConfig(sensitivity=settings),
+            ModelSource("tiny", "0"),
+            layers,
+            LossAware(),
+            CausalLM(),
+            torch.float32,
+            make_space(),
+            {"calibration": TokenWindows(token_ids(3, 12), "text")},
+        ),
         "file": sensitivity_file(tmp_path),
+        "model": model,
+        "factors": plain_factors(layers, model),
         "reporter": Reporter(),
     }
 
@@ -35,62 +49,56 @@ def arguments(tmp_path: Path) -> dict:
 def test_measurements_in_the_study_are_read_not_made_again(
     arguments: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arguments["apply"] = True
-    first = loss_curves(**arguments)
+    check_predictions(**arguments)
     written = arguments["file"].read_bytes()
     calibration = LossCalibration.load(arguments["file"])
-    for name, found in arguments["factors"].items():
-        kind = arguments["layers"].by_name[name].kind
-        expected = calibration.apply(kind, found.loss.numpy())
-        assert np.array_equal(first[name], expected)
-        assert (np.diff(first[name]) <= 0).all()
-    assert {m.kind for m in calibration.measurements} == set(calibration.fits)
+    kinds = {spec.kind for spec in arguments["plan"].layers.compressible}
+    assert {m.kind for m in calibration.measurements} == kinds
     monkeypatch.setattr(
-        preparation, "measure_losses", lambda *_, **__: pytest.fail("measured again")
+        build_worker, "measure_losses", lambda *_, **__: pytest.fail("measured again")
     )
-    again = loss_curves(**arguments)
-    assert all(np.array_equal(again[name], curve) for name, curve in first.items())
+    check_predictions(**arguments)
     assert arguments["file"].read_bytes() == written
 
 
-def test_measurements_are_kept_and_change_no_curve_unasked(arguments: dict) -> None:
-    found = loss_curves(**arguments)
-    for name, factors in arguments["factors"].items():
-        assert np.array_equal(found[name], factors.loss.numpy())
-    assert LossCalibration.load(arguments["file"]).measurements
+def test_predictions_are_measured_as_they_are_and_not_changed(arguments: dict) -> None:
+    before = {name: found.loss.clone() for name, found in arguments["factors"].items()}
+    check_predictions(**arguments)
+    for measured in LossCalibration.load(arguments["file"]).measurements:
+        assert measured.predicted == float(before[measured.layer][measured.rank])
+    for name, found in arguments["factors"].items():
+        assert torch.equal(found.loss, before[name])
 
 
 def test_a_folder_where_measurements_are_kept_is_refused_before_they_are_made(
     arguments: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments["file"].mkdir()
-    monkeypatch.setattr(preparation, "measure_losses", lambda *_, **__: pytest.fail("measured"))
+    monkeypatch.setattr(build_worker, "measure_losses", lambda *_, **__: pytest.fail("measured"))
     with pytest.raises(StudyError, match=r"sensitivity\.json is no file, .*; move it away"):
-        loss_curves(**arguments)
+        check_predictions(**arguments)
 
 
 def test_damaged_measurements_are_made_again_and_said(arguments: dict) -> None:
     arguments["file"].write_text("{", encoding="utf-8")
     said: list[str] = []
     arguments["reporter"].say = said.append
-    loss_curves(**arguments)
+    check_predictions(**arguments)
     assert said[0].startswith(f"{arguments['file']}: it is not JSON")
     assert said[0].endswith("; it is measured again")
     assert LossCalibration.load(arguments["file"]).measurements
 
 
-def test_without_points_predictions_are_taken_as_they_are(arguments: dict) -> None:
-    arguments["settings"] = SensitivitySettings(layers_per_kind=0)
-    found = loss_curves(**arguments)
-    for name, factors in arguments["factors"].items():
-        assert np.array_equal(found[name], factors.loss.numpy())
+def test_without_points_nothing_is_measured(arguments: dict) -> None:
+    arguments["plan"].config.sensitivity.layers_per_kind = 0
+    check_predictions(**arguments)
     assert not arguments["file"].exists()
 
 
-def test_without_gradients_there_are_no_curves(arguments: dict) -> None:
+def test_without_gradients_nothing_is_predicted_that_could_be_measured(arguments: dict) -> None:
     arguments["factors"] = {
         name: LowRankFactors(f.left, f.right, f.tail, f.offset)
         for name, f in arguments["factors"].items()
     }
-    assert loss_curves(**arguments) == {}
+    check_predictions(**arguments)
     assert not arguments["file"].exists()

@@ -14,8 +14,8 @@ import lrbo
 from lrbo.calibration.collect import Calibration, CalibrationSettings
 from lrbo.errors import ModelError
 from lrbo.factorization.registry import METHODS
-from lrbo.steps import Factorization, calibrate, factorize
-from tests.tiny import CASES, build, token_ids
+from lrbo.pipeline.in_memory import Factorization, calibrate, factorize
+from tests.support.tiny import CASES, build, token_ids
 
 # Newer transformers have another name for it, older ones this one alone.
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is:FutureWarning")
@@ -93,7 +93,7 @@ def assert_same(one: dict[str, Any], other: dict[str, Any]) -> None:
 def numbers(calibration: Calibration) -> dict[str, torch.Tensor]:
     return {
         f"{owner} {statistic}": tensor
-        for owner, statistics in calibration.found.items()
+        for owner, statistics in calibration.statistics.items()
         for statistic, tensor in statistics.items()
     }
 

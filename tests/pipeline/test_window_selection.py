@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lrbo.evaluation.selection import select_windows
+from lrbo.pipeline.choose_windows import select_windows
 
 # Of sums of float64 numbers in another order.
 ROUNDING = 1e-12

@@ -8,9 +8,9 @@ import torch
 
 from lrbo.calibration.moments import Moments
 from lrbo.errors import StatisticsError
+from lrbo.factorization.factors import LowRankFactors
 from lrbo.linalg import JitterWarning
-from lrbo.nested import LowRankFactors
-from lrbo.reduced_rank import OutputError, OutputMetric, PairMoments, solve
+from lrbo.refit.regression import OutputError, OutputMetric, PairMoments, solve
 
 OUT, IN, TOKENS = 5, 7, 60
 EXACT = 1e-9  # everything is float64; the systems have condition numbers of a few hundred
@@ -49,7 +49,7 @@ def case(out: int = OUT, size: int = IN, blend: float = 0.7, tokens: int = TOKEN
 def stream(x: torch.Tensor, beside: torch.Tensor) -> PairMoments:
     """Stream the rows in uneven pieces."""
     together = torch.cat([x, beside], 1)
-    moments = Moments.empty(together.shape[1])
+    moments = Moments(together.shape[1])
     for rows in together.tensor_split([3, 20]):
         moments.update(rows)
     return PairMoments.of(moments, x.shape[1])
@@ -97,14 +97,11 @@ def test_moments_are_those_of_the_rows() -> None:
         ((dense - x) @ target.weight.T, stream(x, dense - x).mapped(target.weight)),
     ):
         both = torch.cov(torch.cat([x, beside], 1).T, correction=0)
-        assert found.tokens == TOKENS
         torch.testing.assert_close(found.mean, x.mean(0))
-        torch.testing.assert_close(found.beside_mean, beside.mean(0))
+        torch.testing.assert_close(found.target_mean, beside.mean(0))
         torch.testing.assert_close(found.covariance, both[:IN, :IN])
         torch.testing.assert_close(found.cross, both[IN:, :IN])
-        torch.testing.assert_close(found.beside, both[IN:, IN:])
-        torch.testing.assert_close(found.second(means=False), x.T @ x / TOKENS)
-        torch.testing.assert_close(found.beyond(means=False), beside.T @ x / TOKENS)
+        torch.testing.assert_close(found.target_covariance, both[IN:, IN:])
 
 
 @shapes
@@ -187,7 +184,7 @@ def test_the_tail_is_the_objective_and_prefixes_are_optimal(out: int, size: int)
         assert len(found.tail) == rank + 1
         miss = matrix(whole) - matrix(found)
         objective = float((metric * (miss @ lifted @ miss.T)).sum())
-        assert found.error_at(rank) == pytest.approx(objective, abs=EXACT)
+        assert float(found.tail[rank]) == pytest.approx(objective, abs=EXACT)
         prefix = whole.left[:, :rank] @ whole.right[:rank]
         torch.testing.assert_close(matrix(found), prefix, rtol=0, atol=EXACT)
         torch.testing.assert_close(found.left.norm(dim=0), found.right.norm(dim=1))

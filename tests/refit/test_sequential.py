@@ -4,14 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from lrbo.allocation import Allocation, Budget
-from lrbo.compression import compress_
-from lrbo.errors import DataError
+from lrbo.allocation.apply import store_
+from lrbo.calibration.collect import CalibrationWarning
+from lrbo.layers.options import Option
 from lrbo.linalg import JitterWarning
-from lrbo.model import linear_weight, map_model
-from lrbo.refit import FewTokensWarning, RefitSettings, refit
-from tests import reference
-from tests.refits import (
+from lrbo.models.model_map import linear_weight, map_model
+from lrbo.refit.sequential import RefitSettings, refit
+from tests.support import reference
+from tests.support.allocations import decided
+from tests.support.refits import (
     HELD,
     RANK,
     ROUNDED,
@@ -29,7 +30,7 @@ from tests.refits import (
     slow_refit,
     snapshot,
 )
-from tests.tiny import build, token_ids
+from tests.support.tiny import build, token_ids
 
 __all__ = ["one_thread"]  # a fixture
 
@@ -66,7 +67,7 @@ def test_each_site_reads_what_the_model_refit_so_far_gives_it(case: str, centred
     assert len(slow) >= 6
     for row in found.report:
         expected, factors = slow[row.name], found.factors[row.name]
-        assert (row.rank, row.taken) == (RANK, expected.taken)
+        assert (row.rank, row.accepted) == (RANK, expected.taken)
         got = (row.fitted_before, row.fitted_after, row.held_back_before, row.held_back_after)
         assert got == pytest.approx(expected.errors, rel=1e-3, abs=1e-9)
         for mine, theirs in zip(affine(factors), expected.layer, strict=True):
@@ -75,7 +76,7 @@ def test_each_site_reads_what_the_model_refit_so_far_gives_it(case: str, centred
         assert factors.left.dtype == factors.right.dtype == torch.float32
         has_bias = layers.by_name[row.name].has_bias or centred
         assert (factors.offset is not None, factors.center is not None) == (has_bias, centred)
-    assert {row.taken for row in found.report} >= {True}
+    assert {row.accepted for row in found.report} >= {True}
     assert_untouched(model, before)
 
 
@@ -97,23 +98,16 @@ def test_with_everything_upstream_dense_it_is_the_whitened_svd() -> None:
 def test_behind_a_compressed_layer_the_full_rank_answer_is_least_squares() -> None:
     """Of the layers behind them only the compressed values are not as in the dense model."""
     model, layers = double("gpt2")
-    ranks = {spec.name: None for spec in layers.compressible}
     first, second = (f"transformer.h.0.attn.{kind}" for kind in ("c_attn", "c_proj"))
-    ranks |= {first: RANK, second: 16}
+    options = {first: Option("factored", (RANK,)), second: Option("pivoted", (16,))}
+    allocation = decided(layers.compressible, options)
     windows = token_ids(WINDOWS, WIDTH)
     settings = RefitSettings(ridge=0.0, held_back=0.0, blend=1.0)
-    found = refit(
-        model,
-        layers,
-        Allocation(ranks, 0, Budget(0)),
-        old_factors(model, layers),
-        windows,
-        settings,
-    )
+    found = refit(model, layers, allocation, old_factors(model, layers), windows, settings)
     assert set(found.factors) == {first, second}
     dense = inputs_of(model, second, windows)
     wide = {name: factors.to(dtype=torch.float64) for name, factors in found.factors.items()}
-    compress_(model, Allocation(ranks, 0, Budget(0)), wide)
+    store_(model, allocation, wide)
     x = inputs_of(model, second, windows)
     weight = reference.numpy_of(linear_weight(build("gpt2").get_submodule(second)))
     expected = np.linalg.lstsq(x, dense @ weight.T, rcond=None)[0].T
@@ -124,19 +118,18 @@ def test_behind_a_compressed_layer_the_full_rank_answer_is_least_squares() -> No
 def test_with_few_tokens_some_layers_keep_what_they_had() -> None:
     model, layers = double("llama_untied")
     old = old_factors(model, layers)
-    with pytest.warns(FewTokensWarning) as caught, pytest.warns(JitterWarning):
+    with pytest.warns(CalibrationWarning) as caught, pytest.warns(JitterWarning):
         found = refit(
             model, layers, allocation(layers), old, token_ids(3, 5), RefitSettings(ridge=0.0)
         )
-    kinds = [str(w.message) for w in caught if w.category is FewTokensWarning]
-    assert len(kinds) == 4  # once per site, however many blocks
-    assert "10 tokens for the 16 features that q_proj reads" in kinds[0]
-    assert {row.taken for row in found.report} == {True, False}
+    (warning,) = [str(w.message) for w in caught if w.category is CalibrationWarning]
+    assert "10 tokens for the 24 features that model.layers.0.mlp.down_proj reads" in warning
+    assert {row.accepted for row in found.report} == {True, False}
     for row in found.report:
         assert row.held_back_before is not None
         assert row.held_back_after is not None
-        assert row.taken == (row.held_back_after < row.held_back_before)
-        if not row.taken:
+        assert row.accepted == (row.held_back_after < row.held_back_before)
+        if not row.accepted:
             assert torch.equal(found.factors[row.name].left, old[row.name].left[:, :RANK])
             assert torch.equal(found.factors[row.name].right, old[row.name].right[:RANK])
 
@@ -148,7 +141,7 @@ def test_without_windows_held_back_every_layer_is_taken() -> None:
     found = refit(model, layers, allocation(layers), old, token_ids(6, 12), settings)
     assert len(found.report) == len(layers.compressible)
     for row in found.report:
-        assert row.taken
+        assert row.accepted
         assert row.held_back_before is row.held_back_after is None
         assert row.fitted_after < row.fitted_before
 
@@ -161,5 +154,3 @@ def test_windows_to_judge_by_may_be_given() -> None:
     settings = RefitSettings(held_back=0.2)
     first = refit(*given, windows, settings)
     assert same_bits(first, refit(*given, windows[rest], settings, judging=windows[list(HELD)]))
-    with pytest.raises(DataError, match=r"windows of 12 tokens to solve from and of 7 to judge"):
-        refit(*given, windows, judging=windows[:, :7])

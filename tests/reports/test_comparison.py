@@ -8,13 +8,14 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from lrbo import comparison, plots
-from lrbo.gains import MEANING
-from lrbo.report import print_comparison, print_report
-from tests.journal import Journal
-from tests.test_gains import lost
-from tests.test_plots import assert_inside, headings, legend, lines, points
-from tests.test_report import part, terminal, with_everything
+from lrbo.reports import comparison, plots
+from lrbo.reports.gains import MEANING
+from lrbo.reports.terminal import print_comparison, print_report
+from lrbo.tasks.metrics import CAUSAL_LM
+from tests.reports.test_gains import lost
+from tests.reports.test_plots import assert_inside, headings, legend, lines, points
+from tests.reports.test_terminal import part, terminal, with_everything
+from tests.support.journal import Journal
 
 
 @pytest.fixture
@@ -28,13 +29,15 @@ def sweep() -> pd.DataFrame:
         ("svd_llm", math.nan, 1, math.nan, math.nan, math.nan),
     ]
     columns = ["method", "keep_ratio", "seed", "uniform", "best", "dense"]
-    return pd.DataFrame(rows, columns=columns).assign(space="weights", analytic=math.nan)
+    return pd.DataFrame(rows, columns=columns).assign(
+        space="weights", analytic=math.nan, measure="parameters"
+    )
 
 
 def test_a_comparison_has_a_line_per_method_through_the_means_of_seeds(
     sweep: pd.DataFrame,
 ) -> None:
-    figure = plots.comparison(sweep, about="several")
+    figure = plots.comparison(sweep, CAUSAL_LM.headline, subtitle="several")
     (axes,) = figure.axes
     drawn = lines(axes)
     assert legend(figure) == ["bolaco weights", "svd_llm weights", "uniform", "dense"]
@@ -44,7 +47,24 @@ def test_a_comparison_has_a_line_per_method_through_the_means_of_seeds(
     assert [(0.6, 70.0), (pytest.approx(0.7999), 31.0)] in every
     assert [(0.7998, 40.0), (0.8, 40.0), (0.6, 90.0)] in every
     assert headings(figure) == ["Best perplexity of 4 studies", "several"]
+    assert axes.get_xlabel() == "parameters kept in the compressible layers"
     assert_inside(figure)
+
+
+def test_studies_that_count_otherwise_are_told_apart(tmp_path: Path) -> None:
+    studies = []
+    for measure in ("parameters", "bytes"):
+        journal = Journal(tmp_path / measure, f"budget.measure={measure}")
+        journal.complete(0, 2.5, "uniform")
+        studies.append(journal.study)
+    table = comparison.compared(studies)
+    assert list(table["measure"]) == ["parameters", "bytes"]
+    out = io.StringIO()
+    print_comparison(studies, table, Console(file=out))
+    for measure, ratio in zip(table["measure"], table["keep_ratio"], strict=True):
+        assert f"{ratio:.1%} of {measure}" in out.getvalue()
+    (axes,) = plots.comparison(table, CAUSAL_LM.headline).axes
+    assert axes.get_xlabel() == "parameters or bytes kept in the compressible layers"
 
 
 @pytest.mark.parametrize("windows", [lost(2.0), [2.0]])
@@ -114,7 +134,7 @@ def test_studies_with_an_analytic_trial_show_what_their_searches_add(tmp_path: P
     assert lines[1].endswith("validation -0.250 +- 0.051")
     assert lines[2].endswith("test no measurable difference: 0.06 +- 0.14")
     assert lines[3].endswith("3 validation -0.250 +- 0.051")
-    figure = plots.comparison(table)
+    figure = plots.comparison(table, CAUSAL_LM.headline)
     assert "analytic" in legend(figure)
     assert_inside(figure)
 
@@ -130,3 +150,12 @@ def test_studies_that_differ_in_something_else_are_called_by_their_names(tmp_pat
     assert found[0] == ["study", "kept", "trials", "dense", "uniform", "best"]
     assert found[1][0] == "one"
     assert found[2][0] + found[3][0] == names[1]
+
+
+def test_a_test_score_of_an_earlier_best_is_not_that_of_the_best(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "mine")
+    journal.complete(0, 2.5)
+    journal.tested("best", 0, 2.0)
+    assert comparison.compared([journal.study])["test_best"].tolist() == [math.exp(2.0)]
+    journal.complete(1, 2.25)
+    assert comparison.compared([journal.study])["test_best"].isna().all()

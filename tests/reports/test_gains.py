@@ -9,8 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from lrbo.gains import Difference, gains, with_error
-from tests.journal import Journal
+from lrbo.optimization.space import sobol_point
+from lrbo.reports.gains import Difference, gains
+from lrbo.tasks.metrics import with_error
+from tests.support.journal import Journal
 
 HARD = [4.0, 2.0, 3.5, 2.5]  # windows differ by more than trials do
 
@@ -29,9 +31,9 @@ def journal(tmp_path: Path) -> Journal:
 def test_a_difference_is_paired_by_window(pairs: list[tuple[float, float]]) -> None:
     mine, other = (np.array(losses) for losses in zip(*pairs, strict=True))
     found = Difference.paired(mine.tolist(), other.tolist(), math.nan)
-    assert found.nats == pytest.approx((mine - other).mean(), abs=1e-12)
+    assert found.mean == pytest.approx((mine - other).mean(), abs=1e-12)
     assert found.error == pytest.approx(stats.sem(mine - other), abs=1e-12)
-    assert found.is_measurable == (abs(found.nats) > 2 * found.error)
+    assert found.is_measurable == (abs(found.mean) > 2 * found.error)
 
 
 @given(
@@ -60,16 +62,17 @@ def test_the_best_is_compared_with_the_analytic_trial_on_both_texts(journal: Jou
     journal.tested("analytic", 1, 2.0, lost(2.0))
     (gain,) = gains(journal.study.state)
     assert (gain.best.request.trial_index, gain.analytic.request.trial_index) == (2, 1)
-    assert gain.validation.nats == -0.25
-    assert gain.validation.error == pytest.approx(stats.sem([0.125, -0.125, 0.0, 0.0]))
-    assert gain.validation.is_measurable
-    assert gain.test is None
+    assert gain.differences["validation"].mean == -0.25
+    assert gain.differences["validation"].error == pytest.approx(
+        stats.sem([0.125, -0.125, 0.0, 0.0])
+    )
+    assert gain.differences["validation"].is_measurable
+    assert "test" not in gain.differences
     assert list(gain.lines) == ["validation"]
     journal.tested("best", 2, 2.0625, lost(2.0625, 0.25, -0.25, 0.25, -0.25))
     (gain,) = gains(journal.study.state)
-    assert gain.test is not None
-    assert gain.test.nats == 0.0625
-    assert not gain.test.is_measurable
+    assert gain.differences["test"].mean == 0.0625
+    assert not gain.differences["test"].is_measurable
     assert gain.lines["test"].startswith("no measurable difference: 0.06 +- 0.14")
 
 
@@ -90,7 +93,7 @@ def test_an_older_study_has_a_difference_without_its_error(journal: Journal) -> 
     journal.complete(1, 2.5, "analytic")
     journal.complete(2, 2.25, "model")
     (gain,) = gains(journal.study.state)
-    assert gain.validation == Difference(-0.25, None)
+    assert gain.differences["validation"] == Difference(-0.25, None)
     assert gain.to_dict()["validation"]["is_measurable"] is None
 
 
@@ -103,9 +106,9 @@ def test_on_a_front_each_analytic_trial_has_the_best_of_its_own_budget(tmp_path:
     for index, (keep, nll, origin) in enumerate(
         [(0.8, 2.5, "analytic"), (0.6, 3.0, "analytic"), (0.6, 2.75, "model"), (0.8, 2.25, "model")]
     ):
-        allocation = spaces[keep].allocate(spaces[keep].sobol_point(index, 0))
+        allocation = spaces[keep].allocate(sobol_point(spaces[keep], index, 0))
         journal.complete(index, nll, origin, allocation, windows=lost(nll))
     found = gains(journal.study.state)
     numbers = [(g.best.request.trial_index, g.analytic.request.trial_index) for g in found]
     assert numbers == [(3, 0), (2, 1)]
-    assert [g.validation.nats for g in found] == [-0.25, -0.25]
+    assert [g.differences["validation"].mean for g in found] == [-0.25, -0.25]

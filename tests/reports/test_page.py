@@ -11,13 +11,16 @@ from typing import Any
 
 import pytest
 
-from lrbo import config
-from lrbo import html_report as html_report_module
-from lrbo.html_report import Drawing, Part, Table, diagnosed, html_report, write_html
-from lrbo.optimization.study import Study
-from lrbo.rendering import render
-from tests.journal import Journal
-from tests.test_gains import lost
+from lrbo.config import compose, saved
+from lrbo.files import rendering
+from lrbo.files.rendering import render
+from lrbo.files.tables import Table, columns
+from lrbo.layers.options import DENSE
+from lrbo.reports.mlflow_view import write_page
+from lrbo.reports.page import Drawing, diagnosed, study_page
+from lrbo.study.journal import Study
+from tests.reports.test_gains import lost
+from tests.support.journal import BYTES, Journal
 
 
 def figures(page: str) -> list[list[dict[str, Any]]]:
@@ -49,12 +52,11 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
 
 @pytest.fixture(scope="module")
 def page(study: Study) -> str:
-    return html_report(study)
+    return study_page(study)
 
 
-def test_the_page_is_whole_in_itself(study: Study, page: str, tmp_path: Path) -> None:
-    write_html(study, tmp_path / "page.html")
-    assert (tmp_path / "page.html").read_text(encoding="utf-8") == page
+def test_the_page_is_whole_in_itself(study: Study, page: str, pages: None) -> None:
+    assert write_page(study).read_text(encoding="utf-8") == page
     outside = re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL)
     assert "http" not in outside
     assert not re.search(r"<(script|link|img)[^>]*(src|href)=", page[: page.index("Plotly")])
@@ -89,12 +91,11 @@ HOSTILE = "</pre></td></script><img src=x onerror=alert(1)> \"'&amp;{{ 1 }}\u202
 
 def test_nothing_that_is_put_into_the_page_is_markup() -> None:
     def filled(value: str) -> Tags:
-        table = Table([value], [[value]], value)
+        table = Table(value, columns(value), [[value]], [value])
         page = render(
-            "report.html", study=value, plotly="", searched=[value], scores=table, gains=table,
-        has_best=True,
-            figures=[Drawing(value, value, "")], parts=[Part(value, [table])], trials=table,
-            command=value, made_of=[value], config_yaml=value,
+            "report.html", study=value, plotly="", lines=[value], head_tables=[table],
+            has_best=True, figures=[Drawing(value, value, "")], detail_tables=[table],
+            trials=table, command=value, origins=[value], config_yaml=value,
         )  # fmt: skip
         return Tags(page)
 
@@ -104,7 +105,7 @@ def test_nothing_that_is_put_into_the_page_is_markup() -> None:
 
 
 def test_only_the_library_and_what_it_draws_go_in_as_they_are() -> None:
-    (folder,) = Path(html_report_module.__file__).parent.glob("templates")
+    (folder,) = Path(rendering.__file__).parent.glob("templates")
     text = (folder / "report.html").read_text(encoding="utf-8")
     assert re.findall(r"{{([^}]*safe[^}]*)}}", text) == [" plotly|safe ", " figure.drawn|safe "]
 
@@ -114,7 +115,7 @@ def test_names_of_layers_are_text_in_figures(study: Study, page: str, tmp_path: 
     for name in ("study.json", "journal.jsonl"):
         text = (hostile / name).read_text(encoding="utf-8")
         (hostile / name).write_text(text.replace("q_proj", "q</script><i>&lt;"), encoding="utf-8")
-    found = html_report(Study(hostile))
+    found = study_page(Study(hostile))
     assert [tag for tag, _ in Tags(found).tags] == [tag for tag, _ in Tags(page).tags]
     (drawn,) = traces(found, "What the best trial keeps").values()
     kinds = [kind for kind in drawn["y"] if kind.startswith("q")]
@@ -136,25 +137,48 @@ def test_the_heat_map_holds_what_each_layer_keeps(study: Study, page: str) -> No
     best = study.state.best()
     assert best is not None
     (drawn,) = traces(page, "What the best trial keeps").values()
-    ranks = best.request.allocation.ranks
+    options, costs = best.request.allocation.options, best.request.allocation.costs
     for kind, row, texts in zip(drawn["y"], drawn["z"], drawn["text"], strict=True):
         for share, text in zip(row, texts, strict=True):
             name = text.split("<br>")[0]
             assert name.endswith(kind)
-            rank = ranks[name]
-            assert ("dense" in text) == (rank is None)
-            assert (share == 1.0) == (rank is None)
-            assert rank is None or f"rank {rank:,}" in text
-    assert sum(map(len, drawn["z"])) == len(ranks)
+            option = options[name]
+            assert (share == 1.0) == (option == DENSE)
+            said = "dense" if option == DENSE else f"{option.form}, rank {option.level[0]}"
+            assert f"<br>{said}<br>{costs[name].parameters:,} of" in text
+            assert text.endswith(" parameters")
+    assert sum(map(len, drawn["z"])) == len(options)
+
+
+def test_the_heat_map_names_every_form_and_what_the_budget_counts(tmp_path: Path) -> None:
+    journal = Journal(
+        tmp_path / "mine",
+        "space=weights",
+        "space.forms=[factored,pivoted]",
+        "budget.measure=bytes",
+    )
+    journal.score_dense(2.0)
+    record = journal.complete(0, 2.5)
+    page = study_page(journal.study)
+    (drawn,) = traces(page, "What the best trial keeps").values()
+    texts = {text.split("<br>")[0]: text for row in drawn["text"] for text in row}
+    allocation = record.request.allocation
+    for name, option in allocation.options.items():
+        spec = journal.layers.by_name[name]
+        dense = BYTES * spec.parameters
+        assert texts[name].endswith(f"<br>{allocation.costs[name].bytes:,} of {dense:,} bytes")
+        assert f"<br>{option.form}" in texts[name]
+    assert "kept: share of the bytes of the compressible layers" in page
 
 
 def test_a_front_is_drawn_where_one_was_searched(tmp_path: Path, page: str) -> None:
     assert "Loss against size" not in page
+    assert "Front:" not in page
     journal = Journal(tmp_path / "front", "budget.lowest=0.5", "search.trials=9")
     journal.score_dense(2.0)
     for index, nll in enumerate((3.0, 2.5, 2.75)):
         journal.complete(index, nll)
-    found = traces(html_report(journal.study), "Loss against size")
+    found = traces(study_page(journal.study), "Loss against size")
     assert found["front"]["y"]
     assert set(found["front"]["y"]) <= {
         record.metrics["perplexity"] for record in journal.study.state.completed
@@ -164,19 +188,19 @@ def test_a_front_is_drawn_where_one_was_searched(tmp_path: Path, page: str) -> N
 def test_the_surrogate_is_judged_only_where_there_is_enough_to_judge(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "short")
     journal.score_dense(2.0)
-    page = html_report(journal.study)
+    page = study_page(journal.study)
     assert "No trial has a value yet" in page
     for index in range(3):
         journal.complete(index, 2.5 + index / 8)
     assert diagnosed(journal.study) is None
-    assert "Which variables matter" not in html_report(journal.study)
+    assert "Which variables matter" not in study_page(journal.study)
 
 
 def test_the_command_on_the_page_begins_the_same_search_again(study: Study, page: str) -> None:
     (shown,) = re.findall(r"<h2>To repeat it</h2>\n<pre>(.*?)</pre>", page)
     name, command, *typed = shlex.split(html.unescape(shown))
     assert (name, command) == ("lrbo", "search")
-    assert config.differences(study.config(), config.composed("search", typed)) == []  # type: ignore[arg-type]
+    assert saved.differences(study.config, compose.composed("search", typed)) == []  # type: ignore[arg-type]
 
 
 def test_the_head_has_the_analytic_trial_and_what_the_search_adds(tmp_path: Path) -> None:
@@ -188,15 +212,15 @@ def test_the_head_has_the_analytic_trial_and_what_the_search_adds(tmp_path: Path
     journal.tested("analytic", 1, 2.0, lost(2.0))
     journal.tested("best", 2, 2.0625, lost(2.0625, 0.25, -0.25, 0.25, -0.25))
     journal.compressed(2, "/no/<where>")
-    page = html_report(journal.study)
+    page = study_page(journal.study)
     rows = re.findall(r"<tr>(.*?)</tr>", page)
-    cells = [re.findall(r"<t[dh]>(.*?)</t[dh]>", row) for row in rows]
+    cells = [re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row) for row in rows]
     (analytic,) = [row for row in cells if row[0] == "analytic"]
-    assert analytic[2:] == ["2.5000", "12.18", "2.0000", "7.39"]
-    added = [row for row in cells if row[0] == "trial 2 - 1"]
+    assert [*analytic[2:4], *analytic[-2:]] == ["2.5000", "12.18", "2.0000", "7.39"]
+    added = [row for row in cells if row[0] == "2 - 1"]
     assert [row[2:] for row in added] == [
         ["validation", "-0.250 +- 0.051"],
         ["test", "no measurable difference: 0.06 +- 0.14"],
     ]
     assert "analytic 12.18" in traces(page, "Trials in order")
-    assert ["/no/&lt;where&gt;", "2", "79.90%", "7.39", "-", "lrbo", "float32", "no"] in cells
+    assert ["/no/&lt;where&gt;", "2", "79.90%", "7.39", "-", "lrbo", "float32", "gone"] in cells

@@ -12,10 +12,11 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from lrbo import plots
-from lrbo.optimization.front import LATENCIES, SIZES
-from lrbo.trial import Origin
+from lrbo.reports import plots, style
+from lrbo.tasks.metrics import CAUSAL_LM, COSTS
+from lrbo.trials.records import Origin
 
+PERPLEXITY = CAUSAL_LM.headline
 COLUMNS = [
     "trial",
     "origin",
@@ -45,18 +46,18 @@ def trials() -> pd.DataFrame:
 
 
 @pytest.fixture
-def ranks() -> pd.DataFrame:
-    """Three kinds over four blocks; ``v_proj`` is dense in block 2."""
+def options() -> pd.DataFrame:
+    """Three kinds over four blocks; ``v_proj`` is dense in block 2, and has no rank in block 3."""
     rows = [
-        (f"{kind}.{block}", kind, block, 8 * (block + 1), 0.1 * (block + 1) + place / 20)
+        (f"{kind}.{block}", kind, block, "pivoted", 8, 0.1 * (block + 1) + place / 20)
         for block in range(4)
         for place, kind in enumerate(("q_proj", "v_proj", "down_proj"))
     ]
-    table = pd.DataFrame(rows, columns=["name", "kind", "block", "rank", "kept"])
+    table = pd.DataFrame(rows, columns=["name", "kind", "block", "form", "rank", "kept"])
     table = table.astype({"rank": "Int64", "block": "Int64"})
     is_dense = (table["kind"] == "v_proj") & (table["block"] == 2)
-    table.loc[is_dense, "rank"] = pd.NA
-    table.loc[is_dense, "kept"] = 1.0
+    table.loc[is_dense, ["form", "kept"]] = ["dense", 1.0]
+    table.loc[(table["kind"] == "v_proj") & (table["block"] > 1), "rank"] = pd.NA
     return table
 
 
@@ -104,7 +105,9 @@ def assert_inside(figure: Figure) -> None:
 
 
 def test_convergence_shows_every_trial_in_the_colour_of_its_origin(trials: pd.DataFrame) -> None:
-    figure = plots.convergence(trials, 17.0, 30.0, about="a study")
+    figure = plots.convergence(
+        trials, PERPLEXITY, {"dense": 17.0, "uniform": 30.0}, subtitle="a study"
+    )
     (axes,) = figure.axes
     drawn = lines(axes)
     assert points(drawn["uniform baseline"]) == [(0, 30.0)]
@@ -127,15 +130,15 @@ def test_convergence_shows_every_trial_in_the_colour_of_its_origin(trials: pd.Da
 def test_every_origin_of_a_trial_has_a_look_of_its_own(trials: pd.DataFrame) -> None:
     assert set(plots.ORIGINS) == set(get_args(Origin))
     styles = plots.ORIGINS.values()
-    for values in zip(*((s.label, s.marker, s.colour) for s in styles), strict=True):
+    for values in zip(*styles, strict=True):
         assert len(set(values)) == len(plots.ORIGINS)
     trials.loc[1, "origin"] = "analytic"
-    (axes,) = plots.convergence(trials, 17.0, 30.0).axes
+    (axes,) = plots.convergence(trials, PERPLEXITY, {"dense": 17.0, "uniform": 30.0}).axes
     assert points(lines(axes)["least predicted loss"]) == [(1, 35.0)]
 
 
 def test_convergence_running_best_is_a_step_line_to_the_edge(trials: pd.DataFrame) -> None:
-    (axes,) = plots.convergence(trials, None, None).axes
+    (axes,) = plots.convergence(trials, PERPLEXITY, {}).axes
     best = lines(axes)["best so far"]
     assert best.get_drawstyle() == "steps-post"
     values = points(best)
@@ -144,11 +147,11 @@ def test_convergence_running_best_is_a_step_line_to_the_edge(trials: pd.DataFram
 
 
 def test_convergence_labels_the_lines_themselves(trials: pd.DataFrame) -> None:
-    figure = plots.convergence(trials, 17.0, 30.0)
+    figure = plots.convergence(trials, PERPLEXITY, {"dense": 17.0, "uniform": 30.0})
     (axes,) = figure.axes
     level = [line.get_ydata()[0] for line in axes.lines if line.get_linestyle() == "--"]
     assert level == [17.0, 30.0]
-    assert texts(axes) == ["dense 17.00", "uniform 30.00", "best 26.00"]
+    assert texts(axes) == ["dense 17.00", "best 26.00", "uniform 30.00"]
     names = legend(figure)
     assert names == [
         "best so far",
@@ -166,7 +169,9 @@ def test_convergence_labels_the_lines_themselves(trials: pd.DataFrame) -> None:
 def test_a_legend_of_every_origin_takes_lines_and_covers_nothing(trials: pd.DataFrame) -> None:
     every = pd.concat([trials.iloc[[0]].assign(origin=one) for one in plots.ORIGINS])
     lost = pd.concat([trials.iloc[[3]], trials.iloc[[3]].assign(trial=4, outcome="stopped")])
-    figure = plots.convergence(pd.concat([every, lost]), 17.0, 30.5)
+    figure = plots.convergence(
+        pd.concat([every, lost]), PERPLEXITY, {"dense": 17.0, "uniform": 30.5}
+    )
     (axes,) = figure.axes
     assert len(legend(figure)) == len(plots.ORIGINS) + 3
     assert [x for x, _ in points(lines(axes)["stopped early"])] == [4]
@@ -177,7 +182,7 @@ def test_a_legend_of_every_origin_takes_lines_and_covers_nothing(trials: pd.Data
 
 def test_convergence_leaves_out_what_is_not_known(trials: pd.DataFrame) -> None:
     first = trials.iloc[:1]
-    figure = plots.convergence(first, None, 30.0)
+    figure = plots.convergence(first, PERPLEXITY, {"uniform": 30.0})
     (axes,) = figure.axes
     assert headings(figure)[0] == "Perplexity over 1 trial"
     assert texts(axes) == ["uniform 30.00"]  # the best is the baseline: one label, not two
@@ -197,7 +202,7 @@ def test_convergence_takes_a_log_axis_where_the_range_asks_for_it(
     trials: pd.DataFrame, worst: float, scale: str, label: str
 ) -> None:
     trials.loc[1, "perplexity"] = worst
-    figure = plots.convergence(trials, 17.0, 30.0)
+    figure = plots.convergence(trials, PERPLEXITY, {"dense": 17.0, "uniform": 30.0})
     (axes,) = figure.axes
     assert axes.get_yscale() == scale
     assert axes.get_ylabel() == label
@@ -211,47 +216,8 @@ def test_convergence_takes_a_log_axis_where_the_range_asks_for_it(
 def test_labels_of_lines_that_lie_close_do_not_overlap(trials: pd.DataFrame) -> None:
     trials.loc[5, ["perplexity", "best_perplexity"]] = 29.99
     trials.loc[6, "best_perplexity"] = 29.99
-    figure = plots.convergence(trials, 29.98, 30.0)
+    figure = plots.convergence(trials, PERPLEXITY, {"dense": 29.98, "uniform": 30.0})
     assert len(figure.axes[0].texts) == 3
-    assert_inside(figure)
-
-
-def test_front_of_one_budget_is_a_strip_with_the_dense_model_apart(trials: pd.DataFrame) -> None:
-    figure = plots.front(trials, 17.0, about="a study")
-    (axes,) = figure.axes
-    drawn = lines(axes)
-    # Sizes differ only by the rounding of ranks here: no trade-off is shown, just the best.
-    assert sorted(points(drawn["trial"])) == [(27.0, 0), (28.0, 0), (29.0, 0), (35.0, 0)]
-    assert points(drawn["best trial"]) == [(26.0, 0)]
-    assert points(drawn["uniform baseline"]) == [(30.0, 0)]
-    assert points(drawn["dense model"]) == [(17.0, 1)]
-    assert drawn["uniform baseline"].zorder > drawn["best trial"].zorder
-    assert texts(axes) == ["uniform 30.00", "26.00 in trial 5", "dense 17.00"]
-    assert [t.get_text() for t in axes.get_yticklabels()] == ["70.0%\nkept", "dense\n100%"] or [
-        t.get_text() for t in axes.get_yticklabels()
-    ] == ["69.9% to\n70.0% kept", "dense\n100%"]
-    assert headings(figure) == ["Perplexity of 6 trials within one budget", "a study"]
-    assert axes.get_xlabel() == "validation perplexity"
-    assert_inside(figure)
-
-
-def test_front_of_one_budget_marks_what_the_search_calls_best(trials: pd.DataFrame) -> None:
-    """With a weight on the divergence that is not the trial of least perplexity."""
-    wider = trials.assign(objective=range(7, 0, -1), keep_ratio=[0.695, *trials["keep_ratio"][1:]])
-    figure = plots.front(wider, 17.0)
-    (axes,) = figure.axes
-    assert points(lines(axes)["best trial"]) == [(27.0, 0)]
-    assert "27.00 in trial 6" in texts(axes)
-    FigureCanvasAgg(figure).draw()
-    assert all(label.get_window_extent().x0 >= 0 for label in axes.get_yticklabels())
-
-
-def test_front_of_one_budget_without_dense_model_or_search(trials: pd.DataFrame) -> None:
-    figure = plots.front(trials.iloc[:1], None)
-    (axes,) = figure.axes
-    assert "dense model" not in lines(axes)
-    assert texts(axes) == ["uniform 30.00"]
-    assert len(axes.get_yticks()) == 1
     assert_inside(figure)
 
 
@@ -259,7 +225,7 @@ def test_front_over_budgets_reaches_to_the_dense_model(trials: pd.DataFrame) -> 
     smaller = trials.assign(
         keep_ratio=trials["keep_ratio"] - 0.2, perplexity=trials["perplexity"] * 2
     )
-    figure = plots.front(pd.concat([trials, smaller]), 17.0)
+    figure = plots.front(pd.concat([trials, smaller]), PERPLEXITY, 17.0)
     (axes,) = figure.axes
     drawn = lines(axes)
     low, high = axes.get_xlim()
@@ -285,7 +251,7 @@ def test_a_front_is_drawn_over_what_it_was_minimised_in(trials: pd.DataFrame) ->
     """The front is a line from left to right, and not along the parameters."""
     sizes = [0.5, 0.55, 0.8, math.nan, 0.6, 0.7, 0.9]
     front = trials.assign(keep_ratio=sizes, macs_per_token=[200 * (2 - x) for x in sizes])
-    figure = plots.front(front, 17.0, "macs_per_token", 250.0)
+    figure = plots.front(front, PERPLEXITY, 17.0, COSTS["macs_per_token"], 250.0)
     (axes,) = figure.axes
     drawn = points(lines(axes)["Pareto front"])
     kept = {30.0: 0.5, 28.0: 0.8, 26.0: 0.7}
@@ -295,15 +261,14 @@ def test_a_front_is_drawn_over_what_it_was_minimised_in(trials: pd.DataFrame) ->
     assert axes.get_xlim()[1] > 1.2  # what takes longer than the dense model is drawn too
     assert points(lines(axes)["dense model"]) == [(1.0, 17.0)]
     assert_inside(figure)
+    (label,) = axes.texts
+    assert label.get_text() == "dense 17.00"
+    assert label.get_window_extent().x0 > axes.get_window_extent().x1
 
 
-def test_every_size_has_a_label() -> None:
-    assert set(plots.SIZE_LABELS) == {*SIZES, *LATENCIES}
-
-
-def test_ranks_over_depth_has_a_panel_per_kind(ranks: pd.DataFrame) -> None:
-    uniform = ranks.assign(kept=0.7)
-    figure = plots.ranks_over_depth(ranks, uniform, about="a study, best trial 5")
+def test_options_over_depth_have_a_panel_per_kind(options: pd.DataFrame) -> None:
+    uniform = options.assign(kept=0.7)
+    figure = plots.options_over_depth(options, uniform, subtitle="a study, best trial 5")
     panels = [axes for axes in figure.axes if axes.get_visible()]
     assert [axes.get_title(loc="left") for axes in panels] == ["q_proj", "v_proj", "down_proj"]
     heights = [[bar.get_height() for bar in axes.patches] for axes in panels]
@@ -312,7 +277,7 @@ def test_ranks_over_depth_has_a_panel_per_kind(ranks: pd.DataFrame) -> None:
     centres = [bar.get_x() + bar.get_width() / 2 for bar in panels[2].patches]
     assert centres == pytest.approx([0, 1, 2, 3])
     colours = [to_hex(bar.get_facecolor()).upper() for bar in panels[1].patches]
-    assert colours == [plots.SKY, plots.SKY, plots.GREEN, plots.SKY]
+    assert colours == [style.SKY, style.SKY, style.GREEN, style.SKY]
     for axes in panels:
         (dashed,) = axes.lines
         assert points(dashed) == [(block, 0.7) for block in range(4)]
@@ -320,24 +285,24 @@ def test_ranks_over_depth_has_a_panel_per_kind(ranks: pd.DataFrame) -> None:
         assert axes.get_ylim()[0] == 0.0
         assert axes.get_ylim()[1] > 1.0
         assert axes.get_xlabel() == "block"
-    assert legend(figure) == ["low rank", "kept dense", "uniform baseline"]
+    assert legend(figure) == ["compressed", "kept dense", "uniform baseline"]
     assert headings(figure)[:2] == [
-        "Parameters kept in each layer, by depth",
+        "What each layer keeps, by depth",
         "a study, best trial 5",
     ]
     assert_inside(figure)
 
 
-def test_ranks_over_depth_names_only_what_is_there(ranks: pd.DataFrame) -> None:
-    figure = plots.ranks_over_depth(ranks[ranks["kind"] == "q_proj"])
-    assert legend(figure) == ["low rank"]
+def test_options_over_depth_name_only_what_is_there(options: pd.DataFrame) -> None:
+    figure = plots.options_over_depth(options[options["kind"] == "q_proj"])
+    assert legend(figure) == ["compressed"]
     assert_inside(figure)
 
 
-def test_seven_kinds_take_two_rows_and_hide_the_spare_panel(ranks: pd.DataFrame) -> None:
+def test_seven_kinds_take_two_rows_and_hide_the_spare_panel(options: pd.DataFrame) -> None:
     kinds = [f"kind_{index}" for index in range(7)]
-    figure = plots.ranks_over_depth(
-        pd.concat([ranks[ranks["kind"] == "q_proj"].assign(kind=kind) for kind in kinds])
+    figure = plots.options_over_depth(
+        pd.concat([options[options["kind"] == "q_proj"].assign(kind=kind) for kind in kinds])
     )
     assert [axes.get_visible() for axes in figure.axes] == [True] * 7 + [False]
     named = [axes.get_xlabel() for axes in figure.axes[:7]]
@@ -358,7 +323,7 @@ def losses() -> pd.DataFrame:
 
 
 def test_predictions_have_a_look_per_kind_and_a_line_of_equality(losses: pd.DataFrame) -> None:
-    figure = plots.predicted_and_measured(losses, 0.875, about="a study")
+    figure = plots.predicted_and_measured(losses, 0.875, subtitle="a study")
     (axes,) = figure.axes
     title = "Predicted and measured loss of single layers: rank correlation 0.875"
     assert headings(figure) == [title, "a study"]
@@ -401,6 +366,19 @@ def test_losses_at_or_below_0_have_no_place_on_log_axes_and_are_counted(
     assert_inside(figure)
 
 
+def test_losses_close_together_have_ticks_whose_labels_do_not_overlap() -> None:
+    rows = [("q_proj", 0.011, 0.012), ("k_proj", 0.02, 0.03), ("v_proj", 0.05, 0.04)]
+    close = pd.DataFrame(rows, columns=["kind", "predicted", "measured"])
+    figure = plots.predicted_and_measured(close, math.nan)
+    assert_inside(figure)
+    for axis in (figure.axes[0].xaxis, figure.axes[0].yaxis):
+        assert not axis.get_minor_ticks()
+        ticks = [tick.label1.get_window_extent() for tick in axis.get_major_ticks()]
+        drawn = [box for box in ticks if box.width]
+        assert len(drawn) >= 3
+        assert not any(one.overlaps(other) for one, other in itertools.combinations(drawn, 2))
+
+
 @pytest.mark.parametrize("measured", [0.5, -0.5])
 def test_one_measured_loss_or_none_is_enough_for_a_picture(measured: float) -> None:
     one = pd.DataFrame([("q_proj", 0.1, measured)], columns=["kind", "predicted", "measured"])
@@ -411,24 +389,30 @@ def test_one_measured_loss_or_none_is_enough_for_a_picture(measured: float) -> N
 
 
 def test_figures_are_1200_pixels_wide(
-    losses: pd.DataFrame, trials: pd.DataFrame, ranks: pd.DataFrame
+    losses: pd.DataFrame, trials: pd.DataFrame, options: pd.DataFrame
 ) -> None:
     figures = [
-        plots.convergence(trials, 17.0, 30.0),
-        plots.front(trials, 17.0),
-        plots.ranks_over_depth(ranks),
+        plots.convergence(trials, PERPLEXITY, {"dense": 17.0, "uniform": 30.0}),
+        plots.front(trials, PERPLEXITY, 17.0),
+        plots.options_over_depth(options),
         plots.predicted_and_measured(losses, 0.9),
     ]
     assert [figure.bbox.width for figure in figures] == [1200.0] * 4
 
 
 def test_a_long_or_mathematical_name_stays_within_the_figure(trials: pd.DataFrame) -> None:
-    figure = plots.convergence(trials, 17.0, 30.0, about="costs_$1_and_$2 " * 20)
+    figure = plots.convergence(
+        trials, PERPLEXITY, {"dense": 17.0, "uniform": 30.0}, subtitle="costs_$1_and_$2 " * 20
+    )
     assert headings(figure)[1].startswith("costs_$1_and_$2 costs")
     assert headings(figure)[1].endswith("…")
     assert_inside(figure)
 
 
-def test_share_is_one_number_where_the_ends_print_the_same() -> None:
-    assert plots._share(0.69996, 0.7) == "70.0%\nkept"
-    assert plots._share(0.695, 0.7) == "69.5% to\n70.0% kept"
+@pytest.mark.parametrize(
+    ("value", "text"), [(7.0, "7"), (1000.0, "1000"), (20_000.0, "20k"), (5e6, "5M"), (1e10, "10B")]
+)
+def test_ticks_of_a_log_axis_are_short(value: float, text: str) -> None:
+    axes = Figure().subplots()
+    style.metric_axis(axes, PERPLEXITY, [1.0, 1e12])
+    assert axes.yaxis.get_major_formatter()(value) == text

@@ -8,14 +8,22 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
-from lrbo import results
-from lrbo.accounting import STORAGES
-from lrbo.allocation import Allocation
-from lrbo.worker import allocation_parameters
-from tests.journal import SECONDS, TOKENS, Journal
+from lrbo.allocation.allocate import Allocation
+from lrbo.layers.options import DENSE, MEASURES, Cost, Measure, Option, cost_of
+from lrbo.reports import allocations, results
+from lrbo.reports.pictures import draw_figures
+from lrbo.reports.study_tables import detail_tables
+from lrbo.tasks.metrics import CAUSAL_LM
+from tests.support.journal import BYTES, SECONDS, TOKENS, Journal
 
 # Ratios are divided once here and once there, in another order of the same sums.
 RATIO = {"rel": 1e-12}
+METRICS = results.metric_columns(CAUSAL_LM)
+STAGES = [f"{stage}_s" for stage in SECONDS]
+COLUMNS = (
+    "trial", "origin", "outcome", "error", *METRICS, "seconds", *STAGES, "best_perplexity",
+    "is_best", "on_front",
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -64,7 +72,7 @@ def test_a_study_that_only_began_has_every_key_and_no_value(journal: Journal) ->
 
 def test_summary_says_what_was_written(full: Journal) -> None:
     records = full.study.state.trials
-    kept = {index: records[index].request.allocation.parameters for index in records}
+    kept = {index: records[index].request.allocation.cost.parameters for index in records}
     total = sum(spec.parameters for spec in full.layers.compressible)
     assert results.summary(full.study) == {
         "study": "mine",
@@ -153,16 +161,16 @@ def test_frame_has_the_same_columns_and_types_with_and_without_trials(
 ) -> None:
     empty = results.frame(journal.study)
     assert len(empty) == 0
-    assert tuple(empty.columns) == results.COLUMNS
+    assert tuple(empty.columns) == COLUMNS
     journal.fail(0, "why")
     only_failed = results.frame(journal.study)
     journal.complete(1, 2.0)
     some = results.frame(journal.study)
-    numbers = set(results.COLUMNS) - {
+    numbers = set(COLUMNS) - {
         "trial", "origin", "outcome", "error", "is_best", "on_front"
     }  # fmt: skip
     for table in (empty, only_failed, some):
-        assert tuple(table.columns) == results.COLUMNS
+        assert tuple(table.columns) == COLUMNS
         assert table["trial"].dtype == "int64"
         assert {str(table[name].dtype) for name in numbers} == {"float64"}
         assert {str(table[name].dtype) for name in ("is_best", "on_front")} == {"bool"}
@@ -175,15 +183,15 @@ def test_frame_marks_the_best_so_far_and_misses_what_failed_trials_lack(full: Jo
     assert list(table["is_best"]) == [False, False, False, True, False]
     on_front = {point["trial"] for point in results.summary(full.study)["front"]}
     assert set(table.index[table["on_front"]]) == on_front
-    assert table.loc[2, list(results.METRICS)].isna().all()
+    assert table.loc[2, METRICS].isna().all()
     assert table.loc[2, "outcome"] == "abandoned"
     assert table.loc[2, "error"] == "NonFiniteError: loss is nan"
     for index in (0, 1, 3, 4):
         metrics = full.study.state.trials[index].metrics
-        measured = {c: metrics[name] for c, name in results.METRICS.items() if name in metrics}
+        measured = {name: metrics[name] for name in METRICS if name in metrics}
         assert {c: table.loc[index, c] for c in measured} == measured
-        unmeasured = set(results.METRICS) - set(measured)
-        assert unmeasured == {n for n in results.METRICS if "latency" in n}
+        unmeasured = set(METRICS) - set(measured)
+        assert unmeasured == {n for n in METRICS if "latency" in n}
         assert table.loc[index, sorted(unmeasured)].isna().all()
         assert pd.isna(table.loc[index, "error"])
     assert list(table["seconds"]) == [sum(SECONDS.values())] * 5
@@ -229,7 +237,7 @@ def test_a_front_of_latency_is_one_of_measured_times(tmp_path: Path) -> None:
     table = results.frame(journal.study)
     assert list(table["on_front"]) == [False, True, False, True]
     assert list(table["prefill_latency_ratio_sem"]) == [0.01] * 4
-    assert "front.png" in [path.name for path in results.draw_figures(journal.study)]
+    assert "front.png" in [path.name for path in draw_figures(journal.study)]
 
 
 def test_of_trials_of_several_sizes_those_are_on_the_front_that_no_other_beats(
@@ -253,7 +261,7 @@ def test_checkpoints_are_told_with_what_is_left_of_them(journal: Journal, tmp_pa
     for trial in (0, 3):
         journal.complete(trial, 2.0)
     for trial, name in ((0, "here"), (0, "gone"), (3, "here")):
-        journal.compressed(trial, tmp_path / name, **({"test_perplexity": "8.5"} if trial else {}))
+        journal.compressed(trial, tmp_path / name, **({"test": "8.5"} if trial else {}))
     (tmp_path / "here").mkdir()
     (tmp_path / "here/config.json").write_text("{}", encoding="utf-8")
     here, gone = results.summary(journal.study)["checkpoints"]
@@ -271,62 +279,90 @@ def test_checkpoints_are_told_with_what_is_left_of_them(journal: Journal, tmp_pa
 
 @pytest.mark.parametrize("case", ["llama_untied", "llama_tied", "llama_biased"])
 @pytest.mark.parametrize("method", ["bolaco", "svd"])
-@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("measure", MEASURES)
+@pytest.mark.parametrize("forms", ["factored", "pivoted", "factored,pivoted"])
 def test_sizes_agree_with_the_accountant(
-    case: str, method: str, storage: str, tmp_path: Path
+    case: str, method: str, forms: str, measure: Measure, tmp_path: Path
 ) -> None:
-    overrides = (f"method={method}", f"budget.storage={storage}")
-    journal = Journal(tmp_path / "mine", *overrides, case=case)
+    journal = Journal(
+        tmp_path / "mine",
+        f"method={method}",
+        f"space.forms=[{forms}]",
+        f"budget.measure={measure}",
+        "space=weights",
+        case=case,
+    )
     record = journal.complete(0, 2.0)
     allocation = record.request.allocation
     counted = journal.counted(allocation)
-    stored = allocation_parameters(journal.layers, allocation, journal.cost)
-    table = results.ranks_frame(journal.study, record).set_index("name")
-    assert table["stored"].to_dict() == stored
-    assert table["stored"].sum() == allocation.parameters == counted.compressible
-    assert table["dense"].sum() == counted.compressible_dense
-    assert results.dense_size(journal.study) == {
-        "model_parameters": counted.model_dense,
-        "model_bytes": pytest.approx(counted.bytes_dense, rel=1e-12),
-        "macs_per_token": counted.macs_per_token_dense,
+    table = allocations.options_frame(journal.study.about, record.request.allocation).set_index(
+        "name"
+    )
+    assert set(table["form"]) <= {*forms.split(","), "dense"}
+    for spec in journal.layers.compressible:
+        bias = spec.has_bias or journal.method.adds_bias
+        cost = cost_of(spec, allocation.options[spec.name], bias=bias, itemsize=BYTES)
+        assert table.loc[spec.name, "stored"] == cost.of(measure)
+    assert table["stored"].sum() == allocation.cost.of(measure) == counted.units.of(measure)
+    assert table["dense"].sum() == counted.units_dense.of(measure)
+    assert allocations.dense_size(journal.study.about) == {
+        "model_parameters": counted.model_dense.parameters,
+        "model_bytes": counted.model_dense.bytes,
+        "macs_per_token": counted.model_dense.macs,
     }
 
 
-def test_ranks_frame_has_a_row_per_layer_with_no_rank_where_dense(journal: Journal) -> None:
+def test_options_frame_has_a_row_per_layer_with_no_rank_where_dense(journal: Journal) -> None:
     record = journal.complete(0, 2.0)
-    table = results.ranks_frame(journal.study, record)
-    assert list(table.columns) == ["name", "kind", "block", "rank", "stored", "dense", "kept"]
+    table = allocations.options_frame(journal.study.about, record.request.allocation)
+    assert list(table.columns) == [
+        "name", "kind", "block", "form", "option", "rank", "stored", "dense", "kept"
+    ]  # fmt: skip
     assert list(table["name"]) == [spec.name for spec in journal.layers.compressible]
     assert list(table["kind"]) == [spec.kind for spec in journal.layers.compressible]
     assert list(table["block"]) == [spec.block for spec in journal.layers.compressible]
-    ranks = record.request.allocation.ranks
+    options = record.request.allocation.options
     for row in table.itertuples():
-        assert (None if pd.isna(row.rank) else row.rank) == ranks[row.name]
+        level = () if pd.isna(row.rank) else (int(row.rank),)
+        assert Option(row.form, level) == options[row.name]
+        assert row.option == ("dense" if row.form == "dense" else f"rank {row.rank}")
         assert row.kept == row.stored / row.dense
-        assert row.kept == 1.0 if ranks[row.name] is None else row.kept < 1.0
-    assert None in ranks.values()
-    assert any(rank is not None for rank in ranks.values())
+        assert row.kept == 1.0 if options[row.name] == DENSE else row.kept < 1.0
+    assert 0 < len(record.request.allocation.compressed) < len(options)
 
 
-def test_without_a_trial_the_dense_size_is_not_known(journal: Journal) -> None:
-    journal.fail(0, "why")
-    assert results.dense_size(journal.study) == {}
+def test_the_dense_size_is_known_before_any_trial(journal: Journal) -> None:
+    layers = journal.layers
+    assert allocations.dense_size(journal.study.about) == {
+        "model_parameters": layers.parameters,
+        "model_bytes": BYTES * layers.parameters,
+        "macs_per_token": sum(spec.out_features * spec.in_features for spec in layers.layers),
+    }
 
 
 def test_dense_kinds_are_dense_in_every_block(journal: Journal) -> None:
     record = journal.complete(0, 2.0)
-    ranks = dict.fromkeys(record.request.allocation.ranks, 3) | {
-        "model.layers.0.self_attn.v_proj": None,
-        "model.layers.1.self_attn.v_proj": None,
-        "model.layers.1.mlp.up_proj": None,
+    problem = journal.space.problem
+    dense = {
+        "model.layers.0.self_attn.v_proj",
+        "model.layers.1.self_attn.v_proj",
+        "model.layers.1.mlp.up_proj",
     }
-    specs = journal.layers.by_name
-    size = sum(
-        specs[name].parameters if rank is None else journal.cost(specs[name], rank)
-        for name, rank in ranks.items()
-    )
-    other = journal.complete(1, 2.0, allocation=Allocation(ranks, size, journal.budget))
-    assert results.dense_kinds(journal.study, other) == ["v_proj"]
+    form = problem.menus["model.layers.0.self_attn.v_proj"].sections[0].form
+    options = {
+        name: DENSE if name in dense else Option(form, (3,))
+        for name in record.request.allocation.options
+    }
+    costs: dict[str, Cost] = {
+        name: cost_of(
+            problem.menus[name].unit, option, bias=journal.method.adds_bias, itemsize=BYTES
+        )
+        for name, option in options.items()
+    }
+    decided = Allocation(options, costs, problem.budget)
+    journal.complete(1, 1.5, allocation=decided)
+    (table,) = [t for t in detail_tables(journal.study) if "best trial, 1" in t.title]
+    assert "dense in every block: v_proj" in table.notes
 
 
 # --- figures and header ------------------------------------------------------------------------
@@ -335,13 +371,13 @@ def test_dense_kinds_are_dense_in_every_block(journal: Journal) -> None:
 def test_without_a_value_nothing_is_drawn(journal: Journal) -> None:
     journal.score_dense(2.0)
     journal.fail(0, "why")
-    assert results.draw_figures(journal.study) == []
+    assert draw_figures(journal.study) == []
     assert not (journal.study.folder / "figures").exists()
 
 
 def test_one_value_is_enough_to_draw_without_baseline_and_dense(journal: Journal) -> None:
     journal.complete(0, 2.0)
-    paths = results.draw_figures(journal.study)
+    paths = draw_figures(journal.study)
     assert [path.name for path in paths] == ["convergence.png", "ranks.png"]
     for path in paths:
         assert path.parent == journal.study.folder / "figures"
@@ -353,14 +389,14 @@ def test_predictions_are_drawn_where_they_were_measured(journal: Journal) -> Non
     assert results.sensitivity(journal.study) is None
     found = journal.measured([(0.1, 0.2), (0.3, 0.1), (0.5, 0.6)])
     assert results.sensitivity(journal.study) == found
-    names = [path.name for path in results.draw_figures(journal.study)]
+    names = [path.name for path in draw_figures(journal.study)]
     assert names == ["convergence.png", "ranks.png", "sensitivity.png"]
 
 
 def test_figures_replace_the_older_ones_whole_or_not_at_all(
     full: Journal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    paths = results.draw_figures(full.study)
+    paths = draw_figures(full.study)
     before = [path.read_bytes() for path in paths]
 
     def dying(self: Figure, target: Path, **_: object) -> None:
@@ -371,17 +407,35 @@ def test_figures_replace_the_older_ones_whole_or_not_at_all(
     with monkeypatch.context() as patch:
         patch.setattr(Figure, "savefig", dying)
         with pytest.raises(OSError, match="No space left"):
-            results.draw_figures(full.study)
+            draw_figures(full.study)
     assert [path.read_bytes() for path in paths] == before
     assert sorted(p.name for p in paths[0].parent.iterdir()) == sorted(p.name for p in paths)
-    assert results.draw_figures(full.study) == paths
+    assert draw_figures(full.study) == paths
     assert all(path.read_bytes() != old for path, old in zip(paths, before, strict=True))
 
 
 def test_the_header_names_model_method_space_and_budget(journal: Journal) -> None:
     assert results.described(journal.study) == {
-        "Study": "mine",
         "Model": "tiny (float32 on cpu)",
         "Method": "bolaco, space per_kind",
-        "Budget": f"{journal.budget.parameters:,} parameters, 0.8 of the compressible ones",
+        "Budget": (
+            f"{journal.space.problem.budget.limit:,} parameters, 0.8 of the compressible ones"
+        ),
+        "Trials": "0 completed",
     }
+
+
+@pytest.mark.parametrize(
+    ("measure", "words"),
+    [("parameters", "parameters"), ("bytes", "bytes"), ("macs", "multiply-adds")],
+)
+def test_the_header_says_what_the_budget_counts(measure: str, words: str, tmp_path: Path) -> None:
+    one = Journal(tmp_path / "one", f"budget.measure={measure}")
+    limit = one.space.problem.budget.limit
+    assert results.described(one.study)["Budget"] == (
+        f"{limit:,} {words}, 0.8 of the compressible ones"
+    )
+    front = Journal(tmp_path / "front", f"budget.measure={measure}", "budget.lowest=0.5")
+    assert results.described(front.study)["Budget"] == (
+        f"from 0.5 to 0.8 of the {words} of compressible layers"
+    )

@@ -8,22 +8,20 @@ import pytest
 from rich.console import Console
 
 from lrbo.commands import search
-from lrbo.commands.live import LiveSearch, live_search, seconds_left
-from lrbo.config import composed
 from lrbo.errors import StudyError
-from lrbo.optimization.study import Study
-from lrbo.progress import Reporter, Trials
-from lrbo.schema import SearchConfig
-from lrbo.tracking import NullTracker
-from lrbo.trial import TrialRecord
-from tests.journal import SECONDS, Journal
-from tests.test_gains import lost
+from lrbo.progress import Reporter
+from lrbo.reports.search_progress import LiveSearch, seconds_left
+from lrbo.study.journal import Study
+from lrbo.tracking.tracker import NullTracker
+from lrbo.trials.records import TrialRecord
+from tests.reports.test_gains import lost
+from tests.support.journal import SECONDS, Journal
 from tests.test_progress import screen, terminal
 
 WHOLE = sum(SECONDS.values())
 
 
-def watched(journal: Journal, *overrides: str) -> tuple[LiveSearch, list[str], list[tuple]]:
+def watched(journal: Journal, trials: int = 8) -> tuple[LiveSearch, list[str], list[tuple]]:
     """Return a view of a study, the lines that it says, and what it shows of the whole."""
     said: list[str] = []
     shown: list[tuple] = []
@@ -32,16 +30,10 @@ def watched(journal: Journal, *overrides: str) -> tuple[LiveSearch, list[str], l
         def say(self, message: str) -> None:
             said.append(message)
 
-    class Shown(Trials):
-        def __init__(self) -> None:
-            pass
+    def show(*values: object) -> None:
+        shown.append(values)
 
-        def show(self, *found: object) -> None:
-            shown.append(found)
-
-    chosen = composed("search", ["experiment=tiny", *overrides])
-    assert isinstance(chosen, SearchConfig)
-    live = LiveSearch(Said(), journal.study, chosen, Shown(), lambda: 1)
+    live = LiveSearch(Said(), journal.study, trials, show, lambda: 1)
     return live, said, shown
 
 
@@ -82,7 +74,7 @@ def test_the_line_of_the_search_says_what_it_adds(tmp_path: Path) -> None:
 def test_a_front_has_no_best_but_trials_that_are_on_it(tmp_path: Path) -> None:
     front = ["budget.lowest=0.5", "budget.keep_ratio=0.9"]
     journal = Journal(tmp_path / "mine", *front)
-    live, said, shown = watched(journal, *front)
+    live, said, shown = watched(journal)
     for index, (ratio, nll) in enumerate([(0.5, 3.0), (0.9, 2.0), (0.75, 2.5), (0.8, 2.75)]):
         live.ended(journal.complete(index, nll, "model", keep_ratio=ratio))
     ends = [line.partition(" at ")[2].split("%")[0] for line in said]
@@ -100,7 +92,7 @@ def test_a_front_has_no_best_but_trials_that_are_on_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize("origin", ["uniform", "analytic", "transfer"])
 def test_a_trial_is_one_line_of_80_columns(tmp_path: Path, origin: str) -> None:
     journal = Journal(tmp_path / "mine")
-    live, said, _ = watched(journal, "search.trials=200")
+    live, said, _ = watched(journal, 200)
     live.ended(journal.complete(0, 9.0, origin))
     assert len(said[0]) <= 80
     assert "8103.084" in said[0]
@@ -120,12 +112,13 @@ def test_time_is_judged_by_the_last_trials_and_by_how_many_run_at_once(tmp_path:
 
 def test_it_is_gone_from_the_screen_when_the_search_is_over(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "mine")
-    chosen = composed("search", ["experiment=tiny"])
-    assert isinstance(chosen, SearchConfig)
     reporter, out = terminal()
-    with live_search(reporter, journal.study, chosen, lambda: 1) as live, live.proposing(0):
-        reporter._bars.refresh()
-        search, trial = screen(out.getvalue())
+    with reporter.trials(8) as show:
+        live = LiveSearch(reporter, journal.study, 8, show, lambda: 1)
+        live.update()
+        with live.proposing(0):
+            reporter._bars.refresh()
+            search, trial = screen(out.getvalue())
     assert "0/8 trials" in search
     assert trial.startswith("Trial 0 ")
     assert "proposing" in trial
@@ -184,11 +177,11 @@ def test_an_interrupt_while_figures_are_drawn_closes_the_run_too(
 
 def test_in_a_log_there_are_the_lines_of_trials_alone(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "mine")
-    chosen = composed("search", ["experiment=tiny"])
-    assert isinstance(chosen, SearchConfig)
     out = io.StringIO()
     reporter = Reporter(Console(file=out, width=40, highlight=False))
-    with live_search(reporter, journal.study, chosen, lambda: 1) as live, live.proposing(0):
-        live.ended(journal.complete(0, 3.0, "uniform"))
+    with reporter.trials(8) as show:
+        live = LiveSearch(reporter, journal.study, 8, show, lambda: 1)
+        with live.proposing(0):
+            live.ended(journal.complete(0, 3.0, "uniform"))
     (line,) = out.getvalue().splitlines()
     assert line.startswith("Trial   0 (1/8) uniform ")

@@ -5,10 +5,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from lrbo import results
-from lrbo.trial import TrialRecord
-from lrbo.worker import allocation_parameters
-from tests.journal import Journal
+from lrbo.layers.options import Measure
+from lrbo.reports import allocations
+from lrbo.trials.records import TrialRecord
+from tests.support.journal import BYTES, Journal
 
 # Ratios are divided once here and once there, in another order of the same sums.
 RATIO = {"rel": 1e-12}
@@ -20,10 +20,16 @@ def journal(tmp_path: Path) -> Journal:
 
 
 def kept(journal: Journal, record: TrialRecord, names: list[str]) -> float:
-    """Return the share of their dense parameters that layers keep."""
-    stored = allocation_parameters(journal.layers, record.request.allocation, journal.cost)
-    dense = sum(journal.layers.by_name[name].parameters for name in names)
-    return sum(stored[name] for name in names) / dense
+    """Return the share of their dense cost that layers keep."""
+    allocation = record.request.allocation
+    measure = allocation.budget.measure
+    specs = [journal.layers.by_name[name] for name in names]
+    dense = {
+        "parameters": sum(spec.parameters for spec in specs),
+        "bytes": sum(BYTES * spec.parameters for spec in specs),
+        "macs": sum(spec.out_features * spec.in_features for spec in specs),
+    }
+    return sum(allocation.costs[name].of(measure) for name in names) / dense[measure]
 
 
 def names_of(journal: Journal, *kinds: str, block: int | None = None) -> list[str]:
@@ -36,12 +42,20 @@ def names_of(journal: Journal, *kinds: str, block: int | None = None) -> list[st
 
 @pytest.mark.parametrize("space", ["per_kind", "per_kind_and_depth", "per_layer", "weights"])
 @pytest.mark.parametrize("origin", ["uniform", "sobol"])
+@pytest.mark.parametrize("measure", ["parameters", "bytes", "macs"])
 def test_shares_are_counted_by_kind_and_depth_whatever_was_searched(
-    tmp_path: Path, space: str, origin: str
+    tmp_path: Path, space: str, origin: str, measure: Measure
 ) -> None:
-    journal = Journal(tmp_path / "mine", f"space={space}")
+    journal = Journal(
+        tmp_path / "mine",
+        f"space={space}",
+        "space.forms=[factored,pivoted]",
+        f"budget.measure={measure}",
+    )
     record = journal.complete(0, 2.0, origin)
-    found = results.kept_by_depth(journal.study, record)
+    found = allocations.kept_by_depth(
+        allocations.options_frame(journal.study.about, record.request.allocation)
+    )
     kinds = list(dict.fromkeys(spec.kind for spec in journal.layers.compressible))
     assert list(found.columns) == ["block 0", "block 1", "all"]
     assert list(found.index) == [*kinds, "all"]
@@ -64,9 +78,7 @@ def test_shares_are_counted_by_kind_and_depth_whatever_was_searched(
         (30, ["blocks 0-9", "blocks 10-19", "blocks 20-29", "all"]),
     ],
 )
-def test_depth_is_told_apart_in_thirds(
-    journal: Journal, monkeypatch: pytest.MonkeyPatch, blocks: int, columns: list[str]
-) -> None:
+def test_depth_is_told_apart_in_thirds(blocks: int, columns: list[str]) -> None:
     rows = [
         (f"{kind}.{block}", kind, block, 1 + block, 10 + size)
         for block in range(blocks)
@@ -75,8 +87,7 @@ def test_depth_is_told_apart_in_thirds(
     ]
     table = pd.DataFrame(rows, columns=["name", "kind", "block", "stored", "dense"])
     table = table.astype({"block": "Int64"})
-    monkeypatch.setattr(results, "ranks_frame", lambda *_: table)
-    found = results.kept_by_depth(journal.study, journal.complete(0, 2.0))
+    found = allocations.kept_by_depth(table)
     assert list(found.columns) == columns
     # Each block is in one column: the sums of the columns are those of all.
     covered = []
@@ -92,11 +103,3 @@ def test_depth_is_told_apart_in_thirds(
         else:
             assert pd.isna(found.loc["down", column])
     assert covered in ([], list(range(blocks)))
-
-
-def test_weights_are_those_of_a_space_of_weights(tmp_path: Path, journal: Journal) -> None:
-    assert results.weights(journal.study, journal.complete(0, 2.0)) == {}
-    other = Journal(tmp_path / "weights", "space=weights")
-    assert results.weights(other.study, other.complete(0, 2.0, "uniform")) == {}
-    record = other.complete(1, 2.0)
-    assert results.weights(other.study, record) == record.request.variables != {}

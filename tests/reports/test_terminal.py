@@ -7,16 +7,14 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from rich.table import Table
 
-from lrbo.optimization.study import Study
-from lrbo.report import print_report
-from lrbo.tabular import lines_of, print_piped
-from lrbo.terminal import PlainConsole
-from lrbo.worker import allocation_parameters
-from tests.journal import Journal
-from tests.test_gains import lost
-from tests.test_results import timed_front
+from lrbo.files.tables import Table, columns
+from lrbo.layers.options import Cost, Measure, ModelAccount, account
+from lrbo.reports.terminal import print_report, print_table
+from lrbo.study.journal import Study
+from tests.reports.test_gains import lost
+from tests.reports.test_results import timed_front
+from tests.support.journal import BYTES, Journal
 
 
 @pytest.fixture
@@ -89,26 +87,30 @@ def test_results_show_dense_baseline_start_and_best_with_their_numbers(journal: 
     }
     best, uniform, start = counted[3], counted[0], counted[1]
     sizes = {
-        "dense": (best.model_dense, best.bytes_dense, best.macs_per_token_dense),
-        "uniform": (uniform.model, uniform.bytes, uniform.macs_per_token),
-        "start": (start.model, start.bytes, start.macs_per_token),
-        "best": (best.model, best.bytes, best.macs_per_token),
+        "dense": best.model_dense,
+        "uniform": uniform.model,
+        "start": start.model,
+        "best": best.model,
     }
+
+    def share(counted: ModelAccount) -> str:
+        return f"{100 * counted.units.parameters / counted.units_dense.parameters:.2f}%"
+
     measured = {
-        "dense": ["2.0000", "7.39", "0.0000", "100.0%"],
-        "uniform": ["0", "3.0000", "20.09", "0.3750", f"{100 * uniform.keep_ratio:.1f}%"],
-        "start": ["1", "2.7500", "15.64", "0.3438", f"{100 * start.keep_ratio:.1f}%"],
-        "best": ["3", "2.2500", "9.49", "0.3750", f"{100 * best.keep_ratio:.1f}%"],
+        "dense": ["2.0000", "7.39", "0.0000", "100.00%"],
+        "uniform": ["0", "3.0000", "20.09", "0.3750", share(uniform)],
+        "start": ["1", "2.7500", "15.64", "0.3438", share(start)],
+        "best": ["3", "2.2500", "9.49", "0.3750", share(best)],
     }
     tested = {"dense": "8.37", "uniform": "-", "start": "-", "best": "10.75"}
-    for name, (parameters, size, macs) in sizes.items():
+    for name, cost in sizes.items():
         cells = row(text, title, name)
         head, (shown_parameters, shown_size, unit, shown_macs, test) = cells[1:-5], cells[-5:]
         assert head == measured[name]
         assert shown_parameters.endswith("k")
-        assert float(shown_parameters[:-1]) == round(parameters / 1000, 3)
-        assert (float(shown_size), unit) == (round(size / 1024, 1), "KiB")
-        assert float(shown_macs[:-1]) == round(macs / 1000, 3)
+        assert float(shown_parameters[:-1]) == round(cost.parameters / 1000, 3)
+        assert (float(shown_size), unit) == (round(cost.bytes / 1024, 1), "KiB")
+        assert float(shown_macs[:-1]) == round(cost.macs / 1000, 3)
         assert test == tested[name]
     assert "test: words[test]" in text  # brackets are text, not markup
 
@@ -119,7 +121,7 @@ def test_the_header_counts_the_trials_by_their_ends(journal: Journal) -> None:
     assert "4 completed, 1 without a value, 1 not ended, 3.84k tokens scored" in head
     for name in ("mine", "tiny (float32 on cpu)", "bolaco, space per_kind", "0.8 of the"):
         assert name in head
-    assert f"{journal.budget.parameters:,} parameters" in head
+    assert f"{journal.space.problem.budget.limit:,} parameters" in head
 
 
 def test_time_is_shared_out_over_the_stages(journal: Journal) -> None:
@@ -140,6 +142,7 @@ def test_failures_are_told_by_reason_with_their_trials(journal: Journal) -> None
     journal.fail(6, " \n ")
     found = part(printed(journal.study), "Trials without a value")
     assert [" ".join(cells) for cells in found] == [
+        "trials outcome reason",
         "1, 3 abandoned loss is nan",
         "2 abandoned no memory",
         "4 failed loss is nan",
@@ -154,7 +157,7 @@ def test_a_long_reason_wraps_and_loses_nothing(journal: Journal) -> None:
     journal.fail(1, unbroken)
     text = printed(journal.study)
     assert max(map(len, text.splitlines())) <= 80
-    cells = [cell for line in part(text, "Trials without a value") for cell in line]
+    cells = [cell for line in part(text, "Trials without a value")[1:] for cell in line]
     assert " ".join(cells).startswith(f"0 abandoned {reason} 1 abandoned x")
     assert "".join(cells).endswith(unbroken)
 
@@ -180,13 +183,16 @@ def test_a_study_with_failures_only_shows_why(journal: Journal) -> None:
     journal.score_dense(2.0)
     journal.fail(0, "loss is nan")
     text = printed(journal.study)
-    # Sizes come from trials, so those of the dense model are not known yet.
-    assert row(text, "Results", "dense") == [
-        "dense", "2.0000", "7.39", "0.0000", "100.0%", "-", "-", "-", "-",
-    ]  # fmt: skip
-    assert [cells[0] for cells in part(text, "Results")][:2] == ["trial", "dense"]
+    dense = account(journal.layers, Cost(0, 0, 0), itemsize=BYTES).model_dense
+    cells = row(text, "Results", "dense")
+    assert cells[:5] == ["dense", "2.0000", "7.39", "0.0000", "100.00%"]
+    assert float(cells[5].removesuffix("k")) == round(dense.parameters / 1000, 3)
+    assert (float(cells[6]), cells[7]) == (round(dense.bytes / 1024, 1), "KiB")
+    assert float(cells[8].removesuffix("k")) == round(dense.macs / 1000, 3)
+    assert cells[9:] == ["-"]
+    assert [cells[0] for cells in part(text, "Results")][:2] == ["model", "dense"]
     assert "0 completed, 1 without a value" in text
-    assert part(text, "Trials without a value") == [["0", "abandoned", "loss", "is", "nan"]]
+    assert part(text, "Trials without a value")[1:] == [["0", "abandoned", "loss", "is", "nan"]]
     assert "Front" not in text
     assert row(text, "Time", "scoring") == ["scoring", "2.0", "2.00", "70%"]
 
@@ -234,13 +240,20 @@ def test_a_front_has_a_column_of_what_it_is_minimised_in(
     assert " ".join(first).endswith(shown or first[4])
 
 
+@pytest.mark.parametrize(
+    ("measure", "words"),
+    [("parameters", "parameters"), ("bytes", "bytes"), ("macs", "multiply-adds")],
+)
 @pytest.mark.parametrize("space", ["per_kind", "per_kind_and_depth", "per_layer", "weights"])
-def test_the_allocation_shows_what_kinds_keep_by_depth(tmp_path: Path, space: str) -> None:
-    journal = Journal(tmp_path / "mine", f"space={space}")
+def test_the_allocation_shows_what_kinds_keep_by_depth(
+    tmp_path: Path, space: str, measure: Measure, words: str
+) -> None:
+    journal = Journal(tmp_path / "mine", f"space={space}", f"budget.measure={measure}")
     record = journal.complete(7, 2.0)
     text = printed(journal.study)
-    title = "Share of the parameters kept in the best trial, 7"
-    stored = allocation_parameters(journal.layers, record.request.allocation, journal.cost)
+    assert f"kept: share of the {words} of the compressible layers" in " ".join(text.split())
+    title = f"Share of the {words} kept in the best trial, 7"
+    stored = {name: cost.of(measure) for name, cost in record.request.allocation.costs.items()}
     found = part(text, title)
     assert found[0] == ["kind", "block", "0", "block", "1", "all"]
     kinds = dict.fromkeys(spec.kind for spec in journal.layers.compressible)
@@ -254,12 +267,16 @@ def test_the_allocation_shows_what_kinds_keep_by_depth(tmp_path: Path, space: st
                 if kind in (spec.kind, "all") and spec.block in blocks
             ]
             kept = sum(stored[spec.name] for spec in specs)
-            shares.append(f"{kept / sum(spec.parameters for spec in specs):.1%}")
+            dense = Cost.total(
+                Cost(s.parameters, BYTES * s.parameters, s.out_features * s.in_features)
+                for s in specs
+            )
+            shares.append(f"{kept / dense.of(measure):.1%}")
         assert row(text, title, kind) == [kind, *shares]
-    dense = any(
+    is_dense = any(
         line.strip().startswith("dense in every block: v_proj") for line in text.split("\n")
     )
-    assert dense == (space != "weights")
+    assert is_dense == (space != "weights")
 
 
 def test_weights_stand_apart_from_shares_with_their_factors(tmp_path: Path) -> None:
@@ -295,7 +312,7 @@ def test_the_analytic_trial_has_its_row(journal: Journal) -> None:
     journal.complete(6, 2.375, "analytic")
     text = printed(journal.study)
     assert row(text, "Results", "analytic")[:3] == ["analytic", "6", "2.3750"]
-    assert "analytic: the ranks of least predicted loss" in text
+    assert "analytic: the options of least predicted loss" in text
 
 
 @pytest.mark.parametrize("width", [80, 200, 50])
@@ -335,7 +352,7 @@ def test_what_the_search_adds_is_printed_with_its_error(journal: Journal) -> Non
     journal.tested("best", 7, 2.5625, lost(2.5625, 0.25, -0.25, 0.25, -0.25))
     text = printed(journal.study)
     found = [" ".join(cells) for cells in part(text, "What the search adds, nats per token")]
-    kept = f"{journal.study.state.trials[6].metrics['keep_ratio']:.1%}"
+    kept = f"{journal.study.state.trials[6].metrics['keep_ratio']:.2%}"
     assert found[0] == "trials kept text best - analytic"
     assert found[1] == f"7 - 6 {kept} validation -0.375 +- 0.051"
     assert found[2] == f"7 - 6 {kept} test no measurable difference: 0.06 +- 0.14"
@@ -370,15 +387,23 @@ def test_checkpoints_are_listed_and_said_to_be_gone(journal: Journal, tmp_path: 
     journal.compressed(3, folder)
     out = io.StringIO()
     print_report(journal.study, Console(file=out))
-    assert f"{folder}\t3\t79.9%\t7.39\t-\tlrbo\tfloat32\tgone" in out.getvalue().splitlines()
+    assert f"{folder}\t3\t79.90%\t7.39\t-\tlrbo\tfloat32\tgone" in out.getvalue().splitlines()
     assert "gone" in printed(journal.study)
 
 
-def test_cells_of_a_pipe_are_text_and_command_nothing() -> None:
-    table = Table("name", "value")
-    table.add_row("[red]mine[/] :smile:", "\x1b[31ma\tb\x07")
-    out = io.StringIO()
-    console = PlainConsole(file=out)
-    for line in lines_of(table):
-        print_piped(console, line)
-    assert out.getvalue() == "name\tvalue\n[red]mine[/] :smile:\t[31ma b\n"
+def test_cells_of_a_pipe_are_text_and_command_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    row = ["[red]mine[/] :smile:", "\x1b[31ma\tb\x07"]
+    print_table(Table("title", columns("name", "value"), [row]))
+    table = "\ntitle\nname\tvalue\n[red]mine[/] :smile:\t[31ma b\n"
+    assert capsys.readouterr().out == table
+
+
+def test_a_table_of_measurements_is_whole_on_a_narrow_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "30")
+    row = ["a" * 40, "b" * 40]
+    print_table(Table("Speed", columns("name", "value"), [row], ["a note"]))
+    (shown,) = [line for line in capsys.readouterr().out.splitlines() if row[0] in line]
+    assert row[1] in shown

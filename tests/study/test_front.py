@@ -8,15 +8,17 @@ from botorch.utils.multi_objective.hypervolume import Hypervolume
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lrbo.allocation import Allocation, Budget
-from lrbo.optimization.front import hypervolume, pareto_front, reference_point
-from lrbo.trial import TrialRecord, TrialRequest, TrialResult
+from lrbo.allocation.allocate import Allocation
+from lrbo.layers.options import Budget
+from lrbo.study.front import hypervolume, pareto_front, reference_point
+from lrbo.trials.records import TrialRecord, TrialRequest, TrialResult
 
 # No tolerances: only comparisons of the numbers that were given.
 
 
 def trial(index: int, nll: float, parameters: int) -> TrialRecord:
-    request = TrialRequest(index, "sobol", {}, Allocation({}, parameters, Budget(99)), index)
+    allocation = Allocation({}, {}, Budget("parameters", 99))
+    request = TrialRequest(index, "sobol", {}, allocation, index)
     metrics = {"objective": nll, "parameters": float(parameters)}
     return TrialRecord(request, TrialResult(index, "completed", metrics))
 

@@ -12,14 +12,15 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lrbo import builders, results
-from lrbo.cache import ABOUT
-from lrbo.checks import check
 from lrbo.errors import ConfigError, StudyError
-from lrbo.evaluation.divergence import DenseReference
-from lrbo.optimization.study import Study
-from tests.commands import lrbo_command
-from tests.test_builders import Said, chosen
+from lrbo.files.caches import ABOUT
+from lrbo.pipeline import build_worker, planning
+from lrbo.pipeline.checks import check
+from lrbo.reports import results
+from lrbo.study.journal import Study
+from lrbo.tasks.perplexity import DenseReference
+from tests.support.commands import lrbo_command
+from tests.support.small_search import Said, chosen
 
 ROLES = ("calibration", "validation", "test")
 TEXTS = [f"data.{role}.path={role}.txt" for role in ROLES]
@@ -30,8 +31,8 @@ def build() -> tuple[Any, Said]:
     """Build the worker of the study, as every search does."""
     study, said = Study(Path("studies/one")), Said()
     with study.locked():
-        plan = builders.plan_search(chosen(*OPTIONS), study, [])
-        return builders.build_worker(plan, study, said), said
+        plan = planning.plan_search(chosen(*OPTIONS), study, [])
+        return build_worker.build_worker(plan, study, said), said
 
 
 @pytest.fixture(scope="module")
@@ -137,10 +138,10 @@ def test_tokens_that_no_text_gives_any_more_are_refused(there: Path, damage: str
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("budget_parameters", 999),
-        ("storage", "factored"),
+        ("budget", {"measure": "parameters", "limit": 999}),
+        ("forms", ["factored"]),
         ("model_parameters", 7),
-        ("adds_bias", False),
+        ("added_biases", ["model.layers.0.self_attn.q_proj"]),
         ("seed", 5),
         ("timed", True),
     ],
@@ -173,15 +174,17 @@ def test_a_configuration_that_is_none_is_refused_by_field(
     (there / "study.json").write_text(json.dumps(about | {"config": lines}), encoding="utf-8")
     (there / "config.yaml").unlink()
     with pytest.raises(StudyError, match=message):
-        Study(there).config()
+        _ = Study(there).config
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"seed": 5}, "says other seed than the configuration in it"),
-        ({"timed": True, "storage": "factored"}, "says other timed, storage than the"),
-        ({"budget_parameters": 999}, "says other budget_parameters than the"),
+        ({"timed": True, "forms": ["factored"]}, "says other timed, forms than the"),
+        ({"forms": ["woven"]}, "says other forms than the"),
+        ({"budget": {"measure": "parameters", "limit": 999}}, "says other budget than the"),
+        ({"budget": {"measure": "bytes", "limit": 999}}, "says other budget than the"),
     ],
 )
 @pytest.mark.parametrize("command", ["search", "report"])
@@ -205,6 +208,33 @@ def test_a_front_of_what_is_not_measured_is_refused_by_a_report(there: Path) -> 
     assert ran.status == 2
     assert "search.size='weight': expected keep_ratio or" in ran.err
     assert not (there / "config.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        (["name: asvd"], r"method\.alpha is missing: expected a number from 0 on"),
+        (["name: asvd", "alpha: '0.5'"], r"method\.alpha='0.5': expected a number from 0 on"),
+        (["name: asvd", "alpha: 0.5", "beta: 1"], r"method\.beta=1: asvd has no such option"),
+        (["alpha: 0.5"], r"method\.name=None: expected one of svd, "),
+        (["name: mine", "power: 2"], None),  # of a program that added it
+    ],
+)
+def test_the_method_of_a_study_has_its_options_and_no_others(
+    there: Path, method: list[str], message: str | None
+) -> None:
+    about = json.loads((there / "study.json").read_text(encoding="utf-8"))
+    lines = about["config"]
+    begin = lines.index("method:") + 1
+    end = next(i for i in range(begin, len(lines)) if not lines[i].startswith(" "))
+    lines[begin:end] = [f"  {line}" for line in method]
+    (there / "study.json").write_text(json.dumps(about), encoding="utf-8")
+    (there / "config.yaml").unlink()
+    if message is None:
+        assert Study(there).config.method == {"name": "mine", "power": 2}
+        return
+    with pytest.raises(StudyError, match=message):
+        _ = Study(there).config
 
 
 def test_a_configuration_that_is_no_yaml_is_not_written_again(there: Path) -> None:
@@ -284,23 +314,23 @@ PARTS = {
 @pytest.mark.parametrize("part", PARTS)
 def test_a_part_of_the_cache_that_is_gone_is_made_again(there: Path, part: str) -> None:
     before, _ = build()
-    expected = {name: found.left.clone() for name, found in before.factors.items()}
+    expected = {name: found.left.clone() for name, found in before.prepared.items()}
     PARTS[part](Path("cache"))
     again, said = build()
     is_calibrated = part == "all of it" or "both" in part
     assert said.steps == ["Calibration"] * is_calibrated + ["Factorization"]
-    assert again.factors.keys() == expected.keys()
+    assert again.prepared.keys() == expected.keys()
     for name, left in expected.items():
-        assert torch.equal(again.factors[name].left, left)
+        assert torch.equal(again.prepared[name].left, left)
 
 
 def test_statistics_that_are_deleted_while_factors_are_made_are_made_again(
     there: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.rmtree("cache/factors")
-    real, deleted = builders.build_method, []
+    real, deleted = planning.method_named, []
 
-    def build_method(*arguments: Any) -> Any:
+    def method_named(*arguments: Any) -> Any:
         method = real(*arguments)
         factor = type(method).factor
 
@@ -312,11 +342,11 @@ def test_statistics_that_are_deleted_while_factors_are_made_are_made_again(
         monkeypatch.setattr(type(method), "factor", factored)
         return method
 
-    monkeypatch.setattr(builders, "build_method", build_method)
+    monkeypatch.setattr(planning, "method_named", method_named)
     again, said = build()
     assert deleted
     assert said.steps == ["Calibration", "Factorization"]
-    assert again.factors
+    assert again.prepared
 
 
 def test_a_cache_that_cannot_be_written_is_refused_with_the_values(

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from lrbo import versions as module
-from lrbo.optimization.study import Study
-from lrbo.shell import command, study_at
-from lrbo.versions import PACKAGES, changes, note_changes, refusals, versions
-from tests.commands import TINY, lrbo_command, project, searched
-from tests.fakes import make_about
+from lrbo.config.shell import command
+from lrbo.study import versions as module
+from lrbo.study.journal import Study
+from lrbo.study.versions import PACKAGES, changes, note_changes, refusals, versions
+from tests.support.commands import TINY, lrbo_command, project, searched
+from tests.support.fakes import make_about
 
 __all__ = ["project", "searched"]  # fixtures
 
@@ -58,7 +58,7 @@ def test_another_release_of_what_scores_is_refused_unless_it_is_accepted(
 ) -> None:
     installed(monkeypatch, **{package: now})
     (problem,) = refusals(study, allowed=False)
-    again = command("search", study=study_at(study.folder), **{"search.other_versions": True})
+    again = command("search", **study.keys, **{"search.other_versions": True})
     assert again.endswith("/mine search.other_versions=true")
     for part in (BEGUN[package], now, again):
         assert part in problem
@@ -138,7 +138,9 @@ def test_a_search_is_refused_before_a_model_is_loaded_and_goes_on_if_told_to(
     study = Study(project / "studies" / "tiny")
     before = study.journal.read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr("lrbo.builders.load_model", lambda *_, **__: pytest.fail("model loaded"))
+        patch.setattr(
+            "lrbo.tasks.causal_lm.CausalLM.load", lambda *_, **__: pytest.fail("model loaded")
+        )
         ran = lrbo_command("search", *TINY)
         assert ran.status == 2
         assert f"with torch {real['torch']}, here is 1.13.0" in ran.err

@@ -5,27 +5,32 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from lrbo.accounting import dense_parameters, low_rank_parameters
-from lrbo.allocation import Budget
+from lrbo.allocation.allocate import dense_cost
 from lrbo.errors import Outcome
-from lrbo.optimization.base import Space
-from lrbo.optimization.client import Observation, SearchClient
-from lrbo.optimization.front_space import FrontSpace
-from lrbo.optimization.space import SearchSpace, build_space
-from lrbo.optimization.study import Study
-from lrbo.optimization.weights import WeightSpace, build_weight_space
-from lrbo.paired import paired_difference
-from lrbo.presentation import Checkpoint, Presentation
-from lrbo.racing import Race
-from lrbo.sensitivity import Curves
-from lrbo.specs import LayerSpec
-from lrbo.trial import TrialRecord, TrialRequest, TrialResult
+from lrbo.layers.options import Budget, Measure, Menu, Section
+from lrbo.models.specs import LayerSpec
+from lrbo.optimization.budgets import FrontSpace, over_budgets
+from lrbo.optimization.proposals import Observation, SearchClient
+from lrbo.optimization.space import Problem, Space
+from lrbo.optimization.variables import (
+    RatioSpace,
+    SpaceSettings,
+    WeightSpace,
+    build_ratio_space,
+    build_weight_space,
+)
+from lrbo.study.journal import Study
+from lrbo.tracking.mlflow_runs import Checkpoint, Presentation
+from lrbo.tracking.tracker import Tracker
+from lrbo.trials.racing import Race, paired_difference
+from lrbo.trials.records import TrialRecord, TrialRequest, TrialResult
 
 GROUPS = {"qk": ["q_proj", "k_proj"], "o": ["o_proj"], "up": ["up_proj"], "down": ["down_proj"]}
 SHAPES = {
@@ -36,6 +41,9 @@ SHAPES = {
     "up_proj": (40, 24),
     "down_proj": (24, 40),
 }
+
+
+ITEMSIZE = 4  # bytes of a parameter
 
 
 class Killed(BaseException):
@@ -65,11 +73,6 @@ class Fuse:
             raise Killed(moment)
 
 
-def factored(layer: LayerSpec, rank: int) -> int:
-    """Count a low-rank layer with a bias, as Bolaco stores it."""
-    return low_rank_parameters(layer, rank, bias=True, storage="factored")
-
-
 def make_layers(blocks: int = 2, shapes: Mapping[str, tuple[int, int]] = SHAPES) -> list[LayerSpec]:
     """Describe the layers of a model that does not exist."""
     return [
@@ -79,28 +82,55 @@ def make_layers(blocks: int = 2, shapes: Mapping[str, tuple[int, int]] = SHAPES)
     ]
 
 
+def make_problem(
+    keep_ratio: float = 0.7,
+    layers: Sequence[LayerSpec] | None = None,
+    *,
+    forms: Sequence[str] = ("factored",),
+    bias: bool = True,
+    rank_multiple: int = 1,
+    minimum: int = 0,
+    measure: Measure = "parameters",
+) -> Problem:
+    """Give every layer a menu, as Bolaco stores it: low-rank layers with a bias."""
+    menus = {
+        layer.name: Menu.of(
+            layer,
+            forms,
+            bias=bias or layer.has_bias,
+            itemsize=ITEMSIZE,
+            multiple=rank_multiple,
+            minimum=minimum,
+        )
+        for layer in (make_layers() if layers is None else layers)
+    }
+    return Problem(menus, Budget.keeping(keep_ratio, dense_cost(menus), measure))
+
+
+PROBLEM = ("forms", "bias", "rank_multiple", "minimum", "measure")
+
+
 def make_space(
     keep_ratio: float = 0.7,
     layers: Sequence[LayerSpec] | None = None,
     **changes: Any,
-) -> SearchSpace:
+) -> RatioSpace:
     """Build a small search space: four variables, values stay dense, ranks one by one."""
-    layers = make_layers() if layers is None else layers
     options: dict[str, Any] = {
         "groups": GROUPS,
         "dense": ["v_proj"],
-        "granularity": "kind",
-        "depth_groups": 1,
-        "bounds": (0.2, 1.0),
         "start": {"qk": 0.4, "down": 0.9},
-        "cost": factored,
-        "rank_multiple": 1,
     }
-    return build_space(layers, Budget.from_keep_ratio(layers, keep_ratio), **(options | changes))
+    problem = {name: changes.pop(name) for name in PROBLEM if name in changes}
+    config = SpaceSettings(**(options | changes))
+    return build_ratio_space(make_problem(keep_ratio, layers, **problem), config)
+
+
+Curves = Mapping[str, NDArray[np.float64]]
 
 
 def make_curves(layers: Sequence[LayerSpec], seed: int = 0) -> Curves:
-    """Draw predicted losses: falling strictly to 0 at full rank, of sizes far apart."""
+    """Draw predicted losses by rank: falling strictly to 0 at full rank, of sizes far apart."""
     generator = np.random.default_rng(seed)
     curves = {}
     for spec in layers:
@@ -110,26 +140,38 @@ def make_curves(layers: Sequence[LayerSpec], seed: int = 0) -> Curves:
     return curves
 
 
+def with_curves(menus: Mapping[str, Menu], curves: Curves) -> dict[str, Menu]:
+    """Give menus the losses of curves by rank; a layer without a curve stays dense."""
+
+    def losses(name: str, section: Section) -> NDArray[np.float64]:
+        ranks = section.levels[:, 0]
+        return curves[name][ranks[ranks < len(curves[name])]]
+
+    return {
+        name: menu.with_losses([losses(name, section) for section in menu.sections[:-1]])
+        if name in curves
+        else menu.only_dense()
+        for name, menu in menus.items()
+    }
+
+
+def predicted(problem: Problem, curves: Curves) -> Problem:
+    """Give a problem the losses of curves by rank."""
+    return replace(problem, menus=with_curves(problem.menus, curves))
+
+
 def make_weight_space(
     keep_ratio: float = 0.7,
     layers: Sequence[LayerSpec] | None = None,
     curves: Curves | None = None,
     **changes: Any,
 ) -> WeightSpace:
-    """Build a small space of weights with loss curves: one group per kind, three knots."""
+    """Build a small space of weights with predicted losses: one group per kind, three knots."""
     layers = make_layers() if layers is None else layers
-    options: dict[str, Any] = {
-        "groups": {},
-        "dense": [],
-        "knots": 3,
-        "exponent": True,
-        "width": 0.5,
-        "cost": factored,
-        "rank_multiple": 1,
-    }
-    budget = Budget.from_keep_ratio(layers, keep_ratio)
-    space = build_weight_space(layers, budget, **(options | changes))
-    return space.with_curves(make_curves(layers) if curves is None else curves)
+    problem = {name: changes.pop(name) for name in PROBLEM if name in changes}
+    config = SpaceSettings(bounds=[-0.5, 0.5], **changes)
+    space = build_weight_space(make_problem(keep_ratio, layers, **problem), config)
+    return space.of(predicted(space.problem, make_curves(layers) if curves is None else curves))
 
 
 def make_front_space(
@@ -137,8 +179,7 @@ def make_front_space(
 ) -> FrontSpace:
     """Build a small space of weights or ratios over a range of budgets."""
     make = {"weights": make_weight_space, "ratios": make_space}[kind]
-    inside = make(lowest, **changes)
-    return FrontSpace(inside, tuple(inside.layers), lowest, highest)
+    return over_budgets(make(lowest, **changes), lowest, highest)
 
 
 def make_about(
@@ -155,10 +196,15 @@ def make_about(
         "dtype": "float32",
         "device": "cpu",
         "timed": False,
+        "task": "causal_lm",
         "data": dict.fromkeys(("calibration", "validation", "test"), text),
-        "budget_parameters": dense_parameters(layers) if space is None else space.budget.parameters,
-        "storage": "factored",
-        "adds_bias": True,
+        "budget": asdict(
+            Budget("parameters", sum(spec.parameters for spec in layers))
+            if space is None
+            else space.problem.budget
+        ),
+        "forms": ["factored"],
+        "added_biases": [spec.name for spec in layers if not spec.has_bias],
         "layers": [asdict(spec) for spec in layers],
         "variables": {} if space is None else {k: list(v) for k, v in space.bounds.items()},
         "donors": [],
@@ -207,8 +253,8 @@ class FakeClient(SearchClient):
         self.asked[trial_index] = list(observations)
         self.references[trial_index] = reference
         chooser = random.Random(f"{self.seed} {trial_index}")
-        values = [chooser.uniform(*limits) for limits in self.space.bounds.values()]
-        point = dict(zip(self.space.names, self.space.project(values), strict=True))
+        drawn = {name: chooser.uniform(*limits) for name, limits in self.space.bounds.items()}
+        point = self.space.project(drawn)
         self.fuse.burn("after ask")
         return point
 
@@ -225,7 +271,7 @@ class FakeWorker:
         calls: Trial numbers in the order of evaluation.
     """
 
-    space: SearchSpace | WeightSpace | FrontSpace
+    space: Space
     fuse: Fuse = field(default_factory=Fuse)
     outcomes: Mapping[int, Outcome | Mapping[str, float]] = field(default_factory=dict)
     race: Race | None = None
@@ -255,26 +301,28 @@ class FakeWorker:
                 estimate = {"objective": sum(rival) / len(rival) + gap, "objective_sem": error}
                 return TrialResult(index, "stopped", estimate | {"tokens": 5.0 * count}, 0.5)
         kl = (metrics["kl_dense_to_compressed"],) * self.WINDOWS
-        return TrialResult(index, "completed", metrics, 0.5, window_nll=tuple(losses), window_kl=kl)
+        return TrialResult(
+            index, "completed", metrics, 0.5, example_losses=tuple(losses), example_divergences=kl
+        )
 
     def metrics(self, request: TrialRequest) -> dict[str, float]:
         """Return the numbers of an allocation."""
+        problem, allocation = self.space.problem, request.allocation
         loss = 0.0
-        for number, spec in enumerate(self.space.layers):
-            rank = request.allocation.ranks[spec.name]
-            kept = 1.0 if rank is None else self.space.cost(spec, rank) / spec.parameters
-            loss += (1 + number % 3) * (1 - kept) ** 2
+        for number, name in enumerate(problem.menus):
+            loss += (1 + number % 3) * (1 - problem.share(allocation, (name,))) ** 2
         nll = 2.0 + loss
+        cost = allocation.cost
         return {
             "nll": nll,
             "perplexity": math.exp(nll),
             "kl_dense_to_compressed": loss / 2,
-            "parameters": float(request.allocation.parameters),
-            "keep_ratio": request.allocation.parameters / dense_parameters(self.space.layers),
+            "parameters": float(cost.parameters),
+            "keep_ratio": problem.share(allocation),
             "tokens": 100.0,
-            "model_parameters": float(request.allocation.parameters),
-            "model_bytes": 4.0 * request.allocation.parameters,
-            "macs_per_token": float(request.allocation.parameters),
+            "model_parameters": float(cost.parameters),
+            "model_bytes": float(cost.bytes),
+            "macs_per_token": float(cost.macs),
         }
 
 
@@ -286,11 +334,6 @@ class FakeJob:
     polls: int
     fuse: Fuse
 
-    @property
-    def job_id(self) -> str:
-        """Return a name."""
-        return f"fake-{self.finished.trial_index}"
-
     def done(self) -> bool:
         """Return whether enough polls went by."""
         self.polls -= 1
@@ -300,9 +343,6 @@ class FakeJob:
         """Return the result, or die."""
         self.fuse.burn("before result")
         return self.finished
-
-    def cancel(self) -> None:
-        """Do nothing."""
 
 
 @dataclass
@@ -338,7 +378,7 @@ class FakeExecutor:
 
 
 @dataclass
-class FakeTracker:
+class FakeTracker(Tracker):
     """Keeps what it is shown in a store that outlives it, as a database does.
 
     Attributes:
@@ -374,11 +414,11 @@ class FakeTracker:
             self.store[record.request.trial_index] = [record]
         return len(missing)
 
-    def present(self, shown: Presentation) -> None:
+    def present(self, presentation: Presentation) -> None:
         """Note the call."""
         self.calls.append("present")
 
-    def checkpoint(self, written: Checkpoint) -> None:
+    def checkpoint(self, checkpoint: Checkpoint) -> None:
         """Note the call."""
         self.calls.append("checkpoint")
 

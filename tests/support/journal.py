@@ -2,25 +2,27 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 
-from lrbo.accounting import ModelAccount, account
-from lrbo.allocation import Allocation, Budget, Cost
-from lrbo.config import composed, to_yaml
+import torch
+
+from lrbo.allocation.allocate import Allocation
+from lrbo.allocation.loss_calibration import LossCalibration, Measurement, sensitivity_file
+from lrbo.config.choices import KEEP_RATIO, LATENCIES
+from lrbo.config.compose import composed
+from lrbo.config.saved import to_yaml
+from lrbo.config.schema import SearchConfig
 from lrbo.factorization.registry import method_named
-from lrbo.loss_calibration import LossCalibration, Measurement, sensitivity_file
-from lrbo.model import map_model
-from lrbo.optimization.front import KEEP_RATIO, LATENCIES
-from lrbo.optimization.space import SearchSpace, build_space
-from lrbo.optimization.study import Study
-from lrbo.optimization.weights import WeightSpace, build_weight_space
-from lrbo.schema import SearchConfig
-from lrbo.specs import ModelMap
-from lrbo.trial import TrialRecord, TrialRequest
-from lrbo.worker import allocation_parameters
-from tests.fakes import make_about, make_curves
-from tests.tiny import build_on_meta
+from lrbo.layers.options import ModelAccount, account
+from lrbo.models.model_map import map_model
+from lrbo.models.specs import ModelMap
+from lrbo.optimization.budgets import FrontSpace
+from lrbo.optimization.space import Space, sobol_point
+from lrbo.pipeline.search_space import build_search_space
+from lrbo.study.journal import Study
+from lrbo.trials.records import TrialRecord, TrialRequest
+from tests.support.fakes import make_about, make_curves, predicted
+from tests.support.tiny import build_on_meta
 
 # Exact in binary, so that their sums are exact too.
 SECONDS = {"suggestion": 0.5, "allocation": 0.25, "scoring": 2.0, "logging": 0.125}
@@ -38,51 +40,27 @@ class Journal:
         config = composed("search", ["experiment=tiny", *overrides])
         assert isinstance(config, SearchConfig)
         self.layers: ModelMap = map_model(build_on_meta(case))
-        self.method = method_named(config.method.name)
-        compressible, space = self.layers.compressible, config.space
-        self.budget = Budget.from_keep_ratio(compressible, config.budget.keep_ratio)
-        self.storage = config.budget.storage
-        self.cost: Cost = partial(self.method.parameters, storage=self.storage)  # type: ignore[arg-type]
-        self.space: SearchSpace | WeightSpace
-        if space.type == "weights":
-            self.space = build_weight_space(
-                compressible,
-                self.budget,
-                groups=space.groups,
-                dense=space.dense,
-                knots=space.knots,
-                exponent=space.exponent,
-                width=space.bounds[1],
-                cost=self.cost,
-                rank_multiple=space.rank_multiple,
-            ).with_curves(make_curves(compressible))
-        else:
-            self.space = build_space(
-                compressible,
-                self.budget,
-                groups=space.groups,
-                dense=space.dense,
-                granularity=space.granularity,  # type: ignore[arg-type]
-                depth_groups=space.depth_groups,
-                bounds=(space.bounds[0], space.bounds[1]),
-                start=space.start,
-                cost=self.cost,
-                rank_multiple=space.rank_multiple,
-            )
+        self.method = method_named(config.method["name"])
+        units = self.layers.compressible
+        space = build_search_space(config, units, self.method, torch.float32)
+        whole = space.inside if isinstance(space, FrontSpace) else space
+        self.is_front = isinstance(space, FrontSpace)
+        self.space: Space = whole.of(whole.problem.keeping(config.budget.keep_ratio))
+        if config.space.type == "weights":
+            self.space = self.space.of(predicted(self.space.problem, make_curves(units)))
         about = make_about(
             self.layers.layers,
             self.space,
             seed=config.seed,
+            model_parameters=self.layers.parameters,
             data={
                 role: {"text": f"words[{role}]", "windows": windows, "digest": "a digest"}
                 for role in ("calibration", "validation", "test")
             },
             timed=config.latency.enabled,
-            budget_parameters=self.budget.parameters,
-            storage=self.storage,
-            adds_bias=config.method.name == "bolaco",
+            forms=list(config.space.forms),
+            added_biases=[u.name for u in units if self.method.adds_bias and not u.has_bias],
         )
-        self.is_front = config.budget.lowest is not None
         if self.is_front:
             about["variables"] |= {KEEP_RATIO: [config.budget.lowest, config.budget.keep_ratio]}
         self.study = Study(folder)
@@ -90,25 +68,23 @@ class Journal:
 
     def counted(self, allocation: Allocation) -> ModelAccount:
         """Count an allocation as a worker does."""
-        return account(
-            self.layers,
-            allocation.ranks,
-            allocation_parameters(self.layers, allocation, self.cost),
-            storage=self.storage,  # type: ignore[arg-type]
-            bytes_per_parameter=BYTES,
-        )
+        return account(self.layers, allocation.cost, itemsize=BYTES)
+
+    def kept(self, allocation: Allocation) -> float:
+        """Return the keep ratio of an allocation."""
+        return self.space.problem.share(allocation)
 
     def suggest(self, index: int, origin: str, allocation: Allocation | None = None) -> None:
         """Write that a trial was suggested: the baseline or a point of the space."""
         point: Mapping[str, float] = {}
         if allocation is None and origin == "uniform":
-            allocation = self.space.uniform()
+            allocation = self.space.problem.uniform()
         elif allocation is None:
-            point = self.space.sobol_point(index, 0)
+            point = sobol_point(self.space, index, 0)
             allocation = self.space.allocate(point)
-        variables = dict(self.space.realised(allocation, point) or {})
+        variables = dict(self.space.realised(allocation, point))
         if self.is_front and variables:
-            variables[KEEP_RATIO] = self.counted(allocation).keep_ratio
+            variables[KEEP_RATIO] = self.kept(allocation)
         request = TrialRequest(index, origin, variables, allocation, index)  # type: ignore[arg-type]
         self.study.record_suggestion(
             request, {name: SECONDS[name] for name in ("suggestion", "allocation")}
@@ -117,7 +93,7 @@ class Journal:
     def complete(
         self,
         index: int,
-        nll: float,
+        nll: float = 5.0,
         origin: str = "sobol",
         allocation: Allocation | None = None,
         windows: Sequence[float] = (),
@@ -125,21 +101,22 @@ class Journal:
     ) -> TrialRecord:
         """Write all of a trial with a value."""
         self.suggest(index, origin, allocation)
-        counted = self.counted(self.study.state.trials[index].request.allocation)
+        decided = self.study.state.trials[index].request.allocation
+        counted = self.counted(decided)
         whole = {
             "nll": nll,
             "perplexity": math.exp(nll),
             "kl_dense_to_compressed": nll / 8,
             "tokens": TOKENS,
             "peak_memory_gib": 0.5,
-            "keep_ratio": counted.keep_ratio,
-            "parameters": counted.compressible,
-            "model_parameters": counted.model,
-            "model_bytes": counted.bytes,
-            "macs_per_token": counted.macs_per_token,
+            "keep_ratio": self.kept(decided),
+            "parameters": counted.units.parameters,
+            "model_parameters": counted.model.parameters,
+            "model_bytes": counted.model.bytes,
+            "macs_per_token": counted.model.macs,
             "objective": nll,
         }
-        if self.study.about()["timed"]:
+        if self.study.about.timed:
             whole |= {f"{name}{end}": 1.0 for name in LATENCIES for end in ("", "_sem")}
         return self._end(index, "completed", None, whole | metrics, windows)
 
@@ -164,8 +141,8 @@ class Journal:
             metrics=metrics,
             error=error,
             seconds={"scoring": SECONDS["scoring"]},
-            window_nll=windows,
-            window_kl=[nll / 8 for nll in windows],
+            example_losses=windows,
+            example_divergences=[nll / 8 for nll in windows],
         )
         self.study.record("logged", trial=index, seconds=SECONDS["logging"])
         return self.study.state.trials[index]
@@ -178,13 +155,13 @@ class Journal:
     def measured(self, pairs: Sequence[tuple[float, float]]) -> LossCalibration:
         """Keep measurements of single layers: pairs of predicted and measured loss."""
         spec = self.layers.compressible[0]
-        found = LossCalibration.fit([Measurement(spec.name, spec.kind, 1, p, m) for p, m in pairs])
+        found = LossCalibration(tuple(Measurement(spec.name, spec.kind, 1, p, m) for p, m in pairs))
         found.save(sensitivity_file(self.study.folder))
         return found
 
     def compressed(self, trial: int, folder: Path | str, **tags: str) -> None:
         """Write that a checkpoint was written."""
-        known = {"keep_ratio": "0.7990", "validation_perplexity": "7.3891", "format": "lrbo"}
+        known = {"keep_ratio": "0.7990", "validation": "7.3891", "format": "lrbo"}
         self.study.record(
             "compressed", id=str(folder), trial=trial, folder=str(folder), register="none",
             tags=known | {"dtype": "float32"} | tags,
@@ -197,5 +174,5 @@ class Journal:
         metrics = {"nll": nll, "perplexity": math.exp(nll), "tokens": TOKENS}
         self.study.record(
             "tested", label=label, trial=trial, text="words[test]", metrics=metrics,
-            window_nll=windows or [nll] * WINDOWS,
+            example_losses=windows or [nll] * WINDOWS,
         )  # fmt: skip

@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lrbo.factorization.base import FactorizationMethod, Statistic
-from lrbo.factorization.loss_aware import LossAware
+from lrbo.calibration.statistics import Statistic
+from lrbo.factorization.base import FactorizationMethod
+from lrbo.factorization.methods import Asvd, LossAware
 from lrbo.factorization.registry import METHODS
-from lrbo.factorization.weighted import Asvd
-from lrbo.specs import LayerSpec
-from tests import reference
-from tests.reference import Affine, Matrix
+from lrbo.models.specs import LayerSpec
+from tests.support import reference
+from tests.support.reference import Affine, Matrix
 
 SHAPES = {"wide": (5, 9), "tall": (9, 5), "square": (7, 7)}
 GROUP_SIZES = (40, 25, 60)

@@ -12,9 +12,10 @@ from urllib.parse import unquote, urlsplit
 from mlflow import MlflowClient
 from mlflow.entities import Run, ViewType
 
-from lrbo.allocation import Allocation, Budget
-from lrbo.tracking import MlflowTracker
-from lrbo.trial import TrialRecord, TrialRequest, TrialResult
+from lrbo.allocation.allocate import Allocation
+from lrbo.layers.options import DENSE, Budget, Cost, Option
+from lrbo.tracking.tracker import MlflowTracker
+from lrbo.trials.records import TrialRecord, TrialRequest, TrialResult
 
 STARTED = 1_700_000_000.25
 NLL = [3.5, 3.25, 3.75, 3.0]
@@ -24,7 +25,9 @@ BEST = [3.5, 3.25, 3.25, 3.0]
 def record(index: int, nll: float | None = None, **changes: Any) -> TrialRecord:
     """Build a completed trial with names as a real one has them."""
     name = f"model.layers.{index}.self_attn.q_proj"
-    allocation = Allocation({name: 8 + index, "lm_head": None}, 1000 + index, Budget(2000))
+    options = {name: Option("pivoted", (8 + index,)), "lm_head": DENSE}
+    costs = {name: Cost(600 + index, 2500, 600 + index), "lm_head": Cost(400, 1600, 400)}
+    allocation = Allocation(options, costs, Budget("bytes", 5000))
     variables = {name: 0.25 + index / 64, "group:attention": 1 / 3}
     request = TrialRequest(index, "sobol", variables, allocation, seed=index)
     value = NLL[index % len(NLL)] if nll is None else nll

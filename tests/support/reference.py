@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from itertools import product
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from lrbo.layers.options import Option
+
 Matrix = NDArray[np.float64]
 Affine = tuple[Matrix, Matrix]
 """``(W, b)`` of the map ``x -> W x + b``."""
+Priced = tuple[Option, int]
+"""An option and its price."""
 
 
 # --- moments -----------------------------------------------------------------------------------
@@ -165,7 +170,7 @@ def affine_of(module: nn.Module, in_features: int) -> Affine:
 
 
 def count_parameters(module: nn.Module) -> int:
-    """Count numbers, a tensor that is reached by two names once."""
+    """Count parameters, a tensor that is reached by two names once."""
     seen: dict[int, int] = {}
     for tensor in module.state_dict(keep_vars=True).values():
         if isinstance(tensor, nn.Parameter):
@@ -176,53 +181,78 @@ def count_parameters(module: nn.Module) -> int:
 # --- allocation --------------------------------------------------------------------------------
 
 
-def ladder(
-    spec: object, cost: Callable[[object, int], int], multiple: int
-) -> list[tuple[int | None, int]]:
-    """All ranks whose form is smaller than the dense layer, then dense."""
-    full = min(spec.out_features, spec.in_features)  # type: ignore[attr-defined]
-    dense = spec.parameters  # type: ignore[attr-defined]
-    low = [(r, cost(spec, r)) for r in range(1, full + 1) if r % multiple == 0]
-    return [(r, c) for r, c in low if c < dense] + [(None, dense)]
+def ladder(options: Sequence[Priced]) -> list[Priced]:
+    """The options that cost less than the last one, which is dense, then dense."""
+    *others, dense = options
+    return [*sorted((o for o in others if o[1] < dense[1]), key=lambda o: o[1]), dense]
+
+
+def undominated(options: Sequence[tuple[Option, int, float]]) -> list[tuple[Option, int, float]]:
+    """The options that cost less than dense and that no option beats, by comparing all pairs.
+
+    A cheaper one beats by a smaller loss, one of the same price also by standing before it. Of
+    those of equal loss only the form of the cheapest is left.
+    """
+    *others, dense = options
+
+    def is_beaten(index: int) -> bool:
+        _, price, loss = others[index]
+        return any(
+            (p < price and x < loss) or (p == price and (x, i) < (loss, index))
+            for i, (_, p, x) in enumerate(others)
+        )
+
+    kept = [o for i, o in enumerate(others) if o[1] < dense[1] and not is_beaten(i)]
+    cheapest = {loss: min((o for o in kept if o[2] == loss), key=lambda o: o[1])
+                for _, _, loss in kept}  # fmt: skip
+    same = [o for o in kept if o[0].form == cheapest[o[2]][0].form]
+    return [*sorted(same, key=lambda o: o[1]), dense]
 
 
 def allocate(
     ratios: Mapping[str, float],
-    layers: Sequence[object],
+    ladders: Mapping[str, Sequence[Priced]],
     ceiling: int,
-    cost: Callable[[object, int], int],
-    multiple: int,
-    dense: Collection[str] = (),
-) -> dict[str, int | None]:
-    """Raise one common scale; each layer steps up as its wish is reached, if the step fits.
+) -> dict[str, Option]:
+    """Raise one common scale; each unit steps up as its wish is reached, if the step fits.
 
-    Every round looks at every layer again: which wants its next step at the lowest scale? A
-    layer whose step did not fit is out.
+    Every round looks at every unit again: which wants its next step at the lowest scale? A
+    unit whose step did not fit is out. Units of one option have no wish.
     """
-    names = [spec.name for spec in layers]  # type: ignore[attr-defined]
-    steps = {
-        name: [(None, spec.parameters)] if name in dense else ladder(spec, cost, multiple)  # type: ignore[attr-defined]
-        for name, spec in zip(names, layers, strict=True)
-    }
-    size = {name: spec.parameters for name, spec in zip(names, layers, strict=True)}  # type: ignore[attr-defined]
-    at = dict.fromkeys(names, 0)
+    size = {name: steps[-1][1] for name, steps in ladders.items()}
+    at = dict.fromkeys(ladders, 0)
     out: set[str] = set()
     while True:
         best: tuple[float, str] | None = None
-        for name in names:
-            if name in out or at[name] + 1 == len(steps[name]):
+        for name, steps in ladders.items():
+            if name in out or at[name] + 1 == len(steps):
                 continue
-            scale = steps[name][at[name] + 1][1] / (ratios[name] * size[name])
+            scale = steps[at[name] + 1][1] / (ratios[name] * size[name])
             if best is None or (scale, name) < best:
                 best = (scale, name)
         if best is None:
-            return {name: steps[name][at[name]][0] for name in names}
+            return {name: steps[at[name]][0] for name, steps in ladders.items()}
         name = best[1]
-        used = sum(steps[n][at[n]][1] for n in names)
-        if used - steps[name][at[name]][1] + steps[name][at[name] + 1][1] <= ceiling:
+        used = sum(steps[at[n]][1] for n, steps in ladders.items())
+        if used - ladders[name][at[name]][1] + ladders[name][at[name] + 1][1] <= ceiling:
             at[name] += 1
         else:
             out.add(name)
+
+
+def least_loss(menus: Sequence[Sequence[tuple[int, float]]], ceiling: int) -> float:
+    """The least summed loss of all selections within a ceiling: one (price, loss) of each menu.
+
+    Every sum of prices that a selection reaches is kept, with the least loss that reaches it.
+    """
+    best = {0: 0.0}
+    for options in menus:
+        reached: dict[int, float] = {}
+        for (used, lost), (price, loss) in product(best.items(), options):
+            total = used + price
+            reached[total] = min(reached.get(total, math.inf), lost + loss)
+        best = reached
+    return min(lost for used, lost in best.items() if used <= ceiling)
 
 
 # --- evaluation --------------------------------------------------------------------------------

@@ -10,15 +10,17 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lrbo.allocation import Allocation, Budget
-from lrbo.compression import compress_
-from lrbo.families import family_of
-from lrbo.model import body_and_head, linear_bias, linear_weight, map_model
-from lrbo.nested import LowRankFactors
-from lrbo.refit import Refit, RefitSettings
-from lrbo.specs import LayerSpec, ModelMap
-from tests import reference
-from tests.tiny import build, token_ids
+from lrbo.allocation.allocate import Allocation
+from lrbo.allocation.apply import store_
+from lrbo.factorization.factors import LowRankFactors
+from lrbo.layers.options import DENSE, Option
+from lrbo.models.families import family_of
+from lrbo.models.model_map import body_and_head, linear_bias, linear_weight, map_model
+from lrbo.models.specs import LayerSpec, ModelMap
+from lrbo.refit.sequential import Refit, RefitSettings
+from tests.support import reference
+from tests.support.allocations import decided
+from tests.support.tiny import build, token_ids
 
 RANK = 4
 # Models are in float64 here. Factors are rounded to float32 once, at the end of each layer, and
@@ -60,9 +62,12 @@ def old_factors(
     return found
 
 
-def allocation(layers: ModelMap, dense: tuple[str, ...] = (), rank: int = RANK) -> Allocation:
-    ranks = {s.name: None if s.kind in dense else rank for s in layers.compressible}
-    return Allocation(ranks, 0, Budget(0))
+def allocation(
+    layers: ModelMap, dense: tuple[str, ...] = (), rank: int = RANK, form: str = "factored"
+) -> Allocation:
+    units = layers.compressible
+    options = {u.name: DENSE if u.kind in dense else Option(form, (rank,)) for u in units}
+    return decided(units, options)
 
 
 def metrics_of(layers: ModelMap) -> dict[str, Tensor]:
@@ -143,7 +148,7 @@ def slow_refit(
     found: dict[str, Slow] = {}
     for site in layers.sites:
         rebuilt = copy.deepcopy(model)
-        compress_(rebuilt, chosen, {k: v.to(dtype=torch.float64) for k, v in now.items()})
+        store_(rebuilt, chosen, {k: v.to(dtype=torch.float64) for k, v in now.items()})
         rows = {
             key: tuple(
                 (inputs_of(each, site, windows), stream_at(each, site, windows))
@@ -152,9 +157,10 @@ def slow_refit(
             for key, windows in (("fit", fitting), ("judge", judging))
         }
         for spec in layers.compressible:
-            if spec.site == site and chosen.ranks[spec.name] is not None:
+            if spec.site == site and spec.name in chosen.compressed:
+                (rank,) = chosen.options[spec.name].level
                 found[spec.name], now[spec.name] = slow_layer(
-                    model, spec, chosen.ranks[spec.name], old[spec.name], rows, settings, metrics
+                    model, spec, rank, old[spec.name], rows, settings, metrics
                 )
     return found
 
@@ -185,7 +191,7 @@ def slow_layer(
         return found + settings.feedback * (there - here)
 
     x, y = rows["fit"][0][0], target("fit") - shift
-    restores = settings.centred and old.center is not None
+    restores = old.center is not None
     middle = (x.mean(0), y.mean(0)) if restores else (0 * x[0], 0 * y[0])
     x, y = x - middle[0], y - middle[1]
     second, cross = x.T @ x / len(x), y.T @ x / len(x)

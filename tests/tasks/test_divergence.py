@@ -1,4 +1,4 @@
-"""The divergence from kept heads: exact over its partition, and never above the full one."""
+"""The divergence from stored top tokens: exact over its partition, and never above the full one."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -9,14 +9,20 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lrbo.errors import NonFiniteError
-from lrbo.evaluation.divergence import DenseReference, measure_dense
-from lrbo.evaluation.perplexity import Chunk, Perplexity, predictions, score
-from lrbo.loading import tiny_model
-from tests import reference
-from tests.tiny import token_ids
+from lrbo.models.tiny import tiny_model
+from lrbo.tasks.perplexity import (
+    Chunk,
+    DenseReference,
+    Perplexity,
+    measure_dense,
+    predictions,
+    score,
+)
+from tests.support import reference
+from tests.support.tiny import token_ids
 
 TOLERANCE = {
-    "kl": 1e-5,  # nats per token: log-probabilities are kept in float32
+    "kl": 1e-5,  # nats per token: log-probabilities are stored in float32
     "confident": 1e-4,  # the same for logits of 60, whose float32 neighbours lie 4e-6 apart
 }
 
@@ -33,7 +39,7 @@ def windows() -> Tensor:
 
 @pytest.fixture
 def other() -> PreTrainedModel:
-    """Return a model that says something else about the same tokens."""
+    """Return a model of other weights."""
     return tiny_model(seed=1).double().eval().requires_grad_(False)
 
 
@@ -54,8 +60,8 @@ def chunk_of(logits: Tensor, first: int = 0) -> Chunk:
     return Chunk(first, logits, logits.logsumexp(-1), torch.zeros(len(logits)))
 
 
-def heads_of(logits: Tensor, top: int) -> DenseReference:
-    """Keep heads of given logits, by the plain formula."""
+def reference_of(logits: Tensor, top: int) -> DenseReference:
+    """Store the top tokens of given logits, by the plain formula."""
     rows = [reference.log_probabilities(row) for row in logits]
     table = torch.tensor(rows, dtype=torch.float64)
     best = table.topk(top)
@@ -77,33 +83,33 @@ def test_divergence_is_that_of_the_top_and_one_bucket(
         reference.coarse_divergence(a, b, min(top, VOCABULARY))
         for a, b in zip(dense_rows, other_rows, strict=True)
     ]
-    found = per_token(measure_dense(model, windows, top=top), other, windows)
-    assert found.shape == (WINDOWS * (TOKENS - 1),)
-    assert float((found - torch.tensor(expected)).abs().max()) <= TOLERANCE["kl"]
+    actual = per_token(measure_dense(model, windows, top=top), other, windows)
+    assert actual.shape == (WINDOWS * (TOKENS - 1),)
+    assert float((actual - torch.tensor(expected)).abs().max()) <= TOLERANCE["kl"]
 
 
 @every_top
-def test_divergence_is_a_lower_bound_and_the_full_one_if_all_is_kept(
+def test_divergence_is_a_lower_bound_and_exact_over_the_whole_vocabulary(
     model: PreTrainedModel, other: PreTrainedModel, windows: Tensor, top: int
 ) -> None:
     pairs = zip(rows_of(model, windows), rows_of(other, windows), strict=True)
     full = torch.tensor([reference.divergence(a, b) for a, b in pairs])
-    found = per_token(measure_dense(model, windows, top=top), other, windows)
-    assert bool((found >= 0).all())
-    assert bool((found <= full + TOLERANCE["kl"]).all())
+    actual = per_token(measure_dense(model, windows, top=top), other, windows)
+    assert bool((actual >= 0).all())
+    assert bool((actual <= full + TOLERANCE["kl"]).all())
     if top >= VOCABULARY:
-        assert float((found - full).abs().max()) <= TOLERANCE["kl"]
+        assert float((actual - full).abs().max()) <= TOLERANCE["kl"]
     else:
-        assert float(found.mean()) < float(full.mean())
+        assert float(actual.mean()) < float(full.mean())
 
 
-def test_more_kept_tokens_never_lower_the_divergence(
+def test_more_stored_tokens_never_lower_the_divergence(
     model: PreTrainedModel, other: PreTrainedModel, windows: Tensor
 ) -> None:
-    found = [
+    actual = [
         per_token(measure_dense(model, windows, top=top), other, windows) for top in (1, 8, 64, 258)
     ]
-    for coarse, fine in pairwise(found):
+    for coarse, fine in pairwise(actual):
         assert bool((fine >= coarse - TOLERANCE["kl"]).all())
 
 
@@ -149,10 +155,10 @@ def test_a_confident_compressed_model_is_measured_exactly(confidence: float, top
     dense = torch.randn(12, 64, generator=generator)
     sure = torch.randn(12, 64, generator=generator)
     best = dense.topk(2).indices
-    sure.scatter_(1, best[:, :1], confidence)  # on a token that every head keeps
+    sure.scatter_(1, best[:, :1], confidence)  # on a token that is always stored
     expected = [reference.coarse_divergence(a, b, top) for a, b in zip(dense, sure, strict=True)]
-    found = heads_of(dense, top).kl_dense_to_compressed(chunk_of(sure)).double()
-    assert float((found - torch.tensor(expected)).abs().max()) <= TOLERANCE["confident"]
+    actual = reference_of(dense, top).kl_dense_to_compressed(chunk_of(sure)).double()
+    assert float((actual - torch.tensor(expected)).abs().max()) <= TOLERANCE["confident"]
 
 
 @pytest.mark.parametrize("confidence", [5.0, 15.0, 25.0, 60.0])
@@ -167,21 +173,15 @@ def test_a_confident_dense_model_is_measured_exactly(
     model.lm_head.register_forward_hook(lambda module, inputs, logits: sure.clone())
     dense = measure_dense(model, windows % 64, top=top)
     expected = [reference.coarse_divergence(a, b, top) for a, b in zip(sure, other, strict=True)]
-    found = dense.kl_dense_to_compressed(chunk_of(other)).double()
-    assert float((found - torch.tensor(expected)).abs().max()) <= TOLERANCE["confident"]
+    actual = dense.kl_dense_to_compressed(chunk_of(other)).double()
+    assert float((actual - torch.tensor(expected)).abs().max()) <= TOLERANCE["confident"]
 
 
-# --- what is kept ------------------------------------------------------------------------------
-
-
-def test_memory_is_what_the_tensors_take(model: PreTrainedModel, windows: Tensor) -> None:
-    dense = measure_dense(model, windows, top=16)
-    tokens = WINDOWS * (TOKENS - 1)
-    assert dense.bytes == tokens * (8 * 16 + 4)
+# --- what is stored ----------------------------------------------------------------------------
 
 
 @every_top
-def test_kept_probabilities_and_rest_sum_to_one(
+def test_stored_probabilities_and_rest_sum_to_one(
     model: PreTrainedModel, windows: Tensor, top: int
 ) -> None:
     dense = measure_dense(model, windows, top=top)
@@ -202,10 +202,10 @@ def test_what_was_saved_is_loaded(
     assert torch.equal(per_token(loaded, other, windows), per_token(dense, other, windows))
 
 
-def test_progress_is_told_every_token_once(model: PreTrainedModel, windows: Tensor) -> None:
-    told: list[int] = []
-    measure_dense(model, windows, top=2, batch_windows=2, chunk_tokens=5, on_tokens=told.append)
-    assert sum(told) == WINDOWS * (TOKENS - 1)
+def test_progress_counts_every_token_once(model: PreTrainedModel, windows: Tensor) -> None:
+    counts: list[int] = []
+    measure_dense(model, windows, top=2, batch_windows=2, chunk_tokens=5, on_tokens=counts.append)
+    assert sum(counts) == WINDOWS * (TOKENS - 1)
 
 
 def test_a_broken_dense_model_is_refused(model: PreTrainedModel, windows: Tensor) -> None:
@@ -220,4 +220,4 @@ def test_an_impossible_token_is_an_error_with_a_count() -> None:
     dense, other = (torch.randn(12, 64, generator=generator) for _ in "12")
     other[:5] = other[:5].scatter(1, dense.topk(1).indices[:5], -torch.inf)
     with pytest.raises(NonFiniteError, match=r"divergence of 5 tokens is not finite among the 12"):
-        heads_of(dense, 4).kl_dense_to_compressed(chunk_of(other))
+        reference_of(dense, 4).kl_dense_to_compressed(chunk_of(other))

@@ -10,9 +10,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lrbo.errors import NonFiniteError
-from lrbo.evaluation.perplexity import Perplexity, predictions, score
-from tests import reference
-from tests.tiny import CASES, build, token_ids
+from lrbo.tasks.perplexity import Perplexity, predictions, score
+from tests.support import reference
+from tests.support.tiny import CASES, build, token_ids
 
 TOLERANCE = {
     "nll": 1e-5,  # relative: logits are compared in float32
@@ -31,19 +31,19 @@ def loop(model: PreTrainedModel, windows: Tensor) -> list[float]:
     """Return the loss of each predicted token, each from its own prefix alone."""
     losses = []
     for window in windows:
-        for place in range(1, len(window)):
+        for position in range(1, len(window)):
             with torch.no_grad():
-                logits = model(window[None, :place]).logits[0, -1]
-            losses.append(reference.negative_log_likelihood(logits, int(window[place])))
+                logits = model(window[None, :position]).logits[0, -1]
+            losses.append(reference.negative_log_likelihood(logits, int(window[position])))
     return losses
 
 
 def test_score_is_the_loop_over_prefixes(model: PreTrainedModel, windows: Tensor) -> None:
     expected = loop(model, windows)
-    found = score(model, windows)
-    assert found.tokens == len(expected) == WINDOWS * (TOKENS - 1)
-    assert found.nll == pytest.approx(math.fsum(expected), rel=TOLERANCE["nll"])
-    assert found.value == pytest.approx(
+    actual = score(model, windows)
+    assert actual.tokens == len(expected) == WINDOWS * (TOKENS - 1)
+    assert actual.nll == pytest.approx(math.fsum(expected), rel=TOLERANCE["nll"])
+    assert actual.value == pytest.approx(
         math.exp(math.fsum(expected) / len(expected)), rel=TOLERANCE["nll"]
     )
 
@@ -68,9 +68,9 @@ def test_score_does_not_depend_on_batch_or_chunk(
     model: PreTrainedModel, windows: Tensor, batch_windows: int, chunk_tokens: int
 ) -> None:
     whole = score(model, windows, batch_windows=WINDOWS, chunk_tokens=10_000)
-    found = score(model, windows, batch_windows=batch_windows, chunk_tokens=chunk_tokens)
-    assert found.tokens == whole.tokens
-    assert found.nll == pytest.approx(whole.nll, rel=TOLERANCE["batch"])
+    actual = score(model, windows, batch_windows=batch_windows, chunk_tokens=chunk_tokens)
+    assert actual.tokens == whole.tokens
+    assert actual.nll == pytest.approx(whole.nll, rel=TOLERANCE["batch"])
 
 
 def test_scores_of_parts_add_up(model: PreTrainedModel, windows: Tensor) -> None:
@@ -116,7 +116,7 @@ def test_chunks_cover_the_tokens_in_order(
 def test_between_chunks_the_caller_is_not_in_inference_mode(
     model: PreTrainedModel, windows: Tensor
 ) -> None:
-    """Else whoever stops in the middle could train no more."""
+    """Otherwise a caller that stops in the middle could not train afterwards."""
     chunks = predictions(model, windows, chunk_tokens=3)
     next(chunks)
     assert not torch.is_inference_mode_enabled()
@@ -124,14 +124,14 @@ def test_between_chunks_the_caller_is_not_in_inference_mode(
     assert not torch.ones(1).is_inference()
 
 
-def test_progress_is_told_every_token_once(model: PreTrainedModel, windows: Tensor) -> None:
-    told: list[int] = []
-    found = score(model, windows, batch_windows=2, chunk_tokens=4, on_tokens=told.append)
-    assert len(told) > 2
-    assert sum(told) == found.tokens
+def test_progress_counts_every_token_once(model: PreTrainedModel, windows: Tensor) -> None:
+    counts: list[int] = []
+    actual = score(model, windows, batch_windows=2, chunk_tokens=4, on_tokens=counts.append)
+    assert len(counts) > 2
+    assert sum(counts) == actual.tokens
 
 
-def test_a_model_without_knowledge_is_as_perplexed_as_its_vocabulary_is_large(
+def test_a_zero_head_has_the_perplexity_of_its_vocabulary(
     model: PreTrainedModel, windows: Tensor
 ) -> None:
     model.lm_head.weight.zero_()

@@ -13,13 +13,14 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import ViewType
 
-from lrbo import mlflow_store, tracking
-from lrbo.allocation import Allocation
 from lrbo.errors import TrackingError
-from lrbo.presentation import Checkpoint, Dataset, Presentation
-from lrbo.tracking import MlflowTracker, NullTracker
-from lrbo.trial import TrialResult
-from tests.mlflow_runs import BEST, NLL, STARTED, Store, failed, record
+from lrbo.study.events import allocation_of
+from lrbo.tracking import mlflow_runs, mlflow_store
+from lrbo.tracking import tracker as module
+from lrbo.tracking.mlflow_runs import Checkpoint, Dataset, Presentation
+from lrbo.tracking.tracker import MlflowTracker, NullTracker
+from lrbo.trials.records import TrialResult
+from tests.support.mlflow_runs import BEST, NLL, STARTED, Store, failed, record
 
 # What is shown.
 
@@ -65,8 +66,7 @@ def test_a_study_becomes_a_parent_and_its_trials_children(store: Store) -> None:
             "seconds/scoring": 2.0,
         }
         text = store.artifact(child, "allocation.json").read_text(encoding="utf-8")
-        assert text == each.request.allocation.to_json()
-        assert Allocation.from_json(text) == each.request.allocation
+        assert allocation_of(json.loads(text)) == each.request.allocation
 
 
 def test_a_file_leaves_the_limits_of_a_program_s_own_servers(
@@ -120,8 +120,8 @@ def test_variables_say_what_they_are_where_they_are_no_ratios(store: Store) -> N
     one = record(0)
     tracker.trial(one)
     (child,) = store.children.values()
-    found = {name: float(value) for name, value in child.data.params.items()}
-    assert found == {f"log_weight.{k}": v for k, v in one.request.variables.items()}
+    params = {name: float(value) for name, value in child.data.params.items()}
+    assert params == {f"log_weight.{k}": v for k, v in one.request.variables.items()}
     assert store.parent.data.params == {"seed": "0"}  # those of the study stay as they are
 
 
@@ -174,22 +174,21 @@ PRESENTED = Presentation(
         Dataset("calibration", "words[train]", "abc", 8, 512),
         Dataset("test", "words[test]", "x" * 64, 4, 256),
     ],
-    {"mlflow.sharedViewState.lrbo-mine": "a view"},
 )
 
 
 def inputs(store: Store) -> dict[str, tuple[str, str, dict[str, int]]]:
     return {
-        found.tags[0].value: (
-            found.dataset.name,
-            found.dataset.digest,
-            json.loads(found.dataset.profile or ""),
+        each.tags[0].value: (
+            each.dataset.name,
+            each.dataset.digest,
+            json.loads(each.dataset.profile or ""),
         )
-        for found in store.parent.inputs.dataset_inputs
+        for each in store.parent.inputs.dataset_inputs
     }
 
 
-def test_note_texts_and_views_stand_around_the_numbers_once(store: Store) -> None:
+def test_note_and_texts_stand_around_the_numbers_once(store: Store) -> None:
     for _ in range(2):  # a search that goes on presents itself again
         tracker = store.tracker(strict=True)
         tracker.start({})
@@ -200,9 +199,6 @@ def test_note_texts_and_views_stand_around_the_numbers_once(store: Store) -> Non
         "calibration": ("words[train]", "abc", {"windows": 8, "tokens": 512}),
         "test": ("words[test]", "x" * 36, {"windows": 4, "tokens": 256}),
     }
-    experiment = store.client.get_experiment_by_name(store.experiment)
-    assert experiment is not None
-    assert experiment.tags["mlflow.sharedViewState.lrbo-mine"] == "a view"
 
 
 def test_a_deleted_view_is_presented_again(store: Store) -> None:
@@ -237,10 +233,10 @@ def test_a_checkpoint_is_a_version_of_the_study_s_model_once(store: Store, tmp_p
     assert store.parent.info.status == "KILLED"  # it is not the search that goes on
     name = f"a_b_{store.study_id}"
     first, second = sorted(
-        store.client.search_model_versions(f"name = '{name}'"), key=lambda found: found.version
+        store.client.search_model_versions(f"name = '{name}'"), key=lambda each: each.version
     )
-    runs = {found.info.run_id: name for name, found in store.children.items()}
-    assert [runs[found.run_id] for found in (first, second)] == ["trial-001", "trial-000"]
+    runs = {each.info.run_id: name for name, each in store.children.items()}
+    assert [runs[each.run_id] for each in (first, second)] == ["trial-001", "trial-000"]
     assert first.source == (tmp_path / "linked").as_uri()
     assert first.tags["folder"] == str(tmp_path / "linked")
     assert first.tags["keep_ratio"] == "0.8"
@@ -274,7 +270,7 @@ def test_every_experiment_with_runs_has_a_page(store: Store) -> None:
     store.tracker().start({})
     experiment = store.client.get_experiment_by_name(store.experiment)
     assert experiment is not None
-    page = mlflow_store.pages_of_runs(store.uri)[f"runs of {store.experiment}"]
+    page = mlflow_store.pages_of_studies(store.uri)[f"studies of {store.experiment}"]
     assert page.startswith(f"#/experiments/{experiment.experiment_id}/runs")
 
 
@@ -317,7 +313,7 @@ def test_a_store_that_cannot_be_read_is_an_error_with_a_way_out(tmp_path: Path) 
     damaged = tmp_path / "mlflow.db"
     damaged.write_text("no database", encoding="utf-8")
     with pytest.raises(TrackingError, match=r"cannot be read .*'study=\*' sync=true"):
-        mlflow_store.pages_of_runs(f"sqlite:///{damaged}")
+        mlflow_store.pages_of_studies(f"sqlite:///{damaged}")
 
 
 def test_studies_in_one_experiment_are_kept_apart(store: Store, mlflow_folder: Path) -> None:
@@ -436,9 +432,9 @@ def test_nothing_is_imported_or_opened_before_the_first_use(store: Store, tmp_pa
     MlflowTracker(f"sqlite:///{tmp_path}/new/mlflow.db", "lrbo", "0", "my-study")
     assert list(tmp_path.iterdir()) == []
     assert dict(os.environ) == before
-    names = [*vars(tracking).values(), *vars(mlflow_store).values()]
+    names = [*vars(module).values(), *vars(mlflow_runs).values()]
     origins = {str(getattr(value, "__module__", "")) for value in names}
-    assert {"lrbo.tracking", "lrbo.mlflow_store"} <= origins
+    assert {"lrbo.tracking.tracker", "lrbo.tracking.mlflow_runs"} <= origins
     assert not any(origin.startswith("mlflow") for origin in origins)
 
 
@@ -487,7 +483,7 @@ def test_the_environment_leads_no_file_elsewhere(
     tracker.checkpoint(written(tmp_path / "copied", copied=True))
     tracker.finish(completed=True)
     assert time.monotonic() - begun < 60  # seconds where nothing waits for a server
-    assert mlflow_store.pages_of_runs(store.uri)
+    assert mlflow_store.pages_of_studies(store.uri)
     for name in wishes:
         monkeypatch.delenv(name)
     assert store.parent.info.status == "FINISHED"

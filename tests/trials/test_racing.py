@@ -11,16 +11,16 @@ import pytest
 import torch
 from scipy import stats
 
-from lrbo.evaluation.divergence import measure_dense
-from lrbo.optimization.client import Observation, SearchClient
-from lrbo.paired import paired_difference
-from lrbo.racing import LEAST, Race, spread_order
-from lrbo.trial import TrialRequest, TrialResult
-from lrbo.worker import Worker
-from tests.fakes import Fuse, Killed, make_space, make_weight_space
-from tests.test_loop import Search, assert_same_search
-from tests.test_worker import make_worker, numbers, request_for
-from tests.tiny import token_ids
+from lrbo.optimization.proposals import Observation, SearchClient
+from lrbo.optimization.space import sobol_point
+from lrbo.tasks.perplexity import measure_dense
+from lrbo.trials.racing import MIN_WINDOWS, Race, paired_difference, spread_order
+from lrbo.trials.records import TrialRequest, TrialResult
+from lrbo.trials.worker import Worker
+from tests.optimization.test_loop import Search, assert_same_search
+from tests.support.fakes import Fuse, Killed, make_space, make_weight_space
+from tests.support.tiny import token_ids
+from tests.trials.test_worker import make_worker, numbers, request_for
 
 TOLERANCES = {
     "sum": 1e-12,  # sums of a dozen float64 numbers in another order
@@ -33,7 +33,7 @@ MANY = token_ids(11, 7)
 
 @pytest.fixture(autouse=True)
 def _no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lrbo.optimization.study.os.fsync", lambda _: None)
+    monkeypatch.setattr("lrbo.study.journal.os.fsync", lambda _: None)
 
 
 def test_the_difference_and_its_error_are_those_of_a_sample_without_replacement() -> None:
@@ -42,11 +42,11 @@ def test_the_difference_and_its_error_are_those_of_a_sample_without_replacement(
     rival = generator.normal(3.0, 1.0, 16)
     mine = rival + generator.normal(0.05, 0.1, 16)
     whole = float((mine - rival).mean())
-    found = []
+    estimates = []
     for _ in range(4000):
-        chosen = generator.permutation(16)[:6]
-        found.append(paired_difference(list(mine[chosen]), list(rival[chosen]), 16))
-    means, errors = np.array(found).T
+        sample = generator.permutation(16)[:6]
+        estimates.append(paired_difference(list(mine[sample]), list(rival[sample]), 16))
+    means, errors = np.array(estimates).T
     assert means.mean() == pytest.approx(whole, abs=4 * means.std() / 4000**0.5)
     assert (errors**2).mean() == pytest.approx(means.var(), rel=TOLERANCES["variance"])
     all_of_them = paired_difference(list(mine), list(rival), 16)
@@ -90,7 +90,7 @@ def test_nothing_is_said_of_too_few_windows_nor_after_the_last() -> None:
     race = Race(0.9)
     worse, rival = [9.0 + 0.01 * i for i in range(8)], [1.0] * 8
     for count in range(1, 9):
-        assert race.is_lost(worse[:count], rival[:count], 8, looks=7) is (LEAST <= count < 8)
+        assert race.is_lost(worse[:count], rival[:count], 8, looks=7) is (MIN_WINDOWS <= count < 8)
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 32, 100])
@@ -98,8 +98,8 @@ def test_every_beginning_of_the_order_is_spread_over_the_whole(count: int) -> No
     order = spread_order(count)
     assert sorted(order) == list(range(count))
     for first in range(2, count):
-        places = [0, *sorted(order[:first]), count]
-        widest = max(b - a for a, b in pairwise(places))
+        positions = [0, *sorted(order[:first]), count]
+        widest = max(b - a for a, b in pairwise(positions))
         assert widest <= 3 * count / first + 1
 
 
@@ -128,12 +128,12 @@ def test_a_race_that_is_not_lost_changes_no_number() -> None:
     beside = worker(against(request, [9.0] * len(MANY)))
     assert alone.outcome == beside.outcome == "completed"
     assert numbers(alone) == numbers(beside) == numbers(without)
-    assert len(without.window_nll) == len(MANY)
-    assert alone.window_nll == beside.window_nll
+    assert len(without.example_losses) == len(MANY)
+    assert alone.example_losses == beside.example_losses
     for metric, means in (
-        ("nll", without.window_nll),
-        ("nll", alone.window_nll),
-        ("kl_dense_to_compressed", without.window_kl),
+        ("nll", without.example_losses),
+        ("nll", alone.example_losses),
+        ("kl_dense_to_compressed", without.example_divergences),
     ):
         assert np.mean(means) == pytest.approx(alone.metrics[metric], abs=TOLERANCES["mean"])
 
@@ -143,27 +143,27 @@ def test_a_lost_race_ends_early_with_an_estimate(kl_weight: float) -> None:
     worker = racing_worker(0.9, kl_weight)
     request = request_for(worker)
     whole = worker(request)
-    losses = np.array(whole.window_nll) + kl_weight * np.array(whole.window_kl)
+    losses = np.array(whole.example_losses) + kl_weight * np.array(whole.example_divergences)
     mean = whole.metrics["nll"] + kl_weight * whole.metrics["kl_dense_to_compressed"]
     assert losses.mean() == pytest.approx(mean, abs=TOLERANCES["mean"])
     rival = losses - 0.5 - (0.01 * np.arange(len(losses))) % 0.03
     before = torch.cat([p.flatten() for p in worker.model.parameters()])
-    found: TrialResult = worker(against(request, rival))
+    result: TrialResult = worker(against(request, rival))
     assert torch.equal(before, torch.cat([p.flatten() for p in worker.model.parameters()]))
-    assert found.outcome == "stopped"
-    assert found.window_nll == found.window_kl == ()
-    places: list[int] = []
+    assert result.outcome == "stopped"
+    assert result.example_losses == result.example_divergences == ()
+    windows: list[int] = []
     for batch in spread_order(6):  # of two windows; the last one has one
-        if len(places) < LEAST:
-            places += range(2 * batch, min(2 * batch + 2, len(MANY)))
-    assert found.metrics["tokens"] == len(places) * (MANY.shape[1] - 1)
-    gap, error = paired_difference(list(losses[places]), list(rival[places]), len(MANY))
+        if len(windows) < MIN_WINDOWS:
+            windows += range(2 * batch, min(2 * batch + 2, len(MANY)))
+    assert result.metrics["tokens"] == len(windows) * (MANY.shape[1] - 1)
+    gap, error = paired_difference(list(losses[windows]), list(rival[windows]), len(MANY))
     estimate = float(rival.mean() + gap)
-    assert found.metrics["objective"] == pytest.approx(estimate, abs=TOLERANCES["mean"])
-    assert found.metrics["objective_sem"] == pytest.approx(error, abs=TOLERANCES["mean"])
+    assert result.metrics["objective"] == pytest.approx(estimate, abs=TOLERANCES["mean"])
+    assert result.metrics["objective_sem"] == pytest.approx(error, abs=TOLERANCES["mean"])
     # Never as if it had been scored whole.
-    assert not {"nll", "perplexity", "kl_dense_to_compressed"} & set(found.metrics)
-    assert found.metrics["keep_ratio"] == whole.metrics["keep_ratio"]
+    assert not {"nll", "perplexity", "kl_dense_to_compressed"} & set(result.metrics)
+    assert result.metrics["keep_ratio"] == whole.metrics["keep_ratio"]
 
 
 # --- the search --------------------------------------------------------------------------------
@@ -213,25 +213,25 @@ def test_the_best_is_scored_whole_and_the_same_as_without_a_race(tmp_path: Path)
 def test_the_surrogate_is_told_an_estimate_with_its_error(tmp_path: Path) -> None:
     search = Search(tmp_path, trials=8, initial=7, space=make_weight_space(), race=Race(0.95))
     search.run()
-    told = {tuple(o.point.values()): o for o in search.client.asked[7]}
+    observations = {tuple(o.point.values()): o for o in search.client.asked[7]}
     stopped = [r for r in search.study.state.stopped if r.request.trial_index < 7]
     assert stopped
     for record in stopped:
-        found = told[tuple(record.request.variables.values())]
-        assert found.loss == record.metrics["objective"]
-        assert found.error == record.metrics["objective_sem"]
+        observation = observations[tuple(record.request.variables.values())]
+        assert observation.loss == record.metrics["objective"]
+        assert observation.error == record.metrics["objective_sem"]
 
 
 def test_a_rough_estimate_moves_the_proposal_less_than_a_sure_one() -> None:
     space = make_weight_space(knots=0, exponent=False)
-    points = [space.sobol_point(index, 0) for index in range(8)]
+    points = [sobol_point(space, index, 0) for index in range(8)]
     seen = [Observation(point, sum(value**2 for value in point.values())) for point in points]
     client = SearchClient(space, seed=0)
     before = client.ask(8, seen)
     low = min(o.loss for o in seen if o.loss is not None) - 0.5
 
     def moved(error: float) -> float:
-        found = client.ask(8, [Observation(points[0], low, error=error), *seen[1:]])
-        return max(abs(found[name] - before[name]) for name in space.names)
+        after = client.ask(8, [Observation(points[0], low, error=error), *seen[1:]])
+        return max(abs(after[name] - before[name]) for name in space.names)
 
     assert moved(0.0) > moved(50.0)

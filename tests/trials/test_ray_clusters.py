@@ -15,11 +15,12 @@ from typing import Any
 import psutil
 import pytest
 
-from lrbo.executors import ray_tasks
-from lrbo.executors.ray_tasks import RayExecutor, RaySettings, connected
-from lrbo.optimization.study import Study, StudyState
-from lrbo.trial import TrialRequest, TrialResult
-from tests.test_executors import request
+from lrbo.study.journal import Study
+from lrbo.study.state import StudyState
+from lrbo.trials import ray_executor
+from lrbo.trials.ray_executor import RayExecutor, RaySettings, connected
+from lrbo.trials.records import TrialRequest, TrialResult
+from tests.trials.test_executors import request
 
 pytestmark = pytest.mark.slow
 pytest.importorskip("ray")
@@ -38,11 +39,11 @@ def start(folder: Path, *arguments: str) -> "subprocess.Popen[str]":
 
 
 def search(folder: Path, *arguments: str) -> dict[str, Any]:
-    """Run a search to its end and return what it found."""
+    """Run a search to its end and return its summary."""
     out, err = start(folder, *arguments).communicate(timeout=240)
     assert out, err
-    found: dict[str, Any] = json.loads(out.splitlines()[-1])
-    return found
+    summary: dict[str, Any] = json.loads(out.splitlines()[-1])
+    return summary
 
 
 def state_of(folder: Path, study: str) -> StudyState:
@@ -77,12 +78,12 @@ def actors_of(search_: int) -> list[int]:
 
     Ray names them after what they do: ``ray::Actor``, and ``ray::Actor.evaluate`` in a trial.
     """
-    found = []
+    pids = []
     for child in psutil.Process(search_).children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):  # short-lived ones of Ray
             if "".join(child.cmdline()[:1]).startswith("ray::Actor"):
-                found.append(child.pid)
-    return found
+                pids.append(child.pid)
+    return pids
 
 
 def test_a_search_loses_no_trial_with_a_killed_actor(tmp_path: Path) -> None:
@@ -108,10 +109,10 @@ def test_a_search_that_is_killed_with_its_actors_goes_on(tmp_path: Path) -> None
     wait_for(lambda: len(state_of(tmp_path, "cut").ended) >= 4)
     process.kill()
     process.communicate()
-    kept = len(state_of(tmp_path, "cut").ended)
-    found = search(tmp_path, "study=cut", "search.trials=12", "output=json")
-    assert found["trials_completed"] == max(12, kept)
-    assert not state_of(tmp_path, "cut").open or kept > 12
+    ended = len(state_of(tmp_path, "cut").ended)
+    summary = search(tmp_path, "study=cut", "search.trials=12", "output=json")
+    assert summary["trials_completed"] == max(12, ended)
+    assert not state_of(tmp_path, "cut").open or ended > 12
 
 
 def slow_worker() -> Callable[[TrialRequest], TrialResult]:
@@ -130,17 +131,17 @@ def not_used(_: TrialRequest) -> TrialResult:
 def cluster() -> Iterator[Any]:
     """Two nodes of one core each, in processes of this machine."""
     utils = pytest.importorskip("ray.cluster_utils")
-    found = utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
-    found.add_node(num_cpus=1)
-    yield found
-    found.shutdown()
+    cluster = utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    cluster.add_node(num_cpus=1)
+    yield cluster
+    cluster.shutdown()
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # files of Ray
 def test_nodes_of_a_cluster_leave_and_join(
     cluster: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(ray_tasks, "JOIN_S", 0.5)
+    monkeypatch.setattr(ray_executor, "JOIN_S", 0.5)
     with connected(RaySettings(address=cluster.address)) as module:
         executor = RayExecutor(module, RaySettings(address=cluster.address), slow_worker)
         wait_for(lambda: executor.capacity == 2)

@@ -2,26 +2,29 @@
 
 import math
 from collections.abc import Callable
-from functools import cached_property, partial
+from dataclasses import replace
+from functools import cached_property
 
 import pytest
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lrbo.accounting import Storage
-from lrbo.allocation import Allocation, Budget
-from lrbo.compression import compress_
-from lrbo.evaluation.divergence import measure_dense
-from lrbo.evaluation.perplexity import score
+from lrbo.allocation.apply import store_
+from lrbo.evaluation.memory import peak_memory_gib
+from lrbo.factorization.base import factor_layer
+from lrbo.factorization.methods import Svd
 from lrbo.factorization.registry import method_named
-from lrbo.factorization.weighted import Svd
-from lrbo.model import linear_bias, linear_weight, map_model
-from lrbo.nested import PivotedFactors
-from lrbo.trial import TrialRequest, TrialResult
-from lrbo.worker import Worker, allocation_parameters, peak_memory_gib
-from tests import reference
-from tests.tiny import build, token_ids
+from lrbo.layers.options import MEASURES, Measure, Option
+from lrbo.layers.pivoted import PivotedLinear
+from lrbo.models.model_map import linear_bias, linear_weight, map_model
+from lrbo.tasks.causal_lm import CausalLM
+from lrbo.tasks.perplexity import measure_dense, score
+from lrbo.trials.records import TrialRequest, TrialResult
+from lrbo.trials.worker import Worker
+from tests.support import reference
+from tests.support.allocations import decided, mixed_options
+from tests.support.tiny import build, token_ids
 
 TOLERANCE = {
     "nll": 1e-5,  # relative: logits are compared in float32
@@ -36,27 +39,39 @@ FAMILIES = ("llama_tied", "gpt2", "llama_biased")
 every_family = pytest.mark.parametrize("case", FAMILIES)
 
 
-def make_worker(case: str = "llama_tied", *, storage: Storage = "factored", **sizes: int) -> Worker:
+BOTH = ("factored", "pivoted")
+Forms = tuple[str, ...]
+
+every_forms = pytest.mark.parametrize("forms", [("factored",), ("pivoted",), BOTH], ids="+".join)
+
+
+def make_worker(case: str = "llama_tied", **sizes: int) -> Worker:
     model = build(case).double()
     layers = map_model(model)
     svd = method_named("svd")
-    factors = {}
+    prepared = {}
     for spec in layers.compressible:
         module = model.get_submodule(spec.name)
-        factors[spec.name] = svd.factor(linear_weight(module), linear_bias(module), {}).to()
+        factors = factor_layer(svd, linear_weight(module), linear_bias(module), {})
+        prepared[spec.name] = factors.to(dtype=torch.float64, device=torch.device("cpu"))
     dense = measure_dense(model, WINDOWS, top=TOP)
-    cost = partial(svd.parameters, storage=storage)
-    return Worker(model, layers, factors, cost, storage, WINDOWS, dense, **sizes)
+    return Worker(model, layers, prepared, WINDOWS, dense, **sizes)
 
 
-def request_for(worker: Worker, rank: int | None = None, index: int = 4) -> TrialRequest:
+def request_for(
+    worker: Worker,
+    rank: int | None = None,
+    index: int = 4,
+    forms: Forms = ("factored",),
+    measure: Measure = "parameters",
+) -> TrialRequest:
     """Ask for one rank everywhere, or for another one in each layer with some left dense."""
-    names = list(worker.factors)
-    mixed = {name: None if i % 4 == 3 else 1 + i % 5 for i, name in enumerate(names)}
-    ranks = mixed if rank is None else dict.fromkeys(names, rank)
-    parameters = allocation_parameters(worker.layers, Allocation(ranks, 0, Budget(0)), worker.cost)
-    total = sum(parameters.values())
-    return TrialRequest(index, "sobol", {}, Allocation(ranks, total, Budget(total)), seed=0)
+    units = worker.layers.compressible
+    options = mixed_options(units, forms)
+    if rank is not None:
+        options = {name: Option(forms[0], (rank,)) for name in options}
+    allocation = decided(units, options, itemsize=worker.model.dtype.itemsize, measure=measure)
+    return TrialRequest(index, "sobol", {}, allocation, seed=0)
 
 
 class Slow:
@@ -64,7 +79,7 @@ class Slow:
 
     def __init__(self, case: str, worker: Worker, request: TrialRequest) -> None:
         self.dense, self.model = build(case).double(), build(case).double()
-        compress_(self.model, request.allocation, worker.factors)
+        store_(self.model, request.allocation, worker.prepared)
 
     def rows(self, model: PreTrainedModel) -> Tensor:
         with torch.no_grad():
@@ -89,13 +104,13 @@ class Slow:
 
 
 def snapshot(worker: Worker) -> dict[str, object]:
-    """Return what a trial must leave alone: modules, places in memory, and values."""
+    """Return what a trial must leave alone: modules, addresses in memory, and values."""
     parameters = {**dict(worker.model.named_parameters())}
-    for name, factors in worker.factors.items():
+    for name, factors in worker.prepared.items():
         parameters |= {f"{name}|left": factors.left, f"{name}|right": factors.right}
     return {
         "modules": dict(worker.model.named_modules()),
-        "places": {name: tensor.data_ptr() for name, tensor in parameters.items()},
+        "addresses": {name: tensor.data_ptr() for name, tensor in parameters.items()},
         "values": {name: tensor.tolist() for name, tensor in parameters.items()},
     }
 
@@ -108,64 +123,77 @@ def numbers(result: TrialResult) -> dict[str, float]:
 # --- metrics -----------------------------------------------------------------------------------
 
 
+@every_forms
 @every_family
-def test_metrics_equal_a_slow_computation(case: str) -> None:
+def test_metrics_equal_a_slow_computation(case: str, forms: Forms) -> None:
     worker = make_worker(case)
-    request = request_for(worker)
+    request = request_for(worker, forms=forms)
     result = worker(request)
     slow = Slow(case, worker, request)
     assert (result.outcome, result.error, result.trial_index) == ("completed", None, 4)
-    found = result.metrics
-    assert found["tokens"] == SCORED
-    assert found["nll"] == pytest.approx(slow.nll, rel=TOLERANCE["nll"])
-    assert found["perplexity"] == pytest.approx(math.exp(slow.nll), rel=TOLERANCE["nll"])
-    assert found["kl_dense_to_compressed"] == pytest.approx(slow.divergence, abs=TOLERANCE["kl"])
-    assert found["kl_dense_to_compressed"] > 100 * TOLERANCE["kl"]
-    assert found["peak_memory_gib"] > 0
+    metrics = result.metrics
+    assert metrics["tokens"] == SCORED
+    assert metrics["nll"] == pytest.approx(slow.nll, rel=TOLERANCE["nll"])
+    assert metrics["perplexity"] == pytest.approx(math.exp(slow.nll), rel=TOLERANCE["nll"])
+    assert metrics["kl_dense_to_compressed"] == pytest.approx(slow.divergence, abs=TOLERANCE["kl"])
+    assert metrics["kl_dense_to_compressed"] > 100 * TOLERANCE["kl"]
+    assert metrics["peak_memory_gib"] > 0
     assert result.seconds > 0
 
 
+@pytest.mark.parametrize("measure", MEASURES)
+@every_forms
 @every_family
-def test_sizes_equal_a_count_of_the_compressed_model(case: str) -> None:
+def test_sizes_equal_a_count_of_the_compressed_model(
+    case: str, forms: Forms, measure: Measure
+) -> None:
     worker = make_worker(case)
-    request = request_for(worker)
-    found = worker(request).metrics
+    request = request_for(worker, forms=forms, measure=measure)
+    metrics = worker.size_metrics(request.allocation)
     compressed = build(case).double()
-    compress_(compressed, request.allocation, worker.factors)
-    layers = [compressed.get_submodule(name) for name in worker.factors]
-    dense = [worker.model.get_submodule(name) for name in worker.factors]
-    kept = sum(reference.count_parameters(layer) for layer in layers)
-    assert found["parameters"] == kept == request.allocation.parameters
-    assert found["model_parameters"] == reference.count_parameters(compressed)
-    assert found["model_bytes"] == 8 * found["model_parameters"]
-    assert found["keep_ratio"] == kept / sum(reference.count_parameters(layer) for layer in dense)
-    matrices = [p for m in layers for p in m.parameters() if p.dim() == 2]
+    store_(compressed, request.allocation, worker.prepared)
+    layers = [compressed.get_submodule(name) for name in worker.prepared]
+    dense = [worker.model.get_submodule(name) for name in worker.prepared]
+    counts, whole = counted(layers), counted(dense)
+    assert metrics["parameters"] == counts["parameters"] == request.allocation.cost.parameters
+    assert metrics["model_parameters"] == reference.count_parameters(compressed)
+    integers = sum(m.index.numel() for m in layers if isinstance(m, PivotedLinear))
+    assert (integers > 0) == ("pivoted" in forms)
+    assert metrics["model_bytes"] == 8 * metrics["model_parameters"] + 4 * integers
+    assert metrics["keep_ratio"] == counts[measure] / whole[measure]
     head = compressed.get_output_embeddings().weight
-    assert found["macs_per_token"] == sum(p.numel() for p in [*matrices, head])
+    assert metrics["macs_per_token"] == counts["macs"] + head.numel()
 
 
+def counted(layers: list[torch.nn.Module]) -> dict[str, int]:
+    """Count what modules hold and multiply by, tensor by tensor."""
+    tensors = [t for m in layers for t in [*m.parameters(), *m.buffers()]]
+    return {
+        "parameters": sum(reference.count_parameters(layer) for layer in layers),
+        "bytes": sum(t.numel() * t.element_size() for t in tensors),
+        "macs": sum(t.numel() for t in tensors if t.dim() == 2),
+    }
+
+
+@pytest.mark.parametrize("forms", [("pivoted",), BOTH], ids="+".join)
 @every_family
-def test_a_trial_of_pivoted_storage_counts_that_form_and_scores_the_same(case: str) -> None:
-    worker, other = make_worker(case, storage="pivoted"), make_worker(case)
-    # As high as a budget of pivoted storage asks for, so that prefixes are multiplied out.
-    ranks = {name: found.max_rank - 1 for name, found in worker.factors.items()}
-    request = TrialRequest(0, "sobol", {}, Allocation(ranks, 0, Budget(0)), seed=0)
+def test_prefixes_that_are_multiplied_out_score_as_the_stored_forms(
+    case: str, forms: Forms
+) -> None:
+    worker, other = make_worker(case), make_worker(case)
+    # As high as a budget of the pivoted form asks for, so that prefixes are multiplied out.
+    options = {
+        name: Option(forms[i % len(forms)], (factors.max_rank - 1,))
+        for i, (name, factors) in enumerate(worker.prepared.items())
+    }
+    allocation = decided(worker.layers.compressible, options, itemsize=8)
+    request = TrialRequest(0, "sobol", {}, allocation, seed=0)
     before = snapshot(worker)
     worker.windows = WINDOWS.repeat(20, 1)
-    found = worker.size_metrics(request.allocation)
-    compress_(other.model, request.allocation, {n: PivotedFactors(f, torch.float64)
-        for n, f in other.factors.items()})  # fmt: skip
-    layers = [other.model.get_submodule(name) for name in ranks]
-    assert found["parameters"] == sum(reference.count_parameters(layer) for layer in layers)
-    assert found["model_parameters"] == reference.count_parameters(other.model)
-    integers = sum(layer.places.numel() for layer in layers)
-    assert found["model_bytes"] == 8 * found["model_parameters"] + 4 * integers
-    matrices = [p for m in layers for p in m.parameters() if p.dim() == 2]
-    head = other.model.get_output_embeddings().weight
-    assert found["macs_per_token"] == sum(p.numel() for p in [*matrices, head])
+    store_(other.model, allocation, other.prepared)
     worker.dense = measure_dense(worker.model, worker.windows, top=TOP)
     nll = [worker(request).metrics["nll"] for _ in range(2)]
-    assert set(worker.buffers) == set(ranks), "the case must multiply prefixes out"
+    assert set(worker.buffers) == set(options), "the case must multiply prefixes out"
     assert nll[0] == nll[1]
     assert nll[0] == pytest.approx(score(other.model, WINDOWS).mean, rel=TOLERANCE["nll"])
     assert snapshot(worker) == before
@@ -173,16 +201,16 @@ def test_a_trial_of_pivoted_storage_counts_that_form_and_scores_the_same(case: s
 
 def test_a_dense_allocation_scores_as_the_dense_model() -> None:
     worker = make_worker()
-    dense = request_for(worker).allocation.ranks
-    allocation = Allocation(dict.fromkeys(dense), 0, Budget(0))
-    found = worker(TrialRequest(0, "uniform", {}, allocation, seed=0)).metrics
-    assert found["nll"] == score(worker.model, WINDOWS).mean
-    assert found["kl_dense_to_compressed"] == 0.0
-    assert found["keep_ratio"] == 1.0
+    allocation = decided(worker.layers.compressible, {}, itemsize=8)
+    metrics = worker(TrialRequest(0, "uniform", {}, allocation, seed=0)).metrics
+    assert metrics["nll"] == score(worker.model, WINDOWS).mean
+    assert metrics["kl_dense_to_compressed"] == 0.0
+    assert metrics["keep_ratio"] == 1.0
 
 
 def test_metrics_do_not_depend_on_batch_or_chunk() -> None:
-    one, other = make_worker(), make_worker(batch_windows=1, chunk_tokens=4)
+    one, other = make_worker(), make_worker(batch_windows=1)
+    other.task = CausalLM(chunk_tokens=4)
     first, second = numbers(one(request_for(one))), numbers(other(request_for(other)))
     assert first.keys() == second.keys()
     for name, value in first.items():
@@ -190,11 +218,12 @@ def test_metrics_do_not_depend_on_batch_or_chunk() -> None:
 
 
 def test_progress_is_told_every_token_once() -> None:
-    told: list[int] = []
-    worker = make_worker(batch_windows=2, chunk_tokens=4)
-    worker.on_tokens = told.append
+    counts: list[int] = []
+    worker = make_worker(batch_windows=2)
+    worker.task = CausalLM(chunk_tokens=4)
+    worker.on_tokens = counts.append
     worker(request_for(worker))
-    assert sum(told) == SCORED
+    assert sum(counts) == SCORED
 
 
 # --- nothing is left behind --------------------------------------------------------------------
@@ -241,7 +270,7 @@ def raising(error: BaseException) -> Callable[..., None]:
 
 def test_a_loss_that_is_not_finite_is_abandoned_with_its_reason() -> None:
     worker = make_worker()
-    next(iter(worker.factors.values())).left[0, 0] = math.nan
+    next(iter(worker.prepared.values())).left[0, 0] = math.nan
     before = snapshot(worker)["modules"]
     result = worker(request_for(worker))
     assert result.outcome == "abandoned"
@@ -305,7 +334,8 @@ def test_a_defect_is_raised_and_the_model_is_as_it_was(
 
 def test_an_allocation_for_another_model_is_a_defect() -> None:
     worker = make_worker()
-    allocation = Allocation({"model.layers.9.mlp.up_proj": 1}, 1, Budget(1))
+    unit = replace(worker.layers.compressible[0], name="model.layers.9.mlp.up_proj")
+    allocation = decided([unit], {unit.name: Option("factored", (1,))})
     with pytest.raises(KeyError, match=r"layers\.9"):
         worker(TrialRequest(0, "sobol", {}, allocation, seed=0))
 

@@ -10,12 +10,12 @@ import torch
 from mlflow import MlflowClient
 
 from experiments.bench_kill import kills
-from lrbo.blockwise import Scratch
-from lrbo.optimization.study import Study
-from lrbo.storage import is_full
-from lrbo.tracking import MlflowTracker
-from tests.commands import TINY, Ran, lrbo_command, project, searched
-from tests.disks import SmallDisk, disk
+from lrbo.files.atomic import is_full
+from lrbo.models.blockwise import Scratch
+from lrbo.study.journal import Study
+from lrbo.tracking.tracker import MlflowTracker
+from tests.support.commands import TINY, Ran, lrbo_command, project, searched
+from tests.support.disks import SmallDisk, disk
 
 __all__ = ["disk", "project", "searched"]  # fixtures
 
@@ -114,7 +114,7 @@ def test_figures_that_cannot_be_written_do_not_stop_a_search(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("lrbo.commands.view.draw_figures", full)
+        patch.setattr("lrbo.reports.mlflow_view.draw_figures", full)
         ran = lrbo_command("search", *TINY)
     assert ran.status == 0
     assert "draw them with: lrbo report study=tiny" in ran.err
@@ -126,9 +126,8 @@ def test_a_temporary_file_without_room_is_an_error_and_not_the_end_of_the_proces
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(disk.folder))
     disk.leave(64)
-    with Scratch(0) as scratch, pytest.raises(OSError, match="No space left") as caught:
-        scratch.empty(1 << 20, dtype=torch.float32).fill_(1.0)
+    with pytest.raises(OSError, match="No space left") as caught:
+        Scratch(0).empty(1 << 20, dtype=torch.float32).fill_(1.0)
     assert is_full(caught.value)
-    with Scratch(0) as scratch:
-        assert scratch.empty(4, 1024, dtype=torch.float32).fill_(1.0).sum() == 4096
+    assert Scratch(0).empty(4, 1024, dtype=torch.float32).fill_(1.0).sum() == 4096
     assert [path.name for path in disk.folder.iterdir()] == ["ballast"]

@@ -21,10 +21,10 @@ from pathlib import Path
 import pytest
 
 from lrbo import cli, interrupts
-from lrbo.interrupts import Interrupted, kept, listening, status_of
-from tests.commands import lrbo_command
+from lrbo.interrupts import Interrupted, handlers_restored, listening, status_of
+from tests.support.commands import lrbo_command
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 # What a shell does for a program in its foreground: a terminal of its own, interrupts on.
 PROGRAM = """
 import fcntl, signal, termios
@@ -76,16 +76,16 @@ def test_a_signal_that_is_ignored_stays_so() -> None:
 
 
 def test_a_terminal_that_is_gone_may_say_so_twice() -> None:
-    handle = interrupts._handler([])
-    with pytest.raises(Interrupted):
-        handle(signal.SIGHUP, None)
-    handle(signal.SIGHUP, None)  # ends nothing: what the first one began goes on
+    with listening((signal.SIGHUP,)):
+        with pytest.raises(Interrupted):
+            signal.raise_signal(signal.SIGHUP)
+        signal.raise_signal(signal.SIGHUP)  # ends nothing: what the first one began goes on
 
 
 def test_a_library_that_takes_signals_gives_them_back() -> None:
     with listening():
         mine = signal.getsignal(signal.SIGTERM)
-        with kept():
+        with handlers_restored():
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
         assert signal.getsignal(signal.SIGTERM) == mine
 
@@ -137,13 +137,13 @@ def test_a_command_that_is_stopped_says_how_to_go_on(
     ran = lrbo_command(command, *typed[:2])
     assert ran.status == 128 + number
     said, again = ran.err.splitlines()
-    assert said == f"Stopped. {cli.KEPT[command]} Go on with:"
+    assert said == f"Stopped. {cli.LEFT[command]} Go on with:"
     assert shlex.split(again) == ["lrbo", command, *typed[:2]]
 
 
 def test_an_interrupt_without_a_command_has_nothing_to_say(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "print_completion", lambda _: signal.raise_signal(signal.SIGINT))
-    ran = lrbo_command("--completion", "bash")
+    monkeypatch.setattr(cli, "fail", lambda _: signal.raise_signal(signal.SIGINT))
+    ran = lrbo_command("--completion", "fish")
     assert (ran.status, ran.out, ran.err) == (130, "", "")
 
 
@@ -286,7 +286,7 @@ def test_a_second_signal_ends_an_import_at_once(monkeypatch: pytest.MonkeyPatch)
     ended: list[int] = []
     monkeypatch.setattr(interrupts.os, "_exit", ended.append)
     monkeypatch.setattr(interrupts, "is_importing", lambda _: True)
-    monkeypatch.setattr(interrupts, "SOON_S", 100.0)
+    monkeypatch.setattr(interrupts, "RETRY_S", 100.0)
     with listening():
         signal.raise_signal(signal.SIGINT)
         assert ended == []

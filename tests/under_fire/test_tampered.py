@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from experiments.bench_kill import kills
-from lrbo import mlflow_store, tracking
-from lrbo.optimization.study import Study
-from lrbo.tracking import MlflowTracker
-from lrbo.trial import TrialRecord
-from tests.commands import TINY, Ran, lrbo_command, searched
-from tests.disks import SmallDisk, disk
+from lrbo.study.journal import Study
+from lrbo.tracking import mlflow_store, tracker
+from lrbo.tracking.tracker import MlflowTracker
+from lrbo.trials.records import TrialRecord
+from tests.support.commands import TINY, Ran, lrbo_command, searched
+from tests.support.disks import SmallDisk, disk
 
 __all__ = ["disk", "searched"]  # fixtures
 
@@ -27,7 +27,7 @@ def place(searched: tuple[Path, Ran], tmp_path: Path, monkeypatch: pytest.Monkey
     shutil.copytree(searched[0] / "studies" / "tiny", tmp_path / "studies" / "tiny")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(mlflow_store, "BUSY_SECONDS", 0.2)
-    monkeypatch.setattr(tracking, "LAST_WAITS", (0.0, 0.1))
+    monkeypatch.setattr(tracker, "LAST_WAITS", (0.0, 0.1))
     return tmp_path
 
 
@@ -53,7 +53,7 @@ def test_a_store_that_was_deleted_is_made_again(place: Path, searched: tuple[Pat
 def test_a_store_that_is_deleted_during_a_search_comes_back_whole(
     place: Path, searched: tuple[Path, Ran], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tracking, "RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(tracker, "RETRY_SECONDS", 0.0)
     cut_after(place, 2)
     original = MlflowTracker.trial
 

@@ -20,10 +20,10 @@ import pytest
 from filelock import FileLock
 from mlflow import MlflowClient
 
-from lrbo import mlflow_store, tracking
 from lrbo.errors import LrboError, TrackingError
-from lrbo.tracking import MlflowTracker
-from tests.mlflow_runs import BEST, Store, record
+from lrbo.tracking import mlflow_runs, mlflow_store
+from lrbo.tracking.tracker import LAST_WAITS, MlflowTracker
+from tests.support.mlflow_runs import BEST, Store, record
 
 # Seconds. The first is the promise for a store that is lost, with room for a busy machine; the
 # second replaces BUSY_SECONDS where a test waits for a lock.
@@ -35,14 +35,14 @@ BUSY = 0.2
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Wait a moment for a lock, and try again with every trial."""
     monkeypatch.setattr(mlflow_store, "BUSY_SECONDS", BUSY)
-    monkeypatch.setattr(tracking, "RETRY_SECONDS", 0.0)
+    monkeypatch.setattr("lrbo.tracking.tracker.RETRY_SECONDS", 0.0)
 
 
 def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [
         entry.getMessage()
         for entry in caplog.records
-        if entry.name == "lrbo.tracking" and entry.levelno >= logging.WARNING
+        if entry.name == "lrbo.tracking.tracker" and entry.levelno >= logging.WARNING
     ]
 
 
@@ -88,7 +88,7 @@ def test_a_lock_in_the_middle_of_a_trial_is_no_long_wait(
     tracker = store.tracker()
     tracker.start({})
     with store.locked(), monkeypatch.context() as patch:
-        patch.setattr(mlflow_store.StudyRuns, "_check_free", lambda self: None)
+        patch.setattr(mlflow_runs.StudyRuns, "_check_free", lambda self: None)
         begun = time.monotonic()
         tracker.trial(record(0))
         assert time.monotonic() - begun < SOON
@@ -212,7 +212,7 @@ def test_a_process_killed_while_the_tables_are_made_leaves_no_broken_store(
     code = f"""
 import os, threading, time
 from pathlib import Path
-from lrbo.tracking import MlflowTracker
+from lrbo.tracking.tracker import MlflowTracker
 
 def kill_when_some_tables_are_there():
     folder = Path({str(tmp_path)!r})
@@ -227,7 +227,7 @@ MlflowTracker("sqlite:///{database}", "lrbo", "0", "my-study", strict=True).star
     assert done.returncode == -signal.SIGKILL
     assert not database.exists()
     assert len(list(tmp_path.glob(".lrbo-*.new"))) == 1
-    monkeypatch.setattr(mlflow_store, "_make_store", make_store)
+    monkeypatch.setattr(mlflow_store, "make_store", make_store)
     tracker = MlflowTracker(f"sqlite:///{database}", "lrbo", "0", "my-study", strict=True)
     tracker.start({})
     assert tracker.sync([record(0)]) == 1
@@ -247,7 +247,7 @@ def test_a_store_of_another_version_says_what_to_do(
     for part in ("another version of mlflow", "mlflow db upgrade", "'study=*' sync=true"):
         assert part in warning
     with pytest.raises(TrackingError, match="another version of mlflow"):
-        mlflow_store.pages_of_runs(f"sqlite:///{tmp_path}/./mlflow.db")
+        mlflow_store.pages_of_studies(f"sqlite:///{tmp_path}/./mlflow.db")
 
 
 class Answers(http.server.BaseHTTPRequestHandler):
@@ -336,18 +336,18 @@ def test_the_end_of_a_search_shows_what_a_busy_store_missed(
     free = threading.Event()
 
     def busy_for_a_while(seconds: float) -> None:
-        if seconds == tracking.LAST_WAITS[2]:
+        if seconds == LAST_WAITS[2]:
             free.set()
 
-    monkeypatch.setattr(tracking.time, "sleep", busy_for_a_while)
-    original = mlflow_store.StudyRuns._check_free
+    monkeypatch.setattr("lrbo.tracking.tracker.time.sleep", busy_for_a_while)
+    original = mlflow_runs.StudyRuns._check_free
 
-    def check(self: mlflow_store.StudyRuns) -> None:
+    def check(self: mlflow_runs.StudyRuns) -> None:
         if not free.is_set():
             raise sqlite3.OperationalError("database is locked")
         original(self)
 
-    monkeypatch.setattr(mlflow_store.StudyRuns, "_check_free", check)
+    monkeypatch.setattr(mlflow_runs.StudyRuns, "_check_free", check)
     tracker.finish(completed=True)
     assert free.is_set()
     assert store.parent.info.status == "FINISHED"

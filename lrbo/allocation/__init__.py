@@ -1,0 +1,1 @@
+"""From predicted losses and a budget to one option per unit."""

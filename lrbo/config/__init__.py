@@ -1,0 +1,1 @@
+"""From conf/ to values, and back to a command line."""

@@ -1,1 +1,0 @@
-"""Where a trial runs is not the search's business."""

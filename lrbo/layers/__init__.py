@@ -1,0 +1,1 @@
+"""What a layer can become, and what that costs."""

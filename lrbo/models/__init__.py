@@ -1,0 +1,1 @@
+"""A model, and the map of its layers."""

@@ -1,0 +1,1 @@
+"""From values to a finished model: the only room that knows all others."""

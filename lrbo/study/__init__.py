@@ -1,0 +1,1 @@
+"""The folder that is the truth of a search."""

@@ -1,0 +1,266 @@
+"""The contract of every form: a level costs what its module holds. A new form is picked up here."""
+
+from collections.abc import Iterator
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from lrbo.config.choices import ITEMSIZES
+from lrbo.errors import ConfigError
+from lrbo.layers.forms import DENSE_FORM, FORMS, Form, form_named
+from lrbo.layers.modules import MODULES, low_rank_layers
+from lrbo.models.specs import LayerSpec
+from tests.support import reference
+from tests.support.forms import form_of
+
+TOLERANCE = {
+    torch.float64: 1e-12,  # relative to the largest element: sums of a few products
+    torch.float32: 1e-5,  # the same in single precision
+}
+
+SHAPES = [(5, 9), (9, 5), (7, 7), (1, 4), (4, 1)]
+TOKENS = 3
+
+every_form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+every_module = pytest.mark.parametrize("form", [FORMS[n] for n in MODULES], ids=MODULES)
+every_shape = pytest.mark.parametrize("shape", SHAPES)
+both_biases = pytest.mark.parametrize("bias", [False, True])
+
+
+def unit_of(shape: tuple[int, int], *, bias: bool = False) -> LayerSpec:
+    return LayerSpec("unit", "kind", 0, *shape, bias, site="unit")
+
+
+def levels_of(
+    form: Form, unit: LayerSpec, multiple: int = 1, minimum: int = 0
+) -> list[tuple[int, ...]]:
+    return [tuple(map(int, level)) for level in form.levels(unit, multiple, minimum)]
+
+
+def module_of(
+    form: Form, shape: tuple[int, int], level: tuple[int, ...], *, bias: bool
+) -> nn.Module:
+    """Return what a checkpoint has, of random factors, in float32."""
+    if form.name == DENSE_FORM:
+        return nn.Linear(shape[1], shape[0], bias)
+    left, right = factors(shape, level[0])
+    offset = torch.ones(shape[0])
+
+    def bias_for(linear: object, dtype: torch.dtype) -> Tensor | None:
+        del linear
+        return offset.to(dtype) if bias else None
+
+    return MODULES[form.name].of_product("unit", left, right, bias_for, torch.float32)
+
+
+def factors(shape: tuple[int, int], rank: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(rank)
+
+    def draw(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator, dtype=torch.float64)
+
+    return draw(shape[0], rank), draw(rank, shape[1])
+
+
+def cases(form: Form, shape: tuple[int, int], *, bias: bool) -> Iterator[tuple[int, ...]]:
+    """Return all levels of a unit, and for ranks the one that is below all of them."""
+    yield from levels_of(form, unit_of(shape, bias=bias))
+    if form.problem(*shape, (0,)) is None:
+        yield (0,)
+
+
+def test_every_form_but_dense_has_a_module() -> None:
+    assert set(FORMS) == {DENSE_FORM, *MODULES}
+    assert all(isinstance(form, Form) and form.name == name for name, form in FORMS.items())
+    assert low_rank_layers(nn.Linear(2, 3)) == {}
+
+
+@every_form
+@every_shape
+@both_biases
+@pytest.mark.parametrize("dtype", ITEMSIZES)
+def test_a_level_costs_what_its_module_holds_and_multiplies(
+    form: Form, shape: tuple[int, int], bias: bool, dtype: str
+) -> None:
+    kind = getattr(torch, dtype)
+    for level in cases(form, shape, bias=bias):
+        module = module_of(form, shape, level, bias=bias).to(kind)
+        stored = sum(t.numel() * t.element_size() for t in module.state_dict().values())
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            assert module(torch.ones(TOKENS, shape[1], dtype=kind)).shape == (TOKENS, shape[0])
+        cost = form.cost(unit_of(shape, bias=bias), level, bias=bias, itemsize=ITEMSIZES[dtype])
+        macs = counter.get_total_flops() // 2 // TOKENS
+        assert cost == (reference.count_parameters(module), stored, macs), level
+
+
+@every_form
+@both_biases
+@given(
+    shape=st.tuples(st.integers(1, 60), st.integers(1, 60)),
+    multiple=st.integers(1, 9),
+    minimum=st.integers(0, 20),
+)
+def test_levels_rise_in_every_cost_and_have_no_problem(
+    form: Form, bias: bool, shape: tuple[int, int], multiple: int, minimum: int
+) -> None:
+    unit = unit_of(shape, bias=bias)
+    levels = levels_of(form, unit, multiple, minimum)
+    assert levels == sorted(set(levels))
+    assert all(form.problem(*shape, level) is None for level in levels)
+    costs = [form.cost(unit, level, bias=bias, itemsize=2) for level in levels]
+    for less, more in pairwise(costs):
+        assert all(a < b for a, b in zip(less, more, strict=True))
+    if form.name != DENSE_FORM:
+        ranks = [rank for (rank,) in levels]
+        allowed = range(max(minimum, 1), min(shape) + 1)
+        assert ranks == [rank for rank in allowed if rank % multiple == 0]
+
+
+@every_form
+@every_shape
+@both_biases
+def test_arrays_cost_what_integers_cost(form: Form, shape: tuple[int, int], bias: bool) -> None:
+    unit = unit_of(shape, bias=bias)
+    levels = form.levels(unit, 1, 0)
+    arrays = form.cost(unit, tuple(levels.T), bias=bias, itemsize=2)
+    one_by_one = [form.cost(unit, level, bias=bias, itemsize=2) for level in levels_of(form, unit)]
+    assert all(type(value) is int for cost in one_by_one for value in cost)
+    for column, array in enumerate(arrays):
+        expected = [cost[column] for cost in one_by_one]
+        assert np.broadcast_to(array, len(levels)).tolist() == expected
+
+
+@every_form
+@every_shape
+def test_a_level_that_the_shape_cannot_have_is_refused_by_name(
+    form: Form, shape: tuple[int, int]
+) -> None:
+    bad = [(-1,), (min(shape) + 1,), (1, 1), (*(levels_of(form, unit_of(shape))[-1]), 1)]
+    bad += [()] if form.name != DENSE_FORM else []
+    for level in bad:
+        problem = form.problem(*shape, level)
+        assert problem is not None, level
+        assert problem.startswith(form.name)
+        assert problem.endswith(f"got {list(level)}")
+    if form.name != DENSE_FORM:
+        assert str(min(shape)) in str(form.problem(*shape, (99,)))
+
+
+@every_form
+def test_a_level_has_a_label(form: Form) -> None:
+    labels = [form.label(level) for level in levels_of(form, unit_of((5, 9)))]
+    assert len(set(labels)) == len(labels)
+    assert all(labels)
+
+
+def test_an_unknown_form_lists_the_known_ones() -> None:
+    assert form_named("pivoted") is FORMS["pivoted"]
+    with pytest.raises(ConfigError, match="form 'pivot' is unknown; known: dense, factored, pivot"):
+        form_named("pivot")
+
+
+# --- modules -----------------------------------------------------------------------------------
+
+
+@every_module
+@every_shape
+@both_biases
+def test_an_empty_module_takes_the_weights_of_a_stored_one(
+    form: Form, shape: tuple[int, int], bias: bool
+) -> None:
+    before = torch.get_rng_state()
+    for level in cases(form, shape, bias=bias):
+        stored = module_of(form, shape, level, bias=bias)
+        empty = MODULES[form.name].empty("unit", *shape, level, bias=bias)
+        held, expected = empty.state_dict(), stored.state_dict()
+        assert all(tensor.is_meta for tensor in held.values())
+        assert {n: t.shape for n, t in held.items()} == {n: t.shape for n, t in expected.items()}
+        assert {n: t.dtype for n, t in held.items()} == {n: t.dtype for n, t in expected.items()}
+        empty.load_state_dict(expected, strict=True, assign=True)
+        x = torch.randn(TOKENS, shape[1], generator=torch.Generator().manual_seed(1))
+        assert torch.equal(empty(x), stored(x))
+        assert low_rank_layers(empty) == {"": empty}
+        assert form_of(empty) == form_of(stored) == form.name
+        assert not any(parameter.requires_grad for parameter in empty.parameters())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@every_module
+@every_shape
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_the_dense_weight_is_what_the_module_multiplies_by(
+    form: Form, shape: tuple[int, int], dtype: torch.dtype
+) -> None:
+    for level in cases(form, shape, bias=False):
+        left, right = factors(shape, level[0])
+        kind = MODULES[form.name]
+        module = kind.of_product("unit", left, right, lambda linear, dtype: None, dtype)
+        assert {parameter.dtype for parameter in module.parameters()} == {dtype}
+        weight, exact = module.dense_weight(), left @ right
+        assert weight.dtype == torch.float64
+        size = max(float(exact.abs().max()), 1.0)
+        assert float((weight - exact).abs().max()) <= TOLERANCE[dtype] * size
+        actual, _ = reference.affine_of(module, shape[1])
+        assert float(np.abs(actual - weight.numpy()).max()) <= TOLERANCE[dtype] * size
+
+
+@every_module
+@every_shape
+def test_of_full_rank_the_dense_weight_is_the_dense_weight(
+    form: Form, shape: tuple[int, int]
+) -> None:
+    weight = factors(shape, shape[1])[0]
+    u, s, vh = torch.linalg.svd(weight, full_matrices=False)
+    module = MODULES[form.name].of_product(
+        "unit", u * s, vh, lambda linear, dtype: None, torch.float64
+    )
+    difference = (module.dense_weight() - weight).abs().max()
+    assert float(difference) <= TOLERANCE[torch.float64] * float(weight.abs().max())
+
+
+@every_module
+@both_biases
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_bias_is_made_for_the_module_as_it_is_rounded(
+    form: Form, bias: bool, dtype: torch.dtype
+) -> None:
+    """In the dtype that it computes in, so that a bias may mend what rounding did."""
+    shape, offset = (9, 5), torch.arange(9, dtype=torch.float64)
+    left, right = factors(shape, 3)
+    x = torch.arange(5, dtype=torch.float64)
+    answers: list[Tensor] = []
+
+    def bias_for(linear, wanted: torch.dtype) -> Tensor | None:
+        assert wanted == dtype
+        answers.append(linear(x))
+        return offset.to(wanted) if bias else None
+
+    module = MODULES[form.name].of_product("unit", left, right, bias_for, dtype)
+    (answer,) = answers
+    assert answer.dtype == torch.float64
+    difference = answer - module.dense_weight() @ x
+    assert float(difference.abs().max()) <= TOLERANCE[torch.float64] * float(answer.abs().max())
+    assert (module.bias is None) == (not bias)
+    if bias:
+        assert torch.equal(module.bias, offset.to(dtype))
+
+
+@every_module
+@both_biases
+def test_a_stand_in_has_the_tensors_of_the_stored_module(form: Form, bias: bool) -> None:
+    shape, level = (9, 5), (3,)
+    left, right = (t.float() for t in factors(shape, 3))
+    offset = torch.ones(9) if bias else None
+    stand_in = MODULES[form.name].stand_in("unit", left, right, offset)
+    stored = module_of(form, shape, level, bias=bias)
+    held, expected = stand_in.state_dict(), stored.state_dict()
+    assert {n: (t.shape, t.dtype) for n, t in held.items()} == {
+        n: (t.shape, t.dtype) for n, t in expected.items()
+    }
+    assert stand_in(torch.ones(2, 5)).shape == (2, 9)

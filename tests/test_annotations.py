@@ -1,0 +1,19 @@
+"""What lrbo's functions take and return is checked while tests run, with shapes and without."""
+
+import pytest
+import torch
+
+from lrbo.layers.options import Cost
+from lrbo.linalg import require_finite, weighted_svd
+
+
+def test_a_value_of_another_type_is_refused() -> None:
+    with pytest.raises(TypeError, match="name"):
+        require_finite(3, torch.ones(1))  # which would not have looked at it
+    with pytest.raises(TypeError, match="parameters"):
+        Cost("1", 2, 3)
+
+
+def test_tensors_of_shapes_that_disagree_are_refused() -> None:
+    with pytest.raises(TypeError, match="right_root"):
+        weighted_svd(torch.ones(2, 3), torch.ones(4, 4))
