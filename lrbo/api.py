@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from lrbo.cores import threads_of_torch
 from lrbo.files.atomic import naming_system_errors
 from lrbo.pipeline.overrides import values_of
 from lrbo.progress import Reporter, imported
@@ -29,7 +30,7 @@ def search(*overrides: str) -> StudyResults:
     """
     typed, config = values_of("search", overrides)
     with naming_system_errors():
-        return StudyResults(imported("lrbo.commands.search").search(config, typed, Reporter()))
+        return StudyResults(imported("lrbo.commands.search").search(config, typed, _reporter()))
 
 
 def compress(*overrides: str) -> dict[str, Any]:
@@ -68,5 +69,13 @@ def evaluate(*overrides: str) -> dict[str, Any]:
 def _result(command: str, overrides: tuple[str, ...]) -> dict[str, Any]:
     _, config = values_of(command, overrides)
     with naming_system_errors():
-        result: dict[str, Any] = imported(f"lrbo.commands.{command}").run(config, Reporter())
+        result: dict[str, Any] = imported(f"lrbo.commands.{command}").run(config, _reporter())
     return result
+
+
+def _reporter() -> Reporter:
+    """Report to stderr, first what the threads of torch share with other processes."""
+    reporter = Reporter()
+    for note in threads_of_torch():
+        reporter.say(note)
+    return reporter

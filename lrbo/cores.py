@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections.abc import MutableMapping
 from contextlib import suppress
 from pathlib import Path
@@ -26,7 +27,9 @@ def _affinity() -> int:
 
 
 def threads_of_torch() -> list[str]:
-    """Prepare the threads of this process before torch is loaded; return notes for the user."""
+    """Prepare the threads of torch, unless it is loaded already; return notes for the user."""
+    if "torch" in sys.modules:
+        return []
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0  # not on Windows
     return prepare_threads(os.environ, available_cores(), _affinity(), load)
 

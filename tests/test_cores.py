@@ -67,3 +67,21 @@ def test_what_the_user_has_set_stays() -> None:
     environment = {"OMP_NUM_THREADS": "3", "OMP_WAIT_POLICY": "ACTIVE"}
     assert prepare_threads(environment, cores=2, affinity=64, load=1000.0) == []
     assert environment == {"OMP_NUM_THREADS": "3", "OMP_WAIT_POLICY": "ACTIVE"}
+
+
+@pytest.mark.parametrize(("before", "expected"), [("", "PASSIVE"), ("import torch", "None")])
+def test_a_function_prepares_threads_as_its_command_does_until_torch_is_loaded(
+    before: str, expected: str
+) -> None:
+    code = (
+        f"{before}\n"
+        "import os, types; from lrbo import api\n"
+        "run = lambda config, reporter: {'policy': os.environ.get('OMP_WAIT_POLICY')}\n"
+        "api.imported = lambda name: types.SimpleNamespace(run=run)\n"
+        "print(api.evaluate('model=tiny')['policy'])"
+    )
+    environment = {name: text for name, text in os.environ.items() if not name.startswith("OMP_")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
+    )
+    assert done.stdout == f"{expected}\n"
