@@ -76,11 +76,11 @@ TRANSFORMERS = {"cli", "models", "checkpoints", "evaluation"}
 @cache
 def sources() -> dict[str, ast.Module]:
     """Parse every file of the package, by dotted name without the package's own."""
-    found = {}
+    trees = {}
     for path in sorted(PACKAGE.rglob("*.py")):
         name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
-        found[name] = ast.parse(path.read_text(encoding="utf-8"))
-    return found
+        trees[name] = ast.parse(path.read_text(encoding="utf-8"))
+    return trees
 
 
 def imports(tree: ast.AST) -> Iterator[tuple[str, set[str]]]:
@@ -95,14 +95,14 @@ def imports(tree: ast.AST) -> Iterator[tuple[str, set[str]]]:
 
 def own_imports(tree: ast.AST) -> set[str]:
     """Return the modules of the package that are imported, without the package's own name."""
-    found = set()
+    own_modules = set()
     for module, names in imports(tree):
         if module == "lrbo":  # `from lrbo import config` imports a module, or the version
-            found |= names - {"__version__"}
+            own_modules |= names - {"__version__"}
         elif module.startswith("lrbo."):
             home = module.removeprefix("lrbo.")  # of names, or a room of modules
-            found |= {home} if home in sources() else {f"{home}.{name}" for name in names}
-    return found
+            own_modules |= {home} if home in sources() else {f"{home}.{name}" for name in names}
+    return own_modules
 
 
 def modules() -> dict[str, ast.Module]:
@@ -202,7 +202,7 @@ def test_no_module_is_longer_than_400_lines() -> None:
 
 def test_public_functions_name_every_argument() -> None:
     """A docstring with an Args section must have all of the arguments, under their names."""
-    seen = 0
+    count = 0
     for name, tree in sources().items():
         for node in ast.walk(tree):
             if not isinstance(node, ast.FunctionDef):
@@ -214,8 +214,8 @@ def test_public_functions_name_every_argument() -> None:
             described = set(re.findall(r"^    (\w+):", section.group(1), re.MULTILINE))
             taken = {a.arg for a in [*node.args.args, *node.args.kwonlyargs]} - {"self", "cls"}
             assert described == taken, f"{name}.{node.name}"
-            seen += 1
-    assert seen >= 30
+            count += 1
+    assert count >= 30
 
 
 def test_importing_the_package_is_light() -> None:
@@ -270,9 +270,11 @@ def test_what_is_imported_is_declared_and_pinned() -> None:
     }
     brought = packages_distributions()
     known = {*sys.stdlib_module_names, "lrbo"}
-    seen = {module.split(".")[0] for tree in sources().values() for module, _ in imports(tree)}
-    assert len(seen - known) > 20
-    for module in sorted(seen - known):
+    top_modules = {
+        module.split(".")[0] for tree in sources().values() for module, _ in imports(tree)
+    }
+    assert len(top_modules - known) > 20
+    for module in sorted(top_modules - known):
         names = {name.lower().replace("_", "-") for name in brought.get(module, [module])}
         assert names & declared, f"{module} is imported, and {names} not among the dependencies"
     pins = (ROOT / "constraints.txt").read_text(encoding="utf-8").lower().replace("_", "-")

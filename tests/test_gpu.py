@@ -51,7 +51,7 @@ def factored(device: torch.device, method: str) -> dict[str, LowRankFactors]:
     parts = factor_model(
         model, map_model(model), method_named(method), calibrated(CPU), device=device
     )
-    return {name: found for part in parts for name, found in part.items()}
+    return {name: factors for part in parts for name, factors in part.items()}
 
 
 def allocated(layers: ModelMap) -> Allocation:
@@ -70,10 +70,10 @@ def test_statistics_are_those_of_the_cpu() -> None:
     assert one.keys() == two.keys()
     for name, statistics in one.items():
         for key, expected in statistics.items():
-            found = two[name][key]
-            assert found.device.type == "cpu", key
+            statistic = two[name][key]
+            assert statistic.device.type == "cpu", key
             scale = float(expected.abs().max())
-            torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * scale)
+            torch.testing.assert_close(statistic, expected, rtol=1e-3, atol=1e-4 * scale)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -85,7 +85,7 @@ def test_factors_are_those_of_the_cpu(method: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_trial_scores_as_on_the_cpu(dtype: torch.dtype) -> None:
-    found = {}
+    metrics = {}
     for device in (CPU, GPU):
         model = build(CASE).to(device, dtype)
         layers, ids = map_model(model), token_ids(4, 12)
@@ -103,13 +103,13 @@ def test_a_trial_scores_as_on_the_cpu(dtype: torch.dtype) -> None:
         )
         result = worker(TrialRequest(0, "uniform", {}, allocated(layers), seed=0))
         assert result.outcome == "completed", result.error
-        found[device.type] = result.metrics
+        metrics[device.type] = result.metrics
         assert {parameter.device.type for parameter in model.parameters()} == {device.type}
         assert result.metrics["prefill_latency_ratio"] > 0
         assert result.metrics["decode_latency_ratio"] > 0
     near = 1e-4 if dtype is torch.float32 else 2e-2
     for key in ("nll", "kl_dense_to_compressed"):
-        assert found["cuda"][key] == pytest.approx(found["cpu"][key], rel=near, abs=near)
+        assert metrics["cuda"][key] == pytest.approx(metrics["cpu"][key], rel=near, abs=near)
 
 
 def test_a_refit_is_that_of_the_cpu() -> None:
@@ -130,13 +130,13 @@ def test_a_refit_is_that_of_the_cpu() -> None:
 def test_stored_layers_say_what_factors_do(dtype: torch.dtype, form: str) -> None:
     factors, model = factored(CPU, "loss_aware"), build(CASE).to(GPU)
     layers, ids = map_model(model), token_ids(2, 12).to(GPU)
-    running = {n: f.to(dtype=torch.float32, device=GPU) for n, f in factors.items()}
-    for name, found in running.items():
-        x = torch.randn(3, found.right.shape[1], device=GPU)
-        stored = found.stored(name, Option(form, (RANK,)), dtype)
+    gpu_factors = {n: f.to(dtype=torch.float32, device=GPU) for n, f in factors.items()}
+    for name, layer_factors in gpu_factors.items():
+        x = torch.randn(3, layer_factors.right.shape[1], device=GPU)
+        stored = layer_factors.stored(name, Option(form, (RANK,)), dtype)
         assert {p.device.type for p in stored.parameters()} == {"cuda"}
-        expected = found.at_rank(RANK)(x)
+        expected = layer_factors.at_rank(RANK)(x)
         error = (stored(x.to(dtype)).float() - expected).norm() / expected.norm()
         assert float(error) <= (1e-4 if dtype is torch.float32 else 0.1)
-    with compressed(model, allocated(layers), running), torch.inference_mode():
+    with compressed(model, allocated(layers), gpu_factors), torch.inference_mode():
         assert bool(model(ids).logits.isfinite().all())

@@ -41,9 +41,9 @@ def psd(width: int, rank: int, seed: int = 0) -> Tensor:
     return rows.T @ rows
 
 
-def relative(found: Tensor, expected: Tensor) -> float:
+def relative(actual: Tensor, expected: Tensor) -> float:
     scale = max(float(expected.abs().max()), 1e-300)
-    return float((found - expected).abs().max()) / scale
+    return float((actual - expected).abs().max()) / scale
 
 
 # --- require_finite ----------------------------------------------------------------------------
@@ -220,10 +220,10 @@ shapes = pytest.mark.parametrize("shape", [(5, 8), (8, 5), (6, 6)])
 
 
 def assert_optimal(
-    weight: Tensor, found: tuple[Tensor, Tensor, Tensor], root: Tensor, limit: float
+    weight: Tensor, svd: tuple[Tensor, Tensor, Tensor], root: Tensor, limit: float
 ) -> None:
     """Compare errors on ``W B`` with those of Eckart and Young, and the full rank with ``W``."""
-    left, values, right = found
+    left, values, right = svd
     count = min(weight.shape)
     assert left.shape == (weight.shape[0], count)
     assert values.shape == (count,)
@@ -253,8 +253,8 @@ def test_without_weights_every_prefix_is_the_truncated_svd(shape: tuple[int, int
     assert_optimal(weight, (left, values, right), torch.eye(shape[1]).double(), TOLERANCE["exact"])
     for rank in range(len(values) + 1):
         plain = reference.truncated_svd(reference.numpy_of(weight), rank)
-        found = left[:, :rank] @ right[:rank]
-        assert np.abs(found.numpy() - plain).max() <= TOLERANCE["exact"] * 10, rank
+        product = left[:, :rank] @ right[:rank]
+        assert np.abs(product.numpy() - plain).max() <= TOLERANCE["exact"] * 10, rank
 
 
 @shapes
@@ -272,8 +272,8 @@ def test_with_a_full_weight_every_prefix_is_the_whitened_svd(
     assert_optimal(weight, (left, values, right), given, TOLERANCE["exact"])
     for rank in range(len(values) + 1):
         plain = reference.whitened_svd(reference.numpy_of(weight), reference.numpy_of(moment), rank)
-        found = left[:, :rank] @ right[:rank]
-        assert np.abs(found.numpy() - plain).max() <= TOLERANCE["root"], rank
+        product = left[:, :rank] @ right[:rank]
+        assert np.abs(product.numpy() - plain).max() <= TOLERANCE["root"], rank
 
 
 @shapes
@@ -281,10 +281,10 @@ def test_with_a_full_weight_every_prefix_is_the_whitened_svd(
 def test_a_vector_is_a_diagonal_weight(shape: tuple[int, int], zeros: int) -> None:
     weight, diagonal = draw(*shape), draw(shape[1], seed=2).abs()
     diagonal[:zeros] = 0.0
-    found = weighted_svd(weight, diagonal)
-    assert_optimal(weight, found, torch.diag(diagonal), TOLERANCE["exact"])
+    svd = weighted_svd(weight, diagonal)
+    assert_optimal(weight, svd, torch.diag(diagonal), TOLERANCE["exact"])
     other = weighted_svd(weight, torch.diag(diagonal))
-    assert relative(found[1], other[1]) <= TOLERANCE["exact"]
+    assert relative(svd[1], other[1]) <= TOLERANCE["exact"]
 
 
 @shapes
@@ -295,8 +295,8 @@ def test_a_singular_weight_leaves_directions_for_last_and_the_full_rank_exact(
     """With fewer tokens than features: the error is measured on the tokens themselves."""
     tokens, weight = draw(rank_of_inputs, shape[1], seed=4), draw(*shape)
     moment = tokens.T @ tokens
-    found, vectors = psd_eigenpairs(moment)
-    for root in (tokens.T, psd_root(moment)[0], vectors * found.sqrt()):
+    eigenvalues, vectors = psd_eigenpairs(moment)
+    for root in (tokens.T, psd_root(moment)[0], vectors * eigenvalues.sqrt()):
         left, values, right = weighted_svd(weight, root)
         assert_optimal(weight, (left, values, right), root, TOLERANCE["root"])
         energy = values.square()
@@ -318,8 +318,10 @@ def test_output_directions_are_the_weighted_svd_without_a_root(
     shape: tuple[int, int], tokens: int
 ) -> None:
     weight, rows = draw(*shape), draw(tokens, shape[1], seed=3)
-    found = output_directions(weight, rows.T @ rows)
-    assert_optimal(weight, (found[0], found[1].sqrt(), found[2]), rows.T, TOLERANCE["root"])
+    directions = output_directions(weight, rows.T @ rows)
+    assert_optimal(
+        weight, (directions[0], directions[1].sqrt(), directions[2]), rows.T, TOLERANCE["root"]
+    )
 
 
 @shapes

@@ -104,8 +104,8 @@ class Bench:
 
     def __init__(self, options: argparse.Namespace) -> None:
         model = ["model=tiny"] if SMOKE else ["model=smollm2_135m"]
-        chosen: Any = compose.composed("search", [*model, "data=packaged", "study=none"])
-        self.source = planning.model_source(chosen.model)
+        config: Any = compose.composed("search", [*model, "data=packaged", "study=none"])
+        self.source = planning.model_source(config.model)
         self.device = resolve_device("auto")
         self.dtype = resolve_dtype(options.dtype, self.device)
         self.model: PreTrainedModel = load_model(self.source, dtype=self.dtype, device=self.device)
@@ -121,15 +121,15 @@ class Bench:
         if SMOKE:
             generated = self._packaged(("words",), "generated", "test", 256, 32)
             return dict.fromkeys(("wikitext2", "c4", "packaged"), generated)  # the same columns
-        found = {
+        texts = {
             "c4": self._packaged(("c4",), "packaged", "test", 8 * 1024, 1024),
             "packaged": self._packaged(("c4", "wiki"), "packaged", "test", 8 * 1024, 1024),
         }
         if self.options.data is not None:
             path = self.options.data / "text" / "wikitext2.valid.raw"
             windows = self._packaged((str(path),), "files", "test", None, 1024, alone=True)
-            found = {"wikitext2": windows[:: len(windows) // 8][:8], **found}
-        return found
+            texts = {"wikitext2": windows[:: len(windows) // 8][:8], **texts}
+        return texts
 
     def _packaged(
         self,
@@ -149,8 +149,8 @@ class Bench:
         text = RoleConfig(list(texts), tokens)
         roles = dict.fromkeys((role,) if alone else ROLES, text)
         data = DataConfig(source=source, window=window, **roles)  # type: ignore[arg-type]
-        found: Any = make_windows(data, self.tokenizer, seed=seed, only=[role])  # type: ignore[list-item]
-        return found[role].ids
+        windows: Any = make_windows(data, self.tokenizer, seed=seed, only=[role])  # type: ignore[list-item]
+        return windows[role].ids
 
     def calibration(self, text: str, tokens: int, seed: int) -> Tensor:
         """Return calibration windows of 512 tokens."""
@@ -216,25 +216,25 @@ class Bench:
         factors = self.factors(row)
         allocation = self.allocate(row, factors)
         start = time.perf_counter()
-        found: dict[str, Any] = {}
+        result: dict[str, Any] = {}
         if row.refit:
             factors = self._refit(row, allocation, factors)
-            found |= {"feedback": RefitSettings().feedback, "power": RefitConfig().output_power}
-        found["seconds_refit"] = time.perf_counter() - start
-        running = on_device(self.model, factors, allocation.ranks)
+            result |= {"feedback": RefitSettings().feedback, "power": RefitConfig().output_power}
+        result["seconds_refit"] = time.perf_counter() - start
+        prefixes = on_device(self.model, factors, allocation.ranks)
         tokens = sum(ids.numel() for ids in self.tests.values())
-        with compressed(self.model, allocation, running, tokens=tokens):
+        with compressed(self.model, allocation, prefixes, tokens=tokens):
             for name, ids in self.tests.items():
                 total, divergence = Perplexity(0.0, 0), 0.0
                 for chunk in predictions(self.model, ids):
                     total += Perplexity(float(chunk.nll.double().sum()), len(chunk.nll))
                     divergence += float(dense[name].kl_dense_to_compressed(chunk).double().sum())
-                found[name] = {"nll": total.mean, "kl": divergence / total.tokens}
+                result[name] = {"nll": total.mean, "kl": divergence / total.tokens}
             if self.options.zeroshot and row.keep in self.options.keeps[:2] and self._worth(row):
-                found["zeroshot"] = self.zero_shot()
-        found["parameters"] = allocation.cost.parameters
-        found["dense_layers"] = len(allocation.options) - len(allocation.compressed)
-        return found
+                result["zeroshot"] = self.zero_shot()
+        result["parameters"] = allocation.cost.parameters
+        result["dense_layers"] = len(allocation.options) - len(allocation.compressed)
+        return result
 
     def _refit(
         self, row: Row, allocation: Allocation, factors: Mapping[str, LowRankFactors]
@@ -259,13 +259,13 @@ class Bench:
 
     def zero_shot(self) -> dict[str, float]:
         """Return the share of items answered right, by likelihood per byte of the ending."""
-        found = {}
+        shares = {}
         for task in TASKS:
             path = self.options.data / "zeroshot" / f"{task}.jsonl"
             items = [json.loads(line) for line in path.read_text("utf-8").splitlines()[:ITEMS]]
             right = sum(self._answer(item) == item["gold"] for item in items)
-            found[task] = right / len(items)
-        return found
+            shares[task] = right / len(items)
+        return shares
 
     def _worth(self, row: Row) -> bool:
         """Return whether zero-shot items are answered: they cost more than the texts."""
@@ -286,9 +286,9 @@ class Bench:
         logits = self.model(ids, use_cache=False).logits
         scores = []
         for row, (before, after) in enumerate(choices):
-            place = slice(len(before), len(before) + len(after))
-            said = logits[row, place.start - 1 : place.stop - 1].float().log_softmax(-1)
-            known = said.gather(1, ids[row, place, None])
+            span = slice(len(before), len(before) + len(after))
+            log_probabilities = logits[row, span.start - 1 : span.stop - 1].float().log_softmax(-1)
+            known = log_probabilities.gather(1, ids[row, span, None])
             ending = item["endings"][row % len(item["endings"])]
             scores.append(float(known.sum()) / len(ending.encode()))
         return max(range(len(scores)), key=scores.__getitem__)
@@ -304,7 +304,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 def show(results: list[dict[str, Any]]) -> None:
     """Print the table: a line per model, best first within a keep ratio."""
     dense = next(r for r in results if "method" not in r)
-    texts = [name for name, found in dense.items() if isinstance(found, dict) and "nll" in found]
+    texts = [name for name, value in dense.items() if isinstance(value, dict) and "nll" in value]
     first = texts[0]
     rows = sorted(results, key=lambda r: (-r.get("keep", 1.0), r[first]["nll"]))
     print(
@@ -380,22 +380,22 @@ def run(options: argparse.Namespace, file: Path) -> None:
     }
     dense = bench.dense()
     if not results:
-        found: dict[str, Any] = {name: {"nll": d.perplexity.mean} for name, d in dense.items()}
+        result: dict[str, Any] = {name: {"nll": d.perplexity.mean} for name, d in dense.items()}
         if options.zeroshot:
-            found["zeroshot"] = bench.zero_shot()
-        found["dtype"] = str(bench.dtype)
-        append(file, found)
+            result["zeroshot"] = bench.zero_shot()
+        result["dtype"] = str(bench.dtype)
+        append(file, result)
     refits = {"yes": (True,), "no": (False,), None: (True, False)}[options.refit]
     rows = [
         row for row in dict.fromkeys(wanted(options)) if row.refit in refits and row not in known
     ]
     for row in rows[: options.limit]:
         start = time.perf_counter()
-        found = bench.measure(row, dense)
+        result = bench.measure(row, dense)
         seconds = time.perf_counter() - start
-        found |= {"dtype": str(bench.dtype), "seconds": round(seconds, 1)}
-        append(file, {**asdict(row), **found})
-        print(asdict(row), {name: round(found[name]["nll"], 4) for name in dense}, flush=True)
+        result |= {"dtype": str(bench.dtype), "seconds": round(seconds, 1)}
+        append(file, {**asdict(row), **result})
+        print(asdict(row), {name: round(result[name]["nll"], 4) for name in dense}, flush=True)
 
 
 def append(file: Path, result: Mapping[str, Any]) -> None:

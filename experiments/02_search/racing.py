@@ -76,10 +76,10 @@ def replayed(recorded: Recorded, sorts: Sequence[str], races: Races, seed: int) 
         for row in recorded.rows
         if "windows" in row and row["sort"] in sorts
     ]
-    for place in np.random.default_rng(seed).permutation(len(losses)):
-        races(losses[place])
+    for index in np.random.default_rng(seed).permutation(len(losses)):
+        races(losses[index])
     assert races.best is not None
-    return bool(races.best.mean() == min(found.mean() for found in losses))
+    return bool(races.best.mean() == min(trial.mean() for trial in losses))
 
 
 class WindowSurrogate:
@@ -109,5 +109,5 @@ class WindowSurrogate:
         total = self.mean(allocation)
         seed = zlib.crc32(repr(tuple(ranks_of(allocation).values())).encode())
         own = self.spread * np.random.default_rng(seed).standard_normal(len(self.spread))
-        found = self.lines[0] * total + self.lines[1] + own
-        return np.asarray(found + total - found.mean())
+        losses = self.lines[0] * total + self.lines[1] + own
+        return np.asarray(losses + total - losses.mean())

@@ -36,8 +36,8 @@ MULTIPLE = 8
 
 def planned(overrides: list[str], study: Study) -> planning.Plan:
     """Return the plan of a search with some overrides."""
-    chosen: Any = compose.composed("search", [f"study={study.folder}", *overrides])
-    return planning.plan_search(chosen, study, [])
+    config: Any = compose.composed("search", [f"study={study.folder}", *overrides])
+    return planning.plan_search(config, study, [])
 
 
 def wanted(
@@ -92,9 +92,9 @@ def main() -> None:
         )
         save_layers(HERE / "layers.npz", space, worker.prepared, study.state.dense["nll"])
         file = HERE / "recorded.jsonl"
-        done = len(file.read_text("utf-8").splitlines()) if file.is_file() else 0
+        line_count = len(file.read_text("utf-8").splitlines()) if file.is_file() else 0
         for index, (sort, allocation) in enumerate(wanted(space, ratios, options.count)):
-            if index < done:
+            if index < line_count:
                 continue
             start = time.perf_counter()
             result = worker(TrialRequest(index, "sobol", {}, allocation, index))

@@ -68,9 +68,9 @@ class Runs:
                 if seed >= SEEDS.get(name.partition(" ")[0], self.seeds):
                     continue
                 space = self.spaces[kind]
-                found = search(space, starts, make(space, seed), exact(self.model), self.trials)
-                losses = [round(value, 5) for value in found.losses[: self.trials]]
-                self.write(name, seed, seconds=round(found.seconds, 2), losses=losses)
+                result = search(space, starts, make(space, seed), exact(self.model), self.trials)
+                losses = [round(value, 5) for value in result.losses[: self.trials]]
+                self.write(name, seed, seconds=round(result.seconds, 2), losses=losses)
 
     def race(self) -> None:
         """Run the search of lrbo with racing."""
@@ -107,7 +107,7 @@ def show(results: Rows, names: Sequence[str], trials: int, title: str) -> None:
     }
     target = statistics.median(float(x[trials - 1]) for x in best[RECIPE].values())
     marks = (10, 20, 30, 50)
-    titles = [f"after {place}" for place in marks]
+    titles = [f"after {mark}" for mark in marks]
     print(f"\n| {title} | " + " | ".join(titles) + " | trials to reach | won | seconds |")
     print("|---|" + "---:|" * (len(marks) + 3))
     for name in names:
@@ -115,8 +115,8 @@ def show(results: Rows, names: Sequence[str], trials: int, title: str) -> None:
         if not runs:
             continue
         cells = []
-        for place in marks:
-            values = [float(x[min(place, trials) - 1]) for x in runs.values()]
+        for mark in marks:
+            values = [float(x[min(mark, trials) - 1]) for x in runs.values()]
             cells.append(f"{statistics.mean(values):.4f} ({statistics.pstdev(values):.4f})")
         hit = sorted(int(np.argmax(x <= target)) + 1 for x in runs.values() if x[-1] <= target)
         middle = (len(runs) - 1) // 2

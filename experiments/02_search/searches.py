@@ -91,14 +91,14 @@ def ax(space: Space, seed: int, budget: str = "equality", model: Any = None) -> 
     told = space.constraint
     if budget == "inequality" and told is not None:
         told = LinearConstraint(told.weights, told.bound, is_equality=False)
-    seen_by_ax: Any = Constrained(space, None if budget == "projection" else told)
-    client = SearchClient(seen_by_ax, seed=seed)
+    ax_space: Any = Constrained(space, None if budget == "projection" else told)
+    client = SearchClient(ax_space, seed=seed)
 
-    def propose(seen: list[Observation], losses: Losses) -> Point:
+    def propose(observations: list[Observation], losses: Losses) -> Point:
         if len(losses) < INITIAL:
             return sobol_point(space, len(losses), seed)
         with _model(model):
-            point = client.ask(len(losses), seen)
+            point = client.ask(len(losses), observations)
         if budget == "projection":
             return space.project(point)
         return point
@@ -107,12 +107,12 @@ def ax(space: Space, seed: int, budget: str = "equality", model: Any = None) -> 
 
 
 @contextmanager
-def _model(found: Any) -> Iterator[None]:
+def _model(model: Any) -> Iterator[None]:
     """Let Ax use another class of Gaussian process."""
-    if found is None:
+    if model is None:
         yield
         return
-    with mock.patch("lrbo.optimization.proposals.CappedSingleTaskGP", found):
+    with mock.patch("lrbo.optimization.proposals.CappedSingleTaskGP", model):
         yield
 
 
@@ -178,25 +178,25 @@ def search(
     space: Space, starts: Sequence[str], propose: Propose, evaluate: Evaluate, trials: int
 ) -> Trials:
     """Run a search."""
-    done = Trials([], [])
-    seen: list[Observation] = []
+    result = Trials([], [])
+    observations: list[Observation] = []
 
     def tell(point: Point, allocation: Allocation) -> None:
         loss, error = evaluate(allocation)
-        done.losses.append(loss)
-        done.allocations.append(allocation)
+        result.losses.append(loss)
+        result.allocations.append(allocation)
         told = space.realised(allocation, point)
         if told:
-            seen.append(Observation(told, loss, error=error))
+            observations.append(Observation(told, loss, error=error))
 
     for start in space.warm_starts(starts):
         tell(start.point, start.allocation)
-    while len(done.losses) < trials:
+    while len(result.losses) < trials:
         begin = time.process_time()  # of one core, whatever else the machine does
-        point = propose(seen, done.losses)
-        done.seconds += time.process_time() - begin
+        point = propose(observations, result.losses)
+        result.seconds += time.process_time() - begin
         tell(point, space.allocate(point))
-    return done
+    return result
 
 
 def exact(model: Surrogate) -> Evaluate:

@@ -51,24 +51,24 @@ class Recorded:
     @classmethod
     def load(cls) -> Recorded:
         """Read recorded.jsonl and layers.npz."""
-        found = np.load(HERE / "layers.npz")
+        arrays = np.load(HERE / "layers.npz")
         layers = [
             LayerSpec(str(name), str(kind), int(block), *map(int, shape), has_bias=False, site="x")
             for name, kind, block, shape in zip(
-                found["names"], found["kinds"], found["blocks"], found["shapes"], strict=True
+                arrays["names"], arrays["kinds"], arrays["blocks"], arrays["shapes"], strict=True
             )
         ]
         curves = {}
-        for spec, row in zip(layers, found["curves"].astype(np.float64), strict=True):
+        for spec, row in zip(layers, arrays["curves"].astype(np.float64), strict=True):
             full = min(spec.out_features, spec.in_features)
             ranks = np.arange(full + 1)
             curves[spec.name] = np.interp(ranks, np.arange(len(row)) * MULTIPLE, row)
         lines = (HERE / "recorded.jsonl").read_text("utf-8").splitlines()
-        dense = float(found["dense"])
+        dense = float(arrays["dense"])
         every = [json.loads(line) for line in lines]
         # Where a few layers are crushed the loss jumps; no search goes there twice.
         rows = [row for row in every if row["nll"] - dense < CRUSHED]
-        return cls(layers, curves, Budget("parameters", int(found["budget"])), dense, rows)
+        return cls(layers, curves, Budget("parameters", int(arrays["budget"])), dense, rows)
 
     @cached_property
     def inputs(self) -> np.ndarray:
@@ -144,8 +144,8 @@ def held_back(recorded: Recorded) -> dict[str, float]:
         model = Surrogate(recorded, np.setdiff1d(order, left_out).tolist())
         errors[left_out] = model.log_excess(recorded.inputs[left_out]) - recorded.targets[left_out]
     sorts = [row["sort"] for row in recorded.rows]
-    found = {"R^2": 1 - float(errors.var() / recorded.targets.var())}
+    deviations = {"R^2": 1 - float(errors.var() / recorded.targets.var())}
     for sort in dict.fromkeys(sorts):
-        own = errors[[place for place, other in enumerate(sorts) if other == sort]]
-        found[sort] = float(np.sqrt((own**2).mean()))
-    return found
+        own = errors[[index for index, other in enumerate(sorts) if other == sort]]
+        deviations[sort] = float(np.sqrt((own**2).mean()))
+    return deviations

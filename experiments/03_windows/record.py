@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("studies/windows"))
     options = parser.parse_args()
     study = Study(options.folder)
-    chosen: Any = compose.composed(
+    config: Any = compose.composed(
         "search",
         [
             f"study={study.folder}",
@@ -57,7 +57,7 @@ def main() -> None:
             "evaluation.kl_top=1",
         ],
     )
-    plan = planning.plan_search(chosen, study, [])
+    plan = planning.plan_search(config, study, [])
     reporter = Reporter()
     with study.locked():
         worker = build_worker.build_worker(plan, study, reporter)
@@ -65,8 +65,8 @@ def main() -> None:
             plan, study, worker.model, worker.prepared, reporter
         )
         if FILE.is_file():
-            kept = np.load(FILE)
-            sorts, rows = list(kept["sorts"]), list(kept["losses"])
+            arrays = np.load(FILE)
+            sorts, rows = list(arrays["sorts"]), list(arrays["losses"])
         else:
             dense = worker.task.losses(worker.model, worker.windows)
             sorts, rows = ["dense"], [dense.numpy().astype(np.float32)]
@@ -81,13 +81,13 @@ def main() -> None:
                 tokens=worker.windows.numel(),
                 buffers=worker.buffers,
             ):
-                found = worker.task.losses(worker.model, worker.windows)
-            rows.append(found.numpy().astype(np.float32))
+                losses = worker.task.losses(worker.model, worker.windows)
+            rows.append(losses.numpy().astype(np.float32))
             sorts.append(sort)
             with replacing(FILE) as beside, beside.open("wb") as file:
                 np.savez_compressed(file, sorts=np.array(sorts), losses=np.stack(rows))
             seconds = time.perf_counter() - start
-            reporter.say(f"{index:>4} {sort:<12} {float(found.mean()):.4f}  {seconds:.1f} s")
+            reporter.say(f"{index:>4} {sort:<12} {float(losses.mean()):.4f}  {seconds:.1f} s")
 
 
 if __name__ == "__main__":

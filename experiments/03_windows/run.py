@@ -49,9 +49,9 @@ class Recorded:
     @classmethod
     def load(cls) -> Recorded:
         """Read losses.npz."""
-        found = np.load(FILE)
-        searched = ~np.isin(found["sorts"], ("dense", "uniform"))
-        losses = found["losses"].astype(np.float64)
+        arrays = np.load(FILE)
+        searched = ~np.isin(arrays["sorts"], ("dense", "uniform"))
+        losses = arrays["losses"].astype(np.float64)
         return cls(losses[searched], losses.shape[1] // 2)
 
 
@@ -63,13 +63,13 @@ def first(losses: Losses, count: int, generator: np.random.Generator) -> list[in
 
 def at_random(losses: Losses, count: int, generator: np.random.Generator) -> list[int]:
     """Return windows of any text."""
-    return [int(place) for place in generator.permutation(losses.shape[1])[:count]]
+    return [int(index) for index in generator.permutation(losses.shape[1])[:count]]
 
 
 def of_most_variance(losses: Losses, count: int, generator: np.random.Generator) -> list[int]:
     """Return the windows that differ most between allocations."""
     del generator
-    return [int(place) for place in np.argsort(-losses.var(0), kind="stable")[:count]]
+    return [int(index) for index in np.argsort(-losses.var(0), kind="stable")[:count]]
 
 
 def of_least_distance(losses: Losses, count: int, generator: np.random.Generator) -> list[int]:
@@ -103,25 +103,25 @@ def split(
     return mixed[:POOL], mixed[POOL:], allocations[:SELECTING], allocations[SELECTING:]
 
 
-def judged(chosen: Losses, pool: Losses, others: Losses) -> list[float]:
+def judged(sample: Losses, pool: Losses, others: Losses) -> list[float]:
     """Return what a choice says of allocations that it has not seen.
 
     Args:
-        chosen: ``(allocations, windows)``, losses on the chosen windows.
+        sample: ``(allocations, windows)``, losses on the chosen windows.
         pool: On the whole pool.
         others: On windows that nothing was chosen by.
 
     Returns:
         Rank correlation with the pool, regret and error there, rank correlation with the others.
     """
-    found, truth = chosen.mean(1), pool.mean(1)
-    regret = truth[found.argmin()] - truth.min()
-    error = np.std(found - truth)
+    estimates, truth = sample.mean(1), pool.mean(1)
+    regret = truth[estimates.argmin()] - truth.min()
+    error = np.std(estimates - truth)
     return [
-        float(spearmanr(found, truth)[0]),
+        float(spearmanr(estimates, truth)[0]),
         1000 * float(regret),
         1000 * float(error),
-        float(spearmanr(found, others.mean(1))[0]),
+        float(spearmanr(estimates, others.mean(1))[0]),
     ]
 
 
@@ -171,7 +171,7 @@ def main() -> None:
     print()
     for size in SIZES:
         reached = float(np.mean([row[2] for row in rows["least distance (lrbo)", size]]))
-        equal = next(count for count, found in errors.items() if np.mean(found) <= reached)
+        equal = next(count for count, values in errors.items() if np.mean(values) <= reached)
         saved = equal - size
         trials = f"{SELECTING * POOL / saved:.0f} trials" if saved > 0 else "no number of trials"
         print(

@@ -38,12 +38,12 @@ Factors = Mapping[str, LowRankFactors]
 
 def planned(studies: str, *overrides: str) -> tuple[planning.Plan, Study]:
     """Return the plan of a search with some overrides."""
-    chosen = compose.composed("search", [
+    config = compose.composed("search", [
         *BASE, "sensitivity.layers_per_kind=0", f"studies={studies}", *overrides
     ])  # fmt: skip
-    assert isinstance(chosen, SearchConfig)
-    study = Study(Path(studies) / chosen.study)
-    return planning.plan_search(chosen, study, checks.check(chosen)), study
+    assert isinstance(config, SearchConfig)
+    study = Study(Path(studies) / config.study)
+    return planning.plan_search(config, study, checks.check(config)), study
 
 
 def both_ways(studies: str) -> tuple[Worker, planning.Plan, Factors, Factors]:
@@ -78,8 +78,10 @@ def measured(studies: str) -> Iterator[tuple[str, float, list[float]]]:
     """Yield what was switched, the keep ratio, and the losses."""
     worker, plan, two, one = both_ways(studies)
     kinds = list(dict.fromkeys(spec.kind for spec in plan.layers.compressible))
-    for kept in KEPT:
-        budgeted, _ = planned(studies, f"budget.keep_ratio={kept}", f"study=keep_{kept}")
+    for keep_ratio in KEPT:
+        budgeted, _ = planned(
+            studies, f"budget.keep_ratio={keep_ratio}", f"study=keep_{keep_ratio}"
+        )
 
         def switched(*sides: str, budgeted: planning.Plan = budgeted) -> list[float]:
             mixed = {
@@ -90,16 +92,16 @@ def measured(studies: str) -> Iterator[tuple[str, float, list[float]]]:
             return losses(worker, plan, mixed, allocation)
 
         reference = switched()
-        yield "none", kept, reference
+        yield "none", keep_ratio, reference
         gained = []
         for kind in kinds:
-            found = switched(kind)
-            yield kind, kept, found
-            if found[0] < reference[0]:
+            text_losses = switched(kind)
+            yield kind, keep_ratio, text_losses
+            if text_losses[0] < reference[0]:
                 gained.append(kind)
-        yield "all", kept, switched(*kinds)
+        yield "all", keep_ratio, switched(*kinds)
         if len(gained) > 1:
-            yield " ".join(gained), kept, switched(*gained)
+            yield " ".join(gained), keep_ratio, switched(*gained)
 
 
 def main() -> None:
@@ -108,11 +110,11 @@ def main() -> None:
     print("|---|---:|---:|---:|---:|---:|")
     reference: list[float] = []
     with tempfile.TemporaryDirectory() as studies:
-        for sides, kept, found in measured(studies):
+        for sides, keep_ratio, text_losses in measured(studies):
             if sides == "none":
-                reference = found
-            cells = [f"{a:.5f} | {a - b:+.5f}" for a, b in zip(found, reference, strict=True)]
-            print(f"| {sides} | {kept} | {' | '.join(cells)} |", flush=True)
+                reference = text_losses
+            cells = [f"{a:.5f} | {a - b:+.5f}" for a, b in zip(text_losses, reference, strict=True)]
+            print(f"| {sides} | {keep_ratio} | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

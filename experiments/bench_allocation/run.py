@@ -34,12 +34,12 @@ SHAPES = {
 
 def layers_of(blocks: int) -> list[LayerSpec]:
     """Return the layers of a Llama-2-7B with so many blocks."""
-    found = []
+    layers = []
     for block, (kind, (out, into)) in itertools.product(range(blocks), SHAPES.items()):
         name = f"model.layers.{block}.{kind}"
         sides = (out // SHRINK, into // SHRINK)
-        found.append(LayerSpec(name, kind, block, *sides, False, site=name))
-    return found
+        layers.append(LayerSpec(name, kind, block, *sides, False, site=name))
+    return layers
 
 
 def curves_of(layers: list[LayerSpec], seed: int) -> dict[str, np.ndarray]:
@@ -104,16 +104,16 @@ def compare() -> None:
         least, most = (sum(int(own[end]) for own in sizes) for end in (0, -1))
         ceiling = int(random.integers(least, most + 1))
         best = min(
-            math.fsum(float(loss) for loss, _ in chosen)
-            for chosen in itertools.product(
+            math.fsum(float(loss) for loss, _ in options)
+            for options in itertools.product(
                 *(list(zip(*pair, strict=True)) for pair in zip(losses, sizes, strict=True))
             )
-            if sum(int(size) for _, size in chosen) <= ceiling
+            if sum(int(size) for _, size in options) <= ceiling
         )
-        found = knapsack.solve(sizes, losses, ceiling)
-        missed += found.loss != best
-        unproven += found.gap > 0.0
-        worst = max(worst, found.loss - best)
+        solution = knapsack.solve(sizes, losses, ceiling)
+        missed += solution.loss != best
+        unproven += solution.gap > 0.0
+        worst = max(worst, solution.loss - best)
     print("| small random cases | not optimal | without proof | largest gap to brute force |")
     print("|---|---:|---:|---:|")
     print(f"| {CASES:,} | {missed} | {unproven} | {worst:g} |")

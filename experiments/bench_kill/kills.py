@@ -141,10 +141,10 @@ def nursery() -> Iterator[Nursery]:
         stdout=subprocess.PIPE,
         text=True,
     ) as process:
-        found = Nursery(process)
-        assert found.read() == "ready"
+        nest = Nursery(process)
+        assert nest.read() == "ready"
         try:
-            yield found
+            yield nest
         finally:
             process.kill()
 
@@ -155,13 +155,13 @@ class Pace:
 
     Attributes:
         set_up: From its start to the first trial, with nothing made before.
-        again: The same of a study that exists.
+        restart: The same of a study that exists.
         proposal: For one of the surrogate's.
         afterwards: From the end of the last trial to its own.
     """
 
     set_up: float
-    again: float
+    restart: float
     proposal: float
     afterwards: float
 
@@ -170,13 +170,13 @@ def left_alone(nest: Nursery, folder: Path, seed: int) -> Pace:
     """Run a search without a kill, and once more, which finds that all is done."""
     start = time.time()
     nest.run(folder, search(seed))
-    end, seen = time.time(), events(folder)
+    end, entries = time.time(), events(folder)
     nest.run(folder, search(seed))
-    afterwards = end - max(event["time"] for event in seen if event["event"] == "logged")
-    suggested = [event for event in seen if event["event"] == "suggested"]
+    afterwards = end - max(event["time"] for event in entries if event["event"] == "logged")
+    suggested = [event for event in entries if event["event"] == "suggested"]
     return Pace(
         set_up=suggested[0]["time"] - start,
-        again=max(time.time() - end - afterwards, 0.0),
+        restart=max(time.time() - end - afterwards, 0.0),
         proposal=statistics.median(
             event["seconds"]["suggestion"] for event in suggested if event["origin"] == "model"
         ),
@@ -188,11 +188,11 @@ def moments(chooser: random.Random, kills: int, pace: Pace) -> Iterator[tuple[in
     """Yield for each kill: lines to wait for, what they hold, seconds more."""
     set_up, proposals, afterwards = (round(kills * share) for share in (0.25, 0.2, 0.1))
     for number in range(set_up):  # model, statistics, tokens, dense model, and all of it again
-        yield 0, b"", chooser.uniform(0.0, pace.again if number % 2 else pace.set_up)
+        yield 0, b"", chooser.uniform(0.0, pace.restart if number % 2 else pace.set_up)
     among = kills - set_up - proposals - afterwards
     for _ in range(among):  # trials of the initial design
         lines = chooser.randint(0, 2 * LINES * INITIAL // among)
-        more = chooser.uniform(0.0, 0.1 if lines else pace.again)
+        more = chooser.uniform(0.0, 0.1 if lines else pace.restart)
         yield lines, b"", chooser.choice([0.0, more])
     for _ in range(proposals):  # while the surrogate is fitted and asked
         yield 1, b'"origin": "model"', chooser.uniform(0.0, 1.5 * pace.proposal)
@@ -231,14 +231,14 @@ def _wait(folder: Path, process: int, start: int, lines: int, mark: bytes) -> No
         time.sleep(0.002)
 
 
-def _place(before: bytes, after: bytes, seen: Sequence[Mapping[str, Any]]) -> str:
+def _place(before: bytes, after: bytes, entries: Sequence[Mapping[str, Any]]) -> str:
     """Return where a search was when it died, as far as its journal says."""
-    ended = {event["trial"] for event in seen if event["event"] == "ended"}
+    ended = {event["trial"] for event in entries if event["event"] == "ended"}
     if len(ended) == TRIALS:
         return "afterwards"
     if len(after) <= len(before):
         return "set-up"  # it had not written anything yet
-    kind = seen[-1]["event"] if seen else "dense"
+    kind = entries[-1]["event"] if entries else "dense"
     if kind == "dense":
         return "set-up"
     return "proposals" if kind == "logged" and len(ended) >= INITIAL else "trials"
@@ -276,18 +276,20 @@ def judge(
         reference: That the same search ran in, left alone.
         expected: Events of the reference, where its journal is not to be read.
     """
-    seen = events(folder)
+    entries = events(folder)
     expected = events(reference) if expected is None else expected
     problems = [] if content(folder).endswith(b"\n") else ["the journal ends in half a line"]
     for kind, key in (("suggested", "trial"), ("ended", "trial"), ("tested", "label")):
-        found, wanted = ([e[key] for e in all_ if e["event"] == kind] for all_ in (seen, expected))
-        if found != wanted:
-            problems.append(f"{kind}: {key}s {found} instead of {wanted}")
-    ended = {event["trial"]: event for event in seen if event["event"] == "ended"}
+        actual, wanted = (
+            [e[key] for e in all_ if e["event"] == kind] for all_ in (entries, expected)
+        )
+        if actual != wanted:
+            problems.append(f"{kind}: {key}s {actual} instead of {wanted}")
+    ended = {event["trial"]: event for event in entries if event["event"] == "ended"}
     problems += _mlflow_problems(folder, ended)
-    starts = Counter(event["trial"] for event in seen if event["event"] == "started")
+    starts = Counter(event["trial"] for event in entries if event["event"] == "started")
     variables, loss = [0.0], [0.0]
-    for event, other in _pairs(seen, expected):
+    for event, other in _pairs(entries, expected):
         name = f"trial {event['trial']}"
         if event["event"] == "suggested":
             problems += [
@@ -307,17 +309,17 @@ def judge(
         problems.append(f"variables differ by {max(variables):.2g}")
     if not max(loss) <= LOSS_WITHIN:
         problems.append(f"losses differ by {max(loss):.2g}")
-    again = sum(count > 1 for count in starts.values())
-    return Verdict(problems, again, max(variables), max(loss))
+    restarts = sum(count > 1 for count in starts.values())
+    return Verdict(problems, restarts, max(variables), max(loss))
 
 
 def _pairs(
-    seen: Sequence[Mapping[str, Any]], expected: Sequence[Mapping[str, Any]]
+    entries: Sequence[Mapping[str, Any]], expected: Sequence[Mapping[str, Any]]
 ) -> Iterator[tuple[Mapping[str, Any], Mapping[str, Any]]]:
     """Yield what was suggested and what came of it, beside the same of the reference."""
     for kind in ("suggested", "ended"):
         theirs = {event["trial"]: event for event in expected if event["event"] == kind}
-        mine = (event for event in seen if event["event"] == kind)
+        mine = (event for event in entries if event["event"] == kind)
         yield from ((event, theirs[event["trial"]]) for event in mine if event["trial"] in theirs)
 
 

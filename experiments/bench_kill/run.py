@@ -29,16 +29,16 @@ def one(nest: Nursery, folder: Path, number: int, pace: Pace, reference: Path) -
     folder.mkdir()
     places = killed(nest, folder, seed, moments(random.Random(number), KILLS, pace))
     nest.run(folder, search(seed))
-    found = judge(folder, reference)
-    result = {"study": number, "kills": len(places), "places": Counter(places), **asdict(found)}
+    verdict = judge(folder, reference)
+    result = {"study": number, "kills": len(places), "places": Counter(places), **asdict(verdict)}
     (folder / "result.json").write_text(json.dumps(result) + "\n", encoding="utf-8")
-    if not found.problems:  # what went wrong is kept, to be looked at
+    if not verdict.problems:  # what went wrong is kept, to be looked at
         for name in ("studies", "cache", "outputs"):
             shutil.rmtree(folder / name, ignore_errors=True)
     return result
 
 
-def run(place: Path) -> list[dict[str, Any]]:
+def run(root: Path) -> list[dict[str, Any]]:
     """Run studies until there are enough kills, and return the results of all of them.
 
     Those that ended in ``place`` before are taken as they are.
@@ -49,13 +49,13 @@ def run(place: Path) -> list[dict[str, Any]]:
         # A kill that came when the search was over is none, so their number is not known before.
         while sum(result["kills"] for result in results) < ALL:
             number = len(results)
-            folder = place / f"study_{number:03d}"
+            folder = root / f"study_{number:03d}"
             if (folder / "result.json").is_file():
                 results.append(json.loads((folder / "result.json").read_text(encoding="utf-8")))
                 continue
             seed = number % SEEDS
             if seed not in references:
-                alone = place / f"alone_{seed}"
+                alone = root / f"alone_{seed}"
                 shutil.rmtree(alone, ignore_errors=True)
                 alone.mkdir()
                 references[seed] = alone, left_alone(nest, alone, seed)
@@ -88,11 +88,11 @@ def main() -> int:
     """Run, print, and fail if a study ended otherwise than one that was left alone."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, help="to keep results in, and go on from")
-    chosen = parser.parse_args().folder
+    folder = parser.parse_args().folder
     with tempfile.TemporaryDirectory() as scratch:
-        place = Path(scratch) if chosen is None else chosen.absolute()
-        place.mkdir(parents=True, exist_ok=True)
-        results = run(place)
+        root = Path(scratch) if folder is None else folder.absolute()
+        root.mkdir(parents=True, exist_ok=True)
+        results = run(root)
     show(results)
     problems = [problem for result in results for problem in result["problems"]]
     print("\n".join(problems), file=sys.stderr)

@@ -97,11 +97,11 @@ def error_of(module: nn.Module, x: Tensor, expected: Tensor) -> float:
     return float(difference.abs().max() / expected.square().mean().sqrt())
 
 
-def milliseconds(found: dict[str, nn.Module], x: Tensor) -> dict[str, float]:
+def milliseconds(layers: dict[str, nn.Module], x: Tensor) -> dict[str, float]:
     """Return the shortest time of each module; they take turns."""
-    taken: dict[str, list[float]] = {name: [] for name in found}
+    taken: dict[str, list[float]] = {name: [] for name in layers}
     for _ in range(REPEATS + 1):
-        for name, module in found.items():
+        for name, module in layers.items():
             start = time.perf_counter()
             module(x)
             taken[name].append(1000 * (time.perf_counter() - start))
@@ -136,18 +136,18 @@ def main() -> None:
         generator = torch.Generator().manual_seed(1)
         x = torch.randn(max(TOKENS), case.in_features, generator=generator)
         for dtype in DTYPES:
-            found = modules(case, dtype)
+            layers = modules(case, dtype)
             given = x.to(dtype)
             expected = (given.double() @ case.right.double().T) @ case.left.double().T
             shown = [
-                f"{error_of(found[name], given, expected):.1e}"
+                f"{error_of(layers[name], given, expected):.1e}"
                 for name in ("dense", "factored, same rank", "pivoted")
             ]
             errors.append(f"| {case.name} | {str(dtype)[6:]} | {' | '.join(shown)} |")
             if dtype == torch.float64:
                 continue
             for tokens in TOKENS:
-                taken = milliseconds(found, given[:tokens])
+                taken = milliseconds(layers, given[:tokens])
                 shown = [f"{value:.3g}" for value in taken.values()]
                 times.append(f"| {case.name} | {str(dtype)[6:]} | {tokens} | {' | '.join(shown)} |")
     print("| layer | rank factored | rank pivoted | conversion s | growth | swaps |")

@@ -39,9 +39,9 @@ def configured(studies: str) -> SearchConfig:
         "method=bolaco", "space=per_kind", "space.forms=[factored]", "sensitivity.enabled=false",
         f"studies={studies}",
     ]  # fmt: skip
-    found = compose.composed("search", overrides)
-    assert isinstance(found, SearchConfig)
-    return found
+    config = compose.composed("search", overrides)
+    assert isinstance(config, SearchConfig)
+    return config
 
 
 def sliced(factors: LowRankFactors, rank: int) -> nn.Sequential:
@@ -61,15 +61,15 @@ def main() -> None:
     """Measure and print the table."""
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
     with tempfile.TemporaryDirectory() as studies:
-        chosen = configured(studies)
+        config = configured(studies)
         study = Study(Path(studies) / "bench")
         with study.locked():
-            plan = planning.plan_search(chosen, study, checks.check(chosen))
+            plan = planning.plan_search(config, study, checks.check(config))
             worker = build_worker.build_worker(plan, study, Reporter())
             point = plan.space.start_point() or sobol_point(plan.space, 0, 0)
             allocation = plan.space.allocate(point)
     request = TrialRequest(0, "start", point, allocation, 0)
-    evaluation = chosen.evaluation
+    evaluation = config.evaluation
     sizes = {"batch_windows": evaluation.batch_windows, "chunk_tokens": evaluation.chunk_tokens}
     names = ("copying", "cutting", "scoring", "dropping", "the paper's", "lrbo's", "dense scoring")
     taken: dict[str, list[float]] = {name: [] for name in names}
@@ -81,19 +81,19 @@ def main() -> None:
         for name, option in allocation.compressed.items():
             replace_module(model, name, sliced(worker.prepared[name], *option.level))
         marks.append(time.perf_counter())
-        found = score(model, worker.windows, **sizes)
+        perplexity = score(model, worker.windows, **sizes)
         marks.append(time.perf_counter())
         del model
         marks.append(time.perf_counter())
         for name, begin, end in zip(names, marks, marks[1:], strict=False):
             taken[name].append(end - begin)
         taken["the paper's"].append(marks[-1] - marks[0])
-        return found.mean
+        return perplexity.mean
 
     losses = paper(), worker(request).metrics["nll"]  # warm; they must be one model
     assert abs(losses[0] - losses[1]) < 0.01, losses
-    for kept in taken.values():
-        kept.clear()
+    for samples in taken.values():
+        samples.clear()
     for _ in range(REPEATS):
         paper()
         start = time.perf_counter()
@@ -105,7 +105,7 @@ def main() -> None:
 
     model = worker.model
     print(
-        f"{chosen.model.name}, {model.dtype} on {model.device}, {torch.get_num_threads()} threads, "
+        f"{config.model.name}, {model.dtype} on {model.device}, {torch.get_num_threads()} threads, "
         f"{worker.windows.numel():,} tokens; losses {losses[0]:.5f} and {losses[1]:.5f}"
     )
     print("| part of a trial | seconds | of scoring the dense model |")

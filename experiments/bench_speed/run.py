@@ -51,15 +51,15 @@ FUSED = {"self_attn": ("q_proj", "k_proj", "v_proj"), "mlp": ("gate_proj", "up_p
 class Shared(nn.Module):
     """The rows of a pivoted layer, multiplied with those of its neighbours by the first one."""
 
-    def __init__(self, shared: dict[str, Any], place: int) -> None:
+    def __init__(self, shared: dict[str, Any], index: int) -> None:
         super().__init__()
-        self.shared, self.place = shared, place
+        self.shared, self.index = shared, index
 
     def forward(self, x: Tensor) -> Tensor:
         """Answer the pivots of the layer."""
-        if self.place == 0:
+        if self.index == 0:
             self.shared["pivots"] = self.shared["rows"](x).split(self.shared["ranks"], -1)
-        pivots: Tensor = self.shared["pivots"][self.place]
+        pivots: Tensor = self.shared["pivots"][self.index]
         return pivots
 
 
@@ -71,19 +71,21 @@ def fuse_(model: PreTrainedModel) -> None:
             rows = linear_of(torch.cat([one.rows.weight for one in layers]), None, Product)
             rows.pointwise = layers[0].pointwise
             shared = {"rows": rows, "ranks": [one.rank for one in layers]}
-            for place, layer in enumerate(layers):
-                layer.rows = Shared(shared, place)
+            for index, layer in enumerate(layers):
+                layer.rows = Shared(shared, index)
 
 
-def rank_for(unit: LayerSpec, kept: float, form: str) -> int:
+def rank_for(unit: LayerSpec, keep_ratio: float, form: str) -> int:
     """Return the largest rank at a share of the parameters, a multiple of 32 where there is one."""
     menu = Menu.of(unit, [form], bias=False, itemsize=4)
     options = [(menu.option(i), menu.cost(i).parameters) for i in range(len(menu) - 1)]
-    fits = [option.level[0] for option, cost in options if cost <= kept * unit.parameters]
+    fits = [option.level[0] for option, cost in options if cost <= keep_ratio * unit.parameters]
     return max([rank for rank in fits if rank % 32 == 0] or fits)
 
 
-def made(shape: str, kept: float, form: str, dtype: torch.dtype, device: str) -> PreTrainedModel:
+def made(
+    shape: str, keep_ratio: float, form: str, dtype: torch.dtype, device: str
+) -> PreTrainedModel:
     """Return a model of random weights."""
 
     def some(*size: int) -> Tensor:
@@ -94,19 +96,19 @@ def made(shape: str, kept: float, form: str, dtype: torch.dtype, device: str) ->
         model = LlamaForCausalLM(config).to(dtype).eval().requires_grad_(False)
     units = map_model(model).compressible
     for unit in units:
-        rank = rank_for(unit, kept, form)
+        rank = rank_for(unit, keep_ratio, form)
         left, right = some(unit.out_features, rank), some(rank, unit.in_features)
         replace_module(model, unit.name, MODULES[form].stand_in(unit.name, left, right, None))
     assert len(low_rank_layers(model)) == len(units)
     return model
 
 
-def print_speeds(model: str, kept: float, form: str, found: list[Speed]) -> None:
+def print_speeds(model: str, keep_ratio: float, form: str, speeds: list[Speed]) -> None:
     """Print a row for each."""
-    for one in found:
+    for one in speeds:
         step = f"{one.step}, compiled" if one.compiled else one.step
         print(
-            f"| {model} | {kept} | {form} | {step} | {one.prompt:,} "
+            f"| {model} | {keep_ratio} | {form} | {step} | {one.prompt:,} "
             f"| {one.dense_tokens_per_second:,.0f} | {one.tokens_per_second:,.0f} "
             f"| {one.speedup:.2f} +- {one.error:.2f} |",
             flush=True,
@@ -121,33 +123,35 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--prompts", type=int, nargs="+", default=[8] if SMOKE else [512])
     parser.add_argument("--compile", action="store_true")
-    chosen = parser.parse_args()
-    settings = TimingSettings(tuple(chosen.prompts), steps=8, repeats=3 if SMOKE else 7)
+    options = parser.parse_args()
+    settings = TimingSettings(tuple(options.prompts), steps=8, repeats=3 if SMOKE else 7)
     kinds: list[tuple[float, str, KindSpeed]] = []
-    label = f"{chosen.shape}, {chosen.dtype}, {chosen.device}"
+    label = f"{options.shape}, {options.dtype}, {options.device}"
     print(f"{torch.get_num_threads()} threads\n")
     print("| model | kept | form | step | prompt | dense tokens/s | tokens/s | times faster |")
     print("|---|---:|---|---|---:|---:|---:|---:|")
-    for kept in KEPT:
+    for keep_ratio in KEPT:
         for form in MODULES:
-            dtype = getattr(torch, chosen.dtype)
-            model = made(chosen.shape, kept, form, dtype, chosen.device)
+            dtype = getattr(torch, options.dtype)
+            model = made(options.shape, keep_ratio, form, dtype, options.device)
             twin = dense_twin(model)
-            print_speeds(label, kept, form, measure_speed(model, twin, settings))
-            kinds += [(kept, form, one) for one in measure_kinds(model, twin, settings)]
-            if chosen.compile:
+            print_speeds(label, keep_ratio, form, measure_speed(model, twin, settings))
+            kinds += [(keep_ratio, form, one) for one in measure_kinds(model, twin, settings)]
+            if options.compile:
                 shorter = replace(settings, prompts=settings.prompts[:1])
-                found = measure_speed(model, twin, shorter, compiled=True)
-                print_speeds(label, kept, form, found)
+                speeds = measure_speed(model, twin, shorter, compiled=True)
+                print_speeds(label, keep_ratio, form, speeds)
             if form == "pivoted":
                 fuse_(model)
-                print_speeds(label, kept, "pivoted, fused", measure_speed(model, twin, settings))
+                print_speeds(
+                    label, keep_ratio, "pivoted, fused", measure_speed(model, twin, settings)
+                )
     print("\n| model | kept | form | kind | dense ms | ms | times faster |")
     print("|---|---:|---|---|---:|---:|---:|")
-    for kept, form, kind in kinds:
+    for keep_ratio, form, kind in kinds:
         print(
-            f"| {label} | {kept} | {form} | {kind.kind} | {kind.dense_ms:.2f} | {kind.ms:.2f} "
-            f"| {kind.speedup:.2f} +- {kind.error:.2f} |"
+            f"| {label} | {keep_ratio} | {form} | {kind.kind} | {kind.dense_ms:.2f} "
+            f"| {kind.ms:.2f} | {kind.speedup:.2f} +- {kind.error:.2f} |"
         )
 
 

@@ -61,37 +61,37 @@ def configured(studies: str) -> SearchConfig:
     overrides = ["experiment=tiny"] if SMOKE else [
         "experiment=quickstart", "data.calibration.tokens=8192", f"model.dtype={DTYPE}"
     ]  # fmt: skip
-    found = compose.composed("search", [*overrides, f"studies={studies}"])
-    assert isinstance(found, SearchConfig)
-    return found
+    config = compose.composed("search", [*overrides, f"studies={studies}"])
+    assert isinstance(config, SearchConfig)
+    return config
 
 
 def main() -> None:
     """Measure, print the table, and fail if a promise is broken."""
     with tempfile.TemporaryDirectory() as studies:
-        chosen = configured(studies)
+        config = configured(studies)
         study = Study(Path(studies) / "bench")
         with study.locked():
-            plan = planning.plan_search(chosen, study, checks.check(chosen))
+            plan = planning.plan_search(config, study, checks.check(config))
             worker = build_worker.build_worker(plan, study, Reporter())
             space = build_worker.informed_space(
                 plan, study, worker.model, worker.prepared, Reporter()
             )
-            measure(plan, worker, space, chosen)
+            measure(plan, worker, space, config)
 
 
-def measure(plan: planning.Plan, worker: Worker, space: Space, chosen: SearchConfig) -> None:
+def measure(plan: planning.Plan, worker: Worker, space: Space, config: SearchConfig) -> None:
     """Print one row per quantity."""
     sizes = {
-        "batch_windows": chosen.evaluation.batch_windows,
-        "chunk_tokens": chosen.evaluation.chunk_tokens,
+        "batch_windows": config.evaluation.batch_windows,
+        "chunk_tokens": config.evaluation.chunk_tokens,
     }
     model = worker.model
     calibration, validation = plan.windows["calibration"].ids, worker.windows
 
     def forward_only() -> None:
         with torch.inference_mode():
-            for batch in torch.split(calibration, chosen.calibration.batch_windows):
+            for batch in torch.split(calibration, config.calibration.batch_windows):
                 model(batch.to(model.device), use_cache=False, logits_to_keep=1)
 
     body, settings = BlockwiseBody(model), plan.preparation.settings
@@ -132,7 +132,7 @@ def measure(plan: planning.Plan, worker: Worker, space: Space, chosen: SearchCon
     tokens = dict.fromkeys(names[:3], calibration.numel())
 
     print(
-        f"{chosen.model.name}, {model.dtype} on {model.device}, {torch.get_num_threads()} threads"
+        f"{config.model.name}, {model.dtype} on {model.device}, {torch.get_num_threads()} threads"
     )
     print("| quantity | seconds | tokens |")
     print("|---|---:|---:|")
@@ -153,9 +153,9 @@ def measure(plan: planning.Plan, worker: Worker, space: Space, chosen: SearchCon
 
 def _ratio(above: list[float], below: list[float]) -> float:
     """Return the median of the ratios of the repeats."""
-    found = statistics.median(a / b for a, b in zip(above, below, strict=True))
-    assert math.isfinite(found)
-    return found
+    ratio = statistics.median(a / b for a, b in zip(above, below, strict=True))
+    assert math.isfinite(ratio)
+    return ratio
 
 
 if __name__ == "__main__":

@@ -61,10 +61,10 @@ class Meter:
     @contextmanager
     def step(self, name: str) -> Iterator[None]:
         """Measure what happens inside; pages of mapped files are not counted, they can go."""
-        process, peak, done = psutil.Process(), [0.0], threading.Event()
+        process, peak, stop = psutil.Process(), [0.0], threading.Event()
 
         def watch() -> None:
-            while not done.wait(0.05):
+            while not stop.wait(0.05):
                 memory = process.memory_info()
                 peak[0] = max(peak[0], (memory.rss - memory.shared) / 2**30)
 
@@ -75,7 +75,7 @@ class Meter:
             yield
         finally:
             seconds, used = time.perf_counter() - start, time.process_time() - used
-            done.set()
+            stop.set()
             watcher.join()
         self.rows.append((name, seconds, used / self.blocks, peak[0]))
         print(f"{name}: {seconds:.1f} s, {used:.1f} s of CPU, {peak[0]:.1f} GiB", flush=True)
@@ -138,8 +138,8 @@ def compress(room: Path, options: argparse.Namespace, meter: Meter) -> None:
     with meter.step("calibrate, with gradients"):
         body = BlockwiseBody(lazy.model, lazy.open_block)
         settings = CalibrationSettings(batch_windows=1)
-        found = calibrate(body, layers, ids, curve_needs(method), settings)
-        save_calibration(room / "calibration", found, "large")
+        calibration = calibrate(body, layers, ids, curve_needs(method), settings)
+        save_calibration(room / "calibration", calibration, "large")
     with meter.step("factor"):
         statistics = CalibrationFolder(room / "calibration", "large")
         made = factor_model(lazy.model, layers, method, statistics, open_block=lazy.open_block)
@@ -162,7 +162,7 @@ def compress(room: Path, options: argparse.Namespace, meter: Meter) -> None:
         budget = Budget.keeping(options.keep, dense)
         allocation = allocate_by_loss(menus, budget)
     counted = account(layers, allocation.cost, itemsize=torch.bfloat16.itemsize).model
-    kept = allocation.cost.parameters / dense.parameters
+    keep_ratio = allocation.cost.parameters / dense.parameters
     with meter.step("pivot and export"):
         own = LazyModel(room / "dense")
         save(
@@ -170,7 +170,7 @@ def compress(room: Path, options: argparse.Namespace, meter: Meter) -> None:
             compress_mapped(own, allocation, factors, room / "layers"),
             byte_tokenizer(),
             allocation,
-            {"method": method.name, "keep_ratio": kept},
+            {"method": method.name, "keep_ratio": keep_ratio},
             costs={name: allocation.costs[name] for name in allocation.compressed},
             parameters=counted.parameters,
         )
@@ -184,7 +184,7 @@ def compress(room: Path, options: argparse.Namespace, meter: Meter) -> None:
         for part in ("dense", "calibration", "factors", "compressed")
     }
     print(", ".join(f"{part} {size:.2f} GiB" for part, size in sizes.items()), "on disk")
-    print(f"{layers.parameters:,} parameters, {counted.parameters:,} kept: {kept:.4f}")
+    print(f"{layers.parameters:,} parameters, {counted.parameters:,} kept: {keep_ratio:.4f}")
 
 
 if __name__ == "__main__":

@@ -27,32 +27,32 @@ def lrbo(*arguments: str) -> dict[str, Any]:
     code = "from lrbo.cli import main; main()"
     command = [sys.executable, "-c", code, *arguments, "output=json"]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
 
 
 def main() -> None:
     """Search, compress, evaluate, print the table."""
-    found = lrbo("search", f"experiment={EXPERIMENT}")
+    result = lrbo("search", f"experiment={EXPERIMENT}")
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "best"
         written = lrbo("compress", f"study={STUDY}", f"out={out}")
         scored = lrbo("evaluate", f"checkpoint={out}", *MODEL, *DATA)
     print("| model | kept | validation perplexity | test perplexity |")
     print("|---|---:|---:|---:|")
-    tested = found["test"]
+    tested = result["test"]
     for label in ("dense", "uniform", "analytic", "best"):
-        kept = found[label].get("keep_ratio", 1.0)
-        row = f"{found[label]['perplexity']:.2f} | {tested[label]['perplexity']:.2f}"
-        print(f"| {label} | {kept:.1%} | {row} |")
-    (gain,) = found["gains"]
+        keep_ratio = result[label].get("keep_ratio", 1.0)
+        row = f"{result[label]['perplexity']:.2f} | {tested[label]['perplexity']:.2f}"
+        print(f"| {label} | {keep_ratio:.1%} | {row} |")
+    (gain,) = result["gains"]
     for text in ("validation", "test"):
         difference = with_error(gain[text]["difference"], gain[text]["standard_error"])
         within = "" if gain[text]["is_measurable"] else ", no measurable difference"
         print(f"\nbest - analytic, {text} text: {difference} nats per token{within}")
     print(f"\nbest, read back from its folder: test perplexity {scored['perplexity']:.2f}")
     print(f"parameters of the model {written['parameters']:,}, in the file the same")
-    seconds = ", ".join(f"{stage} {spent:.1f}" for stage, spent in found["seconds"].items())
+    seconds = ", ".join(f"{stage} {spent:.1f}" for stage, spent in result["seconds"].items())
     print(f"seconds: {seconds}")
     if not SMOKE:
         picture = Path("studies") / STUDY / "figures" / "convergence.png"

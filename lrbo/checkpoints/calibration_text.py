@@ -42,10 +42,10 @@ def seen_shares(folder: Path, ids: Int[Tensor, "windows tokens"]) -> dict[str, f
         if set(texts) != set(ROLES):
             raise ValueError(f"it has hashes of {sorted(texts)}, expected of {sorted(ROLES)}")
         for role in ROLES:
-            seen: NDArray[np.uint64] = file.get_tensor(role)
-            if seen.dtype != np.uint64 or seen.ndim != 1:
-                raise ValueError(f"{role} is {seen.dtype} of shape {seen.shape}")
-            shares[f"{role} ({texts[role]})"] = float(np.isin(runs, seen).mean())
+            hashes: NDArray[np.uint64] = file.get_tensor(role)
+            if hashes.dtype != np.uint64 or hashes.ndim != 1:
+                raise ValueError(f"{role} is {hashes.dtype} of shape {hashes.shape}")
+            shares[f"{role} ({texts[role]})"] = float(np.isin(runs, hashes).mean())
     return shares
 
 

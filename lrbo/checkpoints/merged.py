@@ -38,13 +38,13 @@ def save_merged(
 ) -> int:
     """Write dense weights that any loader opens, and return the number of parameters in the files.
 
-    Each low-rank layer is multiplied out in float64. A bias that the method added needs a place:
-    the configuration's switch for it, such as ``attention_bias``, is turned on where the family
-    has one, and every other layer that gets a bias that way has zeros. The arguments are those of
-    :func:`lrbo.checkpoints.export.save`; the model is unchanged.
+    Each low-rank layer is multiplied out in float64. A bias that the method added needs a
+    parameter: the configuration's switch for it, such as ``attention_bias``, is turned on where
+    the family has one, and every other layer that gets a bias that way has zeros. The arguments
+    are those of :func:`lrbo.checkpoints.export.save`; the model is unchanged.
 
     Raises:
-        CheckpointError: If the folder exists, cannot be written, or there is no place for a bias.
+        CheckpointError: If the folder exists or cannot be written, or a layer cannot have a bias.
     """
     with checkpoint_folder(folder, model, tokenizer, card, windows) as beside:
         _merged(model).save_pretrained(beside)
@@ -79,26 +79,26 @@ def _merged(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def with_biases(config: PretrainedConfig, biased: Collection[str]) -> PreTrainedModel:
-    """Build an empty dense model with a bias in these layers; CheckpointError without a place."""
+    """Build an empty dense model with a bias in these layers; CheckpointError if one has none."""
     values = config.to_dict()
-    merged, unplaced = _built(type(config).from_dict(values), biased)
+    merged, lacking = _built(type(config).from_dict(values), biased)
     added = {
         key: True
         for key, parts in SWITCHES.items()
-        if key in values and any(part in name for name in unplaced for part in parts)
+        if key in values and any(part in name for name in lacking for part in parts)
     }
     if added:
-        merged, unplaced = _built(type(config).from_dict(values | added), biased)
-    if unplaced:
+        merged, lacking = _built(type(config).from_dict(values | added), biased)
+    if lacking:
         raise CheckpointError(
-            f"{type(merged).__name__} has no place for the bias of {len(unplaced)} layers "
-            f"({unplaced[0]} first) that the method added; use format=lrbo, or a method without."
+            f"{type(merged).__name__} has no parameter for the bias of {len(lacking)} layers "
+            f"({lacking[0]} first) that the method added; use format=lrbo, or a method without."
         )
     return merged
 
 
 def _built(config: PretrainedConfig, biased: Collection[str]) -> tuple[PreTrainedModel, list[str]]:
-    """Build an empty model, and list the layers whose bias has no place in it."""
+    """Build an empty model, and list the layers that have no bias in it."""
     with init_empty_weights(include_buffers=False):
         dense: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     return dense, [name for name in biased if linear_bias(dense.get_submodule(name)) is None]

@@ -233,10 +233,10 @@ def _executor(config: schema.SearchConfig) -> Iterator[str]:
         "devices": (executor.devices or 0) > 0,
         "oversubscribe": executor.oversubscribe,
     }
-    asked = [f"executor.{key}={getattr(executor, key)!r}" for key in shared if shared[key]]
-    if executor.name == "inline" and asked:
+    settings = [f"executor.{key}={getattr(executor, key)!r}" for key in shared if shared[key]]
+    if executor.name == "inline" and settings:
         yield (
-            f"{' and '.join(asked)}: the inline executor runs one trial at a time in this "
+            f"{' and '.join(settings)}: the inline executor runs one trial at a time in this "
             "process; choose executor=ray"
         )
 

@@ -95,7 +95,7 @@ def _explained(command: str, options: Sequence[str], override: str, error: str) 
         return error
     section, name, *_ = [*override.split("."), ""]
     if section == "protocols":  # which are selected, not added
-        return f"{name} is not chosen; type protocols=[{name}]"
+        return f"{name} is not selected; type protocols=[{name}]"
     if section == "method":
         with hydra_at_conf():
             method = compose(command, list(options))[section]

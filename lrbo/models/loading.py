@@ -93,7 +93,7 @@ def _require_filled(info: Mapping[str, Any], label: str) -> None:
     unexpected = sorted(k for k in info.get("unexpected_keys", ()) if not CONSTANTS.search(k))
     if unexpected:
         problems.append(
-            f"holds {len(unexpected)} tensors that its config.json has no place for "
+            f"holds {len(unexpected)} tensors that its config.json does not describe "
             f"({unexpected[0]} first); restore config.json, or open and save it with transformers"
         )
     if differing := sorted(info.get("mismatched_keys", ())):

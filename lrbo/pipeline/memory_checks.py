@@ -125,7 +125,7 @@ def require_dense(
         if option != DENSE and (module._forward_hooks or module._forward_pre_hooks):
             raise ModelError(
                 f"{name} of this {type(model).__name__} has forward hooks, which the "
-                "layer in its place would not run; remove them, and put them on again after"
+                "layer that replaces it would not run; remove them, and put them on again after"
             )
     if other := first_other(weights, model):
         raise ModelError(

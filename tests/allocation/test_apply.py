@@ -99,8 +99,8 @@ def test_compressed_is_the_model_with_the_products_written_in(case: str, shift: 
     dense = logits(model)
     factors = factors_of(model, shift=shift)
     allocation = allocation_of(factors)
-    with compressed(model, allocation, factors) as running:
-        actual = logits(running)
+    with compressed(model, allocation, factors) as compressed_model:
+        actual = logits(compressed_model)
     expected = logits(multiplied_out(model, factors, allocation))
     unit = float(expected.abs().max())
     assert float((actual - expected).abs().max()) <= TOLERANCE["logits"] * unit
@@ -153,8 +153,8 @@ def test_every_module_comes_back_and_nothing_was_copied(case: str) -> None:
     factors = factors_of(model)
     allocation = allocation_of(factors)
     before, outputs = state(model), logits(model)
-    with compressed(model, allocation, factors) as running:
-        assert running is model
+    with compressed(model, allocation, factors) as compressed_model:
+        assert compressed_model is model
         replaced = {n for n, m in model.named_modules() if isinstance(m, LowRankLinear)}
         assert replaced == {name for name, option in allocation.options.items() if option != DENSE}
         for name in replaced:

@@ -129,10 +129,10 @@ def test_memory_on_disk_and_the_size_of_chunks_change_nothing(
     first = measure_losses(BlockwiseBody(model), *arguments, task=CausalLM())
     monkeypatch.setattr(loss_curves, "Scratch", lambda: Scratch(0))
     task = CausalLM(chunk_tokens=5)
-    again = measure_losses(BlockwiseBody(model), *arguments, task=task, on_point=reported.append)
+    second = measure_losses(BlockwiseBody(model), *arguments, task=task, on_point=reported.append)
     assert reported == [1] * len(first)
-    assert [(m.layer, m.rank) for m in again] == [(m.layer, m.rank) for m in first]
-    for one, other in zip(first, again, strict=True):
+    assert [(m.layer, m.rank) for m in second] == [(m.layer, m.rank) for m in first]
+    for one, other in zip(first, second, strict=True):
         # Chunks of another size round float32 sums of about 1e-6 otherwise.
         assert other.measured == pytest.approx(one.measured, rel=0.01)
 

@@ -116,9 +116,9 @@ def test_kinds_that_the_donor_lacks_are_named_with_a_layer() -> None:
 def test_a_donor_goes_through_json() -> None:
     space = make_space()
     donor = lend(space.problem.uniform(), a=0.25)
-    again = Donor.from_dict(json.loads(json.dumps(asdict(donor))))
-    assert space.warm_starts([again]) == space.warm_starts([donor])
-    assert again.trials[0].variables == {"a": 0.25}
+    restored = Donor.from_dict(json.loads(json.dumps(asdict(donor))))
+    assert space.warm_starts([restored]) == space.warm_starts([donor])
+    assert restored.trials[0].variables == {"a": 0.25}
 
 
 def test_the_paper_keeps_what_it_says_of_its_own_model() -> None:

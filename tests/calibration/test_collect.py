@@ -355,16 +355,16 @@ def test_batches_are_cut_at_the_borders_of_groups(
     windows: int, groups: int, batch_windows: int
 ) -> None:
     membership = sorted(window % groups for window in range(windows))
-    seen = 0
+    position = 0
     closed: list[list[int]] = [[]]
     for batch in collect.batches_of(0, windows, batch_windows):
         sizes, closes_last = collect._groups_in(membership, batch)
         for index, size in enumerate(sizes):
-            closed[-1] += range(seen, seen + size)
-            seen += size
+            closed[-1] += range(position, position + size)
+            position += size
             if closes_last or index + 1 < len(sizes):
                 closed.append([])
-        assert seen == batch.stop
+        assert position == batch.stop
     assert closed.pop() == []  # the last group was closed
     expected = [
         [w for w in range(windows) if membership[w] == group] for group in range(len(closed))

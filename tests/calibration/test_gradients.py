@@ -56,13 +56,13 @@ def plain_gradients(
     model: PreTrainedModel, windows: Tensor, loss: Callable[[Tensor], Tensor]
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Return inputs and output gradients of all layers, from one graph of the whole model."""
-    seen: dict[str, tuple[Tensor, Tensor]] = {}
+    tensors: dict[str, tuple[Tensor, Tensor]] = {}
     handles = []
     for spec in map_model(model).compressible:
 
         def keep(module: nn.Module, inputs: Any, output: Tensor, name: str = spec.name) -> None:
             output.retain_grad()
-            seen[name] = (inputs[0].detach(), output)
+            tensors[name] = (inputs[0].detach(), output)
 
         handles.append(model.get_submodule(spec.name).register_forward_hook(keep))
     handles.append(
@@ -72,7 +72,7 @@ def plain_gradients(
     for handle in handles:
         handle.remove()
     actual = {}
-    for name, (inputs, output) in seen.items():
+    for name, (inputs, output) in tensors.items():
         assert output.grad is not None
         actual[name] = (inputs.flatten(0, -2), output.grad.flatten(0, -2))
     return actual
@@ -127,12 +127,12 @@ def label_loss(labels: Tensor) -> Callable[[Tensor], Tensor]:
 def sampled_by_hand(logits: Tensor, uniform: Tensor) -> Tensor:
     """Walk through the probabilities until their sum passes the draw."""
     labels = torch.empty(uniform.shape, dtype=torch.long)
-    for place in np.ndindex(*uniform.shape):
+    for index in np.ndindex(*uniform.shape):
         total, label = 0.0, -1
-        while total <= float(uniform[place]):
+        while total <= float(uniform[index]):
             label += 1
-            total += np.exp(reference.log_probabilities(logits[place])[label])
-        labels[place] = label
+            total += np.exp(reference.log_probabilities(logits[index])[label])
+        labels[index] = label
     return labels
 
 
@@ -313,7 +313,7 @@ def test_predicted_loss_is_the_divergence_of_a_small_change_in_nats_per_token(ca
     settings = CalibrationSettings(gradient_share=1.0, batch_windows=2000)
     actual = Calibration.gather(calibrate(BlockwiseBody(model), layers, copies, needs, settings))
     dense = model(window).logits[0, 0]
-    seen = 0
+    layer_count = 0
     for spec in layers.compressible:
         weight = linear_weight(model.get_submodule(spec.name))
         generator = torch.Generator().manual_seed(len(spec.name))
@@ -328,5 +328,5 @@ def test_predicted_loss_is_the_divergence_of_a_small_change_in_nats_per_token(ca
             assert measured == predicted == 0.0
             continue
         assert predicted == pytest.approx(measured, rel=TOLERANCE["divergence"]), spec.name
-        seen += 1
-    assert seen >= 8
+        layer_count += 1
+    assert layer_count >= 8

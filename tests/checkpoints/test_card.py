@@ -49,8 +49,8 @@ def test_the_command_that_measures_is_shown() -> None:
 
 
 def test_its_head_is_what_the_hub_reads() -> None:
-    found = ModelCard(card()).data.to_dict()
-    assert found == {
+    head = ModelCard(card()).data.to_dict()
+    assert head == {
         "base_model": "HuggingFaceTB/SmolLM2-135M-Instruct",
         "license": "apache-2.0",
         "library_name": "transformers",
@@ -69,8 +69,8 @@ def test_it_says_numbers_data_and_commands() -> None:
     assert "weights solved again" in text
     assert "- best - analytic: none." in card(notes=["best - analytic: none."])
     assert "weights solved again" not in card(about={"refit": None})
-    kept = {"refit": {"trials": [{"trial": 3, "taken": False}]}}
-    assert "weights solved again" not in card(about=kept)
+    about = {"refit": {"trials": [{"trial": 3, "taken": False}]}}
+    assert "weights solved again" not in card(about=about)
 
 
 @pytest.mark.parametrize(
@@ -155,9 +155,9 @@ def test_names_paths_and_licences_are_text(tmp_path: Path, written_as: str) -> N
                 "versions": {word: word},
             },
         )  # fmt: skip
-        found = ModelCard(made)
+        model_card = ModelCard(made)
         reader = MarkdownIt("commonmark").enable("table")
-        return made, reader.parse(found.text), found.data.to_dict()
+        return made, reader.parse(model_card.text), model_card.data.to_dict()
 
     made, tokens, head = read(HOSTILE)
     _, usual, usual_head = read("word")

@@ -76,13 +76,13 @@ class Compressed:
         self.prepared: dict[str, LowRankFactors] = {}
         for i, spec in enumerate(layers.compressible):
             module = self.model.get_submodule(spec.name)
-            found = factor_layer(svd, linear_weight(module), linear_bias(module), {})
+            factors = factor_layer(svd, linear_weight(module), linear_bias(module), {})
             if moving_bias:
                 offset, center = torch.ones(spec.out_features), torch.ones(spec.in_features)
-                found = LowRankFactors(
-                    found.left, found.right, found.tail, offset.double() * i, center.double()
+                factors = LowRankFactors(
+                    factors.left, factors.right, factors.tail, offset.double() * i, center.double()
                 )
-            self.prepared[spec.name] = found.to(dtype=self.model.dtype)
+            self.prepared[spec.name] = factors.to(dtype=self.model.dtype)
         units = layers.compressible
         self.allocation = decided(
             units, mixed_options(units, forms), adds_bias=moving_bias, measure="bytes"
@@ -147,8 +147,8 @@ def options_of(model: PreTrainedModel) -> dict[str, Option]:
     }
 
 
-def relative(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).abs().max() / expected.abs().max())
+def relative(actual: Tensor, expected: Tensor) -> float:
+    return float((actual - expected).abs().max() / expected.abs().max())
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -221,10 +221,10 @@ def test_dtype_is_that_of_the_file_unless_another_is_asked_for(
     pivoted = [m for m in loaded.modules() if isinstance(m, PivotedLinear)]
     assert {module.index.dtype for module in pivoted} == {torch.int32}
     # Rotary frequencies in bfloat16 would be wrong by radians at a distance of 1,000 tokens.
-    exact, found = dict(build("llama_tied").named_buffers()), dict(loaded.named_buffers())
+    exact, buffers = dict(build("llama_tied").named_buffers()), dict(loaded.named_buffers())
     own = {f"{name}.{own}" for name, m in loaded.named_modules() for own in ("index", "weight")}
-    assert found.keys() - own == exact.keys()
-    assert all(torch.equal(found[name], exact[name]) for name in exact)
+    assert buffers.keys() - own == exact.keys()
+    assert all(torch.equal(buffers[name], exact[name]) for name in exact)
 
 
 def test_a_device_that_is_not_there_is_named_before_anything_is_read(checkpoint: Path) -> None:
@@ -250,9 +250,9 @@ def test_the_tokenizer_and_what_was_decided_lie_beside_the_weights(checkpoint: P
     assert tokenizer("grün").input_ids == TOKENIZER("grün").input_ids
     compressed = Compressed("llama_tied")
     config = json.loads((checkpoint / CONFIG).read_text(encoding="utf-8"))
-    said = config["quantization_config"]
+    quantization = config["quantization_config"]
     units = {name: f"pivoted {option.level[0]}" for name, option in compressed.options.items()}
-    assert said == {
+    assert quantization == {
         "quant_method": "lrbo",
         "format": 4,
         "auto_class": "AutoModelForCausalLM",
@@ -340,7 +340,9 @@ def test_an_added_bias_finds_its_place_or_is_refused(case: str, tmp_path: Path) 
         assert relative(logits(opened), logits(compressed.model)) <= TOLERANCE["merged"]
     else:
         kind = type(compressed.model).__name__
-        with pytest.raises(CheckpointError, match=rf"{kind} has no place for the bias of \d+ lay"):
+        with pytest.raises(
+            CheckpointError, match=rf"{kind} has no parameter for the bias of \d+ lay"
+        ):
             save_merged(folder, compressed.model, TOKENIZER)
         assert files(tmp_path) == {}
 
@@ -365,19 +367,19 @@ def test_a_bias_of_some_layers_gives_the_others_none(tmp_path: Path) -> None:
     values = {**CASES["llama_biased"].to_dict(), "mlp_bias": False}
     model = LlamaForCausalLM(LlamaConfig(**values)).eval()
     dense = sum(parameter.numel() for parameter in model.parameters())
-    found = factorize(model, None, "svd", progress=False)
-    found.compress_(model, found.uniform(0.6))
+    factorization = factorize(model, None, "svd", progress=False)
+    factorization.compress_(model, factorization.uniform(0.6))
     assert save_merged(tmp_path / "merged", model, TOKENIZER) == dense
 
 
 def test_merging_leaves_the_model_as_it_was(tmp_path: Path) -> None:
     compressed = Compressed("llama_tied", moving_bias=True)
     before = dict(compressed.model.named_parameters())
-    said, config = logits(compressed.model), compressed.model.config.to_dict()
+    outputs, config = logits(compressed.model), compressed.model.config.to_dict()
     save_merged(tmp_path / "merged", compressed.model, TOKENIZER)
     after = dict(compressed.model.named_parameters())
     assert all(after[name] is tensor for name, tensor in before.items())
-    assert torch.equal(logits(compressed.model), said)
+    assert torch.equal(logits(compressed.model), outputs)
     assert compressed.model.config.to_dict() == config
 
 

@@ -33,8 +33,8 @@ def change(checkpoint: Path, **values: object) -> None:
 
 def units(checkpoint: Path) -> dict[str, Any]:
     config = json.loads((checkpoint / CONFIG).read_text(encoding="utf-8"))
-    found: dict[str, Any] = config["quantization_config"]["units"]
-    return found
+    options: dict[str, Any] = config["quantization_config"]["units"]
+    return options
 
 
 @pytest.mark.parametrize("name", [CONFIG, WEIGHTS])
@@ -128,7 +128,7 @@ def test_values_that_transformers_stumbles_over_are_errors_of_the_checkpoint(
 
 @both_loaders
 @pytest.mark.parametrize(
-    ("found", "message"),
+    ("version", "message"),
     [
         (5, "has format 5, this lrbo reads format 4; a newer lrbo wrote it: upgrade lrbo"),
         (2, r"has format 2, .* an older lrbo wrote it: write it again with: lrbo compress study=s"),
@@ -138,9 +138,9 @@ def test_values_that_transformers_stumbles_over_are_errors_of_the_checkpoint(
     ],
 )
 def test_another_format_is_refused(
-    checkpoint: Path, loader: Loader, found: object, message: str
+    checkpoint: Path, loader: Loader, version: object, message: str
 ) -> None:
-    change(checkpoint, format=found, provenance={"study": "s", "trial": 7})
+    change(checkpoint, format=version, provenance={"study": "s", "trial": 7})
     with pytest.raises(CheckpointError, match=message):
         loader(checkpoint)
 
@@ -171,16 +171,16 @@ def test_a_checkpoint_of_ranks_in_one_storage_says_how_to_write_it_again(
         load(checkpoint)
 
 
-@pytest.mark.parametrize("found", [1, 2])
+@pytest.mark.parametrize("version", [1, 2])
 def test_a_checkpoint_of_the_first_formats_says_how_to_write_it_again(
-    tmp_path: Path, found: int
+    tmp_path: Path, version: int
 ) -> None:
-    about = {"format": found, "storage": "pivoted", "study": "mine", "trial": 7}
+    about = {"format": version, "storage": "pivoted", "study": "mine", "trial": 7}
     (tmp_path / "lrbo.json").write_text(json.dumps(about), encoding="utf-8")
     (tmp_path / CONFIG).write_text('{"model_type": "llama"}', encoding="utf-8")
     assert is_checkpoint(tmp_path)  # so that it comes to `load`, which says what to do
     message = (
-        rf"has format {found}, this lrbo reads format 4; an older lrbo wrote it: write it again "
+        rf"has format {version}, this lrbo reads format 4; an older lrbo wrote it: write it again "
         "with: lrbo compress study=mine point=7 out=FOLDER"
     )
     with pytest.raises(CheckpointError, match=message):
@@ -220,7 +220,7 @@ def test_values_that_cannot_be_right_are_refused(
 
 @both_loaders
 @pytest.mark.parametrize(
-    ("found", "message"),
+    ("options", "message"),
     [
         (
             {"model.layers.9.mlp.up_proj": "pivoted 2"},
@@ -254,10 +254,10 @@ def test_values_that_cannot_be_right_are_refused(
     ],
 )
 def test_options_that_do_not_fit_are_refused(
-    checkpoint: Path, loader: Loader, found: dict[str, object], message: str
+    checkpoint: Path, loader: Loader, options: dict[str, object], message: str
 ) -> None:
     assert units(checkpoint)[LAYER] == "pivoted 1"
-    change(checkpoint, units=units(checkpoint) | found)
+    change(checkpoint, units=units(checkpoint) | options)
     with pytest.raises(CheckpointError, match=message):
         loader(checkpoint)
 

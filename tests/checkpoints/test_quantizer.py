@@ -88,8 +88,8 @@ def test_what_transformers_opens_scores_exactly_what_was_saved(
     assert type(model) is type(compressed.model)
     model.set_attn_implementation("eager")  # that of the saved one
     windows = token_ids(4, 16)
-    found, expected = score(aligned(model), windows), score(aligned(compressed.model), windows)
-    assert (found.nll, found.tokens) == (expected.nll, expected.tokens)
+    actual, expected = score(aligned(model), windows), score(aligned(compressed.model), windows)
+    assert (actual.nll, actual.tokens) == (expected.nll, expected.tokens)
     assert reference.count_parameters(model) == compressed.parameters
     assert not model.training
 
@@ -208,8 +208,8 @@ def test_save_pretrained_writes_it_again(
     model = opened(tmp_path / "model")
     model.save_pretrained(tmp_path / "again", max_shard_size=max_shard_size)
     assert (tmp_path / "again" / INDEX).exists() == (max_shard_size == "6KB")
-    again = load(tmp_path / "again")
-    before, after = model.state_dict(), again.state_dict()
+    reloaded = load(tmp_path / "again")
+    before, after = model.state_dict(), reloaded.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     stored: dict[str, Tensor] = {}
@@ -225,9 +225,9 @@ def test_a_larger_vocabulary_is_counted_when_it_is_saved(tmp_path: Path) -> None
     model = opened(tmp_path / "model")
     model.resize_token_embeddings(70, mean_resizing=False)
     model.save_pretrained(tmp_path / "again")
-    again = load(tmp_path / "again")
-    assert again.get_input_embeddings().weight.shape[0] == 70
-    more = reference.count_parameters(again) - Compressed("llama_tied").parameters
+    reloaded = load(tmp_path / "again")
+    assert reloaded.get_input_embeddings().weight.shape[0] == 70
+    more = reference.count_parameters(reloaded) - Compressed("llama_tied").parameters
     assert more == 6 * model.config.hidden_size
 
 
@@ -247,12 +247,12 @@ def test_a_pipeline_opens_it_by_its_folder(tmp_path: Path) -> None:
     Compressed("llama_tied").save(tmp_path / "model")
     run = pipeline("text-generation", model=str(tmp_path / "model"))
     options = {"max_new_tokens": 6, "do_sample": False}
-    (found,) = run("#%'", **options)  # tokens below 64, which the model has
+    (output,) = run("#%'", **options)  # tokens below 64, which the model has
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
     ids = tokenizer("#%'", return_tensors="pt")
     (expected,) = opened(tmp_path / "model").generate(**ids, **options)
     assert len(expected) > 4
-    assert found["generated_text"] == tokenizer.decode(expected, skip_special_tokens=True)
+    assert output["generated_text"] == tokenizer.decode(expected, skip_special_tokens=True)
 
 
 def test_all_of_it_can_be_trained(folder: Path) -> None:
@@ -306,8 +306,8 @@ def test_adapters_sit_on_the_thin_matrices_and_can_be_merged(forms: Forms, tmp_p
     expected = says(adapted.eval())
     assert not torch.equal(expected, says(opened(tmp_path / "model")))
     adapted.save_pretrained(tmp_path / "adapter")
-    again = peft.PeftModel.from_pretrained(opened(tmp_path / "model"), tmp_path / "adapter")
-    assert torch.equal(says(again.eval()), expected)
+    reloaded = peft.PeftModel.from_pretrained(opened(tmp_path / "model"), tmp_path / "adapter")
+    assert torch.equal(says(reloaded.eval()), expected)
     adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
     merged = load(tmp_path / "merged")
     assert reference.count_parameters(merged) == compressed.parameters
@@ -380,8 +380,8 @@ def test_lrbo_reads_such_a_folder_without_its_code(tmp_path: Path) -> None:
     model.set_attn_implementation("eager")
     assert torch.equal(says(aligned(model)), says(aligned(compressed.model)))
     model.save_pretrained(tmp_path / "again")
-    again = aligned(opened(tmp_path / "again"))
-    assert torch.equal(says(again), says(aligned(load(tmp_path / "model"))))
+    reloaded = aligned(opened(tmp_path / "again"))
+    assert torch.equal(says(reloaded), says(aligned(load(tmp_path / "model"))))
     assert not (tmp_path / "again" / "modeling_low_rank.py").exists()
 
 

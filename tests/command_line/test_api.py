@@ -107,9 +107,9 @@ def test_a_search_shows_progress_and_prints_nothing(
     project: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lrbo.search(*OVERRIDES)
-    said = capsys.readouterr()
-    assert said.out == ""
-    assert "its 5 trials are done; search.trials=15 adds ten" in " ".join(said.err.split())
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert "its 5 trials are done; search.trials=15 adds ten" in " ".join(output.err.split())
 
 
 def test_a_study_compresses_loads_and_is_scored(
@@ -121,8 +121,8 @@ def test_a_study_compresses_loads_and_is_scored(
     assert written["keep_ratio"] == best.metrics["keep_ratio"]
     model = lrbo.load(written["folder"])
     assert sum(p.numel() for p in model.parameters()) == written["parameters"]
-    found = lrbo.evaluate("checkpoint=small", "data=generated", "record=null")
-    assert found["perplexity"] > 1
+    scores = lrbo.evaluate("checkpoint=small", "data=generated", "record=null")
+    assert scores["perplexity"] > 1
     assert "perplexity" in capsys.readouterr().out
 
 

@@ -48,18 +48,18 @@ SEARCH_KEYS = {
 def test_search_answers_with_the_fixed_keys(searched: tuple[Path, Ran]) -> None:
     _, ran = searched
     assert ran.status == 0, ran.err
-    found = ran.json
+    answer = ran.json
     for key, expected in SEARCH_KEYS.items():
         if isinstance(expected, set):
-            assert set(found[key]) >= expected, key
+            assert set(answer[key]) >= expected, key
         else:
-            assert isinstance(found[key], expected), key
-    assert found["study"] == "tiny"
-    assert (found["trials_completed"], found["trials_failed"]) == (5, 0)
-    assert found["front"] == []  # there is none at one budget
-    assert found["best"]["keep_ratio"] <= 0.8
-    assert found["best"]["nll"] <= found["uniform"]["nll"]
-    assert set(found["test"]) == {"dense", "uniform", "analytic", "best"}
+            assert isinstance(answer[key], expected), key
+    assert answer["study"] == "tiny"
+    assert (answer["trials_completed"], answer["trials_failed"]) == (5, 0)
+    assert answer["front"] == []  # there is none at one budget
+    assert answer["best"]["keep_ratio"] <= 0.8
+    assert answer["best"]["nll"] <= answer["uniform"]["nll"]
+    assert set(answer["test"]) == {"dense", "uniform", "analytic", "best"}
 
 
 def test_what_the_search_adds_is_the_difference_of_single_windows(
@@ -199,9 +199,9 @@ def test_report_rebuilds_a_lost_mlflow_store(
     first = lrbo_command("report", "study=tiny", "sync=true", "output=json")
     assert first.status == 0, first.err
     assert "5 trials were missing" in first.err
-    again = lrbo_command("report", "study=tiny", "sync=true", "output=json")
-    assert "0 trials were missing" in again.err
-    assert again.json == first.json
+    second = lrbo_command("report", "study=tiny", "sync=true", "output=json")
+    assert "0 trials were missing" in second.err
+    assert second.json == first.json
 
 
 def test_report_writes_a_page_which_the_tracked_run_holds_too(
@@ -402,16 +402,16 @@ def test_a_sweep_makes_a_study_per_job_goes_on_when_typed_again_and_is_compared(
     whole = journal.read_text(encoding="utf-8").splitlines(keepends=True)
     (last,) = [i for i, line in enumerate(whole) if '"ended"' in line and '"trial": 3' in line]
     journal.write_text("".join(whole[:last]), encoding="utf-8")
-    again = lrbo_process(*sweep)
-    assert again.returncode == 0, again.stderr
-    assert len([line for line in again.stderr.splitlines() if line.startswith("Trial ")]) == 1
+    second = lrbo_process(*sweep)
+    assert second.returncode == 0, second.stderr
+    assert len([line for line in second.stderr.splitlines() if line.startswith("Trial ")]) == 1
     ran = lrbo_process("report", "study=sweep_*", "output=json")
     assert ran.returncode == 0, ran.stderr
     assert "Perplexity of 4 studies" in ran.stdout
     assert (tmp_path / "studies" / "comparison.png").read_bytes().startswith(b"\x89PNG")
-    found = json.loads(ran.stdout.splitlines()[-1])["studies"]
-    assert [study["study"] for study in found] == sorted(names)
-    assert all(study["trials_completed"] == 4 for study in found)
+    summaries = json.loads(ran.stdout.splitlines()[-1])["studies"]
+    assert [study["study"] for study in summaries] == sorted(names)
+    assert all(study["trials_completed"] == 4 for study in summaries)
     two = lrbo_process("report", "study=[sweep_bolaco_0,sweep_svd_llm_1]", "sync=true")
     assert two.returncode == 0, two.stderr
     assert "Perplexity of 2 studies" in two.stdout

@@ -35,15 +35,15 @@ def test_compress_writes_what_evaluate_scores_like_the_trial(project: Path, sear
     best = searched[1].json["best"]
     ran = lrbo_command("compress", "study=tiny", "out=best", "output=json")
     assert ran.status == 0, ran.err
-    found = ran.json
+    answer = ran.json
     keys = {"folder", "parameters", "parameters_in_file", "keep_ratio", "forms", "refit"}
-    assert set(found) == keys
-    assert found["parameters"] == found["parameters_in_file"]
-    assert found["keep_ratio"] == best["keep_ratio"]
-    assert found["forms"] == ["pivoted"]
+    assert set(answer) == keys
+    assert answer["parameters"] == answer["parameters_in_file"]
+    assert answer["keep_ratio"] == best["keep_ratio"]
+    assert answer["forms"] == ["pivoted"]
     assert "Largest coefficient of the pivoted layers: " in ran.err
     model = lrbo.load("best")
-    assert sum(p.numel() for p in model.parameters()) == found["parameters"]
+    assert sum(p.numel() for p in model.parameters()) == answer["parameters"]
     assert model(torch.tensor([[1, 2, 3]])).logits.shape == (1, 3, 258)
     scored = lrbo_command("evaluate", "checkpoint=best", *EVALUATE)
     assert scored.status == 0, scored.err
@@ -73,8 +73,8 @@ def test_no_study_is_judged_but_the_one_that_was_named_and_that_may_be_read_only
 def provenance(folder: str) -> dict[str, Any]:
     """Return what a checkpoint says of its making."""
     config = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
-    found: dict[str, Any] = config["quantization_config"]["provenance"]
-    return found
+    entries: dict[str, Any] = config["quantization_config"]["provenance"]
+    return entries
 
 
 EVALUATE = ["model=tiny", "data=generated", "output=json"]
@@ -85,13 +85,13 @@ def test_evaluate_scores_the_dense_model_and_states_text_and_windows(
 ) -> None:
     ran = lrbo_command("evaluate", *EVALUATE)
     assert ran.status == 0, ran.err
-    found = ran.json
+    answer = ran.json
     numbers = {"text", "digest", "windows", "window", "stride", "tokens", "nll", "perplexity"}
-    assert set(found) == numbers | {"model", "dtype", "device"}
-    assert (found["window"], found["stride"], found["tokens"]) == (64, 64, 16 * 63)
+    assert set(answer) == numbers | {"model", "dtype", "device"}
+    assert (answer["window"], answer["stride"], answer["tokens"]) == (64, 64, 16 * 63)
     expected = searched[1].json["test"]["dense"]
-    assert found["text"] == expected["text"]
-    assert found["nll"] == pytest.approx(expected["nll"], abs=TOLERANCE["nll"])
+    assert answer["text"] == expected["text"]
+    assert answer["nll"] == pytest.approx(expected["nll"], abs=TOLERANCE["nll"])
     assert "16 windows of 64, stride 64" in ran.out
 
 
@@ -290,7 +290,7 @@ def test_merged_biases_without_a_place_are_refused_before_any_work(
     line = ("compress", "study=dense", "format=merged", "out=merged", "point=keep=0.9")
     ran = lrbo_command(*line)
     assert ran.status == 2
-    assert "MistralForCausalLM has no place for the bias of" in ran.err
+    assert "MistralForCausalLM has no parameter for the bias of" in ran.err
     assert "Layers as stored" not in ran.err
     assert "Largest coefficient" not in ran.err
     assert not Path("merged").exists()
@@ -359,8 +359,8 @@ def test_the_card_s_commands_write_the_same_checkpoint(
     assert row.endswith(f"| {ran.json['perplexity']:.2f} |")
     monkeypatch.chdir(tmp_path)  # where there is no study
     for line in lines:
-        again = lrbo_command(*shlex.split(line)[1:])
-        assert again.status == 0, again.err
+        repeat = lrbo_command(*shlex.split(line)[1:])
+        assert repeat.status == 0, repeat.err
     assert Path("carded/model.safetensors").read_bytes() == before
 
 
@@ -374,8 +374,8 @@ def test_a_checkpoint_is_scored_in_the_dtype_of_its_own_numbers(project: Path) -
     assert "is scored in" not in ran.err
     ran = lrbo_command("evaluate", *line, "model.dtype=bfloat16")
     assert ran.json["dtype"] == "bfloat16"
-    said = " ".join(ran.err.split())
-    assert "best is scored in bfloat16 and stored in float32; model.dtype=auto takes" in said
+    output = " ".join(ran.err.split())
+    assert "best is scored in bfloat16 and stored in float32; model.dtype=auto takes" in output
 
 
 def test_a_folder_that_exists_is_left_alone(project: Path) -> None:
@@ -401,8 +401,8 @@ def versions_of(study: str) -> dict[str, str]:
     from mlflow import MlflowClient
 
     client = MlflowClient(tracking_uri=f"sqlite:///{Path('studies/mlflow.db').absolute()}")
-    found = client.search_model_versions(f"name = '{study}'")
-    return {str(each.version): Path(each.tags["folder"]).name for each in found}
+    versions = client.search_model_versions(f"name = '{study}'")
+    return {str(each.version): Path(each.tags["folder"]).name for each in versions}
 
 
 def test_checkpoints_are_registered_and_come_back_with_a_sync(
@@ -425,8 +425,8 @@ def test_checkpoints_are_registered_and_come_back_with_a_sync(
     for out in ("late", "gone"):
         assert lrbo_command("compress", *options, f"out={out}").status == 0
     shutil.rmtree("gone")
-    found = Study(Path("studies/tiny")).state.checkpoints[before:]
-    assert [Path(each["folder"]).name for each in found] == ["early", "hidden", "late", "gone"]
+    entries = Study(Path("studies/tiny")).state.checkpoints[before:]
+    assert [Path(each["folder"]).name for each in entries] == ["early", "hidden", "late", "gone"]
     for _ in range(2):
         ran = lrbo_command("report", "study=tiny", "sync=true")
         assert ran.status == 0, ran.err

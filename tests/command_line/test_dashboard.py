@@ -40,9 +40,9 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
         journal.complete(index, nll, "model", keep_ratio=ratio)
     journal.fail(len(FRONT), "NonFiniteError: loss is nan")
     study = journal.study
-    chosen = continued(study.config, [f"studies={studies}", "tracking.enabled=true"])
-    tracker = mlflow_view.make_tracker(chosen, study, strict=True)
-    tracker.start(flat(chosen))
+    config = continued(study.config, [f"studies={studies}", "tracking.enabled=true"])
+    tracker = mlflow_view.make_tracker(config, study, strict=True)
+    tracker.start(flat(config))
     tracker.sync(study.state.records)
     mlflow_view.show(study, tracker)
     tracker.finish(completed=True)
@@ -82,8 +82,8 @@ def pages(study: Study) -> Iterator[dict[str, str]]:
 def answers(address: str) -> bool:
     """Return whether a server is there."""
     try:
-        with urllib.request.urlopen(address, timeout=5) as found:
-            return bool(found.status == 200)
+        with urllib.request.urlopen(address, timeout=5) as response:
+            return bool(response.status == 200)
     except OSError:
         return False
 
@@ -108,20 +108,20 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 def text_of(browser: Any, *wanted: str) -> str:
     """Wait until the page shows all that is wanted, and return its text."""
-    found: str = until(
+    content: str = until(
         lambda: browser.find_element("tag name", "body").text,
         lambda text: all(part in text for part in wanted),
     )
-    return found
+    return content
 
 
 def until(look: Callable[[], Any], holds: Callable[[Any], bool]) -> Any:
     """Look until something holds, and return what was seen."""
     end = time.monotonic() + SOON
-    while not holds(found := look()):
-        assert time.monotonic() < end, found
+    while not holds(value := look()):
+        assert time.monotonic() < end, value
         time.sleep(0.5)
-    return found
+    return value
 
 
 def test_the_study_is_a_row(browser: Any, pages: dict[str, str]) -> None:

@@ -16,7 +16,7 @@ import pytest
 from lrbo.commands import dashboard
 from lrbo.config.schema import DashboardConfig
 from lrbo.errors import ConfigError, StudyError
-from tests.support.small_search import Said
+from tests.support.small_search import RecordingReporter
 
 
 @pytest.fixture
@@ -43,18 +43,18 @@ class Server:
 @pytest.fixture
 def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """Collect what would be run; it ends with status 3."""
-    found: list[list[str]] = []
+    command_lines: list[list[str]] = []
 
     def start(command: list[str], *, start_new_session: bool, env: dict[str, str]) -> Server:
         assert start_new_session
         assert not set(dashboard.OTHER_SERVERS) & set(env)
         assert set(env) <= set(os.environ)
-        found.append(command)
+        command_lines.append(command)
         return Server()
 
     monkeypatch.setattr(dashboard.subprocess, "Popen", start)
     monkeypatch.setattr(dashboard, "pages_of_studies", lambda uri: {"mine": "#/runs"})
-    return found
+    return command_lines
 
 
 def free_port() -> int:
@@ -69,7 +69,7 @@ def test_a_dashboard_without_a_store_says_how_to_make_one(
 ) -> None:
     config = DashboardConfig(uri="sqlite:///nowhere/mlflow.db")
     with pytest.raises(StudyError, match=r"no MLflow store at .*nowhere/mlflow\.db.*sync=true"):
-        dashboard.run(config, Said())
+        dashboard.run(config, RecordingReporter())
     assert commands == []
 
 
@@ -80,9 +80,9 @@ def test_a_dashboard_serves_the_store_on_host_and_port(
     store = cache.parent / "my store" / "mlflow.db"
     store.parent.mkdir()
     store.touch()
-    said, port = Said(), free_port()
+    reporter, port = RecordingReporter(), free_port()
     with pytest.raises(SystemExit) as caught:
-        dashboard.run(DashboardConfig(uri=uri, port=port), said)
+        dashboard.run(DashboardConfig(uri=uri, port=port), reporter)
     assert caught.value.code == 3  # that of the server
     absolute = f"sqlite:///{store}" if uri.startswith("sqlite") else uri
     assert commands == [
@@ -92,8 +92,8 @@ def test_a_dashboard_serves_the_store_on_host_and_port(
             "--workers", "1",
         ]
     ]  # fmt: skip
-    assert f"http://127.0.0.1:{port}" in said.lines[0]
-    assert said.lines[1].endswith(f"mine: http://127.0.0.1:{port}/#/runs")
+    assert f"http://127.0.0.1:{port}" in reporter.lines[0]
+    assert reporter.lines[1].endswith(f"mine: http://127.0.0.1:{port}/#/runs")
 
 
 @pytest.fixture
@@ -109,15 +109,15 @@ def test_a_dashboard_for_other_machines_names_what_they_may_call_it(
 ) -> None:
     monkeypatch.delenv("MLFLOW_SERVER_ALLOWED_HOSTS", raising=False)
     monkeypatch.setenv("MLFLOW_WORKSPACE", "a team of another server")
-    said, port, name = Said(), free_port(), socket.gethostname()
+    reporter, port, name = RecordingReporter(), free_port(), socket.gethostname()
     given = ["runs.example.org", "*.cluster:8080"]
-    chosen = DashboardConfig(
+    config = DashboardConfig(
         uri="http://127.0.0.1:8080", host="0.0.0.0", port=port, allowed_hosts=given
     )
     with pytest.raises(SystemExit):
-        dashboard.run(chosen, said)
-    assert f"http://{name}:{port}/" in said.lines[1]
-    assert "allowed_hosts=[NAME]" in said.lines[1]
+        dashboard.run(config, reporter)
+    assert f"http://{name}:{port}/" in reporter.lines[1]
+    assert "allowed_hosts=[NAME]" in reporter.lines[1]
     options = dict(itertools.pairwise(commands[0]))
     hosts = options["--allowed-hosts"].split(",")
     origins = options["--cors-allowed-origins"].split(",")
@@ -131,14 +131,14 @@ def test_a_dashboard_for_other_machines_names_what_they_may_call_it(
 
 
 def test_an_address_of_ipv6_stands_in_brackets(cache: Path, commands: list[list[str]]) -> None:
-    said, port = Said(), free_port()
+    reporter, port = RecordingReporter(), free_port()
     try:
         socket.create_server(("::1", 0), family=socket.AF_INET6).close()
     except OSError:
         pytest.skip("this machine has no IPv6")
     with pytest.raises(SystemExit):
-        dashboard.run(DashboardConfig(uri="http://127.0.0.1:8080", host="::1", port=port), said)
-    assert f"http://[::1]:{port}/ " in said.lines[0]
+        dashboard.run(DashboardConfig(uri="http://127.0.0.1:8080", host="::1", port=port), reporter)
+    assert f"http://[::1]:{port}/ " in reporter.lines[0]
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ def test_a_dashboard_that_cannot_be_served_is_refused(
 ) -> None:
     values = {"uri": "http://127.0.0.1:8080", "port": free_port()} | changes
     with pytest.raises(ConfigError, match=message):
-        dashboard.run(DashboardConfig(**values), Said())
+        dashboard.run(DashboardConfig(**values), RecordingReporter())
     assert commands == []
 
 
@@ -170,9 +170,11 @@ def test_a_dashboard_whose_port_is_taken_names_it(cache: Path, commands: list[li
         port = other.getsockname()[1]
         config = DashboardConfig(uri="http://127.0.0.1:8080", port=port)
         with pytest.raises(ConfigError, match=rf"port={port} .*uses it.*dashboard port=5001"):
-            dashboard.run(config, Said())
+            dashboard.run(config, RecordingReporter())
     with pytest.raises(ConfigError, match=r"port=70000 .*cannot be used.*dashboard port=5001"):
-        dashboard.run(DashboardConfig(uri="http://127.0.0.1:8080", port=70_000), Said())
+        dashboard.run(
+            DashboardConfig(uri="http://127.0.0.1:8080", port=70_000), RecordingReporter()
+        )
     for host in ("nowhere.invalid", "a" * 70, "192.0.2.1"):
         with pytest.raises(ConfigError, match=rf"host={host}: no name or address of this"):
             dashboard.require_free_port(host, 5000)
@@ -195,7 +197,7 @@ def test_ctrl_c_and_a_closed_terminal_end_a_dashboard_in_order(
     before = signal.signal(number, usual)
     try:
         with pytest.raises(SystemExit) as caught:
-            dashboard.run(config, Said())
+            dashboard.run(config, RecordingReporter())
     finally:
         signal.signal(number, before)
     assert caught.value.code == 0

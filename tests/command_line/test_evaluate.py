@@ -41,31 +41,31 @@ def test_protocols_and_tasks_are_scored_in_one_go_and_recorded(texts: Path) -> N
     ]  # fmt: skip
     ran = lrbo_command("evaluate", *line)
     assert ran.status == 0, ran.err
-    found = ran.json
-    assert (found["dtype"], found["device"]) == ("float32", "cpu")
-    as_stated = found["protocols"]["ptb_bolaco"]
+    answer = ran.json
+    assert (answer["dtype"], answer["device"]) == ("float32", "cpu")
+    as_stated = answer["protocols"]["ptb_bolaco"]
     assert (as_stated["window"], as_stated["stride"], as_stated["changed"]) == (256, 256, [])
     assert as_stated["text"] == "files:ptb.valid.txt"
     length = len("\n\n".join(row.strip() for row in ROWS))  # a token is a byte
     assert as_stated["windows"] == length // 256
     assert as_stated["tokens"] == length // 256 * 255
     assert as_stated["perplexity"] == math.exp(as_stated["nll"])
-    assert found["protocols"]["ptb"]["changed"] == ["window=128, not 2048"]
+    assert answer["protocols"]["ptb"]["changed"] == ["window=128, not 2048"]
     assert "* ptb is not the literature's: window=128, not 2048" in ran.out
-    task = found["tasks"]["sums"]
+    task = answer["tasks"]["sums"]
     assert [one["name"] for one in task["metrics"]] == ["acc", "acc_norm"]
     (row,) = [line for line in ran.out.splitlines() if "acc_norm" in line and "{" not in line]
     value, error = task["metrics"][1]["value"], task["metrics"][1]["error"]
     assert row.split() == ["sums", "acc_norm", f"{value:.4f}", f"{error:.4f}", "12", "0", "2.5"]
-    again = lrbo_command("evaluate", *line, "record=null")
-    assert again.json == found
+    repeat = lrbo_command("evaluate", *line, "record=null")
+    assert repeat.json == answer
     assert lrbo_command("evaluate", *line, "tasks=[]", "task_folder=null").status == 0
     records = [
         json.loads(line)
         for line in Path("studies/evaluations.jsonl").read_text("utf-8").splitlines()
     ]
     assert len(records) == 2
-    assert {**records[0], **found} == records[0]
+    assert {**records[0], **answer} == records[0]
     assert "tasks" not in records[1]
     assert records[0]["versions"]["torch"]
 

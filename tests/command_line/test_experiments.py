@@ -21,16 +21,16 @@ NUMBER = re.compile(r"\d+(\.\d+)?")
 
 def tables(text: str) -> list[list[list[str]]]:
     """Return the tables of a text, each as its rows of cells, the heads first."""
-    found: list[list[list[str]]] = []
+    all_tables: list[list[list[str]]] = []
     inside = False
     for line in text.splitlines():
         is_row = line.startswith("|") and line.endswith("|")
         if is_row and not inside:
-            found.append([])
+            all_tables.append([])
         if is_row and not set(line) <= set("|-: "):
-            found[-1].append([cell.strip() for cell in line.strip("|").split("|")])
+            all_tables[-1].append([cell.strip() for cell in line.strip("|").split("|")])
         inside = is_row
-    return found
+    return all_tables
 
 
 def contents(folder: Path) -> dict[Path, bytes]:

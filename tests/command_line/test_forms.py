@@ -155,9 +155,9 @@ def test_what_no_search_can_offer_is_refused_before_a_model_is_loaded(
     typed = ["study=doomed", "space.minimum_rank=4", *overrides]
     ran = lrbo_command("search", *SMALL, *typed)
     assert ran.status == 2
-    said = " ".join(ran.err.split())
+    output = " ".join(ran.err.split())
     for message in messages:
-        assert message in said
+        assert message in output
     assert not (tmp_path / "studies" / "doomed").exists()
 
 
@@ -178,6 +178,6 @@ def test_a_study_of_an_earlier_format_is_refused_by_version(
     for command in (["search", *SMALL], ["report"], ["compress", "out=new"]):
         ran = lrbo_command(*command, "study=old")
         assert ran.status == 2
-        said = " ".join(ran.err.split())
-        assert "this lrbo reads 3; an older lrbo began it: go on with that version" in said
+        output = " ".join(ran.err.split())
+        assert "this lrbo reads 3; an older lrbo began it: go on with that version" in output
     assert {name: (old / name).read_bytes() for name in before} == before

@@ -46,9 +46,9 @@ def test_trials_are_completed_and_files_are_strict_json(
 ) -> None:
     ran = searched[1]
     assert ran.status == 0, ran.err
-    found = json.loads(ran.out.splitlines()[-1], parse_constant=refuse)
-    assert (found["trials_completed"], found["trials_failed"]) == (4, 0)
-    for scores in (found["dense"], found["best"], found["test"]["dense"]):
+    answer = json.loads(ran.out.splitlines()[-1], parse_constant=refuse)
+    assert (answer["trials_completed"], answer["trials_failed"]) == (4, 0)
+    for scores in (answer["dense"], answer["best"], answer["test"]["dense"]):
         assert scores["nll"] > 710
         assert scores["perplexity"] is None
     for line in Path("studies/huge/journal.jsonl").read_text("utf-8").splitlines():

@@ -68,13 +68,13 @@ def test_statistics_and_factors_are_those_of_the_whole_model(case: str, tmp_path
     assert map_model(lazy.model) == layers
     ids, settings = token_ids(12, 12), CalibrationSettings(groups=2)
     method = METHODS["loss_aware"]
-    found = []
+    results = []
     for model, opener in ((whole, None), (lazy.model, lazy.open_block)):
         body = BlockwiseBody(model, opener)
         calibration = Calibration.gather(calibrate(body, layers, ids, set(Statistic), settings))
         parts = factor_model(model, layers, method, calibration, open_block=opener)
-        found.append({name: f for part in parts for name, f in part.items()})
-    one, two = found
+        results.append({name: f for part in parts for name, f in part.items()})
+    one, two = results
     assert one.keys() == two.keys() == {spec.name for spec in layers.compressible}
     for name, factors in one.items():
         torch.testing.assert_close(factors.loss, two[name].loss, rtol=1e-3, atol=1e-6)

@@ -20,7 +20,7 @@ DEVELOPMENT = ["-e .[dev]"]
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Path:
+def folder(tmp_path: Path) -> Path:
     """Return a folder with the Makefile and what stands for Python."""
     for name in ("Makefile", "pyproject.toml", "constraints.txt"):
         shutil.copy(ROOT / name, tmp_path)
@@ -29,24 +29,24 @@ def place(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def installed_by(place: Path, target: str) -> list[str]:
+def installed_by(folder: Path, target: str) -> list[str]:
     """Make a target, and return what pip was asked to install."""
-    asked = place / "asked"
-    asked.write_text("", encoding="utf-8")
+    log = folder / "asked"
+    log.write_text("", encoding="utf-8")
     make = ["make", "--silent", "PYTHON=./fake", target]
-    subprocess.run(make, cwd=place, check=True, capture_output=True)
-    lines = asked.read_text(encoding="utf-8").splitlines()
+    subprocess.run(make, cwd=folder, check=True, capture_output=True)
+    lines = log.read_text(encoding="utf-8").splitlines()
     return [line.partition("constraints.txt ")[2] for line in lines if "pip install" in line]
 
 
-def test_the_quickstart_installs_no_development_extras(place: Path) -> None:
-    assert installed_by(place, "quickstart") == USABLE
-    assert installed_by(place, "quickstart") == []
-    assert installed_by(place, "lint") == DEVELOPMENT
-    assert installed_by(place, "quickstart") == []
+def test_the_quickstart_installs_no_development_extras(folder: Path) -> None:
+    assert installed_by(folder, "quickstart") == USABLE
+    assert installed_by(folder, "quickstart") == []
+    assert installed_by(folder, "lint") == DEVELOPMENT
+    assert installed_by(folder, "quickstart") == []
 
 
-def test_a_set_up_checkout_has_what_the_quickstart_needs(place: Path) -> None:
-    assert installed_by(place, "setup") == USABLE + DEVELOPMENT
-    assert installed_by(place, "quickstart") == []
-    assert installed_by(place, "lint") == []
+def test_a_set_up_checkout_has_what_the_quickstart_needs(folder: Path) -> None:
+    assert installed_by(folder, "setup") == USABLE + DEVELOPMENT
+    assert installed_by(folder, "quickstart") == []
+    assert installed_by(folder, "lint") == []

@@ -20,12 +20,12 @@ def execute(path: Path, folder: Path) -> NotebookNode:
     try:
         client.execute()
     except CellExecutionError as error:
-        (place,) = [
-            place
-            for place, cell in enumerate(notebook.cells)
+        (index,) = [
+            index
+            for index, cell in enumerate(notebook.cells)
             if any(output.output_type == "error" for output in cell.get("outputs", []))
         ]
-        pytest.fail(f"{path.name}, cell {place}:\n{error}", pytrace=False)
+        pytest.fail(f"{path.name}, cell {index}:\n{error}", pytrace=False)
     return notebook
 
 

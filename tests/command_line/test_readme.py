@@ -29,8 +29,8 @@ README = PAGES["README.md"]
 
 def blocks(page: str) -> list[tuple[str, str]]:
     """Return language and text of the code on a page, that inside of lists too."""
-    found = re.findall(r"^( *)```(\w+)\n(.*?)^\1```", page, re.MULTILINE | re.DOTALL)
-    return [(language, textwrap.dedent(text)) for _, language, text in found]
+    matches = re.findall(r"^( *)```(\w+)\n(.*?)^\1```", page, re.MULTILINE | re.DOTALL)
+    return [(language, textwrap.dedent(text)) for _, language, text in matches]
 
 
 BLOCKS = blocks(README)
@@ -54,8 +54,8 @@ def in_text(page: str) -> list[str]:
     """Return the command lines of lrbo within sentences; those with gaps are left out."""
     prose = re.sub(r"^ *```.*?^ *```", "", page, flags=re.MULTILINE | re.DOTALL)
     prose = re.sub(r"^\| `lrbo.*", "", prose, flags=re.MULTILINE)  # which only names commands
-    found = [" ".join(line.split()) for line in re.findall(r"`(lrbo \w+ [^`]+)`", prose)]
-    return [line for line in found if not re.search(r"\.\.\.|--|[$]", line)]
+    lines = [" ".join(line.split()) for line in re.findall(r"`(lrbo \w+ [^`]+)`", prose)]
+    return [line for line in lines if not re.search(r"\.\.\.|--|[$]", line)]
 
 
 SHELL = shell(README)
@@ -90,11 +90,11 @@ def test_its_commands_on_the_tiny_model_run(
     kind, parameters = capsys.readouterr().out.split()
     assert kind == "LlamaForCausalLM"
     assert 20_000 < int(parameters) < 35_104  # fewer than the dense model has
-    found: dict[str, Any] = {}
-    exec(compile(PYTHON[1].replace("=12", "=9"), "README.md", "exec"), found)
-    assert len(found["study"].trials) == 9
+    namespace: dict[str, Any] = {}
+    exec(compile(PYTHON[1].replace("=12", "=9"), "README.md", "exec"), namespace)
+    assert len(namespace["study"].trials) == 9
     assert "analytic" in capsys.readouterr().out
-    assert sum(p.numel() for p in found["model"].parameters()) < 35_104
+    assert sum(p.numel() for p in namespace["model"].parameters()) < 35_104
 
 
 def test_its_steps_in_python_run(
@@ -166,9 +166,9 @@ def test_the_table_of_protocols_is_that_of_their_files() -> None:
     )
     names = sorted(path.stem for path in (compose.conf_folder() / "protocols").glob("*.yaml"))
     assert sorted(row[0] for row in rows) == names
-    found = compose.composed("evaluate", [f"protocols=[{','.join(names)}]"])
+    config = compose.composed("evaluate", [f"protocols=[{','.join(names)}]"])
     for name, documents, join, window, windows in rows:
-        protocol = found.protocols[name]
+        protocol = config.protocols[name]
         limits = protocol.documents, protocol.max_windows
         stated = [re.sub(r"^first ", "", cell).replace(",", "") for cell in (documents, windows)]
         assert stated == ["all" if limit is None else str(limit) for limit in limits], name
@@ -191,8 +191,8 @@ def test_the_formulas_of_forms_are_those_of_the_accountant() -> None:
             macs = eval(formula_, {"r": rank, "out": 7, "in_": 5})
             parameters = macs + 7 * bias
             size = 2 * parameters + INDEX_BYTES * 7 * (name == "pivoted")
-            found = FORMS[name].cost(spec, (rank,), bias=bias, itemsize=2)
-            assert found == (parameters, size, macs)
+            cost = FORMS[name].cost(spec, (rank,), bias=bias, itemsize=2)
+            assert cost == (parameters, size, macs)
 
 
 def test_its_table_of_commands_is_whole() -> None:

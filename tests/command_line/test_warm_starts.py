@@ -53,24 +53,24 @@ def test_a_donor_with_other_layers_is_refused_with_all_that_is_wrong(project: Pa
     starts = "warm_start=[uniform,study:nowhere,study:gpt:99]"
     ran = lrbo_command("search", *TINY, "study=heirless", starts, "seed=-1")
     assert ran.status == 2
-    said = " ".join(ran.err.split())
-    assert "error: 3 problems:" in said  # which no model is needed for
-    assert "donor nowhere: there is no study at studies/nowhere" in said
-    assert "donor gpt:99: study gpt has no completed trial 99; it has the trials [0]" in said
-    assert "seed=-1" in said
+    output = " ".join(ran.err.split())
+    assert "error: 3 problems:" in output  # which no model is needed for
+    assert "donor nowhere: there is no study at studies/nowhere" in output
+    assert "donor gpt:99: study gpt has no completed trial 99; it has the trials [0]" in output
+    assert "seed=-1" in output
     more = ["seed=-1", "model.device=cuda:99"]  # which only what loads models can look for
-    said = " ".join(lrbo_command("search", *TINY, "study=heirless", starts, *more).err.split())
-    assert "error: 4 problems:" in said
-    assert "donor nowhere: there is no study at studies/nowhere" in said
-    assert "model.device='cuda:99' cannot be used here" in said
+    output = " ".join(lrbo_command("search", *TINY, "study=heirless", starts, *more).err.split())
+    assert "error: 4 problems:" in output
+    assert "donor nowhere: there is no study at studies/nowhere" in output
+    assert "model.device='cuda:99' cannot be used here" in output
     starts = "warm_start=[uniform,study:gpt]"
     ran = lrbo_command("search", *TINY, "study=heirless", starts, "budget.keep_ratio=0.05")
     assert ran.status == 2
-    said = " ".join(ran.err.split())
-    assert "error: 2 problems:" in said
-    assert "study:gpt has no layers of kind down_proj (model.layers.0.mlp.down_proj)" in said
-    assert "its kinds are attn_c_proj, c_attn, c_fc, mlp_c_proj" in said
-    assert "The smallest feasible budget.keep_ratio is" in said
+    output = " ".join(ran.err.split())
+    assert "error: 2 problems:" in output
+    assert "study:gpt has no layers of kind down_proj (model.layers.0.mlp.down_proj)" in output
+    assert "its kinds are attn_c_proj, c_attn, c_fc, mlp_c_proj" in output
+    assert "The smallest feasible budget.keep_ratio is" in output
     assert not Path("studies/heirless").exists()
 
 
@@ -84,10 +84,10 @@ def test_transfer_begins_a_study_that_a_search_continues(project: Path) -> None:
     name = ran.json["study"]
     assert name == "tiny_loss_aware_keep0.6_seed0_from_tiny"
     assert origins(name) == ["uniform", "analytic", "transfer"]
-    kept = Study(Path("studies") / name).state.records[2].metrics["keep_ratio"]
-    assert 0.58 < kept <= 0.6
-    again = transfer("donor=tiny", "budget.keep_ratio=0.6", "space=weights", "method=loss_aware")
-    assert again.json == ran.json | {"seconds": again.json["seconds"]}
+    keep_ratio = Study(Path("studies") / name).state.records[2].metrics["keep_ratio"]
+    assert 0.58 < keep_ratio <= 0.6
+    repeat = transfer("donor=tiny", "budget.keep_ratio=0.6", "space=weights", "method=loss_aware")
+    assert repeat.json == ran.json | {"seconds": repeat.json["seconds"]}
     more = lrbo_command("search", f"study={name}", "search.trials=5", "output=json")
     assert more.status == 0, more.err
     assert origins(name)[3:] == ["sobol", "model"]
@@ -99,17 +99,17 @@ def test_a_donor_whose_best_is_the_baseline_lends_the_baseline(project: Path) ->
     assert origins("humble") == ["uniform", "analytic", "transfer"]
     records = Study(Path("studies/humble")).state.records
     assert records[2].request.allocation == records[0].request.allocation
-    said = " ".join(ran.err.split())
-    assert "Trial 2, what the donor lends, has the options of trial 0, uniform" in said
+    output = " ".join(ran.err.split())
+    assert "Trial 2, what the donor lends, has the options of trial 0, uniform" in output
 
 
 def test_a_trial_may_be_named(project: Path) -> None:
     ran = transfer("donor=tiny:2", "study=second")
     assert ran.status == 0, ran.err
     wanted = Study(Path("studies/tiny")).state.trials[2].request.allocation.options
-    found = Study(Path("studies/second")).state.records[-1].request
-    assert found.origin == "transfer"
-    assert found.allocation.options == wanted
+    request = Study(Path("studies/second")).state.records[-1].request
+    assert request.origin == "transfer"
+    assert request.allocation.options == wanted
 
 
 @pytest.mark.parametrize(

@@ -81,8 +81,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Build the wheel from the checkout."""
     folder = tmp_path_factory.mktemp("wheel")
     python("-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(ROOT))
-    (found,) = folder.glob("*.whl")
-    return found
+    (path,) = folder.glob("*.whl")
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -145,9 +145,9 @@ def test_a_search_runs_where_no_checkout_is(installed: Environment) -> None:
     out = installed.run(
         "lrbo", "search", "experiment=tiny", "search.trials=2", "search.initial=2", "output=json"
     )  # fmt: skip
-    found = json.loads(out.splitlines()[-1])
-    assert (found["study"], found["trials_completed"], found["trials_failed"]) == ("tiny", 2, 0)
-    assert found["best"]["nll"] <= found["analytic"]["nll"]
+    answer = json.loads(out.splitlines()[-1])
+    assert (answer["study"], answer["trials_completed"], answer["trials_failed"]) == ("tiny", 2, 0)
+    assert answer["best"]["nll"] <= answer["analytic"]["nll"]
     assert {path.name for path in installed.empty.iterdir()} == {"studies"}
     about = json.loads((installed.empty / "studies/tiny/study.json").read_text(encoding="utf-8"))
     assert about["versions"]["lrbo"] == installed.wheel.name.split("-")[1]
@@ -159,9 +159,9 @@ def test_the_source_distribution_has_all_that_make_test_needs(
     with tarfile.open(released[0]) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
-    kept = set(listed.stdout.split())
-    if listed.returncode == 0 and kept:  # not in what was unpacked from a source distribution
-        assert kept - names == set()
+    files = set(listed.stdout.split())
+    if listed.returncode == 0 and files:  # not in what was unpacked from a source distribution
+        assert files - names == set()
     for name in (
         "README.md",
         "LICENSE",

@@ -131,8 +131,8 @@ def test_a_printed_command_is_composed_to_its_values() -> None:
     text = "it's ${x} 1e3\\"
     _, _, *line = shlex.split(command("search", study=text, **{"model.revision": "1e3"}))
     _, values = values_of("search", line)
-    found = schema.flat(values)
-    assert (found["study"], found["model.revision"]) == (text, "1e3")
+    flat_values = schema.flat(values)
+    assert (flat_values["study"], flat_values["model.revision"]) == (text, "1e3")
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -157,9 +157,9 @@ def test_a_text_stays_as_it_was_typed(text: str) -> None:
 def test_what_stays_as_it_was_typed_is_composed_so() -> None:
     line = ["study=1e3", "tracking.experiment=007", "model=hf", "model.path=null"]
     line = [spelled("search", each) for each in line]
-    found = schema.flat(compose.composed("search", line))
-    assert found["study"] == "1e3"
-    assert (found["tracking.experiment"], found["model.path"]) == ("007", "null")
+    flat_values = schema.flat(compose.composed("search", line))
+    assert flat_values["study"] == "1e3"
+    assert (flat_values["tracking.experiment"], flat_values["model.path"]) == ("007", "null")
 
 
 def test_texts_of_lists_and_sweeps_stay_too_and_other_values_are_what_they_are() -> None:
@@ -173,9 +173,9 @@ def test_texts_of_lists_and_sweeps_stay_too_and_other_values_are_what_they_are()
 @pytest.mark.parametrize("donor", ["1e3", "it's", "x'", "007", "a b", "/abs/path"])
 def test_a_transfer_names_its_donor_as_it_was_typed(donor: str) -> None:
     _, *line = cli.transfer_arguments([f"donor={donor}", "experiment=tiny"])
-    found = schema.flat(compose.composed("search", line))
-    assert found["warm_start"][-1] == f"study:{donor}"
-    assert found["study"].endswith(f"_from_{Path(donor).name}")
+    flat_values = schema.flat(compose.composed("search", line))
+    assert flat_values["warm_start"][-1] == f"study:{donor}"
+    assert flat_values["study"].endswith(f"_from_{Path(donor).name}")
 
 
 def test_a_study_is_named_so_that_it_is_found_from_here() -> None:

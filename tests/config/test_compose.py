@@ -31,9 +31,9 @@ REQUIRED = {
 
 
 def search(*overrides: str) -> SearchConfig:
-    found = compose.composed("search", overrides)
-    assert isinstance(found, SearchConfig)
-    return found
+    config = compose.composed("search", overrides)
+    assert isinstance(config, SearchConfig)
+    return config
 
 
 # --- files -------------------------------------------------------------------------------------
@@ -85,28 +85,28 @@ def test_values_of_every_command_have_the_schema_s_keys() -> None:
 
 
 def test_the_default_search_is_around_the_least_predicted_loss() -> None:
-    found = search()
-    assert (found.method["name"], found.space.type) == ("loss_aware", "weights")
-    assert (found.budget.keep_ratio, found.budget.measure) == (0.8, "parameters")
-    assert found.space.forms == ["pivoted"]
-    assert found.sensitivity.enabled
+    config = search()
+    assert (config.method["name"], config.space.type) == ("loss_aware", "weights")
+    assert (config.budget.keep_ratio, config.budget.measure) == (0.8, "parameters")
+    assert config.space.forms == ["pivoted"]
+    assert config.sensitivity.enabled
 
 
 def test_the_paper_s_search_is_at_hand() -> None:
-    found = search("experiment=paper")
-    assert (found.method["name"], found.space.type) == ("bolaco", "ratios")
-    assert (found.budget.keep_ratio, found.budget.measure) == (0.8, "parameters")
-    assert found.space.forms == ["factored"]
-    assert found.space.dense == ["v_proj"]
-    assert found.space.start == {"qk": 0.363, "o": 0.789, "gate": 0.841, "up": 0.807, "down": 1.0}
+    config = search("experiment=paper")
+    assert (config.method["name"], config.space.type) == ("bolaco", "ratios")
+    assert (config.budget.keep_ratio, config.budget.measure) == (0.8, "parameters")
+    assert config.space.forms == ["factored"]
+    assert config.space.dense == ["v_proj"]
+    assert config.space.start == {"qk": 0.363, "o": 0.789, "gate": 0.841, "up": 0.807, "down": 1.0}
 
 
 def test_the_quickstart_is_a_study_of_at_least_12_trials_on_a_real_model() -> None:
-    found = search("experiment=quickstart")
-    assert (found.study, found.studies) == ("quickstart", "studies")
-    assert (found.method["name"], found.space.type) == ("loss_aware", "weights")
-    assert found.search.trials >= 12
-    assert found.model.source == found.data.source == "packaged"
+    config = search("experiment=quickstart")
+    assert (config.study, config.studies) == ("quickstart", "studies")
+    assert (config.method["name"], config.space.type) == ("loss_aware", "weights")
+    assert config.search.trials >= 12
+    assert config.model.source == config.data.source == "packaged"
 
 
 def test_the_name_of_a_hub_model_is_the_last_part_of_its_path() -> None:
@@ -124,18 +124,18 @@ def test_the_name_of_a_study_tells_different_settings_apart() -> None:
 
 def test_conf_is_composed_within_a_command_that_hydra_runs_too() -> None:
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        running = GlobalHydra.instance().hydra
-        assert running is not None
+        hydra = GlobalHydra.instance().hydra
+        assert hydra is not None
         assert search("seed=3").seed == 3
         assert refusals.find_problems("search", ["seed=much"]) != {}
-        assert GlobalHydra.instance().hydra is running
+        assert GlobalHydra.instance().hydra is hydra
     assert search("seed=4").seed == 4
 
 
 def test_threads_compose_side_by_side() -> None:
     with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda seed: search(f"seed={seed}").seed, range(8)))
-    assert found == list(range(8))
+        seeds = list(pool.map(lambda seed: search(f"seed={seed}").seed, range(8)))
+    assert seeds == list(range(8))
 
 
 def test_a_program_keeps_its_own_resolvers() -> None:
@@ -221,13 +221,13 @@ def test_a_key_that_hydra_let_through_is_refused() -> None:
 
 @pytest.mark.parametrize("name", GROUPS["protocols"])
 def test_every_protocol_composes_under_its_name_with_every_value_stated(name: str) -> None:
-    found = compose.composed("evaluate", [f"protocols=[{name}]"])
-    assert isinstance(found, EvaluateConfig)
-    assert list(found.protocols) == [name]
-    assert check(found) == []
-    assert saved.protocol_changes(found) == {name: []}
+    config = compose.composed("evaluate", [f"protocols=[{name}]"])
+    assert isinstance(config, EvaluateConfig)
+    assert list(config.protocols) == [name]
+    assert check(config) == []
+    assert saved.protocol_changes(config) == {name: []}
     text = (CONF / "protocols" / f"{name}.yaml").read_text(encoding="utf-8")
-    for key in vars(found.protocols[name]):
+    for key in vars(config.protocols[name]):
         assert (f"\n{key}: " in text) == (key not in ("path", "format", "column")), (
             key
         )  # of a file of one's own
@@ -244,7 +244,7 @@ def test_unknown_protocols_are_named_with_the_known_ones_nearest_first() -> None
 def test_a_protocol_that_is_not_chosen_has_no_values() -> None:
     override = "protocols.c4.window=64"
     (problem,) = refusals.find_problems("evaluate", [override]).values()
-    assert problem == f"{override}: c4 is not chosen; type protocols=[c4]"
+    assert problem == f"{override}: c4 is not selected; type protocols=[c4]"
     assert refusals.find_problems("evaluate", ["protocols=[c4]", override]) == {}
     wrong = ["protocols=[c4]", "protocols.c4.widow=64"]
     (problem,) = refusals.find_problems("evaluate", wrong).values()
@@ -253,12 +253,12 @@ def test_a_protocol_that_is_not_chosen_has_no_values() -> None:
 
 
 def test_what_was_changed_of_a_protocol_is_stated_and_where_its_text_lies_is_not() -> None:
-    found = compose.composed(
+    config = compose.composed(
         "evaluate",
         ["protocols=[c4,ptb]", "protocols.c4.window=64", "protocols.ptb.path=ptb.txt"],
     )
-    assert isinstance(found, EvaluateConfig)
-    assert saved.protocol_changes(found) == {"c4": ["window=64, not 2048"], "ptb": []}
+    assert isinstance(config, EvaluateConfig)
+    assert saved.protocol_changes(config) == {"c4": ["window=64, not 2048"], "ptb": []}
 
 
 def test_flat_has_every_value_under_its_dotted_key() -> None:

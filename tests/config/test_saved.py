@@ -23,9 +23,9 @@ def differences(text: str, other: SearchConfig) -> list[str]:
 
 
 def test_a_stored_configuration_comes_back_as_it_was() -> None:
-    found = search("space=per_kind_and_depth", "data.window=256", "seed=3", "search.trials=9")
-    text = saved.to_yaml(found)
-    assert continued(text, []) == found
+    config = search("space=per_kind_and_depth", "data.window=256", "seed=3", "search.trials=9")
+    text = saved.to_yaml(config)
+    assert continued(text, []) == config
     assert yaml.safe_load(text)["space"]["start"]["qk"] == [0.332, 0.473, 0.199, 0.320]
 
 
@@ -54,8 +54,8 @@ def test_a_stored_text_is_only_a_text(text: str) -> None:
 def test_a_study_whose_name_looks_like_a_reference_is_begun_again_by_its_name() -> None:
     written = search(r"study='v\${oc.env:HOME}'")
     assert written.study == "v${oc.env:HOME}"
-    again = repeating(continued(saved.to_yaml(written), []))
-    assert compose.composed("search", overrides_for("search", again)).study == written.study  # type: ignore[union-attr]
+    values = repeating(continued(saved.to_yaml(written), []))
+    assert compose.composed("search", overrides_for("search", values)).study == written.study  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("text", ["a: [", "text", "- a", ""])
@@ -66,13 +66,13 @@ def test_a_stored_configuration_that_is_none_is_refused(text: str) -> None:
 
 def test_free_keys_may_change_when_a_study_is_continued() -> None:
     text = saved.to_yaml(search())
-    found = continued(
+    config = continued(
         text, ["search.trials=99", "tracking.uri=http://elsewhere:5000", "tracking.enabled=false"]
     )
-    assert found.search.trials == 99
-    assert found.tracking.uri == "http://elsewhere:5000"
-    assert found.tracking.enabled is False
-    assert differences(text, found) == []
+    assert config.search.trials == 99
+    assert config.tracking.uri == "http://elsewhere:5000"
+    assert config.tracking.enabled is False
+    assert differences(text, config) == []
 
 
 def test_the_mlflow_store_follows_the_folder_of_the_studies() -> None:
@@ -132,10 +132,10 @@ def test_no_default_of_today_stands_for_what_a_study_was_begun_with() -> None:
 def test_where_trials_run_may_change_by_the_name_of_a_group() -> None:
     stored = saved.to_yaml(search("method=bolaco", "space=per_kind", "seed=3"))
     typed = ["executor=ray", "executor.workers=2", "search.trials=9"]
-    found = continued(stored, typed, search(*typed))
-    assert (found.executor.name, found.executor.workers) == ("ray", 2)
-    assert (found.search.trials, found.seed, found.method["name"]) == (9, 3, "bolaco")
-    assert differences(stored, found) == []
-    back = continued(saved.to_yaml(found), ["executor=inline"], search("executor=inline"))
+    config = continued(stored, typed, search(*typed))
+    assert (config.executor.name, config.executor.workers) == ("ray", 2)
+    assert (config.search.trials, config.seed, config.method["name"]) == (9, 3, "bolaco")
+    assert differences(stored, config) == []
+    back = continued(saved.to_yaml(config), ["executor=inline"], search("executor=inline"))
     assert (back.executor.name, back.executor.workers) == ("inline", 1)
     assert back.search.trials == 9

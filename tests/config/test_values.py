@@ -33,18 +33,18 @@ REQUIRED = {
 
 def numeric_fields(node: Any, kind: str, prefix: str = "") -> dict[str, tuple[Any, str]]:
     """List the fields of a schema that hold a kind of number: key -> (its owner, its name)."""
-    found: dict[str, tuple[Any, str]] = {}
+    numbers: dict[str, tuple[Any, str]] = {}
     for field in fields(node):
         value, key = getattr(node, field.name), f"{prefix}{field.name}"
         if is_dataclass(value):
-            found |= numeric_fields(value, kind, f"{key}.")
+            numbers |= numeric_fields(value, kind, f"{key}.")
         elif isinstance(value, dict):
             for name, child in value.items():
                 if is_dataclass(child):
-                    found |= numeric_fields(child, kind, f"{key}.{name}.")
+                    numbers |= numeric_fields(child, kind, f"{key}.{name}.")
         elif kind in str(field.type):
-            found[key] = (node, field.name)
-    return found
+            numbers[key] = (node, field.name)
+    return numbers
 
 
 @pytest.mark.parametrize(
@@ -154,8 +154,8 @@ def test_json_has_null_for_an_infinite_perplexity_and_nothing_else() -> None:
         raise AssertionError(constant)
 
     value = {"nll": 800.0, "perplexity": math.inf, "rows": [{"test_perplexity": math.inf}, (1,)]}
-    found = json.loads(to_json(value), parse_constant=refuse)
-    assert found == {"nll": 800.0, "perplexity": None, "rows": [{"test_perplexity": None}, [1]]}
+    document = json.loads(to_json(value), parse_constant=refuse)
+    assert document == {"nll": 800.0, "perplexity": None, "rows": [{"test_perplexity": None}, [1]]}
     read = checked({"nll": 800.0, "perplexity": None}, Metrics, "it")
     assert read == {"nll": 800.0, "perplexity": math.inf}
     with pytest.raises(ContentError, match="nll is null, expected a number"):

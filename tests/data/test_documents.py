@@ -180,10 +180,10 @@ class FakeHub:
     """Answers ``load_dataset`` with rows, and remembers what was asked and how far it was read."""
 
     def __init__(self, rows: list[dict[str, Any]]) -> None:
-        self.rows, self.asked, self.read = rows, [], 0
+        self.rows, self.calls, self.read = rows, [], 0
 
     def load_dataset(self, *names: Any, **options: Any) -> Iterator[dict[str, Any]]:
-        self.asked.append((names, options))
+        self.calls.append((names, options))
         return self.stream()
 
     def stream(self) -> Iterator[dict[str, Any]]:
@@ -210,7 +210,7 @@ def test_a_hub_text_is_streamed_from_its_column(
     hub = FakeHub([{column: "one"}, {column: "two"}])
     monkeypatch.setattr(datasets, "load_dataset", hub.load_dataset)
     assert listed("hf", path) == ["one", "two"]
-    assert hub.asked == [(names, {"split": split, "streaming": True})]
+    assert hub.calls == [(names, {"split": split, "streaming": True})]
 
 
 def test_a_hub_text_is_read_no_further_than_needed(

@@ -313,10 +313,10 @@ def test_a_folder_is_refused_with_what_to_give(tmp_path: Path) -> None:
         list(documents("files", str(tmp_path)))
 
 
-@pytest.mark.parametrize("again", ["a.txt", "./a.txt", "link.txt", "*.txt"])
+@pytest.mark.parametrize("second_path", ["a.txt", "./a.txt", "link.txt", "*.txt"])
 def test_a_text_that_a_role_names_twice_is_refused(
     tmp_path: Path,
-    again: str,
+    second_path: str,
     tokenizer: PreTrainedTokenizerFast,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -324,7 +324,7 @@ def test_a_text_that_a_role_names_twice_is_refused(
     Path("a.txt").write_text("abc " * 99, "utf-8")
     Path("link.txt").symlink_to("a.txt")
     Path("other.txt").write_text("xyz " * 99, "utf-8")
-    spec = DataConfig(source="files", test=RoleConfig(["a.txt", again]), window=8)
+    spec = DataConfig(source="files", test=RoleConfig(["a.txt", second_path]), window=8)
     with pytest.raises(DataError, match=r"data\.test: text .* is named twice, by 'a.txt'"):
         make_windows(spec, tokenizer)
 

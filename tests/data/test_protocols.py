@@ -242,14 +242,14 @@ def test_without_the_hub_the_file_to_give_is_named(
 def test_the_hub_is_asked_for_the_rows_of_the_protocol(
     tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = []
+    calls = []
 
     def load(*arguments: object, **options: object) -> list[dict[str, str]]:
-        asked.append((arguments, options["split"]))
+        calls.append((arguments, options["split"]))
         return [{"sentence": "ab"}, {"sentence": "cde"}]
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     actual = windows_of("ptb", None, tokenizer, window=6)
     assert tokenizer.decode(actual.ids[0]) == "ab cde"
-    assert asked == [(("ptb-text-only/ptb_text_only", "penn_treebank"), "test")]
+    assert calls == [(("ptb-text-only/ptb_text_only", "penn_treebank"), "test")]
     assert actual.text == "hf:ptb-text-only/ptb_text_only:penn_treebank:test:sentence"

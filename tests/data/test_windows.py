@@ -123,9 +123,9 @@ def test_the_digest_depends_on_every_token() -> None:
     ids = torch.arange(12).reshape(3, 4)
     digest = TokenWindows(ids, "text").digest
     assert TokenWindows(ids.clone(), "another name").digest == digest
-    for place in range(12):
+    for index in range(12):
         other = ids.clone()
-        other.view(-1)[place] += 1
+        other.view(-1)[index] += 1
         assert TokenWindows(other, "text").digest != digest
 
 

@@ -94,7 +94,7 @@ def timings(**settings: int) -> TimingSettings:
 def test_ratios_are_those_of_the_multiply_adds_that_the_accountant_counts(
     forms: Forms, clock: WorkClock
 ) -> None:
-    found = measured(forms)
+    metrics = measured(forms)
     worker = make_worker()
     allocation = request_for(worker, forms=forms).allocation
     counted = account(worker.layers, allocation.cost, itemsize=8)
@@ -104,13 +104,13 @@ def test_ratios_are_those_of_the_multiply_adds_that_the_accountant_counts(
     prefill = [TOKENS * count + head for count in blocks]
     decode = [count + head for count in blocks]
     for phase, (mine, dense) in (("prefill", prefill), ("decode", decode)):
-        assert found[f"{phase}_s"] == mine
-        assert found[f"{phase}_dense_s"] == dense
-        ratio = found[f"{phase}_latency_ratio"]
+        assert metrics[f"{phase}_s"] == mine
+        assert metrics[f"{phase}_dense_s"] == dense
+        ratio = metrics[f"{phase}_latency_ratio"]
         assert ratio == pytest.approx(mine / dense, rel=TOLERANCE["ratio"])
-        assert found[f"{phase}_latency_ratio_sem"] == 0.0
+        assert metrics[f"{phase}_latency_ratio_sem"] == 0.0
     assert prefill[0] < prefill[1]
-    assert set(found) == METRICS
+    assert set(metrics) == METRICS
 
 
 def test_a_machine_that_slows_down_and_runs_that_warm_up_leave_the_ratios(
@@ -124,29 +124,29 @@ def test_a_machine_that_slows_down_and_runs_that_warm_up_leave_the_ratios(
     # The first two turns do not count, however long one of the two models takes in them.
     cold = [*[1.0, 100.0, 1.0, 1.0] * 2, *[1.0] * 32]
     clock.looks, clock.slowness = 0, cold * 2
-    found = measured(PIVOTED, warmup=2, repeats=8)
-    assert found == expected
+    metrics = measured(PIVOTED, warmup=2, repeats=8)
+    assert metrics == expected
 
 
 def test_who_is_first_takes_turns(clock: WorkClock) -> None:
     """Whoever is second takes twice as long: half of the ratios double, the others halve."""
     expected = measured(PIVOTED)["prefill_latency_ratio"]
     clock.looks, clock.slowness = 0, [1.0, 1.0, 1.0, 2.0] * 100  # start, end, start, end
-    found = measured(PIVOTED, repeats=4, warmup=0)["prefill_latency_ratio"]
-    assert found == pytest.approx((2 + 1 / 2) / 2 * expected, rel=TOLERANCE["ratio"])
+    ratio = measured(PIVOTED, repeats=4, warmup=0)["prefill_latency_ratio"]
+    assert ratio == pytest.approx((2 + 1 / 2) / 2 * expected, rel=TOLERANCE["ratio"])
 
 
 def test_the_clock_is_read_when_the_device_has_finished(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[str] = []
+    calls: list[str] = []
 
     def clock() -> float:
-        seen.append("clock")
-        return float(len(seen))
+        calls.append("clock")
+        return float(len(calls))
 
-    monkeypatch.setattr(timing, "wait_for", lambda device: seen.append("wait"))
+    monkeypatch.setattr(timing, "wait_for", lambda device: calls.append("wait"))
     monkeypatch.setattr(timing, "perf_counter", clock)
     measure_latency(make_worker().model, {}, IDS, timings(repeats=1, warmup=0))
-    assert seen == ["wait", "clock"] * 8  # begin and end, of two models, in two phases
+    assert calls == ["wait", "clock"] * 8  # begin and end, of two models, in two phases
     waited: list[torch.device] = []
     monkeypatch.undo()
     monkeypatch.setattr(torch.accelerator, "synchronize", waited.append)
@@ -161,17 +161,17 @@ def test_layers_are_those_of_an_export_in_all_but_their_elements(forms: Forms) -
     allocation = request_for(worker, forms=forms).allocation
     assert {option.form for option in allocation.compressed.values()} == set(forms)
     for name, option in allocation.compressed.items():
-        found = worker.prepared[name].stand_in(name, option)
+        stand_in = worker.prepared[name].stand_in(name, option)
         exported = worker.prepared[name].stored(name, option, torch.float64)
-        assert type(found) is type(exported)
+        assert type(stand_in) is type(exported)
         if isinstance(exported, PivotedLinear):
-            assert sorted(found.index.tolist()) == sorted(exported.index.tolist())
-        mine, theirs = found.state_dict(), exported.state_dict()
+            assert sorted(stand_in.index.tolist()) == sorted(exported.index.tolist())
+        mine, theirs = stand_in.state_dict(), exported.state_dict()
         assert {n: (t.shape, t.dtype) for n, t in mine.items()} == {
             n: (t.shape, t.dtype) for n, t in theirs.items()
         }
         assert all(tensor.is_contiguous() for tensor in mine.values())
-        assert (found.bias is None) == (exported.bias is None)
+        assert (stand_in.bias is None) == (exported.bias is None)
 
 
 @pytest.mark.parametrize("case", tiny.CASES)
@@ -179,9 +179,9 @@ def test_every_family_can_be_timed_and_is_as_it_was(case: str) -> None:
     worker = make_worker(case)
     worker.latency = timings(repeats=3)
     before = snapshot(worker)
-    found = worker(request_for(worker, forms=BOTH)).metrics
-    assert METRICS.issubset(found)
-    assert all(found[name] > 0 for name in METRICS if not name.endswith("_sem"))
+    metrics = worker(request_for(worker, forms=BOTH)).metrics
+    assert METRICS.issubset(metrics)
+    assert all(metrics[name] > 0 for name in METRICS if not name.endswith("_sem"))
     assert snapshot(worker) == before
 
 
@@ -200,9 +200,9 @@ def test_a_trial_that_is_given_up_is_not_timed(monkeypatch: pytest.MonkeyPatch) 
     worker.latency, worker.race = timings(), Race(0.99, 0.0)
     monkeypatch.setattr(Race, "is_lost", lambda *_: True)
     monkeypatch.setattr("lrbo.trials.worker.measure_latency", lambda *_: pytest.fail("timed"))
-    asked = request_for(worker)
+    request = request_for(worker)
     losses = tuple(1.0 + index / 8 for index in range(len(WINDOWS)))
-    rival = TrialRequest(1, "sobol", {}, asked.allocation, 0, 0, losses)
+    rival = TrialRequest(1, "sobol", {}, request.allocation, 0, 0, losses)
     assert worker(rival).outcome == "stopped"
 
 
@@ -212,12 +212,12 @@ def test_memory_that_runs_out_while_timing_fails_the_trial_and_leaves_the_model(
     worker = make_worker()
     worker.latency = timings()
     before = snapshot(worker)
-    seen = 0
+    single_token_calls = 0
 
     def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        nonlocal seen
-        seen += x.shape[:2] == (1, 1)  # a head or a step: well inside the timing
-        if seen > 40:
+        nonlocal single_token_calls
+        single_token_calls += x.shape[:2] == (1, 1)  # a head or a step: well inside the timing
+        if single_token_calls > 40:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return LINEAR(x, weight, bias)
 
@@ -250,6 +250,6 @@ def test_the_error_is_the_spread_of_the_medians_of_many_measurements() -> None:
         return PairedTimes.of(mine, [1.0] * len(mine))
 
     many = [once() for _ in range(600)]
-    spread = statistics.stdev(found.ratio for found in many)
-    claimed = math.sqrt(statistics.fmean(found.ratio_error**2 for found in many))
+    spread = statistics.stdev(times.ratio for times in many)
+    claimed = math.sqrt(statistics.fmean(times.ratio_error**2 for times in many))
     assert claimed == pytest.approx(spread, rel=TOLERANCE["error"])

@@ -64,7 +64,7 @@ def test_a_twin_is_dense_and_shares_every_other_weight(case: str, forms: Forms) 
         assert (dense.bias is None) == (layer.bias is None)
     inside = tuple(f"{name}." for name in layers)
     shared = {n: t.data_ptr() for n, t in twin.named_parameters() if not n.startswith(inside)}
-    assert shared == {n: place for n, place in before.items() if not n.startswith(inside)}
+    assert shared == {n: address for n, address in before.items() if not n.startswith(inside)}
     assert twin.get_output_embeddings().weight is twin.get_input_embeddings().weight
     sizes = [one.get_memory_footprint(return_buffers=False) for one in (twin, model)]
     assert sizes[0] - sizes[1] == 4 * sum(
@@ -85,8 +85,8 @@ def test_what_is_timed_gives_the_logits_of_the_model(
     ids, steps = token_ids(2, 9), 3
     with torch.inference_mode():
         logits = model(ids).logits
-        found: Any = prefill(model, ids, compiled=compiled).run()
-        torch.testing.assert_close(found, logits[:, -1], rtol=0, atol=TOLERANCE["one by one"])
+        last_logits: Any = prefill(model, ids, compiled=compiled).run()
+        torch.testing.assert_close(last_logits, logits[:, -1], rtol=0, atol=TOLERANCE["one by one"])
         added = decode(model, ids, steps, compiled=compiled)
         for _ in range(2):  # every timing begins with the same cache
             added.prepare()
@@ -106,13 +106,13 @@ def test_speeds_are_those_of_the_multiply_adds(forms: Forms) -> None:
         sum(parameters_in(m) for m in one.modules() if isinstance(m, nn.Linear)) - head
         for one in (model, twin)
     ]
-    done = []
-    found = measure_speed(model, twin, SETTINGS, on_run=lambda: done.append("timed"))
-    assert [(one.step, one.prompt) for one in found] == [
+    runs = []
+    speeds = measure_speed(model, twin, SETTINGS, on_run=lambda: runs.append("timed"))
+    assert [(one.step, one.prompt) for one in speeds] == [
         ("prefill", 5), ("decode", 5), ("prefill", 9), ("decode", 9),
     ]  # fmt: skip
-    assert len(done) == len(found)
-    for one in found:
+    assert len(runs) == len(speeds)
+    for one in speeds:
         tokens = one.prompt if one.step == "prefill" else SETTINGS.steps
         heads = 1 if one.step == "prefill" else SETTINGS.steps
         mine, dense = (SETTINGS.batch * (tokens * count + heads * head) for count in layers)
@@ -183,27 +183,27 @@ def benchmarked(
     main(["benchmark", f"checkpoint={folder}", f"studies={tmp_path}", *QUICK, *overrides,
           "output=json"])  # fmt: skip
     ran = capsys.readouterr()
-    found: dict[str, Any] = json.loads(ran.out.splitlines()[-1])
-    return found, ran.out + ran.err
+    result: dict[str, Any] = json.loads(ran.out.splitlines()[-1])
+    return result, ran.out + ran.err
 
 
 def test_the_command_says_and_keeps_what_it_measured(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found, said = benchmarked(folder, tmp_path, capsys, "memory=false")
-    assert [(s["step"], s["prompt"], s["compiled"]) for s in found["speeds"]] == [
+    result, output = benchmarked(folder, tmp_path, capsys, "memory=false")
+    assert [(s["step"], s["prompt"], s["compiled"]) for s in result["speeds"]] == [
         ("prefill", 4, False), ("decode", 4, False),
     ]  # fmt: skip
-    assert {kind["kind"] for kind in found["kinds"]} <= {
+    assert {kind["kind"] for kind in result["kinds"]} <= {
         "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
     }  # fmt: skip
-    assert found["file_bytes"] == (folder / "model.safetensors").stat().st_size
-    assert found["weights_bytes"]["checkpoint"] < found["weights_bytes"]["dense"]
-    assert found["peak_bytes"] is None
+    assert result["file_bytes"] == (folder / "model.safetensors").stat().st_size
+    assert result["weights_bytes"]["checkpoint"] < result["weights_bytes"]["dense"]
+    assert result["peak_bytes"] is None
     for shown in ("prefill", "decode", "times faster", "weights in memory"):
-        assert shown in said
+        assert shown in output
     (line,) = (tmp_path / "benchmarks.jsonl").read_text().splitlines()
-    assert json.loads(line)["speeds"] == found["speeds"]
+    assert json.loads(line)["speeds"] == result["speeds"]
 
 
 def test_a_device_that_is_not_there_is_named_with_all_else_that_is_wrong(
@@ -212,9 +212,9 @@ def test_a_device_that_is_not_there_is_named_with_all_else_that_is_wrong(
     with pytest.raises(SystemExit):
         main(["benchmark", "checkpoint=nowhere", "device=cuda:97", "batch=0",
               f"studies={tmp_path}"])  # fmt: skip
-    said = capsys.readouterr().err
+    message = capsys.readouterr().err
     for key in ("checkpoint='nowhere': expected a folder", "device='cuda:97'", "batch=0"):
-        assert key in said
+        assert key in message
 
 
 def test_what_fails_beside_leaves_the_times(
@@ -229,11 +229,11 @@ def test_what_fails_beside_leaves_the_times(
     monkeypatch.setattr(torch, "compile", broken)
     ended = subprocess.CompletedProcess([], 1, "", "MemoryError")
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: ended)
-    found, said = benchmarked(folder, tmp_path, capsys, "compile=true")
-    assert len(found["speeds"]) == 2
-    assert found["compile_error"] == "RuntimeError: no compiler here"
-    assert "torch.compile failed" in said
-    assert "No peak memory" in said
+    result, output = benchmarked(folder, tmp_path, capsys, "compile=true")
+    assert len(result["speeds"]) == 2
+    assert result["compile_error"] == "RuntimeError: no compiler here"
+    assert "torch.compile failed" in output
+    assert "No peak memory" in output
 
 
 @pytest.mark.slow
@@ -243,7 +243,7 @@ def test_compiled_and_with_memory(folder: Path, tmp_path: Path) -> None:
     command += [f"studies={tmp_path}", *QUICK, "output=json"]
     ran = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
-    found = json.loads(ran.stdout.splitlines()[-1])
-    assert found["compile_error"] is None
-    assert [s["compiled"] for s in found["speeds"]] == [False, False, True, True]
-    assert min(found["peak_bytes"].values()) > 2**20
+    result = json.loads(ran.stdout.splitlines()[-1])
+    assert result["compile_error"] is None
+    assert [s["compiled"] for s in result["speeds"]] == [False, False, True, True]
+    assert min(result["peak_bytes"].values()) > 2**20

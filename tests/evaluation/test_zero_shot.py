@@ -63,10 +63,10 @@ def likelihood(
     before = tokenizer(context).input_ids
     ids = before + tokenizer(choice).input_ids
     total = 0.0
-    for place in range(len(before), len(ids)):
+    for position in range(len(before), len(ids)):
         with torch.no_grad():
-            logits = model(torch.tensor(ids[:place])[None]).logits[0, -1]
-        total -= negative_log_likelihood(logits, ids[place])
+            logits = model(torch.tensor(ids[:position])[None]).logits[0, -1]
+        total -= negative_log_likelihood(logits, ids[position])
     return total
 
 
@@ -94,16 +94,16 @@ def test_scores_are_those_of_a_loop_over_choices(
     tmp_path: Path,
 ) -> None:
     tasks = zero_shot.load_tasks(["sums"], write_task(tmp_path))
-    (found,) = zero_shot.score_tasks(model, tokenizer, tasks, batch_items=batch_items)
-    assert (found.task, found.items, found.shots, found.version) == ("sums", 12, 0, 2.5)
+    (score,) = zero_shot.score_tasks(model, tokenizer, tasks, batch_items=batch_items)
+    assert (score.task, score.items, score.shots, score.version) == ("sums", 12, 0, 2.5)
     plain = answered(model, tokenizer, per_character=False)
     normed = answered(model, tokenizer, per_character=True)
-    assert [(one.name, one.value) for one in found.metrics] == [
+    assert [(one.name, one.value) for one in score.metrics] == [
         ("acc", plain),
         ("acc_norm", normed),
     ]
     assert plain != normed, "else one could stand for the other"
-    for one in found.metrics:
+    for one in score.metrics:
         assert one.value is not None
         expected = math.sqrt(one.value * (1 - one.value) / (len(ITEMS) - 1))
         assert one.error == pytest.approx(expected, rel=TOLERANCE["error"])
@@ -113,8 +113,8 @@ def test_a_limit_takes_the_first_items(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     tasks = zero_shot.load_tasks(["sums"], write_task(tmp_path))
-    (found,) = zero_shot.score_tasks(model, tokenizer, tasks, limit=5)
-    assert found.items == 5
+    (score,) = zero_shot.score_tasks(model, tokenizer, tasks, limit=5)
+    assert score.items == 5
 
 
 @pytest.mark.usefixtures("own_only")
@@ -134,16 +134,16 @@ def test_unknown_names_are_named_all_at_once_with_what_is_near(tmp_path: Path) -
 def test_own_tasks_need_no_index_of_the_harness_s(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = []
+    defaults = []
 
     def watched(**options: Any) -> Any:
-        asked.append(options["include_defaults"])
+        defaults.append(options["include_defaults"])
         return manager(**options)
 
     manager = lm_eval_tasks.TaskManager
     monkeypatch.setattr(lm_eval_tasks, "TaskManager", watched)
     zero_shot.load_tasks(["sums"], write_task(tmp_path))
-    assert asked == [False]
+    assert defaults == [False]
 
 
 def test_data_that_cannot_be_read_is_named_before_a_model_is_loaded(tmp_path: Path) -> None:

@@ -44,10 +44,10 @@ class Made:
     """Statistics of every layer, the same for each of its shape, which remember who asked."""
 
     def __init__(self, *, gradients: bool = True) -> None:
-        self.gradients, self.asked = gradients, list[str]()
+        self.gradients, self.names = gradients, list[str]()
 
     def of(self, spec: LayerSpec) -> Mapping[Statistic, Tensor]:
-        self.asked.append(spec.name)
+        self.names.append(spec.name)
         generator = torch.Generator().manual_seed(spec.in_features)
 
         def draw(width: int) -> Tensor:
@@ -234,9 +234,9 @@ def test_exactly_the_ranks_below_dense_in_any_form_are_kept(case: str, method: s
 def test_progress_names_each_layer_once_and_the_model_is_untouched() -> None:
     model = build("gpt2")
     layers, statistics = map_model(model), Made()
-    before, done = fingerprint(model), list[str]()
-    merged(factor_model(model, layers, Svd(), statistics, on_layer=done.append))
-    assert done == [spec.name for spec in layers.compressible] == statistics.asked
+    before, names = fingerprint(model), list[str]()
+    merged(factor_model(model, layers, Svd(), statistics, on_layer=names.append))
+    assert names == [spec.name for spec in layers.compressible] == statistics.names
     assert fingerprint(model) == before
 
 
@@ -411,18 +411,18 @@ def test_what_cannot_be_written_is_made_once_also_where_another_folder_needs_it(
     tmp_path: Path,
 ) -> None:
     """It loaded the model and went through the text three times."""
-    asked = []
+    calls = []
 
     def write() -> None:
         raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "statistics"))
 
     def make() -> None:
-        asked.append("model")
+        calls.append("model")
         cached(tmp_path / "statistics", write, dict)
 
     with pytest.raises(PathError, match=r"statistics cannot be written: Permission denied.*CACHE"):
         cached(tmp_path / "factors", make, dict)
-    assert asked == ["model"]
+    assert calls == ["model"]
 
 
 def test_what_another_process_made_is_not_removed_where_making_it_failed(tmp_path: Path) -> None:

@@ -92,7 +92,7 @@ def stored(factors: LowRankFactors, option: Option) -> nn.Module:
     return factors.stored("layer", option, torch.float32)
 
 
-ASKED: list[Callable[[LowRankFactors, Option], nn.Module]] = [
+OPERATIONS: list[Callable[[LowRankFactors, Option], nn.Module]] = [
     lambda factors, option: factors.at_rank(*option.level),
     lambda factors, option: factors.trial_module("layer", option, 0, {}),
     lambda factors, option: factors.trial_module("layer", option, 10**6, {}),
@@ -103,12 +103,12 @@ ASKED: list[Callable[[LowRankFactors, Option], nn.Module]] = [
 
 @every_form
 @pytest.mark.parametrize("rank", [-1, COUNT + 1, 99])
-@pytest.mark.parametrize("asked", ASKED)
+@pytest.mark.parametrize("operation", OPERATIONS)
 def test_a_rank_that_no_prefix_has_is_refused(
-    asked: Callable[[LowRankFactors, Option], nn.Module], rank: int, form: str
+    operation: Callable[[LowRankFactors, Option], nn.Module], rank: int, form: str
 ) -> None:
     with pytest.raises(ValueError, match=rf"rank {rank} is outside 0\.\.{COUNT}"):
-        asked(make("fixed"), Option(form, (rank,)))
+        operation(make("fixed"), Option(form, (rank,)))
 
 
 @pytest.mark.parametrize("multiple", [1, 2])
@@ -213,8 +213,8 @@ def test_every_form_stores_the_same_layers_at_what_they_cost(
         assert {parameter.dtype for parameter in layer.parameters()} == {dtype}
         outputs = layer(x.to(dtype)).double()
         assert float((outputs - (x @ weight.T + offset)).abs().max()) <= tolerance
-        running = factors.trial_module("layer", option, 0, {})
-        difference = outputs - running(x)
+        trial_layer = factors.trial_module("layer", option, 0, {})
+        difference = outputs - trial_layer(x)
         assert float(difference.abs().max()) <= tolerance
         parameters, *_ = FORMS[form].cost(unit, (rank,), bias=bias != "none", itemsize=4)
         assert parameters == reference.count_parameters(layer)
@@ -254,9 +254,9 @@ def test_what_is_kept_are_contiguous_prefixes_and_comes_back(bias: str) -> None:
     tensors = factors.tensors()
     assert all(tensor.is_contiguous() for tensor in tensors.values())
     assert tensors["left"].shape == (COUNT, OUT)
-    again = LowRankFactors.of_tensors(tensors)
+    restored = LowRankFactors.of_tensors(tensors)
     for field in dataclasses.fields(LowRankFactors):
-        one, other = getattr(again, field.name), getattr(factors, field.name)
+        one, other = getattr(restored, field.name), getattr(factors, field.name)
         assert (one is None) == (other is None) == (field.name not in tensors)
         assert one is None or torch.equal(one, other)
 

@@ -142,14 +142,14 @@ def test_a_refit_does_not_make_them_worse(
     allocation = deciding({s.name: Option("factored", (4,)) for s in layers.compressible})
     metric = output_metric(layers, calibration, 0.75)
     settings = RefitSettings(held_back=held_back)
-    again = refit(model, layers, allocation, factorization.factors, IDS, settings, metric=metric)
+    result = refit(model, layers, allocation, factorization.factors, IDS, settings, metric=metric)
     for spec in layers.compressible:
-        new = again.factors[spec.name]
+        new = result.factors[spec.name]
         assert torch.isfinite(new.left).all()
         assert torch.isfinite(new.right).all()
         product = new.left @ new.right
         assert bool(product.any()) or not bool(model.get_submodule(spec.name).weight.any())
-    prefixes = on_device(model, again.factors, {s.name: 4 for s in layers.compressible})
+    prefixes = on_device(model, result.factors, {s.name: 4 for s in layers.compressible})
     with factorization.compressed(model, allocation):
         before = lrbo.score(model, IDS).mean
     with lrbo.allocation.apply.compressed(model, allocation, prefixes):

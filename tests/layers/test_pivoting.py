@@ -79,12 +79,12 @@ def test_the_form_is_the_product_within_the_bound(pair: tuple[Tensor, Tensor]) -
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DependentColumnsWarning)  # integers may well depend
         form = pivot(left, right)
-        again = pivot(left, right)
+        second = pivot(left, right)
     check(left, right, form)
     assert torch.equal(left, before[0])
     assert torch.equal(right, before[1])
-    assert torch.equal(form.coefficients, again.coefficients)
-    assert torch.equal(form.order, again.order)
+    assert torch.equal(form.coefficients, second.coefficients)
+    assert torch.equal(form.order, second.order)
 
 
 @pytest.fixture

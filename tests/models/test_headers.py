@@ -332,10 +332,10 @@ def test_an_adapter_beside_a_model_is_refused_by_name(name: str, tmp_path: Path)
 
 
 def test_an_adapter_at_the_hub_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[str, str | None]] = []
+    calls: list[tuple[str, str | None]] = []
 
     def find(name: str, *, revision: str | None) -> str:
-        asked.append((name, revision))
+        calls.append((name, revision))
         return "adapter_config.json"
 
     monkeypatch.setattr(loading, "find_adapter_config_file", find)
@@ -344,7 +344,7 @@ def test_an_adapter_at_the_hub_is_refused_by_name(monkeypatch: pytest.MonkeyPatc
     for load in (load_config, load_skeleton):
         with pytest.raises(ModelError, match=r"no/such.* comes with an adapter \(adapter_config"):
             load(ModelSource("hf", "no/such", "v2"))
-    assert asked == [("no/such", "v2")] * 2
+    assert calls == [("no/such", "v2")] * 2
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft asks it

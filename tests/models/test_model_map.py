@@ -73,7 +73,7 @@ def test_every_family_has_a_case() -> None:
     assert set(KINDS) == set(BIASED) == set(CASES)
 
 
-def seen_by_layers(model: PreTrainedModel, names: list[str]) -> list[tuple[str, Tensor, Tensor]]:
+def calls_of_layers(model: PreTrainedModel, names: list[str]) -> list[tuple[str, Tensor, Tensor]]:
     """Return (name, input, output) of each call, in the order of the calls."""
     calls: list[tuple[str, Tensor, Tensor]] = []
     hooks = []
@@ -123,7 +123,7 @@ def test_kind_block_and_order(case: str) -> None:
 def test_layers_of_a_site_read_the_identical_tensor_and_others_do_not(case: str) -> None:
     model = build(case)
     actual = map_model(model)
-    calls = seen_by_layers(model, [spec.name for spec in actual.compressible])
+    calls = calls_of_layers(model, [spec.name for spec in actual.compressible])
     assert len(calls) == len(actual.compressible)
     inputs = {name: x for name, x, _ in calls}
     site_of = {spec.name: spec.site for spec in actual.compressible}
@@ -143,7 +143,7 @@ def test_layers_of_a_site_read_the_identical_tensor_and_others_do_not(case: str)
 def test_shapes_and_biases_are_those_of_the_running_layers(case: str) -> None:
     model = build(case)
     actual = map_model(model)
-    for name, x, y in seen_by_layers(model, [spec.name for spec in actual.layers]):
+    for name, x, y in calls_of_layers(model, [spec.name for spec in actual.layers]):
         spec = actual.by_name[name]
         assert (spec.in_features, spec.out_features) == (x.shape[-1], y.shape[-1]), name
         module = model.get_submodule(name)
@@ -194,9 +194,9 @@ def test_head_of_body_gives_the_logits(case: str) -> None:
     ids = token_ids(2, 6)
     with torch.no_grad():
         logits = model(ids).logits
-        again = head(body(ids, use_cache=False).last_hidden_state)
+        head_logits = head(body(ids, use_cache=False).last_hidden_state)
     assert logits.shape == (2, 6, VOCABULARY)
-    assert torch.equal(again, logits)
+    assert torch.equal(head_logits, logits)
     assert not torch.equal(logits[0, 0], logits[0, 1])  # so equality says something
 
 

@@ -8,20 +8,20 @@ from lrbo.models.tiny import tiny_model
 from tests.support.tiny import build
 
 
-@pytest.mark.parametrize("place", [0, -1])
-def test_fingerprint_changes_with_any_one_tensor(place: int) -> None:
+@pytest.mark.parametrize("index", [0, -1])
+def test_fingerprint_changes_with_any_one_tensor(index: int) -> None:
     model = tiny_model()  # its embedding is larger than the sample that is hashed
     assert max(parameter.numel() for parameter in model.parameters()) > 2 * 4096
     whole = fingerprint(model)
     assert fingerprint(tiny_model()) == whole
-    seen = {whole}
+    fingerprints = {whole}
     for parameter in model.parameters():
         flat = parameter.detach().view(-1)
-        original = flat[place].item()
-        flat[place] += 1.0
-        seen.add(fingerprint(model))
-        flat[place] = original
-    assert len(seen) == 1 + len(list(model.parameters()))
+        original = flat[index].item()
+        flat[index] += 1.0
+        fingerprints.add(fingerprint(model))
+        flat[index] = original
+    assert len(fingerprints) == 1 + len(list(model.parameters()))
     assert fingerprint(model) == whole
 
 

@@ -31,10 +31,10 @@ def test_a_hub_that_does_not_answer_is_asked_once(
     load: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """transformers asked six times, with longer and longer waits, for every file."""
-    asked = []
+    urls = []
 
     def metadata(url: str) -> None:
-        asked.append(url)
+        urls.append(url)
         raise OSError("no route to host.")
 
     monkeypatch.setattr(sources, "get_hf_file_metadata", metadata)
@@ -45,7 +45,7 @@ def test_a_hub_that_does_not_answer_is_asked_once(
         ModelError, match=r"not answer: no route to host\. Give .* download no/such"
     ):
         LOADERS[load](ModelSource("hf", "no/such"))
-    assert len(asked) == 1
+    assert len(urls) == 1
 
 
 def test_what_was_fetched_from_the_hub_before_is_opened_without_it(

@@ -46,10 +46,10 @@ def test_any_text_is_one_token_per_byte_and_comes_back(text: str) -> None:
 
 def test_every_byte_has_its_own_token() -> None:
     text = "".join(chr(code) for code in range(0x800))  # their UTF-8 has every lead byte of two
-    seen = set(BYTES(text, add_special_tokens=False).input_ids)
-    seen |= set(BYTES("\U0010ffff \U00040000 \uffff\u0800", add_special_tokens=False).input_ids)
-    assert seen <= set(range(256))
-    assert len(seen) > 190
+    tokens = set(BYTES(text, add_special_tokens=False).input_ids)
+    tokens |= set(BYTES("\U0010ffff \U00040000 \uffff\u0800", add_special_tokens=False).input_ids)
+    assert tokens <= set(range(256))
+    assert len(tokens) > 190
     assert len(BYTES) == 258
     assert (BYTES.bos_token_id, BYTES.eos_token_id) == (256, 257)
 

@@ -140,7 +140,10 @@ def test_a_front_that_is_killed_at_any_moment_equals_the_uninterrupted_one(
             search.run(Fuse(at))
         search.run()
         assert_same_search(search, uninterrupted)
-    observations, reference = uninterrupted.client.asked[10], uninterrupted.client.references[10]
+    observations, reference = (
+        uninterrupted.client.observations[10],
+        uninterrupted.client.references[10],
+    )
     expected = [r for r in records[:10] if r.request.variables]
     assert [(o.loss, o.size) for o in observations] == [
         (r.metrics["objective"], r.metrics["keep_ratio"]) for r in expected
@@ -164,7 +167,7 @@ def test_a_measured_size_is_told_with_its_error(tmp_path: Path) -> None:
         outcomes=times,
     )
     search.run()
-    observations, reference = search.client.asked[9], search.client.references[9]
+    observations, reference = search.client.observations[9], search.client.references[9]
     records = search.study.state.records[:9]
     expected = [r.request.trial_index for r in records if r.request.variables]
     assert len(expected) >= 5
@@ -185,32 +188,32 @@ def test_proposals_stay_in_range_repeat_and_fill_the_front() -> None:
         ratio = point[KEEP_RATIO]
         return Observation(point, 4 * (1 - ratio) + (point[name] - 0.3) ** 2, ratio)
 
-    seen = [observe(sobol_point(space, index, 0)) for index in range(10)]
+    observations = [observe(sobol_point(space, index, 0)) for index in range(10)]
     client, reference = SearchClient(space, seed=0), (2.5, 0.82)
-    point = client.ask(10, seen, reference)
-    again = client.ask(10, seen, reference)
+    point = client.ask(10, observations, reference)
+    repeat = client.ask(10, observations, reference)
     assert list(point) == list(space.names)
-    assert max(abs(point[n] - again[n]) for n in space.names) < TOLERANCES["repeat"]
-    before = hypervolume([(o.loss, o.size) for o in seen], reference)
+    assert max(abs(point[n] - repeat[n]) for n in space.names) < TOLERANCES["repeat"]
+    before = hypervolume([(o.loss, o.size) for o in observations], reference)
     gains = []
     for index in range(10, 14):
-        point = client.ask(index, seen, reference)
+        point = client.ask(index, observations, reference)
         assert all(low <= point[n] <= high for n, (low, high) in space.bounds.items())
-        seen.append(observe(point))
-        gains.append(hypervolume([(o.loss, o.size) for o in seen], reference) - before)
+        observations.append(observe(point))
+        gains.append(hypervolume([(o.loss, o.size) for o in observations], reference) - before)
     assert gains == sorted(gains)
-    randomly = seen[:10] + [observe(sobol_point(space, index, 5)) for index in range(4)]
+    randomly = observations[:10] + [observe(sobol_point(space, index, 5)) for index in range(4)]
     assert gains[-1] > hypervolume([(o.loss, o.size) for o in randomly], reference) - before
 
 
 def test_proposals_of_ratios_meet_the_budget_that_they_name() -> None:
     space = make_front_space("ratios")
-    seen = []
+    observations = []
     for index in range(8):
         point = sobol_point(space, index, 0)
         loss = sum((1 - value) ** 2 for value in point.values())
-        seen.append(Observation(point, loss, point[KEEP_RATIO]))
-    point = SearchClient(space, seed=0).ask(8, seen, (3.0, 0.82))
+        observations.append(Observation(point, loss, point[KEEP_RATIO]))
+    point = SearchClient(space, seed=0).ask(8, observations, (3.0, 0.82))
     missed = slack(space, point) / size(space)
     assert missed == pytest.approx(0.0, abs=TOLERANCES["constraint"])
     assert 0.5 <= point[KEEP_RATIO] <= 0.8
@@ -280,10 +283,10 @@ def test_a_point_of_one_s_own_becomes_a_trial_like_all_others(tmp_path: Path) ->
     assert record.is_completed
     assert record.request.origin == "between"
     assert record.request.allocation == space.allocate(point)
-    again = Search(tmp_path, trials=10, initial=9, space=space, size="keep_ratio")
-    again.run()  # the tenth trial is there already
-    assert again.study.state.trials[9] == record
-    assert len(again.study.state.trials) == 10
+    second_search = Search(tmp_path, trials=10, initial=9, space=space, size="keep_ratio")
+    second_search.run()  # the tenth trial is there already
+    assert second_search.study.state.trials[9] == record
+    assert len(second_search.study.state.trials) == 10
 
 
 def test_a_point_of_one_s_own_takes_no_number_that_the_search_gives(tmp_path: Path) -> None:
@@ -295,9 +298,9 @@ def test_a_point_of_one_s_own_takes_no_number_that_the_search_gives(tmp_path: Pa
     with study.locked():
         record = one_more(study, space, 6, sobol_point(space, 0, 0))
     assert record.request.trial_index == 8
-    again = Search(tmp_path, trials=9, initial=8, space=space, size="keep_ratio")
-    again.run()
-    records = again.study.state.records
+    second_search = Search(tmp_path, trials=9, initial=8, space=space, size="keep_ratio")
+    second_search.run()
+    records = second_search.study.state.records
     origins = [record.request.origin for record in records]
     assert origins == ["uniform"] * 4 + ["analytic"] * 4 + ["between"]
     # Neither is the ceiling rounded up.

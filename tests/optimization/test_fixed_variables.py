@@ -90,8 +90,8 @@ def test_projection_is_the_nearest_point_of_what_is_left(wished: list[float]) ->
 def test_the_surrogate_proposes_within_what_is_set(kind: str) -> None:
     variables, tied = CASES[kind]
     space = restricted(kind, variables, tied)
-    seen = [Observation(sobol_point(space, i, 0), float(i % 3)) for i in range(6)]
-    point = SearchClient(space, seed=0).ask(6, seen)
+    observations = [Observation(sobol_point(space, i, 0), float(i % 3)) for i in range(6)]
+    point = SearchClient(space, seed=0).ask(6, observations)
     assert set(point) == set(space.names)
     near = TOLERANCES["constraint"]
     for name, (low, high) in space.bounds.items():

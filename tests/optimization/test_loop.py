@@ -207,14 +207,14 @@ def test_without_start_ratios_trial_1_is_a_sobol_point(tmp_path: Path) -> None:
 def test_several_trials_run_at_once_and_end_in_any_order(tmp_path: Path) -> None:
     search = Search(tmp_path, trials=9, capacity=3, delays=(5, 0, 2, 1))
     search.run()
-    assert search.executor.running == 3
+    assert search.executor.peak == 3
     ends = [event["trial"] for event in search.events if event["event"] == "ended"]
     assert sorted(ends) == list(range(9))
     assert ends != sorted(ends)
     assert search.reported == ends
     assert search.count("started") == dict.fromkeys(range(9), 1)
     # A proposal knows the values of all that ended before it, and all that run as open.
-    for index, observations in search.client.asked.items():
+    for index, observations in search.client.observations.items():
         events = search.events
         now = next(
             i for i, e in enumerate(events) if e["event"] == "suggested" and e["trial"] == index
@@ -230,7 +230,7 @@ def test_several_trials_run_at_once_and_end_in_any_order(tmp_path: Path) -> None
         )
         assert Counter((tuple(o.point.values()), o.loss) for o in observations) == expected
         assert sum(o.loss is None for o in observations) <= 2
-    assert any(o.loss is None for seen in search.client.asked.values() for o in seen)
+    assert any(o.loss is None for batch in search.client.observations.values() for o in batch)
 
 
 @pytest.mark.parametrize(
@@ -255,11 +255,11 @@ def test_a_trial_without_a_value_is_noted_with_its_reason_and_told_to_nobody(
         assert record.metrics == {}
         assert search.store[index][0].result == record.result
         silent = tuple(record.request.variables.values())
-        for asked, observations in search.client.asked.items():
-            if asked > index:
+        for number, observations in search.client.observations.items():
+            if number > index:
                 assert silent not in {tuple(o.point.values()) for o in observations}
-    assert len(search.client.asked[5]) == 2  # trials 1 and 3
-    assert all(o.loss is not None for o in search.client.asked[5])
+    assert len(search.client.observations[5]) == 2  # trials 1 and 3
+    assert all(o.loss is not None for o in search.client.observations[5])
 
 
 def test_without_any_value_the_surrogate_is_not_asked(tmp_path: Path) -> None:
@@ -297,7 +297,7 @@ def test_the_objective_weighs_the_divergence(tmp_path: Path) -> None:
         m = record.metrics
         expected = m["nll"] + 0.5 * m["kl_dense_to_compressed"]
         assert m["objective"] == pytest.approx(expected, abs=TOLERANCES["objective"])
-    losses = {o.loss for o in search.client.asked[5]}
+    losses = {o.loss for o in search.client.observations[5]}
     assert losses == {r.metrics["objective"] for r in search.study.state.records[1:5]}
 
 

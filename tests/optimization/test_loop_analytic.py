@@ -28,7 +28,7 @@ def test_where_losses_are_known_trial_1_is_the_analytic_allocation(tmp_path: Pat
     assert records[3].request.allocation == space.allocate(sobol_point(space, 2, SEED))
     # Units that share a ratio have options of their own there: no point, nothing to learn from.
     assert records[1].request.variables == {}
-    assert len(search.client.asked[5]) == 3  # of five trials, neither uniform nor analytic
+    assert len(search.client.observations[5]) == 3  # of five trials, neither uniform nor analytic
 
 
 def test_weights_begin_at_the_analytic_allocation_and_learn_from_it(tmp_path: Path) -> None:
@@ -45,7 +45,7 @@ def test_weights_begin_at_the_analytic_allocation_and_learn_from_it(tmp_path: Pa
     for record in records[1:]:
         # The allocation is a function of the point, and the point is what the surrogate is told.
         assert record.request.allocation == space.allocate(record.request.variables)
-    observations = search.client.asked[4]
+    observations = search.client.observations[4]
     assert [o.point for o in observations] == [r.request.variables for r in records[1:4]]
     assert observations[0].point == origin
     assert observations[0].loss == records[1].metrics["objective"]

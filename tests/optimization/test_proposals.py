@@ -73,14 +73,14 @@ def test_weights_are_proposed_within_bounds_and_nothing_else() -> None:
     layers = make_layers(1, {"q_proj": (24, 24), "o_proj": (24, 24)})
     space = make_weight_space(0.6, layers, knots=0, exponent=False)
     points = [sobol_point(space, index, 0) for index in range(10)]
-    seen = [Observation(point, -sum(point.values())) for point in points]
+    observations = [Observation(point, -sum(point.values())) for point in points]
     client = SearchClient(space, seed=0)
-    point = client.ask(10, seen)
+    point = client.ask(10, observations)
     assert list(point) == list(space.names)
     assert all(low <= point[name] <= high for name, (low, high) in space.bounds.items())
     # Both may rise at once: there is no budget between them, as there is between ratios.
     assert sum(point.values()) > max(sum(other.values()) for other in points)
-    assert distance(client.ask(10, seen), point) < TOLERANCES["repeat"]
+    assert distance(client.ask(10, observations), point) < TOLERANCES["repeat"]
 
 
 def test_a_budget_for_everything_leaves_the_whole_box() -> None:
@@ -117,9 +117,9 @@ def test_the_same_observations_give_the_same_proposal_and_touch_no_random_state(
 
 def test_running_trials_are_taken_as_pending() -> None:
     space = space_of(5)
-    client, seen = SearchClient(space, seed=0), observe(space, 8)
-    first = client.ask(8, seen)
-    second = client.ask(8, [*seen, Observation(first, None)])
+    client, observations = SearchClient(space, seed=0), observe(space, 8)
+    first = client.ask(8, observations)
+    second = client.ask(8, [*observations, Observation(first, None)])
     # The same seed: ignored, the running trial would leave the proposal where it was.
     assert distance(first, second) > 0.01
 
@@ -137,11 +137,11 @@ def test_ax_is_told_how_sure_each_objective_is(monkeypatch: pytest.MonkeyPatch) 
     space = space_of(5)
     points = [sobol_point(space, index, 0) for index in range(4)]
     errors = [0.01, 0.02, 0.03, 0.04]
-    seen = [
+    observations = [
         Observation(p, loss(p), 0.5 + index / 10, size_error=error)
         for index, (p, error) in enumerate(zip(points, errors, strict=True))
     ]
-    SearchClient(space, seed=0).ask(4, seen, (3.0, 1.0))
+    SearchClient(space, seed=0).ask(4, observations, (3.0, 1.0))
     (table,) = tables
     sizes = table[table["metric_name"] == module.SIZE]
     assert list(sizes["sem"]) == errors
@@ -156,25 +156,25 @@ def test_nothing_is_compiled_for_a_front(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "logei_fused_ext" / "lock").touch()
     space = make_weight_space()
     points = [sobol_point(space, index, 0) for index in range(5)]
-    seen = [Observation(point, 1.0 + i, 5.0 - i) for i, point in enumerate(points)]
-    assert set(SearchClient(space, seed=0).ask(5, seen, (7.0, 6.0))) == set(space.names)
+    observations = [Observation(point, 1.0 + i, 5.0 - i) for i, point in enumerate(points)]
+    assert set(SearchClient(space, seed=0).ask(5, observations, (7.0, 6.0))) == set(space.names)
     assert logei._C is None
 
 
 def test_observations_outside_the_bounds_count() -> None:
     """Rounding to options realises points a little below the lower bound."""
     space = space_of(5)
-    client, seen = SearchClient(space, seed=0), observe(space, 6)
-    below = {**seen[0].point, space.names[0]: LOWER - 0.04}
-    outside = [client.ask(6, [*seen, Observation(below, value)]) for value in (0.0, 3.0)]
+    client, observations = SearchClient(space, seed=0), observe(space, 6)
+    below = {**observations[0].point, space.names[0]: LOWER - 0.04}
+    outside = [client.ask(6, [*observations, Observation(below, value)]) for value in (0.0, 3.0)]
     assert distance(*outside) > 0.01
 
 
 def test_a_proposal_needs_a_value() -> None:
     space = space_of(5)
     client = SearchClient(space, seed=0)
-    running = [Observation(sobol_point(space, 0, 0), None)]
-    for observations in ([], running):
+    open_trials = [Observation(sobol_point(space, 0, 0), None)]
+    for observations in ([], open_trials):
         with pytest.raises(ValueError, match="at least one trial with a value"):
             client.ask(1, observations)
 
@@ -188,8 +188,8 @@ def test_one_value_is_enough() -> None:
 def test_the_same_point_twice_is_no_error() -> None:
     """Where the space has no more allocations, a trial repeats one."""
     space = space_of(5)
-    seen = observe(space, 4)
-    point = SearchClient(space, seed=0).ask(5, [*seen, seen[1]])
+    observations = observe(space, 4)
+    point = SearchClient(space, seed=0).ask(5, [*observations, observations[1]])
     assert used(space, point) <= space.room + TOLERANCES["budget"]
 
 
@@ -214,12 +214,12 @@ def test_fitting_is_capped(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 def test_proposals_beat_random_points_under_a_tight_budget() -> None:
     space = space_of(5, 0.4)
-    seen = observe(space, 4)
+    observations = observe(space, 4)
     client = SearchClient(space, seed=0)
     for index in range(4, 16):
-        point = client.ask(index, seen)
-        seen.append(Observation(point, loss(point)))
-    proposed = min(each.loss for each in seen if each.loss is not None)
+        point = client.ask(index, observations)
+        observations.append(Observation(point, loss(point)))
+    proposed = min(each.loss for each in observations if each.loss is not None)
     chooser = random.Random(0)
 
     def draw() -> float:
@@ -234,7 +234,7 @@ def test_proposals_beat_random_points_under_a_tight_budget() -> None:
 def test_210_variables_and_a_hundred_trials_take_seconds() -> None:
     """Ax's own settings take 30 to 90 s here, more than a trial."""
     space = space_of(210)
-    seen = observe(space, 100)
+    observations = observe(space, 100)
     start = time.process_time()
-    SearchClient(space, seed=0).ask(100, seen)
+    SearchClient(space, seed=0).ask(100, observations)
     assert time.process_time() - start < 30

@@ -242,9 +242,9 @@ def test_sobol_points_depend_on_index_and_seed_only() -> None:
     first = [sobol_point(space, index, 7) for index in range(6)]
     torch.manual_seed(1)
     before = torch.random.get_rng_state()
-    again = {index: sobol_point(make_space(), index, 7) for index in (5, 0, 3, 1, 4, 2)}
+    points = {index: sobol_point(make_space(), index, 7) for index in (5, 0, 3, 1, 4, 2)}
     assert torch.equal(torch.random.get_rng_state(), before)
-    assert [again[index] for index in range(6)] == first
+    assert [points[index] for index in range(6)] == first
     assert len({tuple(point.values()) for point in first}) == 6
     assert sobol_point(space, 0, 8) != first[0]
 

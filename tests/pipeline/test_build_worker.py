@@ -37,7 +37,7 @@ from lrbo.tasks.causal_lm import CausalLM
 from lrbo.tracking import mlflow_store
 from lrbo.tracking.tracker import MlflowTracker, NullTracker
 from tests.support.fakes import make_about, make_layers
-from tests.support.small_search import SMALL, Said, chosen
+from tests.support.small_search import SMALL, RecordingReporter, small_config
 from tests.support.tiny import build_on_meta
 
 
@@ -67,12 +67,12 @@ def other_weights(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     return change
 
 
-def make_worker(name: str, *overrides: str) -> tuple[Any, Said]:
+def make_worker(name: str, *overrides: str) -> tuple[Any, RecordingReporter]:
     """Build the worker of a study, which is begun if it is new."""
-    study, said = Study(Path("studies") / name), Said()
+    study, reporter = Study(Path("studies") / name), RecordingReporter()
     with study.locked():
-        plan = planning.plan_search(chosen(f"study={name}", *overrides), study, [])
-        return build_worker.build_worker(plan, study, said), said
+        plan = planning.plan_search(small_config(f"study={name}", *overrides), study, [])
+        return build_worker.build_worker(plan, study, reporter), reporter
 
 
 def made(cache: Path) -> dict[str, int]:
@@ -87,23 +87,23 @@ def made(cache: Path) -> dict[str, int]:
 
 
 def test_statistics_and_factors_are_made_once(cache: Path) -> None:
-    first, said = make_worker("one")
-    assert said.steps == ["Calibration", "Factorization"]
+    first, reporter = make_worker("one")
+    assert reporter.steps == ["Calibration", "Factorization"]
     assert made(cache) == {"calibration": 1, "factors": 1}
     # Another study of the same model and text: budget, space and trials are none of their business.
-    again, said = make_worker(
+    second, reporter = make_worker(
         "two",
         "budget.keep_ratio=0.7",
         "space=per_layer",
         "search.trials=3",
         "space.rank_multiple=2",
     )
-    assert said.steps == []
+    assert reporter.steps == []
     assert made(cache) == {"calibration": 1, "factors": 1}
-    assert set(again.prepared) == set(first.prepared) != set()
-    for name, found in first.prepared.items():
-        assert torch.equal(found.left, again.prepared[name].left)
-        assert torch.equal(found.right, again.prepared[name].right)
+    assert set(second.prepared) == set(first.prepared) != set()
+    for name, factors in first.prepared.items():
+        assert torch.equal(factors.left, second.prepared[name].left)
+        assert torch.equal(factors.right, second.prepared[name].right)
 
 
 BOTH = ["Calibration", "Factorization"]
@@ -127,8 +127,8 @@ def test_only_what_matters_is_made_again(
     cache: Path, overrides: list[str], steps: list[str]
 ) -> None:
     make_worker("one")
-    _, said = make_worker("two", *overrides)
-    assert said.steps == steps
+    _, reporter = make_worker("two", *overrides)
+    assert reporter.steps == steps
     assert made(cache) == {
         "calibration": 1 + ("Calibration" in steps),
         "factors": 1 + ("Factorization" in steps),
@@ -140,8 +140,8 @@ def test_other_weights_get_factors_of_their_own(
 ) -> None:
     first, _ = make_worker("one")
     other_weights()
-    second, said = make_worker("two")
-    assert said.steps == BOTH
+    second, reporter = make_worker("two")
+    assert reporter.steps == BOTH
     name = "model.layers.0.self_attn.q_proj"
     assert not torch.equal(first.prepared[name].right, second.prepared[name].right)
 
@@ -149,17 +149,17 @@ def test_other_weights_get_factors_of_their_own(
 def test_factors_that_were_deleted_come_from_the_statistics_that_are_left(cache: Path) -> None:
     first, _ = make_worker("one")
     shutil.rmtree(cache / "factors")
-    second, said = make_worker("one")
-    assert said.steps == ["Factorization"]
-    for name, found in first.prepared.items():
-        assert torch.equal(found.left, second.prepared[name].left)
+    second, reporter = make_worker("one")
+    assert reporter.steps == ["Factorization"]
+    for name, factors in first.prepared.items():
+        assert torch.equal(factors.left, second.prepared[name].left)
 
 
 def test_a_continued_study_keeps_its_dense_scores(cache: Path) -> None:
     make_worker("one")
     journal = Path("studies/one/journal.jsonl").read_bytes()
-    _, said = make_worker("one")
-    assert not any("Dense" in line for line in said.lines)
+    _, reporter = make_worker("one")
+    assert not any("Dense" in line for line in reporter.lines)
     assert Path("studies/one/journal.jsonl").read_bytes() == journal
 
 
@@ -171,8 +171,8 @@ def test_a_study_keeps_its_windows_when_its_text_is_gone(cache: Path) -> None:
     first, _ = make_worker("one", "data=files", "data.window=64", *texts)
     for role in roles:
         Path(f"{role}.txt").unlink()
-    again, _ = make_worker("one", "data=files", "data.window=64", *texts)
-    assert torch.equal(first.windows, again.windows)
+    second, _ = make_worker("one", "data=files", "data.window=64", *texts)
+    assert torch.equal(first.windows, second.windows)
 
 
 def test_a_beginning_that_was_cut_off_leaves_no_text_to_the_next(
@@ -186,9 +186,9 @@ def test_a_beginning_that_was_cut_off_leaves_no_text_to_the_next(
         with pytest.raises(KeyboardInterrupt):
             make_worker("one", "data.window=64")
     assert Path("studies/one/tokens.safetensors").is_file()
-    again, _ = make_worker("one", "data.window=32")
+    worker, _ = make_worker("one", "data.window=32")
     other, _ = make_worker("two", "data.window=32")
-    assert torch.equal(again.windows, other.windows)
+    assert torch.equal(worker.windows, other.windows)
 
 
 # --- the same model, or none -------------------------------------------------------------------
@@ -204,8 +204,8 @@ def fingerprints(change: Callable[[], None]) -> Iterator[str]:
 def test_a_study_begun_with_other_weights_is_refused_with_both_fingerprints(
     cache: Path, other_weights: Callable[[], None]
 ) -> None:
-    config = chosen("study=mine")
-    search.run(config, SMALL, Said())
+    config = small_config("study=mine")
+    search.run(config, SMALL, RecordingReporter())
     folder = Path("studies/mine")
     before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != "lock"}
     old, new = fingerprints(other_weights)
@@ -213,10 +213,10 @@ def test_a_study_begun_with_other_weights_is_refused_with_both_fingerprints(
     wanted = rf"mine was begun with .* {old}, .* {new}.*study=NAME"
     config.search.trials = 2
     with pytest.raises(StudyError, match=wanted):
-        search.run(config, SMALL, Said())
+        search.run(config, SMALL, RecordingReporter())
     target = CompressConfig(study="mine", out="new")
     with pytest.raises(StudyError, match=wanted):
-        compress.run(target, Said())
+        compress.run(target, RecordingReporter())
     assert not Path("new").exists()
     assert {p: p.read_bytes() for p in before} == before
 
@@ -237,7 +237,7 @@ def test_the_model_of_a_study_is_compared_in_the_dtype_of_the_study(cache: Path)
 
 
 def test_a_plan_lists_every_problem_of_model_budget_and_text_at_once(cache: Path) -> None:
-    config = chosen("budget.keep_ratio=0.05", "data.test.tokens=9000000")
+    config = small_config("budget.keep_ratio=0.05", "data.test.tokens=9000000")
     with pytest.raises(ConfigError) as caught:
         planning.plan_search(config, Study(Path("studies/none")), [])
     budget, text = caught.value.problems
@@ -249,7 +249,7 @@ def test_where_values_are_wrong_the_model_is_not_looked_at(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(CausalLM, "skeleton", lambda *_: pytest.fail("model looked at"))
-    config = chosen("model.device=cuda:99")
+    config = small_config("model.device=cuda:99")
     with pytest.raises(ConfigError) as caught:
         planning.plan_search(config, Study(Path("studies/none")), ["found before"])
     first, device = caught.value.problems
@@ -267,7 +267,7 @@ def test_a_model_that_cannot_be_read_is_named_once(
     monkeypatch.setattr(CausalLM, "skeleton", missing)
     monkeypatch.setattr(planning, "load_tokenizer", missing)
     with pytest.raises(ConfigError) as caught:
-        planning.plan_search(chosen(), Study(Path("studies/none")), [])
+        planning.plan_search(small_config(), Study(Path("studies/none")), [])
     assert caught.value.problems == ["cannot load model 'gone'"]
 
 
@@ -279,7 +279,7 @@ def test_a_study_says_what_it_was_begun_with(cache: Path) -> None:
     assert (about["dtype"], about["device"]) == ("float32", "cpu")
     assert (about["forms"], about["added_biases"]) == (["pivoted"], [])
     assert about["budget"]["measure"] == "parameters"
-    assert {role: found["windows"] for role, found in about["data"].items()} == {
+    assert {role: data["windows"] for role, data in about["data"].items()} == {
         "calibration": 512 // 64,
         "validation": 512 // 64,
         "test": 512 // 64,
@@ -320,7 +320,9 @@ def test_a_study_counts_an_option_as_the_module_that_runs_it(
     measure: Measure, dtype: torch.dtype
 ) -> None:
     """Qwen2 has a bias in its first layers and none in the others."""
-    config = chosen("space.forms=[pivoted,factored]", f"budget.measure={measure}", "space=weights")
+    config = small_config(
+        "space.forms=[pivoted,factored]", f"budget.measure={measure}", "space=weights"
+    )
     for case in ("qwen2", "llama_tied", "llama_biased"):
         layers = map_model(build_on_meta(case))
         for method in (*METHODS.values(), LossAware(centred=True)):
@@ -352,15 +354,15 @@ def test_a_study_counts_an_option_as_the_module_that_runs_it(
 
 def begun() -> Study:
     study = Study(Path("studies/mine"))
-    config, layers = chosen("study=mine"), make_layers()
+    config, layers = small_config("study=mine"), make_layers()
     study.begin(make_about(layers, **follows(config, layers, "float32")), to_yaml(config))
     return study
 
 
 def test_tracking_can_be_switched_off(cache: Path) -> None:
-    config = chosen("study=mine")
+    config = small_config("study=mine")
     assert isinstance(mlflow_view.make_tracker(config, begun()), NullTracker)
-    search.run(chosen("study=other"), SMALL, Said())
+    search.run(small_config("study=other"), SMALL, RecordingReporter())
     assert not Path("studies/mlflow.db").exists()
     config.tracking.enabled = True
     assert isinstance(mlflow_view.make_tracker(config, begun()), MlflowTracker)
@@ -369,11 +371,11 @@ def test_tracking_can_be_switched_off(cache: Path) -> None:
 def test_a_relative_store_stays_where_it_is_when_the_folder_changes(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = mlflow_store.absolute_uri("sqlite:///below/this/mlflow.db")
-    assert found == f"sqlite:///{cache.parent}/below/this/mlflow.db"
+    uri = mlflow_store.absolute_uri("sqlite:///below/this/mlflow.db")
+    assert uri == f"sqlite:///{cache.parent}/below/this/mlflow.db"
     assert not (cache.parent / "below").exists()  # only who writes there makes it
     monkeypatch.chdir("/")
-    assert mlflow_store.absolute_uri(found) == found
+    assert mlflow_store.absolute_uri(uri) == uri
 
 
 @pytest.mark.parametrize("uri", ["http://127.0.0.1:5000", "sqlite:///", "postgresql://u@h/db"])

@@ -26,9 +26,9 @@ composed = cache(compose.composed)
 
 def search(*overrides: str) -> SearchConfig:
     """Return a configuration of one's own, which is composed only once."""
-    found = copy.deepcopy(composed("search", overrides))
-    assert isinstance(found, SearchConfig)
-    return found
+    config = copy.deepcopy(composed("search", overrides))
+    assert isinstance(config, SearchConfig)
+    return config
 
 
 BAD_SEARCH: dict[str, Any] = {
@@ -111,13 +111,13 @@ BAD_WEIGHTS: dict[str, Any] = {
 }
 
 
-def changed(found: Any, key: str, value: Any) -> Any:
+def changed(config: Any, key: str, value: Any) -> Any:
     """Return a copy of a configuration with one nested value replaced."""
     name, _, rest = key.partition(".")
-    if isinstance(found, dict):
-        return {**found, name: value}
-    inner = changed(getattr(found, name), rest, value) if rest else value
-    return dataclasses.replace(found, **{name: inner})
+    if isinstance(config, dict):
+        return {**config, name: value}
+    inner = changed(getattr(config, name), rest, value) if rest else value
+    return dataclasses.replace(config, **{name: inner})
 
 
 @pytest.mark.parametrize(
@@ -126,8 +126,8 @@ def changed(found: Any, key: str, value: Any) -> Any:
 def test_a_value_that_cannot_work_is_named_with_what_was_expected(
     key: str, value: Any, tmp_path: Path
 ) -> None:
-    found = search("model=hf", "model.path=organisation/name", *RATIOS)
-    good = changed(found, "studies", str(tmp_path))
+    config = search("model=hf", "model.path=organisation/name", *RATIOS)
+    good = changed(config, "studies", str(tmp_path))
     assert check(good) == []
     (problem,) = check(changed(good, key, value))
     assert problem.startswith(key)
@@ -193,27 +193,27 @@ def test_a_front_without_bounds_of_ratios_is_no_crash(tmp_path: Path) -> None:
 
 
 def test_a_pool_has_more_windows_than_are_wanted(tmp_path: Path) -> None:
-    found = changed(search("evaluation.pool_tokens=16896"), "studies", str(tmp_path))
-    assert found.data.validation.tokens == 16384
-    assert check(found) == []  # one window more
-    (problem,) = check(changed(found, "data.validation.tokens", None))
+    config = changed(search("evaluation.pool_tokens=16896"), "studies", str(tmp_path))
+    assert config.data.validation.tokens == 16384
+    assert check(config) == []  # one window more
+    (problem,) = check(changed(config, "data.validation.tokens", None))
     assert "takes all text, and there is nothing to choose" in problem
-    assert check(changed(found, "data.max_windows", 33)) == []
-    (problem,) = check(changed(found, "data.max_windows", 32))  # which bounds the pool too
+    assert check(changed(config, "data.max_windows", 33)) == []
+    (problem,) = check(changed(config, "data.max_windows", 32))  # which bounds the pool too
     assert "the 32 that data.validation.tokens=16384 asks for, with at most data.max_w" in problem
     (problem,) = refusals.find_problems("search", ["evaluation.pool_token=1"]).values()
     assert "did you mean evaluation.pool_tokens?" in problem
 
 
 def test_keys_of_the_other_space_are_not_judged(tmp_path: Path) -> None:
-    found = changed(search("space=weights"), "studies", str(tmp_path))
+    config = changed(search("space=weights"), "studies", str(tmp_path))
     for key, value in (("space.granularity", "none"), ("space.depth_groups", 0)):
-        assert check(changed(found, key, value)) == []
+        assert check(changed(config, key, value)) == []
 
 
 def test_all_bad_values_are_named_in_one_error(tmp_path: Path) -> None:
-    found = search("model=hf", "model.path=organisation/name", *RATIOS)
-    bad = changed(found, "studies", str(tmp_path))
+    config = search("model=hf", "model.path=organisation/name", *RATIOS)
+    bad = changed(config, "studies", str(tmp_path))
     # These are judged by others: by the source of the model, the length of a window, the method,
     # the type of the space, the number of budgets, the executor and the tokens that are wanted.
     judged = {"model.path", "data.validation.tokens", "method.alpha", "space.type"}
@@ -263,19 +263,19 @@ def test_any_other_point_is_refused(point: Any, tmp_path: Path) -> None:
 
 
 def test_evaluate_needs_only_the_test_text_and_a_checkpoint_that_is_there(tmp_path: Path) -> None:
-    found = compose.composed("evaluate", ["data=files", "data.test.path=a.txt"])
-    assert isinstance(found, EvaluateConfig)
-    assert check(found) == []
-    found.checkpoint = str(tmp_path / "none")
-    assert check(found) == [f"checkpoint={found.checkpoint!r}: no such folder"]
-    Path(found.checkpoint).mkdir()
-    (problem,) = check(found)
+    config = compose.composed("evaluate", ["data=files", "data.test.path=a.txt"])
+    assert isinstance(config, EvaluateConfig)
+    assert check(config) == []
+    config.checkpoint = str(tmp_path / "none")
+    assert check(config) == [f"checkpoint={config.checkpoint!r}: no such folder"]
+    Path(config.checkpoint).mkdir()
+    (problem,) = check(config)
     assert "no config.json in it" in problem
-    Path(found.checkpoint, "config.json").touch()
-    assert check(found) == []
-    found.checkpoint += "/config.json"
-    assert check(found) == [
-        f"checkpoint={found.checkpoint!r}: a file; expected the folder of a model, with its "
+    Path(config.checkpoint, "config.json").touch()
+    assert check(config) == []
+    config.checkpoint += "/config.json"
+    assert check(config) == [
+        f"checkpoint={config.checkpoint!r}: a file; expected the folder of a model, with its "
         "config.json"
     ]
 
@@ -326,9 +326,9 @@ def test_a_value_that_a_benchmark_cannot_work_with_is_named(
     key: str, value: Any, tmp_path: Path
 ) -> None:
     (tmp_path / "config.json").write_text("{}")
-    found = compose.composed("benchmark", [f"checkpoint={tmp_path}", f"studies={tmp_path}"])
-    assert check(found) == []
-    (problem,) = check(changed(found, key, value))
+    config = compose.composed("benchmark", [f"checkpoint={tmp_path}", f"studies={tmp_path}"])
+    assert check(config) == []
+    (problem,) = check(changed(config, key, value))
     assert problem.startswith(key)
 
 
@@ -338,18 +338,18 @@ def test_a_value_that_a_benchmark_cannot_work_with_is_named(
 def test_a_value_that_an_evaluation_cannot_work_with_is_named(
     key: str, value: Any, tmp_path: Path
 ) -> None:
-    found = compose.composed("evaluate", ["protocols=[ptb]", "tasks=[piqa]"])
-    assert isinstance(found, EvaluateConfig)
-    found = changed(found, "record", str(tmp_path / "evaluations.jsonl"))
-    assert check(found) == []
+    config = compose.composed("evaluate", ["protocols=[ptb]", "tasks=[piqa]"])
+    assert isinstance(config, EvaluateConfig)
+    config = changed(config, "record", str(tmp_path / "evaluations.jsonl"))
+    assert check(config) == []
     if key.startswith("protocols."):
         name = key.removeprefix("protocols.")
-        bad = changed(found.protocols["ptb"], name, value)
-        found = dataclasses.replace(found, protocols={"ptb": bad})
+        bad = changed(config.protocols["ptb"], name, value)
+        config = dataclasses.replace(config, protocols={"ptb": bad})
         key = f"protocols.ptb.{name}"
     else:
-        found = changed(found, key, value)
-    problems = check(found)
+        config = changed(config, key, value)
+    problems = check(config)
     assert problems
     assert problems[0].startswith(key)
 
@@ -357,13 +357,13 @@ def test_a_value_that_an_evaluation_cannot_work_with_is_named(
 def test_the_file_of_a_protocol_is_looked_for_in_the_folder_unless_it_is_named(
     tmp_path: Path,
 ) -> None:
-    found = compose.composed("evaluate", ["protocols=[ptb]", f"text_folder={tmp_path}"])
-    assert isinstance(found, EvaluateConfig)
-    ptb = found.protocols["ptb"]
-    (problem,) = check(found)
+    config = compose.composed("evaluate", ["protocols=[ptb]", f"text_folder={tmp_path}"])
+    assert isinstance(config, EvaluateConfig)
+    ptb = config.protocols["ptb"]
+    (problem,) = check(config)
     assert problem == f"text_folder: no file {tmp_path / 'ptb.test.txt'}, which protocols.ptb needs"
     (tmp_path / "ptb.test.txt").touch()
-    assert check(found) == []
+    assert check(config) == []
     assert protocol_file(ptb, str(tmp_path)) == tmp_path / "ptb.test.txt"
     assert protocol_file(ptb, None) is None
     mine = dataclasses.replace(ptb, path="mine.txt")
@@ -384,10 +384,10 @@ def test_what_only_a_file_has_is_refused_for_a_protocol_of_the_hub() -> None:
 
 def test_what_is_for_protocols_or_tasks_is_not_taken_without_them(tmp_path: Path) -> None:
     alone = EvaluateConfig(text_folder=str(tmp_path), task_folder=str(tmp_path), limit=3)
-    found = dataclasses.replace(compose.composed("evaluate", []), **{
+    config = dataclasses.replace(compose.composed("evaluate", []), **{
         key: getattr(alone, key) for key in ("text_folder", "task_folder", "limit")
     })  # fmt: skip
-    assert [problem.partition(";")[0] for problem in check(found)] == [
+    assert [problem.partition(";")[0] for problem in check(config)] == [
         "text_folder is for protocols",
         "task_folder is for tasks",
         "limit is for tasks",
@@ -419,9 +419,9 @@ def test_a_folder_is_a_store_only_where_mlflow_is_told_so(monkeypatch: pytest.Mo
 
 
 def test_a_dashboard_is_asked_for_an_address(tmp_path: Path) -> None:
-    found = DashboardConfig(studies=str(tmp_path))
-    assert check(found) == []
-    (problem,) = check(dataclasses.replace(found, uri=""))
+    config = DashboardConfig(studies=str(tmp_path))
+    assert check(config) == []
+    (problem,) = check(dataclasses.replace(config, uri=""))
     assert problem.startswith("uri='': expected sqlite:///FILE")
 
 

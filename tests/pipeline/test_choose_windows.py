@@ -21,7 +21,7 @@ from lrbo.tasks.causal_lm import CausalLM
 from lrbo.tasks.perplexity import score
 from tests.support.commands import lrbo_command
 from tests.support.fakes import Killed, make_front_space, make_space, make_weight_space
-from tests.support.small_search import Said
+from tests.support.small_search import RecordingReporter
 
 WINDOW, WANTED, POOL, ALLOCATIONS = 64, 4, 12, 3
 TINY = ["experiment=tiny", "search.trials=5", "search.initial=4", "tracking.enabled=false"]
@@ -45,28 +45,28 @@ def _place(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def values(*overrides: str) -> SearchConfig:
-    found = compose.composed("search", [*TINY, *overrides])
-    assert isinstance(found, SearchConfig)
-    return found
+    config = compose.composed("search", [*TINY, *overrides])
+    assert isinstance(config, SearchConfig)
+    return config
 
 
-def build(name: str, *overrides: str) -> tuple[Any, planning.Plan, Study, Said]:
+def build(name: str, *overrides: str) -> tuple[Any, planning.Plan, Study, RecordingReporter]:
     """Build the worker of a study, which is begun if it is new."""
-    study, said = Study(Path("studies") / name), Said()
+    study, reporter = Study(Path("studies") / name), RecordingReporter()
     with study.locked():
         plan = planning.plan_search(values(f"study={name}", *overrides), study, [])
-        return build_worker.build_worker(plan, study, said), plan, study, said
+        return build_worker.build_worker(plan, study, reporter), plan, study, reporter
 
 
 def events(name: str, *kinds: str) -> list[dict[str, Any]]:
     """Return the events of a journal, without their times."""
     journal = Path("studies") / name / "journal.jsonl"
     lines = journal.read_text(encoding="utf-8").splitlines() if journal.exists() else []
-    found = [json.loads(line) for line in lines]
+    records = [json.loads(line) for line in lines]
     times = ("time", "seconds")
     return [
         {key: value for key, value in event.items() if key not in times}
-        for event in found
+        for event in records
         if not kinds or event["event"] in kinds
     ]
 
@@ -82,10 +82,12 @@ def run(name: str, *overrides: str) -> dict[str, Any]:
 
 
 def test_the_windows_are_those_that_the_losses_of_the_allocations_choose() -> None:
-    worker, plan, study, said = build("one", *CHOOSE)
+    worker, plan, study, reporter = build("one", *CHOOSE)
     windows = plan.windows["validation"].ids
     assert windows.shape == (POOL, WINDOW)
-    space = build_worker.informed_space(plan, study, worker.model, worker.prepared, Said())
+    space = build_worker.informed_space(
+        plan, study, worker.model, worker.prepared, RecordingReporter()
+    )
     losses = []
     for allocation in pool_allocations(space, ALLOCATIONS, plan.config.seed):
         with compressed(worker.model, allocation, worker.prepared, tokens=WINDOW):
@@ -93,27 +95,27 @@ def test_the_windows_are_those_that_the_losses_of_the_allocations_choose() -> No
     measured = [event["losses"] for event in events("one", "pooled")]
     torch.testing.assert_close(torch.tensor(measured), torch.tensor(losses), rtol=CLOSE, atol=CLOSE)
     places = select_windows(torch.tensor(measured), WANTED)
-    (chosen,) = events("one", "chosen")
-    assert (chosen["windows"], chosen["pool"]) == (places, POOL)
+    (choice,) = events("one", "chosen")
+    assert (choice["windows"], choice["pool"]) == (places, POOL)
     assert torch.equal(worker.windows, windows[places])
     assert worker.dense.perplexity.tokens == WANTED * (WINDOW - 1)
     assert study.state.dense["nll"] == pytest.approx(
         score(worker.model, windows[places]).mean, abs=CLOSE
     )
     cost = f"Choosing {WANTED} of {POOL} validation windows by what {ALLOCATIONS} allocations lose"
-    (line,) = [line for line in said.lines if line.startswith(cost)]
+    (line,) = [line for line in reporter.lines if line.startswith(cost)]
     assert f"as many tokens as {ALLOCATIONS * POOL / WANTED:.0f} trials" in line
 
 
 def test_what_was_chosen_is_not_chosen_again_not_even_in_another_process(cache: Path) -> None:
     first, plan, study, _ = build("one", *CHOOSE)
     before = study.journal.read_bytes()
-    again, _, _, said = build("one", *CHOOSE)
-    assert not any("Choosing" in line or "Pool" in line for line in said.lines)
+    second, _, _, reporter = build("one", *CHOOSE)
+    assert not any("Choosing" in line or "Pool" in line for line in reporter.lines)
     actor = build_worker.study_worker(
         study.folder.absolute(), saved.to_yaml(plan.config), Path.cwd(), cache
     )
-    for worker in (again, actor):
+    for worker in (second, actor):
         assert torch.equal(worker.windows, first.windows)
         assert torch.equal(worker.dense.log_probs, first.dense.log_probs)
     assert study.journal.read_bytes() == before
@@ -139,8 +141,8 @@ def test_the_pool_has_what_was_drawn_without_it_and_other_roles_stay_as_they_are
     assert validation["windows"] == WANTED
     assert validation["pool"] == study.about.data["validation"]
     assert validation["pool"]["windows"] == POOL
-    kept = with_pool.windows["validation"].only(study.state.selection["windows"])
-    assert validation["digest"] == kept.digest != validation["pool"]["digest"]
+    windows = with_pool.windows["validation"].only(study.state.selection["windows"])
+    assert validation["digest"] == windows.digest != validation["pool"]["digest"]
 
 
 @pytest.mark.parametrize("spaces", [make_space, make_weight_space, make_front_space])
@@ -148,18 +150,18 @@ def test_allocations_are_the_least_predicted_loss_and_points_that_no_search_begi
     spaces: Any,
 ) -> None:
     space = spaces()
-    found = pool_allocations(space, 6, 3)
-    assert len(found) == 6
-    assert found[:4] == pool_allocations(space, 4, 3)
-    assert found != pool_allocations(space, 6, 4)
+    allocations = pool_allocations(space, 6, 3)
+    assert len(allocations) == 6
+    assert allocations[:4] == pool_allocations(space, 4, 3)
+    assert allocations != pool_allocations(space, 6, 4)
     is_predicted = space.problem.is_predicted
     if is_predicted:
-        assert found[0] == space.problem.by_loss()
+        assert allocations[0] == space.problem.by_loss()
     # Small layers round many points to the same options: some may be equal, but never all.
-    others = found[is_predicted:]
+    others = allocations[is_predicted:]
     begins = [space.allocate(sobol_point(space, index, 3)) for index in range(len(others))]
-    assert [found.options for found in others] != [found.options for found in begins]
-    for allocation in found:
+    assert [one.options for one in others] != [one.options for one in begins]
+    for allocation in allocations:
         assert allocation.cost.of(allocation.budget.measure) <= allocation.budget.limit
 
 
@@ -247,9 +249,9 @@ def test_an_allocation_without_a_finite_loss_is_left_out(monkeypatch: pytest.Mon
     worker, *_ = build("one", *CHOOSE)
     first, second, third = events("one", "pooled")
     assert (second["losses"], second["error"]) == (None, "the loss of 3 tokens is not finite")
-    (chosen,) = events("one", "chosen")
+    (choice,) = events("one", "chosen")
     both = torch.tensor([first["losses"], third["losses"]], dtype=torch.float64)
-    assert chosen["windows"] == select_windows(both, WANTED)
+    assert choice["windows"] == select_windows(both, WANTED)
     assert len(worker.windows) == WANTED
 
 
@@ -269,14 +271,14 @@ def test_too_few_finite_losses_are_refused(monkeypatch: pytest.MonkeyPatch) -> N
     "overrides", [["search.racing=0.9"], ["budget.lowest=0.6"]], ids=["race", "front"]
 )
 def test_a_search_scores_its_trials_on_the_chosen_windows(overrides: list[str]) -> None:
-    found = run("one", *CHOOSE, *overrides)
-    assert found["validation_windows"] == {"chosen": WANTED, "pool": POOL}
-    assert found["trials_completed"] + found["trials_stopped"] >= 5
+    summary = run("one", *CHOOSE, *overrides)
+    assert summary["validation_windows"] == {"chosen": WANTED, "pool": POOL}
+    assert summary["trials_completed"] + summary["trials_stopped"] >= 5
     for event in events("one", "ended"):
         whole = WANTED * (WINDOW - 1)
         tokens = event["metrics"]["tokens"]
         assert tokens == whole if event["outcome"] == "completed" else tokens < whole
-    assert run("one", *CHOOSE, *overrides) == found
+    assert run("one", *CHOOSE, *overrides) == summary
     assert len(events("one", "pooled")) == ALLOCATIONS
 
 
@@ -324,8 +326,8 @@ def test_test_text_that_only_the_pool_reads_is_refused() -> None:
         "test": sentences[110:170],
     }
     files = ["data=files", "data.window=96"]  # long enough to find them at any alignment
-    for role, found in texts.items():
-        Path(f"{role}.txt").write_text(" ".join(found), encoding="utf-8")
+    for role, text in texts.items():
+        Path(f"{role}.txt").write_text(" ".join(text), encoding="utf-8")
         files.append(f"data.{role}.path={role}.txt")
     study = Study(Path("studies/one"))
     planning.plan_search(values("study=one", *files), study, [])

@@ -52,12 +52,12 @@ def test_the_values_and_the_search_refuse_a_donor_with_one_message(
     lender: Journal, tmp_path: Path, name: str, message: str
 ) -> None:
     Journal(tmp_path / "empty")
-    chosen = composed("search", ["experiment=tiny", f"studies={tmp_path}"])
-    assert isinstance(chosen, SearchConfig)
-    chosen.warm_start = ["uniform", f"study:{name}"]
-    (problem,) = donor_problems(chosen, Study(tmp_path / "new"))
+    config = composed("search", ["experiment=tiny", f"studies={tmp_path}"])
+    assert isinstance(config, SearchConfig)
+    config.warm_start = ["uniform", f"study:{name}"]
+    (problem,) = donor_problems(config, Study(tmp_path / "new"))
     assert problem.startswith(message)
     layers = lender.layers.compressible
     with pytest.raises(ConfigError) as caught:
-        build_starts(chosen.warm_start, layers, chosen.studies)
+        build_starts(config.warm_start, layers, config.studies)
     assert caught.value.problems == [problem]

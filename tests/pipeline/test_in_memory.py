@@ -36,7 +36,7 @@ from lrbo.models.sources import ModelSource
 from lrbo.models.tiny import byte_tokenizer
 from lrbo.pipeline import in_memory, memory_checks
 from lrbo.pipeline.in_memory import Factorization, calibrate, factorize
-from tests.pipeline.test_prepare import Said, prepared
+from tests.pipeline.test_prepare import StepReporter, prepared
 from tests.support.tiny import CASES, build, token_ids
 
 CPU, FLOAT32 = torch.device("cpu"), torch.float32
@@ -61,8 +61,9 @@ def factorization(calibration: Calibration) -> Factorization:
 def same(one: Factorization, other: dict) -> bool:
     assert one.factors.keys() == other.keys()
     return all(
-        torch.equal(found.left, other[name].left) and torch.equal(found.right, other[name].right)
-        for name, found in one.factors.items()
+        torch.equal(factors.left, other[name].left)
+        and torch.equal(factors.right, other[name].right)
+        for name, factors in one.factors.items()
     )
 
 
@@ -71,11 +72,11 @@ def test_the_factors_are_those_of_the_commands(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LRBO_CACHE", str(tmp_path))
-    found = calibrate(tiny(), IDS, method, settings=SETTINGS, progress=False)
-    mine = factorize(tiny(), found, method, progress=False)
+    method_calibration = calibrate(tiny(), IDS, method, settings=SETTINGS, progress=False)
+    mine = factorize(tiny(), method_calibration, method, progress=False)
     how = METHODS[method]
     preparation = prepared(method=how, needs=in_memory.curve_needs(how), windows=IDS)
-    assert same(mine, preparation.factors("digest", FLOAT32, CPU, Said(), tiny()))
+    assert same(mine, preparation.factors("digest", FLOAT32, CPU, StepReporter(), tiny()))
 
 
 def test_one_calibration_serves_all_methods_and_each_gives_the_same_alone(
@@ -93,9 +94,9 @@ def test_from_a_dense_model_to_a_checkpoint(
     forms: str | tuple[str, ...], measure: Measure, calibration: Calibration, tmp_path: Path
 ) -> None:
     model, dense = tiny(), tiny()
-    found = factorize(model, calibration, forms=forms, progress=False)
-    allocation = found.least_loss(0.8, measure=measure)
-    layers = found.layers.compressible
+    factors = factorize(model, calibration, forms=forms, progress=False)
+    allocation = factors.least_loss(0.8, measure=measure)
+    layers = factors.layers.compressible
     units = {
         "parameters": sum(s.parameters for s in layers),
         "bytes": sum(s.parameters * 4 for s in layers),
@@ -103,16 +104,16 @@ def test_from_a_dense_model_to_a_checkpoint(
     }
     assert allocation.budget == Budget(measure, units[measure] * 8 // 10)
     assert allocation.cost.of(measure) <= allocation.budget.limit
-    assert {option.form for option in allocation.compressed.values()} <= set(found.forms)
+    assert {option.form for option in allocation.compressed.values()} <= set(factors.forms)
     before = lrbo.score(model, IDS).value
-    with found.compressed(model, allocation) as small:
+    with factors.compressed(model, allocation) as small:
         within = lrbo.score(small, IDS).value
     assert lrbo.score(model, IDS).value == before
     assert within != before
-    found.compress_(model, allocation)
+    factors.compress_(model, allocation)
     assert lrbo.score(model, IDS).value == pytest.approx(within, rel=1e-4)
-    held = found.save(tmp_path / "out", model, byte_tokenizer(), allocation)
-    counted = found.account(allocation)
+    held = factors.save(tmp_path / "out", model, byte_tokenizer(), allocation)
+    counted = factors.account(allocation)
     assert held == counted.model.parameters == sum(p.numel() for p in model.parameters())
     assert counted.model.of(measure) < counted.model_dense.of(measure)
     assert counted.model_dense.parameters == map_model(dense).parameters
@@ -144,17 +145,17 @@ def test_gradients_of_parameters_and_other_integers_change_nothing(
     calibration: Calibration,
 ) -> None:
     model = tiny().requires_grad_(True)
-    again = calibrate(model, IDS.int(), list(METHODS), settings=SETTINGS, progress=False)
+    second = calibrate(model, IDS.int(), list(METHODS), settings=SETTINGS, progress=False)
     for owner, statistics in calibration.statistics.items():
         for statistic, value in statistics.items():
-            assert torch.equal(value, again.statistics[owner][statistic])
+            assert torch.equal(value, second.statistics[owner][statistic])
 
 
 def test_a_model_in_half_precision_runs_factors_in_its_own(calibration: Calibration) -> None:
     model = load_model(ModelSource("tiny", "0"), dtype=torch.bfloat16, device=CPU)
-    found = factorize(model, calibration, progress=False)
-    allocation = found.uniform(0.5)
-    found.compress_(model, allocation)
+    factors = factorize(model, calibration, progress=False)
+    allocation = factors.uniform(0.5)
+    factors.compress_(model, allocation)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert lrbo.score(model, IDS).value > 1
 
@@ -183,15 +184,15 @@ def test_ids_that_are_no_windows_of_the_model_are_refused(ids: torch.Tensor, mes
 @pytest.mark.parametrize("put", ["register_forward_hook", "register_forward_pre_hook"])
 def test_hooks_on_a_layer_are_not_lost_in_silence(put: str) -> None:
     model = tiny()
-    found = factorize(model, method="svd", progress=False)
-    allocation = found.uniform(0.8)
+    factors = factorize(model, method="svd", progress=False)
+    allocation = factors.uniform(0.8)
     name = next(iter(allocation.compressed))
     hook = getattr(model.get_submodule(name), put)(lambda *_: None)
-    for step in (found.compress_, found.compressed):
+    for step in (factors.compress_, factors.compressed):
         with pytest.raises(ModelError, match=rf"^{name} of .* has forward hooks"):
             step(model, allocation)
     hook.remove()
-    found.compress_(model, allocation)
+    factors.compress_(model, allocation)
 
 
 def test_what_cannot_be_written_beside_the_weights_is_said_before_them(tmp_path: Path) -> None:
@@ -199,10 +200,10 @@ def test_what_cannot_be_written_beside_the_weights_is_said_before_them(tmp_path:
     with pytest.raises(CheckpointError, match="tokenizer of type NoneType: expected that of the"):
         save_merged(tmp_path / "out", tiny(), None)
     model = tiny()
-    found = factorize(model, method="svd", progress=False)
+    factors = factorize(model, method="svd", progress=False)
     model.generation_config.temperature = 0.5  # of sampling, which it does not do
     for write in (
-        lambda: found.save(tmp_path / "out", model, byte_tokenizer(), found.uniform(0.8)),
+        lambda: factors.save(tmp_path / "out", model, byte_tokenizer(), factors.uniform(0.8)),
         lambda: save_merged(tmp_path / "out", model, byte_tokenizer()),
     ):
         with pytest.raises(CheckpointError, match=r"(?s)correct model\.gener.*temperature"):
@@ -249,9 +250,9 @@ def test_only_the_dense_model_that_was_factored_is_compressed(
     factorization.compress_(model, allocation)
     with pytest.raises(ModelError, match="give the dense model that was factored"):
         factorization.compress_(model, allocation)
-    for again in (lambda: calibrate(model, IDS), lambda: factorize(model, None, "svd")):
+    for call in (lambda: calibrate(model, IDS), lambda: factorize(model, None, "svd")):
         with pytest.raises(ModelError, match="is compressed already"):
-            again()
+            call()
 
 
 def changed(model: PreTrainedModel, name: str) -> PreTrainedModel:
@@ -303,17 +304,17 @@ def test_what_a_notebook_shows_of_a_step_are_words(
 def test_gradients_are_there_where_a_program_switched_them_off(calibration: Calibration) -> None:
     model = tiny()
     with torch.inference_mode():
-        again = calibrate(model, IDS.clone(), list(METHODS), settings=SETTINGS, progress=False)
-    assert calibration.statistics.keys() == again.statistics.keys()
+        second = calibrate(model, IDS.clone(), list(METHODS), settings=SETTINGS, progress=False)
+    assert calibration.statistics.keys() == second.statistics.keys()
     assert same(
-        factorize(tiny(), again, progress=False), dict(factorize(tiny(), calibration).factors)
+        factorize(tiny(), second, progress=False), dict(factorize(tiny(), calibration).factors)
     )
 
 
 def test_models_that_cannot_be_mapped_are_refused() -> None:
-    strange = build("gpt2")
-    strange.config.model_type = "bloom"
-    for step in (lambda: calibrate(strange, IDS), lambda: factorize(strange)):
+    bloom = build("gpt2")
+    bloom.config.model_type = "bloom"
+    for step in (lambda: calibrate(bloom, IDS), lambda: factorize(bloom)):
         with pytest.raises(ModelError, match=r"'bloom'.*gpt2"):
             step()
 
@@ -337,9 +338,9 @@ def test_forms_that_mean_nothing_are_refused() -> None:
 
 
 def test_what_calibration_lacks_is_named_with_the_call_that_gathers_it() -> None:
-    found = calibrate(tiny(), IDS, "asvd", curves=False, progress=False)
+    asvd_calibration = calibrate(tiny(), IDS, "asvd", curves=False, progress=False)
     with pytest.raises(StatisticsError) as caught:
-        factorize(tiny(), found, "svd_llm", progress=False)
+        factorize(tiny(), asvd_calibration, "svd_llm", progress=False)
     assert "'svd_llm' needs the statistics covariance, mean" in str(caught.value)
     assert "the calibration has magnitude" in str(caught.value)
     assert "lrbo.calibrate(model, ids, 'svd_llm')" in str(caught.value)
@@ -374,9 +375,9 @@ def test_the_calibration_of_another_model_is_refused_whichever_layer_it_lacks() 
 
 def test_progress_is_shown_unless_it_is_not_wanted(capsys: pytest.CaptureFixture[str]) -> None:
     factorize(tiny(), calibrate(tiny(), IDS, "asvd", curves=False), "asvd")
-    said = capsys.readouterr()
-    assert "Calibration: 2 blocks" in said.err
-    assert "Factorization: 14 layers" in said.err
+    output = capsys.readouterr()
+    assert "Calibration: 2 blocks" in output.err
+    assert "Factorization: 14 layers" in output.err
     factorize(
         tiny(), calibrate(tiny(), IDS, "asvd", curves=False, progress=False), "asvd", progress=False
     )
@@ -538,11 +539,11 @@ def test_the_head_is_written_as_it_is_in_memory(tied: bool, tmp_path: Path) -> N
     if tied:
         model.lm_head.weight = model.model.embed_tokens.weight
     model.config.tie_word_embeddings = not tied
-    found = factorize(model, method="svd", progress=False)
-    assert found.layers.parameters == (26_848 if tied else 35_104)
-    allocation = found.uniform(0.7)
-    found.compress_(model, allocation)
-    found.save(tmp_path / "out", model, byte_tokenizer(), allocation)
+    factors = factorize(model, method="svd", progress=False)
+    assert factors.layers.parameters == (26_848 if tied else 35_104)
+    allocation = factors.uniform(0.7)
+    factors.compress_(model, allocation)
+    factors.save(tmp_path / "out", model, byte_tokenizer(), allocation)
     opened = lrbo.load(tmp_path / "out")
     ids = token_ids(2, 8)
     torch.testing.assert_close(opened(ids).logits, model(ids).logits, rtol=1e-5, atol=1e-5)
@@ -552,9 +553,9 @@ def test_the_head_is_written_as_it_is_in_memory(tied: bool, tmp_path: Path) -> N
 def test_parameters_that_share_their_numbers_are_written_apart(tmp_path: Path) -> None:
     model = tiny()
     model.lm_head.weight.data = model.model.embed_tokens.weight.data
-    found = factorize(model, method="svd", progress=False)
-    assert found.layers.parameters == 35_104  # two parameters, whatever lies below them
-    allocation = found.uniform(0.7)
-    found.compress_(model, allocation)
-    found.save(tmp_path / "out", model, byte_tokenizer(), allocation)
+    factors = factorize(model, method="svd", progress=False)
+    assert factors.layers.parameters == 35_104  # two parameters, whatever lies below them
+    allocation = factors.uniform(0.7)
+    factors.compress_(model, allocation)
+    factors.save(tmp_path / "out", model, byte_tokenizer(), allocation)
     assert torch.equal(lrbo.load(tmp_path / "out").lm_head.weight, model.lm_head.weight)

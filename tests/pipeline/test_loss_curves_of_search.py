@@ -15,7 +15,7 @@ from lrbo.study.study_record import follows
 from tests.support.commands import TINY, lrbo_command
 from tests.support.fakes import make_about, make_layers
 from tests.support.mlflow_runs import record
-from tests.support.small_search import Said, chosen
+from tests.support.small_search import RecordingReporter, small_config
 
 
 @pytest.fixture(autouse=True)
@@ -25,38 +25,38 @@ def _place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def informed(name: str, *overrides: str) -> tuple[Any, Said]:
+def informed(name: str, *overrides: str) -> tuple[Any, RecordingReporter]:
     """Return the space of a study with what is known of losses."""
-    study, said = Study(Path("studies") / name), Said()
+    study, reporter = Study(Path("studies") / name), RecordingReporter()
     with study.locked():
-        plan = planning.plan_search(chosen(f"study={name}", *overrides), study, [])
-        worker = build_worker.build_worker(plan, study, said)
+        plan = planning.plan_search(small_config(f"study={name}", *overrides), study, [])
+        worker = build_worker.build_worker(plan, study, reporter)
         model, factors = worker.model, worker.prepared
-        return build_worker.informed_space(plan, study, model, factors, said), said
+        return build_worker.informed_space(plan, study, model, factors, reporter), reporter
 
 
 @pytest.mark.parametrize("method", ["bolaco", "loss_aware"])
 def test_losses_are_measured_once_per_study(method: str) -> None:
-    first, said = informed("one", f"method={method}", "space=weights")
-    assert any(line.startswith("Loss of layers: ") for line in said.lines)
+    first, reporter = informed("one", f"method={method}", "space=weights")
+    assert any(line.startswith("Loss of layers: ") for line in reporter.lines)
     file = Path("studies/one/sensitivity.json")
     written = file.read_bytes()
-    again, said = informed("one", f"method={method}", "space=weights")
-    assert not any(line.startswith("Loss of layers: ") for line in said.lines)
+    second, reporter = informed("one", f"method={method}", "space=weights")
+    assert not any(line.startswith("Loss of layers: ") for line in reporter.lines)
     assert file.read_bytes() == written
     for name, menu in first.problem.menus.items():
-        assert (menu.losses == again.problem.menus[name].losses).all()
+        assert (menu.losses == second.problem.menus[name].losses).all()
         assert menu.losses.max() > 0
-    assert again.starts("analytic") == first.starts("analytic")
+    assert second.starts("analytic") == first.starts("analytic")
 
 
 @pytest.mark.parametrize("method", ["bolaco", "loss_aware"])
 def test_without_sensitivity_there_is_no_analytic_trial(method: str) -> None:
     """Also where the method itself gathers gradients, which would be enough to predict losses."""
-    space, said = informed("one", f"method={method}", "sensitivity.enabled=false")
+    space, reporter = informed("one", f"method={method}", "sensitivity.enabled=false")
     assert space.starts("analytic") == []
     assert not Path("studies/one/sensitivity.json").exists()
-    assert not any(line.startswith("Loss of layers: ") for line in said.lines)
+    assert not any(line.startswith("Loss of layers: ") for line in reporter.lines)
 
 
 @pytest.mark.filterwarnings("default::lrbo.calibration.collect.CalibrationWarning")
@@ -83,7 +83,7 @@ def test_weights_are_searched_around_the_least_predicted_loss() -> None:
 def test_mlflow_calls_the_logarithms_of_weights_so(space: str, prefix: str, tmp_path: Path) -> None:
     study, trial = Study(tmp_path / "study"), record(0)
     uri = f"sqlite:///{tmp_path}/mlflow.db"
-    values = chosen(f"space={space}", "tracking.enabled=true", f"tracking.uri={uri}")
+    values = small_config(f"space={space}", "tracking.enabled=true", f"tracking.uri={uri}")
     layers = make_layers()
     study.begin(make_about(layers, **follows(values, layers, "float32")), to_yaml(values))
     tracker = make_tracker(values, study, strict=True)

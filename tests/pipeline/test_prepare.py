@@ -28,7 +28,7 @@ SOURCE = ModelSource("tiny", "0")
 SETTINGS = CalibrationSettings(gradient_share=1.0, groups=3)
 
 
-class Said(Reporter):
+class StepReporter(Reporter):
     """Notes which steps were done."""
 
     def __init__(self) -> None:
@@ -60,8 +60,8 @@ def made(
 ) -> tuple[dict[str, LowRankFactors], list[str]]:
     """Return the factors, and what had to be done for them."""
     model = model or load_model(SOURCE, dtype=dtype, device=CPU)
-    said = Said()
-    return given.factors(fingerprint(model), dtype, CPU, said, model), said.steps
+    reporter = StepReporter()
+    return given.factors(fingerprint(model), dtype, CPU, reporter, model), reporter.steps
 
 
 def count(cache: Path) -> dict[str, int]:
@@ -71,9 +71,9 @@ def count(cache: Path) -> dict[str, int]:
 def same_bits(one: dict[str, LowRankFactors], other: dict[str, LowRankFactors]) -> bool:
     assert one.keys() == other.keys()
     assert len(one) == 14
-    for name, found in one.items():
+    for name, factors in one.items():
         for part in PARTS:
-            a, b = getattr(found, part), getattr(other[name], part)
+            a, b = getattr(factors, part), getattr(other[name], part)
             if (a is None) != (b is None) or (a is not None and not torch.equal(a, b)):
                 return False
     return True
@@ -85,10 +85,10 @@ BOTH = ["Calibration", "Factorization"]
 def test_what_was_made_once_is_read_from_then_on(cache: Path) -> None:
     first, steps = made(prepared())
     assert steps == BOTH
-    assert all(found.loss is not None for found in first.values())
-    again, steps = made(prepared())
+    assert all(factors.loss is not None for factors in first.values())
+    second, steps = made(prepared())
     assert steps == []
-    assert same_bits(first, again)
+    assert same_bits(first, second)
     assert count(cache) == {"calibration": 1, "factors": 1}
 
 
@@ -97,10 +97,10 @@ def test_the_model_is_loaded_only_where_something_must_be_made(
 ) -> None:
     model = load_model(SOURCE, dtype=FLOAT32, device=CPU)
     given, digest = prepared(), fingerprint(model)
-    first = given.factors(digest, FLOAT32, CPU, Said())
+    first = given.factors(digest, FLOAT32, CPU, StepReporter())
     assert same_bits(first, made(given)[0])
     monkeypatch.setattr("lrbo.tasks.causal_lm.CausalLM.load", lambda *a, **k: pytest.fail("loaded"))
-    assert same_bits(first, given.factors(digest, FLOAT32, CPU, Said()))
+    assert same_bits(first, given.factors(digest, FLOAT32, CPU, StepReporter()))
 
 
 @pytest.mark.parametrize(
@@ -148,19 +148,19 @@ def test_factors_that_were_deleted_come_from_the_statistics_that_are_left(cache:
     for file in folder.iterdir():
         file.unlink()
     folder.rmdir()
-    again, steps = made(prepared())
+    second, steps = made(prepared())
     assert steps == ["Factorization"]
-    assert same_bits(first, again)
+    assert same_bits(first, second)
 
 
 def test_without_needs_nothing_is_calibrated(cache: Path) -> None:
     given = prepared(method=Svd(), needs=frozenset())
     model = load_model(SOURCE, dtype=FLOAT32, device=CPU)
-    assert given.statistics("digest", FLOAT32, Said(), model) == Calibration()
-    found, steps = made(given)
+    assert given.statistics("digest", FLOAT32, StepReporter(), model) == Calibration()
+    by_layer, steps = made(given)
     assert steps == ["Factorization"]
     assert count(cache) == {"factors": 1}
-    assert all(factors.loss is None for factors in found.values())
+    assert all(factors.loss is None for factors in by_layer.values())
 
 
 def test_a_model_that_runs_in_half_precision_is_factored_at_that_of_its_checkpoint() -> None:
@@ -189,10 +189,10 @@ def test_a_search_that_finishes_second_takes_what_the_first_made(
     expected, _ = made(prepared())
     monkeypatch.setenv("LRBO_CACHE", str(cache / "other"))
     monkeypatch.setattr(prepare, step, twice)
-    found, steps = made(prepared())
+    actual, steps = made(prepared())
     assert steps == BOTH
     assert len(done) == 1
-    assert same_bits(found, expected)
+    assert same_bits(actual, expected)
 
 
 def test_an_interrupted_preparation_is_begun_again(
@@ -223,9 +223,9 @@ def test_loss_curves_need_gradients_and_one_covariance(method: object) -> None:
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_every_method_is_prepared_with_its_losses(method: object) -> None:
-    found, steps = made(prepared(method=method))
+    by_layer, steps = made(prepared(method=method))
     assert steps == BOTH
-    for factors in found.values():
+    for factors in by_layer.values():
         assert factors.loss is not None
         assert bool((factors.loss.diff() <= 0).all())
         assert float(factors.loss[0]) > 0

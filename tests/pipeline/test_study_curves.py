@@ -62,12 +62,12 @@ def test_measurements_in_the_study_are_read_not_made_again(
 
 
 def test_predictions_are_measured_as_they_are_and_not_changed(arguments: dict) -> None:
-    before = {name: found.loss.clone() for name, found in arguments["factors"].items()}
+    before = {name: factors.loss.clone() for name, factors in arguments["factors"].items()}
     check_predictions(**arguments)
     for measured in LossCalibration.load(arguments["file"]).measurements:
         assert measured.predicted == float(before[measured.layer][measured.rank])
-    for name, found in arguments["factors"].items():
-        assert torch.equal(found.loss, before[name])
+    for name, factors in arguments["factors"].items():
+        assert torch.equal(factors.loss, before[name])
 
 
 def test_a_folder_where_measurements_are_kept_is_refused_before_they_are_made(
@@ -81,11 +81,11 @@ def test_a_folder_where_measurements_are_kept_is_refused_before_they_are_made(
 
 def test_damaged_measurements_are_made_again_and_said(arguments: dict) -> None:
     arguments["file"].write_text("{", encoding="utf-8")
-    said: list[str] = []
-    arguments["reporter"].say = said.append
+    messages: list[str] = []
+    arguments["reporter"].say = messages.append
     check_predictions(**arguments)
-    assert said[0].startswith(f"{arguments['file']}: it is not JSON")
-    assert said[0].endswith("; it is measured again")
+    assert messages[0].startswith(f"{arguments['file']}: it is not JSON")
+    assert messages[0].endswith("; it is measured again")
     assert LossCalibration.load(arguments["file"]).measurements
 
 

@@ -138,10 +138,12 @@ def test_every_step_leaves_the_model_in_training(around: str) -> None:
     with SURROUNDINGS[around]():
         calibration, factorization, losses = steps(model)
     assert_same(state(model), before)
-    other, again, expected = steps(rest)
+    other, reference, expected = steps(rest)
     assert numbers(calibration).keys() == numbers(other).keys()
     assert all(torch.equal(v, numbers(other)[k]) for k, v in numbers(calibration).items())
-    assert all(torch.equal(f.left, again.factors[n].left) for n, f in factorization.factors.items())
+    assert all(
+        torch.equal(f.left, reference.factors[n].left) for n, f in factorization.factors.items()
+    )
     assert losses == expected
     model(IDS, labels=IDS).loss.backward()  # training goes on
 

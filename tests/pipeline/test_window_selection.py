@@ -27,9 +27,9 @@ def draw(allocations: int, windows: int, seed: int) -> Tensor:
     return 3 + normal(windows) + 0.1 * normal(allocations, 1) * slopes + own
 
 
-def distance(losses: Tensor, chosen: list[int]) -> float:
+def distance(losses: Tensor, windows: list[int]) -> float:
     """Return the summed squares of what differences between allocations are off by."""
-    off = losses[:, chosen].mean(1) - losses.mean(1)
+    off = losses[:, windows].mean(1) - losses.mean(1)
     return float(((off - off.mean()) ** 2).sum())
 
 
@@ -40,23 +40,23 @@ def test_as_many_places_as_are_wanted_come_in_order_and_always_the_same(
 ) -> None:
     count = data.draw(st.integers(1, windows))
     losses = draw(allocations, windows, seed)
-    found = select_windows(losses, count)
-    assert found == sorted(set(found))
-    assert len(found) == count
-    assert set(found) <= set(range(windows))
-    assert select_windows(losses.clone(), count) == found
+    indices = select_windows(losses, count)
+    assert indices == sorted(set(indices))
+    assert len(indices) == count
+    assert set(indices) <= set(range(windows))
+    assert select_windows(losses.clone(), count) == indices
     if count == windows:
-        assert found == list(range(windows))
+        assert indices == list(range(windows))
 
 
 @given(st.integers(0, 999))
 @settings(max_examples=25, deadline=None)
 def test_no_exchange_of_one_window_comes_nearer_to_what_all_windows_say(seed: int) -> None:
     losses = draw(5, 14, seed)
-    found = select_windows(losses, 5)
-    reached = distance(losses, found)
-    for place, other in itertools.product(range(5), set(range(14)) - set(found)):
-        exchanged = [*found[:place], other, *found[place + 1 :]]
+    indices = select_windows(losses, 5)
+    reached = distance(losses, indices)
+    for position, other in itertools.product(range(5), set(range(14)) - set(indices)):
+        exchanged = [*indices[:position], other, *indices[position + 1 :]]
         assert distance(losses, exchanged) >= reached * (1 - 1e-6) - ROUNDING
 
 
@@ -74,17 +74,17 @@ def test_it_is_near_the_best_of_all_choices(seed: int, count: int) -> None:
 @settings(max_examples=25, deadline=None)
 def test_how_hard_a_window_is_and_how_good_an_allocation_is_do_not_matter(seed: int) -> None:
     losses = draw(6, 16, seed)
-    found = select_windows(losses, 4)
+    indices = select_windows(losses, 4)
     generator = torch.Generator().manual_seed(seed + 1)
     harder = losses + torch.randn(16, generator=generator, dtype=torch.float64)
-    assert select_windows(harder, 4) == found
+    assert select_windows(harder, 4) == indices
     # What an allocation loses everywhere, every subset says.
-    assert select_windows(losses + torch.arange(6)[:, None], 4) == found
+    assert select_windows(losses + torch.arange(6)[:, None], 4) == indices
     order = torch.randperm(16, generator=generator)
     moved = select_windows(losses[:, order], 4)
-    assert sorted(order[moved].tolist()) == found
+    assert sorted(order[moved].tolist()) == indices
     rows = torch.randperm(6, generator=generator)
-    assert select_windows(losses[rows], 4) == found
+    assert select_windows(losses[rows], 4) == indices
 
 
 def test_windows_that_differ_most_in_ways_of_their_own_are_not_taken() -> None:
@@ -106,8 +106,8 @@ def test_it_generalises_to_allocations_that_it_has_not_seen() -> None:
     mine, drawn = [], []
     for seed in range(40):
         losses = draw(24, 48, seed)
-        found = select_windows(losses[:8], 8)
-        mine.append(distance(losses[8:], found))
+        indices = select_windows(losses[:8], 8)
+        mine.append(distance(losses[8:], indices))
         drawn += [
             distance(
                 losses[8:],

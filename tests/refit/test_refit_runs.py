@@ -103,8 +103,8 @@ def test_one_block_of_weights_at_a_time_is_enough() -> None:
 
     blocks.to("meta")
     body = BlockwiseBody(model, open_block)
-    found = refit(model, layers, allocation(layers), old, windows, body=body)
-    assert same_bits(found, refit(whole, layers, allocation(layers), old, windows))
+    result = refit(model, layers, allocation(layers), old, windows, body=body)
+    assert same_bits(result, refit(whole, layers, allocation(layers), old, windows))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -112,10 +112,10 @@ def test_every_family_is_refit_in_half_precision(case: str) -> None:
     model = build(case).bfloat16()
     layers = map_model(model)
     old = old_factors(model, layers)
-    found = refit(model, layers, allocation(layers), old, token_ids(9, WIDTH))
-    assert set(found.factors) == {spec.name for spec in layers.compressible}
-    assert all(f.left.dtype == torch.float32 for f in found.factors.values())
-    assert sum(row.accepted for row in found.report) >= len(found.report) // 2
+    result = refit(model, layers, allocation(layers), old, token_ids(9, WIDTH))
+    assert set(result.factors) == {spec.name for spec in layers.compressible}
+    assert all(f.left.dtype == torch.float32 for f in result.factors.values())
+    assert sum(row.accepted for row in result.report) >= len(result.report) // 2
     assert next(model.parameters()).dtype == torch.bfloat16
 
 
@@ -128,19 +128,19 @@ def test_nothing_compressed_is_nothing_to_do() -> None:
 def test_what_cannot_be_refit_is_refused() -> None:
     model, layers = build("llama_untied"), map_model(build("llama_untied"))
     old, windows = old_factors(model, layers), token_ids(9, WIDTH)
-    chosen = allocation(layers)
+    plan = allocation(layers)
     name = layers.compressible[0].name
     with pytest.raises(
         KeyError, match=r"1 of 14 layers with a rank .* have no factors for it: .*q_proj"
     ):
-        refit(model, layers, chosen, {k: v for k, v in old.items() if k != name}, windows)
+        refit(model, layers, plan, {k: v for k, v in old.items() if k != name}, windows)
     other = decided([layers.by_name["lm_head"]], {"lm_head": Option("factored", (3,))})
     with pytest.raises(KeyError, match=r"are in no block of the model .*: lm_head"):
         refit(model, layers, other, old, windows)
     with pytest.raises(KeyError, match=r"4 of 14 layers .* have no factors for it: .*k_proj"):
         refit(model, layers, allocation(layers, rank=12), old, windows)
     with pytest.raises(DataError, match=r"has 1 windows and holds 1 back"):
-        refit(model, layers, chosen, old, windows[:1])
+        refit(model, layers, plan, old, windows[:1])
 
 
 @pytest.mark.parametrize(
@@ -179,12 +179,12 @@ def test_the_metric_of_errors_is_the_gradient_moment_with_its_spectrum_flattened
     rows = torch.randn(40, spec.out_features, generator=generator, dtype=torch.float64)
     moment = rows.T @ rows / 40
     statistics = Calibration({spec.name: {Statistic.OUTPUT_GRADIENT: moment}})
-    seen = shrunk(moment, PREDICTION_SHRINKAGE)
+    expected = shrunk(moment, PREDICTION_SHRINKAGE)
     whole, half, none = (output_metric(layers, statistics, power) for power in (1.0, 0.5, 0.0))
-    torch.testing.assert_close(whole(spec.name), seen)
+    torch.testing.assert_close(whole(spec.name), expected)
     root = half(spec.name)
     assert root is not None
-    torch.testing.assert_close(root @ root, seen)
+    torch.testing.assert_close(root @ root, expected)
     torch.testing.assert_close(root, root.T)
     assert none(spec.name) is None
     other = layers.compressible[1].name  # of which no gradient was gathered

@@ -92,16 +92,16 @@ def weighed(metric: torch.Tensor, error: torch.Tensor) -> float:
 
 def test_moments_are_those_of_the_rows() -> None:
     target, x, dense, _ = case()
-    for beside, found in (
+    for beside, moments in (
         (dense - x, stream(x, dense - x)),
         ((dense - x) @ target.weight.T, stream(x, dense - x).mapped(target.weight)),
     ):
         both = torch.cov(torch.cat([x, beside], 1).T, correction=0)
-        torch.testing.assert_close(found.mean, x.mean(0))
-        torch.testing.assert_close(found.target_mean, beside.mean(0))
-        torch.testing.assert_close(found.covariance, both[:IN, :IN])
-        torch.testing.assert_close(found.cross, both[IN:, :IN])
-        torch.testing.assert_close(found.target_covariance, both[IN:, IN:])
+        torch.testing.assert_close(moments.mean, x.mean(0))
+        torch.testing.assert_close(moments.target_mean, beside.mean(0))
+        torch.testing.assert_close(moments.covariance, both[:IN, :IN])
+        torch.testing.assert_close(moments.cross, both[IN:, :IN])
+        torch.testing.assert_close(moments.target_covariance, both[IN:, IN:])
 
 
 @shapes
@@ -148,7 +148,7 @@ def test_no_other_factors_of_the_rank_are_better(out: int, size: int, ridge: flo
     """The ridge is what rows ``sqrt(n lam) I`` with answers ``W`` add to least squares."""
     target, x, dense, metric = case(out, size)
     y = answers(target, x, dense) - target.bias
-    found = solve(
+    factors = solve(
         *target.dense, pair_moments(target, x, dense), 2, ridge=ridge, metric=OutputMetric(metric)
     )
     extra = float(TOKENS * ridge * (x.T @ x / TOKENS).trace() / size) ** 0.5
@@ -159,14 +159,14 @@ def test_no_other_factors_of_the_rank_are_better(out: int, size: int, ridge: flo
         error = wanted - rows @ candidate.T
         return float(((error @ metric.numpy()) * error).sum())
 
-    best = matrix(found).numpy()
+    best = matrix(factors).numpy()
     other = alternating_minimum(rows, wanted, metric.numpy(), 2)
     np.testing.assert_allclose(best, other, atol=1e-6)  # where 3,000 rounds have come to
     assert objective(best) <= objective(other) + EXACT
     generator = torch.Generator().manual_seed(3)
     for scale in (1e-3, 1e-2, 0.1, 1.0) * 10:
-        left = found.left + scale * torch.randn(found.left.shape, generator=generator)
-        right = found.right + scale * torch.randn(found.right.shape, generator=generator)
+        left = factors.left + scale * torch.randn(factors.left.shape, generator=generator)
+        right = factors.right + scale * torch.randn(factors.right.shape, generator=generator)
         assert objective((left @ right).numpy()) > objective(best)
 
 
@@ -179,28 +179,28 @@ def test_the_tail_is_the_objective_and_prefixes_are_optimal(out: int, size: int)
     eye = torch.eye(size, dtype=torch.float64)
     lifted = moments.covariance + 0.1 * moments.covariance.trace() / size * eye
     for rank in range(min(out, size) + 1):
-        found = solve(*target.dense, moments, rank, **options)
-        assert found.max_rank == rank
-        assert len(found.tail) == rank + 1
-        miss = matrix(whole) - matrix(found)
+        factors = solve(*target.dense, moments, rank, **options)
+        assert factors.max_rank == rank
+        assert len(factors.tail) == rank + 1
+        miss = matrix(whole) - matrix(factors)
         objective = float((metric * (miss @ lifted @ miss.T)).sum())
-        assert float(found.tail[rank]) == pytest.approx(objective, abs=EXACT)
+        assert float(factors.tail[rank]) == pytest.approx(objective, abs=EXACT)
         prefix = whole.left[:, :rank] @ whole.right[:rank]
-        torch.testing.assert_close(matrix(found), prefix, rtol=0, atol=EXACT)
-        torch.testing.assert_close(found.left.norm(dim=0), found.right.norm(dim=1))
+        torch.testing.assert_close(matrix(factors), prefix, rtol=0, atol=EXACT)
+        torch.testing.assert_close(factors.left.norm(dim=0), factors.right.norm(dim=1))
 
 
 def test_a_strong_ridge_gives_the_dense_weight_back() -> None:
     target, x, dense, _ = case(blend=1.0)
-    found = solve(*target.dense, pair_moments(target, x, dense), OUT, ridge=1e9)
-    torch.testing.assert_close(matrix(found), target.weight, rtol=0, atol=1e-6)
+    factors = solve(*target.dense, pair_moments(target, x, dense), OUT, ridge=1e9)
+    torch.testing.assert_close(matrix(factors), target.weight, rtol=0, atol=1e-6)
 
 
 def test_without_drift_the_full_rank_answer_is_the_dense_weight() -> None:
     target, x, _, _ = case()
     few = pair_moments(target, x[:3], x[:3])  # even where the data say next to nothing
-    found = solve(*target.dense, few, OUT, ridge=1e-3)
-    torch.testing.assert_close(matrix(found), target.weight, rtol=0, atol=EXACT)
+    factors = solve(*target.dense, few, OUT, ridge=1e-3)
+    torch.testing.assert_close(matrix(factors), target.weight, rtol=0, atol=EXACT)
 
 
 def test_outputs_that_do_not_count_are_not_paid_for() -> None:
@@ -208,12 +208,12 @@ def test_outputs_that_do_not_count_are_not_paid_for() -> None:
     moments = pair_moments(target, x, dense)
     metric = torch.zeros(OUT, OUT, dtype=torch.float64)
     metric[:2, :2] = torch.tensor([[2.0, 1.0], [1.0, 3.0]])
-    found = solve(*target.dense, moments, 4, ridge=0.0, metric=OutputMetric(metric))
-    assert found.max_rank == 4  # the rank that was asked for, padded
+    factors = solve(*target.dense, moments, 4, ridge=0.0, metric=OutputMetric(metric))
+    assert factors.max_rank == 4  # the rank that was asked for, padded
     y = answers(target, x, dense) - target.bias
     expected = np.linalg.lstsq(x.numpy(), y.numpy(), rcond=None)[0].T
-    np.testing.assert_allclose(matrix(found)[:2], expected[:2], atol=EXACT)
-    assert not matrix(found)[2:].any()
+    np.testing.assert_allclose(matrix(factors)[:2], expected[:2], atol=EXACT)
+    assert not matrix(factors)[2:].any()
 
 
 @pytest.mark.parametrize("feedback", [0.0, 0.8])
@@ -224,8 +224,8 @@ def test_the_error_from_moments_is_the_error_over_tokens(
     target, x, dense, metric = case()
     target, lacks = replace(target, feedback=feedback), lacking(x, dense, OUT)
     weight = metric if with_metric else torch.eye(OUT, dtype=torch.float64)
-    chosen = OutputMetric(metric if with_metric else None)
-    error = OutputError(*target.dense, pair_moments(target, x, dense, lacks), chosen)
+    output_metric = OutputMetric(metric if with_metric else None)
+    error = OutputError(*target.dense, pair_moments(target, x, dense, lacks), output_metric)
     y = answers(target, x, dense, lacks)
     assert error.energy == pytest.approx(weighed(weight, y))
     left, right = target.weight[:, :3], torch.eye(IN, dtype=torch.float64)[:3]
@@ -241,8 +241,8 @@ def test_a_singular_second_moment_is_announced() -> None:
     target, x, dense, _ = case()
     moments = pair_moments(target, x[:4], dense[:4])
     with pytest.warns(JitterWarning, match=r"q: the second moment .* singular at ridge=0; added"):
-        found = solve(*target.dense, moments, 2, ridge=0.0, name="q")
-    assert matrix(found).isfinite().all()
+        factors = solve(*target.dense, moments, 2, ridge=0.0, name="q")
+    assert matrix(factors).isfinite().all()
     solve(*target.dense, moments, 2, ridge=1e-3)  # a ridge says nothing: warnings are errors here
 
 
@@ -254,8 +254,8 @@ def test_a_feature_without_variance_is_announced_and_keeps_the_dense_weight(valu
     moments = pair_moments(target, x, dense)
     with pytest.warns(JitterWarning, match=r"^q: the second moment .* singular at ridge=0; added"):
         solve(*target.dense, moments, 2, ridge=0.0, restore_means=True, name="q")
-    found = solve(*target.dense, moments, OUT, ridge=1e-3, restore_means=True)
-    torch.testing.assert_close(matrix(found)[:, 2], target.weight[:, 2], rtol=0, atol=EXACT)
+    factors = solve(*target.dense, moments, OUT, ridge=1e-3, restore_means=True)
+    torch.testing.assert_close(matrix(factors)[:, 2], target.weight[:, 2], rtol=0, atol=EXACT)
 
 
 def test_a_second_moment_that_no_jitter_mends_is_refused() -> None:
@@ -269,10 +269,10 @@ def test_a_second_moment_that_no_jitter_mends_is_refused() -> None:
 def test_an_input_that_is_always_zero_leaves_the_weight_alone() -> None:
     target, x, _, _ = case()
     moments = pair_moments(target, 0 * x, 0 * x)
-    found = solve(*target.dense, moments, OUT, ridge=1e-2)
-    torch.testing.assert_close(matrix(found), target.weight, rtol=0, atol=EXACT)
+    factors = solve(*target.dense, moments, OUT, ridge=1e-2)
+    torch.testing.assert_close(matrix(factors), target.weight, rtol=0, atol=EXACT)
     assert OutputError(target.weight, None, moments, OutputMetric(None)).of(
-        found, OUT
+        factors, OUT
     ) == pytest.approx(
         float(target.bias @ target.bias)  # the bias is all that is answered, where 0 is asked for
     )
@@ -283,12 +283,12 @@ def test_a_metric_that_is_zero_throughout_weighs_all_outputs_alike() -> None:
     target, x, dense, _ = case()
     moments = pair_moments(target, x, dense)
     zero = OutputMetric(torch.zeros(OUT, OUT, dtype=torch.float64))
-    found, plain = (
+    factors, plain = (
         solve(*target.dense, moments, 2, ridge=0.1, metric=metric)
         for metric in (zero, OutputMetric(None))
     )
-    assert torch.equal(found.left, plain.left)
-    assert torch.equal(found.right, plain.right)
+    assert torch.equal(factors.left, plain.left)
+    assert torch.equal(factors.right, plain.right)
 
 
 def test_a_metric_with_a_nan_is_refused() -> None:

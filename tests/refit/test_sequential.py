@@ -52,31 +52,31 @@ def test_each_site_reads_what_the_model_refit_so_far_gives_it(case: str, centred
     model, layers = double(case)
     before = snapshot(model)
     old = old_factors(model, layers, centred=centred)
-    chosen = allocation(layers, dense=("k_proj", "c_fc"))
+    plan = allocation(layers, dense=("k_proj", "c_fc"))
     windows, metrics = token_ids(WINDOWS, WIDTH), metrics_of(layers)
     settings = RefitSettings(blend=0.75, feedback=0.6, ridge=1e-2, held_back=0.2, batch_windows=3)
     named: list[str] = []
-    found = refit(
-        model, layers, chosen, old, windows, settings, metric=metrics.get, on_layer=named.append
+    result = refit(
+        model, layers, plan, old, windows, settings, metric=metrics.get, on_layer=named.append
     )
     rest = [i for i in range(WINDOWS) if i not in HELD]
     slow = slow_refit(
-        model, layers, chosen, old, windows[rest], windows[list(HELD)], settings, metrics
+        model, layers, plan, old, windows[rest], windows[list(HELD)], settings, metrics
     )
-    assert list(found.factors) == named == [row.name for row in found.report] == list(slow)
+    assert list(result.factors) == named == [row.name for row in result.report] == list(slow)
     assert len(slow) >= 6
-    for row in found.report:
-        expected, factors = slow[row.name], found.factors[row.name]
+    for row in result.report:
+        expected, factors = slow[row.name], result.factors[row.name]
         assert (row.rank, row.accepted) == (RANK, expected.taken)
-        got = (row.fitted_before, row.fitted_after, row.held_back_before, row.held_back_after)
-        assert got == pytest.approx(expected.errors, rel=1e-3, abs=1e-9)
+        errors = (row.fitted_before, row.fitted_after, row.held_back_before, row.held_back_after)
+        assert errors == pytest.approx(expected.errors, rel=1e-3, abs=1e-9)
         for mine, theirs in zip(affine(factors), expected.layer, strict=True):
             np.testing.assert_allclose(mine, theirs, **ROUNDED)
         assert factors.max_rank == RANK
         assert factors.left.dtype == factors.right.dtype == torch.float32
         has_bias = layers.by_name[row.name].has_bias or centred
         assert (factors.offset is not None, factors.center is not None) == (has_bias, centred)
-    assert {row.accepted for row in found.report} >= {True}
+    assert {row.accepted for row in result.report} >= {True}
     assert_untouched(model, before)
 
 
@@ -85,14 +85,14 @@ def test_with_everything_upstream_dense_it_is_the_whitened_svd() -> None:
     windows = token_ids(WINDOWS, WIDTH)
     settings = RefitSettings(ridge=0.0, held_back=0.0, blend=1.0)
     site = layers.sites[0]
-    found = refit(model, layers, allocation(layers), old_factors(model, layers), windows, settings)
+    result = refit(model, layers, allocation(layers), old_factors(model, layers), windows, settings)
     x = inputs_of(model, site, windows)
     members = [spec for spec in layers.compressible if spec.site == site]
     assert len(members) == 3
     for spec in members:
         weight = reference.numpy_of(linear_weight(model.get_submodule(spec.name)))
         expected = reference.whitened_svd(weight, x.T @ x / len(x), RANK)
-        np.testing.assert_allclose(affine(found.factors[spec.name])[0], expected, **ROUNDED)
+        np.testing.assert_allclose(affine(result.factors[spec.name])[0], expected, **ROUNDED)
 
 
 def test_behind_a_compressed_layer_the_full_rank_answer_is_least_squares() -> None:
@@ -103,44 +103,44 @@ def test_behind_a_compressed_layer_the_full_rank_answer_is_least_squares() -> No
     allocation = decided(layers.compressible, options)
     windows = token_ids(WINDOWS, WIDTH)
     settings = RefitSettings(ridge=0.0, held_back=0.0, blend=1.0)
-    found = refit(model, layers, allocation, old_factors(model, layers), windows, settings)
-    assert set(found.factors) == {first, second}
+    result = refit(model, layers, allocation, old_factors(model, layers), windows, settings)
+    assert set(result.factors) == {first, second}
     dense = inputs_of(model, second, windows)
-    wide = {name: factors.to(dtype=torch.float64) for name, factors in found.factors.items()}
+    wide = {name: factors.to(dtype=torch.float64) for name, factors in result.factors.items()}
     store_(model, allocation, wide)
     x = inputs_of(model, second, windows)
     weight = reference.numpy_of(linear_weight(build("gpt2").get_submodule(second)))
     expected = np.linalg.lstsq(x, dense @ weight.T, rcond=None)[0].T
     assert np.abs(expected - weight).max() > 0.1  # there is something to mend
-    np.testing.assert_allclose(affine(found.factors[second])[0], expected, **ROUNDED)
+    np.testing.assert_allclose(affine(result.factors[second])[0], expected, **ROUNDED)
 
 
 def test_with_few_tokens_some_layers_keep_what_they_had() -> None:
     model, layers = double("llama_untied")
     old = old_factors(model, layers)
     with pytest.warns(CalibrationWarning) as caught, pytest.warns(JitterWarning):
-        found = refit(
+        result = refit(
             model, layers, allocation(layers), old, token_ids(3, 5), RefitSettings(ridge=0.0)
         )
     (warning,) = [str(w.message) for w in caught if w.category is CalibrationWarning]
     assert "10 tokens for the 24 features that model.layers.0.mlp.down_proj reads" in warning
-    assert {row.accepted for row in found.report} == {True, False}
-    for row in found.report:
+    assert {row.accepted for row in result.report} == {True, False}
+    for row in result.report:
         assert row.held_back_before is not None
         assert row.held_back_after is not None
         assert row.accepted == (row.held_back_after < row.held_back_before)
         if not row.accepted:
-            assert torch.equal(found.factors[row.name].left, old[row.name].left[:, :RANK])
-            assert torch.equal(found.factors[row.name].right, old[row.name].right[:RANK])
+            assert torch.equal(result.factors[row.name].left, old[row.name].left[:, :RANK])
+            assert torch.equal(result.factors[row.name].right, old[row.name].right[:RANK])
 
 
 def test_without_windows_held_back_every_layer_is_taken() -> None:
     model, layers = double("llama_untied")
     settings = RefitSettings(held_back=0.0)
     old = old_factors(model, layers)
-    found = refit(model, layers, allocation(layers), old, token_ids(6, 12), settings)
-    assert len(found.report) == len(layers.compressible)
-    for row in found.report:
+    result = refit(model, layers, allocation(layers), old, token_ids(6, 12), settings)
+    assert len(result.report) == len(layers.compressible)
+    for row in result.report:
         assert row.accepted
         assert row.held_back_before is row.held_back_after is None
         assert row.fitted_after < row.fitted_before
@@ -150,7 +150,7 @@ def test_windows_to_judge_by_may_be_given() -> None:
     model, layers = build("qwen2"), map_model(build("qwen2"))
     given = (model, layers, allocation(layers), old_factors(model, layers))
     windows = token_ids(WINDOWS, WIDTH)
-    rest = [place for place in range(WINDOWS) if place not in HELD]
+    rest = [index for index in range(WINDOWS) if index not in HELD]
     settings = RefitSettings(held_back=0.2)
     first = refit(*given, windows, settings)
     assert same_bits(first, refit(*given, windows[rest], settings, judging=windows[list(HELD)]))

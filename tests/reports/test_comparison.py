@@ -102,15 +102,15 @@ def test_several_studies_have_a_line_each(tmp_path: Path) -> None:
     print_comparison(studies, table, terminal(out))
     text = out.getvalue()
     assert max(map(len, text.splitlines())) <= 80
-    found = part(text, "Perplexity of 3 studies on the validation text")
-    kept = f"{100 * table['keep_ratio'][0]:.1f}%"
+    rows = part(text, "Perplexity of 3 studies on the validation text")
+    keep_ratio = f"{100 * table['keep_ratio'][0]:.1f}%"
     assert "first" not in text
-    assert found[0][-4:] == ["trials", "dense", "uniform", "best"]  # nobody has an analytic trial
-    assert found[1] == ["bolaco", "per_kind", kept, "0", "4", "7.39", "20.09", "9.49"]
-    assert found[3] == ["svd_llm", "per_kind", "-", "0", "0", "-", "-", "-"]
-    found = part(text, "Perplexity of 3 studies on the test text")
-    assert found[0][-2:] == ["dense", "best"]
-    assert found[1] == ["bolaco", "per_kind", kept, "0", "8.37", "10.75"]
+    assert rows[0][-4:] == ["trials", "dense", "uniform", "best"]  # nobody has an analytic trial
+    assert rows[1] == ["bolaco", "per_kind", keep_ratio, "0", "4", "7.39", "20.09", "9.49"]
+    assert rows[3] == ["svd_llm", "per_kind", "-", "0", "0", "-", "-", "-"]
+    rows = part(text, "Perplexity of 3 studies on the test text")
+    assert rows[0][-2:] == ["dense", "best"]
+    assert rows[1] == ["bolaco", "per_kind", keep_ratio, "0", "8.37", "10.75"]
     assert "What the searches add" not in text
 
 
@@ -146,10 +146,10 @@ def test_studies_that_differ_in_something_else_are_called_by_their_names(tmp_pat
     print_comparison(studies, comparison.compared(studies), terminal(out))
     lines = out.getvalue().splitlines()
     assert max(map(len, lines)) <= 80
-    found = part(out.getvalue(), "Perplexity of 2 studies on the validation text")
-    assert found[0] == ["study", "kept", "trials", "dense", "uniform", "best"]
-    assert found[1][0] == "one"
-    assert found[2][0] + found[3][0] == names[1]
+    rows = part(out.getvalue(), "Perplexity of 2 studies on the validation text")
+    assert rows[0] == ["study", "kept", "trials", "dense", "uniform", "best"]
+    assert rows[1][0] == "one"
+    assert rows[2][0] + rows[3][0] == names[1]
 
 
 def test_a_test_score_of_an_earlier_best_is_not_that_of_the_best(tmp_path: Path) -> None:

@@ -30,10 +30,10 @@ def journal(tmp_path: Path) -> Journal:
 @given(st.lists(st.tuples(*[st.floats(1.0, 9.0)] * 2), min_size=2, max_size=40))
 def test_a_difference_is_paired_by_window(pairs: list[tuple[float, float]]) -> None:
     mine, other = (np.array(losses) for losses in zip(*pairs, strict=True))
-    found = Difference.paired(mine.tolist(), other.tolist(), math.nan)
-    assert found.mean == pytest.approx((mine - other).mean(), abs=1e-12)
-    assert found.error == pytest.approx(stats.sem(mine - other), abs=1e-12)
-    assert found.is_measurable == (abs(found.mean) > 2 * found.error)
+    difference = Difference.paired(mine.tolist(), other.tolist(), math.nan)
+    assert difference.mean == pytest.approx((mine - other).mean(), abs=1e-12)
+    assert difference.error == pytest.approx(stats.sem(mine - other), abs=1e-12)
+    assert difference.is_measurable == (abs(difference.mean) > 2 * difference.error)
 
 
 @given(
@@ -108,7 +108,7 @@ def test_on_a_front_each_analytic_trial_has_the_best_of_its_own_budget(tmp_path:
     ):
         allocation = spaces[keep].allocate(sobol_point(spaces[keep], index, 0))
         journal.complete(index, nll, origin, allocation, windows=lost(nll))
-    found = gains(journal.study.state)
-    numbers = [(g.best.request.trial_index, g.analytic.request.trial_index) for g in found]
+    by_budget = gains(journal.study.state)
+    numbers = [(g.best.request.trial_index, g.analytic.request.trial_index) for g in by_budget]
     assert numbers == [(3, 0), (2, 1)]
-    assert [g.differences["validation"].mean for g in found] == [-0.25, -0.25]
+    assert [g.differences["validation"].mean for g in by_budget] == [-0.25, -0.25]

@@ -46,9 +46,11 @@ def journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Journal
     monkeypatch.setitem(metrics.TASKS, metrics.CAUSAL_LM.name, OTHER)
     journal = Journal(tmp_path / "mine", "budget=front", "search.size=keep_ratio")
     journal.study.record("dense", metrics=scores(0.125))
-    for index, (error, kept) in enumerate([(0.5, 0.6), (0.375, 0.7), (0.25, 0.8)]):
+    for index, (error, keep_ratio) in enumerate([(0.5, 0.6), (0.375, 0.7), (0.25, 0.8)]):
         origin = "analytic" if index == 1 else "model"
-        journal.complete(index, origin=origin, keep_ratio=kept, objective=error, **scores(error))
+        journal.complete(
+            index, origin=origin, keep_ratio=keep_ratio, objective=error, **scores(error)
+        )
     journal.fail(3, "loss is nan")
     for label, trial, error in (("dense", None, 0.25), ("best", 2, 0.3125)):
         journal.study.record(
@@ -72,10 +74,10 @@ def printed(study: Study) -> str:
 
 
 def test_its_metrics_are_in_summary_and_frame(journal: Journal) -> None:
-    found = results.summary(journal.study)
-    assert found["dense"] == {"squared_error": 0.125, "accuracy": 0.875}
-    assert found["best"]["accuracy"] == 0.75
-    assert found["test"]["best"]["squared_error"] == 0.3125
+    summary = results.summary(journal.study)
+    assert summary["dense"] == {"squared_error": 0.125, "accuracy": 0.875}
+    assert summary["best"]["accuracy"] == 0.75
+    assert summary["test"]["best"]["squared_error"] == 0.3125
     table = results.frame(journal.study)
     assert list(table["best_accuracy"]) == [0.5, 0.625, 0.75, 0.75]
     assert not {*WORDS_OF_LANGUAGE_MODELS} & set(table.columns)
@@ -115,9 +117,9 @@ def test_its_figures_have_its_axes_and_lost_trials_on_the_worse_side(journal: Jo
 
 def test_a_search_shows_it_trial_by_trial(journal: Journal) -> None:
     live: LiveSearch
-    live, said, _ = watched(journal)
+    live, lines, _ = watched(journal)
     live.ended(journal.study.state.trials[2])
-    assert "accuracy    0.7500 at 80.0%" in said[0]
+    assert "accuracy    0.7500 at 80.0%" in lines[0]
 
 
 def test_studies_of_several_tasks_are_not_compared(

@@ -27,15 +27,15 @@ def figures(page: str) -> list[list[dict[str, Any]]]:
     """Return the traces of every figure, in the order of the page."""
     decoder = json.JSONDecoder()
     return [
-        decoder.raw_decode(page[found.end() :])[0]
-        for found in re.finditer(r"Plotly\.newPlot\(\s*\"[\w-]+\",\s*", page)
+        decoder.raw_decode(page[match.end() :])[0]
+        for match in re.finditer(r"Plotly\.newPlot\(\s*\"[\w-]+\",\s*", page)
     ]
 
 
 def traces(page: str, title: str) -> dict[str, dict[str, Any]]:
     """Return the traces of the figure under a title, by name."""
-    (found,) = figures(page[page.index(f"<h2>{title}") :].split("<h2>")[1])
-    return {trace.get("name", ""): trace for trace in found}
+    (figure,) = figures(page[page.index(f"<h2>{title}") :].split("<h2>")[1])
+    return {trace.get("name", ""): trace for trace in figure}
 
 
 @pytest.fixture(scope="module")
@@ -115,22 +115,22 @@ def test_names_of_layers_are_text_in_figures(study: Study, page: str, tmp_path: 
     for name in ("study.json", "journal.jsonl"):
         text = (hostile / name).read_text(encoding="utf-8")
         (hostile / name).write_text(text.replace("q_proj", "q</script><i>&lt;"), encoding="utf-8")
-    found = study_page(Study(hostile))
-    assert [tag for tag, _ in Tags(found).tags] == [tag for tag, _ in Tags(page).tags]
-    (drawn,) = traces(found, "What the best trial keeps").values()
+    hostile_page = study_page(Study(hostile))
+    assert [tag for tag, _ in Tags(hostile_page).tags] == [tag for tag, _ in Tags(page).tags]
+    (drawn,) = traces(hostile_page, "What the best trial keeps").values()
     kinds = [kind for kind in drawn["y"] if kind.startswith("q")]
     assert kinds == ["q&lt;/script&gt;&lt;i&gt;&amp;lt;"]  # as plotly's own markup has it
     assert sum("q&lt;/script&gt;&lt;i&gt;&amp;lt;<br>" in text for text in drawn["text"][-1]) > 0
 
 
 def test_the_trials_are_drawn_in_order_with_the_best_so_far(study: Study, page: str) -> None:
-    found = traces(page, "Trials in order")
-    assert found["uniform baseline"]["x"] == [0]
-    assert found["Sobol"]["x"] == [1, 2]
-    assert found["surrogate model"]["x"] == [3, 4, 5, 6]
+    by_name = traces(page, "Trials in order")
+    assert by_name["uniform baseline"]["x"] == [0]
+    assert by_name["Sobol"]["x"] == [1, 2]
+    assert by_name["surrogate model"]["x"] == [3, 4, 5, 6]
     assert "Not drawn, but in the table below: 1 no value." in page
     best = [record.metrics["perplexity"] for record in study.state.completed]
-    assert found["best so far"]["y"] == [min(best[: k + 1]) for k in range(7)]
+    assert by_name["best so far"]["y"] == [min(best[: k + 1]) for k in range(7)]
 
 
 def test_the_heat_map_holds_what_each_layer_keeps(study: Study, page: str) -> None:
@@ -144,8 +144,8 @@ def test_the_heat_map_holds_what_each_layer_keeps(study: Study, page: str) -> No
             assert name.endswith(kind)
             option = options[name]
             assert (share == 1.0) == (option == DENSE)
-            said = "dense" if option == DENSE else f"{option.form}, rank {option.level[0]}"
-            assert f"<br>{said}<br>{costs[name].parameters:,} of" in text
+            label = "dense" if option == DENSE else f"{option.form}, rank {option.level[0]}"
+            assert f"<br>{label}<br>{costs[name].parameters:,} of" in text
             assert text.endswith(" parameters")
     assert sum(map(len, drawn["z"])) == len(options)
 
@@ -178,9 +178,9 @@ def test_a_front_is_drawn_where_one_was_searched(tmp_path: Path, page: str) -> N
     journal.score_dense(2.0)
     for index, nll in enumerate((3.0, 2.5, 2.75)):
         journal.complete(index, nll)
-    found = traces(study_page(journal.study), "Loss against size")
-    assert found["front"]["y"]
-    assert set(found["front"]["y"]) <= {
+    by_name = traces(study_page(journal.study), "Loss against size")
+    assert by_name["front"]["y"]
+    assert set(by_name["front"]["y"]) <= {
         record.metrics["perplexity"] for record in journal.study.state.completed
     }
 

@@ -49,9 +49,9 @@ def trials() -> pd.DataFrame:
 def options() -> pd.DataFrame:
     """Three kinds over four blocks; ``v_proj`` is dense in block 2, and has no rank in block 3."""
     rows = [
-        (f"{kind}.{block}", kind, block, "pivoted", 8, 0.1 * (block + 1) + place / 20)
+        (f"{kind}.{block}", kind, block, "pivoted", 8, 0.1 * (block + 1) + index / 20)
         for block in range(4)
-        for place, kind in enumerate(("q_proj", "v_proj", "down_proj"))
+        for index, kind in enumerate(("q_proj", "v_proj", "down_proj"))
     ]
     table = pd.DataFrame(rows, columns=["name", "kind", "block", "form", "rank", "kept"])
     table = table.astype({"rank": "Int64", "block": "Int64"})
@@ -254,9 +254,11 @@ def test_a_front_is_drawn_over_what_it_was_minimised_in(trials: pd.DataFrame) ->
     figure = plots.front(front, PERPLEXITY, 17.0, COSTS["macs_per_token"], 250.0)
     (axes,) = figure.axes
     drawn = points(lines(axes)["Pareto front"])
-    kept = {30.0: 0.5, 28.0: 0.8, 26.0: 0.7}
+    keep_ratios = {30.0: 0.5, 28.0: 0.8, 26.0: 0.7}
     assert [y for _, y in drawn] == [28.0, 26.0, 30.0]
-    assert [x for x, _ in drawn] == pytest.approx([200 * (2 - kept[y]) / 250 for _, y in drawn])
+    assert [x for x, _ in drawn] == pytest.approx(
+        [200 * (2 - keep_ratios[y]) / 250 for _, y in drawn]
+    )
     assert axes.get_xlabel() == "multiply-adds per token (dense = 100%)"
     assert axes.get_xlim()[1] > 1.2  # what takes longer than the dense model is drawn too
     assert points(lines(axes)["dense model"]) == [(1.0, 17.0)]
@@ -315,9 +317,9 @@ def losses() -> pd.DataFrame:
     """Three points of each of seven kinds."""
     kinds = ["q_proj", "k_proj", "v_proj", "query_key_value", "gate_proj", "up_proj", "down_proj"]
     rows = [
-        (kind, 10.0 ** (place - 5), 3.0 * 10.0 ** (place - 5) * (1 + index))
+        (kind, 10.0 ** (point - 5), 3.0 * 10.0 ** (point - 5) * (1 + index))
         for index, kind in enumerate(kinds)
-        for place in range(3)
+        for point in range(3)
     ]
     return pd.DataFrame(rows, columns=["kind", "predicted", "measured"])
 

@@ -72,7 +72,7 @@ def test_a_study_that_only_began_has_every_key_and_no_value(journal: Journal) ->
 
 def test_summary_says_what_was_written(full: Journal) -> None:
     records = full.study.state.trials
-    kept = {index: records[index].request.allocation.cost.parameters for index in records}
+    parameters = {index: records[index].request.allocation.cost.parameters for index in records}
     total = sum(spec.parameters for spec in full.layers.compressible)
     assert results.summary(full.study) == {
         "study": "mine",
@@ -86,15 +86,15 @@ def test_summary_says_what_was_written(full: Journal) -> None:
             "trial": 0,
             "nll": 3.0,
             "perplexity": math.exp(3.0),
-            "keep_ratio": kept[0] / total,
+            "keep_ratio": parameters[0] / total,
         },
         "analytic": None,
         "best": {
             "trial": 3,
             "nll": 2.25,
             "perplexity": math.exp(2.25),
-            "keep_ratio": kept[3] / total,
-            "parameters": kept[3],
+            "keep_ratio": parameters[3] / total,
+            "parameters": parameters[3],
         },
         "gains": [],
         "front": [],  # of one budget there is none
@@ -120,8 +120,8 @@ def test_summary_says_what_was_written(full: Journal) -> None:
 
 
 def test_summary_comes_back_from_json_unchanged(full: Journal) -> None:
-    found = results.summary(full.study)
-    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    summary = results.summary(full.study)
+    assert json.loads(json.dumps(summary, allow_nan=False)) == summary
 
 
 def test_the_best_trial_has_the_lowest_objective_not_the_lowest_loss(journal: Journal) -> None:
@@ -138,10 +138,10 @@ def test_a_baseline_without_a_value_is_none(journal: Journal) -> None:
     journal.study.record(
         "ended", trial=0, outcome="failed", metrics={}, error="gone", seconds={"scoring": 1.0}
     )
-    found = results.summary(journal.study)
-    assert found["uniform"] is None
-    assert found["best"] is None
-    assert (found["trials_completed"], found["trials_failed"]) == (0, 1)
+    summary = results.summary(journal.study)
+    assert summary["uniform"] is None
+    assert summary["best"] is None
+    assert (summary["trials_completed"], summary["trials_failed"]) == (0, 1)
 
 
 # --- frame -------------------------------------------------------------------------------------
@@ -211,23 +211,23 @@ def timed_front(folder: Path) -> Journal:
         folder, "budget=front", "latency.enabled=true", "search.size=prefill_latency_ratio"
     )
     journal.score_dense(2.0)
-    for index, (nll, kept, ratio) in enumerate(
+    for index, (nll, keep_ratio, ratio) in enumerate(
         [(3.0, 0.9, 1.1), (2.5, 0.8, 0.9), (2.75, 0.7, 0.95), (2.875, 0.6, 0.8)]
     ):
         metrics = {"prefill_latency_ratio": ratio, "prefill_latency_ratio_sem": 0.01}
         origin = "uniform" if index in (0, 3) else "model"
-        journal.complete(index, nll, origin, keep_ratio=kept, **metrics)
+        journal.complete(index, nll, origin, keep_ratio=keep_ratio, **metrics)
     return journal
 
 
 def test_a_front_of_latency_is_one_of_measured_times(tmp_path: Path) -> None:
     journal = timed_front(tmp_path / "mine")
-    found = results.summary(journal.study)
-    assert found["front"] == [
+    summary = results.summary(journal.study)
+    assert summary["front"] == [
         {"trial": 3, "nll": 2.875, "keep_ratio": 0.6, "prefill_latency_ratio": 0.8},
         {"trial": 1, "nll": 2.5, "keep_ratio": 0.8, "prefill_latency_ratio": 0.9},
     ]
-    area = found["hypervolume"]
+    area = summary["hypervolume"]
     assert area["size"] == "prefill_latency_ratio"
     # A tenth of the range of the baselines beyond the worse of them, in loss and in time.
     loss, ratio = 3.0 + 0.0125, 1.1 + 0.03
@@ -245,16 +245,16 @@ def test_of_trials_of_several_sizes_those_are_on_the_front_that_no_other_beats(
 ) -> None:
     journal = Journal(tmp_path / "mine", "budget=front", "search.size=keep_ratio")
     losses = {0: (3.0, 0.5), 1: (2.75, 0.6), 2: (2.875, 0.65), 3: (2.5, 0.7), 4: (2.5, 0.8)}
-    for index, (nll, kept) in losses.items():
-        journal.complete(index, nll, keep_ratio=kept)
+    for index, (nll, ratio) in losses.items():
+        journal.complete(index, nll, keep_ratio=ratio)
     expected = [
         index
-        for index, (nll, kept) in losses.items()
-        if not any(a <= nll and b <= kept and (a, b) != (nll, kept) for a, b in losses.values())
+        for index, (nll, ratio) in losses.items()
+        if not any(a <= nll and b <= ratio and (a, b) != (nll, ratio) for a, b in losses.values())
     ]
-    found = results.summary(journal.study)["front"]
-    assert [point["trial"] for point in found] == expected == [0, 1, 3]
-    assert found[1] == {"trial": 1, "nll": 2.75, "keep_ratio": 0.6}
+    front = results.summary(journal.study)["front"]
+    assert [point["trial"] for point in front] == expected == [0, 1, 3]
+    assert front[1] == {"trial": 1, "nll": 2.75, "keep_ratio": 0.6}
 
 
 def test_checkpoints_are_told_with_what_is_left_of_them(journal: Journal, tmp_path: Path) -> None:
@@ -387,8 +387,8 @@ def test_one_value_is_enough_to_draw_without_baseline_and_dense(journal: Journal
 def test_predictions_are_drawn_where_they_were_measured(journal: Journal) -> None:
     journal.complete(0, 2.0)
     assert results.sensitivity(journal.study) is None
-    found = journal.measured([(0.1, 0.2), (0.3, 0.1), (0.5, 0.6)])
-    assert results.sensitivity(journal.study) == found
+    calibration = journal.measured([(0.1, 0.2), (0.3, 0.1), (0.5, 0.6)])
+    assert results.sensitivity(journal.study) == calibration
     names = [path.name for path in draw_figures(journal.study)]
     assert names == ["convergence.png", "ranks.png", "sensitivity.png"]
 

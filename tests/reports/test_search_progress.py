@@ -23,29 +23,29 @@ WHOLE = sum(SECONDS.values())
 
 def watched(journal: Journal, trials: int = 8) -> tuple[LiveSearch, list[str], list[tuple]]:
     """Return a view of a study, the lines that it says, and what it shows of the whole."""
-    said: list[str] = []
+    lines: list[str] = []
     shown: list[tuple] = []
 
-    class Said(Reporter):
+    class LineReporter(Reporter):
         def say(self, message: str) -> None:
-            said.append(message)
+            lines.append(message)
 
     def show(*values: object) -> None:
         shown.append(values)
 
-    live = LiveSearch(Said(), journal.study, trials, show, lambda: 1)
-    return live, said, shown
+    live = LiveSearch(LineReporter(), journal.study, trials, show, lambda: 1)
+    return live, lines, shown
 
 
 def test_a_search_tells_of_trials_and_keeps_best_and_time_up_to_date(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "mine")
-    live, said, shown = watched(journal)
+    live, lines, shown = watched(journal)
     live.update()
     live.ended(journal.complete(0, 3.0, "uniform"))
     live.ended(journal.complete(1, 3.5, "start"))
     live.ended(journal.fail(2, "NonFiniteError: loss is nan\nin window 3"))
     live.ended(journal.complete(3, 2.0, "model"))
-    assert said == [
+    assert lines == [
         "Trial   0 (1/8) uniform  perplexity    20.086  best    20.086    2.9 s *",
         "Trial   1 (2/8) start    perplexity    33.115  best    20.086    2.9 s",
         "Trial   2 (3/8) sobol    abandoned: NonFiniteError: loss is nan",
@@ -74,13 +74,13 @@ def test_the_line_of_the_search_says_what_it_adds(tmp_path: Path) -> None:
 def test_a_front_has_no_best_but_trials_that_are_on_it(tmp_path: Path) -> None:
     front = ["budget.lowest=0.5", "budget.keep_ratio=0.9"]
     journal = Journal(tmp_path / "mine", *front)
-    live, said, shown = watched(journal)
+    live, lines, shown = watched(journal)
     for index, (ratio, nll) in enumerate([(0.5, 3.0), (0.9, 2.0), (0.75, 2.5), (0.8, 2.75)]):
         live.ended(journal.complete(index, nll, "model", keep_ratio=ratio))
-    ends = [line.partition(" at ")[2].split("%")[0] for line in said]
+    ends = [line.partition(" at ")[2].split("%")[0] for line in lines]
     assert ends == ["50.0", "90.0", "75.0", "80.0"]
-    assert [line.endswith(" *") for line in said] == [True, True, True, False]
-    assert not any("best" in line for line in said)
+    assert [line.endswith(" *") for line in lines] == [True, True, True, False]
+    assert not any("best" in line for line in lines)
     assert [note for _, note, _ in shown] == [
         "front of 1",
         "front of 2",
@@ -92,10 +92,10 @@ def test_a_front_has_no_best_but_trials_that_are_on_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize("origin", ["uniform", "analytic", "transfer"])
 def test_a_trial_is_one_line_of_80_columns(tmp_path: Path, origin: str) -> None:
     journal = Journal(tmp_path / "mine")
-    live, said, _ = watched(journal, 200)
+    live, lines, _ = watched(journal, 200)
     live.ended(journal.complete(0, 9.0, origin))
-    assert len(said[0]) <= 80
-    assert "8103.084" in said[0]
+    assert len(lines[0]) <= 80
+    assert "8103.084" in lines[0]
 
 
 def test_time_is_judged_by_the_last_trials_and_by_how_many_run_at_once(tmp_path: Path) -> None:

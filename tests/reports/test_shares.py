@@ -19,7 +19,7 @@ def journal(tmp_path: Path) -> Journal:
     return Journal(tmp_path / "mine")
 
 
-def kept(journal: Journal, record: TrialRecord, names: list[str]) -> float:
+def kept_share(journal: Journal, record: TrialRecord, names: list[str]) -> float:
     """Return the share of their dense cost that layers keep."""
     allocation = record.request.allocation
     measure = allocation.budget.measure
@@ -53,19 +53,19 @@ def test_shares_are_counted_by_kind_and_depth_whatever_was_searched(
         f"budget.measure={measure}",
     )
     record = journal.complete(0, 2.0, origin)
-    found = allocations.kept_by_depth(
+    shares = allocations.kept_by_depth(
         allocations.options_frame(journal.study.about, record.request.allocation)
     )
     kinds = list(dict.fromkeys(spec.kind for spec in journal.layers.compressible))
-    assert list(found.columns) == ["block 0", "block 1", "all"]
-    assert list(found.index) == [*kinds, "all"]
+    assert list(shares.columns) == ["block 0", "block 1", "all"]
+    assert list(shares.index) == [*kinds, "all"]
     for block, column in ((0, "block 0"), (1, "block 1"), (None, "all")):
         for kind in kinds:
-            expected = kept(journal, record, names_of(journal, kind, block=block))
-            assert found.loc[kind, column] == pytest.approx(expected, **RATIO)
-        everything = kept(journal, record, names_of(journal, *kinds, block=block))
-        assert found.loc["all", column] == pytest.approx(everything, **RATIO)
-    assert found.loc["all", "all"] == pytest.approx(record.metrics["keep_ratio"], **RATIO)
+            expected = kept_share(journal, record, names_of(journal, kind, block=block))
+            assert shares.loc[kind, column] == pytest.approx(expected, **RATIO)
+        everything = kept_share(journal, record, names_of(journal, *kinds, block=block))
+        assert shares.loc["all", column] == pytest.approx(everything, **RATIO)
+    assert shares.loc["all", "all"] == pytest.approx(record.metrics["keep_ratio"], **RATIO)
 
 
 @pytest.mark.parametrize(
@@ -87,8 +87,8 @@ def test_depth_is_told_apart_in_thirds(blocks: int, columns: list[str]) -> None:
     ]
     table = pd.DataFrame(rows, columns=["name", "kind", "block", "stored", "dense"])
     table = table.astype({"block": "Int64"})
-    found = allocations.kept_by_depth(table)
-    assert list(found.columns) == columns
+    shares = allocations.kept_by_depth(table)
+    assert list(shares.columns) == columns
     # Each block is in one column: the sums of the columns are those of all.
     covered = []
     for column in columns[:-1]:
@@ -96,10 +96,10 @@ def test_depth_is_told_apart_in_thirds(blocks: int, columns: list[str]) -> None:
         inside = range(int(first), int(last or first) + 1)
         covered += inside
         some = table[table["block"].isin(list(inside))]
-        assert found.loc["all", column] == some["stored"].sum() / some["dense"].sum()
+        assert shares.loc["all", column] == some["stored"].sum() / some["dense"].sum()
         one = some[some["kind"] == "down"]
         if len(one):
-            assert found.loc["down", column] == one["stored"].sum() / one["dense"].sum()
+            assert shares.loc["down", column] == one["stored"].sum() / one["dense"].sum()
         else:
-            assert pd.isna(found.loc["down", column])
+            assert pd.isna(shares.loc["down", column])
     assert covered in ([], list(range(blocks)))

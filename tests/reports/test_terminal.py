@@ -48,9 +48,9 @@ def test_a_narrow_terminal_has_fewer_columns_and_whole_numbers(journal: Journal)
     assert "no room here for MACs, size, params" in narrow
     assert "…" not in narrow
     assert max(map(len, narrow.splitlines())) <= 50
-    kept = [cells for cells in part(narrow, "Results") if cells[0] == "best"]
-    assert kept[0] == [cell for cell in row(wide, "Results", "best") if cell in kept[0]]
-    assert kept[0][-1] == row(wide, "Results", "best")[-1]
+    rows = [cells for cells in part(narrow, "Results") if cells[0] == "best"]
+    assert rows[0] == [cell for cell in row(wide, "Results", "best") if cell in rows[0]]
+    assert rows[0][-1] == row(wide, "Results", "best")[-1]
 
 
 def test_a_weight_on_the_divergence_is_said(tmp_path: Path) -> None:
@@ -60,8 +60,8 @@ def test_a_weight_on_the_divergence_is_said(tmp_path: Path) -> None:
 
 def row(text: str, title: str, first: str) -> list[str]:
     """Return the one row of a part that begins with a cell."""
-    (found,) = [cells for cells in part(text, title) if cells[0] == first]
-    return found
+    (match,) = [cells for cells in part(text, title) if cells[0] == first]
+    return match
 
 
 def with_everything(journal: Journal) -> Study:
@@ -140,8 +140,8 @@ def test_failures_are_told_by_reason_with_their_trials(journal: Journal) -> None
     journal.fail(4, "loss is nan", outcome="failed")
     journal.fail(5, None)
     journal.fail(6, " \n ")
-    found = part(printed(journal.study), "Trials without a value")
-    assert [" ".join(cells) for cells in found] == [
+    rows = part(printed(journal.study), "Trials without a value")
+    assert [" ".join(cells) for cells in rows] == [
         "trials outcome reason",
         "1, 3 abandoned loss is nan",
         "2 abandoned no memory",
@@ -204,12 +204,12 @@ def test_a_long_front_says_how_many_were_left_out(tmp_path: Path, points: int, l
         journal.complete(
             index, 3.0 - index / 8, parameters=1000 + index, keep_ratio=0.5 + index / 100
         )
-    found = part(printed(journal.study), "Front")
-    shown = [cells for cells in found[1:] if cells[0].isdecimal()]
+    rows = part(printed(journal.study), "Front")
+    shown = [cells for cells in rows[1:] if cells[0].isdecimal()]
     assert [int(cells[0]) for cells in shown] == list(range(min(points, 10)))
     assert shown[1] == ["1", f"{math.exp(2.875):.2f}", "2.8750", "51.000%", "1,001"]
-    assert found[11:12] == ([["and", str(left), "larger"]] if left else found[11:12])
-    assert ("larger" in " ".join(map(" ".join, found))) == bool(left)
+    assert rows[11:12] == ([["and", str(left), "larger"]] if left else rows[11:12])
+    assert ("larger" in " ".join(map(" ".join, rows))) == bool(left)
 
 
 def test_a_front_of_latency_shows_ratios_with_their_errors(tmp_path: Path) -> None:
@@ -217,12 +217,12 @@ def test_a_front_of_latency_shows_ratios_with_their_errors(tmp_path: Path) -> No
     assert max(map(len, text.splitlines())) <= 80
     assert part(text, "Front")[1][-3:] == ["0.800", "+-", "0.010"]
     assert part(text, "Front")[2][-3:] == ["0.900", "+-", "0.010"]
-    said = " ".join(text.split())
+    words = " ".join(text.split())
     assert (
         "prefill_latency_ratio, compressed to dense: uniform 1.100 +- 0.010, best 0.900 +- 0.010"
-        in said
+        in words
     )
-    assert "hypervolume" in said
+    assert "hypervolume" in words
 
 
 @pytest.mark.parametrize(
@@ -254,10 +254,10 @@ def test_the_allocation_shows_what_kinds_keep_by_depth(
     assert f"kept: share of the {words} of the compressible layers" in " ".join(text.split())
     title = f"Share of the {words} kept in the best trial, 7"
     stored = {name: cost.of(measure) for name, cost in record.request.allocation.costs.items()}
-    found = part(text, title)
-    assert found[0] == ["kind", "block", "0", "block", "1", "all"]
+    rows = part(text, title)
+    assert rows[0] == ["kind", "block", "0", "block", "1", "all"]
     kinds = dict.fromkeys(spec.kind for spec in journal.layers.compressible)
-    assert [cells[0] for cells in found[1 : len(kinds) + 2]] == [*kinds, "all"]
+    assert [cells[0] for cells in rows[1 : len(kinds) + 2]] == [*kinds, "all"]
     for kind in [*kinds, "all"]:
         shares = []
         for blocks in ([0], [1], [0, 1]):
@@ -266,12 +266,12 @@ def test_the_allocation_shows_what_kinds_keep_by_depth(
                 for spec in journal.layers.compressible
                 if kind in (spec.kind, "all") and spec.block in blocks
             ]
-            kept = sum(stored[spec.name] for spec in specs)
+            size = sum(stored[spec.name] for spec in specs)
             dense = Cost.total(
                 Cost(s.parameters, BYTES * s.parameters, s.out_features * s.in_features)
                 for s in specs
             )
-            shares.append(f"{kept / dense.of(measure):.1%}")
+            shares.append(f"{size / dense.of(measure):.1%}")
         assert row(text, title, kind) == [kind, *shares]
     is_dense = any(
         line.strip().startswith("dense in every block: v_proj") for line in text.split("\n")
@@ -285,13 +285,13 @@ def test_weights_stand_apart_from_shares_with_their_factors(tmp_path: Path) -> N
     assert "Weights of" not in printed(journal.study)  # the baseline has none
     record = journal.complete(3, 2.0)
     text = printed(journal.study)
-    found = part(text, "Weights of the best trial, 3")
-    assert found[0] == ["variable", "weight", "factor"]
-    assert found[1 : len(journal.space.names) + 1] == [
+    rows = part(text, "Weights of the best trial, 3")
+    assert rows[0] == ["variable", "weight", "factor"]
+    assert rows[1 : len(journal.space.names) + 1] == [
         [name, f"{value:+.3f}", f"{math.exp(value):.3f}"]
         for name, value in record.request.variables.items()
     ]
-    assert "-" in "".join(cells[1] for cells in found[1:])
+    assert "-" in "".join(cells[1] for cells in rows[1:])
     assert "exp(weight)" in text
     assert "Weights of" not in printed(with_everything(Journal(tmp_path / "other")))
 
@@ -299,8 +299,8 @@ def test_weights_stand_apart_from_shares_with_their_factors(tmp_path: Path) -> N
 def test_how_well_losses_were_predicted_is_said_where_it_was_measured(journal: Journal) -> None:
     study = with_everything(journal)
     assert "rank correlation" not in printed(study)
-    found = journal.measured([(0.1, 0.2), (0.3, 0.1), (0.5, 0.6)])
-    line = f"single layers, 3 points: rank correlation {found.rank_correlation:.3f}"
+    calibration = journal.measured([(0.1, 0.2), (0.3, 0.1), (0.5, 0.6)])
+    line = f"single layers, 3 points: rank correlation {calibration.rank_correlation:.3f}"
     assert line in " ".join(printed(study).split())
     journal.measured([(0.1, 0.2)])  # one point has no correlation
     assert "rank correlation" not in printed(study)
@@ -351,11 +351,11 @@ def test_what_the_search_adds_is_printed_with_its_error(journal: Journal) -> Non
     journal.tested("analytic", 6, 2.5, lost(2.5))
     journal.tested("best", 7, 2.5625, lost(2.5625, 0.25, -0.25, 0.25, -0.25))
     text = printed(journal.study)
-    found = [" ".join(cells) for cells in part(text, "What the search adds, nats per token")]
-    kept = f"{journal.study.state.trials[6].metrics['keep_ratio']:.2%}"
-    assert found[0] == "trials kept text best - analytic"
-    assert found[1] == f"7 - 6 {kept} validation -0.375 +- 0.051"
-    assert found[2] == f"7 - 6 {kept} test no measurable difference: 0.06 +- 0.14"
+    lines = [" ".join(cells) for cells in part(text, "What the search adds, nats per token")]
+    keep_ratio = f"{journal.study.state.trials[6].metrics['keep_ratio']:.2%}"
+    assert lines[0] == "trials kept text best - analytic"
+    assert lines[1] == f"7 - 6 {keep_ratio} validation -0.375 +- 0.051"
+    assert lines[2] == f"7 - 6 {keep_ratio} test no measurable difference: 0.06 +- 0.14"
     assert row(text, "Results", "analytic")[-1] == f"{math.exp(2.5):.2f}"
 
 

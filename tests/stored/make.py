@@ -44,7 +44,7 @@ def make_study(folder: Path) -> None:
     for index, loss in enumerate(losses):
         origin = {0: "uniform", 1: "analytic"}.get(index, "sobol")
         allocation = analytic if index == 1 else None
-        windows = [each + loss * (1 + place / 8) for place, each in enumerate(WINDOWS)]
+        windows = [each + loss * (1 + position / 8) for position, each in enumerate(WINDOWS)]
         study.complete(index, sum(windows) / len(windows), origin, allocation, windows)
     study.fail(5, "NonFiniteError: the loss of 960 tokens is not finite")
     study.suggest(6, "sobol")  # the search was interrupted

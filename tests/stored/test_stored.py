@@ -33,20 +33,20 @@ def study(tmp_path: Path) -> Path:
     return Path(shutil.copytree(STUDY, tmp_path / "study"))
 
 
-def assert_says(found: Any, expected: Any, where: str = "") -> None:
+def assert_says(actual: Any, expected: Any, where: str = "") -> None:
     """Hold that all that was said is said again, with its numbers; more may be."""
     if isinstance(expected, dict):
-        assert set(expected) <= set(found), where
+        assert set(expected) <= set(actual), where
         for key, value in expected.items():
-            assert_says(found[key], value, f"{where}.{key}")
+            assert_says(actual[key], value, f"{where}.{key}")
     elif isinstance(expected, list):
-        assert len(found) == len(expected), where
+        assert len(actual) == len(expected), where
         for index, value in enumerate(expected):
-            assert_says(found[index], value, f"{where}.{index}")
+            assert_says(actual[index], value, f"{where}.{index}")
     elif isinstance(expected, float):
-        assert found == pytest.approx(expected, rel=TOLERANCE["report"]), where
+        assert actual == pytest.approx(expected, rel=TOLERANCE["report"]), where
     else:
-        assert found == expected, where
+        assert actual == expected, where
 
 
 def test_the_report_of_a_stored_study_says_the_same(study: Path) -> None:
@@ -70,14 +70,14 @@ def test_a_stored_study_goes_on(study: Path) -> None:
     before = opened.journal.read_bytes()
     with opened.locked():
         opened.record("started", trial=6)
-        opened.record_suggestion(_again(left.request, 7), {})
+        opened.record_suggestion(_with_index(left.request, 7), {})
     assert opened.journal.read_bytes().startswith(before)
-    again = Study(study).state
-    assert again.trials[6].attempts == 1
-    assert again.trials[7].request.allocation == left.request.allocation
+    state = Study(study).state
+    assert state.trials[6].attempts == 1
+    assert state.trials[7].request.allocation == left.request.allocation
 
 
-def _again(request: Any, index: int) -> Any:
+def _with_index(request: Any, index: int) -> Any:
     return type(request)(**{**vars(request), "trial_index": index})
 
 

@@ -38,7 +38,7 @@ def beats(one: TrialRecord, other: TrialRecord) -> bool:
 
 def front_by_pairs(trials: list[TrialRecord]) -> list[int]:
     """Compare every pair; of equal ones keep the lowest number."""
-    kept = []
+    indices = []
     for one in trials:
         values = one.metrics
         earlier = [
@@ -47,8 +47,8 @@ def front_by_pairs(trials: list[TrialRecord]) -> list[int]:
             if other.metrics == values and other.request.trial_index < one.request.trial_index
         ]
         if not earlier and not any(beats(other, one) for other in trials):
-            kept.append(one.request.trial_index)
-    return kept
+            indices.append(one.request.trial_index)
+    return indices
 
 
 # Few values, so that ties in one number and in both are common.
@@ -88,8 +88,8 @@ def test_trials_without_a_value_change_nothing(values, data) -> None:
     trials = [trial(index, *value) for index, value in enumerate(values)]
     mixed = list(trials)
     for number, outcome in enumerate(["failed", "abandoned", None, "failed"]):
-        place = data.draw(st.integers(0, len(mixed)))
-        mixed.insert(place, without_value(100 + number, outcome))
+        position = data.draw(st.integers(0, len(mixed)))
+        mixed.insert(position, without_value(100 + number, outcome))
     assert pareto_front(mixed) == pareto_front(trials)
 
 
@@ -104,32 +104,32 @@ NUMBERS = st.floats(0.0, 4.0, allow_nan=False)
 
 @given(st.lists(st.tuples(NUMBERS, NUMBERS), max_size=12), st.tuples(NUMBERS, NUMBERS))
 def test_the_area_is_botorch_s_and_grows_with_every_point(points, reference) -> None:
-    found = hypervolume(points, reference)
+    area = hypervolume(points, reference)
     inside = [p for p in points if p[0] < reference[0] and p[1] < reference[1]]
     expected = 0.0
     if inside:
         maximised = -torch.tensor(inside, dtype=torch.float64)
         other = Hypervolume(-torch.tensor(reference, dtype=torch.float64))
         expected = other.compute(maximised)
-    assert found == pytest.approx(expected, abs=AREAS)
-    assert hypervolume([*points, (1.0, 1.0)], reference) >= found - AREAS
+    assert area == pytest.approx(expected, abs=AREAS)
+    assert hypervolume([*points, (1.0, 1.0)], reference) >= area - AREAS
 
 
-def ended(index: int, origin: str, loss: float, kept: float) -> TrialRecord:
+def ended(index: int, origin: str, loss: float, keep_ratio: float) -> TrialRecord:
     record = trial(index, loss, 1)
     request = dataclasses.replace(record.request, origin=origin)
-    metrics = {"objective": loss, "keep_ratio": kept}
+    metrics = {"objective": loss, "keep_ratio": keep_ratio}
     return TrialRecord(request, TrialResult(index, "completed", metrics))
 
 
 def test_the_reference_is_a_tenth_beyond_the_ends_of_what_the_search_begins_with() -> None:
     uniform = [ended(0, "uniform", 3.0, 0.9), ended(1, "uniform", 7.0, 0.5)]
     analytic = [ended(2, "analytic", 2.5, 0.9), ended(3, "analytic", 4.5, 0.5)]
-    found = [ended(4, "model", 9.0, 0.99)]
+    from_model = [ended(4, "model", 9.0, 0.99)]
     assert reference_point([], "keep_ratio", {}) is None
-    assert reference_point(found, "keep_ratio", {}) is None
-    assert reference_point([*uniform, *found], "keep_ratio", {}) == pytest.approx((7.4, 0.94))
-    every = [*uniform, *analytic, *found]
+    assert reference_point(from_model, "keep_ratio", {}) is None
+    assert reference_point([*uniform, *from_model], "keep_ratio", {}) == pytest.approx((7.4, 0.94))
+    every = [*uniform, *analytic, *from_model]
     assert reference_point(every, "keep_ratio", {}) == pytest.approx((4.7, 0.94))
     given_loss = reference_point(every, "keep_ratio", {"loss": 4.0})
     assert given_loss == pytest.approx((4.0, 0.94))

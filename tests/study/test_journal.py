@@ -43,10 +43,10 @@ def test_every_event_comes_back_as_it_was_written(
 ) -> None:
     monkeypatch.setattr(module.time, "time", fixed_clock(start=100.0))
     fill(study, trials=2)
-    again = Study(study.folder).state
-    assert again == study.state
-    assert again.dense == {"nll": 1.5, "perplexity": 4.5}
-    assert again.tests == {
+    state = Study(study.folder).state
+    assert state == study.state
+    assert state.dense == {"nll": 1.5, "perplexity": 4.5}
+    assert state.tests == {
         "best": {
             "trial": 0,
             "text": "words[test]",
@@ -54,7 +54,7 @@ def test_every_event_comes_back_as_it_was_written(
             "example_losses": (2.0, 3.0) * (FakeWorker.WINDOWS // 2),
         },
     }
-    first, second = again.records
+    first, second = state.records
     assert first.request == request(0)
     assert list(first.request.allocation.options) == list(ALLOCATION.options)
     assert first.metrics == metrics(NLL)
@@ -69,21 +69,21 @@ def test_every_event_comes_back_as_it_was_written(
     assert (first.result.seconds, first.result.error) == (2.5, None)
     assert second.result is not None
     assert (second.result.outcome, second.result.error) == ("failed", "why 1")
-    assert again.completed == [first]
-    assert again.best() == first
+    assert state.completed == [first]
+    assert state.best() == first
 
 
 def test_the_state_after_each_event_is_what_a_reader_finds(study: Study) -> None:
-    seen = []
+    events = []
 
     class Watched(Study):
         def record(self, event: str, **fields: Any) -> None:
             super().record(event, **fields)
             assert Study(self.folder).state == self.state
-            seen.append(event)
+            events.append(event)
 
     fill(Watched(study.folder), trials=1)
-    assert seen == ["dense", "suggested", "started", "ended", "logged", "tested"]
+    assert events == ["dense", "suggested", "started", "ended", "logged", "tested"]
 
 
 def test_an_open_trial_has_no_end_and_counts_its_starts(study: Study) -> None:
@@ -247,13 +247,13 @@ def test_study_json_is_written_last(none: Study, monkeypatch: pytest.MonkeyPatch
         with pytest.raises(OSError, match="No space left"):
             none.begin(ABOUT, CONFIG)
     assert written == ["config.yaml", "study.json"]
-    again = Study(none.folder)  # nothing was begun, and nothing is lost
-    assert not again.exists
-    again.begin(ABOUT, "a: 2\n")
-    assert again.exists
-    assert again.config_yaml() == "a: 2\n"
+    new_study = Study(none.folder)  # nothing was begun, and nothing is lost
+    assert not new_study.exists
+    new_study.begin(ABOUT, "a: 2\n")
+    assert new_study.exists
+    assert new_study.config_yaml() == "a: 2\n"
     whole = ABOUT | {"format": FORMAT, "study": "study", "config": ["a: 2", ""]}
-    assert json.loads(json.dumps(again.about.fields)) == json.loads(json.dumps(whole))
+    assert json.loads(json.dumps(new_study.about.fields)) == json.loads(json.dumps(whole))
     names = ["config.yaml", "journal.jsonl", "study.json"]
     assert sorted(path.name for path in none.folder.iterdir()) == names
 

@@ -130,8 +130,8 @@ ORDER: dict[str, tuple[bytes, Callable[[bytes], bytes], str]] = {
 
 
 def suggested(lines: bytes, trial: int) -> bytes:
-    found = line_of(lines, b'"suggested"', b'"trial": 1')
-    return found.replace(b'"trial": 1', b'"trial": %d' % trial)
+    line = line_of(lines, b'"suggested"', b'"trial": 1')
+    return line.replace(b'"trial": 1', b'"trial": %d' % trial)
 
 
 def last(lines: bytes) -> bytes:
@@ -227,9 +227,9 @@ def test_removing_the_damaged_line_of_an_end_runs_its_trial_again(study: Study) 
     """What the message advises."""
     fill(study)
     lines = study.journal.read_bytes().splitlines(keepends=True)
-    kept = [line for line in lines if not (b'"ended"' in line and b'"trial": 1' in line)]
-    assert len(kept) == len(lines) - 1
-    study.journal.write_bytes(b"".join(kept))
+    rest = [line for line in lines if not (b'"ended"' in line and b'"trial": 1' in line)]
+    assert len(rest) == len(lines) - 1
+    study.journal.write_bytes(b"".join(rest))
     (record,) = Study(study.folder).state.open
     assert record.request == request(1)
 

@@ -20,19 +20,19 @@ from lrbo.reports import results
 from lrbo.study.journal import Study
 from lrbo.tasks.perplexity import DenseReference
 from tests.support.commands import lrbo_command
-from tests.support.small_search import Said, chosen
+from tests.support.small_search import RecordingReporter, small_config
 
 ROLES = ("calibration", "validation", "test")
 TEXTS = [f"data.{role}.path={role}.txt" for role in ROLES]
 OPTIONS = ["study=one", "data=files", "data.window=64", *TEXTS]
 
 
-def build() -> tuple[Any, Said]:
+def build() -> tuple[Any, RecordingReporter]:
     """Build the worker of the study, as every search does."""
-    study, said = Study(Path("studies/one")), Said()
+    study, reporter = Study(Path("studies/one")), RecordingReporter()
     with study.locked():
-        plan = planning.plan_search(chosen(*OPTIONS), study, [])
-        return build_worker.build_worker(plan, study, said), said
+        plan = planning.plan_search(small_config(*OPTIONS), study, [])
+        return build_worker.build_worker(plan, study, reporter), reporter
 
 
 @pytest.fixture(scope="module")
@@ -314,14 +314,14 @@ PARTS = {
 @pytest.mark.parametrize("part", PARTS)
 def test_a_part_of_the_cache_that_is_gone_is_made_again(there: Path, part: str) -> None:
     before, _ = build()
-    expected = {name: found.left.clone() for name, found in before.prepared.items()}
+    expected = {name: factors.left.clone() for name, factors in before.prepared.items()}
     PARTS[part](Path("cache"))
-    again, said = build()
+    after, reporter = build()
     is_calibrated = part == "all of it" or "both" in part
-    assert said.steps == ["Calibration"] * is_calibrated + ["Factorization"]
-    assert again.prepared.keys() == expected.keys()
+    assert reporter.steps == ["Calibration"] * is_calibrated + ["Factorization"]
+    assert after.prepared.keys() == expected.keys()
     for name, left in expected.items():
-        assert torch.equal(again.prepared[name].left, left)
+        assert torch.equal(after.prepared[name].left, left)
 
 
 def test_statistics_that_are_deleted_while_factors_are_made_are_made_again(
@@ -343,10 +343,10 @@ def test_statistics_that_are_deleted_while_factors_are_made_are_made_again(
         return method
 
     monkeypatch.setattr(planning, "method_named", method_named)
-    again, said = build()
+    worker, reporter = build()
     assert deleted
-    assert said.steps == ["Calibration", "Factorization"]
-    assert again.prepared
+    assert reporter.steps == ["Calibration", "Factorization"]
+    assert worker.prepared
 
 
 def test_a_cache_that_cannot_be_written_is_refused_with_the_values(
@@ -354,7 +354,7 @@ def test_a_cache_that_cannot_be_written_is_refused_with_the_values(
 ) -> None:
     Path("occupied").touch()
     monkeypatch.setenv("LRBO_CACHE", "occupied/cache")
-    (problem,) = check(chosen(*OPTIONS))
+    (problem,) = check(small_config(*OPTIONS))
     assert problem.startswith("LRBO_CACHE='occupied/cache': ")
     assert problem.endswith(" is a file, not a folder")
 
@@ -367,6 +367,6 @@ def test_a_file_where_the_cache_has_a_folder_is_refused_with_the_values(
     folder = (Path("cache") / part).absolute()
     shutil.rmtree(folder, ignore_errors=True)
     folder.touch()
-    (problem,) = check(chosen(*OPTIONS))
+    (problem,) = check(small_config(*OPTIONS))
     assert problem.startswith("LRBO_CACHE=")
     assert f"{folder} is a file, not a folder" in problem

@@ -19,16 +19,16 @@ BEGUN = dict.fromkeys(("python", *PACKAGES), "1.2.3") | {"torch": "2.8.0+cpu"}
 
 @pytest.fixture
 def study(tmp_path: Path) -> Study:
-    found = Study(tmp_path / "mine")
-    found.begin(make_about(versions=BEGUN), "")
-    return found
+    new_study = Study(tmp_path / "mine")
+    new_study.begin(make_about(versions=BEGUN), "")
+    return new_study
 
 
 def installed(monkeypatch: pytest.MonkeyPatch, **changed: str) -> None:
     """Let other versions be installed; a hyphen in a name is an underscore here."""
-    found = BEGUN | {name.replace("_", "-"): version for name, version in changed.items()}
-    monkeypatch.setattr(module, "version", lambda package: found[package])
-    monkeypatch.setattr(module.platform, "python_version", lambda: found["python"])
+    by_package = BEGUN | {name.replace("_", "-"): version for name, version in changed.items()}
+    monkeypatch.setattr(module, "version", lambda package: by_package[package])
+    monkeypatch.setattr(module.platform, "python_version", lambda: by_package["python"])
 
 
 def test_the_same_versions_are_no_change(
@@ -58,9 +58,9 @@ def test_another_release_of_what_scores_is_refused_unless_it_is_accepted(
 ) -> None:
     installed(monkeypatch, **{package: now})
     (problem,) = refusals(study, allowed=False)
-    again = command("search", **study.keys, **{"search.other_versions": True})
-    assert again.endswith("/mine search.other_versions=true")
-    for part in (BEGUN[package], now, again):
+    search_command = command("search", **study.keys, **{"search.other_versions": True})
+    assert search_command.endswith("/mine search.other_versions=true")
+    for part in (BEGUN[package], now, search_command):
         assert part in problem
     assert refusals(study, allowed=True) == []
 
@@ -117,10 +117,10 @@ def test_the_versions_of_now_are_those_of_the_packages() -> None:
     import torch
     import transformers
 
-    found = versions()
-    assert found["torch"] == torch.__version__
-    assert found["transformers"] == transformers.__version__
-    assert set(found) == {"python", *PACKAGES}
+    by_package = versions()
+    assert by_package["torch"] == torch.__version__
+    assert by_package["transformers"] == transformers.__version__
+    assert set(by_package) == {"python", *PACKAGES}
 
 
 def test_a_package_that_is_missing_is_said_to_be(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,8 +28,8 @@ class Ran:
     @property
     def json(self) -> dict[str, Any]:
         """Return the last line of stdout."""
-        found: dict[str, Any] = json.loads(self.out.splitlines()[-1])
-        return found
+        answer: dict[str, Any] = json.loads(self.out.splitlines()[-1])
+        return answer
 
 
 def lrbo_command(*arguments: str) -> Ran:

@@ -21,8 +21,8 @@ class SmallDisk:
     def leave(self, kib: int) -> None:
         """Leave so much room, whatever is there already."""
         self._ballast.unlink(missing_ok=True)
-        found = os.statvfs(self.folder)
-        size = found.f_bavail * found.f_frsize - kib * KIB
+        stats = os.statvfs(self.folder)
+        size = stats.f_bavail * stats.f_frsize - kib * KIB
         assert size >= 0, f"the disk has no {kib} KiB left"
         with self._ballast.open("wb") as file:
             os.posix_fallocate(file.fileno(), 0, max(size, 1))

@@ -239,7 +239,7 @@ class FakeClient(SearchClient):
     def __init__(self, space: Space, *, seed: int, fuse: Fuse | None = None) -> None:
         super().__init__(space, seed=seed)
         self.fuse = fuse or Fuse()
-        self.asked: dict[int, list[Observation]] = {}
+        self.observations: dict[int, list[Observation]] = {}
         self.references: dict[int, tuple[float, float] | None] = {}
 
     def ask(
@@ -250,7 +250,7 @@ class FakeClient(SearchClient):
     ) -> dict[str, float]:
         """Return a random point; keeps what it was told."""
         self.fuse.burn("before ask")
-        self.asked[trial_index] = list(observations)
+        self.observations[trial_index] = list(observations)
         self.references[trial_index] = reference
         chooser = random.Random(f"{self.seed} {trial_index}")
         drawn = {name: chooser.uniform(*limits) for name, limits in self.space.bounds.items()}
@@ -353,14 +353,14 @@ class FakeExecutor:
         capacity: How many at once.
         delays: Polls until the nth submitted job is done, repeated; unequal ones mix the order.
         fuse: May die before or after a submission, or when a result is fetched.
-        running: The largest number of trials that were out at the same time.
+        peak: The largest number of trials that were out at the same time.
         ends: Trial numbers in the order of their ends.
     """
 
     capacity: int = 1
     delays: Sequence[int] = (0,)
     fuse: Fuse = field(default_factory=Fuse)
-    running: int = 0
+    peak: int = 0
     ends: list[int] = field(default_factory=list)
     jobs: list[FakeJob] = field(default_factory=list)
 
@@ -372,7 +372,7 @@ class FakeExecutor:
         delay = self.delays[len(self.jobs) % len(self.delays)]
         job = FakeJob(worker(request), delay, self.fuse)
         self.jobs.append(job)
-        self.running = max(self.running, sum(one.polls >= 0 for one in self.jobs))
+        self.peak = max(self.peak, sum(one.polls >= 0 for one in self.jobs))
         self.fuse.burn("after submit")
         return job
 

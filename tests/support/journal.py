@@ -70,7 +70,7 @@ class Journal:
         """Count an allocation as a worker does."""
         return account(self.layers, allocation.cost, itemsize=BYTES)
 
-    def kept(self, allocation: Allocation) -> float:
+    def keep_ratio(self, allocation: Allocation) -> float:
         """Return the keep ratio of an allocation."""
         return self.space.problem.share(allocation)
 
@@ -84,7 +84,7 @@ class Journal:
             allocation = self.space.allocate(point)
         variables = dict(self.space.realised(allocation, point))
         if self.is_front and variables:
-            variables[KEEP_RATIO] = self.kept(allocation)
+            variables[KEEP_RATIO] = self.keep_ratio(allocation)
         request = TrialRequest(index, origin, variables, allocation, index)  # type: ignore[arg-type]
         self.study.record_suggestion(
             request, {name: SECONDS[name] for name in ("suggestion", "allocation")}
@@ -109,7 +109,7 @@ class Journal:
             "kl_dense_to_compressed": nll / 8,
             "tokens": TOKENS,
             "peak_memory_gib": 0.5,
-            "keep_ratio": self.kept(decided),
+            "keep_ratio": self.keep_ratio(decided),
             "parameters": counted.units.parameters,
             "model_parameters": counted.model.parameters,
             "model_bytes": counted.model.bytes,
@@ -155,9 +155,11 @@ class Journal:
     def measured(self, pairs: Sequence[tuple[float, float]]) -> LossCalibration:
         """Keep measurements of single layers: pairs of predicted and measured loss."""
         spec = self.layers.compressible[0]
-        found = LossCalibration(tuple(Measurement(spec.name, spec.kind, 1, p, m) for p, m in pairs))
-        found.save(sensitivity_file(self.study.folder))
-        return found
+        calibration = LossCalibration(
+            tuple(Measurement(spec.name, spec.kind, 1, p, m) for p, m in pairs)
+        )
+        calibration.save(sensitivity_file(self.study.folder))
+        return calibration
 
     def compressed(self, trial: int, folder: Path | str, **tags: str) -> None:
         """Write that a checkpoint was written."""

@@ -48,7 +48,7 @@ class Layer:
     def statistics(self) -> dict[Statistic, Tensor]:
         """All statistics there are, by the printed formulas."""
         gradients = reference.numpy_of(self.gradients)
-        found = {
+        values = {
             Statistic.INPUT_MEAN: reference.mean(self.rows),
             Statistic.INPUT_MAGNITUDE: reference.mean(abs(self.rows)),
             Statistic.INPUT_COVARIANCE: reference.covariance(self.rows),
@@ -56,8 +56,8 @@ class Layer:
             Statistic.OUTPUT_GRADIENT: reference.second_moment(gradients),
             Statistic.INPUT_IMPORTANCE: reference.importance(self.rows, gradients),
         }
-        assert set(found) == set(Statistic), "a new statistic needs its plain formula here"
-        return {statistic: torch.from_numpy(value) for statistic, value in found.items()}
+        assert set(values) == set(Statistic), "a new statistic needs its plain formula here"
+        return {statistic: torch.from_numpy(value) for statistic, value in values.items()}
 
     def number(self, statistic: Statistic) -> Matrix:
         return reference.numpy_of(self.statistics[statistic])
@@ -180,10 +180,10 @@ def _flattened_direct(exponent: float, *, centred: bool) -> Callable[[Layer, int
         if weight.shape[0] > weight.shape[1]:  # where no output is, any strength will do
             metric = metric + np.eye(len(weight)) - _projector(weight)
         moment = reference.covariance if centred else reference.second_moment
-        found = reference.two_sided_svd(weight, metric, moment(layer.rows), rank)
+        approximation = reference.two_sided_svd(weight, metric, moment(layer.rows), rank)
         if centred:
-            bias = bias + (weight - found) @ reference.mean(layer.rows)
-        return found, bias
+            bias = bias + (weight - approximation) @ reference.mean(layer.rows)
+        return approximation, bias
 
     return direct
 

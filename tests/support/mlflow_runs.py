@@ -79,11 +79,11 @@ class Store:
 
     @property
     def children(self) -> dict[str, Run]:
-        found = [run for run in self.runs() if run.data.tags["lrbo.role"] == "trial"]
-        assert {run.data.tags["mlflow.parentRunId"] for run in found} <= {self.parent.info.run_id}
-        names = [run.info.run_name for run in found]
+        runs = [run for run in self.runs() if run.data.tags["lrbo.role"] == "trial"]
+        assert {run.data.tags["mlflow.parentRunId"] for run in runs} <= {self.parent.info.run_id}
+        names = [run.info.run_name for run in runs]
         assert len(set(names)) == len(names)
-        return {run.info.run_name: run for run in sorted(found, key=lambda r: r.info.run_name)}
+        return {run.info.run_name: run for run in sorted(runs, key=lambda r: r.info.run_name)}
 
     def history(self, name: str) -> dict[int, float]:
         points = self.client.get_metric_history(self.parent.info.run_id, name)

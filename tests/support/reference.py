@@ -171,11 +171,11 @@ def affine_of(module: nn.Module, in_features: int) -> Affine:
 
 def count_parameters(module: nn.Module) -> int:
     """Count parameters, a tensor that is reached by two names once."""
-    seen: dict[int, int] = {}
+    sizes: dict[int, int] = {}
     for tensor in module.state_dict(keep_vars=True).values():
         if isinstance(tensor, nn.Parameter):
-            seen[id(tensor)] = math.prod(tensor.shape)
-    return sum(seen.values())
+            sizes[id(tensor)] = math.prod(tensor.shape)
+    return sum(sizes.values())
 
 
 # --- allocation --------------------------------------------------------------------------------
@@ -202,10 +202,10 @@ def undominated(options: Sequence[tuple[Option, int, float]]) -> list[tuple[Opti
             for i, (_, p, x) in enumerate(others)
         )
 
-    kept = [o for i, o in enumerate(others) if o[1] < dense[1] and not is_beaten(i)]
-    cheapest = {loss: min((o for o in kept if o[2] == loss), key=lambda o: o[1])
-                for _, _, loss in kept}  # fmt: skip
-    same = [o for o in kept if o[0].form == cheapest[o[2]][0].form]
+    front = [o for i, o in enumerate(others) if o[1] < dense[1] and not is_beaten(i)]
+    cheapest = {loss: min((o for o in front if o[2] == loss), key=lambda o: o[1])
+                for _, _, loss in front}  # fmt: skip
+    same = [o for o in front if o[0].form == cheapest[o[2]][0].form]
     return [*sorted(same, key=lambda o: o[1]), dense]
 
 

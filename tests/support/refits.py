@@ -48,18 +48,18 @@ def old_factors(
     model: PreTrainedModel, layers: ModelMap, *, centred: bool = False
 ) -> dict[str, LowRankFactors]:
     """Factor by plain SVD; ``centred`` adds means as Bolaco has them, of invented inputs."""
-    found = {}
-    for place, spec in enumerate(layers.compressible):
+    factors_by_name = {}
+    for index, spec in enumerate(layers.compressible):
         module = model.get_submodule(spec.name)
         weight, bias = linear_weight(module).double(), linear_bias(module)
         left, values, right = torch.linalg.svd(weight, full_matrices=False)
-        center = token_ids(1, spec.in_features, seed=place)[0].double() / 100 if centred else None
+        center = token_ids(1, spec.in_features, seed=index)[0].double() / 100 if centred else None
         if center is not None:
             bias = weight @ center if bias is None else weight @ center + bias.double()
         tail = torch.zeros(len(values) + 1, dtype=torch.float64)
         factors = LowRankFactors(left * values, right, tail, bias, center)
-        found[spec.name] = factors.to(dtype=torch.float32)
-    return found
+        factors_by_name[spec.name] = factors.to(dtype=torch.float32)
+    return factors_by_name
 
 
 def allocation(
@@ -72,13 +72,13 @@ def allocation(
 
 def metrics_of(layers: ModelMap) -> dict[str, Tensor]:
     """Draw an output metric for every layer but the keys'."""
-    found = {}
-    for place, spec in enumerate(layers.compressible):
-        generator = torch.Generator().manual_seed(place)
+    metrics = {}
+    for index, spec in enumerate(layers.compressible):
+        generator = torch.Generator().manual_seed(index)
         root = torch.randn(spec.out_features, spec.out_features, generator=generator)
         if spec.kind != "k_proj":
-            found[spec.name] = root @ root.T / spec.out_features + 0.1 * torch.eye(len(root))
-    return found
+            metrics[spec.name] = root @ root.T / spec.out_features + 0.1 * torch.eye(len(root))
+    return metrics
 
 
 def inputs_of(model: PreTrainedModel, name: str, windows: Tensor) -> np.ndarray:
@@ -113,15 +113,17 @@ def stream_at(model: PreTrainedModel, name: str, windows: Tensor) -> np.ndarray 
 
 def outputs_of(model: PreTrainedModel, name: str, windows: Tensor) -> np.ndarray:
     """Run the whole body and return what a module answers."""
-    said: list[Tensor] = []
+    outputs: list[Tensor] = []
     handle = model.get_submodule(name).register_forward_hook(
-        lambda module, inputs, output: said.append(output[0] if type(output) is tuple else output)
+        lambda module, inputs, output: outputs.append(
+            output[0] if type(output) is tuple else output
+        )
     )
     with torch.no_grad():
         body_and_head(model)[0](windows, use_cache=False)
     handle.remove()
-    (found,) = said
-    return reference.numpy_of(found.flatten(0, -2))
+    (tensor,) = outputs
+    return reference.numpy_of(tensor.flatten(0, -2))
 
 
 @dataclasses.dataclass
@@ -136,7 +138,7 @@ class Slow:
 def slow_refit(
     model: PreTrainedModel,
     layers: ModelMap,
-    chosen: Allocation,
+    selection: Allocation,
     old: Mapping[str, LowRankFactors],
     fitting: Tensor,
     judging: Tensor,
@@ -145,10 +147,10 @@ def slow_refit(
 ) -> dict[str, Slow]:
     """Rebuild the compressed model before every site; formulas on tokens, as printed."""
     now: dict[str, LowRankFactors] = dict(old)
-    found: dict[str, Slow] = {}
+    results: dict[str, Slow] = {}
     for site in layers.sites:
         rebuilt = copy.deepcopy(model)
-        store_(rebuilt, chosen, {k: v.to(dtype=torch.float64) for k, v in now.items()})
+        store_(rebuilt, selection, {k: v.to(dtype=torch.float64) for k, v in now.items()})
         rows = {
             key: tuple(
                 (inputs_of(each, site, windows), stream_at(each, site, windows))
@@ -157,12 +159,12 @@ def slow_refit(
             for key, windows in (("fit", fitting), ("judge", judging))
         }
         for spec in layers.compressible:
-            if spec.site == site and spec.name in chosen.compressed:
-                (rank,) = chosen.options[spec.name].level
-                found[spec.name], now[spec.name] = slow_layer(
+            if spec.site == site and spec.name in selection.compressed:
+                (rank,) = selection.options[spec.name].level
+                results[spec.name], now[spec.name] = slow_layer(
                     model, spec, rank, old[spec.name], rows, settings, metrics
                 )
-    return found
+    return results
 
 
 def slow_layer(
@@ -185,10 +187,10 @@ def slow_layer(
 
     def target(part: str) -> np.ndarray:
         (x, here), (dense, there) = rows[part]
-        found = (settings.blend * dense + (1 - settings.blend) * x) @ weight.T + shift
+        values = (settings.blend * dense + (1 - settings.blend) * x) @ weight.T + shift
         if here is None or there is None:
-            return found
-        return found + settings.feedback * (there - here)
+            return values
+        return values + settings.feedback * (there - here)
 
     x, y = rows["fit"][0][0], target("fit") - shift
     restores = old.center is not None

@@ -8,7 +8,7 @@ SMALL = ["experiment=tiny", "search.trials=1", "search.initial=2", "tracking.ena
 SMALL += [f"data.{role}.tokens=512" for role in ("calibration", "validation", "test")]
 
 
-class Said(Reporter):
+class RecordingReporter(Reporter):
     """Notes what was said and which steps were done."""
 
     def __init__(self) -> None:
@@ -22,11 +22,11 @@ class Said(Reporter):
     @property
     def steps(self) -> list[str]:
         """Return which of the two expensive things were made."""
-        found = [line.partition(":")[0] for line in self.lines]
-        return [name for name in ("Calibration", "Factorization") if name in found]
+        titles = [line.partition(":")[0] for line in self.lines]
+        return [name for name in ("Calibration", "Factorization") if name in titles]
 
 
-def chosen(*overrides: str) -> SearchConfig:
-    found = composed("search", [*SMALL, *overrides])
-    assert isinstance(found, SearchConfig)
-    return found
+def small_config(*overrides: str) -> SearchConfig:
+    config = composed("search", [*SMALL, *overrides])
+    assert isinstance(config, SearchConfig)
+    return config

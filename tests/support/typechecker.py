@@ -54,7 +54,7 @@ def checked_function(function: Callable[..., Any], **options: Any) -> Callable[.
 def checked(it: Any = None, **options: Any) -> Any:
     """Stand in for ``jaxtyping.jaxtyped``, which the import hook puts on all that it imports."""
     if it is None:
-        return lambda found: checked(found, **options)
+        return lambda target: checked(target, **options)
     if inspect.isfunction(it):
         return checked_function(it, **options)
     if dataclasses.is_dataclass(it) and inspect.isfunction(it.__init__):

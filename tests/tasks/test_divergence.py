@@ -119,8 +119,8 @@ def test_the_model_does_not_diverge_from_itself(
 ) -> None:
     dense = measure_dense(model, windows, top=top)
     assert bool((per_token(dense, model, windows) == 0).all())
-    again = per_token(dense, model, windows, batch_windows=1, chunk_tokens=5)
-    assert float(again.max()) <= TOLERANCE["kl"]
+    divergences = per_token(dense, model, windows, batch_windows=1, chunk_tokens=5)
+    assert float(divergences.max()) <= TOLERANCE["kl"]
 
 
 @pytest.mark.parametrize("batch_windows", [1, 3])

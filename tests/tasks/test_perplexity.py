@@ -98,19 +98,19 @@ def test_chunks_cover_the_tokens_in_order(
     model: PreTrainedModel, windows: Tensor, batch_windows: int, chunk_tokens: int
 ) -> None:
     expected = loop(model, windows)
-    seen = 0
+    position = 0
     sizes = {"batch_windows": batch_windows, "chunk_tokens": chunk_tokens}
     for chunk in predictions(model, windows, **sizes):
-        assert chunk.first == seen
+        assert chunk.first == position
         assert 0 < len(chunk.nll) <= chunk_tokens
         assert chunk.logits.shape == (len(chunk.nll), 258)
         assert chunk.logits.dtype == chunk.nll.dtype == torch.float32
         normal = torch.tensor([row.double().exp().sum().log() for row in chunk.logits])
         assert torch.allclose(chunk.log_normalizer, normal.float(), rtol=TOLERANCE["nll"])
-        here = torch.tensor(expected[seen : seen + len(chunk.nll)])
+        here = torch.tensor(expected[position : position + len(chunk.nll)])
         assert torch.allclose(chunk.nll, here, rtol=TOLERANCE["nll"], atol=TOLERANCE["nll"])
-        seen += len(chunk.nll)
-    assert seen == len(expected)
+        position += len(chunk.nll)
+    assert position == len(expected)
 
 
 def test_between_chunks_the_caller_is_not_in_inference_mode(

@@ -162,9 +162,9 @@ def test_the_best_is_that_of_the_trials_up_to_each(store: Store) -> None:
     tracker.start({})
     for index in (1, 3, 0):  # parallel workers end out of order; 2 comes from the journal later
         tracker.trial(record(index))
-    again = store.tracker(strict=True)
-    again.start({})
-    assert again.sync(record(index) for index in range(4)) == 1
+    new_tracker = store.tracker(strict=True)
+    new_tracker.start({})
+    assert new_tracker.sync(record(index) for index in range(4)) == 1
     assert store.history("best_nll") == dict(enumerate(BEST))
 
 
@@ -206,9 +206,9 @@ def test_a_deleted_view_is_presented_again(store: Store) -> None:
     tracker.start({})
     tracker.present(PRESENTED)
     store.client.delete_run(store.parent.info.run_id)
-    again = store.tracker(strict=True)
-    again.start({})
-    again.present(PRESENTED)
+    new_tracker = store.tracker(strict=True)
+    new_tracker.start({})
+    new_tracker.present(PRESENTED)
     assert set(inputs(store)) == {"calibration", "test"}
 
 
@@ -361,9 +361,9 @@ def test_a_search_killed_while_it_shows_a_trial_shows_it_once(
             tracker.trial(records[1])
 
     written = (call, when) == ("set_terminated", "after")
-    again = store.tracker(strict=True)
-    again.start({})
-    assert again.sync(records) == (1 if written else 2)
+    new_tracker = store.tracker(strict=True)
+    new_tracker.start({})
+    assert new_tracker.sync(records) == (1 if written else 2)
     assert list(store.children) == ["trial-000", "trial-001", "trial-002"]
     assert {child.info.status for child in store.children.values()} == {"FINISHED"}
     assert store.history("nll") == dict(enumerate(NLL[:3]))  # no point twice
@@ -381,9 +381,9 @@ def test_a_search_killed_between_journal_and_tracker_is_made_up_for(
     tracker.start({})
     for each in records[:5]:
         tracker.trial(each)
-    again = store.tracker(strict=True)
-    again.start({})
-    assert again.sync(records) == 2
+    new_tracker = store.tracker(strict=True)
+    new_tracker.start({})
+    assert new_tracker.sync(records) == 2
     assert list(store.children) == [f"trial-{index:03d}" for index in range(7)]
     assert store.tracker(strict=True).sync(records) == 0
 
@@ -395,9 +395,9 @@ def test_a_deleted_view_is_made_again_from_the_journal(store: Store) -> None:
     tracker.sync(records)
     for run in store.runs():
         store.client.delete_run(run.info.run_id)
-    again = store.tracker(strict=True)
-    again.start({"seed": 0})
-    assert again.sync(records) == 3
+    new_tracker = store.tracker(strict=True)
+    new_tracker.start({"seed": 0})
+    assert new_tracker.sync(records) == 3
     assert list(store.children) == ["trial-000", "trial-001", "trial-002"]
     assert store.parent.data.params == {"seed": "0"}
 

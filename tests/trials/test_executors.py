@@ -19,8 +19,8 @@ def request(index: int) -> TrialRequest:
 def test_a_job_holds_what_the_worker_said() -> None:
     results: list[TrialResult] = []
 
-    def worker(asked: TrialRequest) -> TrialResult:
-        results.append(TrialResult(asked.trial_index, "completed", {"nll": asked.seed / 2}, 0.1))
+    def worker(trial: TrialRequest) -> TrialResult:
+        results.append(TrialResult(trial.trial_index, "completed", {"nll": trial.seed / 2}, 0.1))
         return results[-1]
 
     executor: Executor = InlineExecutor()  # the type checker holds the protocol
@@ -31,20 +31,20 @@ def test_a_job_holds_what_the_worker_said() -> None:
 
 
 def test_the_worker_gets_the_request_itself() -> None:
-    got: list[TrialRequest] = []
+    requests: list[TrialRequest] = []
 
-    def worker(asked: TrialRequest) -> TrialResult:
-        got.append(asked)
-        return TrialResult(asked.trial_index, "completed")
+    def worker(trial: TrialRequest) -> TrialResult:
+        requests.append(trial)
+        return TrialResult(trial.trial_index, "completed")
 
-    asked = request(0)
-    InlineExecutor().submit(worker, asked)
-    assert got[0] is asked
+    first = request(0)
+    InlineExecutor().submit(worker, first)
+    assert requests[0] is first
 
 
 def test_a_failed_trial_is_a_result() -> None:
-    def worker(asked: TrialRequest) -> TrialResult:
-        return TrialResult(asked.trial_index, "failed", error="MemoryError: ")
+    def worker(trial: TrialRequest) -> TrialResult:
+        return TrialResult(trial.trial_index, "failed", error="MemoryError: ")
 
     job = InlineExecutor().submit(worker, request(1))
     assert job.done()
@@ -53,7 +53,7 @@ def test_a_failed_trial_is_a_result() -> None:
 
 
 def test_a_defect_of_the_worker_is_not_swallowed() -> None:
-    def worker(asked: TrialRequest) -> TrialResult:
+    def worker(trial: TrialRequest) -> TrialResult:
         raise TypeError("a defect")
 
     with pytest.raises(TypeError, match="a defect"):

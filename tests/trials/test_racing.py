@@ -213,7 +213,7 @@ def test_the_best_is_scored_whole_and_the_same_as_without_a_race(tmp_path: Path)
 def test_the_surrogate_is_told_an_estimate_with_its_error(tmp_path: Path) -> None:
     search = Search(tmp_path, trials=8, initial=7, space=make_weight_space(), race=Race(0.95))
     search.run()
-    observations = {tuple(o.point.values()): o for o in search.client.asked[7]}
+    observations = {tuple(o.point.values()): o for o in search.client.observations[7]}
     stopped = [r for r in search.study.state.stopped if r.request.trial_index < 7]
     assert stopped
     for record in stopped:
@@ -225,13 +225,15 @@ def test_the_surrogate_is_told_an_estimate_with_its_error(tmp_path: Path) -> Non
 def test_a_rough_estimate_moves_the_proposal_less_than_a_sure_one() -> None:
     space = make_weight_space(knots=0, exponent=False)
     points = [sobol_point(space, index, 0) for index in range(8)]
-    seen = [Observation(point, sum(value**2 for value in point.values())) for point in points]
+    observations = [
+        Observation(point, sum(value**2 for value in point.values())) for point in points
+    ]
     client = SearchClient(space, seed=0)
-    before = client.ask(8, seen)
-    low = min(o.loss for o in seen if o.loss is not None) - 0.5
+    before = client.ask(8, observations)
+    low = min(o.loss for o in observations if o.loss is not None) - 0.5
 
     def moved(error: float) -> float:
-        after = client.ask(8, [Observation(points[0], low, error=error), *seen[1:]])
+        after = client.ask(8, [Observation(points[0], low, error=error), *observations[1:]])
         return max(abs(after[name] - before[name]) for name in space.names)
 
     assert moved(0.0) > moved(50.0)

@@ -116,9 +116,9 @@ def test_a_search_that_is_killed_with_its_actors_goes_on(tmp_path: Path) -> None
 
 
 def slow_worker() -> Callable[[TrialRequest], TrialResult]:
-    def worker(asked: TrialRequest) -> TrialResult:
+    def worker(trial: TrialRequest) -> TrialResult:
         time.sleep(1.0)
-        return TrialResult(asked.trial_index, "completed", {"pid": float(os.getpid())})
+        return TrialResult(trial.trial_index, "completed", {"pid": float(os.getpid())})
 
     return worker
 

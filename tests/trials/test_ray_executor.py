@@ -106,10 +106,10 @@ class FakeRay:
 
 
 def build() -> Callable[[TrialRequest], TrialResult]:
-    def worker(asked: TrialRequest) -> TrialResult:
-        if asked.trial_index == 99:
+    def worker(trial: TrialRequest) -> TrialResult:
+        if trial.trial_index == 99:
             raise TypeError("a defect")
-        return TrialResult(asked.trial_index, "completed", {"nll": asked.seed / 2})
+        return TrialResult(trial.trial_index, "completed", {"nll": trial.seed / 2})
 
     return worker
 
@@ -183,11 +183,11 @@ def test_an_actor_that_cannot_start_stops_the_search() -> None:
     ray.answer("start")
     with pytest.raises(WorkerError, match="cannot start: 1 problem"):
         executor.poll()
-    again = RayExecutor(ray, RaySettings(workers=1), build)
-    again.poll()
-    ray.lose(again.seats[0].actor)
+    new_executor = RayExecutor(ray, RaySettings(workers=1), build)
+    new_executor.poll()
+    ray.lose(new_executor.seats[0].actor)
     with pytest.raises(WorkerError, match="lost while it started: The actor died"):
-        again.poll()
+        new_executor.poll()
 
 
 def test_a_defect_of_the_worker_is_not_swallowed() -> None:

@@ -104,7 +104,7 @@ def test_a_file_that_does_not_fit_leaves_the_run_whole(
     (run,) = client.search_runs([experiment.experiment_id])
     assert run.info.status == "FINISHED"
     assert run.data.metrics["best_nll"] == 2.0
-    assert [found.path for found in client.list_artifacts(run.info.run_id)] == ["front.json"]
+    assert [artifact.path for artifact in client.list_artifacts(run.info.run_id)] == ["front.json"]
 
 
 def test_figures_that_cannot_be_written_do_not_stop_a_search(

@@ -136,9 +136,9 @@ def test_a_command_that_is_stopped_says_how_to_go_on(
     typed = ["donor=a", "study=my study", "warm_start=[uniform,study:b]"][command != "transfer" :]
     ran = lrbo_command(command, *typed[:2])
     assert ran.status == 128 + number
-    said, again = ran.err.splitlines()
-    assert said == f"Stopped. {cli.LEFT[command]} Go on with:"
-    assert shlex.split(again) == ["lrbo", command, *typed[:2]]
+    message, continuation = ran.err.splitlines()
+    assert message == f"Stopped. {cli.LEFT[command]} Go on with:"
+    assert shlex.split(continuation) == ["lrbo", command, *typed[:2]]
 
 
 def test_an_interrupt_without_a_command_has_nothing_to_say(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,7 +175,7 @@ def on_terminal(
         env=environment,
     )  # fmt: skip
     os.close(its)
-    written, asked, deadline = b"", not moment, time.monotonic() + 120
+    written, stop_sent, deadline = b"", not moment, time.monotonic() + 120
     try:
         while time.monotonic() < deadline:
             if select.select([mine], [], [], 0.1)[0]:
@@ -183,8 +183,8 @@ def on_terminal(
                     written += os.read(mine, 65536)
                 except OSError:  # the other end is closed
                     break
-            if not asked and re.search(moment, written.decode(errors="replace")):
-                asked = True
+            if not stop_sent and re.search(moment, written.decode(errors="replace")):
+                stop_sent = True
                 if number == signal.SIGINT:
                     os.write(mine, b"\x03")
                 else:
@@ -211,19 +211,19 @@ SEARCH = ["search", "experiment=tiny", "search.trials=6", "search.initial=6"]
 
 @pytest.mark.slow
 def test_a_search_that_is_stopped_in_all_its_phases_goes_on_to_its_end(tmp_path: Path) -> None:
-    again = SEARCH
+    arguments = SEARCH
     for moment, number in (
         ("Starting", signal.SIGINT),
         ("Calibration", signal.SIGTERM),
         (r"\(2/6\)", signal.SIGINT),
         ("Test text", signal.SIGTERM),
     ):
-        status, written = on_terminal(tmp_path, again, moment, number)
+        status, written = on_terminal(tmp_path, arguments, moment, number)
         assert status == 128 + number, written
-        again = continued(written)
-        assert again == SEARCH
+        arguments = continued(written)
+        assert arguments == SEARCH
     assert "6 of 6 trials are in studies/tiny/journal.jsonl" in " ".join(written.split())
-    status, written = on_terminal(tmp_path, again, "")
+    status, written = on_terminal(tmp_path, arguments, "")
     assert status == 0, written
     assert "its 6 trials are done" in " ".join(written.split())
     text = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", written)

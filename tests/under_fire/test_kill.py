@@ -22,8 +22,8 @@ COMMAND = "from lrbo.cli import main; main()"
 
 @pytest.fixture(scope="module")
 def nest() -> Iterator[kills.Nursery]:
-    with kills.nursery() as found:
-        yield found
+    with kills.nursery() as nursery:
+        yield nursery
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +44,8 @@ def command(folder: Path, *arguments: str) -> dict[str, Any]:
         timeout=kills.PATIENCE,
     )
     assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return answer
 
 
 def test_a_search_killed_20_times_is_the_one_that_was_left_alone(
@@ -57,8 +57,8 @@ def test_a_search_killed_20_times_is_the_one_that_was_left_alone(
     assert len(places) >= 0.8 * KILLS  # one that comes when the search is over kills nothing
     assert {"set-up", "trials"} <= set(places)
     # The last one is continued by the plain command, to its end.
-    done = command(tmp_path, *kills.search(SEED))
-    assert command(tmp_path, "report", "study=tiny") == done
+    answer = command(tmp_path, *kills.search(SEED))
+    assert command(tmp_path, "report", "study=tiny") == answer
     assert kills.judge(tmp_path, reference).problems == []
 
 

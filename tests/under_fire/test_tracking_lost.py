@@ -160,9 +160,9 @@ def test_a_file_that_is_no_store_stops_nothing(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "mlflow.db").write_text("not a database " * 100, encoding="utf-8")
-    for place in ("mlflow.db", "mlflow.db/below/a/file.db"):
+    for path in ("mlflow.db", "mlflow.db/below/a/file.db"):
         caplog.clear()
-        tracker = MlflowTracker(f"sqlite:///{tmp_path / place}", "lrbo", "0", "my-study")
+        tracker = MlflowTracker(f"sqlite:///{tmp_path / path}", "lrbo", "0", "my-study")
         begun = time.monotonic()
         tracker.start({})
         assert time.monotonic() - begun < SOON
