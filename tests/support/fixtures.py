@@ -1,9 +1,4 @@
-"""Settings of the whole set: offline, one thread, a cache of its own; and tiny models."""
-
-import os
-
-os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: it reads this once
-os.environ.setdefault("RAY_worker_niceness", "0")  # else tests beside them starve Ray's actors
+"""What tests share: a cache, a store and compositions of their own, one thread, tiny models."""
 
 import copy
 import shutil
@@ -40,12 +35,6 @@ settings.load_profile("lrbo")
 
 # More take tiny tensors longer, and wait for each other where several processes share the cores.
 torch.set_num_threads(1)
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the files of slow tests: no process then waits for one of them at the end."""
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(scope="session", autouse=True)
