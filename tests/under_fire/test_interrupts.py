@@ -276,10 +276,12 @@ def test_an_interrupt_waits_for_an_import_and_comes_after_it(
 
     def import_and_wait() -> None:
         assert importlib.import_module("slow_to_import").whole
-        time.sleep(10)
+        time.sleep(60)
 
+    begun = time.monotonic()
     with listening(), pytest.raises(Interrupted, match="SIGINT"):
         import_and_wait()
+    assert time.monotonic() - begun < 60, "it did not wake what waited"
 
 
 def test_a_second_signal_ends_an_import_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
