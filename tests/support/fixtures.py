@@ -57,10 +57,12 @@ def _composed_once() -> Iterator[None]:
     def load_configuration(self: ConfigLoaderImpl, *args: Any, **options: Any) -> DictConfig:
         sources = [(source.provider, source.path) for source in self.repository.get_sources()]
         job = JobRuntime.instance().get("name")
-        key = repr((args, options, sources, job, hydra.version.getbase(), Path.cwd()))
+        key = repr((args, options, sources, job, hydra.version.getbase()))
         if key not in composed:
             composed[key] = compose(self, *args, **options)
-        return copy.deepcopy(composed[key])
+        config = copy.deepcopy(composed[key])
+        config.hydra.runtime.cwd = str(Path.cwd())
+        return config
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ConfigLoaderImpl, "load_configuration", load_configuration)
