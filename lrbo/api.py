@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lrbo.cores import threads_of_torch
+from lrbo.cores import prepare_torch
 from lrbo.files.atomic import naming_system_errors
 from lrbo.pipeline.overrides import values_of
 from lrbo.progress import Reporter, imported
@@ -29,8 +29,9 @@ def search(*overrides: str) -> StudyResults:
             is wrong with the values is said at once, before a model is loaded.
     """
     typed, config = values_of("search", overrides)
+    prepare_torch(Reporter().say)
     with naming_system_errors():
-        return StudyResults(imported("lrbo.commands.search").search(config, typed, _reporter()))
+        return StudyResults(imported("lrbo.commands.search").search(config, typed, Reporter()))
 
 
 def compress(*overrides: str) -> dict[str, Any]:
@@ -68,14 +69,7 @@ def evaluate(*overrides: str) -> dict[str, Any]:
 
 def _result(command: str, overrides: tuple[str, ...]) -> dict[str, Any]:
     _, config = values_of(command, overrides)
+    prepare_torch(Reporter().say)
     with naming_system_errors():
-        result: dict[str, Any] = imported(f"lrbo.commands.{command}").run(config, _reporter())
+        result: dict[str, Any] = imported(f"lrbo.commands.{command}").run(config, Reporter())
     return result
-
-
-def _reporter() -> Reporter:
-    """Report to stderr, first what the threads of torch share with other processes."""
-    reporter = Reporter()
-    for note in threads_of_torch():
-        reporter.say(note)
-    return reporter

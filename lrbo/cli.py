@@ -22,7 +22,7 @@ from lrbo.config import compose
 from lrbo.config.choices import STUDY
 from lrbo.config.schema import SCHEMAS, DashboardConfig, SearchConfig
 from lrbo.config.shell import text
-from lrbo.cores import threads_of_torch
+from lrbo.cores import prepare_torch
 from lrbo.errors import ConfigError, LrboError
 from lrbo.files.atomic import naming_system_errors
 from lrbo.files.parsing import to_json
@@ -239,8 +239,7 @@ def _run(command: str, values: DictConfig, reporter: Reporter) -> None:
     typed = [list(HydraConfig.get().overrides.task)] if is_search else []
     require_possible(config, *typed)
     if command in COMPUTING:
-        for note in threads_of_torch():
-            reporter.say(note)
+        prepare_torch(reporter.say)
     with reporter.waiting("Starting"):  # torch and Ax take seconds: not for --help and TAB
         module = imported(f"lrbo.commands.{command}")
     result = module.run(config, *typed, reporter)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -26,12 +26,12 @@ def _affinity() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def threads_of_torch() -> list[str]:
-    """Prepare the threads of torch, unless it is loaded already; return notes for the user."""
-    if "torch" in sys.modules:
-        return []
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0  # not on Windows
-    return prepare_threads(os.environ, available_cores(), _affinity(), load)
+def prepare_torch(say: Callable[[str], None]) -> None:
+    """Prepare the threads of torch, unless it is loaded already, and say what the user may mend."""
+    if "torch" not in sys.modules:
+        load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0  # not on Windows
+        for note in prepare_threads(os.environ, available_cores(), _affinity(), load):
+            say(note)
 
 
 def prepare_threads(

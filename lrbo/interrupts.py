@@ -80,16 +80,11 @@ def listening(signals: Sequence[int] = SIGNALS) -> Iterator[None]:
     """Turn the first signal into :class:`Interrupted`; a second one ends. Other handlers stay."""
     timers: list[threading.Timer] = []
     stopping = is_retry = False
-    main = threading.main_thread().ident
-    assert main is not None
 
     def retry(number: int) -> None:
         nonlocal is_retry
         is_retry = True
-        if hasattr(signal, "pthread_kill"):  # which wakes the main thread; not on Windows
-            signal.pthread_kill(main, number)
-        else:
-            signal.raise_signal(number)
+        os.kill(os.getpid(), number)  # raise_signal would not wake a main thread that waits
 
     def handle(number: int, frame: FrameType | None) -> None:
         nonlocal stopping, is_retry

@@ -129,7 +129,6 @@ def _search(plan: planning.Plan, study: Study, executor: Executor, reporter: Rep
                 loop.worker, here = live.scoring(worker), worker
             else:
                 # Actors have model and factors of their own, which may be on the same device.
-                # Here they are needed again for the test text only, and come from the cache.
                 loop.worker = _nowhere
                 del worker
                 gc.collect()  # models hold themselves in circles
@@ -169,7 +168,6 @@ def _closing(study: Study, tracker: Tracker, trials: int, reporter: Reporter) ->
 
 
 def _nowhere(request: TrialRequest) -> TrialResult:
-    """Stand for the worker where every actor has its own."""
     raise AssertionError(f"trial {request.trial_index} was to be evaluated beside the actors")
 
 
