@@ -20,6 +20,7 @@ from lrbo.study.state import StudyState
 from lrbo.trials import ray_executor
 from lrbo.trials.ray_executor import RayExecutor, RaySettings, connected
 from lrbo.trials.records import TrialRequest, TrialResult
+from tests.support.commands import in_folder, lrbo_command
 from tests.trials.test_executors import request
 
 pytestmark = pytest.mark.slow
@@ -46,6 +47,13 @@ def search(folder: Path, *arguments: str) -> dict[str, Any]:
     return summary
 
 
+def search_here(folder: Path, *arguments: str) -> dict[str, Any]:
+    """Run a search without Ray in this process, which has imported what it needs."""
+    ran = in_folder(folder, lambda: lrbo_command("search", *arguments))
+    assert ran.status == 0, ran.err
+    return ran.json
+
+
 def state_of(folder: Path, study: str) -> StudyState:
     return Study(folder / "studies" / study).state
 
@@ -60,14 +68,16 @@ def wait_for(condition: Callable[[], bool], seconds: float = 120.0) -> None:
 def test_two_actors_score_what_one_process_scores(tmp_path: Path) -> None:
     together = search(tmp_path, *TINY, "study=together", "search.trials=8", *RAY)
     assert together["trials_completed"] == 8
-    search(tmp_path, *TINY, "study=alone", "search.trials=4")
+    search_here(tmp_path, *TINY, "study=alone", "search.trials=4")
     states = [state_of(tmp_path, name) for name in ("together", "alone")]
     for index in range(4):
         one, other = (state.trials[index] for state in states)
         assert one.request == other.request
         assert one.metrics["nll"] == pytest.approx(other.metrics["nll"], abs=ROUNDING)
     # Where trials run may change: the other executor goes on with the same study.
-    more = search(tmp_path, "study=together", "search.trials=9", "executor=inline", "output=json")
+    more = search_here(
+        tmp_path, "study=together", "search.trials=9", "executor=inline", "output=json"
+    )
     assert more["trials_completed"] == 9
     more = search(tmp_path, "study=alone", "search.trials=6", *RAY, "output=json")
     assert more["trials_completed"] == 6
