@@ -23,7 +23,7 @@ SMALL = [
     "data.window=256",
     "data.calibration.tokens=4096",
     "data.validation.tokens=1024",
-    "data.test.tokens=1024",
+    "data.test.tokens=512",
     "sensitivity.windows=1",
     "study=smollm2",
     "search.trials=3",
@@ -113,7 +113,7 @@ def test_the_checkpoint_scores_like_its_trial_and_speaks(answer: dict[str, Any])
     assert written.json["keep_ratio"] == answer["best"]["keep_ratio"]
     scored = lrbo_command(
         "evaluate", "checkpoint=best", "model.dtype=float32", "model.device=cpu",
-        "data.window=256", "data.test.tokens=1024", "output=json",
+        "data.window=256", "data.test.tokens=512", "output=json",
     )  # fmt: skip
     assert scored.status == 0, scored.err
     assert scored.json["text"] == answer["test"]["best"]["text"]
