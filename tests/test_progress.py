@@ -36,7 +36,7 @@ def terminal() -> tuple[Reporter, io.StringIO]:
 def screen(written: str) -> list[str]:
     """Return the lines that stand on a terminal in the end: obey its control sequences."""
     lines, row, column = [""], 0, 0
-    for match in re.finditer(r"\x1b\[(\??\d*)([A-Za-z])|(\r)|(\n)|([^\x1b\r\n])", written):
+    for match in re.finditer(r"\x1b\[(\??[\d;]*)([A-Za-z])|(\r)|(\n)|([^\x1b\r\n])", written):
         count, code, back, down, letter = match.groups()
         if code == "A":
             row = max(0, row - int(count or 1))

@@ -108,8 +108,8 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 def text_of(browser: Any, *wanted: str) -> str:
     """Wait until the page shows all that is wanted, and return its text."""
-    content: str = until(
-        lambda: browser.find_element("tag name", "body").text,
+    content: str = until(  # a page that is still loading has no body
+        lambda: browser.execute_script("return document.body?.innerText ?? ''"),
         lambda text: all(part in text for part in wanted),
     )
     return content
