@@ -8,6 +8,8 @@ import torch
 
 from lrbo.errors import ConfigError
 
+BATCH, FEW = 512, 32  # tokens
+
 
 def resolve_device(device: str, key: str = "model.device") -> torch.device:
     """Turn ``auto`` into the best device here, of cuda, mps and cpu; ConfigError if unusable."""
@@ -35,9 +37,10 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     if dtype != "auto":
         named: torch.dtype = getattr(torch, dtype)
         return named
-    seconds = {kind: _matmul_seconds(kind, device) for kind in (torch.float32, torch.bfloat16)}
-    faster = seconds[torch.bfloat16] < 0.8 * seconds[torch.float32]
-    return torch.bfloat16 if faster else torch.float32
+    limit = 0.8 * _matmul_seconds(torch.float32, device, BATCH)
+    # Some CPUs emulate bfloat16, and would take long for a batch: a few tokens tell.
+    is_faster = all(_matmul_seconds(torch.bfloat16, device, n) < limit for n in (FEW, BATCH))
+    return torch.bfloat16 if is_faster else torch.float32
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -45,9 +48,9 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _matmul_seconds(dtype: torch.dtype, device: torch.device) -> float:
+def _matmul_seconds(dtype: torch.dtype, device: torch.device, tokens: int) -> float:
     """Time the product of a batch of tokens and a typical layer: the fastest of five."""
-    tokens = torch.ones(512, 1024, dtype=dtype, device=device)
+    batch = torch.ones(tokens, 1024, dtype=dtype, device=device)
     weight = torch.ones(1024, 1024, dtype=dtype, device=device)
     # item() waits for the device.
-    return min(timeit.repeat(lambda: (tokens @ weight)[0, 0].item(), number=1, repeat=5))
+    return min(timeit.repeat(lambda: (batch @ weight)[0, 0].item(), number=1, repeat=5))

@@ -24,13 +24,29 @@ def test_auto_takes_bfloat16_where_it_is_clearly_faster(
     bfloat16: float, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seconds = {torch.float32: 1.0, torch.bfloat16: bfloat16}
-    monkeypatch.setattr(devices, "_matmul_seconds", lambda dtype, device: seconds[dtype])
+    monkeypatch.setattr(devices, "_matmul_seconds", lambda dtype, device, tokens: seconds[dtype])
     assert resolve_dtype("auto", CPU) is expected
+
+
+def test_a_cpu_without_bfloat16_is_not_kept_busy_by_a_whole_batch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seconds = {torch.float32: 0.001, torch.bfloat16: 0.2}
+    batches = []
+
+    def measured(dtype: torch.dtype, device: torch.device, tokens: int) -> float:
+        batches.append(tokens)
+        return seconds[dtype]
+
+    monkeypatch.setattr(devices, "_matmul_seconds", measured)
+    assert resolve_dtype("auto", CPU) is torch.float32
+    assert max(batches) == devices.BATCH
+    assert batches.count(devices.BATCH) == 1  # of float32
 
 
 def test_the_measurement_is_a_time() -> None:
     start = time.perf_counter()
-    actual = devices._matmul_seconds(torch.float32, CPU)
+    actual = devices._matmul_seconds(torch.float32, CPU, devices.BATCH)
     assert 0.0 < actual < time.perf_counter() - start
 
 
