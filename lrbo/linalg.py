@@ -55,17 +55,19 @@ def _symmetric(matrix: Float[Tensor, "d d"], name: str) -> Float[Tensor, "d d"]:
 
 
 def psd_eigenpairs(
-    matrix: Float[Tensor, "d d"], name: str = "matrix"
+    matrix: Float[Tensor, "d d"], name: str = "matrix", scale: float = 0.0
 ) -> tuple[Float[Tensor, " d"], Float[Tensor, "d d"]]:
     """Return eigenvalues and eigenvectors (columns) of a PSD matrix, largest first, in float64.
 
     Only the symmetric part is used. Eigenvalues that rounding made slightly negative become 0;
-    those below ``-1e-6`` of the largest too, with a :class:`JitterWarning` that states them.
-    Both are on the device of ``matrix``, or on the CPU where that has no float64.
+    those below ``-1e-6`` of the largest, or of the ``scale`` of what the matrix is a product of,
+    too, with a :class:`JitterWarning` that states them. Both are on the device of ``matrix``, or
+    on the CPU where that has no float64.
     """
     eigenvalues, eigenvectors = torch.linalg.eigh(_symmetric(matrix, name))
     eigenvalues, eigenvectors = eigenvalues.flip(-1), eigenvectors.flip(-1)
-    if eigenvalues.numel() and eigenvalues[-1] < -NEGATIVE_TOLERANCE * eigenvalues[0].abs():
+    largest = max(float(eigenvalues[0].abs()), scale) if eigenvalues.numel() else 0.0
+    if eigenvalues.numel() and float(eigenvalues[-1]) < -NEGATIVE_TOLERANCE * largest:
         _warn(
             f"{name}: smallest eigenvalue {eigenvalues[-1]:.3e} is negative beyond rounding "
             f"(largest {eigenvalues[0]:.3e}); set to 0."
@@ -163,7 +165,10 @@ def output_directions(
     are the roots of the energies; from one symmetric eigendecomposition. All is in float64.
     """
     basis, reduced = column_space(weight)
-    energy, vectors = psd_eigenpairs(reduced @ covariance @ reduced.T, name)
+    # Rounding of the covariance is relative to its own size: a weight that is what integers leave
+    # points nowhere in particular, and its outputs may be far smaller than that allows.
+    size = float(weight.square().sum(1).max() * covariance.diagonal().max())
+    energy, vectors = psd_eigenpairs(reduced @ covariance @ reduced.T, name, size)
     return (vectors if basis is None else basis @ vectors), energy, vectors.T @ reduced
 
 

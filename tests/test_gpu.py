@@ -12,7 +12,7 @@ from lrbo.evaluation.timing import TimingSettings
 from lrbo.factorization.cache import factor_model
 from lrbo.factorization.factors import LowRankFactors
 from lrbo.factorization.registry import METHODS, method_named
-from lrbo.layers.modules import MODULES
+from lrbo.layers.modules import PRODUCTS
 from lrbo.layers.options import Option
 from lrbo.models.blockwise import BlockwiseBody
 from lrbo.models.model_map import map_model
@@ -56,7 +56,7 @@ def factored(device: torch.device, method: str) -> dict[str, LowRankFactors]:
 
 def allocated(layers: ModelMap) -> Allocation:
     """Decide one rank everywhere, in all forms by turns."""
-    units, forms = layers.compressible, list(MODULES)
+    units, forms = layers.compressible, list(PRODUCTS)
     options = {u.name: Option(forms[i % len(forms)], (RANK,)) for i, u in enumerate(units)}
     return decided(units, options, measure="bytes")
 
@@ -96,6 +96,7 @@ def test_a_trial_scores_as_on_the_cpu(dtype: torch.dtype) -> None:
         worker = Worker(
             model,
             layers,
+            dtype.itemsize,
             factors,
             ids,
             measure_dense(model, ids),
@@ -125,7 +126,7 @@ def test_a_refit_is_that_of_the_cpu() -> None:
         assert after.fitted_after == pytest.approx(before.fitted_after, rel=1e-2, abs=1e-6)
 
 
-@pytest.mark.parametrize("form", MODULES)
+@pytest.mark.parametrize("form", PRODUCTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_stored_layers_say_what_factors_do(dtype: torch.dtype, form: str) -> None:
     factors, model = factored(CPU, "loss_aware"), build(CASE).to(GPU)

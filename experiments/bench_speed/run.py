@@ -26,7 +26,7 @@ from lrbo.evaluation.timing import (
     measure_speed,
 )
 from lrbo.layers.low_rank import linear_of
-from lrbo.layers.modules import MODULES, low_rank_layers, replace_module
+from lrbo.layers.modules import PRODUCTS, low_rank_layers, replace_module
 from lrbo.layers.options import Menu
 from lrbo.layers.pivoted import Product
 from lrbo.models.model_map import map_model
@@ -98,7 +98,7 @@ def made(
     for unit in units:
         rank = rank_for(unit, keep_ratio, form)
         left, right = some(unit.out_features, rank), some(rank, unit.in_features)
-        replace_module(model, unit.name, MODULES[form].stand_in(unit.name, left, right, None))
+        replace_module(model, unit.name, PRODUCTS[form].stand_in(unit.name, left, right, None))
     assert len(low_rank_layers(model)) == len(units)
     return model
 
@@ -131,7 +131,7 @@ def main() -> None:
     print("| model | kept | form | step | prompt | dense tokens/s | tokens/s | times faster |")
     print("|---|---:|---|---|---:|---:|---:|---:|")
     for keep_ratio in KEPT:
-        for form in MODULES:
+        for form in PRODUCTS:
             dtype = getattr(torch, options.dtype)
             model = made(options.shape, keep_ratio, form, dtype, options.device)
             twin = dense_twin(model)

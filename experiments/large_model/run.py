@@ -155,7 +155,7 @@ def compress(room: Path, options: argparse.Namespace, meter: Meter) -> None:
                 itemsize=torch.bfloat16.itemsize,
                 multiple=1 if SMOKE else 8,
             )
-            losses = factors[unit.name].losses(menu.sections[0].levels)
+            losses = factors[unit.name].losses(menu.sections[0])
             assert losses is not None, "calibration took gradients"
             menus[unit.name] = menu.with_losses([losses])
         dense = dense_cost(menus)

@@ -11,6 +11,7 @@ from functools import cached_property
 
 from lrbo.allocation import knapsack
 from lrbo.errors import BudgetError
+from lrbo.layers.forms import Codebook, Quantized, form_named
 from lrbo.layers.options import DENSE, Budget, Cost, Ladder, Losses, Measure, Menu, Option
 
 logger = logging.getLogger(__name__)
@@ -35,9 +36,9 @@ class Allocation:
         return {name: option for name, option in self.options.items() if option != DENSE}
 
     @property
-    def ranks(self) -> dict[str, int]:
-        """The ranks of the units that are not dense."""
-        return {name: option.level[0] for name, option in self.compressed.items()}
+    def ranks(self) -> dict[str, dict[Option, int]]:
+        """The families of the units that are not dense, with the rank of each."""
+        return {n: {each.family: each.level[-1]} for n, each in self.compressed.items()}
 
 
 def dense_cost(menus: Mapping[str, Menu]) -> Cost:
@@ -53,6 +54,28 @@ def smallest_cost(menus: Mapping[str, Menu], measure: Measure, dense: Collection
         else int(menu.ladder(measure, menu.losses).prices[0])
         for name, menu in menus.items()
     )
+
+
+def widest(menus: Mapping[str, Menu], budget: Budget) -> Allocation | None:
+    """Return the dearest integers that all units can be within the budget; ``None`` if none are.
+
+    Where integers of several families cost the same, it is the first. Units that cannot have them
+    stay dense.
+    """
+    families = dict.fromkeys(
+        section.family
+        for menu in menus.values()
+        for section in menu.sections
+        if isinstance(form_named(section.form), Quantized | Codebook)
+    )
+    best: Allocation | None = None
+    for family in families:
+        indices = {name: menu.index(family.at(0)) for name, menu in menus.items()}
+        alike = _allocation(menus, indices, budget)
+        spent = alike.cost.of(budget.measure)
+        if spent <= budget.limit and (best is None or spent > best.cost.of(budget.measure)):
+            best = alike
+    return best
 
 
 def allocate(
@@ -195,6 +218,12 @@ def _climb(
         name: int(ladders[name].indices[rungs[name]]) if name in ladders else len(menu) - 1
         for name, menu in menus.items()
     }
+    return _allocation(menus, indices, budget)
+
+
+def _allocation(
+    menus: Mapping[str, Menu], indices: Mapping[str, int], budget: Budget
+) -> Allocation:
     return Allocation(
         {name: menu.option(indices[name]) for name, menu in menus.items()},
         {name: menu.cost(indices[name]) for name, menu in menus.items()},

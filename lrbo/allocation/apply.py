@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from torch import nn
 
 from lrbo.allocation.allocate import Allocation
-from lrbo.factorization.factors import Buffers, LowRankFactors
+from lrbo.factorization.factors import Buffers
+from lrbo.factorization.prepared import Prepared
 from lrbo.layers.modules import replace_module
 from lrbo.layers.options import Option
 from lrbo.models.model_map import linear_weight
@@ -17,7 +18,7 @@ from lrbo.models.model_map import linear_weight
 def store_(
     model: nn.Module,
     allocation: Allocation,
-    prepared: Mapping[str, LowRankFactors],
+    prepared: Mapping[str, Prepared],
     *,
     on_unit: Callable[[str], None] = lambda _: None,
 ) -> dict[str, nn.Module]:
@@ -35,14 +36,15 @@ def store_(
 
 
 def on_device(
-    model: nn.Module, factors: Mapping[str, LowRankFactors], ranks: Mapping[str, int]
-) -> dict[str, LowRankFactors]:
-    """Take the leading directions, up to ``ranks``, in dtype and on the device of their layers."""
+    model: nn.Module, prepared: Mapping[str, Prepared], ranks: Mapping[str, Mapping[Option, int]]
+) -> dict[str, Prepared]:
+    """Take families of options, up to a rank each, in dtype and on the device of their units."""
     moved = {}
-    for name, rank in ranks.items():
-        if rank and name in factors:
-            weight = linear_weight(model.get_submodule(name))
-            moved[name] = factors[name].to(dtype=weight.dtype, device=weight.device, max_rank=rank)
+    for name in ranks.keys() & prepared.keys():
+        weight = linear_weight(model.get_submodule(name))
+        part = prepared[name].only(ranks[name], weight.dtype, weight.device)
+        if part is not None:
+            moved[name] = part
     return moved
 
 
@@ -50,7 +52,7 @@ def on_device(
 def compressed(
     model: nn.Module,
     allocation: Allocation,
-    prepared: Mapping[str, LowRankFactors],
+    prepared: Mapping[str, Prepared],
     *,
     tokens: int = 0,
     buffers: Buffers | None = None,
@@ -58,7 +60,7 @@ def compressed(
     """Compress a model for the length of a ``with``; its dense units stay in memory.
 
     Units are prepared in its dtype and on its device; errors are as of :func:`store_`. For
-    ``tokens`` and ``buffers``, which trials may share, see :meth:`LowRankFactors.trial_module`.
+    ``tokens`` and ``buffers``, which trials may share, see :meth:`Prepared.trial_module`.
     """
     buffers = {} if buffers is None else buffers
     modules = {
@@ -84,7 +86,7 @@ def _replace(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, nn
 
 
 def _options(
-    model: nn.Module, allocation: Allocation, prepared: Mapping[str, LowRankFactors]
+    model: nn.Module, allocation: Allocation, prepared: Mapping[str, Prepared]
 ) -> Mapping[str, Option]:
     """The options that are not dense, if model and ``prepared`` have all of them."""
     options = allocation.compressed

@@ -13,20 +13,20 @@ from typing_extensions import TypedDict  # that of Python 3.11 pydantic does not
 
 from lrbo.errors import StudyError
 from lrbo.files.atomic import write_text
-from lrbo.files.parsing import ContentError, Count, Number, parsed
+from lrbo.files.parsing import ContentError, Number, parsed
 
 
 @with_config(ConfigDict(extra="forbid"))
 @dataclass(frozen=True)
 class Measurement:
-    """How much the loss rises with one layer at a rank, all others dense, in nats per token.
+    """How much the loss rises with one layer as an option, all others dense, in nats per token.
 
     The divergence from the dense model is measured, less that of rounding.
     """
 
     layer: str
     kind: str
-    rank: Count
+    option: str
     predicted: Number
     measured: Number
 
@@ -39,7 +39,7 @@ class _Stored(TypedDict):
 
 @dataclass(frozen=True)
 class LossCalibration:
-    """Predicted and measured loss of single layers, a measurement per layer and rank."""
+    """Predicted and measured loss of single layers, a measurement per layer and option."""
 
     measurements: tuple[Measurement, ...]
 

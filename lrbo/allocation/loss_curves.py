@@ -1,4 +1,4 @@
-"""Measured losses of single layers at some ranks, to check the predicted ones."""
+"""Measured losses of single layers as some options, to check the predicted ones."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ import torch
 from lrbo.allocation.apply import replaced
 from lrbo.allocation.loss_calibration import Measurement
 from lrbo.errors import NonFiniteError
-from lrbo.factorization.factors import LowRankFactors
+from lrbo.factorization.prepared import Prepared
+from lrbo.layers.options import Menu, Option
 from lrbo.models.blockwise import Scratch
-from lrbo.models.specs import LayerSpec, ModelMap
+from lrbo.models.specs import LayerSpec
 from lrbo.tasks.model_task import ModelTask, Segments
 
 
@@ -29,52 +30,59 @@ class SensitivitySettings:
 
 def points_of(
     layers: Sequence[LayerSpec],
-    factors: Mapping[str, LowRankFactors],
+    prepared: Mapping[str, Prepared],
+    menus: Mapping[str, Menu],
     settings: SensitivitySettings,
-) -> list[tuple[LayerSpec, int]]:
-    """Spread layers of each kind evenly over depth, and ranks evenly up to the largest."""
+) -> list[tuple[LayerSpec, Option]]:
+    """Spread layers of each kind evenly over depth, and ranks evenly up to the largest.
+
+    Of low-rank forms the first on the menu; of integers, every family without a rank.
+    """
     points = []
     for kind in dict.fromkeys(spec.kind for spec in layers):
-        members = [spec for spec in layers if spec.kind == kind and spec.name in factors]
+        members = [spec for spec in layers if spec.kind == kind and spec.name in prepared]
         count = min(settings.layers_per_kind, len(members))
         for index in range(count):
             spec = members[(2 * index + 1) * len(members) // (2 * count)]
-            most = factors[spec.name].max_rank
+            families = [section.family for section in menus[spec.name].sections[:-1]]
+            points += [(spec, family.at(0)) for family in families if family.level]
+            low = next((family for family in families if not family.level), None)
+            most = 0 if low is None else prepared[spec.name].part(low).max_rank
             tries = min(settings.ranks, 2 * most)  # enough for all ranks
             ranks = {max(1, round(most * (step + 1) / (tries + 1))) for step in range(tries)}
-            points += [(spec, rank) for rank in sorted(ranks)]
+            points += [(spec, low.at(rank)) for rank in sorted(ranks) if low is not None]
     return points
 
 
 def measure_losses(
     body: Segments,
-    layers: ModelMap,
-    factors: Mapping[str, LowRankFactors],
+    points: Sequence[tuple[LayerSpec, Option]],
+    prepared: Mapping[str, Prepared],
     windows: Any,
     settings: SensitivitySettings,
     *,
     task: ModelTask,
     on_point: Callable[[int], None] = lambda _: None,
 ) -> list[Measurement]:
-    """Measure the divergence of some layers at some ranks, each with all other layers dense.
+    """Measure the divergence of some layers as some options, each with all other layers dense.
 
     Hidden states of the dense model are computed once; a point runs only the blocks from its layer
     on, on average half of them, and twice the head.
 
     In half precision rounding alone diverges by more than many ranks do, 0.001 nats for
-    SmolLM2-135M in bfloat16, so the divergence at the largest rank of each layer is subtracted.
+    SmolLM2-135M in bfloat16, so the divergence of each layer at the largest rank is subtracted.
 
     Args:
         body: Of the dense model.
-        layers: Its map.
-        factors: With predicted losses, in the dtype and on the device of the model.
+        points: As of :func:`points_of`.
+        prepared: With predicted losses, in the dtype and on the device of the model.
         windows: Calibration examples, of which ``settings.windows`` are taken evenly.
-        settings: The points.
+        settings: The number of windows.
         task: Defines the divergence.
         on_point: Called with 1 after each point.
 
     Raises:
-        NonFiniteError: If a divergence is not finite, naming the layer and rank.
+        NonFiniteError: If a divergence is not finite, naming the layer and option.
     """
     count = min(settings.windows, len(windows))
     ids = windows[[index * len(windows) // count for index in range(count)]]
@@ -89,31 +97,31 @@ def measure_losses(
                 hidden = body.run(block, index, hidden)
         dense = body.finish(hidden)
 
-        def divergence(spec: LayerSpec, rank: int) -> float:
-            """Run the body from the block of a layer on, with the layer at a rank."""
+        def divergence(spec: LayerSpec, option: Option) -> float:
+            """Run the body from the block of a layer on, with the layer as an option."""
             assert spec.block is not None
             hidden = entering[spec.block].to(body.device)
             for index in range(spec.block, len(body)):
                 with body.open_block(index) as block:
-                    low = {spec.name: factors[spec.name].at_rank(rank)}
-                    with replaced(body.model, low if index == spec.block else {}):
+                    own = {spec.name: prepared[spec.name].trial_module(spec.name, option, 0, {})}
+                    with replaced(body.model, own if index == spec.block else {}):
                         hidden = body.run(block, index, hidden)
             measured = task.distance(body, dense, body.finish(hidden))
             if not math.isfinite(measured):
                 raise NonFiniteError(
-                    f"{spec.name} at rank {rank}: the divergence from the dense model is "
+                    f"{spec.name} as {option.label}: the divergence from the dense model is "
                     f"{measured}; the model overflows in {hidden.dtype}"
                 )
             return measured
 
         rounding: dict[str, float] = {}
-        for spec, rank in points_of(layers.compressible, factors, settings):
-            own = factors[spec.name]
-            if dense.dtype.itemsize < 4 and spec.name not in rounding:
-                rounding[spec.name] = divergence(spec, own.max_rank)
-            measured = max(divergence(spec, rank) - rounding.get(spec.name, 0.0), 0.0)
+        for spec, option in points:
+            own = prepared[spec.name].part(option.family)
+            if dense.dtype.itemsize < 4 and spec.name not in rounding and not option.family.level:
+                rounding[spec.name] = divergence(spec, option.family.at(own.max_rank))
+            measured = max(divergence(spec, option) - rounding.get(spec.name, 0.0), 0.0)
             assert own.loss is not None
-            predicted = float(own.loss[rank])
-            measurements.append(Measurement(spec.name, spec.kind, rank, predicted, measured))
+            predicted = float(own.loss[option.level[-1]])
+            measurements.append(Measurement(spec.name, spec.kind, str(option), predicted, measured))
             on_point(1)
     return measurements

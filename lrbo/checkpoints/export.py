@@ -26,8 +26,8 @@ from lrbo.data.windows import Role, TokenWindows
 from lrbo.errors import CheckpointError, LrboError, ModelError, reading
 from lrbo.files.atomic import new_folder
 from lrbo.files.parsing import ContentError, parse_json, without_infinity
-from lrbo.layers.modules import low_rank_layers
-from lrbo.layers.options import Cost
+from lrbo.layers.modules import low_rank_layers, parameters_of
+from lrbo.layers.options import Cost, Option
 from lrbo.models import headers
 from lrbo.models.devices import dtype_name, resolve_device
 from lrbo.models.model_map import is_tied, linear_bias
@@ -109,14 +109,14 @@ def save(
     """
     with checkpoint_folder(folder, model, tokenizer, card, windows) as beside:
         stored = quantizer.read_headers(_write(beside, _tensors(model)))
-        _require_costs(folder, stored, costs)
+        units = {name: str(option) for name, option in allocation.compressed.items()}
+        _require_costs(folder, stored, allocation.compressed, costs)
         config = copy.deepcopy(model.config)
         config.dtype = model.dtype
         if hasattr(config, "auto_map"):  # of the dense model: names files that are not written here
             del config.auto_map
         config.architectures = [type(model).__name__]
         config.tie_word_embeddings = is_tied(model)
-        units = {name: str(option) for name, option in allocation.compressed.items()}
         with torch.device("meta"):
             skeleton = type(model)(copy.deepcopy(config))
         low_rank = quantizer.LowRankConfig(
@@ -134,7 +134,7 @@ def save(
         )
         quantizer.put_in(skeleton, low_rank)
         quantizer.check_tensors(skeleton, stored, folder)  # first, because it names the layer
-        in_file = quantizer.count_parameters(stored.values())
+        in_file = quantizer.count_parameters(stored, units)
         if in_file != parameters:
             raise CheckpointError(
                 f"{folder}: the files hold {in_file:_} parameters, the accountant says "
@@ -156,12 +156,18 @@ def save(
     return in_file
 
 
-def _require_costs(folder: Path, stored: Mapping[str, Tensor], costs: Mapping[str, Cost]) -> None:
+def _require_costs(
+    folder: Path,
+    stored: Mapping[str, Tensor],
+    options: Mapping[str, Option],
+    costs: Mapping[str, Cost],
+) -> None:
     """Compare what the files hold of each unit with what its form counts, byte for byte."""
     for name, cost in costs.items():
-        own = [tensor for key, tensor in stored.items() if key.startswith(f"{name}.")]
-        parameters = quantizer.count_parameters(own)
-        size = sum(tensor.nbytes for tensor in own)
+        prefix = f"{name}."
+        own = {k.removeprefix(prefix): each for k, each in stored.items() if k.startswith(prefix)}
+        parameters = parameters_of(options[name], own)
+        size = sum(tensor.nbytes for tensor in own.values())
         if (parameters, size) != (cost.parameters, cost.bytes):
             raise CheckpointError(
                 f"{folder}: the files hold {parameters:_} parameters in {size:_} bytes of {name}, "

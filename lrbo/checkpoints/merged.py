@@ -48,7 +48,7 @@ def save_merged(
     """
     with checkpoint_folder(folder, model, tokenizer, card, windows) as beside:
         _merged(model).save_pretrained(beside)
-        return count_parameters(read_headers(beside.glob("*.safetensors")).values())
+        return count_parameters(read_headers(beside.glob("*.safetensors")), {})
 
 
 def _merged(model: PreTrainedModel) -> PreTrainedModel:

@@ -21,8 +21,8 @@ from lrbo.errors import CheckpointError, ModelError, reading, some
 from lrbo.files.parsing import ContentError, Count, checked
 from lrbo.layers.forms import FORMS
 from lrbo.layers.low_rank import no_weight
-from lrbo.layers.modules import MODULES, low_rank_layers
-from lrbo.layers.options import Option
+from lrbo.layers.modules import empty_module, low_rank_layers, parameters_of
+from lrbo.layers.options import DENSE, Option
 from lrbo.layers.pivoted import PivotedLinear
 from lrbo.models import headers
 
@@ -110,7 +110,8 @@ class LowRankQuantizer(HfQuantizer):
             _require_inside(paths, Path(model.config._name_or_path))
             stored, folder = read_headers(paths), paths[0].parent
             check_tensors(model, stored, folder)
-            total, stated = count_parameters(stored.values()), self.quantization_config.parameters
+            stated = self.quantization_config.parameters
+            total = count_parameters(stored, self.quantization_config.units)
             if total != stated:
                 raise CheckpointError(
                     f"{folder} holds {total:_} parameters, its config.json states "
@@ -141,7 +142,10 @@ class LowRankQuantizer(HfQuantizer):
         self, model: PreTrainedModel
     ) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
         """Count what ``save_pretrained`` is about to write: the embedding may have other rows."""
-        model.config.quantization_config.parameters = model.num_parameters()
+        config = model.config.quantization_config
+        own = {n: b for n, b in model.named_buffers() if n.rpartition(".")[0] in config.units}
+        tensors = dict(model.named_parameters()) | own
+        config.parameters = count_parameters(tensors, config.units)
         return None, {}
 
     def is_serializable(self) -> bool:
@@ -168,13 +172,13 @@ def put_in(model: nn.Module, config: LowRankConfig) -> None:
         except ValueError as error:
             raise CheckpointError(f"{name}: {error}; restore config.json.") from error
         problem = FORMS[option.form].problem(rows, columns, option.level)
-        if option.form not in MODULES or problem:
+        if option == DENSE or problem:
             raise CheckpointError(
                 f"{name} cannot be {text!r}: the layer is {rows} by {columns}"
                 f"{f', and {problem}' if problem else ''}; restore config.json."
             )
         bias = maps.linear_bias(dense) is not None or name in config.added_biases
-        layer = MODULES[option.form].empty(name, rows, columns, option.level, bias=bias)
+        layer = empty_module(name, option, rows, columns, bias=bias)
         model.set_submodule(name, layer.train(dense.training))
 
 
@@ -225,6 +229,16 @@ def read_headers(files: Iterable[Path]) -> dict[str, Tensor]:
     return stored
 
 
-def count_parameters(tensors: Iterable[Tensor]) -> int:
-    """Count the floating-point numbers of tensors."""
-    return sum(each.numel() for each in tensors if each.is_floating_point())
+def count_parameters(tensors: Mapping[str, Tensor], units: Mapping[str, str]) -> int:
+    """Count the parameters of a model in its tensors; ``units`` are options by name, as written."""
+    own: dict[str, dict[str, Tensor]] = {name: {} for name in units}
+    others = 0
+    for name, tensor in tensors.items():
+        parts = name.split(".")
+        # A factor of a unit is a module of its own.
+        unit = next((u for u in (".".join(parts[:-n]) for n in (1, 2)) if u in own), None)
+        if unit is not None:
+            own[unit][name.removeprefix(f"{unit}.")] = tensor
+        elif tensor.is_floating_point():
+            others += tensor.numel()
+    return others + sum(parameters_of(Option.parse(units[n]), each) for n, each in own.items())

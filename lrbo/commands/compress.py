@@ -22,6 +22,7 @@ from lrbo.config.shell import assigned
 from lrbo.data.windows import TokenWindows
 from lrbo.errors import ConfigError, ModelError
 from lrbo.files.tables import Table, columns
+from lrbo.layers.modules import PRODUCTS
 from lrbo.layers.options import as_stored
 from lrbo.layers.pivoted import PivotedLinear
 from lrbo.models.devices import dtype_name, resolve_device, resolve_dtype
@@ -63,7 +64,7 @@ def run(config: CompressConfig, reporter: Reporter) -> dict[str, Any]:
         raise ConfigError(
             [f"format={config.format!r} is for language models; task={stored.task} has format=lrbo"]
         )
-    _require_place_for_biases(config, plan, records)
+    _require_room(config, plan, records)
     if config.dtype == "float16":  # of which not every model's numbers are
         _stored_model(plan, study, config.dtype)
     if (ceiling := ceiling_of(point)) is not None:
@@ -71,7 +72,7 @@ def run(config: CompressConfig, reporter: Reporter) -> dict[str, Any]:
         if metric == KEEP_RATIO:
             evaluate_between(plan, study, limit, reporter)
             records = points(study, point, config.refit.candidates)
-            _require_place_for_biases(config, plan, records)  # its layers may be others
+            _require_room(config, plan, records)  # its layers may be others
         lowest = records[0]
         reporter.say(
             f"point={point}: trial {lowest.request.trial_index} has the lowest loss up to there, "
@@ -167,10 +168,21 @@ def run(config: CompressConfig, reporter: Reporter) -> dict[str, Any]:
     }
 
 
-def _require_place_for_biases(
+def _require_room(
     config: CompressConfig, plan: planning.Plan, records: Sequence[TrialRecord]
 ) -> None:
-    """Refuse to merge what has biases that the dense model has no place for."""
+    """Refuse forms that the modelling file does not run, and biases that no dense model has."""
+    if config.format == "remote_code":
+        for record in records:
+            for name, option in record.request.allocation.compressed.items():
+                if option.form not in PRODUCTS:
+                    raise ConfigError(
+                        [
+                            f"format='remote_code': its modelling file has no {option.form}, which "
+                            f"{name} is in trial {record.request.trial_index}; expected "
+                            "format=lrbo, or format=merged"
+                        ]
+                    )
     if config.format != "merged":
         return
     compressed = {name for record in records for name in record.request.allocation.compressed}

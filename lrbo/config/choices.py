@@ -29,6 +29,12 @@ STUDY = "study:"  # begins what a warm start takes from a study, by its name or 
 WARM_START = re.compile(rf"uniform|analytic|start|paper|{STUDY}[^:]+(:\d+)?")
 SQLITE = "sqlite:///"  # begins the address of an MLflow store in a file
 
+# Names in space.forms that stand for several forms, those that are worth it in a measure.
+FORM_PRESETS: Mapping[str, tuple[str, ...]] = {
+    "parameters": ("pivoted",),
+    "bytes": ("pivoted", "int8", "int4", "int3", "int3_sym", "int2"),
+}
+
 # What a variable may be: a kept ratio, or the natural logarithm of a factor of a loss curve.
 RANGES: Mapping[str, tuple[float, float]] = {"ratios": (0.01, 1.0), "weights": (-5.0, 5.0)}
 

@@ -21,8 +21,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lrbo.config.choices import SQLITE, STUDY
-from lrbo.config.schema import PATHS, SCHEMAS, Config
+from lrbo.config.choices import FORM_PRESETS, SQLITE, STUDY
+from lrbo.config.schema import PATHS, SCHEMAS, Config, SearchConfig
 from lrbo.errors import ConfigError
 
 # Mappings of names that users choose: every key below them is accepted.
@@ -130,6 +130,9 @@ def to_object(config: DictConfig) -> Config:
     except OmegaConfBaseException as error:
         raise ConfigError([cause_of(error)]) from error
     assert isinstance(values, Config)
+    if isinstance(values, SearchConfig):
+        presets = (FORM_PRESETS.get(name, (name,)) for name in values.space.forms)
+        values.space.forms = [form for forms in presets for form in forms]
     strays = [f"{key} is no key of this configuration; remove +{key}=" for key in _settled(values)]
     if strays:
         raise ConfigError(strays)

@@ -140,6 +140,13 @@ def _format(data: schema.DataConfig, role: str, earlier: Sequence[str]) -> Itera
 
 def _front(config: schema.SearchConfig) -> Iterator[str]:
     search, keep, lowest = config.search, config.budget.keep_ratio, config.budget.lowest
+    if (bits := config.budget.bits_per_parameter) is not None:
+        if config.budget.measure != "bytes":
+            expected = "null, or budget.measure=bytes with it"
+            yield mismatch("budget.bits_per_parameter", bits, expected)
+        if lowest is not None:
+            expected = "null where budget.lowest and budget.keep_ratio are the ends of a front"
+            yield mismatch("budget.bits_per_parameter", bits, expected)
     for name, value in search.thresholds.items():
         if name not in (choices.LOSS, search.size):
             expected = f"a threshold of what is minimised: {choices.LOSS} or {search.size}"

@@ -103,6 +103,7 @@ class SpaceConfig:
     minimum_rank: int = 0
     knots: int = 3
     exponent: bool = True
+    form_weights: bool = True
     start: dict[str, Any] = field(default_factory=dict)
     variables: dict[str, Any] = field(default_factory=dict)
     tied: list[list[str]] = option(list, Rule("lists of names or patterns of variables", all))
@@ -113,8 +114,14 @@ class BudgetConfig:
     """conf/budget."""
 
     keep_ratio: float = option(0.8, options.ABOVE_0_TO_1)
+    bits_per_parameter: float | None = option(None, options.ABOVE_0.or_null())
     lowest: float | None = None
     measure: str = "parameters"
+
+    def kept(self, itemsize: int) -> float:
+        """Return the share that is kept of parameters of so many bytes."""
+        bits = self.bits_per_parameter
+        return self.keep_ratio if bits is None else bits / (8 * itemsize)
 
 
 @dataclass
@@ -139,6 +146,16 @@ class CalibrationConfig:
     labels: str = option("sampled", one_of(("sampled", "data")))
     gradient_share: float = option(0.5, options.ABOVE_0_TO_1)
     memory_gib: float = option(2.0, options.FROM_0)
+
+
+@dataclass
+class BasesConfig:
+    """How weights become integers, numbers of a codebook or a few of their entries."""
+
+    method: str = "gptq"
+    group_sizes: list[int] = field(default_factory=lambda: [64])
+    percentages: list[int] = field(default_factory=lambda: [50])
+    damping: float = 0.01
 
 
 @dataclass
@@ -205,6 +222,7 @@ class SearchConfig:
     search: SearchSection = field(default_factory=SearchSection)
     warm_start: list[str] = option(lambda: ["uniform", "analytic", "start"], STARTS)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    bases: BasesConfig = field(default_factory=BasesConfig)
     sensitivity: SensitivityConfig = field(default_factory=SensitivityConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     latency: LatencyConfig = field(default_factory=LatencyConfig)

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, StaticCache
 
 from lrbo.layers.low_rank import linear_of
-from lrbo.layers.modules import low_rank_layers, replace_module
+from lrbo.layers.modules import count_parameters, low_rank_layers, replace_module
 from lrbo.models.model_map import body_and_head, map_model
 
 # Standard deviation of a normal variable per median absolute deviation, and standard error of
@@ -183,10 +183,7 @@ def measure_kinds(
 
         runs = Run(partial(run, mine)), Run(partial(run, other))
         times = _in_turns(*runs, model.device, settings)
-        low_rank, dense = (
-            sum(p.numel() for layer in layers.values() for p in layer.parameters())
-            for layers in (mine, other)
-        )
+        low_rank, dense = (sum(map(count_parameters, layers.values())) for layers in (mine, other))
         ms = 1e3 * times.dense_seconds, 1e3 * times.seconds
         speeds.append(KindSpeed(kind, len(names), low_rank / dense, *ms, *times.speedup))
     return speeds

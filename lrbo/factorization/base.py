@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Protocol, runtime_checkable
 
@@ -14,11 +14,14 @@ from torch import Tensor
 from lrbo.calibration.statistics import GRADIENT_STATISTICS, MATRICES, Statistic
 from lrbo.errors import StatisticsError
 from lrbo.factorization.factors import LowRankFactors
+from lrbo.factorization.prediction import predicted_loss
 from lrbo.layers.low_rank import Bias
 from lrbo.linalg import require_finite
 
 Weight = Float[Tensor, "out in"]
 Statistics = Mapping[Statistic, Tensor]
+# A change of a weight and the largest useful rank -> its factors.
+Remainders = Callable[[Weight, int], LowRankFactors]
 
 
 @runtime_checkable
@@ -49,6 +52,21 @@ class FactorizationMethod(Protocol):
     def adds_bias(self) -> bool:
         """Whether factored layers have a bias also where the dense layer has none."""
         return False
+
+    def remainders(self, bias: Bias, statistics: Statistics) -> Remainders:
+        """Return what factors several small changes of one weight, which integers have left.
+
+        Everything is as of :func:`factor_layer`; factors come with predicted losses, if gradients
+        are known.
+        """
+
+        def factored(weight: Weight, max_rank: int) -> LowRankFactors:
+            full = factor_layer(self, weight, bias, statistics)
+            if Statistic.OUTPUT_GRADIENT in statistics:
+                full = replace(full, loss=predicted_loss(full, statistics))
+            return full.to(dtype=weight.dtype, max_rank=max_rank)
+
+        return factored
 
     def for_kind(self, kind: str) -> FactorizationMethod:
         """Return the method for layers of a kind; most methods treat all alike."""

@@ -10,10 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lrbo.layers.forms import Integers
 from lrbo.layers.low_rank import Bias, LowRankLinear, linear_of
-from lrbo.layers.modules import MODULES
-from lrbo.layers.options import Losses, Option
+from lrbo.layers.modules import PRODUCTS
+from lrbo.layers.options import Losses, Option, Section
 
 Buffers = MutableMapping[str, Tensor]
 PARTS = ("left", "right", "tail", "offset", "center", "loss")
@@ -76,11 +75,11 @@ class LowRankFactors:
         """Return the rank-``rank`` layer; its matrices are views."""
         return LowRankLinear(*self._prefix(rank), self.bias_at(rank))
 
-    def losses(self, levels: Integers) -> Losses | None:
-        """Return the predicted losses of rising ranks ``(n, 1)``, up to the largest there is."""
+    def losses(self, section: Section) -> Losses | None:
+        """Return the predicted losses of rising ranks, up to the largest there is."""
         if self.loss is None:
             return None
-        ranks = levels[levels[:, 0] <= self.max_rank, 0]
+        ranks = section.levels[section.levels[:, -1] <= self.max_rank, -1]
         losses: Losses = self.loss.numpy().astype(np.float64)[ranks]
         return losses
 
@@ -104,12 +103,12 @@ class LowRankFactors:
     def stored(self, name: str, option: Option, dtype: torch.dtype) -> nn.Module:
         """Return the layer of an option as a checkpoint has it: exactly as it is counted."""
         left, right = self._prefix(*option.level)
-        return MODULES[option.form].of_product(name, left, right, self.bias_for, dtype)
+        return PRODUCTS[option.form].of_product(name, left, right, self.bias_for, dtype)
 
     def stand_in(self, name: str, option: Option) -> nn.Module:
         """Return a layer that takes as long as the stored one; its outputs mean nothing."""
         left, right = self._prefix(*option.level)
-        return MODULES[option.form].stand_in(name, left, right, self.bias_at(*option.level))
+        return PRODUCTS[option.form].stand_in(name, left, right, self.bias_at(*option.level))
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors by name; ``left`` transposed, so that its prefixes are contiguous."""
@@ -156,6 +155,18 @@ class LowRankFactors:
             None if self.center is None else self.center.to(device, wide),
             None if self.loss is None else self.loss[: count + 1],
         )
+
+    def part(self, family: Option) -> LowRankFactors:
+        """Return the factors of a family: these, which serve all forms that are no more."""
+        del family
+        return self
+
+    def only(
+        self, ranks: Mapping[Option, int], dtype: torch.dtype, device: torch.device
+    ) -> LowRankFactors | None:
+        """Return a copy up to the largest of some ranks, by family; ``None`` if they are 0."""
+        rank = max((ranks[family] for family in ranks if not family.level), default=0)
+        return self.to(dtype=dtype, device=device, max_rank=rank) if rank else None
 
     def _prefix(self, rank: int) -> tuple[Float[Tensor, "out r"], Float[Tensor, "r in"]]:
         """Return views of the leading directions."""

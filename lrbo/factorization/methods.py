@@ -12,13 +12,12 @@ from typing_extensions import override
 
 from lrbo.calibration.statistics import Statistic
 from lrbo.errors import StatisticsError
-from lrbo.factorization.base import FactorizationMethod, Statistics, Weight
+from lrbo.factorization.base import FactorizationMethod, Remainders, Statistics, Weight
 from lrbo.factorization.factors import LowRankFactors
 from lrbo.factorization.options import AsvdOptions, LossAwareOptions
+from lrbo.factorization.prediction import PREDICTION_SHRINKAGE, shrunk
 from lrbo.layers.low_rank import Bias
 from lrbo.linalg import column_space, output_directions, psd_cholesky, psd_eigenpairs, weighted_svd
-
-PREDICTION_SHRINKAGE = 0.01
 
 
 def tail_sums(energy: Float[Tensor, " k"]) -> Float[Tensor, " k_plus_1"]:
@@ -40,12 +39,6 @@ def balanced(
     scale = (lengths[1] / lengths[0]).sqrt()
     scale = torch.where(torch.isfinite(scale) & (scale > 0), scale, torch.ones_like(scale))
     return left * scale, right / scale[:, None]
-
-
-def shrunk(matrix: Float[Tensor, "d d"], share: float) -> Float[Tensor, "d d"]:
-    """Return ``(1 - share) M + share * mean(diag M) I``, of the same trace."""
-    identity = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
-    return (1 - share) * matrix + share * matrix.diagonal().mean() * identity
 
 
 @dataclass(frozen=True)
@@ -263,26 +256,53 @@ class LossAware(LossAwareOptions, FactorizationMethod):
         offset = weight @ mean if bias is None else weight @ mean + bias
         return LowRankFactors(left, right, tail, offset, mean)
 
+    @override
+    def remainders(self, bias: Bias, statistics: Statistics) -> Remainders:
+        """Factor changes in the metric in which losses are predicted, ``G`` as it is.
 
-def predicted_loss(factors: LowRankFactors, statistics: Statistics) -> Float[Tensor, " k_plus_1"]:
-    """Predict the increase of the loss at rank 0, 1, ..., ``k``, nats per token.
+        They are small, as the second order asks for, and ``G`` is not flattened. The roots of both
+        moments are made once for all changes, and the errors are the predicted losses.
+        """
+        factored = super().remainders(bias, statistics)
+        mean, covariance = (
+            statistics[need].double() for need in (Statistic.INPUT_MEAN, Statistic.INPUT_COVARIANCE)
+        )
+        gradient = statistics[Statistic.OUTPUT_GRADIENT].double()
+        inputs = covariance if self.centred else covariance + mean.outer(mean)
+        if not (bool(gradient.any()) and bool(inputs.any())):
+            return factored  # nothing has an effect
+        inputs = shrunk(inputs, self.input_shrinkage)
+        outputs = shrunk(gradient, PREDICTION_SHRINKAGE)
+        is_wide = len(outputs) <= len(inputs)
+        # Of the smaller side: the other one enters as it is.
+        if is_wide:
+            root = psd_cholesky(outputs, "output gradient moment").T
+        else:
+            root = psd_cholesky(inputs, "input moment")
 
-    It is ``1/2 tr(G D C D^T)``, as of :class:`LossAware`, with ``D`` the product of the directions
-    that a rank leaves out, of any method, so that all curves have one unit. ``C`` is the covariance
-    (or else the pooled one) where the factors restore the mean, else the second moment; ``G`` is
-    shrunk by 0.01. Made monotone, for directions of another metric may cancel; float64.
-    """
-    left, right = factors.left.double(), factors.right.double()
-    gradient = statistics[Statistic.OUTPUT_GRADIENT].to(left)
-    covariance = statistics.get(Statistic.INPUT_COVARIANCE)
-    if covariance is None:
-        covariance = statistics[Statistic.POOLED_INPUT_COVARIANCE]
-    outputs = left.T @ shrunk(gradient, PREDICTION_SHRINKAGE) @ left
-    inputs = right @ covariance.to(right) @ right.T
-    if factors.center is None:
-        mean = right @ statistics[Statistic.INPUT_MEAN].to(right)
-        inputs += mean.outer(mean)
-    # Of the directions that a rank leaves out: the sum over the trailing square block.
-    blocks = (outputs * inputs).flip(0, 1).cumsum(0).cumsum(1).diagonal().flip(0) / 2
-    curve = torch.cat([blocks, blocks.new_zeros(1)]).clamp_min(0.0)
-    return curve.flip(0).cummax(0).values.flip(0)
+        def leading(weight: Weight, max_rank: int) -> LowRankFactors:
+            # Of noise no digit beyond those of float32 matters, and these products take longest.
+            narrow = weight.float()
+            if is_wide:
+                moment = root @ (narrow @ inputs.float() @ narrow.T).double() @ root.T
+            else:
+                moment = root.T @ (narrow.T @ outputs.float() @ narrow).double() @ root
+            if max_rank:
+                energy, vectors = torch.linalg.eigh(moment)
+                basis = vectors.flip(-1)[:, :max_rank]
+            else:
+                energy, basis = moment.diagonal(), moment[:, :0]
+            tail = tail_sums(energy.flip(-1).clamp_min(0.0) / 2)[: max_rank + 1]
+            if is_wide:
+                left = torch.linalg.solve_triangular(root, basis, upper=True)
+                right = basis.T @ root @ weight
+            else:
+                left = weight @ (root @ basis)
+                right = torch.linalg.solve_triangular(root, basis.T, upper=False, left=False)
+            left, right = balanced(left, right)
+            if not self.centred:
+                return LowRankFactors(left, right, tail, bias, loss=tail.clone())
+            offset = weight @ mean if bias is None else weight @ mean + bias
+            return LowRankFactors(left, right, tail, offset, mean, tail.clone())
+
+        return leading

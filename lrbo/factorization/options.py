@@ -1,11 +1,31 @@
-"""The options of every factorization method, with their ranges: no tensors in here."""
+"""The options of rounding and of every factorization method, with ranges: no tensors in here."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from lrbo.config.options import ABOVE_0_TO_1, FLAG, FROM_0, FROM_0_TO_1, NAMES, Options, option
+from lrbo.config.options import (
+    ABOVE_0_TO_1,
+    FLAG,
+    FROM_0,
+    FROM_0_TO_1,
+    NAMES,
+    Options,
+    Rule,
+    one_of,
+    option,
+)
+from lrbo.layers.forms import GROUP_SIZES
+
+SIZES = Rule(
+    f"one or several of {', '.join(map(str, GROUP_SIZES))}, each once",
+    lambda v: len(v) > 0 and {*v} <= {*GROUP_SIZES} and len({*v}) == len(v),
+)
+PERCENTAGES = Rule(
+    "one or several whole numbers above 0 and below 100, each once",
+    lambda v: len(v) > 0 and all(0 < n < 100 for n in v) and len({*v}) == len(v),
+)
 
 
 @dataclass(frozen=True)
@@ -35,6 +55,24 @@ class LossAwareOptions(Options):
     output_power: float = option(0.75, FROM_0_TO_1)
     centred: bool = option(False, FLAG)
     one_sided: tuple[str, ...] = option((), NAMES)
+
+
+@dataclass(frozen=True)
+class BaseOptions(Options):
+    """How weights become integers, numbers of a codebook or a few of their entries.
+
+    Attributes:
+        method: ``"gptq"`` moves what one input leaves to the inputs to come (for sparse forms this
+            is SparseGPT), ``"nearest"`` decides on every entry alone.
+        group_sizes: Of integers: inputs that share a scale; each size is a choice of its own.
+        percentages: Of entries that sparse forms keep; each is a choice of its own.
+        damping: Added to the diagonal of the input second moment, as a share of its mean entry.
+    """
+
+    method: str = option("gptq", one_of(("gptq", "nearest")))
+    group_sizes: tuple[int, ...] = option((64,), SIZES)
+    percentages: tuple[int, ...] = option((50,), PERCENTAGES)
+    damping: float = option(0.01, ABOVE_0_TO_1)
 
 
 METHOD_OPTIONS: Mapping[str, type[Options]] = {

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,16 +21,27 @@ Integers = NDArray[np.int64]
 
 INDEX_BYTES = 4  # int32
 DENSE_FORM = "dense"
+GROUP_SIZES = (16, 32, 64, 128, 256)  # inputs that share a scale
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Which levels are offered."""
+
+    multiple: int = 1  # of ranks
+    minimum: int = 0  # of the ranks of low-rank forms
+    group_sizes: Sequence[int] = (64,)  # of quantized forms
+    percentages: Sequence[int] = (50,)  # of the entries that sparse forms keep
 
 
 class Form(ABC):
     """A family of what a unit can become: its levels, and what each of them costs."""
 
-    name: ClassVar[str]  # in space.forms, in journals and in checkpoints
+    name: str  # in space.forms, in journals and in checkpoints
 
     @abstractmethod
-    def levels(self, unit: LayerSpec, multiple: int, minimum: int) -> Integers:
-        """List the levels of a unit, from least to most: ``(n, k)``."""
+    def levels(self, unit: LayerSpec, grid: Grid) -> list[Integers]:
+        """List the levels of a unit, ``(n, k)`` each, along which no loss ever rises."""
 
     @abstractmethod
     def cost(self, unit: LayerSpec, level: Levels, *, bias: bool, itemsize: int) -> Costs:
@@ -57,8 +69,8 @@ class Dense(Form):
     name = DENSE_FORM
 
     @override
-    def levels(self, unit: LayerSpec, multiple: int, minimum: int) -> Integers:
-        return np.empty((1, 0), dtype=np.int64)
+    def levels(self, unit: LayerSpec, grid: Grid) -> list[Integers]:
+        return [np.empty((1, 0), dtype=np.int64)]
 
     @override
     def cost(self, unit: LayerSpec, level: Levels, *, bias: bool, itemsize: int) -> Costs:
@@ -79,10 +91,10 @@ class Factored(Form):
         return rank * (unit.out_features + unit.in_features), 0
 
     @override
-    def levels(self, unit: LayerSpec, multiple: int, minimum: int) -> Integers:
-        first = max(-(-minimum // multiple), 1) * multiple
-        ranks = np.arange(first, min(unit.out_features, unit.in_features) + 1, multiple)
-        return ranks[:, None].astype(np.int64)
+    def levels(self, unit: LayerSpec, grid: Grid) -> list[Integers]:
+        first = max(-(-grid.minimum // grid.multiple), 1) * grid.multiple
+        ranks = np.arange(first, min(unit.out_features, unit.in_features) + 1, grid.multiple)
+        return [ranks[:, None].astype(np.int64)]
 
     @override
     def cost(self, unit: LayerSpec, level: Levels, *, bias: bool, itemsize: int) -> Costs:
@@ -113,7 +125,218 @@ class Pivoted(Factored):
         return rank * (unit.out_features + unit.in_features) - rank * rank, unit.out_features
 
 
-FORMS: Mapping[str, Form] = {form.name: form for form in (Dense(), Factored(), Pivoted())}
+class Based(Form):
+    """A base that stands for the whole weight, and a low rank of what it leaves.
+
+    A level is that of the base, and the rank last. Both factors are integers of 8 bits, with one
+    scale per rank: what they repair is far larger than their rounding.
+    """
+
+    @abstractmethod
+    def bases(self, grid: Grid) -> list[Level]:
+        """List the levels of the base."""
+
+    @abstractmethod
+    def base_cost(self, out_features: int, in_features: int, base: Levels, itemsize: int) -> Costs:
+        """Return parameters, bytes and multiply-adds per token of a base alone."""
+
+    @abstractmethod
+    def base_problem(self, out_features: int, in_features: int, base: Level) -> str | None:
+        """Explain, after "needs", why a shape cannot have a base; ``None`` where it can."""
+
+    @abstractmethod
+    def base_label(self, base: Level) -> str:
+        """Name a base for readers."""
+
+    def largest_rank(self, out_features: int, in_features: int) -> int:
+        """Return the largest rank that is offered.
+
+        An eighth of a square layer's rank costs two bits per weight: a wider base is always cheaper
+        than more.
+        """
+        return min(out_features, in_features) // 8
+
+    @override
+    def levels(self, unit: LayerSpec, grid: Grid) -> list[Integers]:
+        shape = unit.out_features, unit.in_features
+        ranks = np.arange(0, self.largest_rank(*shape) + 1, grid.multiple, dtype=np.int64)
+        return [
+            np.column_stack([*(np.full_like(ranks, number) for number in base), ranks])
+            for base in self.bases(grid)
+            if self.base_problem(*shape, base) is None
+        ]
+
+    @override
+    def cost(self, unit: LayerSpec, level: Levels, *, bias: bool, itemsize: int) -> Costs:
+        *base, rank = level
+        shape = unit.out_features, unit.in_features
+        parameters, size, macs = self.base_cost(*shape, tuple(base), itemsize)
+        factors, biases = rank * sum(shape), unit.out_features if bias else 0
+        size += factors + itemsize * (rank + biases)
+        return parameters + factors + biases, size, macs + factors
+
+    @override
+    def problem(self, out_features: int, in_features: int, level: Level) -> str | None:
+        largest = self.largest_rank(out_features, in_features)
+        width = len(self.bases(Grid())[0]) + 1
+        if len(level) != width or not 0 <= level[-1] <= largest:
+            numbers = "one number" if width == 1 else f"{width} numbers"
+            reason = f"has {numbers}, the last a rank from 0 to {largest}"
+        elif (needs := self.base_problem(out_features, in_features, level[:-1])) is not None:
+            reason = f"needs {needs}"
+        else:
+            return None
+        return f"{self.name} {reason}, got {list(level)}"
+
+    @override
+    def label(self, level: Level) -> str:
+        base = self.base_label(level[:-1])
+        return f"{base}, rank {level[-1]}" if level[-1] else base
+
+
+@dataclass(frozen=True)
+class Quantized(Based):
+    """Integers of a few bits with a scale per group of inputs; the base has a group size.
+
+    Each group of each row has a scale, of the model's dtype, and a zero point in a byte unless it
+    is symmetric.
+    """
+
+    bits: int
+    symmetric: bool = False
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """For example ``"int4"`` or ``"int4_sym"``."""
+        return f"int{self.bits}{'_sym' if self.symmetric else ''}"
+
+    @override
+    def largest_rank(self, out_features: int, in_features: int) -> int:
+        # Eight bits leave nothing.
+        return 0 if self.bits == 8 else super().largest_rank(out_features, in_features)
+
+    @override
+    def bases(self, grid: Grid) -> list[Level]:
+        return [(size,) for size in grid.group_sizes]
+
+    @override
+    def base_cost(self, out_features: int, in_features: int, base: Levels, itemsize: int) -> Costs:
+        (size,) = base
+        dense, groups = out_features * in_features, in_features // size
+        per_group = itemsize + (0 if self.symmetric else 1)
+        return dense, dense * self.bits // 8 + out_features * groups * per_group, dense
+
+    @override
+    def base_problem(self, out_features: int, in_features: int, base: Level) -> str | None:
+        if base[0] in GROUP_SIZES and in_features % base[0] == 0:
+            return None
+        sizes = ", ".join(map(str, GROUP_SIZES))
+        return f"groups of {sizes} that divide {in_features} inputs"
+
+    @override
+    def base_label(self, base: Level) -> str:
+        return f"{self.bits} bit, groups of {base[0]}"
+
+
+@dataclass(frozen=True)
+class Codebook(Based):
+    """Each row has numbers of its own, as many as a few bits can name, and their indices.
+
+    The shared values of SqueezeLLM (Kim et al., ICML 2024) and SpaLLM (2024).
+    """
+
+    bits: int
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """For example ``"lut4"``."""
+        return f"lut{self.bits}"
+
+    @override
+    def bases(self, grid: Grid) -> list[Level]:
+        return [()]
+
+    @override
+    def base_cost(self, out_features: int, in_features: int, base: Levels, itemsize: int) -> Costs:
+        dense = out_features * in_features
+        return dense, dense * self.bits // 8 + out_features * 2**self.bits * itemsize, dense
+
+    @override
+    def base_problem(self, out_features: int, in_features: int, base: Level) -> str | None:
+        return None if in_features % 8 == 0 else f"a multiple of 8 inputs, not {in_features}"
+
+    @override
+    def base_label(self, base: Level) -> str:
+        return f"{self.bits} bit of a codebook"
+
+
+class SemiStructured(Based):
+    """Two of every four inputs of a row, with two bits for the place of each: 2:4 sparsity."""
+
+    name = "sparse_2_4"
+
+    @override
+    def bases(self, grid: Grid) -> list[Level]:
+        return [()]
+
+    @override
+    def base_cost(self, out_features: int, in_features: int, base: Levels, itemsize: int) -> Costs:
+        kept = out_features * in_features // 2
+        return kept, kept * itemsize + kept // 4, 2 * kept  # multiplied as dense
+
+    @override
+    def base_problem(self, out_features: int, in_features: int, base: Level) -> str | None:
+        return None if in_features % 8 == 0 else f"a multiple of 8 inputs, not {in_features}"
+
+    @override
+    def base_label(self, base: Level) -> str:
+        return "2:4 sparse"
+
+
+class Sparse(Based):
+    """A percentage of the entries of every row, with a bit for every entry that there was."""
+
+    name = "sparse"
+
+    @override
+    def bases(self, grid: Grid) -> list[Level]:
+        return [(percent,) for percent in grid.percentages]
+
+    @staticmethod
+    def kept(in_features: int, percent: Any) -> Any:
+        """Return the entries of a row that are kept; arrays are taken too."""
+        return in_features * percent // 100
+
+    @override
+    def base_cost(self, out_features: int, in_features: int, base: Levels, itemsize: int) -> Costs:
+        kept = out_features * self.kept(in_features, base[0])
+        dense = out_features * in_features
+        return kept, kept * itemsize + dense // 8, dense  # multiplied as dense
+
+    @override
+    def base_problem(self, out_features: int, in_features: int, base: Level) -> str | None:
+        if not 0 < base[0] < 100:
+            return "a percentage above 0 and below 100"
+        if not self.kept(in_features, base[0]):
+            return f"a percentage that keeps one of {in_features} inputs"
+        return None if in_features % 8 == 0 else f"a multiple of 8 inputs, not {in_features}"
+
+    @override
+    def base_label(self, base: Level) -> str:
+        return f"{base[0]}% sparse entries"
+
+
+BITS = (8, 4, 3, 2)
+_FORMS: tuple[Form, ...] = (
+    Dense(),
+    Factored(),
+    Pivoted(),
+    *(Quantized(bits, symmetric) for symmetric in (False, True) for bits in BITS),
+    *(Codebook(bits) for bits in (4, 3)),
+    SemiStructured(),
+    Sparse(),
+)
+FORMS: Mapping[str, Form] = {form.name: form for form in _FORMS}
 
 
 def form_named(name: str) -> Form:

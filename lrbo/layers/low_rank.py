@@ -60,34 +60,38 @@ class FormModule(nn.Module, ABC):
         self.out_features, self.in_features, self.rank = out_features, in_features, rank
         self.register_buffer("weight", no_weight(like))
 
+    @abstractmethod
+    def dense_weight(self) -> Float[Tensor, "out in"]:
+        """Return the dense weight that the layer stands for, in float64."""
+
+
+class ProductModule(FormModule):
+    """A linear layer that is a product of two thin matrices, in one form or another."""
+
     @classmethod
     @abstractmethod
     def of_product(
         cls, name: str, left: Left, right: Right, bias_for: BiasFor, dtype: torch.dtype
-    ) -> FormModule:
+    ) -> ProductModule:
         """Return the layer ``name`` as it is stored: a product, rounded to a dtype once."""
 
     @classmethod
     @abstractmethod
-    def stand_in(cls, name: str, left: Left, right: Right, bias: Bias) -> FormModule:
+    def stand_in(cls, name: str, left: Left, right: Right, bias: Bias) -> ProductModule:
         """Return, at once, a layer that takes as long as the stored one; its outputs may differ."""
 
     @classmethod
     def empty(
         cls, name: str, out_features: int, in_features: int, level: Level, *, bias: bool
-    ) -> FormModule:
+    ) -> ProductModule:
         """Return a layer on the meta device, for weights to be loaded into; its level is a rank."""
         (rank,) = level
         with torch.device("meta"):
             left, right = torch.empty(out_features, rank), torch.empty(rank, in_features)
             return cls.stand_in(name, left, right, torch.empty(out_features) if bias else None)
 
-    @abstractmethod
-    def dense_weight(self) -> Float[Tensor, "out in"]:
-        """Return the dense weight that the layer stands for, in float64."""
 
-
-class LowRankLinear(FormModule):
+class LowRankLinear(ProductModule):
     """x -> left(right(x)): two nn.Linear, so that dtype and device moves and adapters just work."""
 
     def __init__(self, left: Left, right: Right, bias: Bias) -> None:

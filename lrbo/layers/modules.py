@@ -4,12 +4,42 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from torch import nn
+from torch import Tensor, nn
 
-from lrbo.layers.low_rank import FormModule, LowRankLinear
+from lrbo.layers.based import BasedLinear, parameters_in
+from lrbo.layers.forms import Based, form_named
+from lrbo.layers.low_rank import FormModule, LowRankLinear, ProductModule
+from lrbo.layers.options import Option
 from lrbo.layers.pivoted import PivotedLinear
 
-MODULES: Mapping[str, type[FormModule]] = {"factored": LowRankLinear, "pivoted": PivotedLinear}
+PRODUCTS: Mapping[str, type[ProductModule]]
+PRODUCTS = {"factored": LowRankLinear, "pivoted": PivotedLinear}
+
+
+def empty_module(
+    name: str, option: Option, out_features: int, in_features: int, *, bias: bool
+) -> FormModule:
+    """Return the layer of an option on the meta device, for weights to be loaded into."""
+    form = form_named(option.form)
+    if isinstance(form, Based):
+        return BasedLinear.on_meta(form, out_features, in_features, option.level, bias=bias)
+    kind = PRODUCTS[option.form]
+    return kind.empty(name, out_features, in_features, option.level, bias=bias)
+
+
+def parameters_of(option: Option, tensors: Mapping[str, Tensor]) -> int:
+    """Count the parameters in the tensors of a unit, by their names in its module."""
+    form = form_named(option.form)
+    if isinstance(form, Based):
+        return parameters_in(form, tensors)
+    return sum(each.numel() for each in tensors.values() if each.is_floating_point())
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Count the parameters of a layer, those of a base among them, which are no floats."""
+    if isinstance(module, BasedLinear):
+        return parameters_in(module.form, module.state_dict())
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def low_rank_layers(model: nn.Module) -> dict[str, FormModule]:

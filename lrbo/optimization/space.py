@@ -18,11 +18,12 @@ from lrbo.allocation.allocate import (
     allocate_by_loss,
     dense_cost,
     smallest_cost,
+    widest,
 )
 from lrbo.allocation.transfer import Donor, transferred_ratios
 from lrbo.config.choices import KEEP_RATIO
 from lrbo.errors import BudgetError
-from lrbo.factorization.factors import LowRankFactors
+from lrbo.factorization.prepared import Prepared
 from lrbo.layers.options import Budget, Cost, Losses, Menu
 from lrbo.models.specs import LayerSpec
 from lrbo.trials.records import Origin
@@ -70,14 +71,14 @@ class Problem:
         budget = Budget.keeping(keep_ratio, self.dense_cost, self.budget.measure)
         return replace(self, budget=budget)
 
-    def with_losses(self, prepared: Mapping[str, LowRankFactors]) -> Problem:
+    def with_losses(self, prepared: Mapping[str, Prepared]) -> Problem:
         """Return the problem with predicted losses, or itself if there are none."""
         menus = {}
         for name, menu in self.menus.items():
             if name not in prepared:  # it can only be dense
                 menus[name] = menu.only_dense()
                 continue
-            losses = [prepared[name].losses(section.levels) for section in menu.sections[:-1]]
+            losses = [prepared[name].losses(section) for section in menu.sections[:-1]]
             known = [each for each in losses if each is not None]
             if len(known) < len(losses):
                 return self
@@ -99,7 +100,14 @@ class Problem:
         return allocate_by_loss(self.menus, self.budget, losses=losses, dense=self.dense)
 
     def uniform(self) -> Allocation:
-        """Return the baseline: one wished ratio for all units, also those a search keeps dense."""
+        """Return the baseline: one choice for all units, also those that a search keeps dense.
+
+        The widest integers that the budget allows everywhere; one wished ratio where it allows
+        none.
+        """
+        alike = widest(self.menus, self.budget)
+        if alike is not None:
+            return alike
         return allocate(dict.fromkeys(self.menus, 1.0), self.menus, self.budget)
 
     def require_feasible(self, lower: float = 0.0, *, relief: str) -> None:

@@ -12,10 +12,13 @@ import numpy as np
 
 from lrbo.allocation.allocate import Allocation
 from lrbo.errors import ConfigError
+from lrbo.layers.forms import Based, form_named
+from lrbo.layers.options import Losses, Menu
 from lrbo.models.specs import LayerSpec
 from lrbo.optimization.space import LinearConstraint, Point, Problem, Space
 
 EXPONENT = "exponent"
+REPAIR = "form.repair"  # of what integers leave, by a low rank
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,7 @@ class SpaceSettings:
     depth_groups: int = 1  # parts of consecutive blocks, each with ratios of its own
     start: Mapping[str, Any] = field(default_factory=dict)  # ratios by group, or one per part
     knots: int = 3  # weights over depth: none, or at least 2
+    form_weights: bool = True  # whether families of forms, if several, have variables
     exponent: bool = True  # whether the power of the predicted losses is a variable
 
 
@@ -132,11 +136,13 @@ class WeightSpace(Space):
     """Distortions of predicted losses around the analytic allocation, under a budget.
 
     A point distorts the predicted losses ``E_u(o)`` of the options of units, and the allocation is
-    the one of least summed distorted loss ``exp(kind + depth) * E_u(o) ** exp(exponent)``: at the
-    origin, the analytic allocation. Every point uses the budget up.
+    the one of least summed distorted loss ``exp(kind + depth + form) * E_u(o) ** exp(exponent)``:
+    at the origin, the analytic allocation. Every point uses the budget up.
 
     There is a variable ``kind.GROUP`` for each group, and ``depth.0``, ``depth.1``, ... for each
-    knot, at equal distances from the first block to the last, linear in between.
+    knot, at equal distances from the first block to the last, linear in between. Where forms differ
+    in what they are, there is a variable ``form.NAME`` for each, and ``form.repair`` for integers
+    with a rank: predictions of different families err differently.
     """
 
     groups: Mapping[str, str]  # by searched unit
@@ -150,15 +156,26 @@ class WeightSpace(Space):
         blocks = max((unit.block or 0 for unit in self.problem.units), default=0)
         depths = np.linspace(0.0, 1.0, self.knots)
         heights = [point[f"depth.{knot}"] for knot in range(self.knots)]
-        distorted = {}
+        distorted: dict[str, Losses] = {}
         for name, group in self.groups.items():
             menu = self.problem.menus[name]
             assert menu.losses is not None
             depth = (menu.unit.block or 0) / max(blocks, 1)
             weight = point[f"kind.{group}"]
             weight += float(np.interp(depth, depths, heights)) if self.knots else 0.0
-            distorted[name] = math.exp(weight) * menu.losses**power
+            factors = np.exp(weight + self._form_weights(menu, point))
+            distorted[name] = factors * menu.losses**power
         return self.problem.by_loss(distorted)
+
+    def _form_weights(self, menu: Menu, point: Point) -> Losses:
+        """Return what the options of a menu weigh by their form, ``(n,)``."""
+        parts = []
+        for section in menu.sections:
+            own = np.full(len(section.levels), point.get(f"form.{family_of(section.form)}", 0.0))
+            if isinstance(form_named(section.form), Based):
+                own[section.levels[:, -1] > 0] += point.get(REPAIR, 0.0)
+            parts.append(own)
+        return np.concatenate(parts)
 
     def analytic_point(self) -> Point:
         """Return the origin."""
@@ -183,8 +200,23 @@ def build_weight_space(problem: Problem, settings: SpaceSettings) -> WeightSpace
     names = [f"kind.{group}" for group in dict.fromkeys(groups_of.values())]
     names += [f"depth.{knot}" for knot in range(settings.knots)]
     names += [EXPONENT] if settings.exponent else []
+    names += form_variables(problem) if settings.form_weights else []
     low, high = settings.bounds
     return WeightSpace(problem, dict.fromkeys(names, (low, high)), groups_of, settings.knots)
+
+
+def family_of(form: str) -> str:
+    """Return the name that forms of one function share: all low-rank forms are one."""
+    return form if isinstance(form_named(form), Based) else "low_rank"
+
+
+def form_variables(problem: Problem) -> list[str]:
+    """Return a variable per family of forms, if there are several, and one for repair."""
+    forms = dict.fromkeys(s.form for menu in problem.menus.values() for s in menu.sections[:-1])
+    families = list(dict.fromkeys(map(family_of, forms)))
+    if len(families) < 2:
+        return []
+    return [*(f"form.{family}" for family in families), REPAIR]
 
 
 def _grouped(

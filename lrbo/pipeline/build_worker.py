@@ -22,14 +22,14 @@ from lrbo.config.choices import STEPS
 from lrbo.config.saved import from_yaml, to_yaml
 from lrbo.errors import ModelError, StudyError
 from lrbo.evaluation.timing import TimingSettings
-from lrbo.factorization.factors import LowRankFactors
+from lrbo.factorization.prepared import Prepared
 from lrbo.models.devices import dtype_name, resolve_device
 from lrbo.models.parameters import fingerprint
 from lrbo.optimization.space import Space
 from lrbo.pipeline.choose_windows import choose_windows
 from lrbo.pipeline.planning import SOURCES, Plan, plan_search, tokens_file
 from lrbo.pipeline.prepare import without_effect
-from lrbo.pipeline.search_space import largest_ranks, menus_of
+from lrbo.pipeline.search_space import base_options, largest_ranks, menus_of
 from lrbo.progress import PlainConsole, Reporter
 from lrbo.study.journal import Study
 from lrbo.study.study_record import StudyRecord
@@ -74,7 +74,13 @@ def build_worker(plan: Plan, study: Study, reporter: Reporter) -> Worker:
     if idle := without_effect(plan.layers, stored):
         reporter.say(idle)
     # The file serves every form, and some use few of its directions.
-    menus = menus_of(plan.layers.compressible, config.space.forms, plan.method, dtype)
+    menus = menus_of(
+        plan.layers.compressible,
+        config.space.forms,
+        plan.method,
+        plan.stored_dtype,
+        options=base_options(config),
+    )
     ranks = largest_ranks(menus, plan.space.problem.budget.measure)
     prepared = on_device(model, stored, ranks)
     if config.evaluation.pool_tokens is not None and not study.state.selection:
@@ -91,6 +97,7 @@ def build_worker(plan: Plan, study: Study, reporter: Reporter) -> Worker:
     return Worker(
         model=model,
         layers=plan.layers,
+        itemsize=plan.stored_dtype.itemsize,
         prepared=prepared,
         windows=plan.windows["validation"].examples,
         dense=_dense_reference(plan, model, study, reporter),
@@ -157,6 +164,7 @@ def _about(plan: Plan, digest: str, device: torch.device) -> dict[str, Any]:
         "study_id": uuid.uuid4().hex,
         "model_fingerprint": digest,
         "dtype": dtype_name(plan.dtype),
+        "stored_dtype": dtype_name(plan.stored_dtype),
         "device": str(device),
         "data": {
             role: {"text": w.text, "windows": len(w.examples), "digest": w.digest}
@@ -172,7 +180,7 @@ def informed_space(
     plan: Plan,
     study: StudyRecord,
     model: PreTrainedModel,
-    factors: Mapping[str, LowRankFactors],
+    factors: Mapping[str, Prepared],
     reporter: Reporter,
 ) -> Space:
     """The space with predicted losses, checked against the model once per study."""
@@ -186,7 +194,7 @@ def check_predictions(
     plan: Plan,
     file: Path,
     model: PreTrainedModel,
-    factors: Mapping[str, LowRankFactors],
+    factors: Mapping[str, Prepared],
     reporter: Reporter,
 ) -> None:
     """Measure what some layers cost alone, to say how well single layers are predicted.
@@ -200,7 +208,7 @@ def check_predictions(
     """
     sizes, layers, task = plan.config.sensitivity, plan.layers, plan.task
     settings = SensitivitySettings(sizes.layers_per_kind, sizes.ranks, sizes.windows)
-    if not settings.layers_per_kind or all(each.loss is None for each in factors.values()):
+    if not settings.layers_per_kind or not plan.space.problem.with_losses(factors).is_predicted:
         return
     if file.exists():
         if not file.is_file():
@@ -211,10 +219,10 @@ def check_predictions(
         except StudyError as error:
             reporter.say(f"{error}; it is measured again")
     body, windows = task.segments(model), plan.windows["calibration"].examples
-    count = len(points_of(layers.compressible, factors, settings))
-    with reporter.step("Loss of layers", count, "points") as advance:
+    points = points_of(layers.compressible, factors, plan.space.problem.menus, settings)
+    with reporter.step("Loss of layers", len(points), "points") as advance:
         measured = measure_losses(
-            body, layers, factors, windows, settings, task=task, on_point=advance
+            body, points, factors, windows, settings, task=task, on_point=advance
         )
     calibration = LossCalibration(tuple(measured))
     calibration.save(file)

@@ -24,7 +24,7 @@ from lrbo.config.schema import (
     SearchConfig,
 )
 from lrbo.errors import ConfigError, cut
-from lrbo.factorization.options import METHOD_OPTIONS
+from lrbo.factorization.options import METHOD_OPTIONS, BaseOptions
 from lrbo.files import paths
 from lrbo.files.atomic import CACHED, cache_folder
 from lrbo.layers.forms import DENSE_FORM, FORMS
@@ -66,6 +66,9 @@ def _check_names(config: Config) -> list[str]:
             f"space.forms={forms}: expected some of {', '.join(FORMS)}, each once, and one beside "
             "dense"
         )
+    problems += check_options(
+        "bases", {"name": "bases", **vars(config.bases)}, {"bases": BaseOptions}
+    )
     registry = sys.modules.get("lrbo.factorization.registry")  # whose import takes seconds
     added = {} if registry is None else registry.METHODS  # also those of a program
     return problems + check_options("method", config.method, {**METHOD_OPTIONS, **added})

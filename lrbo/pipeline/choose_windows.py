@@ -15,7 +15,8 @@ from lrbo.allocation.apply import compressed
 from lrbo.config.schema import windows_of
 from lrbo.data.windows import RoleExamples
 from lrbo.errors import NonFiniteError, StudyError
-from lrbo.factorization.factors import Buffers, LowRankFactors
+from lrbo.factorization.factors import Buffers
+from lrbo.factorization.prepared import Prepared
 from lrbo.optimization.space import Space, sobol_point
 from lrbo.pipeline.planning import Plan
 from lrbo.progress import Reporter
@@ -84,7 +85,7 @@ def choose_windows(
     study: Study,
     space: Space,
     model: PreTrainedModel,
-    prepared: Mapping[str, LowRankFactors],
+    prepared: Mapping[str, Prepared],
     reporter: Reporter,
 ) -> RoleExamples:
     """Choose the validation windows of the pool that rank allocations as all of it does, by loss.

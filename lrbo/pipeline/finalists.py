@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from lrbo.allocation.apply import compressed, on_device
 from lrbo.config.schema import RefitConfig
 from lrbo.data.windows import Role
-from lrbo.factorization.factors import LowRankFactors
+from lrbo.factorization.prepared import Prepared
 from lrbo.models.devices import resolve_device
 from lrbo.pipeline import build_worker, planning
 from lrbo.progress import Reporter
@@ -31,7 +31,7 @@ class Finalist:
     """
 
     record: TrialRecord
-    factors: Mapping[str, LowRankFactors]
+    factors: Mapping[str, Prepared]
     loss: float
     test_loss: float | None
     refit: dict[str, Any] | None
@@ -66,7 +66,7 @@ def finalist(
     statistics = plan.preparation.statistics(digest, dtype, reporter, model)
     metric = output_metric(plan.layers, statistics, config.output_power)
     loss, record, rows = math.inf, records[0], []
-    solved: Mapping[str, LowRankFactors] = factors
+    solved: Mapping[str, Prepared] = factors
     for candidate in records:
         row, its_loss, its_factors = _solve(
             plan, model, candidate, factors, metric, config, reporter
@@ -86,11 +86,11 @@ def _solve(
     plan: planning.Plan,
     model: PreTrainedModel,
     record: TrialRecord,
-    factors: Mapping[str, LowRankFactors],
+    factors: Mapping[str, Prepared],
     metric: Metric,
     config: RefitConfig,
     reporter: Reporter,
-) -> tuple[dict[str, Any], float, Mapping[str, LowRankFactors]]:
+) -> tuple[dict[str, Any], float, Mapping[str, Prepared]]:
     """Solve one trial again; return its row of the report, and loss and factors of the better."""
     allocation, calibration = record.request.allocation, plan.config.calibration
     settings = RefitSettings(
@@ -117,8 +117,9 @@ def _solve(
         )
     minimized = plan.task.record.minimized
     before = record.metrics[minimized.name]  # the same model, text and factors
-    after = _loss(plan, model, record, solved.factors, reporter, "validation")
-    taken = sum(row.accepted for row in solved.report)
+    together = {**factors, **solved.factors}
+    after = _loss(plan, model, record, together, reporter, "validation")
+    taken, count = sum(row.accepted for row in solved.report), len(solved.report)
     better = after < before
     ending = "" if better else "; it is not better, so the factors of the trial are kept"
     reporter.say(
@@ -132,14 +133,14 @@ def _solve(
         "validation_loss_before": before,
         "validation_loss_after": after,
     }
-    return (row, after, solved.factors) if better else (row, before, factors)
+    return (row, after, together) if better else (row, before, factors)
 
 
 def _loss(
     plan: planning.Plan,
     model: PreTrainedModel,
     record: TrialRecord,
-    factors: Mapping[str, LowRankFactors],
+    factors: Mapping[str, Prepared],
     reporter: Reporter,
     role: Role,
 ) -> float:

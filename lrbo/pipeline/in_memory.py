@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -19,7 +19,9 @@ from lrbo.calibration.statistics import GRADIENT_STATISTICS, Statistic
 from lrbo.checkpoints import export
 from lrbo.errors import BudgetError, ConfigError, ModelError, StatisticsError
 from lrbo.factorization.base import FactorizationMethod
-from lrbo.factorization.factors import LowRankFactors
+from lrbo.factorization.base_plan import BasePlan
+from lrbo.factorization.options import BaseOptions
+from lrbo.factorization.prepared import Prepared
 from lrbo.factorization.registry import method_named
 from lrbo.layers.forms import DENSE_FORM, FORMS, form_named
 from lrbo.layers.options import MEASURES, Budget, Measure, ModelAccount, account, as_stored
@@ -30,7 +32,7 @@ from lrbo.models.specs import ModelMap
 from lrbo.optimization.space import Problem
 from lrbo.pipeline import memory_checks
 from lrbo.pipeline.prepare import curve_needs, factors_by_block, statistics_by_block, without_effect
-from lrbo.pipeline.search_space import menus_of
+from lrbo.pipeline.search_space import menus_of, without_bases
 from lrbo.progress import PlainConsole, Reporter
 from lrbo.study.versions import versions
 from lrbo.tasks.causal_lm import CausalLM
@@ -100,6 +102,7 @@ def factorize(
     method: Method = "loss_aware",
     *,
     forms: str | Sequence[str] = "pivoted",
+    bases: BaseOptions | None = None,
     progress: bool = True,
 ) -> Factorization:
     """Factor every layer of a model's blocks once, so that each rank is a prefix of the factors.
@@ -110,10 +113,13 @@ def factorize(
         method: Name or object.
         forms: What a layer may become, beside dense: one name or several. The first is that of
             uniform allocations.
+        bases: How the bases of forms that have one are made; by default by GPTQ, integers in
+            groups of 64.
         progress: Show progress on stderr.
 
     Raises:
-        ConfigError: If there is no method or form of that name.
+        ConfigError: If there is no method or form of that name, or a layer cannot
+            have one.
         ModelError: If the family is unknown, or the model is compressed or was not calibrated.
         StatisticsError: If the calibration lacks what the method needs, or does not suit a layer.
     """
@@ -141,14 +147,19 @@ def factorize(
             "expected the same weights: statistics of one model say nothing of another. Gather "
             f"those of this one with {call}"
         )
-    factors: dict[str, LowRankFactors] = {}
-    for part in factors_by_block(model, layers, how, statistics, _reporter(progress)):
+    options = bases or BaseOptions()
+    if problems := without_bases(layers.compressible, names, options):
+        raise ConfigError(problems)
+    factors: dict[str, Prepared] = {}
+    plan, reporter = BasePlan.of(names, options), _reporter(progress)
+    parts = factors_by_block(model, layers, how, statistics, reporter, bases=plan)
+    for part in parts:
         factors |= part
     if idle := without_effect(layers, factors):
         warnings.warn(idle, NoEffectWarning, stacklevel=2)
     inside = {spec.name for spec in layers.compressible}
     own = {n: v for n, v in weight_samples(model).items() if n.rpartition(".")[0] in inside}
-    return Factorization(layers, how, names, factors, model.dtype, own)
+    return Factorization(layers, how, names, factors, model.dtype, own, options)
 
 
 def score(
@@ -190,9 +201,10 @@ class Factorization:
     layers: ModelMap
     method: FactorizationMethod
     forms: tuple[str, ...]
-    factors: Mapping[str, LowRankFactors]
+    factors: Mapping[str, Prepared]
     dtype: torch.dtype
     weights: Mapping[str, Tensor]
+    bases: BaseOptions = field(default_factory=BaseOptions)
 
     def __repr__(self) -> str:
         """Layers, method and forms, without the elements."""
@@ -332,7 +344,12 @@ class Factorization:
         if measure not in MEASURES:
             raise ConfigError([f"measure={measure!r}: expected {' or '.join(MEASURES)}"])
         menus = menus_of(
-            self.layers.compressible, self.forms, self.method, self.dtype, multiple=rank_multiple
+            self.layers.compressible,
+            self.forms,
+            self.method,
+            self.dtype,
+            multiple=rank_multiple,
+            options=self.bases,
         )
         return Problem(menus, Budget.keeping(keep_ratio, dense_cost(menus), measure))
 

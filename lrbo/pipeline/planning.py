@@ -25,6 +25,7 @@ from lrbo.data.windows import (
 )
 from lrbo.errors import BudgetError, Collecting, ConfigError, DataError, ModelError, StudyError
 from lrbo.factorization.base import FactorizationMethod
+from lrbo.factorization.base_plan import BasePlan
 from lrbo.factorization.registry import method_named
 from lrbo.models.devices import dtype_name, resolve_device, resolve_dtype
 from lrbo.models.loading import load_tokenizer
@@ -32,7 +33,7 @@ from lrbo.models.sources import ModelSource
 from lrbo.models.specs import ModelMap
 from lrbo.optimization.space import STARTS, Space, Start
 from lrbo.pipeline.prepare import Preparation, curve_needs
-from lrbo.pipeline.search_space import build_search_space, build_starts
+from lrbo.pipeline.search_space import base_options, build_search_space, build_starts
 from lrbo.progress import Reporter
 from lrbo.study.journal import Study
 from lrbo.study.study_record import follows
@@ -63,7 +64,8 @@ SOURCES: MutableMapping[str, ExampleSource] = {
 class Plan:
     """What a search needs and can know before a model is loaded.
 
-    The model runs in ``dtype``, in which bytes are counted; ``windows`` are examples.
+    The model runs in ``dtype``; bytes are counted in ``stored_dtype``, that of its files, in which
+    a checkpoint is written. ``windows`` are examples.
     """
 
     config: SearchConfig
@@ -72,6 +74,7 @@ class Plan:
     method: FactorizationMethod
     task: ModelTask
     dtype: torch.dtype
+    stored_dtype: torch.dtype
     space: Space
     windows: Mapping[Role, RoleExamples]
     starts: tuple[Start, ...] = STARTS
@@ -81,9 +84,12 @@ class Plan:
         """What statistics and factors depend on."""
         settings = CalibrationSettings(**vars(self.config.calibration), seed=self.config.seed)
         needs = curve_needs(self.method) if self.config.sensitivity.enabled else self.method.needs
+        bases = BasePlan.of(self.config.space.forms, base_options(self.config))
+        if bases is not None:
+            needs |= bases.needs
         windows = self.windows["calibration"].examples
         return Preparation(
-            self.source, self.layers, self.method, needs, windows, settings, self.task
+            self.source, self.layers, self.method, needs, windows, settings, self.task, bases
         )
 
     @property
@@ -96,7 +102,7 @@ class Plan:
     def follows(self) -> dict[str, Any]:
         """The part of ``study.json`` that follows from configuration and model."""
         return {
-            **follows(self.config, self.layers.compressible, dtype_name(self.dtype)),
+            **follows(self.config, self.layers.compressible, dtype_name(self.stored_dtype)),
             "model_parameters": self.layers.parameters,
             "added_biases": self.added_biases,
             "layers": [asdict(spec) for spec in self.layers.layers],
@@ -158,12 +164,13 @@ def plan_search(config: SearchConfig, study: Study, problems: list[str]) -> Plan
             f"latency.enabled=true: prefill and decoding of language models are timed, and "
             f"task={config.task} has neither"
         )
-    layers = space = windows = skeleton = None
+    layers = space = windows = skeleton = stored = None
     starts: tuple[Start, ...] = ()
     with Collecting(problems, ConfigError, ModelError, BudgetError):
         skeleton = task.skeleton(source)
         layers = task.map(skeleton)
-        space = build_search_space(config, layers.compressible, method, dtype)
+        stored = skeleton.dtype
+        space = build_search_space(config, layers.compressible, method, stored)
     if layers is not None:
         donors = study.about.donors if study.exists else ()
         with Collecting(problems, ConfigError):
@@ -173,9 +180,9 @@ def plan_search(config: SearchConfig, study: Study, problems: list[str]) -> Plan
     if skeleton is not None and windows is not None:
         examples = {f"data.{role}": each.examples for role, each in windows.items()}
         problems += task.problems(skeleton, config.model.name, examples)
-    if layers is None or space is None or windows is None or problems:
+    if layers is None or stored is None or space is None or windows is None or problems:
         raise ConfigError(problems)
-    plan = Plan(config, source, layers, method, task, dtype, space, windows, starts)
+    plan = Plan(config, source, layers, method, task, dtype, stored, space, windows, starts)
     about: Mapping[str, Any] = study.about.fields if study.exists else {}
     others = [key for key, value in plan.follows.items() if about and about[key] != value]
     if others:

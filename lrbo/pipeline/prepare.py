@@ -13,6 +13,7 @@ from lrbo.calibration.cache import CalibrationFolder, calibration_fingerprint, s
 from lrbo.calibration.collect import Calibration, CalibrationSettings, StatisticsByOwner, calibrate
 from lrbo.calibration.statistics import GRADIENT_STATISTICS, Statistic
 from lrbo.factorization.base import FactorizationMethod
+from lrbo.factorization.base_plan import BasePlan
 from lrbo.factorization.cache import (
     LayerStatistics,
     factor_model,
@@ -20,7 +21,7 @@ from lrbo.factorization.cache import (
     load_factors,
     save_factors,
 )
-from lrbo.factorization.factors import LowRankFactors
+from lrbo.factorization.prepared import Prepared
 from lrbo.files.atomic import cache_folder
 from lrbo.files.caches import cached
 from lrbo.models.sources import ModelSource
@@ -33,8 +34,9 @@ from lrbo.tasks.model_task import ModelTask
 class Preparation:
     """What statistics and factors depend on, beside the model's weights.
 
-    ``needs`` are those of the method, and of loss curves if wanted; ``windows`` are calibration
-    examples. In methods, ``digest`` is the model's fingerprint, ``dtype`` that of the loaded model.
+    ``needs`` are those of the method, of bases, and of loss curves if wanted; ``windows`` are
+    calibration examples. In methods, ``digest`` is the model's fingerprint, ``dtype`` that of the
+    loaded model.
     """
 
     source: ModelSource
@@ -44,6 +46,7 @@ class Preparation:
     windows: Any
     settings: CalibrationSettings
     task: ModelTask
+    bases: BasePlan | None = None
 
     def statistics(
         self, digest: str, dtype: torch.dtype, reporter: Reporter, model: PreTrainedModel
@@ -69,13 +72,14 @@ class Preparation:
         device: torch.device,
         reporter: Reporter,
         model: PreTrainedModel | None = None,
-    ) -> dict[str, LowRankFactors]:
+    ) -> dict[str, Prepared]:
         """Load the factors of a model from the cache, or make them; float32 on the CPU.
 
         Files that are read back stay memory-mapped, so they cost memory only where they are used.
         ``model=None`` loads it on the device only if something is to be made.
         """
-        name = factors_fingerprint(digest, self._calibration(digest, dtype), self.method)
+        calibration = self._calibration(digest, dtype)
+        name = factors_fingerprint(digest, calibration, self.method, self.bases)
         folder = cache_folder() / "factors" / name
 
         def make() -> None:
@@ -86,6 +90,7 @@ class Preparation:
                 self.method,
                 self.statistics(digest, dtype, reporter, loaded),
                 reporter,
+                bases=self.bases,
                 device=device,
             )
             save_factors(folder, parts, name)
@@ -127,16 +132,23 @@ def factors_by_block(
     statistics: LayerStatistics,
     reporter: Reporter,
     *,
+    bases: BasePlan | None = None,
     device: torch.device | None = None,
-) -> Iterator[dict[str, LowRankFactors]]:
+) -> Iterator[dict[str, Prepared]]:
     """Yield factors as :func:`factor_model` makes them, and show progress."""
     with reporter.step("Factorization", len(layers.compressible), "layers") as advance:
         yield from factor_model(
-            model, layers, method, statistics, device=device, on_layer=lambda _: advance(1)
+            model,
+            layers,
+            method,
+            statistics,
+            bases=bases,
+            device=device,
+            on_layer=lambda _: advance(1),
         )
 
 
-def without_effect(layers: ModelMap, factors: Mapping[str, LowRankFactors]) -> str | None:
+def without_effect(layers: ModelMap, factors: Mapping[str, Prepared]) -> str | None:
     """Name the layers that cost nothing at any rank, by kind and block, if there are any."""
     blocks: dict[str, list[str]] = {}
     for spec in layers.compressible:

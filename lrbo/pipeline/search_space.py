@@ -15,7 +15,9 @@ from lrbo.config.options import flatten
 from lrbo.config.schema import SearchConfig
 from lrbo.errors import BudgetError, Collecting, ConfigError, StudyError
 from lrbo.factorization.base import FactorizationMethod
-from lrbo.layers.options import MEASURES, Budget, Measure, Menu
+from lrbo.factorization.options import BaseOptions
+from lrbo.layers.forms import Based, Grid, form_named
+from lrbo.layers.options import MEASURES, Budget, Measure, Menu, Option
 from lrbo.models.specs import LayerSpec
 from lrbo.optimization.budgets import over_budgets
 from lrbo.optimization.fixed_variables import restrict
@@ -32,13 +34,24 @@ def build_search_space(
 ) -> Space:
     """Build the space of the units under the budget, or over a range of budgets.
 
+    Bytes are counted in ``dtype``.
+
     Raises:
         ConfigError: Listing what does not fit the model.
         BudgetError: If a budget, the smallest of a range, cannot be met.
     """
     space = config.space
+    options = base_options(config)
+    if problems := without_bases(units, space.forms, options):
+        raise ConfigError(problems)
     menus = menus_of(
-        units, space.forms, method, dtype, multiple=space.rank_multiple, minimum=space.minimum_rank
+        units,
+        space.forms,
+        method,
+        dtype,
+        multiple=space.rank_multiple,
+        minimum=space.minimum_rank,
+        options=options,
     )
     dense = dense_cost(menus)
     names = [each.name for each in fields(SpaceSettings)]
@@ -50,7 +63,12 @@ def build_search_space(
         variables = flatten(space.variables) if space.variables else {}  # nested, as typed
         return restrict(build(Problem(menus, budget), settings), variables, space.tied)
 
-    highest, lowest = config.budget.keep_ratio, config.budget.lowest
+    highest, lowest = config.budget.kept(dtype.itemsize), config.budget.lowest
+    if highest > 1:
+        bits, most = config.budget.bits_per_parameter, 8 * dtype.itemsize
+        raise ConfigError(
+            [f"budget.bits_per_parameter={bits:g}: expected at most {most}, those of the model"]
+        )
     if lowest is None:
         return at(highest)
     try:
@@ -62,6 +80,31 @@ def build_search_space(
     return over_budgets(inside, lowest, highest)
 
 
+def base_options(config: SearchConfig) -> BaseOptions:
+    """Return how bases are made, as configured."""
+    own = config.bases
+    return BaseOptions(own.method, tuple(own.group_sizes), tuple(own.percentages), own.damping)
+
+
+def without_bases(
+    units: Iterable[LayerSpec], forms: Iterable[str], options: BaseOptions
+) -> list[str]:
+    """Report units that cannot have any base of a form, one of each width."""
+    grid = Grid(group_sizes=options.group_sizes, percentages=options.percentages)
+    problems: dict[tuple[str, int], str] = {}
+    for unit in units:
+        for form in map(form_named, forms):
+            if isinstance(form, Based) and not form.levels(unit, grid):
+                base = form.bases(grid)[0]
+                needs = form.base_problem(unit.out_features, unit.in_features, base)
+                problems.setdefault(
+                    (form.name, unit.in_features),
+                    f"space.forms: {form.name} of {unit.name} needs {needs}, got "
+                    f"{list(base)}; change bases.group_sizes or leave the form out",
+                )
+    return list(problems.values())
+
+
 def menus_of(
     units: Iterable[LayerSpec],
     forms: Sequence[str],
@@ -70,8 +113,10 @@ def menus_of(
     *,
     multiple: int = 1,
     minimum: int = 0,
+    options: BaseOptions | None = None,
 ) -> dict[str, Menu]:
     """The menus of units by name, as :meth:`Menu.of` makes them, without losses."""
+    options = options or BaseOptions()
     return {
         unit.name: Menu.of(
             unit,
@@ -80,21 +125,25 @@ def menus_of(
             itemsize=dtype.itemsize,
             multiple=multiple,
             minimum=minimum,
+            group_sizes=options.group_sizes,
+            percentages=options.percentages,
         )
         for unit in units
     }
 
 
-def largest_ranks(menus: Mapping[str, Menu], measure: Measure) -> dict[str, int]:
-    """Return the largest rank of each unit that costs less than dense; 0 where there is none."""
+def largest_ranks(menus: Mapping[str, Menu], measure: Measure) -> dict[str, dict[Option, int]]:
+    """Return the largest rank of each unit and family that costs less than dense."""
     column = MEASURES.index(measure)
-    return {
-        name: max(
-            int(section.levels[section.costs[:, column] < menu.dense.of(measure)].max(initial=0))
-            for section in menu.sections
-        )
-        for name, menu in menus.items()
-    }
+    ranks: dict[str, dict[Option, int]] = {}
+    for name, menu in menus.items():
+        cheaper = [s.levels[s.costs[:, column] < menu.dense.of(measure)] for s in menu.sections]
+        ranks[name] = {
+            section.family: int(levels[:, -1].max())
+            for section, levels in zip(menu.sections[:-1], cheaper, strict=False)
+            if len(levels)
+        }
+    return ranks
 
 
 def build_starts(

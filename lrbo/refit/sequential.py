@@ -15,15 +15,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lrbo.allocation.allocate import Allocation
-from lrbo.allocation.apply import replaced
+from lrbo.allocation.apply import on_device, replaced
 from lrbo.calibration.collect import CalibrationWarning, batches_of
 from lrbo.calibration.statistics import Statistic
 from lrbo.config.options import BELOW_1, FROM_0, FROM_0_TO_1, Options, at_least, option
 from lrbo.errors import DataError
 from lrbo.factorization.cache import LayerStatistics
 from lrbo.factorization.factors import LowRankFactors
-from lrbo.factorization.methods import PREDICTION_SHRINKAGE, shrunk
-from lrbo.layers.modules import replace_module
+from lrbo.factorization.prediction import PREDICTION_SHRINKAGE, shrunk
+from lrbo.factorization.prepared import Prepared
+from lrbo.layers.modules import PRODUCTS, replace_module
 from lrbo.linalg import psd_eigenpairs
 from lrbo.models.blockwise import BlockwiseBody, Scratch
 from lrbo.models.families import writers_of
@@ -109,7 +110,7 @@ def refit(
     model: PreTrainedModel,
     layers: ModelMap,
     allocation: Allocation,
-    factors: Mapping[str, LowRankFactors],
+    prepared: Mapping[str, Prepared],
     windows: Any,
     settings: RefitSettings | None = None,
     *,
@@ -134,7 +135,8 @@ def refit(
         model: Dense, in evaluation mode; left unchanged, also after an error.
         layers: Its map.
         allocation: An option per layer.
-        factors: By layer name, of at least the allocation's rank.
+        prepared: By layer name, with the options of the allocation. Layers whose option is more
+            than a product of two factors stay what they are.
         windows: Examples, such as ``(windows, tokens)`` token ids; every position enters.
         settings: How it is solved and judged.
         judging: Windows of the same length to judge by instead of holding some back.
@@ -154,10 +156,19 @@ def refit(
         elements, or ``(in + out)^2`` where a layer has a target of its own.
     """
     settings = settings or RefitSettings()
-    ranks = allocation.ranks
+    options = allocation.compressed
+    ranks = {n: each.level[0] for n, each in options.items() if each.form in PRODUCTS}
     if not ranks:
         return Refit({}, ())
     specs = [spec for spec in layers.compressible if spec.name in ranks]
+    factors = {n: prepared[n].part(options[n].family) for n in ranks if n in prepared}
+    others = {n: o for n, o in options.items() if n not in ranks}
+    moved = on_device(model, prepared, {n: {o.family: o.level[-1]} for n, o in others.items()})
+    held: dict[int, dict[str, nn.Module]] = {}
+    for name, other in others.items():
+        spec = layers.by_name[name]
+        module = moved[name].trial_module(name, other, 0, {})
+        held.setdefault(spec.block or 0, {})[_inside(spec)] = module
     largest = {name: each.max_rank for name, each in factors.items()}
     usable = {spec.name for spec in specs if ranks[spec.name] <= largest.get(spec.name, -1)}
     if names := ranks.keys() - usable:
@@ -185,7 +196,7 @@ def refit(
                 stacklevel=2,
             )
         parts = [part for part in (fitting, unseen) if part]
-        work = _Work(body, streams, settings, ranks, factors, metric, on_layer, parts)
+        work = _Work(body, streams, settings, ranks, factors, held, metric, on_layer, parts)
         last = max(spec.block or 0 for spec in specs)
         for index in range(last + 1):
             members = [spec for spec in specs if spec.block == index]
@@ -227,6 +238,7 @@ class _Work:
     settings: RefitSettings
     ranks: Mapping[str, int]
     old: Mapping[str, LowRankFactors]
+    held: Mapping[int, Mapping[str, nn.Module]]  # of each block, what stays what it is
     metric: Metric
     on_layer: Callable[[str], None]
     parts: Sequence[Sequence[slice]]
@@ -240,7 +252,7 @@ class _Work:
             self.streams.advance_dense(block, index, [_inside(m[0], m[0].site) for m in sites])
             dense = {spec.name: block.get_submodule(_inside(spec)) for spec in specs}
             old = {_inside(s): self._module(s, self.old[s.name], dense[s.name]) for s in specs}
-            with replaced(block, old):
+            with replaced(block, {**old, **self.held.get(index, {})}):
                 for members in sites:
                     self._refit_site(block, index, members, dense)
                 if not is_last:

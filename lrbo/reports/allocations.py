@@ -25,7 +25,7 @@ def options_frame(about: About, allocation: Allocation) -> pd.DataFrame:
     rows = []
     for name, option in allocation.options.items():
         spec = about.layers[name]
-        rank = option.level[0] if option.level else None
+        rank = option.level[-1] if option.level else None
         stored = allocation.costs[name].of(measure)
         dense = dense_cost([spec], about.itemsize).of(measure)
         rows.append((name, spec.kind, spec.block, option.form, option.label, rank, stored, dense))

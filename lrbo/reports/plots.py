@@ -67,7 +67,7 @@ def figures(study: StudyRecord) -> dict[str, Figure]:
     levels = {row.label: row.validation[metric.name] for row in rows if row.label != "best"}
     tests = {row.label: row.test[metric.name] for row in rows if row.test}
     config, unit = study.config, UNITS[about.budget.measure]
-    keep, lowest = config.budget.keep_ratio, config.budget.lowest
+    keep, lowest = config.budget.kept(about.itemsize), config.budget.lowest
     budget = f"keep ratio {keep:.4g}" if lowest is None else f"keep ratios {lowest:.4g}-{keep:.4g}"
     names = f"{study.name}, {config.model.name}, {config.method['name']}"
     subtitle = f"{names}, {budget} of the {unit}"

@@ -246,9 +246,11 @@ def sensitivity(study: StudyRecord) -> LossCalibration | None:
 def described(study: StudyRecord) -> dict[str, str]:
     """Say what was searched, under which budget, and how many trials ended: lines by name."""
     about, config, state = study.about, study.config, study.state
-    keep, lowest = config.budget.keep_ratio, config.budget.lowest
+    keep, lowest = config.budget.kept(about.itemsize), config.budget.lowest
     unit = UNITS[about.budget.measure]
     budget = f"{about.budget.limit:,} {unit}, {keep:.4g} of the compressible ones"
+    if (bits := config.budget.bits_per_parameter) is not None:
+        budget += f", {bits:g} bits per parameter"
     if lowest is not None:
         budget = f"from {lowest:.4g} to {keep:.4g} of the {unit} of compressible layers"
     lines = {

@@ -58,7 +58,7 @@ class LiveSearch:
             return ""
         if size_metric(self.study) is not None:
             return f"front of {len(front(self.study))}"
-        ratio = self.study.config.budget.keep_ratio
+        ratio = self.study.config.budget.kept(self.study.about.itemsize)
         differences = [
             f"best - analytic {gain.differences['validation']}"
             for gain in gains(self.study.state)

@@ -92,7 +92,8 @@ class About:
     seed: Whole
     model_fingerprint: str
     model_parameters: Positive
-    dtype: Literal["float32", "bfloat16", "float16"]
+    dtype: Literal["float32", "bfloat16", "float16"]  # that the model runs in
+    stored_dtype: Literal["float32", "bfloat16", "float16"]  # that of its files, which bytes count
     device: str
     timed: Flag
     task: Annotated[Task, made_of(str, _task)]
@@ -112,8 +113,8 @@ class About:
 
     @property
     def itemsize(self) -> int:
-        """Bytes per parameter of the dense model."""
-        return ITEMSIZES[self.dtype]
+        """Bytes per parameter of the dense model in its files."""
+        return ITEMSIZES[self.stored_dtype]
 
     @cached_property
     def units(self) -> dict[str, LayerSpec]:

@@ -121,7 +121,7 @@ class StudyRecord:
         """
         about = self.about
         config = from_yaml(about.config, f"the configuration in {self._file}")
-        implied = follows(config, list(about.units.values()), about.dtype)
+        implied = follows(config, list(about.units.values()), about.stored_dtype)
         if others := [key for key, value in implied.items() if about.fields[key] != value]:
             raise StudyError(
                 f"{self._file} says other {', '.join(others)} than the configuration in it gives. "
@@ -214,13 +214,14 @@ class StudyRecord:
 
 
 def follows(config: SearchConfig, units: Sequence[LayerSpec], dtype: str) -> dict[str, Any]:
-    """Return the part of ``study.json`` that follows from configuration, units and dtype alone."""
-    dense = dense_cost(units, ITEMSIZES[dtype])
+    """Return the part of ``study.json`` that follows from configuration, units, stored dtype."""
+    itemsize = ITEMSIZES[dtype]
+    dense = dense_cost(units, itemsize)
     measure: Any = config.budget.measure
     return {
         "seed": config.seed,
         "task": config.task,
         "timed": config.latency.enabled,
         "forms": list(config.space.forms),
-        "budget": asdict(Budget.keeping(config.budget.keep_ratio, dense, measure)),
+        "budget": asdict(Budget.keeping(config.budget.kept(itemsize), dense, measure)),
     }

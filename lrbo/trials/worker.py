@@ -18,7 +18,8 @@ from lrbo.allocation.apply import compressed
 from lrbo.errors import outcome_of
 from lrbo.evaluation.memory import peak_memory_gib
 from lrbo.evaluation.timing import TimingSettings, measure_latency
-from lrbo.factorization.factors import Buffers, LowRankFactors
+from lrbo.factorization.factors import Buffers
+from lrbo.factorization.prepared import Prepared
 from lrbo.layers.options import account
 from lrbo.models.specs import ModelMap
 from lrbo.tasks.causal_lm import CausalLM
@@ -71,7 +72,8 @@ class Worker:
 
     model: PreTrainedModel  # dense, in evaluation mode
     layers: ModelMap
-    prepared: Mapping[str, LowRankFactors]  # of each unit, in the model's dtype, on its device
+    itemsize: int  # bytes of a parameter that is stored
+    prepared: Mapping[str, Prepared]  # of each unit, in the model's dtype, on its device
     windows: Any  # validation examples, such as `(windows, tokens)` ids
     dense: Reference  # the dense model's predictions for the same examples
     task: ModelTask = field(default_factory=CausalLM)
@@ -144,7 +146,7 @@ class Worker:
 
     def size_metrics(self, allocation: Allocation) -> dict[str, float]:
         """Return the sizes of an allocation; the keep ratio is of the budget's measure."""
-        counted = account(self.layers, allocation.cost, itemsize=self.model.dtype.itemsize)
+        counted = account(self.layers, allocation.cost, itemsize=self.itemsize)
         return {
             "keep_ratio": counted.keep_ratio(allocation.budget.measure),
             "parameters": counted.units.parameters,

@@ -3,15 +3,18 @@
 import math
 import re
 from dataclasses import dataclass, replace
+from functools import partial
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lrbo.allocation.allocate import Allocation, allocate, dense_cost, smallest_cost
+from lrbo.allocation.allocate import Allocation, allocate, dense_cost, smallest_cost, widest
 from lrbo.errors import BudgetError
+from lrbo.layers.forms import FORMS, GROUP_SIZES, Codebook, Quantized
 from lrbo.layers.options import DENSE, MEASURES, Budget, Cost, Measure, Menu, Option, cost_of
 from lrbo.models.specs import LayerSpec
+from lrbo.optimization.space import Problem
 from tests.support import reference
 from tests.support.reference import Priced
 
@@ -309,3 +312,79 @@ def test_ladders_rise_and_end_dense(case: Case) -> None:
         assert options[-1] == DENSE
         prices = [price for _, price in steps]
         assert prices == sorted(set(prices))
+
+
+# --- one choice for all units --------------------------------------------------------------------
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(1, 24), st.sampled_from([16, 24, 32, 64])), min_size=1, max_size=4
+    ),
+    st.lists(st.sampled_from(list(FORMS)), unique=True),
+    st.lists(st.sampled_from(GROUP_SIZES), min_size=1, unique=True),
+    st.sampled_from(MEASURES),
+    st.floats(0.0, 1.1),
+)
+@settings(max_examples=200)
+def test_the_widest_integers_are_the_dearest_that_all_units_can_be(
+    shapes: list[tuple[int, int]],
+    forms: list[str],
+    sizes: list[int],
+    measure: Measure,
+    share: float,
+) -> None:
+    units = [spec(f"unit{index}", *shape) for index, shape in enumerate(shapes)]
+    menus = {
+        unit.name: Menu.of(unit, forms, bias=False, itemsize=2, group_sizes=sizes) for unit in units
+    }
+    budget = Budget(measure, round(share * dense_cost(menus).of(measure)))
+    affordable = []
+    integers = [name for name, form in FORMS.items() if isinstance(form, Quantized)]
+    codebooks = [name for name, form in FORMS.items() if isinstance(form, Codebook)]
+    for option in (
+        *(Option(name, (size, 0)) for name in integers for size in GROUP_SIZES),
+        *(Option(name, (0,)) for name in codebooks),
+    ):
+        options, price = {}, 0
+        for name, menu in menus.items():
+            offered = [menu.option(index) for index in range(len(menu))]
+            options[name] = option if option in offered else DENSE
+            cost = cost_of(menu.unit, options[name], bias=False, itemsize=2)
+            price += cost.of(measure)
+        if price <= budget.limit and option in options.values():
+            affordable.append((price, options))
+    actual = widest(menus, budget)
+    if actual is None:
+        assert not affordable
+    else:
+        assert (actual.cost.of(measure), dict(actual.options)) in affordable
+        assert actual.cost.of(measure) == max(price for price, _ in affordable)
+        assert actual.budget == budget
+
+
+def test_of_integers_that_cost_the_same_the_first_are_the_widest() -> None:
+    unit = spec("a", 8, 32)
+    for forms in (["int3", "int8", "int4"], ["int4", "int3"]):
+        menus = {"a": Menu.of(unit, forms, bias=False, itemsize=2, group_sizes=[32, 16])}
+        # An integer is a parameter, of however many bits.
+        actual = widest(menus, parameters(8 * 32))
+        assert actual is not None
+        assert actual.options == {"a": Option(forms[0], (32, 0))}
+
+
+def test_the_uniform_baseline_is_the_widest_integers_or_one_ratio() -> None:
+    units = [spec("a", 32, 32), spec("b", 16, 24), spec("c", 24, 64)]
+    menus = {
+        unit.name: Menu.of(unit, ["pivoted", "int4"], bias=False, itemsize=2, group_sizes=[16])
+        for unit in units
+    }
+    integers = {"a": Option("int4", (16, 0)), "b": DENSE, "c": Option("int4", (16, 0))}
+    alike = dict.fromkeys(menus, 1.0)
+    # Half a byte, and three bytes for every 16 inputs; 24 inputs have no groups of 16.
+    least = 32 * (16 + 2 * 3) + 2 * 16 * 24 + 24 * (32 + 4 * 3)
+    for limit, expected in ((least, integers), (least - 1, None), (least + 200, integers)):
+        problem = Problem(menus, Budget("bytes", limit), dense=("a",))
+        uniform = problem.uniform()
+        assert uniform == (widest if expected else partial(allocate, alike))(menus, problem.budget)
+        assert expected in (None, uniform.options)

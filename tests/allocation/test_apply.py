@@ -11,7 +11,7 @@ from lrbo.factorization.base import factor_layer
 from lrbo.factorization.factors import LowRankFactors, is_dearer
 from lrbo.factorization.registry import method_named
 from lrbo.layers.low_rank import LowRankLinear
-from lrbo.layers.modules import MODULES, replace_module
+from lrbo.layers.modules import PRODUCTS, replace_module
 from lrbo.layers.options import DENSE, Budget, Option
 from lrbo.models.model_map import linear_bias, linear_weight, map_model
 from tests.support.forms import form_of
@@ -23,7 +23,7 @@ TOLERANCE = {
 }
 
 every_case = pytest.mark.parametrize("case", CASES)
-FORMS = tuple(MODULES)
+FORMS = tuple(PRODUCTS)
 
 
 def factors_of(model: PreTrainedModel, *, shift: bool = False) -> dict[str, LowRankFactors]:
@@ -140,7 +140,9 @@ def test_leading_directions_are_moved_to_where_their_units_are() -> None:
     model = build("llama_tied").bfloat16()
     factors = factors_of(build("llama_tied"))
     first, second, third, *_ = factors
-    moved = on_device(model, factors, {first: 3, second: 0, third: 10**6, "elsewhere": 2})
+    one, other = Option("factored"), Option("pivoted")
+    ranks = {first: {one: 3, other: 2}, second: {one: 0}, third: {other: 10**6}}
+    moved = on_device(model, factors, {**ranks, "elsewhere": {one: 2}})
     assert set(moved) == {first, third}
     assert moved[first].max_rank == 3
     assert moved[third].max_rank == factors[third].max_rank

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +19,16 @@ from lrbo.allocation.loss_calibration import LossCalibration, Measurement, sensi
 from lrbo.allocation.loss_curves import SensitivitySettings, measure_losses, points_of
 from lrbo.errors import NonFiniteError
 from lrbo.factorization.factors import LowRankFactors
+from lrbo.factorization.prepared import BasedWeight, UnitFactors
+from lrbo.factorization.rounding import round_nearest
+from lrbo.layers.forms import Quantized
 from lrbo.layers.modules import replace_module
+from lrbo.layers.options import Option
 from lrbo.models.blockwise import BlockwiseBody, Scratch
 from lrbo.models.model_map import map_model
 from lrbo.models.specs import LayerSpec, ModelMap
 from lrbo.tasks.causal_lm import CausalLM
-from tests.support.fakes import make_curves, make_layers
+from tests.support.fakes import make_curves, make_layers, make_problem
 from tests.support.tiny import build, token_ids
 
 TOLERANCES = {
@@ -49,17 +54,30 @@ def plain_factors(layers: ModelMap, model: PreTrainedModel) -> dict[str, LowRank
     return actual
 
 
-def slow_divergence(case: str, name: str, rank: int, ids: Tensor) -> float:
-    """Build the model anew, multiply one layer out, score whole rows of logits in float64."""
+def spread(
+    layers: Sequence[LayerSpec],
+    factors: dict[str, LowRankFactors],
+    settings: SensitivitySettings,
+) -> list[tuple[LayerSpec, Option]]:
+    """Return the points of layers that may be factored or dense."""
+    return points_of(layers, factors, make_problem(layers=layers).menus, settings)
+
+
+def rank_of(point: Measurement) -> int:
+    (rank,) = Option.parse(point.option).level
+    return rank
+
+
+def slow_divergence(case: str, name: str, weight: Tensor, ids: Tensor) -> float:
+    """Build the model anew with another weight, score whole rows of logits in float64."""
     dense, changed = build(case), build(case)
     spec = map_model(changed).by_name[name]
-    factors = plain_factors(map_model(changed), changed)[name]
-    product = factors.left[:, :rank] @ factors.right[:rank]
-    layer = torch.nn.Linear(spec.in_features, spec.out_features, bias=factors.offset is not None)
+    bias = changed.get_submodule(name).bias
+    layer = torch.nn.Linear(spec.in_features, spec.out_features, bias=bias is not None)
     with torch.no_grad():
-        layer.weight.copy_(product)
-        if factors.offset is not None:
-            layer.bias.copy_(factors.offset)
+        layer.weight.copy_(weight)
+        if bias is not None:
+            layer.bias.copy_(bias)
     replace_module(changed, name, layer)
     total, rows = 0.0, 0
     with torch.no_grad():
@@ -97,24 +115,51 @@ def test_measured_losses_are_those_of_whole_models_with_one_layer_replaced(case:
     factors = plain_factors(layers, model)
     settings = SensitivitySettings(layers_per_kind=2, ranks=2, windows=2)
     windows = token_ids(5, 12)
+    points = spread(layers.compressible, factors, settings)
     actual = measure_losses(
-        BlockwiseBody(model), layers, factors, windows, settings, task=CausalLM()
+        BlockwiseBody(model), points, factors, windows, settings, task=CausalLM()
     )
     kinds = {spec.kind for spec in layers.compressible}
-    assert {(m.layer, m.rank) for m in actual} == {
-        (spec.name, rank) for spec, rank in points_of(layers.compressible, factors, settings)
-    }
+    assert [(m.layer, m.option) for m in actual] == [(s.name, str(option)) for s, option in points]
     assert len(actual) == 4 * len(kinds)
     used = windows[[0, 2]]  # two of five, evenly
     for point in actual[:: max(len(actual) // 8, 1)]:
-        expected = slow_divergence(case, point.layer, point.rank, used)
+        own, rank = factors[point.layer], rank_of(point)
+        product = own.left[:, :rank] @ own.right[:rank]
+        expected = slow_divergence(case, point.layer, product, used)
         assert point.measured == pytest.approx(
             expected, rel=50 * TOLERANCES["divergence"], abs=TOLERANCES["divergence"]
         )
         assert point.measured > 0
         assert point.kind == layers.by_name[point.layer].kind
-        assert point.predicted == float(factors[point.layer].loss[point.rank])
+        assert point.predicted == float(own.loss[rank])
     assert_unchanged(model, before)
+
+
+def test_measured_losses_of_integers_are_those_of_whole_models_with_their_weights() -> None:
+    case, family = "llama_untied", Option("int2", (16,))
+    model = build(case)
+    layers = map_model(model)
+    low_rank = plain_factors(layers, model)
+    prepared, weights = {}, {}
+    for name in ("model.layers.0.self_attn.o_proj", "model.layers.1.self_attn.v_proj"):
+        weight = model.get_submodule(name).weight.double()
+        (rounded,) = round_nearest(weight, [(Quantized(2), 16)], dtype=torch.float32)
+        own = BasedWeight(rounded, low_rank[name])
+        prepared[name] = UnitFactors(low_rank[name], {family: own})
+        weights[name] = rounded.weight(torch.float32)
+    menus = make_problem(layers=layers.compressible, forms=("int2",)).menus
+    settings, windows = SensitivitySettings(windows=2), token_ids(2, 12)
+    points = points_of(layers.compressible, prepared, menus, settings)
+    actual = measure_losses(
+        BlockwiseBody(model), points, prepared, windows, settings, task=CausalLM()
+    )
+    assert {m.layer: m.option for m in actual} == dict.fromkeys(weights, "int2 16 0")
+    for point in actual:
+        expected = slow_divergence(case, point.layer, weights[point.layer], windows)
+        assert expected > 10 * TOLERANCES["divergence"]
+        assert point.measured == pytest.approx(expected, rel=50 * TOLERANCES["divergence"])
+        assert point.predicted == float(low_rank[point.layer].loss[0])
 
 
 def test_memory_on_disk_and_the_size_of_chunks_change_nothing(
@@ -125,13 +170,14 @@ def test_memory_on_disk_and_the_size_of_chunks_change_nothing(
     factors = plain_factors(layers, model)
     settings = SensitivitySettings(layers_per_kind=1, ranks=1, windows=2)
     reported: list[int] = []
-    arguments = (layers, factors, token_ids(2, 12), settings)
+    points = spread(layers.compressible, factors, settings)
+    arguments = (points, factors, token_ids(2, 12), settings)
     first = measure_losses(BlockwiseBody(model), *arguments, task=CausalLM())
     monkeypatch.setattr(loss_curves, "Scratch", lambda: Scratch(0))
     task = CausalLM(chunk_tokens=5)
     second = measure_losses(BlockwiseBody(model), *arguments, task=task, on_point=reported.append)
     assert reported == [1] * len(first)
-    assert [(m.layer, m.rank) for m in second] == [(m.layer, m.rank) for m in first]
+    assert [(m.layer, m.option) for m in second] == [(m.layer, m.option) for m in first]
     for one, other in zip(first, second, strict=True):
         # Chunks of another size round float32 sums of about 1e-6 otherwise.
         assert other.measured == pytest.approx(one.measured, rel=0.01)
@@ -158,7 +204,8 @@ def test_rounding_of_half_precision_is_not_taken_for_loss() -> None:
     exact = build("llama_untied")
     layers = map_model(exact)
     factors = plain_factors(layers, exact)
-    arguments = (token_ids(4, 24), SensitivitySettings(layers_per_kind=2, ranks=1, windows=4))
+    settings = SensitivitySettings(layers_per_kind=2, ranks=1, windows=4)
+    points, arguments = spread(layers.compressible, factors, settings), (token_ids(4, 24), settings)
     # The last direction alone is cut, and it is made a thousandth of what it was.
     small = {}
     for name, f in factors.items():
@@ -169,9 +216,9 @@ def test_rounding_of_half_precision_is_not_taken_for_loss() -> None:
         with torch.no_grad():
             exact.get_submodule(name).weight.copy_(f.left @ f.right)
     rough = copy.deepcopy(exact).bfloat16()
-    true = measure_losses(BlockwiseBody(exact), layers, small, *arguments, task=CausalLM())
+    true = measure_losses(BlockwiseBody(exact), points, small, *arguments, task=CausalLM())
     halved = {name: f.to(dtype=torch.bfloat16) for name, f in small.items()}
-    actual = measure_losses(BlockwiseBody(rough), layers, halved, *arguments, task=CausalLM())
+    actual = measure_losses(BlockwiseBody(rough), points, halved, *arguments, task=CausalLM())
     rounding = [rounded_divergence(rough, m.layer, halved[m.layer], arguments[0]) for m in actual]
     assert max(m.measured for m in true) < 0.1 * min(rounding)
     # Without the subtraction each would be about its rounding.
@@ -190,21 +237,24 @@ def test_after_an_error_the_model_is_what_it_was(
     settings = SensitivitySettings(layers_per_kind=2, ranks=1, windows=1)
     broken = factors[name]
     if broken_part == "the layer":
-        low, at = torch.nn.Linear(3, 3), LowRankFactors.at_rank  # the block that runs it fails
+        low, made = torch.nn.Linear(3, 3), LowRankFactors.trial_module  # whose block fails
         monkeypatch.setattr(
-            LowRankFactors, "at_rank", lambda self, rank: low if self is broken else at(self, rank)
+            LowRankFactors,
+            "trial_module",
+            lambda self, *given: low if self is broken else made(self, *given),
         )
         expected: type[Exception] = RuntimeError
     else:
         infinite = torch.full_like(broken.left, math.inf)
         factors[name] = LowRankFactors(infinite, broken.right, broken.tail, loss=broken.loss)
         expected = NonFiniteError
+    points = spread(layers.compressible, factors, settings)
     with pytest.raises(expected) as caught:
         measure_losses(
-            BlockwiseBody(model), layers, factors, token_ids(1, 8), settings, task=CausalLM()
+            BlockwiseBody(model), points, factors, token_ids(1, 8), settings, task=CausalLM()
         )
     if expected is NonFiniteError:
-        assert f"{name} at rank {broken.max_rank // 2}: " in str(caught.value)
+        assert f"{name} as rank {broken.max_rank // 2}: " in str(caught.value)
         assert "overflows in torch.float32" in str(caught.value)
     assert_unchanged(model, before)
 
@@ -224,8 +274,9 @@ def test_points_are_evenly_spread_over_depth_and_ranks(
     layers = make_layers(blocks, {"q_proj": (size, 30), "o_proj": (30, 30)})
     factors = {spec.name: factors_of(spec) for spec in layers}
     settings = SensitivitySettings(layers_per_kind, ranks, 1)
-    points = points_of(layers, factors, settings)
-    assert len(points) == len({(spec.name, rank) for spec, rank in points})
+    points = spread(layers, factors, settings)
+    assert len(points) == len({(spec.name, option) for spec, option in points})
+    assert {option.form for _, option in points} <= {"factored"}
     for kind in ("q_proj", "o_proj"):
         measured_blocks = {spec.block for spec, _ in points if spec.kind == kind}
         assert len(measured_blocks) == min(layers_per_kind, blocks)
@@ -235,7 +286,7 @@ def test_points_are_evenly_spread_over_depth_and_ranks(
         assert parts == set(range(count))
         most = factors[f"layers.0.{kind}"].max_rank
         for block in measured_blocks:
-            own = [rank for spec, rank in points if (spec.kind, spec.block) == (kind, block)]
+            own = [o.level[0] for spec, o in points if (spec.kind, spec.block) == (kind, block)]
             assert own == sorted(own)
             assert all(1 <= rank <= most for rank in own)
             if most > 2 * ranks:
@@ -254,15 +305,32 @@ def factors_of(spec: LayerSpec) -> LowRankFactors:
 def test_layers_without_factors_are_not_tried() -> None:
     layers = make_layers(4, {"q_proj": (9, 9)})
     factors = {spec.name: factors_of(spec) for spec in layers if spec.block != 1}
-    points = points_of(layers, factors, SensitivitySettings(4, 1, 1))
+    points = spread(layers, factors, SensitivitySettings(4, 1, 1))
     assert [spec.block for spec, _ in points] == [0, 2, 3]
+
+
+def test_integers_are_tried_without_a_rank_and_low_ranks_in_the_first_form() -> None:
+    layers = make_layers(1, {"q_proj": (32, 32)})
+    factors = {spec.name: factors_of(spec) for spec in layers}
+
+    def tried(*forms: str) -> list[str]:
+        menus = make_problem(layers=layers, forms=forms, group_sizes=(16, 32)).menus
+        points = points_of(layers, factors, menus, SensitivitySettings(1, 3, 1))
+        return [str(option) for _, option in points]
+
+    integers = ["int4 16 0", "int4 32 0", "int2_sym 16 0", "int2_sym 32 0"]
+    assert tried("int4", "int2_sym") == integers
+    low_rank = ["pivoted 8", "pivoted 16", "pivoted 24"]
+    assert tried("int4", "pivoted", "factored", "int2_sym") == integers + low_rank
 
 
 # --- calibration -------------------------------------------------------------------------------
 
 
 def measurements(kind: str, pairs: list[tuple[float, float]]) -> list[Measurement]:
-    return [Measurement(f"{kind}.{i}", kind, i, p, m) for i, (p, m) in enumerate(pairs)]
+    return [
+        Measurement(f"{kind}.{i}", kind, f"pivoted {i}", p, m) for i, (p, m) in enumerate(pairs)
+    ]
 
 
 def calibration(points: list[Measurement]) -> LossCalibration:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from lrbo.calibration.collect import Calibration, CalibrationSettings, CalibrationWarning, calibrate
 from lrbo.calibration.statistics import GRADIENT_STATISTICS, Statistic
 from lrbo.factorization.factors import LowRankFactors
-from lrbo.factorization.methods import predicted_loss
+from lrbo.factorization.prediction import predicted_loss
 from lrbo.models.blockwise import BlockwiseBody
 from lrbo.models.model_map import linear_weight, map_model
 from lrbo.tasks.causal_lm import CausalLM, sample_labels

@@ -26,9 +26,13 @@ from lrbo.checkpoints.export import CONFIG, WEIGHTS, is_checkpoint, load, save
 from lrbo.checkpoints.merged import save_merged
 from lrbo.errors import CheckpointError, ConfigError
 from lrbo.factorization.base import factor_layer
+from lrbo.factorization.base_plan import BasePlan
 from lrbo.factorization.factors import LowRankFactors
+from lrbo.factorization.options import BaseOptions
+from lrbo.factorization.prepared import BasedWeight, Prepared, UnitFactors
 from lrbo.factorization.registry import method_named
-from lrbo.layers.low_rank import LowRankLinear
+from lrbo.layers.based import BasedLinear
+from lrbo.layers.low_rank import FormModule, LowRankLinear
 from lrbo.layers.modules import low_rank_layers
 from lrbo.layers.options import Cost, Option, account
 from lrbo.layers.pivoted import PivotedLinear
@@ -73,16 +77,23 @@ class Compressed:
         self.model = build(case)
         layers = map_model(self.model)
         svd = method_named("svd")
-        self.prepared: dict[str, LowRankFactors] = {}
+        rounding = BasePlan(forms, BaseOptions(method="nearest", group_sizes=(16,)))
+        self.prepared: dict[str, Prepared] = {}
         for i, spec in enumerate(layers.compressible):
             module = self.model.get_submodule(spec.name)
-            factors = factor_layer(svd, linear_weight(module), linear_bias(module), {})
+            weight, bias = linear_weight(module), linear_bias(module)
+            factors = factor_layer(svd, weight, bias, {})
             if moving_bias:
                 offset, center = torch.ones(spec.out_features), torch.ones(spec.in_features)
                 factors = LowRankFactors(
                     factors.left, factors.right, factors.tail, offset.double() * i, center.double()
                 )
-            self.prepared[spec.name] = factors.to(dtype=self.model.dtype)
+            low_rank, quantized = factors.to(dtype=self.model.dtype), {}
+            for rounded in rounding.make(weight.double(), {}, self.model.dtype):
+                rest = factor_layer(svd, weight - rounded.weight(weight.dtype), bias, {})
+                own = BasedWeight(rounded, rest.to(dtype=self.model.dtype))
+                quantized[own.base.family] = own
+            self.prepared[spec.name] = UnitFactors(low_rank, quantized) if quantized else low_rank
         units = layers.compressible
         self.allocation = decided(
             units, mixed_options(units, forms), adds_bias=moving_bias, measure="bytes"
@@ -142,9 +153,15 @@ def logits(model: PreTrainedModel) -> Tensor:
 def options_of(model: PreTrainedModel) -> dict[str, Option]:
     """Return what the layers of a model are, by their kind and shape."""
     return {
-        name: Option(form_of(module), (module.rank,))
+        name: Option(form_of(module), level_of(module))
         for name, module in low_rank_layers(model).items()
     }
+
+
+def level_of(module: FormModule) -> tuple[int, ...]:
+    if isinstance(module, BasedLinear):
+        return module.in_features // module.scale.shape[1], module.rank
+    return (module.rank,)
 
 
 def relative(actual: Tensor, expected: Tensor) -> float:

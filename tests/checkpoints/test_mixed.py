@@ -10,12 +10,21 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from lrbo.checkpoints.export import WEIGHTS
+from lrbo.checkpoints.export import WEIGHTS, load
 from lrbo.errors import CheckpointError
+from lrbo.layers.forms import Quantized, form_named
 from lrbo.layers.modules import replace_module
 from lrbo.layers.options import Option, account
 from lrbo.models.model_map import map_model
-from tests.checkpoints.test_export import BOTH, SOME, Compressed
+from tests.checkpoints.test_export import (
+    BOTH,
+    SOME,
+    TOLERANCE,
+    Compressed,
+    logits,
+    options_of,
+    relative,
+)
 from tests.support import reference
 from tests.support.tiny import build
 
@@ -39,6 +48,42 @@ def test_every_layer_holds_what_its_form_counts(
     assert forms == {"dense", *BOTH}
     whole = account(map_model(build(case)), compressed.allocation.cost, itemsize=4).model
     assert sum(tensor.nbytes for tensor in tensors.values()) == whole.bytes
+
+
+INTEGERS = ("int4", "int3_sym", "int2", "pivoted", "int8")
+
+
+@pytest.mark.parametrize("case", SOME)
+def test_integers_hold_what_their_form_counts_and_are_loaded_as_they_were(
+    case: str, tmp_path: Path
+) -> None:
+    compressed = Compressed(case, forms=INTEGERS)
+    in_file = compressed.save(tmp_path / "model")
+    tensors = load_file(tmp_path / "model" / WEIGHTS)
+    units = map_model(build(case)).by_name
+    forms = set()
+    for name, option in compressed.options.items():
+        own = {k.removeprefix(f"{name}."): t for k, t in tensors.items() if k.startswith(name)}
+        cost, form = compressed.allocation.costs[name], form_named(option.form)
+        assert sum(tensor.nbytes for tensor in own.values()) == cost.bytes, name
+        if isinstance(form, Quantized):
+            forms.add(form.name)
+            elements = units[name].out_features * units[name].in_features
+            assert own.pop("packed").numel() * 8 == elements * form.bits
+            groups = elements // option.level[0]
+            assert own.pop("scale").numel() == groups
+            assert form.symmetric or own.pop("zero").numel() == groups
+            own.pop("factor_scale", None)
+            # The others are factors and a bias.
+            assert elements + sum(tensor.numel() for tensor in own.values()) == cost.parameters
+    assert forms == set(INTEGERS) - {"pivoted"}
+    loaded = load(tmp_path / "model")
+    assert options_of(loaded) == compressed.options
+    assert in_file == compressed.parameters
+    before, after = compressed.model.state_dict(), loaded.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert relative(logits(loaded), logits(compressed.model)) <= TOLERANCE["loaded"]
 
 
 def other_rank(compressed: Compressed, name: str) -> nn.Module:

@@ -25,10 +25,13 @@ from lrbo.checkpoints.export import CARD, CONFIG, INDEX, WEIGHTS, load
 from lrbo.checkpoints.quantizer import FORMAT, LowRankConfig
 from lrbo.errors import CheckpointError, ModelError
 from lrbo.layers.forms import DENSE_FORM, FORMS
-from lrbo.layers.modules import MODULES
+from lrbo.layers.low_rank import FormModule
+from lrbo.layers.modules import PRODUCTS, empty_module, parameters_of
+from lrbo.layers.options import Option, cost_of
 from lrbo.layers.pivoted import PivotedLinear
 from lrbo.models.loading import load_skeleton
 from lrbo.models.sources import ModelSource
+from lrbo.models.specs import LayerSpec
 from lrbo.tasks.perplexity import score
 from tests.checkpoints.test_export import EVERY, Compressed, Forms, every_form, options_of
 from tests.support import reference
@@ -417,5 +420,12 @@ def test_a_card_lies_beside_the_weights_where_one_is_given(tmp_path: Path) -> No
     assert not (tmp_path / "without" / CARD).exists()
 
 
-def test_the_forms_with_a_module_are_those_that_budgets_count() -> None:
-    assert {*MODULES, DENSE_FORM} == set(FORMS)
+@pytest.mark.parametrize("form", [form for form in FORMS if form != DENSE_FORM])
+def test_the_forms_with_a_module_are_those_that_budgets_count(form: str) -> None:
+    option = Option(form, (1,) if form in PRODUCTS else (16, 0))
+    module = empty_module("unit", option, 16, 32, bias=True)
+    assert isinstance(module, FormModule)
+    tensors, unit = module.state_dict(), LayerSpec("unit", "kind", 0, 16, 32, False, site="x")
+    cost = cost_of(unit, option, bias=True, itemsize=4)
+    assert parameters_of(option, tensors) == cost.parameters
+    assert sum(tensor.nbytes for tensor in tensors.values()) == cost.bytes

@@ -10,6 +10,7 @@ import lrbo
 from lrbo.layers.options import DENSE, MEASURES, Option
 from lrbo.models.loading import tiny_model
 from lrbo.models.model_map import map_model
+from lrbo.study.events import FORMAT
 from lrbo.study.journal import Study
 from tests.support.commands import Ran, in_folder, lrbo_command
 
@@ -121,15 +122,18 @@ def test_a_search_keeps_to_the_budget_in_its_measure(
     ("overrides", "messages"),
     [
         (
-            ["space.forms=[sparse]"],
-            ["space.forms=['sparse']: expected some of dense, factored, pivoted, each once"],
+            ["space.forms=[banded]"],
+            [
+                "space.forms=['banded']: expected some of dense, factored, pivoted, int8, int4, ",
+                "each once, and one beside dense",
+            ],
         ),
         (["space.forms=[dense]"], ["space.forms=['dense']: ", "one beside dense"]),
         (["space.forms=[]"], ["space.forms=[]: ", "one beside dense"]),
         (["space.forms=[pivoted,pivoted]"], ["['pivoted', 'pivoted']: ", "each once"]),
         (
-            ["budget.measure=flops", "space.forms=[sparse]", "seed=-1"],
-            ["budget.measure='flops': expected parameters or bytes or macs", "'sparse'", "seed=-1"],
+            ["budget.measure=flops", "space.forms=[banded]", "seed=-1"],
+            ["budget.measure='flops': expected parameters or bytes or macs", "'banded'", "seed=-1"],
         ),
         *(
             (
@@ -179,5 +183,6 @@ def test_a_study_of_an_earlier_format_is_refused_by_version(
         ran = lrbo_command(*command, "study=old")
         assert ran.status == 2
         output = " ".join(ran.err.split())
-        assert "this lrbo reads 3; an older lrbo began it: go on with that version" in output
+        refusal = f"this lrbo reads {FORMAT}; an older lrbo began it: go on with that version"
+        assert refusal in output
     assert {name: (old / name).read_bytes() for name in before} == before

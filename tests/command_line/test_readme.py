@@ -13,7 +13,8 @@ import lrbo
 from lrbo import cli
 from lrbo.config import compose, refusals
 from lrbo.data import documents as sources
-from lrbo.layers.forms import DENSE_FORM, FORMS, INDEX_BYTES
+from lrbo.layers.forms import FORMS, INDEX_BYTES
+from lrbo.layers.modules import PRODUCTS
 from lrbo.models.specs import LayerSpec
 from lrbo.models.tiny import byte_tokenizer, tiny_model
 from lrbo.pipeline.overrides import spelled
@@ -179,13 +180,9 @@ def test_the_table_of_protocols_is_that_of_their_files() -> None:
 
 def test_the_formulas_of_forms_are_those_of_the_accountant() -> None:
     spec = LayerSpec("layer", "kind", 0, 7, 5, has_bias=False, site="layer")
-    rows = dict(
-        re.findall(
-            r"^\| `(\w+)`[^|]* \| [^|]+ \| `([^`]+)` \|$", PAGES["docs/concepts.md"], re.MULTILINE
-        )
-    )
-    assert set(rows) == set(FORMS) - {DENSE_FORM}
-    for name, formula in rows.items():
+    page = PAGES["docs/concepts.md"]
+    rows = dict(re.findall(r"^\| `(\w+)`[^|]* \| [^|]+ \| `([^`]+)` \|$", page, re.MULTILINE))
+    for name, formula in ((name, rows[name]) for name in PRODUCTS):
         for rank, bias in itertools.product(range(6), (False, True)):
             formula_ = formula.replace("^", "**").replace("in)", "in_)")
             macs = eval(formula_, {"r": rank, "out": 7, "in_": 5})
@@ -193,6 +190,12 @@ def test_the_formulas_of_forms_are_those_of_the_accountant() -> None:
             size = 2 * parameters + INDEX_BYTES * 7 * (name == "pivoted")
             cost = FORMS[name].cost(spec, (rank,), bias=bias, itemsize=2)
             assert cost == (parameters, size, macs)
+    examples = re.findall(r"`(int\w+)` in groups of (\d+) takes (?:[^=`]* = )?([\d.]+) bits", page)
+    assert examples
+    for name, group, bits in examples:
+        wide = LayerSpec("layer", "kind", 0, 256, 256, has_bias=False, site="layer")
+        _, size, _ = FORMS[name].cost(wide, (int(group), 0), bias=False, itemsize=2)
+        assert size * 8 / wide.parameters == float(bits), name
 
 
 def test_its_table_of_commands_is_whole() -> None:

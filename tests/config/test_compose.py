@@ -9,9 +9,12 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 from lrbo.config import compose, refusals, saved, schema
+from lrbo.config.choices import FORM_PRESETS
+from lrbo.config.compose import composed
 from lrbo.config.schema import SCHEMAS, EvaluateConfig, ReportConfig, SearchConfig
 from lrbo.errors import ConfigError
 from lrbo.factorization.registry import METHODS
+from lrbo.layers.forms import FORMS
 from lrbo.pipeline.checks import check
 
 CONF = compose.conf_folder()
@@ -296,3 +299,14 @@ def test_booleans_are_taken_as_they_are_typed() -> None:
     ]  # fmt: skip
     assert refusals.find_problems("search", ["experiment=tiny", *taken]) == {}
     assert refusals.find_problems("search", ["experiment=tiny", "data.bos=null"]) == {}
+
+
+def test_a_preset_stands_for_its_forms() -> None:
+    config = composed("search", ["space.forms=[bytes]"])
+    assert isinstance(config, SearchConfig)
+    assert config.space.forms == list(FORM_PRESETS["bytes"])
+    config = composed("search", ["space.forms=[factored,parameters]"])
+    assert isinstance(config, SearchConfig)
+    assert config.space.forms == ["factored", "pivoted"]
+    assert {*FORM_PRESETS["bytes"]} <= {*FORMS}
+    assert not {*FORM_PRESETS} & {*FORMS}

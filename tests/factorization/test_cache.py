@@ -17,6 +17,7 @@ from lrbo.calibration.statistics import Statistic
 from lrbo.errors import CacheError, PathError, StatisticsError
 from lrbo.factorization import cache
 from lrbo.factorization.base import factor_layer
+from lrbo.factorization.base_plan import BasePlan
 from lrbo.factorization.cache import (
     factor_model,
     factors_fingerprint,
@@ -24,15 +25,18 @@ from lrbo.factorization.cache import (
     save_factors,
 )
 from lrbo.factorization.factors import PARTS, LowRankFactors
-from lrbo.factorization.methods import Asvd, Bolaco, LossAware, Svd, SvdLlm, predicted_loss
+from lrbo.factorization.methods import Asvd, Bolaco, LossAware, Svd, SvdLlm
+from lrbo.factorization.options import BaseOptions
+from lrbo.factorization.prediction import predicted_loss
 from lrbo.factorization.registry import METHODS, method_named
 from lrbo.files.caches import ABOUT, ATTEMPTS, cached
-from lrbo.layers.forms import DENSE_FORM, FORMS
+from lrbo.layers.modules import PRODUCTS
 from lrbo.layers.options import Menu
 from lrbo.linalg import JitterWarning
 from lrbo.models.model_map import linear_bias, linear_weight, map_model
 from lrbo.models.parameters import fingerprint
 from lrbo.models.specs import LayerSpec
+from tests.support.methods import RandomStatistics
 from tests.support.tiny import CASES, build
 
 TOLERANCE = {
@@ -40,36 +44,9 @@ TOLERANCE = {
 }
 
 
-class Made:
-    """Statistics of every layer, the same for each of its shape, which remember who asked."""
-
-    def __init__(self, *, gradients: bool = True) -> None:
-        self.gradients, self.names = gradients, list[str]()
-
-    def of(self, spec: LayerSpec) -> Mapping[Statistic, Tensor]:
-        self.names.append(spec.name)
-        generator = torch.Generator().manual_seed(spec.in_features)
-
-        def draw(width: int) -> Tensor:
-            return torch.randn(3 * width, width, generator=generator, dtype=torch.float64)
-
-        rows, slopes = draw(spec.in_features), draw(spec.out_features)
-        covariance = torch.cov(rows.T, correction=0)
-        actual = {
-            Statistic.INPUT_MEAN: rows.mean(0),
-            Statistic.INPUT_MAGNITUDE: rows.abs().mean(0),
-            Statistic.INPUT_COVARIANCE: covariance,
-            Statistic.POOLED_INPUT_COVARIANCE: covariance,
-        }
-        if self.gradients:
-            actual[Statistic.OUTPUT_GRADIENT] = slopes.T @ slopes / len(slopes)
-            actual[Statistic.INPUT_IMPORTANCE] = rows.square().mean(0)
-        return actual
-
-
 def parts(case: str, method: str) -> Iterator[dict[str, LowRankFactors]]:
     model = build(case)
-    return factor_model(model, map_model(model), method_named(method), Made())
+    return factor_model(model, map_model(model), method_named(method), RandomStatistics())
 
 
 @functools.cache  # every test reads them only
@@ -105,7 +82,7 @@ def test_every_part_of_the_factors_is_stored() -> None:
 @every_method
 def test_every_layer_is_factored_as_the_method_says(case: str, method: str) -> None:
     model = build(case)
-    layers, statistics = map_model(model), Made()
+    layers, statistics = map_model(model), RandomStatistics()
     factors = make(case, method)
     assert list(factors) == [spec.name for spec in layers.compressible]
     for spec in layers.compressible:
@@ -138,7 +115,7 @@ def test_everything_is_moved_to_the_device_that_decomposes(monkeypatch: pytest.M
     monkeypatch.setattr(cache, "factor_layer", watched)
     model = build("gpt2")
     on_meta = factor_model(
-        model, map_model(model), LossAware(), Made(), device=torch.device("meta")
+        model, map_model(model), LossAware(), RandomStatistics(), device=torch.device("meta")
     )
     with pytest.raises(StatisticsError, match="seen"):
         next(on_meta)
@@ -147,17 +124,19 @@ def test_everything_is_moved_to_the_device_that_decomposes(monkeypatch: pytest.M
 
 def test_without_gradients_no_loss_is_predicted() -> None:
     model = build("gpt2")
-    actual = merged(factor_model(model, map_model(model), Bolaco(), Made(gradients=False)))
+    actual = merged(
+        factor_model(model, map_model(model), Bolaco(), RandomStatistics(gradients=False))
+    )
     assert all(factors.loss is None for factors in actual.values())
     with pytest.raises(StatisticsError, match=r"^transformer\.h\.0\.attn\.c_attn: .*output_grad"):
-        next(factor_model(model, map_model(model), LossAware(), Made(gradients=False)))
+        next(factor_model(model, map_model(model), LossAware(), RandomStatistics(gradients=False)))
 
 
 @every_method
 def test_a_layer_that_calibration_did_not_see_is_refused_by_name_if_that_matters(
     method: str,
 ) -> None:
-    class Nothing(Made):
+    class Nothing(RandomStatistics):
         def of(self, spec: LayerSpec) -> Mapping[Statistic, Tensor]:
             return {}
 
@@ -175,9 +154,9 @@ def test_a_layer_that_calibration_did_not_see_is_refused_by_name_if_that_matters
 def test_kinds_that_are_one_sided_are_factored_so() -> None:
     model = build("llama_tied")
     layers = map_model(model)
-    both = merged(factor_model(model, layers, LossAware(one_sided=("v_proj",)), Made()))
+    both = merged(factor_model(model, layers, LossAware(one_sided=("v_proj",)), RandomStatistics()))
     one, two = (
-        merged(factor_model(model, layers, LossAware(output_power=power), Made()))
+        merged(factor_model(model, layers, LossAware(output_power=power), RandomStatistics()))
         for power in (0.0, LossAware().output_power)
     )
     for spec in layers.compressible:
@@ -206,7 +185,7 @@ def test_blocks_come_one_by_one_and_only_their_weights_are_needed() -> None:
         for name in mine:
             weights[name].fill_(torch.nan)
 
-    actual = factor_model(model, layers, Svd(), Made(), open_block=open_block)
+    actual = factor_model(model, layers, Svd(), RandomStatistics(), open_block=open_block)
     first = next(actual)
     assert opened == [0]
     assert {layers.by_name[name].block for name in first} == {0}
@@ -224,7 +203,7 @@ def test_exactly_the_ranks_below_dense_in_any_form_are_kept(case: str, method: s
     layers = map_model(build(case))
     for name, factors in make(case, method).items():
         unit, ranks = layers.by_name[name], set[int]()
-        for form in set(FORMS) - {DENSE_FORM}:
+        for form in PRODUCTS:
             menu = Menu.of(unit, [form], bias=unit.has_bias, itemsize=4)
             ladder = menu.ladder("parameters", None)
             ranks |= {menu.option(int(index)).level[0] for index in ladder.indices[:-1]}
@@ -233,7 +212,7 @@ def test_exactly_the_ranks_below_dense_in_any_form_are_kept(case: str, method: s
 
 def test_progress_names_each_layer_once_and_the_model_is_untouched() -> None:
     model = build("gpt2")
-    layers, statistics = map_model(model), Made()
+    layers, statistics = map_model(model), RandomStatistics()
     before, names = fingerprint(model), list[str]()
     merged(factor_model(model, layers, Svd(), statistics, on_layer=names.append))
     assert names == [spec.name for spec in layers.compressible] == statistics.names
@@ -245,11 +224,11 @@ def test_a_broken_layer_is_refused_by_name() -> None:
     name = "model.layers.1.mlp.up_proj"
     model.get_submodule(name).weight[0, :2] = torch.nan
     with pytest.raises(StatisticsError, match=rf"^{name}: weight holds 2 non-finite values"):
-        merged(factor_model(model, map_model(model), Svd(), Made()))
+        merged(factor_model(model, map_model(model), Svd(), RandomStatistics()))
 
 
 def test_what_is_announced_names_its_layer() -> None:
-    class Singular(Made):
+    class Singular(RandomStatistics):
         def of(self, spec: LayerSpec) -> Mapping[Statistic, Tensor]:
             actual = dict(super().of(spec))
             if spec.kind == "down_proj" and spec.block == 1:
@@ -450,6 +429,16 @@ def test_the_fingerprint_depends_on_model_calibration_and_method() -> None:
         factors_fingerprint("model", "calibration", Svd()),
         factors_fingerprint("model", "calibration", Svd(name="svd2")),
         factors_fingerprint("model", None, Bolaco()),
+        *(
+            factors_fingerprint("model", "calibration", Bolaco(), BasePlan(forms, options))
+            for forms, options in (
+                (("int4",), BaseOptions()),
+                (("int4", "int3"), BaseOptions()),
+                (("int4",), BaseOptions(method="nearest")),
+                (("int4",), BaseOptions(group_sizes=(64, 32))),
+                (("int4",), BaseOptions(damping=0.1)),
+            )
+        ),
         *(factors_fingerprint("model", "calibration", Asvd(alpha=alpha)) for alpha in (0.4, 0.5)),
         *(
             factors_fingerprint("model", "calibration", replace(LossAware(), **changed))
@@ -459,7 +448,7 @@ def test_the_fingerprint_depends_on_model_calibration_and_method() -> None:
             )
         ),
     }  # fmt: skip
-    assert len(others | {base}) == 15
+    assert len(others | {base}) == 20
     assert factors_fingerprint("model", "calibration", Bolaco()) == base
 
 

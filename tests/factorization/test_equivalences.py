@@ -12,18 +12,8 @@ from torch import Tensor
 from lrbo.calibration.statistics import Statistic
 from lrbo.factorization.base import FactorizationMethod
 from lrbo.factorization.factors import LowRankFactors
-from lrbo.factorization.methods import (
-    PREDICTION_SHRINKAGE,
-    Asvd,
-    Bolaco,
-    Drone,
-    Fwsvd,
-    LossAware,
-    Svd,
-    SvdLlm,
-    predicted_loss,
-    shrunk,
-)
+from lrbo.factorization.methods import Asvd, Bolaco, Drone, Fwsvd, LossAware, Svd, SvdLlm
+from lrbo.factorization.prediction import PREDICTION_SHRINKAGE, predicted_loss, shrunk
 from tests.support import reference
 from tests.support.methods import CASES, SHAPES, Layer, make_layer
 from tests.support.reference import Affine

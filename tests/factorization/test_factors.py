@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from lrbo.factorization.factors import LowRankFactors
 from lrbo.layers.forms import FORMS
-from lrbo.layers.modules import MODULES
-from lrbo.layers.options import Option
+from lrbo.layers.modules import PRODUCTS
+from lrbo.layers.options import Option, Section
 from lrbo.models.specs import LayerSpec
 from tests.support import reference
 from tests.support.forms import form_of
@@ -25,7 +25,7 @@ OUT, IN, COUNT = 6, 8, 5
 BIASES = ("none", "fixed", "with rank")
 
 every_bias = pytest.mark.parametrize("bias", BIASES)
-every_form = pytest.mark.parametrize("form", MODULES)
+every_form = pytest.mark.parametrize("form", PRODUCTS)
 
 
 def make(bias: str, seed: int = 0) -> LowRankFactors:
@@ -115,12 +115,20 @@ def test_a_rank_that_no_prefix_has_is_refused(
 def test_losses_are_those_of_the_levels_as_far_as_there_are_factors(multiple: int) -> None:
     factors = make("none")
     assert factors.loss is not None
-    levels = np.arange(multiple, 3 * COUNT, multiple)[:, None]
-    losses = factors.losses(levels)
-    assert losses is not None
-    assert losses.dtype == np.float64
-    assert losses.tolist() == factors.loss[multiple : COUNT + 1 : multiple].tolist()
-    assert dataclasses.replace(factors, loss=None).losses(levels) is None
+    ranks = np.arange(multiple, 3 * COUNT, multiple)
+    sections = [
+        Section(form, levels, np.zeros((len(ranks), 3), dtype=np.int64))
+        for form, levels in (
+            ("factored", ranks[:, None]),
+            ("int4", np.column_stack([np.full_like(ranks, 64), ranks])),
+        )
+    ]
+    for section in sections:
+        losses = factors.losses(section)
+        assert losses is not None
+        assert losses.dtype == np.float64
+        assert losses.tolist() == factors.loss[multiple : COUNT + 1 : multiple].tolist()
+        assert dataclasses.replace(factors, loss=None).losses(section) is None
 
 
 @every_bias

@@ -17,7 +17,7 @@ from lrbo.factorization.factors import LowRankFactors
 from lrbo.factorization.methods import LossAware
 from lrbo.factorization.registry import METHODS, method_named
 from lrbo.layers.forms import FORMS
-from lrbo.layers.modules import MODULES
+from lrbo.layers.modules import PRODUCTS
 from lrbo.layers.options import Option
 from lrbo.linalg import JitterWarning
 from tests.support import reference
@@ -132,7 +132,7 @@ def test_a_rank_has_that_rank(method: FactorizationMethod, layer: Layer) -> None
 
 @every_method
 @every_layer
-@pytest.mark.parametrize("form", MODULES)
+@pytest.mark.parametrize("form", PRODUCTS)
 def test_every_form_is_the_same_map_at_what_it_costs(
     method: FactorizationMethod, layer: Layer, form: str
 ) -> None:

@@ -149,7 +149,7 @@ def test_a_refit_does_not_make_them_worse(
         assert torch.isfinite(new.right).all()
         product = new.left @ new.right
         assert bool(product.any()) or not bool(model.get_submodule(spec.name).weight.any())
-    prefixes = on_device(model, result.factors, {s.name: 4 for s in layers.compressible})
+    prefixes = on_device(model, result.factors, allocation.ranks)
     with factorization.compressed(model, allocation):
         before = lrbo.score(model, IDS).mean
     with lrbo.allocation.apply.compressed(model, allocation, prefixes):

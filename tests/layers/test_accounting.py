@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from lrbo.config.choices import ITEMSIZES
 from lrbo.layers.forms import FORMS
-from lrbo.layers.modules import MODULES, replace_module
+from lrbo.layers.modules import PRODUCTS, replace_module
 from lrbo.layers.options import DENSE, Cost, ModelAccount, Option, account, as_stored, dense_cost
 from lrbo.models.model_map import linear_weight, map_model
 from lrbo.models.specs import ModelMap
@@ -21,7 +21,7 @@ from tests.support.tiny import CASES, build, token_ids
 
 every_case = pytest.mark.parametrize("case", CASES)
 # Each form alone, and all of them in one model.
-every_mixture = pytest.mark.parametrize("forms", [*((name,) for name in MODULES), tuple(MODULES)])
+every_mixture = pytest.mark.parametrize("forms", [*((name,) for name in PRODUCTS), tuple(PRODUCTS)])
 both_biases = pytest.mark.parametrize("bias", [False, True])
 
 
@@ -45,7 +45,7 @@ def put_in(
             unit = layers.by_name[name]
             has_bias = adds_bias or unit.has_bias
             (rank,) = option.level
-            module = MODULES[option.form].of_product(
+            module = PRODUCTS[option.form].of_product(
                 name,
                 torch.eye(unit.out_features, rank, dtype=torch.float64),
                 torch.ones(rank, unit.in_features, dtype=torch.float64),
@@ -65,7 +65,7 @@ def counted(model: PreTrainedModel, layers: ModelMap, costs: Mapping[str, Cost])
 def bytes_of(module: nn.Module) -> int:
     """Count what is stored: parameters, and the indices that a form keeps; tied tensors once."""
     tensors = [*module.parameters()]
-    tensors += [b for m in module.modules() if isinstance(m, tuple(MODULES.values()))
+    tensors += [b for m in module.modules() if isinstance(m, tuple(PRODUCTS.values()))
                 for b in m.buffers()]  # fmt: skip
     stored = {id(t): t.numel() * t.element_size() for t in tensors}
     return sum(stored.values())
@@ -126,7 +126,7 @@ def test_bytes_are_those_of_the_dtype(dtype: str) -> None:
     kind = getattr(torch, dtype)
     model = build("gpt2").to(kind)
     layers = map_model(model)
-    costs = put_in(model, layers, some_options(layers, tuple(MODULES)), adds_bias=True)
+    costs = put_in(model, layers, some_options(layers, tuple(PRODUCTS)), adds_bias=True)
     result = counted(model, layers, costs)
     assert ITEMSIZES[dtype] == kind.itemsize
     assert result.model.bytes == bytes_of(model)

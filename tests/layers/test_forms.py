@@ -1,6 +1,7 @@
 """The contract of every form: a level costs what its module holds. A new form is picked up here."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -13,8 +14,24 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lrbo.config.choices import ITEMSIZES
 from lrbo.errors import ConfigError
-from lrbo.layers.forms import DENSE_FORM, FORMS, Form, form_named
-from lrbo.layers.modules import MODULES, low_rank_layers
+from lrbo.factorization.base_plan import BasePlan
+from lrbo.factorization.bases import Base
+from lrbo.factorization.factors import LowRankFactors
+from lrbo.factorization.options import BaseOptions
+from lrbo.factorization.prepared import BasedWeight
+from lrbo.layers.forms import (
+    DENSE_FORM,
+    FORMS,
+    GROUP_SIZES,
+    Based,
+    Codebook,
+    Form,
+    Grid,
+    Quantized,
+    form_named,
+)
+from lrbo.layers.modules import PRODUCTS, empty_module, low_rank_layers
+from lrbo.layers.options import Option
 from lrbo.models.specs import LayerSpec
 from tests.support import reference
 from tests.support.forms import form_of
@@ -24,11 +41,13 @@ TOLERANCE = {
     torch.float32: 1e-5,  # the same in single precision
 }
 
-SHAPES = [(5, 9), (9, 5), (7, 7), (1, 4), (4, 1)]
+SHAPES = [(5, 9), (9, 5), (7, 7), (1, 4), (4, 1), (17, 32), (8, 16)]
 TOKENS = 3
+PERCENTAGES = (25, 50)
 
 every_form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
-every_module = pytest.mark.parametrize("form", [FORMS[n] for n in MODULES], ids=MODULES)
+every_module = pytest.mark.parametrize("form", list(FORMS.values())[1:], ids=list(FORMS)[1:])
+every_product = pytest.mark.parametrize("form", [FORMS[n] for n in PRODUCTS], ids=PRODUCTS)
 every_shape = pytest.mark.parametrize("shape", SHAPES)
 both_biases = pytest.mark.parametrize("bias", [False, True])
 
@@ -40,7 +59,8 @@ def unit_of(shape: tuple[int, int], *, bias: bool = False) -> LayerSpec:
 def levels_of(
     form: Form, unit: LayerSpec, multiple: int = 1, minimum: int = 0
 ) -> list[tuple[int, ...]]:
-    return [tuple(map(int, level)) for level in form.levels(unit, multiple, minimum)]
+    runs = form.levels(unit, Grid(multiple, minimum, GROUP_SIZES, PERCENTAGES))
+    return [tuple(map(int, level)) for run in runs for level in run]
 
 
 def module_of(
@@ -49,14 +69,30 @@ def module_of(
     """Return what a checkpoint has, of random factors, in float32."""
     if form.name == DENSE_FORM:
         return nn.Linear(shape[1], shape[0], bias)
-    left, right = factors(shape, level[0])
+    left, right = factors(shape, level[-1])
     offset = torch.ones(shape[0])
+    if isinstance(form, Based):
+        rest = LowRankFactors(left.float(), right.float(), torch.zeros(level[-1] + 1))
+        rest = replace(rest, offset=offset if bias else None)
+        return BasedWeight(base_of(form, shape, level, torch.float32), rest).module(level[-1])
 
     def bias_for(linear: object, dtype: torch.dtype) -> Tensor | None:
         del linear
         return offset.to(dtype) if bias else None
 
-    return MODULES[form.name].of_product("unit", left, right, bias_for, torch.float32)
+    return PRODUCTS[form.name].of_product("unit", left, right, bias_for, torch.float32)
+
+
+def base_of(
+    form: Based, shape: tuple[int, int], level: tuple[int, ...], dtype: torch.dtype
+) -> Base:
+    """Return a base of a random weight, every entry decided on alone."""
+    options = BaseOptions("nearest", percentages=level[:-1] or PERCENTAGES)
+    if isinstance(form, Quantized):
+        options = BaseOptions("nearest", level[:1])
+    (base,) = BasePlan((form.name,), options).make(factors(shape, shape[1])[0], {}, dtype)
+    assert base.level == level[:-1]
+    return base
 
 
 def factors(shape: tuple[int, int], rank: int) -> tuple[Tensor, Tensor]:
@@ -76,7 +112,8 @@ def cases(form: Form, shape: tuple[int, int], *, bias: bool) -> Iterator[tuple[i
 
 
 def test_every_form_but_dense_has_a_module() -> None:
-    assert set(FORMS) == {DENSE_FORM, *MODULES}
+    others = {name for name, form in FORMS.items() if isinstance(form, Based)}
+    assert set(FORMS) == {DENSE_FORM, *PRODUCTS, *others}
     assert all(isinstance(form, Form) and form.name == name for name, form in FORMS.items())
     assert low_rank_layers(nn.Linear(2, 3)) == {}
 
@@ -96,7 +133,13 @@ def test_a_level_costs_what_its_module_holds_and_multiplies(
             assert module(torch.ones(TOKENS, shape[1], dtype=kind)).shape == (TOKENS, shape[0])
         cost = form.cost(unit_of(shape, bias=bias), level, bias=bias, itemsize=ITEMSIZES[dtype])
         macs = counter.get_total_flops() // 2 // TOKENS
-        assert cost == (reference.count_parameters(module), stored, macs), level
+        held = reference.count_parameters(module)
+        if isinstance(form, Based):  # an integer is a parameter, its scale is not
+            kept = shape[0] * shape[1]
+            if not isinstance(form, Quantized | Codebook):
+                kept = module.values.numel()
+            held += kept + level[-1] * sum(shape)
+        assert cost == (held, stored, macs), level
 
 
 @every_form
@@ -110,16 +153,22 @@ def test_levels_rise_in_every_cost_and_have_no_problem(
     form: Form, bias: bool, shape: tuple[int, int], multiple: int, minimum: int
 ) -> None:
     unit = unit_of(shape, bias=bias)
-    levels = levels_of(form, unit, multiple, minimum)
-    assert levels == sorted(set(levels))
-    assert all(form.problem(*shape, level) is None for level in levels)
-    costs = [form.cost(unit, level, bias=bias, itemsize=2) for level in levels]
-    for less, more in pairwise(costs):
-        assert all(a < b for a, b in zip(less, more, strict=True))
-    if form.name != DENSE_FORM:
-        ranks = [rank for (rank,) in levels]
-        allowed = range(max(minimum, 1), min(shape) + 1)
-        assert ranks == [rank for rank in allowed if rank % multiple == 0]
+    for run in form.levels(unit, Grid(multiple, minimum, GROUP_SIZES, PERCENTAGES)):
+        levels = [tuple(map(int, level)) for level in run]
+        assert levels == sorted(set(levels))
+        assert len({level[:-1] for level in levels}) <= 1
+        assert all(form.problem(*shape, level) is None for level in levels)
+        costs = [form.cost(unit, level, bias=bias, itemsize=2) for level in levels]
+        for less, more in pairwise(costs):
+            assert all(a < b for a, b in zip(less, more, strict=True))
+        ranks = [level[-1] for level in levels if level]
+        if isinstance(form, Based):
+            assert ranks == [*range(0, form.largest_rank(*shape) + 1, multiple)]
+            most = 0 if form.name in ("int8", "int8_sym") else min(shape) // 8
+            assert form.largest_rank(*shape) == most
+        elif form.name != DENSE_FORM:
+            allowed = range(max(minimum, 1), min(shape) + 1)
+            assert ranks == [rank for rank in allowed if rank % multiple == 0]
 
 
 @every_form
@@ -127,13 +176,14 @@ def test_levels_rise_in_every_cost_and_have_no_problem(
 @both_biases
 def test_arrays_cost_what_integers_cost(form: Form, shape: tuple[int, int], bias: bool) -> None:
     unit = unit_of(shape, bias=bias)
-    levels = form.levels(unit, 1, 0)
-    arrays = form.cost(unit, tuple(levels.T), bias=bias, itemsize=2)
-    one_by_one = [form.cost(unit, level, bias=bias, itemsize=2) for level in levels_of(form, unit)]
-    assert all(type(value) is int for cost in one_by_one for value in cost)
-    for column, array in enumerate(arrays):
-        expected = [cost[column] for cost in one_by_one]
-        assert np.broadcast_to(array, len(levels)).tolist() == expected
+    for levels in form.levels(unit, Grid(1, 0, GROUP_SIZES, PERCENTAGES)):
+        arrays = form.cost(unit, tuple(levels.T), bias=bias, itemsize=2)
+        single = [tuple(map(int, level)) for level in levels]
+        one_by_one = [form.cost(unit, level, bias=bias, itemsize=2) for level in single]
+        assert all(type(value) is int for cost in one_by_one for value in cost)
+        for column, array in enumerate(arrays):
+            expected = [cost[column] for cost in one_by_one]
+            assert np.broadcast_to(array, len(levels)).tolist() == expected
 
 
 @every_form
@@ -141,20 +191,21 @@ def test_arrays_cost_what_integers_cost(form: Form, shape: tuple[int, int], bias
 def test_a_level_that_the_shape_cannot_have_is_refused_by_name(
     form: Form, shape: tuple[int, int]
 ) -> None:
-    bad = [(-1,), (min(shape) + 1,), (1, 1), (*(levels_of(form, unit_of(shape))[-1]), 1)]
+    bad = [(-1,), (min(shape) + 1,), (64, -1), (16, min(shape)), (0, 0), (16, 0, 0)]
+    bad += [(256, 0), (7, 0)] if isinstance(form, Quantized) else [(100, 0)]
     bad += [()] if form.name != DENSE_FORM else []
     for level in bad:
         problem = form.problem(*shape, level)
         assert problem is not None, level
         assert problem.startswith(form.name)
         assert problem.endswith(f"got {list(level)}")
-    if form.name != DENSE_FORM:
+    if form.name in PRODUCTS:
         assert str(min(shape)) in str(form.problem(*shape, (99,)))
 
 
 @every_form
 def test_a_level_has_a_label(form: Form) -> None:
-    labels = [form.label(level) for level in levels_of(form, unit_of((5, 9)))]
+    labels = [form.label(level) for level in levels_of(form, unit_of((16, 32)))]
     assert len(set(labels)) == len(labels)
     assert all(labels)
 
@@ -177,7 +228,7 @@ def test_an_empty_module_takes_the_weights_of_a_stored_one(
     before = torch.get_rng_state()
     for level in cases(form, shape, bias=bias):
         stored = module_of(form, shape, level, bias=bias)
-        empty = MODULES[form.name].empty("unit", *shape, level, bias=bias)
+        empty = empty_module("unit", Option(form.name, level), *shape, bias=bias)
         held, expected = empty.state_dict(), stored.state_dict()
         assert all(tensor.is_meta for tensor in held.values())
         assert {n: t.shape for n, t in held.items()} == {n: t.shape for n, t in expected.items()}
@@ -191,7 +242,7 @@ def test_an_empty_module_takes_the_weights_of_a_stored_one(
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@every_module
+@every_product
 @every_shape
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_the_dense_weight_is_what_the_module_multiplies_by(
@@ -199,7 +250,7 @@ def test_the_dense_weight_is_what_the_module_multiplies_by(
 ) -> None:
     for level in cases(form, shape, bias=False):
         left, right = factors(shape, level[0])
-        kind = MODULES[form.name]
+        kind = PRODUCTS[form.name]
         module = kind.of_product("unit", left, right, lambda linear, dtype: None, dtype)
         assert {parameter.dtype for parameter in module.parameters()} == {dtype}
         weight, exact = module.dense_weight(), left @ right
@@ -210,21 +261,21 @@ def test_the_dense_weight_is_what_the_module_multiplies_by(
         assert float(np.abs(actual - weight.numpy()).max()) <= TOLERANCE[dtype] * size
 
 
-@every_module
+@every_product
 @every_shape
 def test_of_full_rank_the_dense_weight_is_the_dense_weight(
     form: Form, shape: tuple[int, int]
 ) -> None:
     weight = factors(shape, shape[1])[0]
     u, s, vh = torch.linalg.svd(weight, full_matrices=False)
-    module = MODULES[form.name].of_product(
+    module = PRODUCTS[form.name].of_product(
         "unit", u * s, vh, lambda linear, dtype: None, torch.float64
     )
     difference = (module.dense_weight() - weight).abs().max()
     assert float(difference) <= TOLERANCE[torch.float64] * float(weight.abs().max())
 
 
-@every_module
+@every_product
 @both_biases
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_bias_is_made_for_the_module_as_it_is_rounded(
@@ -241,7 +292,7 @@ def test_the_bias_is_made_for_the_module_as_it_is_rounded(
         answers.append(linear(x))
         return offset.to(wanted) if bias else None
 
-    module = MODULES[form.name].of_product("unit", left, right, bias_for, dtype)
+    module = PRODUCTS[form.name].of_product("unit", left, right, bias_for, dtype)
     (answer,) = answers
     assert answer.dtype == torch.float64
     difference = answer - module.dense_weight() @ x
@@ -251,16 +302,103 @@ def test_the_bias_is_made_for_the_module_as_it_is_rounded(
         assert torch.equal(module.bias, offset.to(dtype))
 
 
-@every_module
+@every_product
 @both_biases
 def test_a_stand_in_has_the_tensors_of_the_stored_module(form: Form, bias: bool) -> None:
     shape, level = (9, 5), (3,)
     left, right = (t.float() for t in factors(shape, 3))
     offset = torch.ones(9) if bias else None
-    stand_in = MODULES[form.name].stand_in("unit", left, right, offset)
+    stand_in = PRODUCTS[form.name].stand_in("unit", left, right, offset)
     stored = module_of(form, shape, level, bias=bias)
     held, expected = stand_in.state_dict(), stored.state_dict()
     assert {n: (t.shape, t.dtype) for n, t in held.items()} == {
         n: (t.shape, t.dtype) for n, t in expected.items()
     }
     assert stand_in(torch.ones(2, 5)).shape == (2, 9)
+
+
+based = pytest.mark.parametrize(
+    "form", [form for form in FORMS.values() if isinstance(form, Based)], ids=lambda f: f.name
+)
+
+
+def entries(base: Base) -> np.ndarray:
+    """Read a base entry by entry, from its tensors as they are described."""
+    tensors = {name: tensor.numpy() for name, tensor in base.tensors.items()}
+    rows, columns = base.shape
+    weight = np.zeros(base.shape)
+    form = base.form
+    if isinstance(form, Quantized | Codebook):
+        codes = reference.unpacked(tensors["packed"], form.bits)
+        assert codes.shape == base.shape
+    elif "mask" in tensors:
+        codes = reference.unpacked(tensors["mask"], 1)
+    else:
+        codes = reference.unpacked(tensors["positions"], 2)
+    for row in range(rows):
+        taken = 0
+        for column in range(columns):
+            value = 0.0
+            if isinstance(form, Quantized):
+                group = column // base.level[0]
+                middle = tensors["zero"][row, group] if "zero" in tensors else 2 ** (form.bits - 1)
+                value = tensors["scale"][row, group] * (int(codes[row, column]) - int(middle))
+            elif isinstance(form, Codebook):
+                value = tensors["table"][row, codes[row, column]]
+            elif "mask" in tensors:
+                if codes[row, column]:
+                    value = tensors["values"][row, taken]
+                    taken += 1
+            else:
+                pair = 2 * (column // 4)
+                positions = codes[row, pair : pair + 2].tolist()
+                if column % 4 in positions:
+                    value = tensors["values"][row, pair + positions.index(column % 4)]
+            weight[row, column] = value
+    return weight
+
+
+@based
+@both_biases
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_base_and_a_rank_are_what_their_module_multiplies_by(
+    form: Based, bias: bool, rank: int
+) -> None:
+    shape = (17, 32)
+    base = base_of(form, shape, levels_of(form, unit_of(shape))[0], torch.float64)
+    left, right = factors(shape, rank)
+    offset = torch.arange(17.0, dtype=torch.float64) if bias else None
+    weight = BasedWeight(base, LowRankFactors(left, right, torch.zeros(rank + 1), offset))
+    steps = left.abs().amax(0) / 127, right.abs().amax(1, keepdim=True) / 127
+    rounded = [
+        (each / step).round() * step for each, step in zip((left, right), steps, strict=True)
+    ]
+    expected = entries(base) + (rounded[0] @ rounded[1]).numpy()
+    actual, added = reference.affine_of(weight.module(rank), shape[1])
+    limit = 1e-12 * np.abs(expected).max()
+    assert np.abs(actual - expected).max() < limit
+    assert np.abs(weight.module(rank).dense_weight().numpy() - expected).max() < limit
+    assert np.allclose(added, 0.0 if offset is None else offset.numpy())
+
+
+@based
+def test_more_bytes_leave_less(form: Based) -> None:
+    """Over the levels of a form, without a rank, and against the form of one bit more."""
+    shape, unit = (17, 64), unit_of((17, 64))
+    weight = factors(shape, 64)[0]
+
+    def error(of: Based, level: tuple[int, ...]) -> float:
+        rest = base_of(of, shape, level, torch.float64).weight(torch.float64) - weight
+        return float(rest.square().sum())
+
+    def size(level: tuple[int, ...]) -> int:
+        return int(form.cost(unit, level, bias=False, itemsize=2)[1])
+
+    bases = sorted((level for level in levels_of(form, unit) if level[-1] == 0), key=size)
+    errors = [error(form, level) for level in bases]
+    assert all(less > more for less, more in pairwise(errors))
+    wider = {"int2": "int3", "int3": "int4", "int4": "int8", "lut3": "lut4"}.get(form.name)
+    if wider is not None:
+        other = FORMS[wider]
+        assert isinstance(other, Based)
+        assert error(other, bases[0]) < error(form, bases[0])

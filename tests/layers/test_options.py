@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from lrbo.errors import ConfigError
 from lrbo.layers.forms import DENSE_FORM, FORMS
+from lrbo.layers.modules import PRODUCTS
 from lrbo.layers.options import (
     DENSE,
     MEASURES,
@@ -25,7 +26,7 @@ from lrbo.layers.options import (
 from lrbo.models.specs import LayerSpec
 from tests.support import reference
 
-NAMES = [name for name in FORMS if name != DENSE_FORM]
+NAMES = list(PRODUCTS)  # forms of which a rank is the level
 UNIT = LayerSpec("layers.0.up", "up", 0, 20, 30, False, site="x")
 
 
@@ -77,8 +78,8 @@ def test_costs_add(costs: list[Cost]) -> None:
 
 
 def test_an_option_of_no_form_has_no_cost() -> None:
-    with pytest.raises(ConfigError, match="form 'sparse' is unknown"):
-        cost_of(UNIT, Option("sparse", (3,)), bias=False, itemsize=2)
+    with pytest.raises(ConfigError, match="form 'banded' is unknown"):
+        cost_of(UNIT, Option("banded", (3,)), bias=False, itemsize=2)
 
 
 # --- budgets -----------------------------------------------------------------------------------

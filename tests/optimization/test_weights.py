@@ -285,6 +285,81 @@ def test_rounding_in_curves_decides_nothing() -> None:
         assert allocation == expected
 
 
+# --- families of forms -------------------------------------------------------------------------
+
+MIXED = ("pivoted", "factored", "int4", "int2_sym")
+WEIGHTS = ("form.low_rank", "form.int4", "form.int2_sym", "form.repair")
+# Inputs of whole groups, and of 24 none.
+WIDE = {"q_proj": (32, 32), "v_proj": (16, 32), "up_proj": (40, 24), "down_proj": (24, 48)}
+
+
+def mixed_space(keep_ratio: float = 0.4, forms: tuple[str, ...] = MIXED, **changes) -> WeightSpace:
+    """Build a space of a budget in bytes that leaves units of each family of forms."""
+    changes |= {"forms": forms, "measure": "bytes"}
+    return make_weight_space(keep_ratio, make_layers(3, WIDE), **changes)
+
+
+def test_several_families_of_forms_have_a_weight_each_and_repair_one() -> None:
+    plain = mixed_space(form_weights=False)
+    assert mixed_space().names == (*plain.names, *WEIGHTS)
+    assert not [name for name in plain.names if name.startswith("form.")]
+    for forms in (("pivoted",), ("factored", "pivoted"), ("int4",)):
+        assert mixed_space(0.5, forms).names == plain.names
+    names = mixed_space(0.5, ("int4", "int4_sym")).names
+    assert names[len(plain.names) :] == ("form.int4", "form.int4_sym", "form.repair")
+
+
+@pytest.mark.parametrize("index", range(8))
+def test_weights_of_forms_distort_as_the_formula_says(index: int) -> None:
+    space = mixed_space(knots=0)
+    point = point_of(space, index)
+    distorted = {}
+    for unit in space.problem.units:
+        menu = space.problem.menus[unit.name]
+        assert menu.losses is not None
+        values = []
+        for number, value in enumerate(menu.losses):
+            option = menu.option(number)
+            weight = point[f"kind.{unit.kind}"]
+            if option.form in ("pivoted", "factored"):
+                weight += point["form.low_rank"]
+            elif option != DENSE:
+                weight += point[f"form.{option.form}"]
+                weight += point["form.repair"] if option.level[1] else 0.0
+            values.append(math.exp(weight) * float(value) ** math.exp(point["exponent"]))
+        distorted[unit.name] = np.array(values)
+    expected = space.problem.by_loss(distorted)
+    assert space.allocate(point) == expected
+    assert_keeps_its_promises(space, expected)
+
+
+def test_a_large_weight_of_a_family_takes_it_out() -> None:
+    space = mixed_space()
+    origin = space.analytic_point()
+    assert space.allocate(origin) == space.problem.by_loss()
+
+    def families(point: dict[str, float]) -> set[str]:
+        names = set()
+        for option in space.allocate(point).compressed.values():
+            is_low_rank = option.form in ("pivoted", "factored")
+            names.add("form.low_rank" if is_low_rank else f"form.{option.form}")
+            if not is_low_rank and option.level[1]:
+                names.add("form.repair")
+        return names
+
+    assert families(origin) == set(WEIGHTS)
+    for name in WEIGHTS:
+        assert name not in families(origin | {name: 50.0})
+
+
+def test_one_number_added_to_the_weights_of_all_families_changes_nothing() -> None:
+    space = mixed_space()
+    for index in range(8):
+        point = point_of(space, index)
+        moved = {name: point[name] + 0.25 * (name in WEIGHTS[:-1]) for name in point}
+        assert space.allocate(moved) == space.allocate(point)
+
+
 # --- the space itself --------------------------------------------------------------------------
 
 

@@ -17,16 +17,19 @@ from lrbo.config.saved import to_yaml
 from lrbo.config.schema import CompressConfig
 from lrbo.errors import ConfigError, ModelError, StudyError
 from lrbo.factorization.methods import LossAware
+from lrbo.factorization.options import BaseOptions
 from lrbo.factorization.registry import METHODS
-from lrbo.layers.modules import MODULES
-from lrbo.layers.options import DENSE, MEASURES, Cost, Measure, Option
+from lrbo.layers.modules import PRODUCTS
+from lrbo.layers.options import DENSE, MEASURES, Budget, Cost, Measure, Option, cost_of
 from lrbo.models import loading
+from lrbo.models.devices import dtype_name
 from lrbo.models.model_map import map_model
 from lrbo.models.parameters import fingerprint
 from lrbo.models.specs import LayerSpec
+from lrbo.models.tiny import byte_tokenizer
 from lrbo.pipeline import build_worker, planning
 from lrbo.pipeline.planning import model_source
-from lrbo.pipeline.search_space import build_search_space
+from lrbo.pipeline.search_space import build_search_space, largest_ranks, menus_of
 from lrbo.reports import mlflow_view
 from lrbo.study.about import about_of
 from lrbo.study.events import FORMAT
@@ -107,6 +110,7 @@ def test_statistics_and_factors_are_made_once(cache: Path) -> None:
 
 
 BOTH = ["Calibration", "Factorization"]
+INTEGERS = ["space.forms=[pivoted,int4]", "bases.group_sizes=[16]"]
 
 
 @pytest.mark.parametrize(
@@ -118,7 +122,11 @@ BOTH = ["Calibration", "Factorization"]
         pytest.param(["data.window=32"], BOTH, marks=pytest.mark.slow),
         pytest.param(["seed=1"], BOTH, marks=pytest.mark.slow),  # it chooses the windows
         pytest.param(["model.dtype=bfloat16"], BOTH, marks=pytest.mark.slow),
+        # GPTQ reads second moments, which the method of the experiment does not.
+        ([*INTEGERS], BOTH),
+        ([*INTEGERS, "bases.method=nearest"], ["Factorization"]),
         (["calibration.batch_windows=1"], []),  # another order of the same sums
+        pytest.param(["bases.damping=0.1"], [], marks=pytest.mark.slow),  # of no integers
         pytest.param(["data.test.tokens=256"], [], marks=pytest.mark.slow),
         pytest.param(["evaluation.batch_windows=2"], [], marks=pytest.mark.slow),
     ],
@@ -296,6 +304,44 @@ def test_a_study_says_what_it_was_begun_with(cache: Path) -> None:
     assert other["study_id"] != about["study_id"]
 
 
+def test_bytes_are_counted_in_the_dtype_of_the_files(cache: Path) -> None:
+    loading.tiny_model().bfloat16().save_pretrained("half")
+    byte_tokenizer().save_pretrained("half")
+    dense = sum(unit.parameters for unit in map_model(loading.tiny_model()).compressible)
+    other = ["model=hf", "model.path=half", "model.device=cpu", "data=generated", "data.window=64"]
+    for overrides, runs_in, stored in (
+        (["model.dtype=bfloat16"], torch.bfloat16, torch.float32),
+        ([*other, "model.dtype=float32"], torch.float32, torch.bfloat16),
+    ):
+        for keep, share in (("budget.keep_ratio=0.5", 0.5), ("budget.bits_per_parameter=8", None)):
+            config = small_config("budget.measure=bytes", keep, *overrides)
+            plan = planning.plan_search(config, Study(Path("studies/none")), [])
+            assert (plan.dtype, plan.stored_dtype) == (runs_in, stored)
+            size = stored.itemsize * share if share else 1
+            assert plan.space.problem.budget == Budget("bytes", int(size * dense))
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+def test_a_family_is_moved_up_to_its_largest_rank_that_is_cheaper_than_dense(
+    measure: Measure,
+) -> None:
+    units = map_model(loading.tiny_model()).compressible
+    forms, options = ["pivoted", "int4", "int8", "factored"], BaseOptions(group_sizes=(16, 32, 256))
+    menus = menus_of(units, forms, METHODS["bolaco"], torch.bfloat16, options=options)
+    expected: dict[str, dict[Option, int]] = {}
+    for name, menu in menus.items():
+        expected[name] = {}
+        for option in map(menu.option, range(len(menu) - 1)):
+            cost = cost_of(menu.unit, option, bias=True, itemsize=2)
+            if cost.of(measure) < menu.dense.of(measure):
+                most = max(expected[name].get(option.family, 0), option.level[-1])
+                expected[name][option.family] = most
+    actual = largest_ranks(menus, measure)
+    assert actual == expected
+    integers = {family for own in actual.values() for family in own if family.level}
+    assert bool(integers) == (measure == "bytes")
+
+
 def of_module(spec: LayerSpec, option: Option, bias: bool, dtype: torch.dtype) -> Cost:
     """Count the tensors of a module that is made."""
     if option == DENSE:
@@ -303,7 +349,7 @@ def of_module(spec: LayerSpec, option: Option, bias: bool, dtype: torch.dtype) -
             spec.in_features, spec.out_features, spec.has_bias
         )
     else:
-        kind = MODULES[option.form]
+        kind = PRODUCTS[option.form]
         module = kind.empty(spec.name, spec.out_features, spec.in_features, option.level, bias=bias)
     module = module.to(dtype)
     tensors = list(module.state_dict().values())
@@ -328,9 +374,12 @@ def test_a_study_counts_an_option_as_the_module_that_runs_it(
         for method in (*METHODS.values(), LossAware(centred=True)):
             space = build_search_space(config, layers.compressible, method, dtype)
             source = model_source(config.model)
-            plan = planning.Plan(config, source, layers, method, CausalLM(), dtype, space, {})
+            # The dtype that it runs in is not counted.
+            dtypes = torch.float32, dtype
+            plan = planning.Plan(config, source, layers, method, CausalLM(), *dtypes, space, {})
             about = build_worker._about(plan, "a digest", torch.device("cpu"))
             assert about["budget"] == asdict(space.problem.budget)
+            assert (about["dtype"], about["stored_dtype"]) == tuple(map(dtype_name, dtypes))
             texts = {role: {"text": "any", "windows": 1, "digest": "any"} for role in ROLES}
             whole = {"format": FORMAT, "study": "s", **about, "config": [""], "data": texts}
             fixed = about_of(json.loads(json.dumps(whole)), "study.json")
@@ -338,7 +387,7 @@ def test_a_study_counts_an_option_as_the_module_that_runs_it(
                 menu = space.problem.menus[spec.name]
                 offered = {str(menu.option(i)): menu.cost(i) for i in range(len(menu))}
                 ranks = (1, 3, min(spec.out_features, spec.in_features))
-                options = [Option(form, (rank,)) for form in MODULES for rank in ranks]
+                options = [Option(form, (rank,)) for form in PRODUCTS for rank in ranks]
                 bias = spec.has_bias or spec.name in about["added_biases"]
                 for option in (DENSE, *options):
                     expected = of_module(spec, option, bias, dtype)

@@ -35,7 +35,7 @@ BAD_SEARCH: dict[str, Any] = {
     "budget.keep_ratio": [0.0, -0.1, 1.01, math.nan],
     "budget.lowest": [0.8, 0.9, 0.0, math.nan],
     "budget.measure": ["flops", "storage"],
-    "space.forms": [["sparse"], ["dense"], [], ["pivoted", "pivoted"], ["pivoted", "sparse"]],
+    "space.forms": [["banded"], ["dense"], [], ["pivoted", "pivoted"], ["pivoted", "banded"]],
     "search.trials": [0],
     "search.initial": [1],
     "search.size": ["latency", "nll"],

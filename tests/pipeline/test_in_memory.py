@@ -327,8 +327,8 @@ def test_an_unknown_method_names_those_there_are() -> None:
 
 def test_forms_that_mean_nothing_are_refused() -> None:
     for forms, message in (
-        ("sparse", "form 'sparse' is unknown; known: dense, factored, pivoted"),
-        (["pivoted", "sparse"], "form 'sparse' is unknown"),
+        ("banded", "form 'banded' is unknown; known: dense, factored, pivoted"),
+        (["pivoted", "banded"], "form 'banded' is unknown"),
         ("dense", "forms='dense': expected one beside dense"),
         ([], r"forms=\[\]: expected one beside dense"),
         (["pivoted", "pivoted"], r"forms=\['pivoted', 'pivoted'\]: expected each once"),

@@ -11,6 +11,7 @@ from lrbo.data.windows import TokenWindows
 from lrbo.errors import StudyError
 from lrbo.factorization.factors import LowRankFactors
 from lrbo.factorization.methods import LossAware
+from lrbo.layers.options import Option
 from lrbo.models.model_map import map_model
 from lrbo.models.sources import ModelSource
 from lrbo.pipeline import build_worker
@@ -36,7 +37,8 @@ def arguments(tmp_path: Path) -> dict:
             LossAware(),
             CausalLM(),
             torch.float32,
-            make_space(),
+            torch.float32,
+            make_space(layers=layers.compressible, groups={"all": ["*"]}, dense=[], start={}),
             {"calibration": TokenWindows(token_ids(3, 12), "text")},
         ),
         "file": sensitivity_file(tmp_path),
@@ -65,7 +67,8 @@ def test_predictions_are_measured_as_they_are_and_not_changed(arguments: dict) -
     before = {name: factors.loss.clone() for name, factors in arguments["factors"].items()}
     check_predictions(**arguments)
     for measured in LossCalibration.load(arguments["file"]).measurements:
-        assert measured.predicted == float(before[measured.layer][measured.rank])
+        (rank,) = Option.parse(measured.option).level
+        assert measured.predicted == float(before[measured.layer][rank])
     for name, factors in arguments["factors"].items():
         assert torch.equal(factors.loss, before[name])
 

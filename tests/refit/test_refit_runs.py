@@ -13,7 +13,7 @@ from torch import nn
 from lrbo.calibration.collect import Calibration
 from lrbo.calibration.statistics import Statistic
 from lrbo.errors import DataError, StatisticsError
-from lrbo.factorization.methods import PREDICTION_SHRINKAGE, shrunk
+from lrbo.factorization.prediction import PREDICTION_SHRINKAGE, shrunk
 from lrbo.layers.options import Option
 from lrbo.models import blockwise
 from lrbo.models.blockwise import BlockwiseBody

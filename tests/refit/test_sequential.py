@@ -6,9 +6,13 @@ import torch
 
 from lrbo.allocation.apply import store_
 from lrbo.calibration.collect import CalibrationWarning
+from lrbo.factorization.factors import LowRankFactors
+from lrbo.factorization.prepared import BasedWeight, Prepared, UnitFactors
+from lrbo.factorization.rounding import round_nearest
+from lrbo.layers.forms import Quantized
 from lrbo.layers.options import Option
 from lrbo.linalg import JitterWarning
-from lrbo.models.model_map import linear_weight, map_model
+from lrbo.models.model_map import linear_bias, linear_weight, map_model
 from lrbo.refit.sequential import RefitSettings, refit
 from tests.support import reference
 from tests.support.allocations import decided
@@ -108,6 +112,35 @@ def test_behind_a_compressed_layer_the_full_rank_answer_is_least_squares() -> No
     dense = inputs_of(model, second, windows)
     wide = {name: factors.to(dtype=torch.float64) for name, factors in result.factors.items()}
     store_(model, allocation, wide)
+    x = inputs_of(model, second, windows)
+    weight = reference.numpy_of(linear_weight(build("gpt2").get_submodule(second)))
+    expected = np.linalg.lstsq(x, dense @ weight.T, rcond=None)[0].T
+    assert np.abs(expected - weight).max() > 0.1  # there is something to mend
+    np.testing.assert_allclose(affine(result.factors[second])[0], expected, **ROUNDED)
+
+
+def test_integers_stay_what_they_are_and_layers_behind_them_make_up_for_them() -> None:
+    model, layers = double("gpt2")
+    first, second = (f"transformer.h.0.attn.{kind}" for kind in ("c_attn", "c_proj"))
+    option = Option("int2", (16, 1))
+    allocation = decided(layers.compressible, {first: option, second: Option("pivoted", (16,))})
+    weight = linear_weight(model.get_submodule(first))
+    (rounded,) = round_nearest(weight, [(Quantized(2), 16)], dtype=torch.float64)
+    old = old_factors(model, layers)
+    left, values, right = torch.linalg.svd(weight - rounded.weight(torch.float64))
+    tail = torch.zeros(2, dtype=torch.float64)
+    bias = linear_bias(model.get_submodule(first))
+    rest = LowRankFactors(left[:, :1] * values[0], right[:1], tail, bias)
+    own = BasedWeight(rounded, rest)
+    prepared: dict[str, Prepared] = {**old, first: UnitFactors(old[first], {own.base.family: own})}
+    windows, before = token_ids(WINDOWS, WIDTH), snapshot(model)
+    settings = RefitSettings(ridge=0.0, held_back=0.0, blend=1.0)
+    result = refit(model, layers, allocation, prepared, windows, settings)
+    assert set(result.factors) == {row.name for row in result.report} == {second}
+    assert_untouched(model, before)
+    dense = inputs_of(model, second, windows)
+    wide = result.factors[second].to(dtype=torch.float64)
+    store_(model, allocation, prepared | {second: wide})
     x = inputs_of(model, second, windows)
     weight = reference.numpy_of(linear_weight(build("gpt2").get_submodule(second)))
     expected = np.linalg.lstsq(x, dense @ weight.T, rcond=None)[0].T

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 
 from lrbo.allocation.allocate import Allocation
+from lrbo.layers.forms import Quantized, form_named
 from lrbo.layers.options import DENSE, Budget, Cost, Measure, Option, cost_of
 from lrbo.models.specs import LayerSpec
 
@@ -29,9 +30,16 @@ def decided(
 
 
 def mixed_options(units: Iterable[LayerSpec], forms: tuple[str, ...]) -> dict[str, Option]:
-    """Return an option per unit: ranks from 1 to 5, every fourth unit dense, forms in turns."""
-    names = [unit.name for unit in units]
-    return {
-        name: DENSE if i % 4 == 3 else Option(forms[i % len(forms)], (1 + i % 5,))
-        for i, name in enumerate(names)
-    }
+    """Return an option per unit: ranks from 1 to 5, every fourth unit dense, forms in turns.
+
+    Integers are in groups of 16, of the largest rank at most; units without whole groups are dense.
+    """
+    options = {}
+    for i, unit in enumerate(units):
+        form, level = form_named(forms[i % len(forms)]), (1 + i % 5,)
+        shape = unit.out_features, unit.in_features
+        if isinstance(form, Quantized):
+            level = (16, min(1 + i % 5, form.largest_rank(*shape)))
+        is_dense = i % 4 == 3 or form.problem(*shape, level)
+        options[unit.name] = DENSE if is_dense else Option(form.name, level)
+    return options

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from lrbo.allocation.allocate import dense_cost
 from lrbo.errors import Outcome
+from lrbo.layers.forms import Quantized, form_named
 from lrbo.layers.options import Budget, Measure, Menu, Section
 from lrbo.models.specs import LayerSpec
 from lrbo.optimization.budgets import FrontSpace, over_budgets
@@ -91,6 +92,7 @@ def make_problem(
     rank_multiple: int = 1,
     minimum: int = 0,
     measure: Measure = "parameters",
+    group_sizes: Sequence[int] = (16,),
 ) -> Problem:
     """Give every layer a menu, as Bolaco stores it: low-rank layers with a bias."""
     menus = {
@@ -101,13 +103,14 @@ def make_problem(
             itemsize=ITEMSIZE,
             multiple=rank_multiple,
             minimum=minimum,
+            group_sizes=group_sizes,
         )
         for layer in (make_layers() if layers is None else layers)
     }
     return Problem(menus, Budget.keeping(keep_ratio, dense_cost(menus), measure))
 
 
-PROBLEM = ("forms", "bias", "rank_multiple", "minimum", "measure")
+PROBLEM = ("forms", "bias", "rank_multiple", "minimum", "measure", "group_sizes")
 
 
 def make_space(
@@ -141,11 +144,16 @@ def make_curves(layers: Sequence[LayerSpec], seed: int = 0) -> Curves:
 
 
 def with_curves(menus: Mapping[str, Menu], curves: Curves) -> dict[str, Menu]:
-    """Give menus the losses of curves by rank; a layer without a curve stays dense."""
+    """Give menus the losses of curves by rank; a layer without a curve stays dense.
+
+    Integers lose a share of the loss of rank 0: a quarter per bit, and half per rank.
+    """
 
     def losses(name: str, section: Section) -> NDArray[np.float64]:
-        ranks = section.levels[:, 0]
-        return curves[name][ranks[ranks < len(curves[name])]]
+        curve, ranks, form = curves[name], section.levels[:, -1], form_named(section.form)
+        if isinstance(form, Quantized):
+            return curve[0] * 4.0**-form.bits * 0.5**ranks
+        return curve[ranks[ranks < len(curve)]]
 
     return {
         name: menu.with_losses([losses(name, section) for section in menu.sections[:-1]])
@@ -194,6 +202,7 @@ def make_about(
         "model_fingerprint": "a fingerprint",
         "model_parameters": sum(spec.parameters for spec in layers),
         "dtype": "float32",
+        "stored_dtype": "float32",
         "device": "cpu",
         "timed": False,
         "task": "causal_lm",

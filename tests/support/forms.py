@@ -2,9 +2,12 @@
 
 from torch import nn
 
-from lrbo.layers.modules import MODULES
+from lrbo.layers.based import BasedLinear
+from lrbo.layers.modules import PRODUCTS
 
 
 def form_of(module: nn.Module) -> str:
     """Return the name of the form that a module runs."""
-    return next(name for name, kind in MODULES.items() if isinstance(module, kind))
+    if isinstance(module, BasedLinear):
+        return module.form.name
+    return next(name for name, kind in PRODUCTS.items() if isinstance(module, kind))

@@ -156,7 +156,7 @@ class Journal:
         """Keep measurements of single layers: pairs of predicted and measured loss."""
         spec = self.layers.compressible[0]
         calibration = LossCalibration(
-            tuple(Measurement(spec.name, spec.kind, 1, p, m) for p, m in pairs)
+            tuple(Measurement(spec.name, spec.kind, "factored 1", p, m) for p, m in pairs)
         )
         calibration.save(sensitivity_file(self.study.folder))
         return calibration

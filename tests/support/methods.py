@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -85,6 +85,34 @@ def make_layer(
     weight, offset = draw(out_features, in_features), draw(out_features) if bias else None
     gradients = draw(sum(tokens), out_features) @ draw(out_features, out_features) / 10
     return Layer(weight, offset, groups, gradients)
+
+
+class RandomStatistics:
+    """Statistics of every layer of a model, the same for each of its shape; note who asked."""
+
+    def __init__(self, *, gradients: bool = True) -> None:
+        self.gradients, self.names = gradients, list[str]()
+
+    def of(self, spec: LayerSpec) -> Mapping[Statistic, Tensor]:
+        """Draw those of a layer."""
+        self.names.append(spec.name)
+        generator = torch.Generator().manual_seed(spec.in_features)
+
+        def draw(width: int) -> Tensor:
+            return torch.randn(3 * width, width, generator=generator, dtype=torch.float64)
+
+        rows, slopes = draw(spec.in_features), draw(spec.out_features)
+        covariance = torch.cov(rows.T, correction=0)
+        actual = {
+            Statistic.INPUT_MEAN: rows.mean(0),
+            Statistic.INPUT_MAGNITUDE: rows.abs().mean(0),
+            Statistic.INPUT_COVARIANCE: covariance,
+            Statistic.POOLED_INPUT_COVARIANCE: covariance,
+        }
+        if self.gradients:
+            actual[Statistic.OUTPUT_GRADIENT] = slopes.T @ slopes / len(slopes)
+            actual[Statistic.INPUT_IMPORTANCE] = rows.square().mean(0)
+        return actual
 
 
 # --- the error of a compressed layer, measured on tokens -----------------------------------------

@@ -162,11 +162,27 @@ def pooled_output_error(dense: Affine, other: Affine, groups: Sequence[Matrix]) 
 
 def affine_of(module: nn.Module, in_features: int) -> Affine:
     """Read ``(W, b)`` off a layer by feeding it zero and the unit vectors."""
-    dtype = next(module.parameters()).dtype
+    floats = (t for t in module.state_dict().values() if t.is_floating_point())
+    dtype = next(floats).dtype
     with torch.no_grad():
         bias = module(torch.zeros(in_features, dtype=dtype))
         weight = module(torch.eye(in_features, dtype=dtype)) - bias
     return numpy_of(weight.T), numpy_of(bias)
+
+
+def unpacked(packed: NDArray[np.uint8], bits: int) -> NDArray[np.int64]:
+    """Read packed integers bit by bit, as :mod:`lrbo.layers.packing` describes it."""
+    rows, width = packed.shape
+    count = width * 8 // bits
+    codes, start, shift = np.zeros((rows, count), dtype=np.int64), 0, 0
+    for part in {8: (8,), 4: (4,), 3: (2, 1), 2: (2,), 1: (1,)}[bits]:
+        size = count * part // 8
+        for row in range(rows):
+            for entry in range(count):
+                byte = int(packed[row, start + entry % size])
+                codes[row, entry] += ((byte >> entry // size * part) % 2**part) << shift
+        start, shift = start + size, shift + part
+    return codes
 
 
 def count_parameters(module: nn.Module) -> int:

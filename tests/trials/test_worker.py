@@ -13,7 +13,10 @@ from transformers import PreTrainedModel
 from lrbo.allocation.apply import store_
 from lrbo.evaluation.memory import peak_memory_gib
 from lrbo.factorization.base import factor_layer
+from lrbo.factorization.base_plan import BasePlan
 from lrbo.factorization.methods import Svd
+from lrbo.factorization.options import BaseOptions
+from lrbo.factorization.prepared import BasedWeight, Prepared, UnitFactors
 from lrbo.factorization.registry import method_named
 from lrbo.layers.options import MEASURES, Measure, Option
 from lrbo.layers.pivoted import PivotedLinear
@@ -42,6 +45,8 @@ every_family = pytest.mark.parametrize("case", FAMILIES)
 BOTH = ("factored", "pivoted")
 Forms = tuple[str, ...]
 
+MIXED = ("int2", "int3_sym", "int4", "pivoted", "int8")
+
 every_forms = pytest.mark.parametrize("forms", [("factored",), ("pivoted",), BOTH], ids="+".join)
 
 
@@ -55,7 +60,25 @@ def make_worker(case: str = "llama_tied", **sizes: int) -> Worker:
         factors = factor_layer(svd, linear_weight(module), linear_bias(module), {})
         prepared[spec.name] = factors.to(dtype=torch.float64, device=torch.device("cpu"))
     dense = measure_dense(model, WINDOWS, top=TOP)
-    return Worker(model, layers, prepared, WINDOWS, dense, **sizes)
+    return Worker(model, layers, model.dtype.itemsize, prepared, WINDOWS, dense, **sizes)
+
+
+def with_integers(worker: Worker) -> Worker:
+    """Prepare integers of every width too, of units whose inputs make groups of 16."""
+    rounding = BasePlan(MIXED, BaseOptions(method="nearest", group_sizes=(16,)))
+    prepared: dict[str, Prepared] = {}
+    for name, low_rank in worker.prepared.items():
+        weight = linear_weight(worker.model.get_submodule(name))
+        quantized = {}
+        for rounded in rounding.make(weight, {}, weight.dtype):
+            rest = factor_layer(
+                method_named("svd"), weight - rounded.weight(weight.dtype), low_rank.offset, {}
+            )
+            own = BasedWeight(rounded, rest)
+            quantized[own.base.family] = own
+        prepared[name] = UnitFactors(low_rank, quantized)
+    worker.prepared = prepared
+    return worker
 
 
 def request_for(
@@ -139,6 +162,43 @@ def test_metrics_equal_a_slow_computation(case: str, forms: Forms) -> None:
     assert metrics["kl_dense_to_compressed"] > 100 * TOLERANCE["kl"]
     assert metrics["peak_memory_gib"] > 0
     assert result.seconds > 0
+
+
+@every_family
+def test_metrics_of_integers_equal_a_slow_computation(case: str) -> None:
+    worker = with_integers(make_worker(case))
+    request = request_for(worker, forms=MIXED)
+    forms = {option.form for option in request.allocation.compressed.values()}
+    assert forms >= {*MIXED} - {"pivoted"}
+    metrics, slow = worker(request).metrics, Slow(case, worker, request)
+    assert metrics["nll"] == pytest.approx(slow.nll, rel=TOLERANCE["nll"])
+    assert metrics["kl_dense_to_compressed"] == pytest.approx(slow.divergence, abs=TOLERANCE["kl"])
+    assert metrics["kl_dense_to_compressed"] > 10 * TOLERANCE["kl"]
+
+
+@every_family
+def test_bytes_are_those_of_the_files_and_not_of_the_model_that_runs(case: str) -> None:
+    worker = with_integers(make_worker(case))
+    worker.itemsize = 2
+    units = worker.layers.compressible
+    options = mixed_options(units, MIXED)
+    allocation = decided(units, options, itemsize=2, measure="bytes")
+    metrics = worker.size_metrics(allocation)
+    dense, compressed = build(case).bfloat16(), build(case).bfloat16()
+    store_(compressed, allocation, worker.prepared)
+    assert metrics["model_bytes"] == held_bytes(compressed)
+    sizes = [
+        sum(held_bytes(model.get_submodule(unit.name)) for unit in units)
+        for model in (compressed, dense)
+    ]
+    assert metrics["keep_ratio"] == sizes[0] / sizes[1]
+    assert metrics["parameters"] == allocation.cost.parameters
+
+
+def held_bytes(module: torch.nn.Module) -> int:
+    """Count the bytes of what is stored, a tensor of two names once."""
+    stored = {tensor.data_ptr(): tensor.nbytes for tensor in module.state_dict().values()}
+    return sum(stored.values())
 
 
 @pytest.mark.parametrize("measure", MEASURES)

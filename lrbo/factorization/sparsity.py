@@ -1,0 +1,74 @@
+"""Weights -> a few of their entries, corrected for those that are gone."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from lrbo.factorization.bases import Base, compensate, inverse_root
+from lrbo.layers.forms import SemiStructured, Sparse
+from lrbo.layers.packing import pack
+
+GROUP = 4  # consecutive inputs, of which two are kept
+
+
+def sparsify(
+    weight: Float[Tensor, "out in"],
+    form: SemiStructured | Sparse,
+    percent: int | None,
+    *,
+    dtype: torch.dtype,
+    moment: Float[Tensor, "in in"] | None = None,
+    damping: float = 0.01,
+    name: str = "input second moment",
+) -> Base:
+    """Keep two of four consecutive entries, or a percentage of every row.
+
+    With ``moment``, entries of least ``w^2 / [H^-1]_jj`` go, one input after the other, and the
+    entries to come are corrected for them (SparseGPT: Frantar and Alistarh, ICML 2023); else the
+    smallest go. 2:4 decides on corrected entries, a percentage on the weight as it is given.
+
+    Raises:
+        StatisticsError: If the damped moment is not positive definite.
+    """
+    rows, width = weight.shape
+    columns = weight.float().T.contiguous()
+    if moment is None:
+        root, share = None, torch.ones(width).to(columns)
+    else:
+        root = inverse_root(moment, damping, name).float()
+        share = root.diagonal().square().reciprocal()
+    if isinstance(form, Sparse):
+        assert percent is not None
+        spread = share if root is None else root.square().sum(0).reciprocal()  # 1 / [H^-1]_jj
+        saliency = columns.square() * spread[:, None]
+        kept = _largest(saliency.T, form.kept(width, percent)).T.contiguous()
+    else:
+        kept = torch.empty_like(columns, dtype=torch.bool)
+
+    def snap(at: int, column: Tensor, rest: Tensor) -> Tensor:
+        if isinstance(form, SemiStructured) and at % GROUP == 0:
+            four = rest[:GROUP].square() * share[at : at + GROUP, None]
+            kept[at : at + GROUP] = _largest(four.T, GROUP // 2).T
+        return column * kept[at]
+
+    if root is not None:
+        compensate(columns, root, snap)
+    elif isinstance(form, SemiStructured):
+        for at in range(0, width, GROUP):
+            snap(at, columns[at], columns[at:])
+    values, mask = columns.T.contiguous(), kept.T.contiguous()
+    tensors = {"values": values[mask].view(rows, -1).to(dtype)}
+    if isinstance(form, SemiStructured):
+        positions = mask.view(rows, -1, GROUP).nonzero()[:, 2].view(rows, -1)
+        tensors["positions"] = pack(positions.to(torch.uint8), 2)
+        return Base(form, (), (rows, width), tensors)
+    tensors["mask"] = pack(mask.to(torch.uint8), 1)
+    return Base(form, (percent or 0,), (rows, width), tensors)
+
+
+def _largest(values: Float[Tensor, "rows n"], count: int) -> Bool[Tensor, "rows n"]:
+    """Mark the largest of every row."""
+    index = values.topk(count, dim=1).indices
+    return torch.zeros_like(values, dtype=torch.bool).scatter_(1, index, True)

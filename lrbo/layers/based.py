@@ -1,0 +1,176 @@
+"""A linear layer with a base, unpacked at each call, and a low rank of what the base leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int8
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lrbo.layers.forms import Based, Codebook, Level, Quantized, SemiStructured, Sparse
+from lrbo.layers.low_rank import Bias, FormModule, Left, Right
+from lrbo.layers.packing import packed_width, unpack
+
+# Of a base's tensors by name; None is the floating dtype of the model.
+Shapes = dict[str, tuple[tuple[int, int], torch.dtype | None]]
+BYTE = torch.uint8
+INT8 = 127  # the largest integer of a factor
+
+
+def shapes_of(form: Based, out_features: int, in_features: int, base: Level) -> Shapes:
+    """Return the shapes and dtypes of the tensors of a base."""
+
+    def packed(count: int, bits: int) -> tuple[tuple[int, int], torch.dtype]:
+        return (out_features, packed_width(count, bits)), BYTE
+
+    match form:
+        case Quantized():
+            groups = (out_features, in_features // base[0])
+            shapes: Shapes = {"packed": packed(in_features, form.bits), "scale": (groups, None)}
+            return shapes if form.symmetric else {**shapes, "zero": (groups, BYTE)}
+        case Codebook():
+            table = (out_features, 2**form.bits)
+            return {"packed": packed(in_features, form.bits), "table": (table, None)}
+        case SemiStructured():
+            values = (out_features, in_features // 2)
+            return {"values": (values, None), "positions": packed(in_features // 2, 2)}
+        case Sparse():
+            values = (out_features, form.kept(in_features, base[0]))
+            return {"values": (values, None), "mask": packed(in_features, 1)}
+    raise TypeError(f"{form.name} has no tensors")
+
+
+def dense_of(
+    form: Based, tensors: Mapping[str, Tensor], dtype: torch.dtype
+) -> Float[Tensor, "out in"]:
+    """Return the weight that the tensors of a base stand for."""
+    match form:
+        case Quantized():
+            scale, codes = tensors["scale"], unpack(tensors["packed"], form.bits).to(dtype)
+            weight, zero = codes.view(*scale.shape, -1), tensors.get("zero")
+            middle = 2 ** (form.bits - 1) if zero is None else zero.to(dtype)[:, :, None]
+            weight.sub_(middle).mul_(scale.to(dtype)[:, :, None])
+            return codes
+        case Codebook():
+            index = unpack(tensors["packed"], form.bits).long()
+            return tensors["table"].to(dtype).gather(1, index)
+        case SemiStructured():
+            values = tensors["values"]
+            pairs = unpack(tensors["positions"], 2).long().view(len(values), -1, 2)
+            four = values.new_zeros(*pairs.shape[:2], 4, dtype=dtype)
+            return four.scatter_(2, pairs, values.to(dtype).view_as(pairs)).flatten(1)
+        case Sparse():
+            kept = unpack(tensors["mask"], 1).bool()
+            weight = tensors["values"].new_zeros(kept.shape, dtype=dtype)
+            return weight.masked_scatter_(kept, tensors["values"].to(dtype))
+    raise TypeError(f"{form.name} has no tensors")
+
+
+def parameters_in(form: Based, tensors: Mapping[str, Tensor]) -> int:
+    """Count the parameters among the tensors of a module: weights, and what is no base.
+
+    An integer or an index is a weight; scales, zero points, tables and positions say what it means.
+    """
+    sizes = {name: tensor.numel() for name, tensor in tensors.items()}
+    packed, values = sizes.pop("packed", 0), sizes.pop("values", 0)
+    for described in ("scale", "zero", "table", "positions", "mask", "factor_scale"):
+        sizes.pop(described, None)
+    bits = form.bits if isinstance(form, Quantized | Codebook) else 8
+    return packed * 8 // bits + values + sum(sizes.values())
+
+
+class Factors(NamedTuple):
+    """A low rank in integers of 8 bits, ``left diag(scale) right``."""
+
+    left: Int8[Tensor, "out r"]
+    scale: Float[Tensor, " r"]
+    right: Int8[Tensor, "r in"]
+
+    @classmethod
+    def of(cls, left: Left, right: Right, dtype: torch.dtype) -> Factors:
+        """Round two factors, each direction by its own scale, which is stored in a dtype."""
+        steps = []
+        for lengths in (left.abs().amax(0), right.abs().amax(1)):
+            step = lengths.double() / INT8
+            steps.append(torch.where(step > 0, step, torch.ones_like(step)))
+        codes = [(left.double() / steps[0]).round(), (right.double() / steps[1][:, None]).round()]
+        left, right = (each.to(torch.int8) for each in codes)
+        return cls(left, (steps[0] * steps[1]).to(dtype), right)
+
+
+class BasedLinear(FormModule):
+    """x -> base(x) + left(scale * right(x)).
+
+    Attributes:
+        form: What the base is; its tensors are buffers, as of :func:`shapes_of`.
+        left: ``(out, rank)``, int8, or ``None`` at rank 0.
+        right: ``(rank, in)``, int8, or ``None`` at rank 0.
+        factor_scale: ``(rank,)``, or ``None`` at rank 0.
+    """
+
+    left: Tensor | None
+    right: Tensor | None
+    factor_scale: Tensor | None
+
+    def __init__(
+        self,
+        form: Based,
+        shape: tuple[int, int],
+        tensors: Mapping[str, Tensor],
+        factors: Factors | None,
+        bias: Bias,
+    ) -> None:
+        """Wrap tensors without copying them: views stay views."""
+        like = next(each for each in tensors.values() if each.is_floating_point())
+        super().__init__(*shape, 0 if factors is None else len(factors.scale), like)
+        self.form, self.names = form, tuple(tensors)
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor)
+        self.register_buffer("left", None if factors is None else factors.left)
+        self.register_buffer("right", None if factors is None else factors.right)
+        self.register_buffer("factor_scale", None if factors is None else factors.scale)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    @classmethod
+    def on_meta(
+        cls, form: Based, out_features: int, in_features: int, level: Level, *, bias: bool
+    ) -> BasedLinear:
+        """Return a layer for weights to be loaded into."""
+        *base, rank = level
+        with torch.device("meta"):
+            tensors = {
+                name: torch.empty(shape, dtype=dtype)
+                for name, (shape, dtype) in shapes_of(
+                    form, out_features, in_features, tuple(base)
+                ).items()
+            }
+            factors = None
+            if rank:
+                left = torch.empty(out_features, rank, dtype=torch.int8)
+                right = torch.empty(rank, in_features, dtype=torch.int8)
+                factors = Factors(left, torch.empty(rank), right)
+            offset = torch.empty(out_features) if bias else None
+        return cls(form, (out_features, in_features), tensors, factors, offset)
+
+    def base(self, dtype: torch.dtype) -> Float[Tensor, "out in"]:
+        """Return the weight that the base stands for."""
+        tensors = {name: self.get_buffer(name) for name in self.names}
+        return dense_of(self.form, tensors, dtype)
+
+    @override
+    def dense_weight(self) -> Float[Tensor, "out in"]:
+        weight = self.base(torch.float64)
+        if self.left is not None and self.right is not None and self.factor_scale is not None:
+            weight += self.left.double() * self.factor_scale.double() @ self.right.double()
+        return weight
+
+    def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
+        """Apply the layer."""
+        result = nn.functional.linear(x, self.base(x.dtype), self.bias)
+        if self.left is not None and self.right is not None and self.factor_scale is not None:
+            inner = nn.functional.linear(x, self.right.to(x.dtype)) * self.factor_scale
+            result += nn.functional.linear(inner, self.left.to(x.dtype))
+        return result

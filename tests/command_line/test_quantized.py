@@ -1,0 +1,211 @@
+"""Bits and ranks in one search: what it writes holds what was counted and scores as its trial."""
+
+import json
+import math
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import lrbo
+from lrbo.layers.based import BasedLinear
+from lrbo.layers.forms import Quantized, form_named
+from lrbo.models.loading import tiny_model
+from lrbo.models.model_map import map_model
+from lrbo.study.journal import Study
+from tests.support.commands import Ran, in_folder, lrbo_command
+
+SMALL = ["experiment=tiny", "search.trials=4", "search.initial=3", "tracking.enabled=false"]
+SMALL += [f"data.{role}.tokens=512" for role in ("calibration", "validation", "test")]
+SMALL += ["space=weights", "space.rank_multiple=1", "output=json", "budget.measure=bytes"]
+SMALL += ["bases.group_sizes=[16,32]"]
+BITS = ["study=bits", "budget.bits_per_parameter=8", "space.forms=[pivoted,int4,int3]"]
+NAMES = ("uniform", "analytic", "best")
+SAME = 1e-5  # nats: sums of float32 in another order
+
+
+@pytest.fixture(scope="module")
+def bits(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ran]:
+    """Run one search over integers and ranks; tests may add to its folder."""
+    folder = tmp_path_factory.mktemp("bits")
+    ran = in_folder(folder, lambda: lrbo_command("search", *SMALL, *BITS))
+    assert ran.status == 0, ran.err
+    return folder, ran
+
+
+@pytest.fixture
+def written(bits: tuple[Path, Ran], monkeypatch: pytest.MonkeyPatch) -> tuple[Study, Path]:
+    """Stand in the folder, which has the analytic trial as a checkpoint."""
+    monkeypatch.chdir(bits[0])
+    folder = Path("analytic")
+    if not folder.exists():
+        ran = lrbo_command("compress", "study=bits", "point=1", f"out={folder}", "output=json")
+        assert ran.status == 0, ran.err
+    return Study(Path("studies/bits")), folder
+
+
+def test_every_trial_is_within_the_bits_and_ranks_are_used(bits: tuple[Path, Ran]) -> None:
+    state = Study(bits[0] / "studies/bits").state
+    dense = 4 * sum(spec.parameters for spec in map_model(tiny_model()).compressible)
+    assert len(state.completed) == 4
+    for record in state.completed:
+        assert record.request.allocation.cost.bytes <= dense // 4  # 8 of the 32 bits of float32
+        assert record.metrics["keep_ratio"] == record.request.allocation.cost.bytes / dense
+    analytic = state.trials[1].request.allocation.options
+    assert any(option.level[-1] for option in analytic.values() if option.form.startswith("int"))
+
+
+def test_uniform_is_the_widest_integers_that_fit(bits: tuple[Path, Ran]) -> None:
+    options = Study(bits[0] / "studies/bits").state.trials[0].request.allocation.options
+    # 4 + 32/16 + 8/16 bits
+    assert {str(option) for option in options.values()} == {"int4 16 0"}
+
+
+def test_the_point_has_a_variable_for_every_family(bits: tuple[Path, Ran]) -> None:
+    variables = Study(bits[0] / "studies/bits").state.trials[2].request.variables
+    own = {name for name in variables if name.startswith("form.")}
+    names = ("low_rank", "int4", "int3", "repair")
+    assert own == {f"form.{name}" for name in names}
+
+
+def test_the_file_holds_the_bytes_of_the_journal(written: tuple[Study, Path]) -> None:
+    study, folder = written
+    record = study.state.trials[1]
+    tensors = load_file(folder / "model.safetensors")
+    assert sum(tensor.nbytes for tensor in tensors.values()) == record.metrics["model_bytes"]
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    assert config["quantization_config"]["parameters"] == record.metrics["model_parameters"]
+    for name, option in record.request.allocation.compressed.items():
+        form = form_named(option.form)
+        if isinstance(form, Quantized):
+            assert tensors[f"{name}.packed"].dtype == torch.uint8
+            spec = map_model(tiny_model()).by_name[name]
+            size = spec.out_features * spec.in_features * form.bits
+            assert tensors[f"{name}.packed"].numel() * 8 == size
+
+
+def test_the_checkpoint_scores_as_its_trial(written: tuple[Study, Path]) -> None:
+    study, folder = written
+    scored = lrbo_command(
+        "evaluate", f"checkpoint={folder}", "data=generated", "data.window=64",
+        "data.test.tokens=512", "output=json",
+    )  # fmt: skip
+    assert scored.status == 0, scored.err
+    losses = {name: test["metrics"]["nll"] for name, test in study.state.tests.items()}
+    assert math.isfinite(scored.json["nll"])
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert "of the bytes in its linear layers" in card
+    refit = any(row["taken"] for row in study_refit(folder))
+    if not refit:
+        assert scored.json["nll"] == pytest.approx(losses["analytic"], abs=SAME)
+
+
+def study_refit(folder: Path) -> list[dict[str, Any]]:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    rows: list[dict[str, Any]] = config["quantization_config"]["provenance"]["refit"]["trials"]
+    return rows
+
+
+def test_transformers_opens_it_after_import_lrbo_alone(written: tuple[Study, Path]) -> None:
+    folder = written[1]
+    ids = torch.arange(12).view(1, -1)
+    code = (
+        "import lrbo, torch; from transformers import AutoModelForCausalLM as A;"
+        f"m = A.from_pretrained({str(folder)!r});"
+        "print(float(m(torch.arange(12).view(1, -1)).logits.double().sum()))"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    with torch.inference_mode():
+        expected = float(lrbo.load(folder)(ids).logits.double().sum())
+    assert float(ran.stdout.splitlines()[-1]) == pytest.approx(expected, abs=1e-4)
+
+
+def test_it_is_saved_again_moved_pickled_and_generates(
+    written: tuple[Study, Path], tmp_path: Path
+) -> None:
+    folder = written[1]
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    ids = torch.arange(12).view(1, -1)
+    with torch.inference_mode():
+        expected = model(ids).logits
+        model.save_pretrained(tmp_path / "again")
+        again = lrbo.load(tmp_path / "again")
+        assert torch.equal(again(ids).logits, expected)
+        half = lrbo.load(folder, dtype=torch.bfloat16)
+        quantized = [m for m in half.modules() if isinstance(m, BasedLinear)]
+        assert quantized
+        assert all(m.packed.dtype == torch.uint8 for m in quantized)
+        assert all(m.scale.dtype == torch.bfloat16 for m in quantized)
+        error = (half(ids).logits.float() - expected).abs().max()
+        assert float(error) < 0.1 * float(expected.abs().max())
+        assert torch.equal(pickle.loads(pickle.dumps(again))(ids).logits, expected)
+        assert again.generate(ids, max_new_tokens=4, do_sample=False).shape == (1, 16)
+
+
+def test_merged_it_opens_everywhere(written: tuple[Study, Path]) -> None:
+    _, folder = written
+    ran = lrbo_command(
+        "compress", "study=bits", "point=1", "out=merged", "format=merged", "output=json"
+    )
+    assert ran.status == 0, ran.err
+    ids = torch.arange(12).view(1, -1)
+    with torch.inference_mode():
+        merged = AutoModelForCausalLM.from_pretrained("merged")(ids).logits
+        difference = (merged - lrbo.load(folder)(ids).logits).abs().max()
+    assert float(difference) < 1e-4 * float(merged.abs().max())
+
+
+def test_a_modelling_file_that_does_not_know_integers_is_refused_at_once(
+    written: tuple[Study, Path],
+) -> None:
+    ran = lrbo_command("compress", "study=bits", "point=0", "out=code", "format=remote_code")
+    assert ran.status != 0
+    assert "its modelling file has no int4, which model.layers.0.self_attn.q_proj is" in ran.err
+    assert not Path("code").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "messages"),
+    [
+        (
+            ["bases.group_sizes=[64]", "space.forms=[int4]"],
+            ["int4 of model.layers.0.self_attn.q_proj needs groups of 16, 32, 64", "got [64]"],
+        ),
+        (
+            ["bases.group_sizes=[24]", "bases.method=best", "bases.damping=0"],
+            [
+                "bases.group_sizes=[24]: expected one or several of 16, 32, 64, 128, 256",
+                "bases.method='best': expected gptq or nearest",
+                "bases.damping=0",
+            ],
+        ),
+        (["space.forms=[int5]"], ["space.forms=['int5']: ", "int4", "int3_sym"]),
+        (
+            ["budget.bits_per_parameter=33"],
+            ["budget.bits_per_parameter=33: expected at most 32, those of the model"],
+        ),
+        (
+            ["budget.bits_per_parameter=8", "budget.measure=parameters"],
+            ["budget.bits_per_parameter=8.0: expected null, or budget.measure=bytes"],
+        ),
+        (
+            ["budget.bits_per_parameter=8", "budget.lowest=0.1"],
+            ["budget.bits_per_parameter=8.0: expected null where budget.lowest"],
+        ),
+        (["budget.bits_per_parameter=0.5"], ["cannot be met", "smallest feasible"]),
+    ],
+)
+def test_what_cannot_be_rounded_is_refused_before_a_model_is_loaded(
+    overrides: list[str], messages: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ran = lrbo_command("search", *SMALL, *overrides)
+    assert ran.status != 0
+    assert all(message in ran.err for message in messages), ran.err
+    assert not list(Path().glob("studies/*/study.json"))
