@@ -66,14 +66,19 @@ def widest(menus: Mapping[str, Menu], budget: Budget) -> Allocation | None:
         section.family
         for menu in menus.values()
         for section in menu.sections
-        if isinstance(form_named(section.form), Quantized | Codebook)
+        if isinstance(form_named(section.form), Quantized | Codebook) and len(section.levels)
     )
     best: Allocation | None = None
     for family in families:
         indices = {name: menu.index(family.at(0)) for name, menu in menus.items()}
         alike = _allocation(menus, indices, budget)
         spent = alike.cost.of(budget.measure)
-        if spent <= budget.limit and (best is None or spent > best.cost.of(budget.measure)):
+        is_cheaper = spent < dense_cost(menus).of(budget.measure)
+        if (
+            is_cheaper
+            and spent <= budget.limit
+            and (best is None or spent > best.cost.of(budget.measure))
+        ):
             best = alike
     return best
 

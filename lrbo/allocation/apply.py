@@ -40,7 +40,9 @@ def on_device(
 ) -> dict[str, Prepared]:
     """Take families of options, up to a rank each, in dtype and on the device of their units."""
     moved = {}
-    for name in ranks.keys() & prepared.keys():
+    for name in ranks:
+        if name not in prepared:
+            continue
         weight = linear_weight(model.get_submodule(name))
         part = prepared[name].only(ranks[name], weight.dtype, weight.device)
         if part is not None:

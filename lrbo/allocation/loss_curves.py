@@ -45,8 +45,8 @@ def points_of(
         for index in range(count):
             spec = members[(2 * index + 1) * len(members) // (2 * count)]
             families = [section.family for section in menus[spec.name].sections[:-1]]
-            points += [(spec, family.at(0)) for family in families if family.level]
-            low = next((family for family in families if not family.level), None)
+            points += [(spec, family.at(0)) for family in families if family.has_base]
+            low = next((family for family in families if not family.has_base), None)
             most = 0 if low is None else prepared[spec.name].part(low).max_rank
             tries = min(settings.ranks, 2 * most)  # enough for all ranks
             ranks = {max(1, round(most * (step + 1) / (tries + 1))) for step in range(tries)}
@@ -117,9 +117,12 @@ def measure_losses(
         rounding: dict[str, float] = {}
         for spec, option in points:
             own = prepared[spec.name].part(option.family)
-            if dense.dtype.itemsize < 4 and spec.name not in rounding and not option.family.level:
-                rounding[spec.name] = divergence(spec, option.family.at(own.max_rank))
-            measured = max(divergence(spec, option) - rounding.get(spec.name, 0.0), 0.0)
+            added = 0.0
+            if dense.dtype.itemsize < 4 and not option.has_base:
+                if spec.name not in rounding:
+                    rounding[spec.name] = divergence(spec, option.family.at(own.max_rank))
+                added = rounding[spec.name]
+            measured = max(divergence(spec, option) - added, 0.0)
             assert own.loss is not None
             predicted = float(own.loss[option.level[-1]])
             measurements.append(Measurement(spec.name, spec.kind, str(option), predicted, measured))

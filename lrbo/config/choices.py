@@ -21,6 +21,7 @@ AUTO = "auto"
 FILE_FORMATS = (AUTO, *SUFFIXES)
 BOS = ("start", "window", "none")  # of a protocol
 ITEMSIZES = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes of a parameter, by dtype
+STORED_ITEMSIZES = {**ITEMSIZES, "float64": 8}  # also of dtypes that models do not run in
 DTYPES = (AUTO, *ITEMSIZES)  # of the weights in memory
 STEPS = 4  # of decoding in a timing, of one token each
 

@@ -59,6 +59,8 @@ class BasePlan:
                 )
             mean = statistics[Statistic.INPUT_MEAN].double()
             moment = statistics[Statistic.INPUT_COVARIANCE].double() + mean.outer(mean)
+            if not bool(moment.any()):  # no input weighs more than another, as of factor_layer
+                moment = torch.eye(len(moment)).to(moment)
         made, grids, shape = [], [], (weight.shape[0], weight.shape[1])
         grid = Grid(group_sizes=self.options.group_sizes, percentages=self.options.percentages)
         for form in map(form_named, self.forms):

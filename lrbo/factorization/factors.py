@@ -165,7 +165,7 @@ class LowRankFactors:
         self, ranks: Mapping[Option, int], dtype: torch.dtype, device: torch.device
     ) -> LowRankFactors | None:
         """Return a copy up to the largest of some ranks, by family; ``None`` if they are 0."""
-        rank = max((ranks[family] for family in ranks if not family.level), default=0)
+        rank = max((ranks[family] for family in ranks if not family.has_base), default=0)
         return self.to(dtype=dtype, device=device, max_rank=rank) if rank else None
 
     def _prefix(self, rank: int) -> tuple[Float[Tensor, "out r"], Float[Tensor, "r in"]]:

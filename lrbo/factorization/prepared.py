@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -98,12 +99,14 @@ class UnitFactors:
         """Return the factors of a family, whose ranks are its levels."""
         if family in self.based:
             return self.based[family].rest
-        if self.low_rank is None or isinstance(form_named(family.form), Based):
+        if self.low_rank is None or family.has_base:
             raise KeyError(f"{family} was not prepared")
         return self.low_rank
 
     def losses(self, section: Section) -> Losses | None:
         """Return the predicted losses of a section of the menu, as far as there are levels."""
+        if self.low_rank is None and not section.family.has_base:
+            return np.zeros(0)  # no rank is cheaper than dense
         return self.part(section.family).losses(section)
 
     def trial_module(self, name: str, option: Option, tokens: int, buffers: Buffers) -> nn.Module:

@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from lrbo.layers.forms import DENSE_FORM, FORMS, Grid, Integers, Level, form_named
+from lrbo.layers.forms import DENSE_FORM, FORMS, Based, Grid, Integers, Level, form_named
 from lrbo.models.specs import LayerSpec, ModelMap
 
 Measure = Literal["parameters", "bytes", "macs"]
@@ -57,6 +57,11 @@ class Option:
     def family(self) -> Option:
         """What is prepared together: the option without the last number of its level."""
         return Option(self.form, self.level[:-1])
+
+    @property
+    def has_base(self) -> bool:
+        """Whether a base stands for the whole weight, under a low rank of what it leaves."""
+        return isinstance(form_named(self.form), Based)
 
     def at(self, last: int) -> Option:
         """Return the option of this family with a last number of its level."""
@@ -198,11 +203,13 @@ class Menu:
         minimum: int = 0,
         group_sizes: Sequence[int] = (64,),
         percentages: Sequence[int] = (50,),
+        measure: Measure | None = None,
     ) -> Menu:
         """Return the menu of a unit, without losses; dense is always on it.
 
         ``bias`` is for forms other than dense; ranks are multiples of ``multiple``, from
-        ``minimum`` on where nothing lies below them.
+        ``minimum`` on where nothing lies below them. Bases that are not cheaper than dense in a
+        ``measure``, such as integers in parameters, are left out.
         """
         grid, sections = Grid(multiple, minimum, group_sizes, percentages), []
         for name in [*(form for form in forms if form != DENSE_FORM), DENSE_FORM]:
@@ -211,6 +218,15 @@ class Menu:
                 columns = form.cost(unit, tuple(levels.T), bias=bias, itemsize=itemsize)
                 costs = np.column_stack([np.broadcast_to(each, len(levels)) for each in columns])
                 sections.append(Section(name, levels, costs.astype(np.int64)))
+        if measure is not None:
+            column = MEASURES.index(measure)
+            dense = int(sections[-1].costs[0, column])
+            sections = [
+                section
+                for section in sections
+                if not isinstance(form_named(section.form), Based)
+                or bool((section.costs[:, column] < dense).any())
+            ]
         return cls(unit, tuple(sections))
 
     def __len__(self) -> int:

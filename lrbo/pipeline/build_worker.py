@@ -80,6 +80,7 @@ def build_worker(plan: Plan, study: Study, reporter: Reporter) -> Worker:
         plan.method,
         plan.stored_dtype,
         options=base_options(config),
+        measure=plan.space.problem.budget.measure,
     )
     ranks = largest_ranks(menus, plan.space.problem.budget.measure)
     prepared = on_device(model, stored, ranks)

@@ -350,6 +350,7 @@ class Factorization:
             self.dtype,
             multiple=rank_multiple,
             options=self.bases,
+            measure=measure,
         )
         return Problem(menus, Budget.keeping(keep_ratio, dense_cost(menus), measure))
 

@@ -52,6 +52,7 @@ def build_search_space(
         multiple=space.rank_multiple,
         minimum=space.minimum_rank,
         options=options,
+        measure=cast(Measure, config.budget.measure),
     )
     dense = dense_cost(menus)
     names = [each.name for each in fields(SpaceSettings)]
@@ -114,6 +115,7 @@ def menus_of(
     multiple: int = 1,
     minimum: int = 0,
     options: BaseOptions | None = None,
+    measure: Measure | None = None,
 ) -> dict[str, Menu]:
     """The menus of units by name, as :meth:`Menu.of` makes them, without losses."""
     options = options or BaseOptions()
@@ -127,6 +129,7 @@ def menus_of(
             minimum=minimum,
             group_sizes=options.group_sizes,
             percentages=options.percentages,
+            measure=measure,
         )
         for unit in units
     }

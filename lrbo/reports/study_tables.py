@@ -78,7 +78,7 @@ def _notes_on_scores(study: StudyRecord, rows: Sequence[results.ScoreRow]) -> li
         notes.append(f"{names}: {unit} on the validation text")
     notes += [
         f"kept: share of the {UNITS[study.about.budget.measure]} of the compressible layers",
-        "params, size (in the dtype it ran in), "
+        "params, size (in the dtype of the model's files), "
         f"MACs (per {task.counted.removesuffix('s')}): of the whole model",
     ]
     if selection := state.selection:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from typing_extensions import TypedDict  # that of Python 3.11 pydantic does not take
 
 from lrbo.allocation.transfer import Donor
-from lrbo.config.choices import ITEMSIZES
+from lrbo.config.choices import STORED_ITEMSIZES
 from lrbo.errors import StudyError
 from lrbo.files.parsing import ContentError, Count, Flag, Number, Positive, Whole, checked, shown
 from lrbo.layers.options import Budget
@@ -93,7 +93,9 @@ class About:
     model_fingerprint: str
     model_parameters: Positive
     dtype: Literal["float32", "bfloat16", "float16"]  # that the model runs in
-    stored_dtype: Literal["float32", "bfloat16", "float16"]  # that of its files, which bytes count
+    stored_dtype: Literal[
+        "float32", "bfloat16", "float16", "float64"
+    ]  # that of its files, which bytes count
     device: str
     timed: Flag
     task: Annotated[Task, made_of(str, _task)]
@@ -114,7 +116,7 @@ class About:
     @property
     def itemsize(self) -> int:
         """Bytes per parameter of the dense model in its files."""
-        return ITEMSIZES[self.stored_dtype]
+        return STORED_ITEMSIZES[self.stored_dtype]
 
     @cached_property
     def units(self) -> dict[str, LayerSpec]:

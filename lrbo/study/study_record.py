@@ -12,7 +12,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from lrbo.config.choices import ITEMSIZES
+from lrbo.config.choices import STORED_ITEMSIZES
 from lrbo.config.conflicts import check_values
 from lrbo.config.options import check_options
 from lrbo.config.saved import from_yaml
@@ -215,7 +215,7 @@ class StudyRecord:
 
 def follows(config: SearchConfig, units: Sequence[LayerSpec], dtype: str) -> dict[str, Any]:
     """Return the part of ``study.json`` that follows from configuration, units, stored dtype."""
-    itemsize = ITEMSIZES[dtype]
+    itemsize = STORED_ITEMSIZES[dtype]
     dense = dense_cost(units, itemsize)
     measure: Any = config.budget.measure
     return {

@@ -18,6 +18,7 @@ from lrbo.layers.based import BasedLinear
 from lrbo.layers.forms import Quantized, form_named
 from lrbo.models.loading import tiny_model
 from lrbo.models.model_map import map_model
+from lrbo.models.tiny import byte_tokenizer
 from lrbo.study.journal import Study
 from tests.support.commands import Ran, in_folder, lrbo_command
 
@@ -209,3 +210,33 @@ def test_what_cannot_be_rounded_is_refused_before_a_model_is_loaded(
     assert ran.status != 0
     assert all(message in ran.err for message in messages), ran.err
     assert not list(Path().glob("studies/*/study.json"))
+
+
+@pytest.mark.parametrize(
+    ("measure", "keep_ratio"), [("parameters", 0.8), ("parameters", 1.0), ("macs", 1.0)]
+)
+def test_integers_that_save_nothing_in_a_measure_are_not_offered(
+    measure: str, keep_ratio: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    typed = [f"budget.measure={measure}", f"budget.keep_ratio={keep_ratio}", "study=other"]
+    ran = lrbo_command("search", *SMALL, *typed, "space.forms=[pivoted,int4]")
+    assert ran.status == 0, ran.err
+    state = Study(Path("studies/other")).state
+    forms = {o.form for t in state.completed for o in t.request.allocation.options.values()}
+    assert forms <= {"pivoted", "dense"}
+    assert not any(name.startswith("form.") for name in state.trials[2].request.variables)
+
+
+def test_a_model_in_float64_is_counted_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tiny_model().double().save_pretrained("wide")
+    byte_tokenizer().save_pretrained("wide")
+    typed = ["model=hf", "model.path=wide", "model.dtype=float32", "study=wide"]
+    ran = lrbo_command("search", *SMALL, *typed, "space.forms=[int8]", "budget.keep_ratio=0.5")
+    assert ran.status == 0, ran.err
+    study = Study(Path("studies/wide"))
+    dense = sum(spec.parameters for spec in map_model(tiny_model()).compressible)
+    assert study.about.budget.limit == 8 * dense // 2

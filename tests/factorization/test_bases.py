@@ -302,3 +302,16 @@ def test_with_correlated_inputs_the_others_make_up_for_what_is_gone(
         for each in (None, moment)
     ]
     assert errors[1] < 0.6 * errors[0]
+
+
+def test_where_no_input_was_ever_other_than_zero_entries_are_rounded_alone() -> None:
+    weight, plan = drawn(3, 32), BasePlan(("int4", "lut3"), BaseOptions(group_sizes=(16,)))
+    zero = {
+        Statistic.INPUT_MEAN: torch.zeros(32, dtype=torch.float64),
+        Statistic.INPUT_COVARIANCE: torch.zeros(32, 32, dtype=torch.float64),
+    }
+    made = plan.make(weight, zero, torch.float64)
+    alone = BasePlan(plan.forms, BaseOptions("nearest", (16,))).make(weight, {}, torch.float64)
+    assert [base.family for base in made] == [base.family for base in alone]
+    for one, other in zip(made, alone, strict=True):
+        assert torch.allclose(one.weight(torch.float64), other.weight(torch.float64))

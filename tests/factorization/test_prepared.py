@@ -28,6 +28,7 @@ from tests.support.tiny import build
 
 TOLERANCE = {
     "float32": 1e-5,  # relative to the largest entry of weight or bias
+    "loss": 1e-4,  # relative: factors in float32, of small differences of large weights
 }
 
 INTEGERS = ("int8", "int4", "int3", "int2_sym")
@@ -165,6 +166,31 @@ def test_what_the_integers_leave_is_factored_as_the_method_says(case: str) -> No
             expected = exact.left @ exact.right
             limit = TOLERANCE["float32"] * float(weight.abs().max())
             assert float((product - expected).abs().max()) <= limit
+
+
+@every_case
+def test_the_predicted_loss_is_the_quadratic_form_of_what_an_option_leaves(case: str) -> None:
+    """Of ranks of another metric it is more, where an earlier rank has more."""
+    model = build(case)
+    layers, statistics = map_model(model), RandomStatistics()
+    for name, unit in quantized(case).items():
+        given = {s: reference.numpy_of(t) for s, t in statistics.of(layers.by_name[name]).items()}
+        gradient = reference.shrunk(given[Statistic.OUTPUT_GRADIENT], 0.01)
+        inputs = given[Statistic.INPUT_COVARIANCE]
+        if CASES[case] == "loss_aware":  # without a bias of its own
+            inputs = inputs + np.outer(given[Statistic.INPUT_MEAN], given[Statistic.INPUT_MEAN])
+        dense = linear_weight(model.get_submodule(name)).double()
+        for option in options_of(unit):
+            own, rank = unit.based[option.family], option.level[-1]
+            # The factors as they are, before a module rounds them to 8 bits.
+            left, right = own.rest.left[:, :rank].double(), own.rest.right[:rank].double()
+            change = (dense - own.base.weight(torch.float64) - left @ right).numpy()
+            expected = float(np.trace(gradient @ change @ inputs @ change.T)) / 2
+            assert own.rest.loss is not None
+            predicted = float(own.rest.loss[rank])
+            if CASES[case] == "loss_aware":
+                assert predicted == pytest.approx(expected, rel=TOLERANCE["loss"])
+            assert predicted >= expected * (1 - TOLERANCE["loss"])
 
 
 def test_more_bits_and_a_larger_rank_leave_less() -> None:

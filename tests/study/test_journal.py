@@ -324,7 +324,8 @@ OLD_LINE = {
     [
         (
             OLD_ABOUT,
-            f"has format 2, this lrbo reads {FORMAT}; an older lrbo began it: .* another study=",
+            f"has format 2, this lrbo reads {FORMAT}; an older lrbo began it: "
+            ".* another study=NAME",
         ),
         ({"format": 3}, f"has format 3, this lrbo reads {FORMAT}; an older lrbo began it: .*"),
         (
