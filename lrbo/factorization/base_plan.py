@@ -15,7 +15,16 @@ from lrbo.factorization.bases import Base
 from lrbo.factorization.options import BaseOptions
 from lrbo.factorization.rounding import round_gptq, round_nearest, round_to_codebook
 from lrbo.factorization.sparsity import sparsify
-from lrbo.layers.forms import Based, Codebook, Grid, Quantized, SemiStructured, Sparse, form_named
+from lrbo.layers.forms import (
+    Based,
+    Codebook,
+    Grid,
+    Quantized,
+    QuantizedFactors,
+    SemiStructured,
+    Sparse,
+    form_named,
+)
 
 # What errors are weighed with.
 NEEDS = frozenset({Statistic.INPUT_MEAN, Statistic.INPUT_COVARIANCE})
@@ -37,7 +46,8 @@ class BasePlan:
     @property
     def needs(self) -> frozenset[Statistic]:
         """The statistics that are read."""
-        return NEEDS if self.options.method == "gptq" else frozenset()
+        weighed = any(not isinstance(form_named(name), QuantizedFactors) for name in self.forms)
+        return NEEDS if weighed and self.options.method == "gptq" else frozenset()
 
     def make(
         self,
@@ -72,6 +82,8 @@ class BasePlan:
                 match form:
                     case Quantized():
                         grids.append((form, level[0]))
+                    case QuantizedFactors():
+                        made.append(Base(form, (), shape, {}, dtype))
                     case Codebook():
                         made.append(
                             round_to_codebook(

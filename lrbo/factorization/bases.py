@@ -30,11 +30,7 @@ class Base:
     level: Level
     shape: tuple[int, int]
     tensors: Mapping[str, Tensor]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the tensors that are no integers."""
-        return next(each.dtype for each in self.tensors.values() if each.is_floating_point())
+    dtype: torch.dtype  # of the tensors that are no integers, those of a low rank over it included
 
     @property
     def family(self) -> Option:
@@ -45,9 +41,10 @@ class Base:
         """Return the weight that the base stands for."""
         return dense_of(self.form, self.tensors, dtype)
 
-    def module(self, factors: Factors | None, bias: Bias) -> BasedLinear:
+    def module(self, factors: Factors | None, bias: Bias, device: torch.device) -> BasedLinear:
         """Return the layer with a low rank over the base; its tensors are views."""
-        return BasedLinear(self.form, self.shape, self.tensors, factors, bias)
+        like = torch.empty(0, dtype=self.dtype, device=device)
+        return BasedLinear(self.form, self.shape, self.tensors, factors, bias, like)
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Base:
         """Return a copy elsewhere, with floating-point tensors of another dtype."""
@@ -55,7 +52,7 @@ class Base:
             name: tensor.to(device, dtype if tensor.is_floating_point() else None)
             for name, tensor in self.tensors.items()
         }
-        return Base(self.form, self.level, self.shape, moved)
+        return Base(self.form, self.level, self.shape, moved, dtype or self.dtype)
 
 
 def compensate(weight: Float[Tensor, "in rows"], root: Float[Tensor, "in in"], snap: Snap) -> None:

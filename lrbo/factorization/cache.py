@@ -18,8 +18,8 @@ from lrbo.calibration.statistics import Statistic
 from lrbo.errors import CacheError, StatisticsError, reading
 from lrbo.factorization.base import FactorizationMethod, Statistics, factor_layer
 from lrbo.factorization.base_plan import BasePlan
-from lrbo.factorization.prediction import predicted_loss
-from lrbo.factorization.prepared import BasedWeight, Prepared, UnitFactors, prepared_of
+from lrbo.factorization.prediction import predicted_loss, with_rounding
+from lrbo.factorization.prepared import BasedWeight, Prepared, UnitFactors, is_alone, prepared_of
 from lrbo.files.caches import fingerprint_of, opened, read_part, save_parts
 from lrbo.linalg import float64_device
 from lrbo.models.blockwise import OpenBlock
@@ -99,8 +99,12 @@ def _prepared(
     based = {}
     factored = method.remainders(offset, statistics)
     for base in bases.make(weight, statistics, stored.dtype):
-        rest = weight - base.weight(torch.float64)
-        factors = factored(rest, base.form.largest_rank(*base.shape))
+        if is_alone(base.form):
+            rounded = replace(full, loss=with_rounding(full, statistics))
+            factors = rounded.to(dtype=single, device=cpu, max_rank=low_rank.max_rank)
+        else:
+            rest = weight - base.weight(torch.float64)
+            factors = factored(rest, base.form.largest_rank(*base.shape))
         own = BasedWeight(base.to(cpu), factors.to(dtype=single, device=cpu))
         based[base.family] = own
     return UnitFactors(low_rank, based)

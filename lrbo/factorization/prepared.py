@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lrbo.factorization.bases import Base
 from lrbo.factorization.factors import PARTS, Buffers, LowRankFactors
 from lrbo.layers.based import BasedLinear, Factors, shapes_of
-from lrbo.layers.forms import Based, form_named
+from lrbo.layers.forms import Based, QuantizedFactors, form_named
 from lrbo.layers.options import Losses, Option, Section
 
 
@@ -49,6 +49,14 @@ class Prepared(Protocol):
         """Return the tensors by name, for the cache."""
 
 
+CURVES = ("tail", "loss")  # what differs between a low rank and its rounded factors
+
+
+def is_alone(form: Based) -> bool:
+    """Whether a low rank is all there is, so that its factors are those of the unit."""
+    return isinstance(form, QuantizedFactors)
+
+
 @dataclass(frozen=True)
 class BasedWeight:
     """A base of a weight, and factors of what it leaves, with their errors and losses."""
@@ -70,7 +78,7 @@ class BasedWeight:
             left, scale, right = (each.to(x.dtype) for each in factors)
             return left @ (scale * (right @ x))
 
-        return self.base.module(factors, rest.bias_for(linear, dtype))
+        return self.base.module(factors, rest.bias_for(linear, dtype), rest.left.device)
 
     def to(
         self, *, dtype: torch.dtype, device: torch.device, max_rank: int | None = None
@@ -146,8 +154,10 @@ class UnitFactors:
         """Return the tensors by name, for the cache."""
         tensors = {} if self.low_rank is None else self.low_rank.tensors()
         for family, own in self.based.items():
-            for part, each in {**own.base.tensors, **own.rest.tensors()}.items():
-                tensors[f"{family}.{part}"] = each
+            parts = {**own.base.tensors, **own.rest.tensors()}
+            if is_alone(own.base.form):  # its factors are those of the unit
+                parts = {part: each for part, each in parts.items() if part in CURVES}
+            tensors |= {f"{family}.{part}": each.clone() for part, each in parts.items()}
         return tensors
 
 
@@ -166,10 +176,13 @@ def prepared_of(tensors: Mapping[str, Tensor]) -> Prepared:
         form = form_named(family.form)
         assert isinstance(form, Based)
         own = {part: given.pop(part) for part in list(given) if part not in PARTS}
-        rest = LowRankFactors.of_tensors(given)
+        alone = is_alone(form)
+        rest = replace(low_rank, **given) if alone else LowRankFactors.of_tensors(given)
         shape = (rest.left.shape[0], rest.right.shape[1])
         for part, (expected, _) in shapes_of(form, *shape, family.level).items():
             if part not in own or own[part].shape != expected:
                 raise ValueError(f"{text}.{part} is missing or of a shape other than {expected}")
-        based[family] = BasedWeight(Base(form, family.level, shape, own), rest)
+        floats = (tensor.dtype for tensor in own.values() if tensor.is_floating_point())
+        dtype = next(floats, rest.left.dtype)
+        based[family] = BasedWeight(Base(form, family.level, shape, own, dtype), rest)
     return UnitFactors(low_rank, based)

@@ -196,7 +196,7 @@ def round_to_codebook(
         codes = indices[order.argsort()].T
     packed = pack(codes.to(torch.uint8).contiguous(), form.bits)
     shape = (weight.shape[0], weight.shape[1])
-    return Base(form, (), shape, {"packed": packed, "table": table.to(dtype)})
+    return Base(form, (), shape, {"packed": packed, "table": table.to(dtype)}, dtype)
 
 
 def _rounded(
@@ -207,4 +207,4 @@ def _rounded(
     if not form.symmetric:
         tensors["zero"] = zero.to(torch.uint8)
     shape = (codes.shape[0], codes.shape[1])
-    return Base(form, (shape[1] // scale.shape[1],), shape, tensors)
+    return Base(form, (shape[1] // scale.shape[1],), shape, tensors, dtype)

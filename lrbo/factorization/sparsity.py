@@ -63,9 +63,9 @@ def sparsify(
     if isinstance(form, SemiStructured):
         positions = mask.view(rows, -1, GROUP).nonzero()[:, 2].view(rows, -1)
         tensors["positions"] = pack(positions.to(torch.uint8), 2)
-        return Base(form, (), (rows, width), tensors)
+        return Base(form, (), (rows, width), tensors, dtype)
     tensors["mask"] = pack(mask.to(torch.uint8), 1)
-    return Base(form, (percent or 0,), (rows, width), tensors)
+    return Base(form, (percent or 0,), (rows, width), tensors, dtype)
 
 
 def _largest(values: Float[Tensor, "rows n"], count: int) -> Bool[Tensor, "rows n"]:

@@ -10,7 +10,15 @@ from jaxtyping import Float, Int8
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lrbo.layers.forms import Based, Codebook, Level, Quantized, SemiStructured, Sparse
+from lrbo.layers.forms import (
+    Based,
+    Codebook,
+    Level,
+    Quantized,
+    QuantizedFactors,
+    SemiStructured,
+    Sparse,
+)
 from lrbo.layers.low_rank import Bias, FormModule, Left, Right
 from lrbo.layers.packing import packed_width, unpack
 
@@ -27,6 +35,8 @@ def shapes_of(form: Based, out_features: int, in_features: int, base: Level) -> 
         return (out_features, packed_width(count, bits)), BYTE
 
     match form:
+        case QuantizedFactors():
+            return {}
         case Quantized():
             groups = (out_features, in_features // base[0])
             shapes: Shapes = {"packed": packed(in_features, form.bits), "scale": (groups, None)}
@@ -46,7 +56,7 @@ def shapes_of(form: Based, out_features: int, in_features: int, base: Level) -> 
 def dense_of(
     form: Based, tensors: Mapping[str, Tensor], dtype: torch.dtype
 ) -> Float[Tensor, "out in"]:
-    """Return the weight that the tensors of a base stand for."""
+    """Return the weight that the tensors of a base stand for, of which there are some."""
     match form:
         case Quantized():
             scale, codes = tensors["scale"], unpack(tensors["packed"], form.bits).to(dtype)
@@ -122,9 +132,9 @@ class BasedLinear(FormModule):
         tensors: Mapping[str, Tensor],
         factors: Factors | None,
         bias: Bias,
+        like: Tensor,
     ) -> None:
-        """Wrap tensors without copying them: views stay views."""
-        like = next(each for each in tensors.values() if each.is_floating_point())
+        """Wrap tensors without copying them, of the dtype and on the device of ``like``."""
         super().__init__(*shape, 0 if factors is None else len(factors.scale), like)
         self.form, self.names = form, tuple(tensors)
         for name, tensor in tensors.items():
@@ -153,7 +163,8 @@ class BasedLinear(FormModule):
                 right = torch.empty(rank, in_features, dtype=torch.int8)
                 factors = Factors(left, torch.empty(rank), right)
             offset = torch.empty(out_features) if bias else None
-        return cls(form, (out_features, in_features), tensors, factors, offset)
+            like = torch.empty(0)
+        return cls(form, (out_features, in_features), tensors, factors, offset, like)
 
     def base(self, dtype: torch.dtype) -> Float[Tensor, "out in"]:
         """Return the weight that the base stands for."""
@@ -162,15 +173,25 @@ class BasedLinear(FormModule):
 
     @override
     def dense_weight(self) -> Float[Tensor, "out in"]:
-        weight = self.base(torch.float64)
+        if self.names:
+            weight = self.base(torch.float64)
+        else:
+            weight = self.weight.new_zeros(self.out_features, self.in_features, dtype=torch.float64)
         if self.left is not None and self.right is not None and self.factor_scale is not None:
             weight += self.left.double() * self.factor_scale.double() @ self.right.double()
         return weight
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         """Apply the layer."""
-        result = nn.functional.linear(x, self.base(x.dtype), self.bias)
+        repair = None
         if self.left is not None and self.right is not None and self.factor_scale is not None:
             inner = nn.functional.linear(x, self.right.to(x.dtype)) * self.factor_scale
-            result += nn.functional.linear(inner, self.left.to(x.dtype))
-        return result
+            left = self.left.to(x.dtype)
+            if not self.names:
+                return nn.functional.linear(inner, left, self.bias)
+            repair = nn.functional.linear(inner, left)
+        if not self.names:  # of rank 0
+            result = x.new_zeros(*x.shape[:-1], self.out_features)
+            return result if self.bias is None else result + self.bias
+        result = nn.functional.linear(x, self.base(x.dtype), self.bias)
+        return result if repair is None else result.add_(repair)

@@ -326,11 +326,47 @@ class Sparse(Based):
         return f"{base[0]}% sparse entries"
 
 
+class QuantizedFactors(Based):
+    """Two thin matrices in integers of 8 bits, with one scale per rank: a base of nothing."""
+
+    name = "factored_int8"
+
+    @override
+    def largest_rank(self, out_features: int, in_features: int) -> int:
+        return min(out_features, in_features)
+
+    @override
+    def bases(self, grid: Grid) -> list[Level]:
+        return [()]
+
+    @override
+    def levels(self, unit: LayerSpec, grid: Grid) -> list[Integers]:
+        return FACTORED.levels(unit, grid)
+
+    @override
+    def base_cost(self, out_features: int, in_features: int, base: Levels, itemsize: int) -> Costs:
+        return 0, 0, 0
+
+    @override
+    def base_problem(self, out_features: int, in_features: int, base: Level) -> str | None:
+        return None
+
+    @override
+    def label(self, level: Level) -> str:
+        return f"rank {level[-1]} in 8 bit"
+
+    @override
+    def base_label(self, base: Level) -> str:
+        return "nothing"
+
+
+FACTORED = Factored()
 BITS = (8, 4, 3, 2)
 _FORMS: tuple[Form, ...] = (
     Dense(),
-    Factored(),
+    FACTORED,
     Pivoted(),
+    QuantizedFactors(),
     *(Quantized(bits, symmetric) for symmetric in (False, True) for bits in BITS),
     *(Codebook(bits) for bits in (4, 3)),
     SemiStructured(),

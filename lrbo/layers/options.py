@@ -12,7 +12,16 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from lrbo.layers.forms import DENSE_FORM, FORMS, Based, Grid, Integers, Level, form_named
+from lrbo.layers.forms import (
+    DENSE_FORM,
+    FORMS,
+    Based,
+    Grid,
+    Integers,
+    Level,
+    QuantizedFactors,
+    form_named,
+)
 from lrbo.models.specs import LayerSpec, ModelMap
 
 Measure = Literal["parameters", "bytes", "macs"]
@@ -61,7 +70,8 @@ class Option:
     @property
     def has_base(self) -> bool:
         """Whether a base stands for the whole weight, under a low rank of what it leaves."""
-        return isinstance(form_named(self.form), Based)
+        form = form_named(self.form)
+        return isinstance(form, Based) and not isinstance(form, QuantizedFactors)
 
     def at(self, last: int) -> Option:
         """Return the option of this family with a last number of its level."""

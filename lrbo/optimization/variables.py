@@ -12,7 +12,7 @@ import numpy as np
 
 from lrbo.allocation.allocate import Allocation
 from lrbo.errors import ConfigError
-from lrbo.layers.forms import Based, form_named
+from lrbo.layers.forms import Based, QuantizedFactors, form_named
 from lrbo.layers.options import Losses, Menu
 from lrbo.models.specs import LayerSpec
 from lrbo.optimization.space import LinearConstraint, Point, Problem, Space
@@ -172,7 +172,7 @@ class WeightSpace(Space):
         parts = []
         for section in menu.sections:
             own = np.full(len(section.levels), point.get(f"form.{family_of(section.form)}", 0.0))
-            if isinstance(form_named(section.form), Based):
+            if family_of(section.form) != "low_rank":
                 own[section.levels[:, -1] > 0] += point.get(REPAIR, 0.0)
             parts.append(own)
         return np.concatenate(parts)
@@ -207,7 +207,8 @@ def build_weight_space(problem: Problem, settings: SpaceSettings) -> WeightSpace
 
 def family_of(form: str) -> str:
     """Return the name that forms of one function share: all low-rank forms are one."""
-    return form if isinstance(form_named(form), Based) else "low_rank"
+    own = form_named(form)
+    return form if isinstance(own, Based) and not isinstance(own, QuantizedFactors) else "low_rank"
 
 
 def form_variables(problem: Problem) -> list[str]:

@@ -14,7 +14,7 @@ from lrbo.allocation.allocate import Allocation
 from lrbo.checkpoints.export import WEIGHTS
 from lrbo.errors import CheckpointError
 from lrbo.factorization.options import BaseOptions
-from lrbo.layers.forms import DENSE_FORM, FORMS, Based
+from lrbo.layers.forms import DENSE_FORM, FORMS
 from lrbo.layers.options import Budget, Menu, Option
 from lrbo.models.loading import tiny_model
 from lrbo.models.tiny import byte_tokenizer
@@ -38,7 +38,7 @@ def families(factorization: lrbo.Factorization) -> Iterator[Option]:
     sizes = {"group_sizes": BASES.group_sizes, "percentages": BASES.percentages}
     menu = Menu.of(spec, NAMES, bias=False, itemsize=4, **sizes)
     own = [section.family for section in menu.sections[:-1]]
-    bases = [f.at(0) for f in own if isinstance(FORMS[f.form], Based)]
+    bases = [family.at(0) for family in own if family.has_base]
     ranks = [f.at(2) for f in own if not f.form.startswith("int8")]
     return cycle([*bases, *ranks])
 

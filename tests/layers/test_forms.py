@@ -43,6 +43,7 @@ TOLERANCE = {
 
 SHAPES = [(5, 9), (9, 5), (7, 7), (1, 4), (4, 1), (17, 32), (8, 16)]
 TOKENS = 3
+ALONE = "factored_int8"  # has a base of nothing
 PERCENTAGES = (25, 50)
 
 every_form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
@@ -137,7 +138,7 @@ def test_a_level_costs_what_its_module_holds_and_multiplies(
         if isinstance(form, Based):  # an integer is a parameter, its scale is not
             kept = shape[0] * shape[1]
             if not isinstance(form, Quantized | Codebook):
-                kept = module.values.numel()
+                kept = 0 if form.name == ALONE else module.values.numel()
             held += kept + level[-1] * sum(shape)
         assert cost == (held, stored, macs), level
 
@@ -162,7 +163,7 @@ def test_levels_rise_in_every_cost_and_have_no_problem(
         for less, more in pairwise(costs):
             assert all(a < b for a, b in zip(less, more, strict=True))
         ranks = [level[-1] for level in levels if level]
-        if isinstance(form, Based):
+        if isinstance(form, Based) and form.name != ALONE:
             assert ranks == [*range(0, form.largest_rank(*shape) + 1, multiple)]
             most = 0 if form.name in ("int8", "int8_sym") else min(shape) // 8
             assert form.largest_rank(*shape) == most
@@ -318,7 +319,9 @@ def test_a_stand_in_has_the_tensors_of_the_stored_module(form: Form, bias: bool)
 
 
 based = pytest.mark.parametrize(
-    "form", [form for form in FORMS.values() if isinstance(form, Based)], ids=lambda f: f.name
+    "form",
+    [form for form in FORMS.values() if isinstance(form, Based) and form.name != ALONE],
+    ids=lambda form: form.name,
 )
 
 
@@ -402,3 +405,28 @@ def test_more_bytes_leave_less(form: Based) -> None:
         other = FORMS[wider]
         assert isinstance(other, Based)
         assert error(other, bases[0]) < error(form, bases[0])
+
+
+@both_biases
+@pytest.mark.parametrize("rank", [0, 3])
+def test_factors_in_8_bits_are_rounded_direction_by_direction(bias: bool, rank: int) -> None:
+    form, shape = FORMS[ALONE], (9, 5)
+    assert isinstance(form, Based)
+    left, right = factors(shape, rank)
+    offset = torch.arange(9.0, dtype=torch.float64) if bias else None
+    base = base_of(form, shape, (rank,), torch.float64)
+    weight = BasedWeight(base, LowRankFactors(left, right, torch.zeros(rank + 1), offset))
+    expected = np.zeros(shape)
+    for column, row in zip(left.T.numpy(), right.numpy(), strict=True):
+        steps = np.abs(column).max() / 127, np.abs(row).max() / 127
+        codes = np.rint(column / steps[0]), np.rint(row / steps[1])
+        expected += steps[0] * steps[1] * np.outer(*codes)
+    module = weight.module(rank)
+    assert np.abs(module.dense_weight().numpy() - expected).max() < 1e-12
+    x = factors((4, 5), 5)[0] @ factors((5, 5), 5)[1]
+    added = 0.0 if offset is None else offset.numpy()
+    actual = module(x).numpy()
+    assert np.abs(actual - (x.numpy() @ expected.T + added)).max() < 1e-10
+    if rank:
+        limit = rank * float(left.abs().max() * right.abs().max()) / 100
+        assert np.abs(expected - (left @ right).numpy()).max() <= limit
