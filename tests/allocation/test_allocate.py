@@ -352,7 +352,8 @@ def test_the_widest_integers_are_the_dearest_that_all_units_can_be(
             options[name] = option if option in offered else DENSE
             cost = cost_of(menu.unit, options[name], bias=False, itemsize=2)
             price += cost.of(measure)
-        if price <= budget.limit and option in options.values():
+        is_cheaper = price < dense_cost(menus).of(measure)
+        if is_cheaper and price <= budget.limit and option in options.values():
             affordable.append((price, options))
     actual = widest(menus, budget)
     if actual is None:
@@ -363,14 +364,11 @@ def test_the_widest_integers_are_the_dearest_that_all_units_can_be(
         assert actual.budget == budget
 
 
-def test_of_integers_that_cost_the_same_the_first_are_the_widest() -> None:
-    unit = spec("a", 8, 32)
-    for forms in (["int3", "int8", "int4"], ["int4", "int3"]):
-        menus = {"a": Menu.of(unit, forms, bias=False, itemsize=2, group_sizes=[32, 16])}
-        # An integer is a parameter, of however many bits.
-        actual = widest(menus, parameters(8 * 32))
-        assert actual is not None
-        assert actual.options == {"a": Option(forms[0], (32, 0))}
+@pytest.mark.parametrize("measure", ["parameters", "macs"])
+def test_integers_that_cost_what_dense_costs_are_no_baseline(measure: Measure) -> None:
+    unit = spec("a", 8, 32)  # an integer is a parameter, of however many bits
+    menus = {"a": Menu.of(unit, ["int3", "int8"], bias=False, itemsize=2, group_sizes=[32, 16])}
+    assert widest(menus, Budget(measure, 8 * 32)) is None
 
 
 def test_the_uniform_baseline_is_the_widest_integers_or_one_ratio() -> None:

@@ -124,7 +124,7 @@ def test_a_search_keeps_to_the_budget_in_its_measure(
         (
             ["space.forms=[banded]"],
             [
-                "space.forms=['banded']: expected some of dense, factored, pivoted, int8, int4, ",
+                "space.forms=['banded']: expected some of dense, factored, pivoted, ",
                 "each once, and one beside dense",
             ],
         ),
