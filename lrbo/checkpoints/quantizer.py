@@ -40,7 +40,7 @@ class _About(TypedDict):
     quant_method: NotRequired[Literal["lrbo"]]
     format: Count
     auto_class: Annotated[str, Field(pattern=r"^AutoModel\w*$")]  # which opens the checkpoint
-    parameters: Count  # floating-point numbers in its files
+    parameters: Count  # of the model, in its files: floating-point numbers, and integers of bases
     units: dict[str, str]  # options by layer name, "pivoted 96"; dense layers are left out
     added_biases: list[str]  # of units, those whose bias the dense layer lacks
     provenance: dict[str, Any]  # how the model was made: for readers, not for loading
@@ -86,9 +86,9 @@ def _require_format(values: Mapping[str, Any]) -> None:
 
 @register_quantizer(METHOD)
 class LowRankQuantizer(HfQuantizer):
-    """Puts empty low-rank layers into a model before its weights are read, and checks the files.
+    """Puts empty layers of the forms into a model before its weights are read; checks the files.
 
-    Nothing is quantized: this is how transformers lets layers of another kind in.
+    It rounds nothing itself: this is how transformers lets layers of another kind in.
     """
 
     # Loading a dense model does not compress it; transformers then says so.

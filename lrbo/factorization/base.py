@@ -54,7 +54,7 @@ class FactorizationMethod(Protocol):
         return False
 
     def remainders(self, bias: Bias, statistics: Statistics) -> Remainders:
-        """Return what factors several small changes of one weight, which integers have left.
+        """Return a function that factors changes of one weight: those that its bases leave.
 
         Everything is as of :func:`factor_layer`; factors come with predicted losses, if gradients
         are known.

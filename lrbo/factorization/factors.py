@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lrbo.layers.low_rank import Bias, LowRankLinear, linear_of
+from lrbo.layers.low_rank import Bias, LowRankLinear, is_dearer, linear_of
 from lrbo.layers.modules import PRODUCTS
 from lrbo.layers.options import Losses, Option, Section
 
@@ -173,12 +173,3 @@ class LowRankFactors:
         if not 0 <= rank <= self.max_rank:
             raise ValueError(f"rank {rank} is outside 0..{self.max_rank}.")
         return self.left[:, :rank], self.right[:rank]
-
-
-def is_dearer(rank: int, out_features: int, in_features: int, tokens: int) -> bool:
-    """Whether two thin products cost more than multiplying them out for these tokens.
-
-    That takes ``rank * out * in`` operations once, and then ``out * in`` per token.
-    """
-    dense = out_features * in_features
-    return tokens * rank * (out_features + in_features) > (tokens + rank) * dense

@@ -19,7 +19,7 @@ from lrbo.layers.forms import (
     SemiStructured,
     Sparse,
 )
-from lrbo.layers.low_rank import Bias, FormModule, Left, Right
+from lrbo.layers.low_rank import Bias, FormModule, Left, Right, is_dearer
 from lrbo.layers.packing import packed_width, unpack
 
 # Of a base's tensors by name; None is the floating dtype of the model.
@@ -185,8 +185,12 @@ class BasedLinear(FormModule):
         """Apply the layer."""
         repair = None
         if self.left is not None and self.right is not None and self.factor_scale is not None:
-            inner = nn.functional.linear(x, self.right.to(x.dtype)) * self.factor_scale
-            left = self.left.to(x.dtype)
+            left, right = self.left.to(x.dtype) * self.factor_scale, self.right.to(x.dtype)
+            tokens = x.numel() // max(self.in_features, 1)
+            # Where that is fewer operations, as trials do with factors of floats.
+            if not self.names and is_dearer(self.rank, self.out_features, self.in_features, tokens):
+                return nn.functional.linear(x, left @ right, self.bias)
+            inner = nn.functional.linear(x, right)
             if not self.names:
                 return nn.functional.linear(inner, left, self.bias)
             repair = nn.functional.linear(inner, left)

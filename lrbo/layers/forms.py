@@ -132,17 +132,22 @@ class Based(Form):
     scale per rank: what they repair is far larger than their rounding.
     """
 
-    @abstractmethod
     def bases(self, grid: Grid) -> list[Level]:
-        """List the levels of the base."""
+        """List the levels of the base; by default it has no numbers."""
+        del grid
+        return [()]
 
     @abstractmethod
     def base_cost(self, out_features: int, in_features: int, base: Levels, itemsize: int) -> Costs:
         """Return parameters, bytes and multiply-adds per token of a base alone."""
 
-    @abstractmethod
     def base_problem(self, out_features: int, in_features: int, base: Level) -> str | None:
-        """Explain, after "needs", why a shape cannot have a base; ``None`` where it can."""
+        """Explain, after "needs", why a shape cannot have a base; ``None`` where it can.
+
+        By default rows must be whole bytes of bits.
+        """
+        del out_features, base
+        return None if in_features % 8 == 0 else f"a multiple of 8 inputs, not {in_features}"
 
     @abstractmethod
     def base_label(self, base: Level) -> str:
@@ -253,17 +258,9 @@ class Codebook(Based):
         return f"lut{self.bits}"
 
     @override
-    def bases(self, grid: Grid) -> list[Level]:
-        return [()]
-
-    @override
     def base_cost(self, out_features: int, in_features: int, base: Levels, itemsize: int) -> Costs:
         dense = out_features * in_features
         return dense, dense * self.bits // 8 + out_features * 2**self.bits * itemsize, dense
-
-    @override
-    def base_problem(self, out_features: int, in_features: int, base: Level) -> str | None:
-        return None if in_features % 8 == 0 else f"a multiple of 8 inputs, not {in_features}"
 
     @override
     def base_label(self, base: Level) -> str:
@@ -271,22 +268,14 @@ class Codebook(Based):
 
 
 class SemiStructured(Based):
-    """Two of every four inputs of a row, with two bits for the place of each: 2:4 sparsity."""
+    """Two of every four inputs of a row, with two bits for the position of each: 2:4 sparsity."""
 
     name = "sparse_2_4"
-
-    @override
-    def bases(self, grid: Grid) -> list[Level]:
-        return [()]
 
     @override
     def base_cost(self, out_features: int, in_features: int, base: Levels, itemsize: int) -> Costs:
         kept = out_features * in_features // 2
         return kept, kept * itemsize + kept // 4, 2 * kept  # multiplied as dense
-
-    @override
-    def base_problem(self, out_features: int, in_features: int, base: Level) -> str | None:
-        return None if in_features % 8 == 0 else f"a multiple of 8 inputs, not {in_features}"
 
     @override
     def base_label(self, base: Level) -> str:
@@ -319,7 +308,7 @@ class Sparse(Based):
             return "a percentage above 0 and below 100"
         if not self.kept(in_features, base[0]):
             return f"a percentage that keeps one of {in_features} inputs"
-        return None if in_features % 8 == 0 else f"a multiple of 8 inputs, not {in_features}"
+        return super().base_problem(out_features, in_features, base)
 
     @override
     def base_label(self, base: Level) -> str:
@@ -334,10 +323,6 @@ class QuantizedFactors(Based):
     @override
     def largest_rank(self, out_features: int, in_features: int) -> int:
         return min(out_features, in_features)
-
-    @override
-    def bases(self, grid: Grid) -> list[Level]:
-        return [()]
 
     @override
     def levels(self, unit: LayerSpec, grid: Grid) -> list[Integers]:

@@ -49,6 +49,15 @@ def no_weight(like: Tensor) -> Tensor:
     return like.new_empty(0)
 
 
+def is_dearer(rank: int, out_features: int, in_features: int, tokens: int) -> bool:
+    """Whether two thin products cost more than multiplying them out for these tokens.
+
+    That takes ``rank * out * in`` operations once, and then ``out * in`` per token.
+    """
+    dense = out_features * in_features
+    return tokens * rank * (out_features + in_features) > (tokens + rank) * dense
+
+
 class FormModule(nn.Module, ABC):
     """A linear layer in a form other than dense, at a rank; ``weight`` is :func:`no_weight`."""
 

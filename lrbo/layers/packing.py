@@ -36,7 +36,7 @@ def pack(codes: Codes, bits: int) -> Packed:
 
 
 def unpack(packed: Packed, bits: int) -> Codes:
-    """Return what :func:`pack` packed."""
+    """Undo :func:`pack`."""
     rows, count = len(packed), packed.shape[1] * 8 // bits
     codes = packed.new_empty(rows, count)
     shift = start = 0

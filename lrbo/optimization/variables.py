@@ -168,7 +168,7 @@ class WeightSpace(Space):
         return self.problem.by_loss(distorted)
 
     def _form_weights(self, menu: Menu, point: Point) -> Losses:
-        """Return what the options of a menu weigh by their form, ``(n,)``."""
+        """Return the weights of the options of a menu by their forms, ``(n,)``."""
         parts = []
         for section in menu.sections:
             own = np.full(len(section.levels), point.get(f"form.{family_of(section.form)}", 0.0))

@@ -430,3 +430,14 @@ def test_factors_in_8_bits_are_rounded_direction_by_direction(bias: bool, rank: 
     if rank:
         limit = rank * float(left.abs().max() * right.abs().max()) / 100
         assert np.abs(expected - (left @ right).numpy()).max() <= limit
+
+
+def test_factors_in_8_bits_multiply_no_more_than_a_dense_layer_on_many_tokens() -> None:
+    form, shape, tokens = FORMS[ALONE], (9, 5), 1000
+    module = module_of(form, shape, (5,), bias=True)
+    x = torch.randn(tokens, 5, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        actual = module(x)
+    assert counter.get_total_flops() // 2 == (tokens + 5) * 9 * 5
+    expected = x.double() @ module.dense_weight().T + module.bias.double()
+    assert float((actual - expected).abs().max()) < 1e-5 * float(expected.abs().max())
