@@ -235,8 +235,10 @@ class Quantized(Based):
     def base_problem(self, out_features: int, in_features: int, base: Level) -> str | None:
         if base[0] in GROUP_SIZES and in_features % base[0] == 0:
             return None
-        sizes = ", ".join(map(str, GROUP_SIZES))
-        return f"groups of {sizes} that divide {in_features} inputs"
+        sizes = [str(size) for size in GROUP_SIZES if in_features % size == 0]
+        if not sizes:
+            return f"a multiple of {GROUP_SIZES[0]} inputs, not {in_features}"
+        return f"groups of {' or '.join(sizes)} of its {in_features} inputs"
 
     @override
     def base_label(self, base: Level) -> str:

@@ -92,18 +92,19 @@ def without_bases(
 ) -> list[str]:
     """Report units that cannot have any base of a form, one of each width."""
     grid = Grid(group_sizes=options.group_sizes, percentages=options.percentages)
-    problems: dict[tuple[str, int], str] = {}
+    lacking: dict[str, tuple[str, dict[str, None]]] = {}
     for unit in units:
         for form in map(form_named, forms):
             if isinstance(form, Based) and not form.levels(unit, grid):
                 base = form.bases(grid)[0]
                 needs = form.base_problem(unit.out_features, unit.in_features, base)
-                problems.setdefault(
-                    (form.name, unit.in_features),
-                    f"space.forms: {form.name} of {unit.name} needs {needs}, got "
-                    f"{list(base)}; change bases.group_sizes or leave the form out",
-                )
-    return list(problems.values())
+                _, names = lacking.setdefault(f"expected {needs}, got {[*base]}", (unit.name, {}))
+                names[form.name] = None
+    return [
+        f"space.forms: {', '.join(names)} of {unit}: {needs}; change bases.group_sizes or leave "
+        "them out"
+        for needs, (unit, names) in lacking.items()
+    ]
 
 
 def menus_of(
