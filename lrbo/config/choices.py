@@ -44,6 +44,7 @@ KEEP_RATIO = "keep_ratio"  # also the variable of a front
 # are measured where latency.enabled asks for it, each with its standard error beside it.
 SIZES = (KEEP_RATIO, "model_parameters", "model_bytes", "macs_per_token")
 LATENCIES = ("prefill_latency_ratio", "decode_latency_ratio")
+PREDICTED = "predicted_loss"  # of a trial: the sum over units, beyond the dense model
 LOSS = "loss"  # the search's objective: nll, and the divergence if it is weighted
 
 

@@ -12,6 +12,7 @@ from functools import cached_property
 import torch
 
 from lrbo.allocation.allocate import Allocation
+from lrbo.config.choices import PREDICTED
 from lrbo.errors import StudyError
 from lrbo.files.parsing import may_be_infinite
 from lrbo.optimization.proposals import SearchClient, observations_of
@@ -188,6 +189,10 @@ class SearchLoop:
             task = self.study.task
             distance = self.settings.kl_weight * metrics[task.divergence]
             metrics["objective"] = metrics[task.minimized.name] + distance
+            allocation = self.study.state.trials[result.trial_index].request.allocation
+            predicted = self.client.space.problem.predicted(allocation)
+            if predicted is not None:
+                metrics[PREDICTED] = predicted
             bad = sorted(
                 name
                 for name, value in metrics.items()

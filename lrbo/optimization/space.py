@@ -99,6 +99,16 @@ class Problem:
         """Return the options of least summed predicted loss, of the menus or as given."""
         return allocate_by_loss(self.menus, self.budget, losses=losses, dense=self.dense)
 
+    def predicted(self, allocation: Allocation) -> float | None:
+        """Return the summed predicted loss of options, ``None`` where nothing is predicted."""
+        if not self.is_predicted:
+            return None
+        return math.fsum(
+            float(menu.losses[menu.index(allocation.options[name])])
+            for name, menu in self.menus.items()
+            if menu.losses is not None
+        )
+
     def uniform(self) -> Allocation:
         """Return the baseline: one choice for all units, also those that a search keeps dense.
 

@@ -6,6 +6,7 @@ import fnmatch
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -153,29 +154,54 @@ class WeightSpace(Space):
         if not self.problem.is_predicted:
             raise ValueError("nothing is predicted yet; calibrate with output gradients first.")
         power = math.exp(point.get(EXPONENT, 0.0))
-        blocks = max((unit.block or 0 for unit in self.problem.units), default=0)
-        depths = np.linspace(0.0, 1.0, self.knots)
-        heights = [point[f"depth.{knot}"] for knot in range(self.knots)]
+        weights = np.array([0.0 if name == EXPONENT else point[name] for name in self.names])
         distorted: dict[str, Losses] = {}
-        for name, group in self.groups.items():
+        for name, own in self._coefficients.items():
             menu = self.problem.menus[name]
             assert menu.losses is not None
-            depth = (menu.unit.block or 0) / max(blocks, 1)
-            weight = point[f"kind.{group}"]
-            weight += float(np.interp(depth, depths, heights)) if self.knots else 0.0
-            factors = np.exp(weight + self._form_weights(menu, point))
-            distorted[name] = factors * menu.losses**power
+            distorted[name] = np.exp(own @ weights) * menu.losses**power
         return self.problem.by_loss(distorted)
 
-    def _form_weights(self, menu: Menu, point: Point) -> Losses:
-        """Return the weights of the options of a menu by their forms, ``(n,)``."""
-        parts = []
-        for section in menu.sections:
-            own = np.full(len(section.levels), point.get(f"form.{family_of(section.form)}", 0.0))
-            if family_of(section.form) != "low_rank":
-                own[section.levels[:, -1] > 0] += point.get(REPAIR, 0.0)
-            parts.append(own)
-        return np.concatenate(parts)
+    def coefficients(self, allocation: Allocation) -> tuple[Losses, Losses]:
+        """Return how the options of searched units depend on the variables, and predicted losses.
+
+        The logarithm of the weight of an option is its row of ``(units, variables)`` times the
+        point; the exponent has no part in it.
+        """
+        rows, losses = [], []
+        for name, own in self._coefficients.items():
+            menu = self.problem.menus[name]
+            assert menu.losses is not None
+            index = menu.index(allocation.options[name])
+            rows.append(own[index])
+            losses.append(menu.losses[index])
+        return np.stack(rows), np.array(losses)
+
+    @cached_property
+    def _coefficients(self) -> dict[str, Losses]:
+        """How the weights of all options depend on the variables, by unit: ``(n, variables)``."""
+        columns = {name: index for index, name in enumerate(self.names)}
+        blocks = max((unit.block or 0 for unit in self.problem.units), default=0)
+        depths = np.linspace(0.0, 1.0, self.knots)
+        coefficients = {}
+        for name, group in self.groups.items():
+            menu = self.problem.menus[name]
+            own = np.zeros((len(menu), len(columns)))
+            own[:, columns[f"kind.{group}"]] = 1.0
+            depth = (menu.unit.block or 0) / max(blocks, 1)
+            for knot, hat in enumerate(np.eye(self.knots)):
+                own[:, columns[f"depth.{knot}"]] = np.interp(depth, depths, hat)
+            start = 0
+            for section in menu.sections:
+                end = start + len(section.levels)
+                family = family_of(section.form)
+                if (column := columns.get(f"form.{family}")) is not None:
+                    own[start:end, column] = 1.0
+                if family != "low_rank" and REPAIR in columns:
+                    own[start:end, columns[REPAIR]] = section.levels[:, -1] > 0
+                start = end
+            coefficients[name] = own
+        return coefficients
 
     def analytic_point(self) -> Point:
         """Return the origin."""

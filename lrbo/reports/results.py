@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from lrbo.allocation.loss_calibration import LossCalibration, sensitivity_file
-from lrbo.config.choices import KEEP_RATIO, LOSS
+from lrbo.config.choices import KEEP_RATIO, LOSS, PREDICTED
 from lrbo.errors import StudyError
 from lrbo.layers.options import UNITS
 from lrbo.reports.allocations import dense_size
@@ -241,6 +241,29 @@ def sensitivity(study: StudyRecord) -> LossCalibration | None:
         raise StudyError(
             f"{error}. Delete the file: the next search of the study measures it again"
         ) from error
+
+
+def sums_of_predictions(study: StudyRecord) -> str | None:
+    """Say how far sums of predicted losses are off over all scored trials; ``None`` before two."""
+    name, state = study.task.minimized.name, study.state
+    pairs = pd.DataFrame(
+        [
+            (record.metrics[PREDICTED], record.metrics[name] - state.dense[name])
+            for record in state.completed
+            if record.metrics.get(PREDICTED, 0.0) > 0
+        ],
+        columns=["predicted", "measured"],
+    )
+    if len(pairs) < 2:
+        return None
+    ratios = pairs["measured"] / pairs["predicted"]
+    text = (
+        f"summed predictions of {len(pairs)} trials: measured loss is {ratios.median():.2f} times "
+        f"the sum ({ratios.min():.2f} to {ratios.max():.2f})"
+    )
+    if pairs.nunique().min() < 2:
+        return text
+    return f"{text}, rank correlation {pairs.rank().corr().iloc[0, 1]:.3f}"
 
 
 def described(study: StudyRecord) -> dict[str, str]:

@@ -100,6 +100,8 @@ def _notes_on_scores(study: StudyRecord, rows: Sequence[results.ScoreRow]) -> li
             f"predicted against measured loss of single layers, {len(measured.measurements)} "
             f"points: rank correlation {measured.rank_correlation:.3f}"
         )
+    if (sums := results.sums_of_predictions(study)) is not None:
+        notes.append(sums)
     if state.tests:
         texts = dict.fromkeys(str(test["text"]) for test in state.tests.values())
         notes.append(f"test: {', '.join(texts)}")
