@@ -52,6 +52,15 @@ SPACES: Mapping[str, Mapping[str, Rule]] = {
         "start": Rule("nothing: weights start at 0", lambda v: not v),
         "variables": _variables(*choices.RANGES["weights"]),
     },
+    "thresholds": {
+        "bounds": Rule(
+            "[low, high] with 0 < low < high <= 1", lambda v: len(v) == 2 and 0 < v[0] < v[1] <= 1
+        ),
+        "minimum_rank": at_least(0),
+        "start": Rule("nothing: thresholds start where budgets are met", lambda v: not v),
+        "variables": Rule("nothing: space.bounds are those of the threshold", lambda v: not v),
+        "tied": Rule("nothing: there is one variable", lambda v: not v),
+    },
 }
 
 
@@ -152,6 +161,9 @@ def _front(config: schema.SearchConfig) -> Iterator[str]:
             expected = f"a threshold of what is minimised: {choices.LOSS} or {search.size}"
             yield mismatch(f"search.thresholds.{name}", value, expected)
     if lowest is None:
+        if config.space.type == "thresholds":
+            expected = "the smallest keep ratio of the sizes that thresholds give, as budget=front"
+            yield mismatch("budget.lowest", lowest, expected)
         if search.size in (*choices.SIZES[1:], *choices.LATENCIES):
             yield (
                 f"search.size={search.size!r} is minimised where a front is searched; give "
