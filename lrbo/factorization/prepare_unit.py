@@ -72,9 +72,9 @@ def prepared_unit(
         if isinstance(form, QuantizedFactors):
             rest, factors = weight, full.leading(most)
             codes = bases.factors(form, factors, weight, statistics, stored.dtype)
-            rounded = codes.wide(DOUBLE)
-            factors = replace(factors, loss=with_rounding(factors, rounded, weight, statistics))
-            factors = unit.with_error(factors, weight, rounded)
+            wide = codes.wide(DOUBLE)
+            factors = replace(factors, loss=with_rounding(factors, wide, weight, statistics))
+            factors = unit.with_error(factors, weight, wide)
         else:
             rest = weight - base.weight(DOUBLE)
             factors = remainder(rest, most)

@@ -199,8 +199,7 @@ def prepared_of(tensors: Mapping[str, Tensor]) -> Prepared:
             rest = LowRankFactors.of_tensors(given)
         shape = (rest.left.shape[0], rest.right.shape[1])
         if form.factor_bits == 4:
-            expected = Factors.on_meta(4, *shape, rest.max_rank)
-            for part, other in zip(CODES, expected, strict=True):
+            for part, other in zip(CODES, Factors.on_meta(4, *shape, rest.max_rank), strict=True):
                 if part not in own or own[part].shape != other.shape:
                     raise ValueError(f"{text}.{part} is missing or not of shape {other.shape}")
             codes = Factors(*(own.pop(part) for part in CODES))

@@ -65,7 +65,7 @@ class ThresholdSpace(Space):
                 allocation = self._at(threshold, problem.budget)
                 trials.append(WarmStart("start", {THRESHOLD: threshold}, allocation))
             else:
-                trials += super(ThresholdSpace, self.of(problem)).starts(start)
+                trials += Space.starts(self.of(problem), start)
         return trials
 
     def meeting(self, budget: Budget) -> float:

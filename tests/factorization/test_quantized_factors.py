@@ -15,7 +15,7 @@ from lrbo.factorization.factors import LowRankFactors
 from lrbo.factorization.options import BaseOptions
 from lrbo.factorization.prediction import squared_errors
 from lrbo.factorization.prepare_unit import prepared_unit
-from lrbo.factorization.prepared import UnitFactors
+from lrbo.factorization.prepared import UnitFactors, prepared_of
 from lrbo.factorization.quantized_factors import round_factors
 from lrbo.factorization.registry import method_named
 from lrbo.layers.based import Factors
@@ -128,6 +128,45 @@ def test_a_trial_has_the_integers_of_the_checkpoint_in_4_bits() -> None:
             assert held["left"].shape == (rank, OUTPUTS // 2)
             assert held["right"].shape == (rank, INPUTS // 2)
             assert np.abs(module.dense_weight().numpy() - expected).max() < TOLERANCE["zero"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_integers_are_read_back_moved_and_cut(dtype: torch.dtype) -> None:
+    unit = prepared("bolaco", bias=False)
+    tensors = {name: tensor.clone() for name, tensor in unit.tensors().items()}
+    again = prepared_of(tensors)
+    family = Option("factored_int4")
+    part = again.only({family: 3}, dtype, torch.device("cpu"))
+    assert isinstance(part, UnitFactors)
+    assert part.low_rank is None  # integers need no factors beside them
+    assert part.based[family].rest.max_rank == 3
+    modules = [
+        unit.stored("unit", family.at(3), dtype),
+        part.trial_module("unit", family.at(3), 0, {}),
+        part.stored("unit", family.at(3), dtype),
+    ]
+    held = [module.state_dict() for module in modules]
+    assert {"left", "right", "factor_scale", "bias"} == held[0].keys() - {"weight"}
+    for other in held[1:]:
+        assert all(torch.equal(other[name], held[0][name]) for name in held[0])
+    left = part.based[family].codes
+    assert left is not None
+    assert left.left.untyped_storage().nbytes() == 3 * OUTPUTS // 2
+    curves = [unit.part(family).error, part.part(family).error]
+    assert all(curve is not None for curve in curves)
+    assert curves[1].tolist() == curves[0].tolist()[:4]
+
+
+@pytest.mark.parametrize("part", ["codes_left", "codes_scale", "codes_right"])
+def test_integers_that_are_damaged_are_refused(part: str) -> None:
+    tensors = dict(prepared("svd", bias=False).tensors())
+    name = f"factored_int4.{part}"
+    tensors[name] = tensors[name][:2]
+    with pytest.raises(ValueError, match=rf"{name} is missing or not of shape"):
+        prepared_of(tensors)
+    del tensors[name]
+    with pytest.raises(ValueError, match=rf"{name} is missing"):
+        prepared_of(tensors)
 
 
 def moment(size: int, seed: int) -> Tensor:
