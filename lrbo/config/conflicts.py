@@ -59,7 +59,6 @@ SPACES: Mapping[str, Mapping[str, Rule]] = {
         "minimum_rank": at_least(0),
         "start": Rule("nothing: thresholds start where budgets are met", lambda v: not v),
         "variables": Rule("nothing: space.bounds are those of the threshold", lambda v: not v),
-        "tied": Rule("nothing: there is one variable", lambda v: not v),
     },
 }
 
@@ -98,7 +97,7 @@ def check_values(config: schema.Config) -> list[str]:
         problem for key, value, rule in _ruled(config) for problem in rule.problems(key, value)
     ]
     if isinstance(config, schema.SearchConfig):
-        for check in (_texts, _front, _latency, _pool, _curves, _executor):
+        for check in (_texts, _front, _thresholds, _latency, _pool, _curves, _executor):
             others += check(config)
     elif isinstance(config, schema.CompressConfig):
         others += _candidates(config)
@@ -161,9 +160,6 @@ def _front(config: schema.SearchConfig) -> Iterator[str]:
             expected = f"a threshold of what is minimised: {choices.LOSS} or {search.size}"
             yield mismatch(f"search.thresholds.{name}", value, expected)
     if lowest is None:
-        if config.space.type == "thresholds":
-            expected = "the smallest keep ratio of the sizes that thresholds give, as budget=front"
-            yield mismatch("budget.lowest", lowest, expected)
         if search.size in (*choices.SIZES[1:], *choices.LATENCIES):
             yield (
                 f"search.size={search.size!r} is minimised where a front is searched; give "
@@ -233,6 +229,16 @@ def _pool(config: schema.SearchConfig) -> Iterator[str]:
             f"more windows of data.window={data.window} than the {windows} that "
             f"data.validation.tokens={wanted} asks for{limit}, or null",
         )
+
+
+def _thresholds(config: schema.SearchConfig) -> Iterator[str]:
+    if config.space.type != "thresholds":
+        return
+    if config.budget.lowest is None:
+        expected = "the smallest keep ratio of the sizes that thresholds give, as budget=front"
+        yield mismatch("budget.lowest", None, expected)
+    if config.space.tied:
+        yield mismatch("space.tied", config.space.tied, "nothing: there is one variable")
 
 
 def _curves(config: schema.SearchConfig) -> Iterator[str]:

@@ -1,6 +1,7 @@
-"""Factors in integers: what is stored, what it costs, and that its curves are those of the module."""
+"""Factors in integers: what is stored, and that their curves are those of the stored module."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -204,7 +205,7 @@ def test_rounding_in_both_metrics_loses_less_than_rounding_to_the_nearest(
         (each - exact)[8:]
         for each in (curve(inputs, outputs), curve(inputs, None), curve(None, None))
     ]
-    assert all(bool((more > less).all()) for less, more in zip(noise, noise[1:], strict=False))
+    assert all(bool((more > less).all()) for less, more in pairwise(noise))
     assert bool((noise[0] < 0.6 * noise[2]).all())
     assert bool((noise[0] > 0).all())
 

@@ -1,7 +1,5 @@
 """What integers leave: factored as the metric asks, by any method, with its loss at every rank."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
