@@ -13,6 +13,7 @@ from lrbo.allocation.apply import replaced
 from lrbo.allocation.loss_calibration import Measurement
 from lrbo.errors import NonFiniteError
 from lrbo.factorization.prepared import Prepared
+from lrbo.layers.forms import Based, form_named
 from lrbo.layers.options import Menu, Option
 from lrbo.models.blockwise import Scratch
 from lrbo.models.specs import LayerSpec
@@ -118,7 +119,8 @@ def measure_losses(
         for spec, option in points:
             own = prepared[spec.name].part(option.family)
             added = 0.0
-            if dense.dtype.itemsize < 4 and not option.has_base:
+            is_plain = not isinstance(form_named(option.form), Based)
+            if dense.dtype.itemsize < 4 and is_plain:
                 if spec.name not in rounding:
                     rounding[spec.name] = divergence(spec, option.family.at(own.max_rank))
                 added = rounding[spec.name]

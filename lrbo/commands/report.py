@@ -42,9 +42,14 @@ def run(config: ReportConfig, reporter: Reporter) -> dict[str, Any]:
         return summary(study)
     table = comparison.compared(studies)
     print_comparison(studies, table, PlainConsole())
+    fronts, drawn = comparison.fronts(studies), []
     if config.figures and table["best"].notna().any():
-        path = Path(config.studies) / "comparison.png"
-        draw_comparison(path, table, names, comparison.common_task(studies).headline)
+        drawn.append(("comparison.png", table))
+    if config.figures and len(fronts):
+        drawn.append(("fronts.png", fronts))
+    for file, shown in drawn:
+        path = Path(config.studies) / file
+        draw_comparison(path, shown, names, comparison.common_task(studies).headline)
         reporter.say(f"Figure: {path}")
     return {"studies": [summary(study) for study in studies]}
 

@@ -36,10 +36,17 @@ FORM_PRESETS: Mapping[str, tuple[str, ...]] = {
     "bytes": ("pivoted", "factored_int8", "int8", "int4", "int3", "int3_sym", "int2"),
 }
 
-# What a variable may be: a kept ratio, or the natural logarithm of a factor of a loss curve.
-RANGES: Mapping[str, tuple[float, float]] = {"ratios": (0.01, 1.0), "weights": (-5.0, 5.0)}
+# What a variable may be: a kept ratio, the natural logarithm of a factor of a loss curve, or a
+# relative error of outputs.
+RANGES: Mapping[str, tuple[float, float]] = {
+    "ratios": (0.01, 1.0),
+    "weights": (-5.0, 5.0),
+    "thresholds": (0.0, 1.0),
+}
 
 KEEP_RATIO = "keep_ratio"  # also the variable of a front
+THRESHOLD = "threshold"  # of the output error, the variable of a front too
+SIZING = frozenset({KEEP_RATIO, THRESHOLD})  # variables that decide the size of a model
 # What a search may trade loss against, smaller is better: metrics of every trial, and those that
 # are measured where latency.enabled asks for it, each with its standard error beside it.
 SIZES = (KEEP_RATIO, "model_parameters", "model_bytes", "macs_per_token")

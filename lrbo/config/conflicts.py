@@ -52,6 +52,14 @@ SPACES: Mapping[str, Mapping[str, Rule]] = {
         "start": Rule("nothing: weights start at 0", lambda v: not v),
         "variables": _variables(*choices.RANGES["weights"]),
     },
+    "thresholds": {
+        "bounds": Rule(
+            "[low, high] with 0 < low < high <= 1", lambda v: len(v) == 2 and 0 < v[0] < v[1] <= 1
+        ),
+        "minimum_rank": at_least(0),
+        "start": Rule("nothing: thresholds start where budgets are met", lambda v: not v),
+        "variables": Rule("nothing: space.bounds are those of the threshold", lambda v: not v),
+    },
 }
 
 
@@ -89,7 +97,7 @@ def check_values(config: schema.Config) -> list[str]:
         problem for key, value, rule in _ruled(config) for problem in rule.problems(key, value)
     ]
     if isinstance(config, schema.SearchConfig):
-        for check in (_texts, _front, _latency, _pool, _curves, _executor):
+        for check in (_texts, _front, _thresholds, _latency, _pool, _curves, _executor):
             others += check(config)
     elif isinstance(config, schema.CompressConfig):
         others += _candidates(config)
@@ -221,6 +229,16 @@ def _pool(config: schema.SearchConfig) -> Iterator[str]:
             f"more windows of data.window={data.window} than the {windows} that "
             f"data.validation.tokens={wanted} asks for{limit}, or null",
         )
+
+
+def _thresholds(config: schema.SearchConfig) -> Iterator[str]:
+    if config.space.type != "thresholds":
+        return
+    if config.budget.lowest is None:
+        expected = "the smallest keep ratio of the sizes that thresholds give, as budget=front"
+        yield mismatch("budget.lowest", None, expected)
+    if config.space.tied:
+        yield mismatch("space.tied", config.space.tied, "nothing: there is one variable")
 
 
 def _curves(config: schema.SearchConfig) -> Iterator[str]:

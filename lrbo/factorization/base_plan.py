@@ -12,9 +12,13 @@ from torch import Tensor
 from lrbo.calibration.statistics import Statistic
 from lrbo.errors import StatisticsError
 from lrbo.factorization.bases import Base
+from lrbo.factorization.factors import LowRankFactors
 from lrbo.factorization.options import BaseOptions
+from lrbo.factorization.prediction import PREDICTION_SHRINKAGE, input_moment, shrunk
+from lrbo.factorization.quantized_factors import round_factors
 from lrbo.factorization.rounding import round_gptq, round_nearest, round_to_codebook
 from lrbo.factorization.sparsity import sparsify
+from lrbo.layers.based import Factors
 from lrbo.layers.forms import (
     Based,
     Codebook,
@@ -26,6 +30,7 @@ from lrbo.layers.forms import (
     form_named,
 )
 
+EIGHT_BITS = QuantizedFactors(8)  # rounded to the nearest, whatever the errors weigh
 # What errors are weighed with.
 NEEDS = frozenset({Statistic.INPUT_MEAN, Statistic.INPUT_COVARIANCE})
 
@@ -46,7 +51,7 @@ class BasePlan:
     @property
     def needs(self) -> frozenset[Statistic]:
         """The statistics that are read."""
-        weighed = any(not isinstance(form_named(name), QuantizedFactors) for name in self.forms)
+        weighed = any(form_named(name) != EIGHT_BITS for name in self.forms)
         return NEEDS if weighed and self.options.method == "gptq" else frozenset()
 
     def make(
@@ -102,3 +107,32 @@ class BasePlan:
         if moment is None:
             return [*made, *round_nearest(weight, grids, dtype=dtype)]
         return [*made, *round_gptq(weight, moment, grids, dtype=dtype, damping=damping)]
+
+    def factors(
+        self,
+        form: QuantizedFactors,
+        factors: LowRankFactors,
+        weight: Float[Tensor, "out in"],
+        statistics: Mapping[Statistic, Tensor],
+        dtype: torch.dtype,
+    ) -> Factors:
+        """Round factors of a weight, with scales in ``dtype``.
+
+        Raises:
+            StatisticsError: If a metric is not positive definite.
+        """
+        if form == EIGHT_BITS:
+            return Factors.of(factors.left.float(), factors.right.float(), dtype)
+        moment = gradient = None
+        if self.needs:
+            moment = input_moment(factors, statistics)
+            if not bool(moment.any()):
+                moment = torch.eye(len(moment)).to(moment)
+            gradient = statistics.get(Statistic.OUTPUT_GRADIENT)
+            if gradient is not None:
+                gradient = gradient.to(moment) if bool(gradient.any()) else None
+        if gradient is not None:
+            gradient = shrunk(gradient, PREDICTION_SHRINKAGE)
+        return round_factors(
+            factors, weight, moment, gradient, dtype=dtype, damping=self.options.damping
+        )

@@ -5,25 +5,23 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from lrbo.calibration.statistics import Statistic
 from lrbo.errors import CacheError, StatisticsError, reading
-from lrbo.factorization.base import FactorizationMethod, Statistics, factor_layer
+from lrbo.factorization.base import FactorizationMethod
 from lrbo.factorization.base_plan import BasePlan
-from lrbo.factorization.prediction import predicted_loss, with_rounding
-from lrbo.factorization.prepared import BasedWeight, Prepared, UnitFactors, is_alone, prepared_of
+from lrbo.factorization.prepare_unit import prepared_unit
+from lrbo.factorization.prepared import Prepared, prepared_of
 from lrbo.files.caches import fingerprint_of, opened, read_part, save_parts
-from lrbo.linalg import float64_device
 from lrbo.models.blockwise import OpenBlock
-from lrbo.models.model_map import linear_bias, linear_weight
 from lrbo.models.specs import LayerSpec, ModelMap
 
 
@@ -42,17 +40,19 @@ def factor_model(
     statistics: LayerStatistics,
     *,
     bases: BasePlan | None = None,
+    errors: bool = False,
     open_block: OpenBlock | None = None,
     device: torch.device | None = None,
     on_layer: Callable[[str], None] | None = None,
 ) -> Iterator[dict[str, Prepared]]:
     """Factor every compressible layer, for every rank below the full one, which is dense.
 
-    With ``bases``, these are made too, and what each leaves is factored. With
-    statistics of output gradients, losses are predicted. ``open_block`` brings the weights
-    of a block into the model for the length of a ``with``; by default they are there. ``device``,
-    by default that of the weights, decomposes if it has float64, else the CPU does. ``on_layer`` is
-    called with the name of each finished layer.
+    With ``bases``, these are made too, and what each leaves is factored. With statistics of output
+    gradients, losses are predicted; with ``errors``, relative errors of outputs are worked out from
+    mean and covariance of the inputs. ``open_block`` brings the weights of a block into the model
+    for the length of a ``with``; by default they are there. ``device``, by default that of the
+    weights, decomposes if it has float64, else the CPU does. ``on_layer`` is called with the name
+    of each finished layer.
 
     Yields:
         Factors by layer name, a block at a time: made in float64, given in float32 on the CPU.
@@ -69,45 +69,13 @@ def factor_model(
                     module = model.get_submodule(spec.name)
                     own = method.for_kind(spec.kind)
                     with _naming(spec.name):
-                        made[spec.name] = _prepared(module, own, statistics.of(spec), device, bases)
+                        given = statistics.of(spec)
+                        made[spec.name] = prepared_unit(
+                            module, own, given, device, bases=bases, errors=errors
+                        )
                 if on_layer is not None:
                     on_layer(spec.name)
         yield made
-
-
-def _prepared(
-    module: nn.Module,
-    method: FactorizationMethod,
-    given: Statistics,
-    device: torch.device | None,
-    bases: BasePlan | None,
-) -> Prepared:
-    """Factor one layer at full rank, and what its weight in integers leaves."""
-    stored, bias = linear_weight(module), linear_bias(module)
-    work = float64_device(stored.device if device is None else device)
-    statistics = {statistic: tensor.to(work) for statistic, tensor in given.items()}
-    weight = stored.to(work, torch.float64)
-    offset = None if bias is None else bias.to(work)
-
-    full = factor_layer(method, weight, offset, statistics)
-    if Statistic.OUTPUT_GRADIENT in statistics:
-        full = replace(full, loss=predicted_loss(full, statistics))
-    cpu, single = torch.device("cpu"), torch.float32
-    low_rank = full.to(dtype=single, device=cpu, max_rank=min(weight.shape) - 1)
-    if bases is None:
-        return low_rank
-    based = {}
-    factored = method.remainders(offset, statistics)
-    for base in bases.make(weight, statistics, stored.dtype):
-        if is_alone(base.form):
-            rounded = replace(full, loss=with_rounding(full, statistics))
-            factors = rounded.to(dtype=single, device=cpu, max_rank=low_rank.max_rank)
-        else:
-            rest = weight - base.weight(torch.float64)
-            factors = factored(rest, base.form.largest_rank(*base.shape))
-        own = BasedWeight(base.to(cpu), factors.to(dtype=single, device=cpu))
-        based[base.family] = own
-    return UnitFactors(low_rank, based)
 
 
 @contextmanager
@@ -128,6 +96,7 @@ def factors_fingerprint(
     calibration_fingerprint: str | None,
     method: FactorizationMethod,
     bases: BasePlan | None = None,
+    errors: bool = False,
 ) -> str:
     """Return the digest of everything that the factors depend on."""
     options = {  # sets have another order in every process
@@ -136,11 +105,12 @@ def factors_fingerprint(
     }
     return fingerprint_of(
         {
-            "format": 6,
+            "format": 7,
             "model": model_fingerprint,
             "calibration": calibration_fingerprint,
             "method": {"type": type(method).__name__, **options},
             "bases": None if bases is None else asdict(bases),
+            "errors": errors,
         }
     )
 

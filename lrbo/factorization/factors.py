@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from lrbo.layers.forms import Based, form_named
 from lrbo.layers.low_rank import Bias, LowRankLinear, is_dearer, linear_of
 from lrbo.layers.modules import PRODUCTS
 from lrbo.layers.options import Losses, Option, Section
 
 Buffers = MutableMapping[str, Tensor]
-PARTS = ("left", "right", "tail", "offset", "center", "loss")
+Curve = Literal["loss", "error"]  # of a section: predicted losses, or relative output errors
+CURVES = ("tail", "loss", "error")  # by rank
+PARTS = ("left", "right", "tail", "offset", "center", "loss", "error")
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,8 @@ class LowRankFactors:
             mean output. ``None`` where the bias does not depend on the rank.
         loss: Predicted increase of the model's loss at rank 0, 1, ..., ``k``, nats per token,
             float64. ``None`` where calibration took no output gradients.
+        error: Relative error of the layer's output at rank 0, 1, ..., ``k``, as stored, float64.
+            ``None`` where it was not asked for.
     """
 
     left: Float[Tensor, "out k"]
@@ -43,6 +49,7 @@ class LowRankFactors:
     offset: Bias = None
     center: Float[Tensor, " in"] | None = None
     loss: Float[Tensor, " k_plus_1"] | None = None
+    error: Float[Tensor, " k_plus_1"] | None = None
 
     @property
     def max_rank(self) -> int:
@@ -53,6 +60,10 @@ class LowRankFactors:
     def has_effect(self) -> bool:
         """Whether any rank raises the error: not where zeros or a bias do as well."""
         return float(self.tail[0]) > 0 and (self.loss is None or float(self.loss[0]) > 0)
+
+    @property
+    def _curves(self) -> dict[str, Tensor]:
+        return {name: each for name in CURVES if (each := getattr(self, name)) is not None}
 
     def bias_at(self, rank: int) -> Bias:
         """Return the bias at a rank: ``offset``, less ``W_r center`` if that is given."""
@@ -75,12 +86,13 @@ class LowRankFactors:
         """Return the rank-``rank`` layer; its matrices are views."""
         return LowRankLinear(*self._prefix(rank), self.bias_at(rank))
 
-    def losses(self, section: Section) -> Losses | None:
-        """Return the predicted losses of rising ranks, up to the largest there is."""
-        if self.loss is None:
+    def losses(self, section: Section, curve: Curve = "loss") -> Losses | None:
+        """Return a curve at rising ranks, up to the largest there is."""
+        values: Tensor | None = getattr(self, curve)
+        if values is None:
             return None
         ranks = section.levels[section.levels[:, -1] <= self.max_rank, -1]
-        losses: Losses = self.loss.numpy().astype(np.float64)[ranks]
+        losses: Losses = values.numpy().astype(np.float64)[ranks]
         return losses
 
     def trial_module(self, name: str, option: Option, tokens: int, buffers: Buffers) -> nn.Module:
@@ -125,7 +137,7 @@ class LowRankFactors:
         parts = {part: t.T if part == "left" else t for part, t in tensors.items()}
         (rows, rank), (_, columns) = parts["left"].shape, parts["right"].shape
         shapes = {"right": (rank, columns), "tail": (rank + 1,), "offset": (rows,)}
-        shapes |= {"center": (columns,), "loss": (rank + 1,)}
+        shapes |= {"center": (columns,), "loss": (rank + 1,), "error": (rank + 1,)}
         for part, shape in shapes.items():
             if part in parts and tuple(parts[part].shape) != shape:
                 raise ValueError(f"{part} has shape {tuple(parts[part].shape)}, expected {shape}")
@@ -154,6 +166,7 @@ class LowRankFactors:
             None if self.offset is None else self.offset.to(device, wide),
             None if self.center is None else self.center.to(device, wide),
             None if self.loss is None else self.loss[: count + 1],
+            None if self.error is None else self.error[: count + 1],
         )
 
     def part(self, family: Option) -> LowRankFactors:
@@ -161,11 +174,21 @@ class LowRankFactors:
         del family
         return self
 
+    def leading(self, rank: int) -> LowRankFactors:
+        """Return the factors up to a rank, as views."""
+        return replace(
+            self,
+            left=self.left[:, :rank],
+            right=self.right[:rank],
+            **{curve: each[: rank + 1] for curve, each in self._curves.items()},
+        )
+
     def only(
         self, ranks: Mapping[Option, int], dtype: torch.dtype, device: torch.device
     ) -> LowRankFactors | None:
         """Return a copy up to the largest of some ranks, by family; ``None`` if they are 0."""
-        rank = max((ranks[family] for family in ranks if not family.has_base), default=0)
+        own = (ranks[f] for f in ranks if not isinstance(form_named(f.form), Based))
+        rank = max(own, default=0)
         return self.to(dtype=dtype, device=device, max_rank=rank) if rank else None
 
     def _prefix(self, rank: int) -> tuple[Float[Tensor, "out r"], Float[Tensor, "r in"]]:

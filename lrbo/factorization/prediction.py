@@ -10,9 +10,10 @@ from torch import Tensor
 
 from lrbo.calibration.statistics import Statistic
 from lrbo.factorization.factors import LowRankFactors
-from lrbo.layers.based import INT8, Factors
 
 PREDICTION_SHRINKAGE = 0.01
+# What relative errors of outputs are worked out from.
+ERROR_NEEDS = frozenset({Statistic.INPUT_MEAN, Statistic.INPUT_COVARIANCE})
 
 
 def shrunk(matrix: Float[Tensor, "d d"], share: float) -> Float[Tensor, "d d"]:
@@ -21,52 +22,84 @@ def shrunk(matrix: Float[Tensor, "d d"], share: float) -> Float[Tensor, "d d"]:
     return (1 - share) * matrix + share * matrix.diagonal().mean() * identity
 
 
-def with_rounding(
-    factors: LowRankFactors, statistics: Mapping[Statistic, Tensor]
-) -> Float[Tensor, " k_plus_1"] | None:
-    """Return the predicted losses of factors that are rounded to 8 bits, each direction by itself.
+def squared_errors(
+    weight: Float[Tensor, "out in"],
+    left: Float[Tensor, "out k"],
+    right: Float[Tensor, "k in"],
+    inputs: Float[Tensor, "in in"],
+    outputs: Float[Tensor, "out out"] | None = None,
+) -> Float[Tensor, " k_plus_1"]:
+    """Return ``tr(G D C D^T)`` with ``D = W - left[:, :r] right[:r]``, for every ``r``; float64.
 
-    What rounding does to the directions of a rank is added to what the rank leaves out; errors of
-    different directions are taken for independent. ``None`` where nothing is predicted.
+    ``G``, of the outputs, is the identity by default. Nothing is taken for independent: factors may
+    be of any weight, and rounded. Made monotone: a rank that is worse than a lower one is never
+    chosen, because it costs more.
+    """
+    left, right = left.double(), right.double()
+    weighed = weight if outputs is None else outputs @ weight
+    shared = right @ inputs @ weighed.T  # (k, out)
+    whole = (weighed @ inputs * weight).sum()
+    both = left.T @ (left if outputs is None else outputs @ left)
+    blocks = (both * (right @ inputs @ right.T)).cumsum(0).cumsum(1).diagonal()
+    steps = blocks - 2 * (shared * left.T).sum(1).cumsum(0)
+    return torch.cat([whole[None], whole + steps]).clamp_min(0.0).cummin(0).values
+
+
+def with_rounding(
+    factors: LowRankFactors,
+    rounded: tuple[Float[Tensor, "out k"], Float[Tensor, "k in"]],
+    weight: Float[Tensor, "out in"],
+    statistics: Mapping[Statistic, Tensor],
+) -> Float[Tensor, " k_plus_1"] | None:
+    """Return the predicted losses of ranks of factors as they are stored, rounded.
+
+    ``None`` where nothing is predicted.
     """
     if factors.loss is None:
         return None
-    gradient, moment = _moments(factors, statistics)
-    noise = torch.zeros(factors.max_rank, dtype=torch.float64, device=factors.left.device)
-    left, right = factors.left.double(), factors.right.double()
-    codes = Factors.of(left, right, torch.float64)
-    lengths = left.abs().amax(0), right.abs().amax(1)
-    changes = [
-        codes.left.double() * lengths[0] / INT8 - left,
-        codes.right.double() * lengths[1][:, None] / INT8 - right,
-    ]
-
-    def outputs(matrix: Tensor) -> Tensor:
-        return (matrix * (gradient @ matrix)).sum(0)
-
-    def inputs(matrix: Tensor) -> Tensor:
-        return (matrix * (matrix @ moment)).sum(1)
-
-    noise += outputs(changes[0]) * inputs(right) + outputs(left) * inputs(changes[1])
-    rounded = torch.cat([noise.new_zeros(1), noise.cumsum(0) / 2])
-    return torch.cummin(factors.loss.to(rounded) + rounded, 0).values
+    gradient, moment = moments(factors, statistics)
+    return squared_errors(weight, *rounded, moment, gradient) / 2
 
 
-def _moments(
+def relative_error(
+    squared: Float[Tensor, " n"],
+    weight: Float[Tensor, "out in"],
+    bias: Float[Tensor, " out"] | None,
+    statistics: Mapping[Statistic, Tensor],
+) -> Float[Tensor, " n"]:
+    """Return ``||f_r(x) - f(x)|| / ||f(x)||`` over the calibration inputs of a layer ``f``.
+
+    ``squared`` are mean squared errors of its output; of a layer that gives zeros it is 0.
+    """
+    inputs = statistics[Statistic.INPUT_COVARIANCE].to(weight)
+    mean = weight @ statistics[Statistic.INPUT_MEAN].to(weight)
+    mean = mean if bias is None else mean + bias.to(weight)
+    size = (weight @ inputs * weight).sum() + mean.square().sum()
+    return (squared / size).sqrt() if size > 0 else torch.zeros_like(squared)
+
+
+def input_moment(
     factors: LowRankFactors, statistics: Mapping[Statistic, Tensor]
-) -> tuple[Float[Tensor, "out out"], Float[Tensor, "in in"]]:
-    """Return ``G``, shrunk, and ``C`` of a prediction, in float64."""
-    gradient = shrunk(
-        statistics[Statistic.OUTPUT_GRADIENT].to(factors.left.double()), PREDICTION_SHRINKAGE
-    )
+) -> Float[Tensor, "in in"]:
+    """Return the moment that weighs changes: without the mean, where factors restore it."""
     covariance = statistics.get(Statistic.INPUT_COVARIANCE)
     if covariance is None:
         covariance = statistics[Statistic.POOLED_INPUT_COVARIANCE]
-    moment = covariance.to(gradient)
+    moment = covariance.to(factors.left.double())
     if factors.center is None:
-        mean = statistics[Statistic.INPUT_MEAN].to(gradient)
+        mean = statistics[Statistic.INPUT_MEAN].to(moment)
         moment = moment + mean.outer(mean)
-    return gradient, moment
+    return moment
+
+
+def moments(
+    factors: LowRankFactors, statistics: Mapping[Statistic, Tensor]
+) -> tuple[Float[Tensor, "out out"], Float[Tensor, "in in"]]:
+    """Return ``G``, shrunk, and ``C`` of a prediction, in float64; see :func:`predicted_loss`."""
+    gradient = shrunk(
+        statistics[Statistic.OUTPUT_GRADIENT].to(factors.left.double()), PREDICTION_SHRINKAGE
+    )
+    return gradient, input_moment(factors, statistics)
 
 
 def predicted_loss(
@@ -80,7 +113,7 @@ def predicted_loss(
     shrunk by 0.01. Made monotone, for directions of another metric may cancel; float64.
     """
     left, right = factors.left.double(), factors.right.double()
-    gradient, moment = _moments(factors, statistics)
+    gradient, moment = moments(factors, statistics)
     outputs, inputs = left.T @ gradient @ left, right @ moment @ right.T
     # Of the directions that a rank leaves out: the sum over the trailing square block.
     blocks = (outputs * inputs).flip(0, 1).cumsum(0).cumsum(1).diagonal().flip(0) / 2

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lrbo.factorization.bases import Base
-from lrbo.factorization.factors import PARTS, Buffers, LowRankFactors
+from lrbo.factorization.factors import CURVES, PARTS, Buffers, Curve, LowRankFactors
 from lrbo.layers.based import BasedLinear, Factors, shapes_of
 from lrbo.layers.forms import Based, QuantizedFactors, form_named
 from lrbo.layers.options import Losses, Option, Section
@@ -25,8 +25,8 @@ class Prepared(Protocol):
     def has_effect(self) -> bool:
         """Whether any option raises the error."""
 
-    def losses(self, section: Section) -> Losses | None:
-        """Return the predicted losses of a section of the menu, as far as there are levels."""
+    def losses(self, section: Section, curve: Curve = "loss") -> Losses | None:
+        """Return a curve of a section of the menu, as far as there are levels."""
 
     def trial_module(self, name: str, option: Option, tokens: int, buffers: Buffers) -> nn.Module:
         """Return the module of an option for a trial; nothing is worked out for it."""
@@ -49,46 +49,57 @@ class Prepared(Protocol):
         """Return the tensors by name, for the cache."""
 
 
-CURVES = ("tail", "loss")  # what differs between a low rank and its rounded factors
-
-
-def is_alone(form: Based) -> bool:
-    """Whether a low rank is all there is, so that its factors are those of the unit."""
-    return isinstance(form, QuantizedFactors)
+CODES = ("codes_left", "codes_scale", "codes_right")  # the names of rounded factors in the cache
 
 
 @dataclass(frozen=True)
 class BasedWeight:
-    """A base of a weight, and factors of what it leaves, with their errors and losses."""
+    """A base of a weight, and factors of what it leaves, with their errors and losses.
+
+    ``codes`` are the factors as integers; without them they are rounded to 8 bits where a layer is
+    made.
+    """
 
     base: Base
     rest: LowRankFactors
+    codes: Factors | None = None
 
     def module(self, rank: int) -> BasedLinear:
-        """Return the layer with a rank of what the base leaves, which is rounded to 8 bits."""
+        """Return the layer with a rank of what the base leaves, in integers."""
         rest = self.rest
         if not 0 <= rank <= rest.max_rank:
             raise ValueError(f"rank {rank} is outside 0..{rest.max_rank}.")
-        dtype = self.base.dtype
-        factors = Factors.of(rest.left[:, :rank], rest.right[:rank], dtype) if rank else None
+        dtype, factors = self.base.dtype, None
+        if rank and self.codes is not None:
+            factors = self.codes.leading(rank)
+        elif rank:
+            factors = Factors.of(rest.left[:, :rank], rest.right[:rank], dtype)
 
         def linear(x: Tensor) -> Tensor:
             if factors is None:
                 return x.new_zeros(len(rest.left))
-            left, scale, right = (each.to(x.dtype) for each in factors)
-            return left @ (scale * (right @ x))
+            left, right = factors.wide(x.dtype)
+            return left @ (right @ x)
 
-        return self.base.module(factors, rest.bias_for(linear, dtype), rest.left.device)
+        device = rest.left.device if self.codes is None else self.codes.scale.device
+        return self.base.module(factors, rest.bias_for(linear, dtype), device)
 
     def to(
         self, *, dtype: torch.dtype, device: torch.device, max_rank: int | None = None
     ) -> BasedWeight:
         """Return a copy of other dtype or device, with at most ``max_rank`` directions.
 
-        Factors stay as they are until they are rounded, once.
+        Factors stay as they are until they are rounded, once, and where they are if they have been.
         """
-        rest = self.rest.to(dtype=self.rest.left.dtype, device=device, max_rank=max_rank)
-        return BasedWeight(self.base.to(device, dtype), rest)
+        rest, base = self.rest, self.base.to(device, dtype)
+        if self.codes is None:
+            rest = rest.to(dtype=rest.left.dtype, device=device, max_rank=max_rank)
+            return BasedWeight(base, rest)
+        rest = rest.leading(rest.max_rank if max_rank is None else min(max_rank, rest.max_rank))
+        ends = {"offset": rest.offset, "center": rest.center}
+        moved = {name: each.to(device) for name, each in ends.items() if each is not None}
+        codes = self.codes.leading(rest.max_rank).to(device, dtype)
+        return BasedWeight(base, replace(rest, **moved), codes)
 
 
 @dataclass(frozen=True)
@@ -111,11 +122,12 @@ class UnitFactors:
             raise KeyError(f"{family} was not prepared")
         return self.low_rank
 
-    def losses(self, section: Section) -> Losses | None:
-        """Return the predicted losses of a section of the menu, as far as there are levels."""
-        if self.low_rank is None and not section.family.has_base:
+    def losses(self, section: Section, curve: Curve = "loss") -> Losses | None:
+        """Return a curve of a section of the menu, as far as there are levels."""
+        family = section.family
+        if self.low_rank is None and family not in self.based and not family.has_base:
             return np.zeros(0)  # no rank is cheaper than dense
-        return self.part(section.family).losses(section)
+        return self.part(family).losses(section, curve)
 
     def trial_module(self, name: str, option: Option, tokens: int, buffers: Buffers) -> nn.Module:
         """Return the module of an option for a trial; nothing is worked out for it."""
@@ -155,8 +167,12 @@ class UnitFactors:
         tensors = {} if self.low_rank is None else self.low_rank.tensors()
         for family, own in self.based.items():
             parts = {**own.base.tensors, **own.rest.tensors()}
-            if is_alone(own.base.form):  # its factors are those of the unit
+            if isinstance(
+                own.base.form, QuantizedFactors
+            ):  # its factors are those of the unit, as they are
                 parts = {part: each for part, each in parts.items() if part in CURVES}
+            if own.codes is not None:
+                parts |= zip(CODES, own.codes, strict=True)
             tensors |= {f"{family}.{part}": each.clone() for part, each in parts.items()}
         return tensors
 
@@ -176,13 +192,22 @@ def prepared_of(tensors: Mapping[str, Tensor]) -> Prepared:
         form = form_named(family.form)
         assert isinstance(form, Based)
         own = {part: given.pop(part) for part in list(given) if part not in PARTS}
-        alone = is_alone(form)
-        rest = replace(low_rank, **given) if alone else LowRankFactors.of_tensors(given)
+        codes = None
+        if isinstance(form, QuantizedFactors):
+            rest = replace(low_rank.leading(len(given["tail"]) - 1), **given)
+        else:
+            rest = LowRankFactors.of_tensors(given)
         shape = (rest.left.shape[0], rest.right.shape[1])
+        if form.factor_bits == 4:
+            for part, other in zip(CODES, Factors.on_meta(4, *shape, rest.max_rank), strict=True):
+                if part not in own or own[part].shape != other.shape:
+                    raise ValueError(f"{text}.{part} is missing or not of shape {other.shape}")
+            codes = Factors(*(own.pop(part) for part in CODES))
         for part, (expected, _) in shapes_of(form, *shape, family.level).items():
             if part not in own or own[part].shape != expected:
                 raise ValueError(f"{text}.{part} is missing or of a shape other than {expected}")
-        floats = (tensor.dtype for tensor in own.values() if tensor.is_floating_point())
+        parts_of = [*own.values(), *(codes or ())]
+        floats = (tensor.dtype for tensor in parts_of if tensor.is_floating_point())
         dtype = next(floats, rest.left.dtype)
-        based[family] = BasedWeight(Base(form, family.level, shape, own, dtype), rest)
+        based[family] = BasedWeight(Base(form, family.level, shape, own, dtype), rest, codes)
     return UnitFactors(low_rank, based)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from lrbo.factorization.bases import Base, compensate, inverse_root
@@ -16,6 +17,28 @@ from lrbo.layers.packing import pack
 # grid is worth a few clipped entries.
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5)
 ITERATIONS = 12  # of k-means; what moves after them is in the third digit of the error
+
+
+@dataclass(frozen=True)
+class GptqOrder:
+    """In which order inputs are rounded, and how what each leaves is moved to those to come."""
+
+    energy: Float[Tensor, " in"]
+    order: Int64[Tensor, " in"]  # from the input of most energy on
+    root: Float[Tensor, "in in"]  # of the inverse moment in this order, as of compensate
+
+    @classmethod
+    def of(cls, moment: Float[Tensor, "in in"], damping: float, name: str) -> GptqOrder:
+        """Return that of ``H = C + damping * mean(diag C) I``.
+
+        Raises:
+            StatisticsError: If ``H`` is not positive definite; says which damping is enough.
+        """
+        energy = moment.diagonal()
+        order = energy.argsort(descending=True, stable=True)
+        ordered = moment.index_select(0, order).index_select(1, order)
+        # What an entry leaves is far larger than its rounding in float32, which is twice as fast.
+        return cls(energy, order, inverse_root(ordered, damping, name).float())
 
 
 def scales(
@@ -103,12 +126,19 @@ def round_gptq(
         Transformers*, ICLR 2023, algorithm 1, with activation order and scales from the weight as
         it is given.
     """
-    energy = moment.diagonal()
-    order = energy.argsort(descending=True, stable=True)
-    # What an entry leaves is far larger than its rounding in float32, which is twice as fast.
-    ordered = moment.index_select(0, order).index_select(1, order)
-    root = inverse_root(ordered, damping, name).float()
-    steps = [scales(weight, form, size, energy, dtype) for form, size in grids]
+    return round_in_order(weight, GptqOrder.of(moment, damping, name), grids, dtype=dtype)
+
+
+def round_in_order(
+    weight: Float[Tensor, "out in"],
+    gptq: GptqOrder,
+    grids: Sequence[tuple[Quantized, int]],
+    *,
+    dtype: torch.dtype,
+) -> list[Base]:
+    """Round as :func:`round_gptq` does, several weights in one order."""
+    order = gptq.order
+    steps = [scales(weight, form, size, gptq.energy, dtype) for form, size in grids]
 
     def columns(index: int) -> Tensor:
         """Scales or zero points by column, in order, of all grids: ``(in, grids * out)``."""
@@ -129,7 +159,7 @@ def round_gptq(
         code = torch.minimum(code, most, out=codes[at])
         return (code - zero[at]) * scale[at]
 
-    compensate(rest, root, snap)
+    compensate(rest, gptq.root, snap)
     parts = codes[order.argsort()].T.chunk(len(grids))
     return [
         _rounded(form, part, *own, dtype)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int8
+from jaxtyping import Float
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -25,7 +25,8 @@ from lrbo.layers.packing import packed_width, unpack
 # Of a base's tensors by name; None is the floating dtype of the model.
 Shapes = dict[str, tuple[tuple[int, int], torch.dtype | None]]
 BYTE = torch.uint8
-INT8 = 127  # the largest integer of a factor
+INT8 = 127  # the largest integer of a factor of 8 bits
+MIDDLE = 8  # what stands for 0 among the integers of a factor of 4 bits
 
 
 def shapes_of(form: Based, out_features: int, in_features: int, base: Level) -> Shapes:
@@ -89,15 +90,20 @@ def parameters_in(form: Based, tensors: Mapping[str, Tensor]) -> int:
     for described in ("scale", "zero", "table", "positions", "mask", "factor_scale"):
         sizes.pop(described, None)
     bits = form.bits if isinstance(form, Quantized | Codebook) else 8
-    return packed * 8 // bits + values + sum(sizes.values())
+    factors = sum(sizes.pop(side, 0) for side in ("left", "right"))
+    return packed * 8 // bits + values + factors * 8 // form.factor_bits + sum(sizes.values())
 
 
 class Factors(NamedTuple):
-    """A low rank in integers of 8 bits, ``left diag(scale) right``."""
+    """A low rank in integers, ``left diag(scale) right``.
 
-    left: Int8[Tensor, "out r"]
+    Of 8 bits ``left`` is ``(out, r)`` and ``right`` ``(r, in)``, int8; of 4 bits both lie by rank
+    and are packed, ``(r, out / 2)`` and ``(r, in / 2)``, uint8.
+    """
+
+    left: Tensor
     scale: Float[Tensor, " r"]
-    right: Int8[Tensor, "r in"]
+    right: Tensor
 
     @classmethod
     def of(cls, left: Left, right: Right, dtype: torch.dtype) -> Factors:
@@ -110,14 +116,44 @@ class Factors(NamedTuple):
         left, right = (each.to(torch.int8) for each in codes)
         return cls(left, (steps[0] * steps[1]).to(dtype), right)
 
+    @classmethod
+    def on_meta(cls, bits: int, out_features: int, in_features: int, rank: int) -> Factors:
+        """Return factors without numbers."""
+        with torch.device("meta"):
+            scale = torch.empty(rank)
+            if bits == 8:
+                left = torch.empty(out_features, rank, dtype=torch.int8)
+                return cls(left, scale, torch.empty(rank, in_features, dtype=torch.int8))
+            widths = (packed_width(count, bits) for count in (out_features, in_features))
+            left, right = (torch.empty(rank, width, dtype=BYTE) for width in widths)
+            return cls(left, scale, right)
+
+    def leading(self, rank: int) -> Factors:
+        """Return views of the leading directions."""
+        left = self.left[:, :rank] if self.left.dtype == torch.int8 else self.left[:rank]
+        return Factors(left, self.scale[:rank], self.right[:rank])
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Factors:
+        """Return a copy elsewhere, with scales of a dtype."""
+        left, right = (each.to(device, copy=True) for each in (self.left, self.right))
+        return Factors(left, self.scale.to(device, dtype, copy=True), right)
+
+    def wide(self, dtype: torch.dtype) -> tuple[Left, Right]:
+        """Return ``left diag(scale)`` and ``right`` in a dtype."""
+        if self.left.dtype == torch.int8:
+            left, right = self.left.to(dtype), self.right.to(dtype)
+        else:
+            left, right = (unpack(each, 4).to(dtype) - MIDDLE for each in (self.left, self.right))
+            left = left.T
+        return left * self.scale.to(dtype), right
+
 
 class BasedLinear(FormModule):
     """x -> base(x) + left(scale * right(x)).
 
     Attributes:
         form: What the base is; its tensors are buffers, as of :func:`shapes_of`.
-        left: ``(out, rank)``, int8, or ``None`` at rank 0.
-        right: ``(rank, in)``, int8, or ``None`` at rank 0.
+        left, right: As of :class:`Factors`, or ``None`` at rank 0.
         factor_scale: ``(rank,)``, or ``None`` at rank 0.
     """
 
@@ -157,14 +193,18 @@ class BasedLinear(FormModule):
                     form, out_features, in_features, tuple(base)
                 ).items()
             }
-            factors = None
-            if rank:
-                left = torch.empty(out_features, rank, dtype=torch.int8)
-                right = torch.empty(rank, in_features, dtype=torch.int8)
-                factors = Factors(left, torch.empty(rank), right)
+            shape = out_features, in_features
+            factors = Factors.on_meta(form.factor_bits, *shape, rank) if rank else None
             offset = torch.empty(out_features) if bias else None
             like = torch.empty(0)
-        return cls(form, (out_features, in_features), tensors, factors, offset, like)
+        return cls(form, shape, tensors, factors, offset, like)
+
+    @property
+    def factors(self) -> Factors | None:
+        """The low rank, ``None`` at rank 0."""
+        if self.left is None or self.right is None or self.factor_scale is None:
+            return None
+        return Factors(self.left, self.factor_scale, self.right)
 
     def base(self, dtype: torch.dtype) -> Float[Tensor, "out in"]:
         """Return the weight that the base stands for."""
@@ -177,15 +217,16 @@ class BasedLinear(FormModule):
             weight = self.base(torch.float64)
         else:
             weight = self.weight.new_zeros(self.out_features, self.in_features, dtype=torch.float64)
-        if self.left is not None and self.right is not None and self.factor_scale is not None:
-            weight += self.left.double() * self.factor_scale.double() @ self.right.double()
+        if self.factors is not None:
+            left, right = self.factors.wide(torch.float64)
+            weight += left @ right
         return weight
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         """Apply the layer."""
         repair = None
-        if self.left is not None and self.right is not None and self.factor_scale is not None:
-            left, right = self.left.to(x.dtype) * self.factor_scale, self.right.to(x.dtype)
+        if self.factors is not None:
+            left, right = self.factors.wide(x.dtype)
             tokens = x.numel() // max(self.in_features, 1)
             # Where that is fewer operations, as trials do with factors of floats.
             if not self.names and is_dearer(self.rank, self.out_features, self.in_features, tokens):

@@ -132,6 +132,11 @@ class Based(Form):
     scale per rank: what they repair is far larger than their rounding.
     """
 
+    @property
+    def factor_bits(self) -> int:
+        """The bits of an integer of a factor."""
+        return 8
+
     def bases(self, grid: Grid) -> list[Level]:
         """List the levels of the base; by default it has no numbers."""
         del grid
@@ -177,7 +182,7 @@ class Based(Form):
         shape = unit.out_features, unit.in_features
         parameters, size, macs = self.base_cost(*shape, tuple(base), itemsize)
         factors, biases = rank * sum(shape), unit.out_features if bias else 0
-        size += factors + itemsize * (rank + biases)
+        size += factors * self.factor_bits // 8 + itemsize * (rank + biases)
         return parameters + factors + biases, size, macs + factors
 
     @override
@@ -317,18 +322,39 @@ class Sparse(Based):
         return f"{base[0]}% sparse entries"
 
 
+@dataclass(frozen=True)
 class QuantizedFactors(Based):
-    """Two thin matrices in integers of 8 bits, with one scale per rank: a base of nothing."""
+    """Two thin matrices in integers of 8 or 4 bits, with one scale per rank: a base of nothing.
 
-    name = "factored_int8"
+    Of 4 bits, a row of either is whole bytes.
+    """
+
+    bits: int
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """``"factored_int8"`` or ``"factored_int4"``."""
+        return f"factored_int{self.bits}"
+
+    @property
+    @override
+    def factor_bits(self) -> int:
+        return self.bits
 
     @override
     def largest_rank(self, out_features: int, in_features: int) -> int:
-        return min(out_features, in_features)
+        if self.bits == 8:
+            return min(out_features, in_features)
+        # From there on integers of 4 bits for the whole weight are cheaper.
+        return out_features * in_features // (out_features + in_features)
 
     @override
     def levels(self, unit: LayerSpec, grid: Grid) -> list[Integers]:
-        return FACTORED.levels(unit, grid)
+        shape = unit.out_features, unit.in_features
+        if self.base_problem(*shape, ()) is not None:
+            return []
+        (ranks,) = FACTORED.levels(unit, grid)
+        return [ranks[ranks[:, 0] <= self.largest_rank(*shape)]]
 
     @override
     def base_cost(self, out_features: int, in_features: int, base: Levels, itemsize: int) -> Costs:
@@ -336,11 +362,13 @@ class QuantizedFactors(Based):
 
     @override
     def base_problem(self, out_features: int, in_features: int, base: Level) -> str | None:
-        return None
+        if self.bits == 8 or out_features % 2 == in_features % 2 == 0:
+            return None
+        return f"an even number of outputs and inputs, not {out_features} and {in_features}"
 
     @override
     def label(self, level: Level) -> str:
-        return f"rank {level[-1]} in 8 bit"
+        return f"rank {level[-1]} in {self.bits} bit"
 
     @override
     def base_label(self, base: Level) -> str:
@@ -353,7 +381,7 @@ _FORMS: tuple[Form, ...] = (
     Dense(),
     FACTORED,
     Pivoted(),
-    QuantizedFactors(),
+    *(QuantizedFactors(bits) for bits in (8, 4)),
     *(Quantized(bits, symmetric) for symmetric in (False, True) for bits in BITS),
     *(Codebook(bits) for bits in (4, 3)),
     SemiStructured(),

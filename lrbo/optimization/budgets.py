@@ -40,11 +40,7 @@ class FrontSpace(Space):
 
     def starts(self, start: Start) -> list[WarmStart]:
         """Return the starts inside at keep ratios from the largest down: the front to beat."""
-        lowest, highest = self.bounds[KEEP_RATIO]
-        step = (highest - lowest) / (BASELINES - 1)
-        # Decimals as one would type them, not 0.7666666666666667.
-        ratios = [round(highest - step * index, 4) for index in range(BASELINES)]
-        ratios[0], ratios[-1] = highest, lowest
+        ratios = baseline_ratios(*self.bounds[KEEP_RATIO])
         return [
             replace(each, point=self.realised(each.allocation, {**each.point, KEEP_RATIO: ratio}))
             if each.point
@@ -90,6 +86,14 @@ class FrontSpace(Space):
         lowest, highest = self.bounds[KEEP_RATIO]
         ratio = min(max(point[KEEP_RATIO], lowest), highest)
         return {**self.at(ratio).project(point), KEEP_RATIO: ratio}
+
+
+def baseline_ratios(lowest: float, highest: float) -> list[float]:
+    """Return the keep ratios at which the baselines of a front are evaluated, from the largest."""
+    step = (highest - lowest) / (BASELINES - 1)
+    # Decimals as one would type them, not 0.7666666666666667.
+    ratios = [round(highest - step * index, 4) for index in range(BASELINES)]
+    return [highest, *ratios[1:-1], lowest]
 
 
 def over_budgets(inside: Space, lowest: float, highest: float) -> FrontSpace:

@@ -23,6 +23,7 @@ from lrbo.allocation.allocate import (
 from lrbo.allocation.transfer import Donor, transferred_ratios
 from lrbo.config.choices import KEEP_RATIO
 from lrbo.errors import BudgetError
+from lrbo.factorization.factors import Curve
 from lrbo.factorization.prepared import Prepared
 from lrbo.layers.options import Budget, Cost, Losses, Menu
 from lrbo.models.specs import LayerSpec
@@ -71,14 +72,14 @@ class Problem:
         budget = Budget.keeping(keep_ratio, self.dense_cost, self.budget.measure)
         return replace(self, budget=budget)
 
-    def with_losses(self, prepared: Mapping[str, Prepared]) -> Problem:
-        """Return the problem with predicted losses, or itself if there are none."""
+    def with_losses(self, prepared: Mapping[str, Prepared], curve: Curve = "loss") -> Problem:
+        """Return the problem with predicted losses or another curve, or itself if there is none."""
         menus = {}
         for name, menu in self.menus.items():
             if name not in prepared:  # it can only be dense
                 menus[name] = menu.only_dense()
                 continue
-            losses = [prepared[name].losses(section) for section in menu.sections[:-1]]
+            losses = [prepared[name].losses(section, curve) for section in menu.sections[:-1]]
             known = [each for each in losses if each is not None]
             if len(known) < len(losses):
                 return self
@@ -180,6 +181,11 @@ class Space(ABC):
     def of(self, problem: Problem) -> Space:
         """Return the space of another problem with the same units."""
         return replace(self, problem=problem)
+
+    def with_prepared(self, prepared: Mapping[str, Prepared]) -> Space:
+        """Return the space with what it must know of the units beside their losses: nothing."""
+        del prepared
+        return self
 
     @abstractmethod
     def allocate(self, point: Point) -> Allocation:

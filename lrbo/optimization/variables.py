@@ -250,11 +250,11 @@ def _grouped(
     problem: Problem, groups: Mapping[str, Sequence[str]], dense: Sequence[str]
 ) -> tuple[Problem, dict[str, str], list[str]]:
     """Return the problem with its dense units, the group of each other unit, and mistakes."""
-    pinned = tuple(spec.name for spec in problem.units if _matches(spec, dense))
+    fixed = pinned(problem, dense)
     groups_of: dict[str, str] = {}
     problems: list[str] = []
     for spec in problem.units:
-        if spec.name in pinned:
+        if spec.name in fixed:
             continue
         group = next((name for name, kinds in groups.items() if _matches(spec, kinds)), None)
         if group is None:
@@ -266,7 +266,12 @@ def _grouped(
             groups_of[spec.name] = group
     if not groups_of and not problems:
         problems.append("space: every layer is kept dense, nothing is left to search")
-    return replace(problem, dense=pinned), groups_of, problems
+    return replace(problem, dense=fixed), groups_of, problems
+
+
+def pinned(problem: Problem, dense: Sequence[str]) -> tuple[str, ...]:
+    """Return the units that match a pattern of those that stay dense."""
+    return tuple(spec.name for spec in problem.units if _matches(spec, dense))
 
 
 def _matches(spec: LayerSpec, patterns: Sequence[str]) -> bool:

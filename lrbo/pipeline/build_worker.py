@@ -185,10 +185,11 @@ def informed_space(
     reporter: Reporter,
 ) -> Space:
     """The space with predicted losses, checked against the model once per study."""
+    space = plan.space.with_prepared(factors)
     if not plan.config.sensitivity.enabled:
-        return plan.space
+        return space
     check_predictions(plan, sensitivity_file(study.folder), model, factors, reporter)
-    return plan.space.of(plan.space.problem.with_losses(factors))
+    return space.of(space.problem.with_losses(factors))
 
 
 def check_predictions(

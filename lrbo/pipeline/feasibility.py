@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from lrbo.config import saved
-from lrbo.config.choices import KEEP_RATIO, STUDY, WARM_START, ceiling_of
+from lrbo.config.choices import KEEP_RATIO, SIZING, STUDY, WARM_START, ceiling_of
 from lrbo.config.schema import BenchmarkConfig, CompressConfig, Config, EvaluateConfig, SearchConfig
 from lrbo.config.shell import command, key_of
 from lrbo.errors import Collecting, ConfigError, StudyError
@@ -115,7 +115,7 @@ def donor_records(name: str, studies: str) -> tuple[StudyRecord, list[TrialRecor
     completed = study.state.completed
     if index:
         records = [r for r in completed if str(r.request.trial_index) == index]
-    elif any(KEEP_RATIO in r.request.variables for r in completed):
+    elif any(SIZING & r.request.variables.keys() for r in completed):
         records = pareto_front(completed, KEEP_RATIO)
     else:
         records = [best] if (best := study.state.best()) else []

@@ -26,6 +26,7 @@ from lrbo.data.windows import (
 from lrbo.errors import BudgetError, Collecting, ConfigError, DataError, ModelError, StudyError
 from lrbo.factorization.base import FactorizationMethod
 from lrbo.factorization.base_plan import BasePlan
+from lrbo.factorization.prediction import ERROR_NEEDS
 from lrbo.factorization.registry import method_named
 from lrbo.models.devices import dtype_name, resolve_device, resolve_dtype
 from lrbo.models.loading import load_tokenizer
@@ -87,9 +88,20 @@ class Plan:
         bases = BasePlan.of(self.config.space.forms, base_options(self.config))
         if bases is not None:
             needs |= bases.needs
+        errors = self.config.space.type == "thresholds"
+        if errors:
+            needs |= ERROR_NEEDS
         windows = self.windows["calibration"].examples
         return Preparation(
-            self.source, self.layers, self.method, needs, windows, settings, self.task, bases
+            self.source,
+            self.layers,
+            self.method,
+            needs,
+            windows,
+            settings,
+            self.task,
+            bases,
+            errors,
         )
 
     @property

@@ -34,9 +34,9 @@ from lrbo.tasks.model_task import ModelTask
 class Preparation:
     """What statistics and factors depend on, beside the model's weights.
 
-    ``needs`` are those of the method, of bases, and of loss curves if wanted; ``windows`` are
-    calibration examples. In methods, ``digest`` is the model's fingerprint, ``dtype`` that of the
-    loaded model.
+    ``needs`` are those of the method, of bases, and of curves of loss and error if wanted;
+    ``windows`` are calibration examples. In methods, ``digest`` is the model's fingerprint,
+    ``dtype`` that of the loaded model.
     """
 
     source: ModelSource
@@ -47,6 +47,7 @@ class Preparation:
     settings: CalibrationSettings
     task: ModelTask
     bases: BasePlan | None = None
+    errors: bool = False  # of outputs, whether they are worked out
 
     def statistics(
         self, digest: str, dtype: torch.dtype, reporter: Reporter, model: PreTrainedModel
@@ -79,7 +80,7 @@ class Preparation:
         ``model=None`` loads it on the device only if something is to be made.
         """
         calibration = self._calibration(digest, dtype)
-        name = factors_fingerprint(digest, calibration, self.method, self.bases)
+        name = factors_fingerprint(digest, calibration, self.method, self.bases, self.errors)
         folder = cache_folder() / "factors" / name
 
         def make() -> None:
@@ -91,6 +92,7 @@ class Preparation:
                 self.statistics(digest, dtype, reporter, loaded),
                 reporter,
                 bases=self.bases,
+                errors=self.errors,
                 device=device,
             )
             save_factors(folder, parts, name)
@@ -133,6 +135,7 @@ def factors_by_block(
     reporter: Reporter,
     *,
     bases: BasePlan | None = None,
+    errors: bool = False,
     device: torch.device | None = None,
 ) -> Iterator[dict[str, Prepared]]:
     """Yield factors as :func:`factor_model` makes them, and show progress."""
@@ -143,6 +146,7 @@ def factors_by_block(
             method,
             statistics,
             bases=bases,
+            errors=errors,
             device=device,
             on_layer=lambda _: advance(1),
         )

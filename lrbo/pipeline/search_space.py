@@ -22,6 +22,7 @@ from lrbo.models.specs import LayerSpec
 from lrbo.optimization.budgets import over_budgets
 from lrbo.optimization.fixed_variables import restrict
 from lrbo.optimization.space import STARTS, Problem, Space, Start
+from lrbo.optimization.thresholds import build_threshold_space
 from lrbo.optimization.variables import SpaceSettings, build_ratio_space, build_weight_space
 from lrbo.pipeline.feasibility import donor_records
 
@@ -72,6 +73,9 @@ def build_search_space(
         )
     if lowest is None:
         return at(highest)
+    if space.type == "thresholds":
+        budget = Budget.keeping(highest, dense, cast(Measure, config.budget.measure))
+        return build_threshold_space(Problem(menus, budget), settings, lowest)
     try:
         inside = at(lowest)
     except BudgetError as error:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from lrbo.config import schema
-from lrbo.config.choices import KEEP_RATIO
+from lrbo.config.choices import KEEP_RATIO, THRESHOLD
 from lrbo.errors import ConfigError
 from lrbo.optimization.budgets import FrontSpace
 from lrbo.optimization.loop import SearchLoop, SearchSettings
 from lrbo.optimization.proposals import SearchClient
+from lrbo.optimization.thresholds import ThresholdSpace
 from lrbo.pipeline import build_worker, planning
 from lrbo.progress import Reporter
 from lrbo.reports.mlflow_view import digests, make_tracker, presentation, show_if_possible
@@ -70,7 +71,8 @@ def evaluate_between(plan: planning.Plan, study: Study, ratio: float, reporter: 
     """Evaluate the point of a front at a keep ratio, on the line between its neighbours.
 
     It becomes a trial of the study, which must not be locked. Where a neighbour is a baseline at no
-    point of the space, the line is that of what each unit keeps. Nothing is done at one budget,
+    point of the space, the line is that of what each unit keeps. Of thresholds it is the smallest
+    one that keeps no more. Nothing is done at one budget,
     where a trial is close already, where the front ends below the ratio, or where these options
     were tried.
 
@@ -79,7 +81,7 @@ def evaluate_between(plan: planning.Plan, study: Study, ratio: float, reporter: 
         StudyError: If the study is locked: a search is adding trials to it.
     """
     space = plan.space
-    if not isinstance(space, FrontSpace):
+    if not isinstance(space, FrontSpace | ThresholdSpace):
         return
     front = pareto_front(study.state.completed, KEEP_RATIO)  # whatever the search minimised
     if any(0 <= ratio - record.metrics[KEEP_RATIO] < CLOSE for record in front):
@@ -95,18 +97,21 @@ def evaluate_between(plan: planning.Plan, study: Study, ratio: float, reporter: 
     if not small or not large:
         return
     below, above = small[0].request, large[0].request
-    point = space.between(below.variables, above.variables, ratio)
     if refused := versions.refusals(study, allowed=plan.config.search.other_versions):
         raise ConfigError(refused)
     with study.locked():
         versions.note_changes(study)
         worker = build_worker.build_worker(plan, study, reporter)
         loop = search_loop(plan, study, worker, InlineExecutor(), reporter)
-        allocation = (
-            loop.client.space.allocate(point)
-            if point
-            else space.between_allocations(below.allocation, above.allocation, ratio)
-        )
+        informed, point = loop.client.space, dict[str, float]()
+        if isinstance(informed, ThresholdSpace):
+            point = {THRESHOLD: informed.meeting(informed.problem.keeping(ratio).budget)}
+        elif isinstance(space, FrontSpace):
+            point = dict(space.between(below.variables, above.variables, ratio))
+        if point or not isinstance(space, FrontSpace):
+            allocation = informed.allocate(point)
+        else:
+            allocation = space.between_allocations(below.allocation, above.allocation, ratio)
         done, tried = 0, [record.request.allocation.options for record in study.state.records]
         try:
             if allocation.options not in tried:

@@ -8,10 +8,12 @@ from typing import Any
 
 import pandas as pd
 
+from lrbo.config.choices import KEEP_RATIO
 from lrbo.errors import StudyError
 from lrbo.files.tables import Column, Table, columns
 from lrbo.reports.gains import MEANING, gains
-from lrbo.reports.results import LABELS, score_rows
+from lrbo.reports.results import LABELS, score_rows, size_metric
+from lrbo.study.front import pareto_front
 from lrbo.study.study_record import StudyRecord
 from lrbo.tasks.metrics import MISSING, Task
 
@@ -66,6 +68,38 @@ def compared(studies: Sequence[StudyRecord]) -> pd.DataFrame:
     settings = ["study", "model", "method", "space", "keep_ratio", "measure", "seed", "trials"]
     types = dict.fromkeys(["keep_ratio", *numbers], float)
     return pd.DataFrame(rows, columns=[*settings, *numbers]).astype(types)
+
+
+def fronts(studies: Sequence[StudyRecord]) -> pd.DataFrame:
+    """Table with a row per trial on the front of each study that searched one, and per baseline.
+
+    Returns:
+        ``study``, ``line`` (method and space, or the study where that is not enough to tell them
+        apart), ``what`` (front, uniform or analytic), ``measure``, ``keep_ratio``, and the headline
+        of the task on the validation text, as ``value``. A front is one of the objective against
+        the keep ratio, whatever size the search minimised.
+
+    Raises:
+        StudyError: If the studies have several tasks.
+    """
+    headline, rows = common_task(studies).headline.name, []
+    searched = [study for study in studies if size_metric(study) is not None]
+    lines = [f"{each.config.method['name']} {each.config.space.name}" for each in searched]
+    if len(set(lines)) < len(lines):
+        lines = [study.name for study in searched]
+    for study, line in zip(searched, lines, strict=True):
+        completed = study.state.completed
+        parts = {"front": pareto_front(completed, KEEP_RATIO)}
+        for origin in ("uniform", "analytic"):
+            own = [each for each in completed if each.request.origin == origin]
+            parts[origin] = sorted(own, key=lambda each: each.metrics[KEEP_RATIO])
+        for what, records in parts.items():
+            for record in records:
+                values = record.metrics[KEEP_RATIO], record.metrics[headline]
+                rows.append((study.name, line, what, study.config.budget.measure, *values))
+    return pd.DataFrame(
+        rows, columns=["study", "line", "what", "measure", "keep_ratio", "value"]
+    ).astype({"keep_ratio": float, "value": float})
 
 
 def comparison_tables(studies: Sequence[StudyRecord], frame: pd.DataFrame) -> list[Table]:

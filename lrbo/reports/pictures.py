@@ -36,11 +36,14 @@ def draw_figures(study: StudyRecord) -> list[Path]:
 
 
 def draw_comparison(path: Path, table: pd.DataFrame, names: Sequence[str], metric: Metric) -> None:
-    """Draw a table of :func:`lrbo.reports.comparison.compared`, unless it is there already."""
+    """Draw a table of :mod:`lrbo.reports.comparison`, unless it is there already.
+
+    The file is named after the figure, ``comparison.png`` or ``fronts.png``.
+    """
 
     def draw() -> dict[str, Any]:
-        comparison = imported(PLOTS).comparison(table, metric, subtitle=", ".join(names))
-        return {path.stem: comparison}
+        figure = getattr(imported(PLOTS), path.stem)
+        return {path.stem: figure(table, metric, subtitle=", ".join(names))}
 
     _draw_changed([path], (table.to_csv(), names), draw)
 

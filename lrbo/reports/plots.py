@@ -40,7 +40,7 @@ class OriginStyle(NamedTuple):
 ORIGINS: Mapping[str, OriginStyle] = {
     "uniform": OriginStyle("uniform baseline", "s", style.VERMILLION, "square"),
     "analytic": OriginStyle("least predicted loss", "P", style.ORANGE, "cross"),
-    "start": OriginStyle("paper's ratios", "D", style.PURPLE, "diamond"),
+    "start": OriginStyle("start of the space", "D", style.PURPLE, "diamond"),
     "transfer": OriginStyle("of another study", "X", style.INK, "x"),
     "sobol": OriginStyle("Sobol", "^", style.SKY, "triangle-up"),
     "model": OriginStyle("surrogate model", "o", style.BLUE, "circle"),
@@ -244,6 +244,41 @@ def comparison(table: pd.DataFrame, metric: Metric, *, subtitle: str = "") -> Fi
     for dense in sorted(set(done["dense"].dropna().round(6))):
         axes.axhline(dense, zorder=1, **dashed)
     axes.plot([], [], label="dense", **dashed)
+    style.legend(figure, axes)
+    return figure
+
+
+@rc_context(style.STYLE)
+def fronts(table: pd.DataFrame, metric: Metric, *, subtitle: str = "") -> Figure:
+    """Draw the fronts of several studies in one figure, a line each.
+
+    Uniform baselines are hollow points of the same colour; those of least predicted loss a dashed
+    line. The table is that of :func:`lrbo.reports.comparison.fronts`, with at least one row.
+    """
+    count = table["study"].nunique()
+    title = f"{metric.label.capitalize()} against size, {count} stud{'ies' if count > 1 else 'y'}"
+    figure, (axes,) = style.new_figure(title, subtitle, 4.6)
+    style.metric_axis(axes, metric, list(table["value"]))
+    measures = " or ".join(dict.fromkeys(table["measure"]))
+    _share_axis(axes, table["keep_ratio"], f"{measures} kept in the compressible layers")
+    for index, (line, own) in enumerate(table.groupby("line", sort=False)):
+        marker, colour = style.marker_and_colour(index)
+        looks: dict[str, Look] = {
+            "front": {"mec": "white", "linewidth": 1.8, "label": line, "zorder": 4},
+            "uniform": {"mfc": "white", "linewidth": 0.0, "zorder": 3},
+            "analytic": {"marker": "", "linestyle": style.DASHED, "linewidth": 1.2, "zorder": 2},
+        }
+        for what, look in looks.items():
+            part = own[own["what"] == what]
+            points = part["keep_ratio"], part["value"]
+            axes.plot(*points, **{"marker": marker, "color": colour, **look})
+    keys: dict[str, Look] = {
+        "uniform": {"marker": "o", "mfc": "white", "linewidth": 0.0},
+        "least predicted loss": {"linestyle": style.DASHED, "linewidth": 1.2},
+    }
+    for name, what in zip(keys, ("uniform", "analytic"), strict=True):
+        if (table["what"] == what).any():
+            axes.plot([], [], color=style.GREY, label=name, **keys[name])
     style.legend(figure, axes)
     return figure
 

@@ -17,7 +17,7 @@ from lrbo.trials.records import TrialRecord
 
 ORIGINS = {
     "analytic": "analytic: the options of least predicted loss",
-    "start": "start: the ratios that the search space starts from",
+    "start": "start: what the search space starts from, such as ratios",
     "transfer": "transfer: an allocation of another study, at this budget",
 }
 

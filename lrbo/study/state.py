@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-from lrbo.config.choices import KEEP_RATIO, LATENCIES
+from lrbo.config.choices import LATENCIES, SIZING
 from lrbo.files.parsing import shown
 from lrbo.layers.forms import DENSE_FORM, FORMS
 from lrbo.layers.options import DENSE, UNITS, Cost, Option, cost_of
@@ -204,7 +204,7 @@ class StudyState:
 
     def _problem_of_size(self, fields: events.AllocationFields) -> str | None:
         allocation, ceiling = events.allocation_of(fields), self.fixed.budget
-        budget, is_front = allocation.budget, KEEP_RATIO in self.fixed.variables
+        budget, is_front = allocation.budget, bool(SIZING & self.fixed.variables.keys())
         fits = budget.limit <= ceiling.limit if is_front else budget == ceiling
         if budget.measure != ceiling.measure or not fits:
             most = "at most " if is_front else ""

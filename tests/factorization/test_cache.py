@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lrbo.calibration.statistics import Statistic
 from lrbo.errors import CacheError, PathError, StatisticsError
-from lrbo.factorization import cache
+from lrbo.factorization import prepare_unit
 from lrbo.factorization.base import factor_layer
 from lrbo.factorization.base_plan import BasePlan
 from lrbo.factorization.cache import (
@@ -112,7 +112,7 @@ def test_everything_is_moved_to_the_device_that_decomposes(monkeypatch: pytest.M
         devices.update(given.device.type for given in (weight, bias, *statistics.values()))
         raise StatisticsError("seen")
 
-    monkeypatch.setattr(cache, "factor_layer", watched)
+    monkeypatch.setattr(prepare_unit, "factor_layer", watched)
     model = build("gpt2")
     on_meta = factor_model(
         model, map_model(model), LossAware(), RandomStatistics(), device=torch.device("meta")

@@ -1,7 +1,5 @@
 """What integers leave: factored as the metric asks, by any method, with its loss at every rank."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -10,7 +8,7 @@ from torch import Tensor
 from lrbo.calibration.statistics import Statistic
 from lrbo.factorization.base import factor_layer
 from lrbo.factorization.methods import LossAware
-from lrbo.factorization.prediction import PREDICTION_SHRINKAGE, predicted_loss, with_rounding
+from lrbo.factorization.prediction import PREDICTION_SHRINKAGE, predicted_loss
 from lrbo.factorization.registry import METHODS
 
 SHAPES = [(6, 9), (9, 6), (7, 7)]
@@ -115,36 +113,3 @@ def test_where_nothing_has_an_effect_nothing_is_lost(missing: Statistic) -> None
     factors = LossAware().remainders(None, given)(change, RANK)
     assert not bool(factors.loss.any())
     assert bool(torch.isfinite(factors.left).all() & torch.isfinite(factors.right).all())
-
-
-@every_shape
-@pytest.mark.parametrize("name", ["svd", "loss_aware", "bolaco"])
-def test_the_loss_of_rounded_factors_is_that_of_what_they_are(
-    name: str, shape: tuple[int, int]
-) -> None:
-    """Direction by direction, of the change that rounding makes, beside what a rank leaves out."""
-    given, weight = statistics_of(shape), drawn(*shape, seed=8)
-    full = factor_layer(METHODS[name], weight, None, given)
-    full = replace(full, loss=predicted_loss(full, given))
-    curve = with_rounding(full, given)
-    assert curve is not None
-    assert full.loss is not None
-    gradient = given[Statistic.OUTPUT_GRADIENT]
-    trace = gradient.diagonal().mean() * torch.eye(shape[0], dtype=torch.float64)
-    outputs = (1 - PREDICTION_SHRINKAGE) * gradient + PREDICTION_SHRINKAGE * trace
-    inputs, mean = given[Statistic.INPUT_COVARIANCE], given[Statistic.INPUT_MEAN]
-    if full.center is None:
-        inputs = inputs + mean.outer(mean)
-    total, expected = 0.0, [float(full.loss[0])]
-    for index in range(full.max_rank):
-        ends = full.left[:, index], full.right[index]
-        steps = [end.abs().max() / 127 for end in ends]
-        rounded = [(end / step).round() * step for end, step in zip(ends, steps, strict=True)]
-        changes = (
-            torch.outer(rounded[0] - ends[0], ends[1]),
-            torch.outer(ends[0], rounded[1] - ends[1]),
-        )
-        total += sum(float((outputs @ each @ inputs * each).sum() / 2) for each in changes)
-        expected.append(min(expected[-1], float(full.loss[index + 1]) + total))
-    assert curve.tolist() == pytest.approx(expected, rel=1e-9)
-    assert float(curve[-1]) > 0.0

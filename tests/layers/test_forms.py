@@ -28,6 +28,7 @@ from lrbo.layers.forms import (
     Form,
     Grid,
     Quantized,
+    QuantizedFactors,
     form_named,
 )
 from lrbo.layers.modules import PRODUCTS, empty_module, low_rank_layers
@@ -43,7 +44,7 @@ TOLERANCE = {
 
 SHAPES = [(5, 9), (9, 5), (7, 7), (1, 4), (4, 1), (17, 32), (8, 16)]
 TOKENS = 3
-ALONE = "factored_int8"  # has a base of nothing
+ALONE = ("factored_int8", "factored_int4")  # have a base of nothing
 PERCENTAGES = (25, 50)
 
 every_form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
@@ -75,7 +76,12 @@ def module_of(
     if isinstance(form, Based):
         rest = LowRankFactors(left.float(), right.float(), torch.zeros(level[-1] + 1))
         rest = replace(rest, offset=offset if bias else None)
-        return BasedWeight(base_of(form, shape, level, torch.float32), rest).module(level[-1])
+        codes = None
+        if isinstance(form, QuantizedFactors) and form.bits == 4 and level[-1]:
+            plan = BasePlan((form.name,), BaseOptions("nearest"))
+            codes = plan.factors(form, rest, left @ right, {}, torch.float32)
+        base = base_of(form, shape, level, torch.float32)
+        return BasedWeight(base, rest, codes).module(level[-1])
 
     def bias_for(linear: object, dtype: torch.dtype) -> Tensor | None:
         del linear
@@ -138,7 +144,7 @@ def test_a_level_costs_what_its_module_holds_and_multiplies(
         if isinstance(form, Based):  # an integer is a parameter, its scale is not
             kept = shape[0] * shape[1]
             if not isinstance(form, Quantized | Codebook):
-                kept = 0 if form.name == ALONE else module.values.numel()
+                kept = 0 if form.name in ALONE else module.values.numel()
             held += kept + level[-1] * sum(shape)
         assert cost == (held, stored, macs), level
 
@@ -163,12 +169,13 @@ def test_levels_rise_in_every_cost_and_have_no_problem(
         for less, more in pairwise(costs):
             assert all(a < b for a, b in zip(less, more, strict=True))
         ranks = [level[-1] for level in levels if level]
-        if isinstance(form, Based) and form.name != ALONE:
+        if isinstance(form, Based) and form.name not in ALONE:
             assert ranks == [*range(0, form.largest_rank(*shape) + 1, multiple)]
             most = 0 if form.name in ("int8", "int8_sym") else min(shape) // 8
             assert form.largest_rank(*shape) == most
         elif form.name != DENSE_FORM:
-            allowed = range(max(minimum, 1), min(shape) + 1)
+            most = form.largest_rank(*shape) if isinstance(form, Based) else min(shape)
+            allowed = range(max(minimum, 1), most + 1)
             assert ranks == [rank for rank in allowed if rank % multiple == 0]
 
 
@@ -320,7 +327,7 @@ def test_a_stand_in_has_the_tensors_of_the_stored_module(form: Form, bias: bool)
 
 based = pytest.mark.parametrize(
     "form",
-    [form for form in FORMS.values() if isinstance(form, Based) and form.name != ALONE],
+    [form for form in FORMS.values() if isinstance(form, Based) and form.name not in ALONE],
     ids=lambda form: form.name,
 )
 
@@ -410,7 +417,7 @@ def test_more_bytes_leave_less(form: Based) -> None:
 @both_biases
 @pytest.mark.parametrize("rank", [0, 3])
 def test_factors_in_8_bits_are_rounded_direction_by_direction(bias: bool, rank: int) -> None:
-    form, shape = FORMS[ALONE], (9, 5)
+    form, shape = FORMS["factored_int8"], (9, 5)
     assert isinstance(form, Based)
     left, right = factors(shape, rank)
     offset = torch.arange(9.0, dtype=torch.float64) if bias else None
@@ -433,7 +440,7 @@ def test_factors_in_8_bits_are_rounded_direction_by_direction(bias: bool, rank: 
 
 
 def test_factors_in_8_bits_multiply_no_more_than_a_dense_layer_on_many_tokens() -> None:
-    form, shape, tokens = FORMS[ALONE], (9, 5), 1000
+    form, shape, tokens = FORMS["factored_int8"], (9, 5), 1000
     module = module_of(form, shape, (5,), bias=True)
     x = torch.randn(tokens, 5, generator=torch.Generator().manual_seed(2))
     with torch.no_grad(), FlopCounterMode(display=False) as counter:

@@ -7,6 +7,7 @@ from lrbo.errors import BudgetError
 from lrbo.layers.options import DENSE
 from lrbo.optimization.space import Space, sobol_point
 from tests.optimization.test_ratios import Case, cases
+from tests.optimization.test_thresholds import make as make_threshold_space
 from tests.support.fakes import (
     make_curves,
     make_front_space,
@@ -17,7 +18,9 @@ from tests.support.fakes import (
 )
 
 
-@pytest.mark.parametrize("make", [make_space, make_weight_space, make_front_space])
+@pytest.mark.parametrize(
+    "make", [make_space, make_weight_space, make_front_space, make_threshold_space]
+)
 def test_every_space_is_a_space(make) -> None:
     space = make()
     assert isinstance(space, Space)

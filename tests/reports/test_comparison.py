@@ -159,3 +159,37 @@ def test_a_test_score_of_an_earlier_best_is_not_that_of_the_best(tmp_path: Path)
     assert comparison.compared([journal.study])["test_best"].tolist() == [math.exp(2.0)]
     journal.complete(1, 2.25)
     assert comparison.compared([journal.study])["test_best"].isna().all()
+
+
+def test_fronts_of_several_studies_are_lines_in_one_figure(tmp_path: Path) -> None:
+    """Each of the trials that no other beats in size and loss; studies of one budget have none."""
+    fronts = {
+        name: Journal(tmp_path / name, "budget=front", f"method={name}", "space=per_layer")
+        for name in ("bolaco", "drone")
+    }
+    for shift, journal in enumerate(fronts.values()):
+        journal.complete(0, 3.0 + shift, "uniform", keep_ratio=0.9)
+        journal.complete(1, 2.5 + shift, keep_ratio=0.75)
+        journal.complete(2, 2.25 + shift, keep_ratio=0.875)
+        journal.complete(3, 2.75 + shift, keep_ratio=0.8125)
+    single = Journal(tmp_path / "single")
+    single.complete(0, 2.0, "uniform")
+    studies = [single.study, *(journal.study for journal in fronts.values())]
+    table = comparison.fronts(studies)
+    assert list(dict.fromkeys(table["line"])) == ["bolaco per_layer", "drone per_layer"]
+    figure = plots.fronts(table, CAUSAL_LM.headline, subtitle="several")
+    (axes,) = figure.axes
+    assert legend(figure) == ["bolaco per_layer", "drone per_layer", "uniform"]
+    for shift, line in enumerate(legend(figure)[:2]):
+        assert points(lines(axes)[line]) == [
+            (0.75, pytest.approx(math.exp(2.5 + shift))),
+            (0.875, pytest.approx(math.exp(2.25 + shift))),
+        ]
+        hollow = [(0.9, pytest.approx(math.exp(3.0 + shift)))]
+        assert hollow in [points(each) for each in axes.lines]
+    assert axes.get_xlabel() == "parameters kept in the compressible layers"
+    assert headings(figure) == ["Perplexity against size, 2 studies", "several"]
+    assert_inside(figure)
+    twice = comparison.fronts([studies[1], studies[1]])
+    assert list(dict.fromkeys(twice["line"])) == ["bolaco"]  # called by the name of the study
+    assert len(comparison.fronts([single.study])) == 0

@@ -111,7 +111,7 @@ def test_convergence_shows_every_trial_in_the_colour_of_its_origin(trials: pd.Da
     (axes,) = figure.axes
     drawn = lines(axes)
     assert points(drawn["uniform baseline"]) == [(0, 30.0)]
-    assert points(drawn["paper's ratios"]) == [(1, 35.0)]
+    assert points(drawn["start of the space"]) == [(1, 35.0)]
     assert points(drawn["Sobol"]) == [(2, 28.0)]
     assert points(drawn["surrogate model"]) == [(4, 29.0), (5, 26.0), (6, 27.0)]
     assert [x for x, _ in points(drawn["no value"])] == [3]
@@ -156,7 +156,7 @@ def test_convergence_labels_the_lines_themselves(trials: pd.DataFrame) -> None:
     assert names == [
         "best so far",
         "uniform baseline",
-        "paper's ratios",
+        "start of the space",
         "Sobol",
         "surrogate model",
         "no value",

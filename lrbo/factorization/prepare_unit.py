@@ -1,0 +1,108 @@
+"""One unit -> all that its options are made of: factors, bases, integers, and their curves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from lrbo.calibration.statistics import Statistic
+from lrbo.errors import StatisticsError
+from lrbo.factorization.base import FactorizationMethod, Statistics, Weight, factor_layer
+from lrbo.factorization.base_plan import BasePlan
+from lrbo.factorization.factors import LowRankFactors
+from lrbo.factorization.prediction import (
+    ERROR_NEEDS,
+    input_moment,
+    predicted_loss,
+    relative_error,
+    squared_errors,
+    with_rounding,
+)
+from lrbo.factorization.prepared import BasedWeight, Prepared, UnitFactors
+from lrbo.layers.based import Factors
+from lrbo.layers.forms import QuantizedFactors
+from lrbo.layers.low_rank import Bias
+from lrbo.linalg import float64_device
+from lrbo.models.model_map import linear_bias, linear_weight
+
+CPU, SINGLE, DOUBLE = torch.device("cpu"), torch.float32, torch.float64
+
+
+def prepared_unit(
+    module: nn.Module,
+    method: FactorizationMethod,
+    given: Statistics,
+    device: torch.device | None,
+    *,
+    bases: BasePlan | None,
+    errors: bool,
+) -> Prepared:
+    """Factor a layer at full rank, and what each base of its weight leaves.
+
+    Everything is as of :func:`lrbo.factorization.cache.factor_model`.
+
+    Raises:
+        StatisticsError: If a statistic is missing, or does not suit.
+    """
+    stored, bias = linear_weight(module), linear_bias(module)
+    work = float64_device(stored.device if device is None else device)
+    statistics = {statistic: tensor.to(work) for statistic, tensor in given.items()}
+    if errors and (missing := sorted(need.value for need in ERROR_NEEDS - set(statistics))):
+        raise StatisticsError(
+            f"errors of outputs need the statistics {', '.join(missing)}; calibrate with them."
+        )
+    weight = stored.to(work, DOUBLE)
+    unit = _Unit(weight, None if bias is None else bias.to(work), statistics, errors)
+
+    full = factor_layer(method, weight, unit.bias, statistics)
+    if Statistic.OUTPUT_GRADIENT in statistics:
+        full = replace(full, loss=predicted_loss(full, statistics))
+    full = unit.with_error(full, weight, (full.left, full.right))
+    low_rank = full.to(dtype=SINGLE, device=CPU, max_rank=min(weight.shape) - 1)
+    if bases is None:
+        return low_rank
+    based = {}
+    remainder = method.remainders(unit.bias, statistics)
+    for base in bases.make(weight, statistics, stored.dtype):
+        form, codes = base.form, None
+        most = min(form.largest_rank(*base.shape), low_rank.max_rank)
+        if isinstance(form, QuantizedFactors):
+            rest, factors = weight, full.leading(most)
+            codes = bases.factors(form, factors, weight, statistics, stored.dtype)
+            wide = codes.wide(DOUBLE)
+            factors = replace(factors, loss=with_rounding(factors, wide, weight, statistics))
+            factors = unit.with_error(factors, weight, wide)
+        else:
+            rest = weight - base.weight(DOUBLE)
+            factors = remainder(rest, most)
+            rounded = Factors.of(factors.left.float(), factors.right.float(), stored.dtype)
+            factors = unit.with_error(factors, rest, rounded.wide(DOUBLE))
+        # Of 8 bits they are rounded again where a layer is made.
+        codes = codes.to(CPU, stored.dtype) if codes is not None and form.factor_bits == 4 else None
+        factors = factors.to(dtype=SINGLE, device=CPU)
+        based[base.family] = BasedWeight(base.to(CPU), factors, codes)
+    return UnitFactors(low_rank, based)
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """A layer, and what is known of its inputs; ``errors`` says whether those of outputs are."""
+
+    weight: Weight
+    bias: Bias
+    statistics: Mapping[Statistic, Tensor]
+    errors: bool
+
+    def with_error(
+        self, factors: LowRankFactors, target: Weight, rounded: tuple[Tensor, Tensor]
+    ) -> LowRankFactors:
+        """Add the errors of the output with ``rounded`` factors of a ``target``, if asked for."""
+        if not self.errors:
+            return factors
+        moment = input_moment(factors, self.statistics)
+        squared = squared_errors(target, *rounded, moment)
+        error = relative_error(squared, self.weight, self.bias, self.statistics)
+        return replace(factors, error=error)
