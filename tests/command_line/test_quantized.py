@@ -5,6 +5,7 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -156,6 +157,49 @@ def test_merged_it_opens_everywhere(written: tuple[Study, Path]) -> None:
         merged = AutoModelForCausalLM.from_pretrained("merged")(ids).logits
         difference = (merged - lrbo.load(folder)(ids).logits).abs().max()
     assert float(difference) < 1e-4 * float(merged.abs().max())
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft asks it
+def test_what_stock_forms_become_opens_as_its_card_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    typed = ["study=stock", "space.forms=[stock]", "budget.bits_per_parameter=7"]
+    typed += ["bases.group_sizes=[32]", "search.trials=2", "search.initial=2"]
+    assert lrbo_command("search", *SMALL, *typed).status == 0
+    line = ["compress", "study=stock", "point=1", "refit.enabled=false", "output=json"]
+    assert lrbo_command(*line, "out=own").status == 0
+    ran = lrbo_command(*line, "out=a", "format=adapter", "vllm=true")
+    assert ran.status == 0, ran.err
+    assert "vLLM reads it too" in ran.err
+    assert ran.json["parameters_in_file"] == ran.json["parameters"]
+    assert ran.json["forms"] == ["int4_sym", "int8_sym"]
+    assert ran.json["base_bytes"] > ran.json["adapter_bytes"] > 0
+    card = Path("a/README.md").read_text(encoding="utf-8")
+    assert f"{ran.json['base_bytes']:,} bytes" in card
+    assert "vllm serve a/base --enable-lora --max-lora-rank 8 --lora-modules a=a/adapter" in card
+    names: dict[str, Any] = {}
+    exec(card.split("```python\n")[1].split("```")[0], names)
+    ids = torch.arange(12).view(1, -1)
+    with torch.inference_mode():
+        said = names["model"].eval()(ids).logits
+        difference = (said - lrbo.load("own")(ids).logits).abs().max()
+    assert float(difference) < 1e-5 * float(said.abs().max())
+
+
+def test_a_format_of_others_that_cannot_hold_a_form_is_refused_at_once(
+    written: tuple[Study, Path],
+) -> None:
+    ran = lrbo_command("compress", "study=bits", "point=1", "out=stock", "format=adapter")
+    assert ran.status != 0
+    output = " ".join(ran.err.split())
+    assert "format='adapter' cannot hold trial 1: it holds int8_sym, int4_sym," in output
+    assert "int4 (model.layers.0.self_attn." in output
+    assert "or a search with space.forms=[stock]" in output
+    assert "Layers as stored" not in ran.err
+    assert not Path("stock").exists()
+    ran = lrbo_command("compress", "study=bits", "out=stock", "vllm=true")
+    assert "vllm=True: expected false with format=lrbo" in ran.err
 
 
 def test_a_modelling_file_that_does_not_know_integers_is_refused_at_once(
