@@ -20,7 +20,7 @@ from lrbo.checkpoints.merged import frame_of
 from lrbo.data.windows import Role, TokenWindows
 from lrbo.errors import some
 from lrbo.layers.based import INT8, BasedLinear
-from lrbo.layers.forms import FORMS, Quantized, form_named
+from lrbo.layers.forms import FORMS, Form, Quantized, form_named
 from lrbo.layers.modules import low_rank_layers
 from lrbo.layers.options import DENSE, Option
 from lrbo.layers.packing import unpack
@@ -59,9 +59,6 @@ def missing_packages() -> str | None:
 def unfit(options: Mapping[str, Option], dense: nn.Module) -> str | None:
     """Say which layers of a model the formats cannot hold, by form; ``None`` where they can.
 
-    Zero points can be packed, but no transformers reads them: of compressed-tensors from 0.18 on
-    it expects them unpacked.
-
     Args:
         options: By layer; dense ones are left dense.
         dense: The model before any layer was replaced, maybe on the meta device.
@@ -71,17 +68,27 @@ def unfit(options: Mapping[str, Option], dense: nn.Module) -> str | None:
         form, kind = form_named(option.form), type(dense.get_submodule(name))
         if option == DENSE:
             continue
-        if not (isinstance(form, Quantized) and form.symmetric):
+        if _bits(form) is None:
             layers.setdefault(form.name, []).append(name)
         elif kind is not nn.Linear:
             layers.setdefault(f"{form.name} of a {kind.__name__}", []).append(name)
     if not layers:
         return None
-    held = [form.name for form in FORMS.values() if isinstance(form, Quantized) and form.symmetric]
+    held = [form.name for form in FORMS.values() if _bits(form) is not None]
     return (
         f"it holds {', '.join(held)} of nn.Linear layers, with a low rank or without, and dense "
         f"ones, but not {', '.join(f'{form} ({some(own, 3)})' for form, own in layers.items())}"
     )
+
+
+def _bits(form: Form) -> int | None:
+    """Return the bits that hold the integers of a form less their zero points, if eight do.
+
+    transformers reads no zero points of this format: it expects them unpacked, and from 0.18 on the
+    library packs them.
+    """
+    bits = form.bits + (not form.symmetric) if isinstance(form, Quantized) else 9
+    return bits if bits <= 8 else None
 
 
 def schemes_of(options: Mapping[str, Option], dense: nn.Module, *, vllm: bool) -> dict[str, Scheme]:
@@ -92,15 +99,16 @@ def schemes_of(options: Mapping[str, Option], dense: nn.Module, *, vllm: bool) -
     """
     schemes = {}
     for name, option in options.items():
-        form = form_named(option.form)
-        if isinstance(form, Quantized):
-            schemes[name] = Scheme(form.bits, option.level[0])
+        bits = _bits(form_named(option.form))
+        if bits is not None:
+            schemes[name] = Scheme(bits, option.level[0])
     if not vllm:
         return schemes
     together = {name: names for names in _fused(dense) for name in names}
     for names in {tuple(together.get(name, [name])) for name in schemes}:
         own = [schemes[name] for name in names if name in schemes]
-        bits = max(VLLM_BITS[0], *(scheme.bits for scheme in own))
+        widest = max(scheme.bits for scheme in own)
+        bits = next(bits for bits in VLLM_BITS if bits >= widest)
         size = min(VLLM_GROUP_SIZES[-1], *(scheme.group_size for scheme in own))
         schemes |= {name: Scheme(bits, size) for name in names if name in schemes}
     return schemes
@@ -290,13 +298,16 @@ class Stock:
 
 
 def _packed(layer: BasedLinear, scheme: Scheme) -> dict[str, Tensor]:
-    """Return the integers of a layer as the library packs them, maybe in wider bits."""
+    """Return the integers of a layer, less zero points, as the library packs them."""
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
     form, scale = layer.form, layer.get_buffer("scale")
     assert isinstance(form, Quantized)
-    assert form.symmetric
-    codes = unpack(layer.get_buffer("packed"), form.bits).to(torch.int16) - 2 ** (form.bits - 1)
+    codes = unpack(layer.get_buffer("packed"), form.bits).to(torch.int16)
+    if form.symmetric:
+        codes -= 2 ** (form.bits - 1)
+    else:
+        codes.view(*scale.shape, -1).sub_(layer.get_buffer("zero")[:, :, None])
     size = layer.in_features // scale.shape[1]
     return {
         "weight_packed": pack_to_int32(codes.to(torch.int8), scheme.bits),

@@ -157,7 +157,11 @@ def stock_of(**changes: Any) -> Stock:
 
 def test_it_says_what_vllm_reads_and_what_not() -> None:
     text = card(written_as="adapter", stock=stock_of(), counted_bytes=12_345, measuring=None)
-    for words in ("`base`, 4,000 bytes", "`adapter`, 12,000\nbytes, ranks up to 9", "12,345 bytes"):
+    for words in (
+        "`base`, 4,000 bytes",
+        "`adapter`, 12,000\nbytes, ranks up to 9",
+        "takes 12,345 bytes",
+    ):
         assert words in text
     assert "--max-lora-rank 16 --lora-modules mine-80=mine-80/adapter" in text
     assert "import lrbo" not in text

@@ -34,7 +34,7 @@ from tests.support.tiny import build, token_ids
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 
 IDS = token_ids(8, 32)
-FORMS = ("int8_sym", "int4_sym", "int3_sym", "int2_sym")
+FORMS = ("int8_sym", "int4_sym", "int3_sym", "int2_sym", "int4", "int3", "int2")
 DENSE_UNIT = "model.layers.0.mlp.up_proj"
 QKV = [f"model.layers.0.self_attn.{kind}_proj" for kind in "qkv"]
 
@@ -49,7 +49,7 @@ def factorization() -> lrbo.Factorization:
 
 @pytest.fixture
 def allocation(factorization: lrbo.Factorization) -> Allocation:
-    """Give each unit another width, group size and rank; one stays dense."""
+    """Give each unit another form, group size and rank; one stays dense."""
     levels = cycle([(form, size, rank) for size, rank in ((32, 2), (16, 1)) for form in FORMS])
     options = {
         spec.name: Option(form, (size, 0 if form == "int8_sym" else rank))
@@ -106,7 +106,10 @@ def test_the_libraries_open_what_was_compressed(
 def test_its_files_hold_what_was_counted_and_said(
     factorization: lrbo.Factorization, allocation: Allocation, tmp_path: Path
 ) -> None:
-    """Beside a form's count: 16 bytes for a shape, and factors of 4 bytes without a scale."""
+    """Beside a form's count: 16 bytes for a shape, factors of 4 bytes without a scale.
+
+    And a bit more for every integer, where a form counts a byte for every zero point.
+    """
     model = tiny_model()
     factorization.compress_(model, allocation)
     parts = Stock.of(model, allocation.compressed)
@@ -126,7 +129,12 @@ def test_its_files_hold_what_was_counted_and_said(
     )
     assert parts.adapter_bytes == 4 * wide
     low_ranks = wide + 4 * sum(ranks.values())
-    assert parts.base_bytes == counted.bytes - low_ranks + 16 * len(ranks)
+    wider = sum(
+        spec.out_features * spec.in_features // 8 - layer.get_buffer("zero").nbytes
+        for spec, layer in zip(shapes, low_rank_layers(model).values(), strict=True)
+        if hasattr(layer, "zero")
+    )
+    assert parts.base_bytes == counted.bytes - low_ranks + 16 * len(ranks) + wider
 
 
 def test_the_library_unpacks_what_it_was_given(
@@ -208,11 +216,11 @@ def test_what_it_cannot_hold_is_listed_by_form_and_layer() -> None:
     dense = build("llama_tied")
     names = [name for name, part in dense.named_modules() if type(part) is nn.Linear]
     options = {name: Option("pivoted", (3,)) for name in names[:5]}
-    options |= {names[5]: Option("int4", (16, 0)), names[6]: Option("int4_sym", (16, 0))}
+    options |= {names[5]: Option("int8", (16, 0)), names[6]: Option("int4", (16, 0))}
     reason = unfit(options | {names[7]: DENSE}, dense)
     assert reason is not None
-    assert f"pivoted ({', '.join(names[:3])} and 2 more), int4 ({names[5]})" in reason
-    assert "int8_sym, int4_sym, int3_sym, int2_sym of nn.Linear" in reason
+    assert f"pivoted ({', '.join(names[:3])} and 2 more), int8 ({names[5]})" in reason
+    assert "holds int4, int3, int2, int8_sym, int4_sym, int3_sym, int2_sym of nn.Linear" in reason
     assert names[6] not in reason
     assert unfit({names[6]: Option("int2_sym", (16, 1)), names[7]: DENSE}, dense) is None
     transposed = unfit({"transformer.h.0.mlp.c_fc": Option("int4_sym", (16, 0))}, build("gpt2"))
@@ -225,11 +233,11 @@ def test_layers_that_vllm_runs_as_one_are_packed_alike() -> None:
     options = {
         QKV[0]: Option("int3_sym", (64, 8)),
         QKV[1]: Option("int8_sym", (128, 0)),
-        QKV[2]: Option("int4_sym", (256, 0)),
-        "model.layers.0.mlp.down_proj": Option("int2_sym", (256, 0)),
+        QKV[2]: Option("int4", (256, 0)),
+        "model.layers.0.mlp.down_proj": Option("int3", (256, 0)),
     }
     apart = schemes_of(options, dense, vllm=False)
-    assert apart[QKV[0]] == Scheme(3, 64)
+    assert (apart[QKV[0]], apart[QKV[2]]) == (Scheme(3, 64), Scheme(5, 256))
     problems = " ".join(vllm_problems(apart, 513, dense))
     assert "3 bits in groups of 64" in problems
     assert f"it runs {' and '.join(QKV)} as one layer" in problems
