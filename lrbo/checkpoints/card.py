@@ -13,7 +13,8 @@ import yaml  # type: ignore[import-untyped]  # has no types
 from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
-from lrbo.checkpoints.stock import ADAPTER, BASE, Stock
+from lrbo.checkpoints.stock import Stock
+from lrbo.files.paths import ADAPTER, BASE
 from lrbo.files.rendering import render
 from lrbo.files.tables import Table
 from lrbo.layers.options import UNITS, Measure

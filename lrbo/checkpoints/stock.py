@@ -18,14 +18,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lrbo.checkpoints.export import checkpoint_folder, write_tensors
 from lrbo.checkpoints.merged import frame_of
 from lrbo.data.windows import Role, TokenWindows
-from lrbo.errors import some
+from lrbo.errors import CheckpointError, LrboError, reading, some
+from lrbo.files.paths import ADAPTER, BASE, model_folder
 from lrbo.layers.based import INT8, BasedLinear
 from lrbo.layers.forms import FORMS, Form, Quantized, form_named
 from lrbo.layers.modules import low_rank_layers
 from lrbo.layers.options import DENSE, Option
 from lrbo.layers.packing import unpack
+from lrbo.models.loading import load_model
+from lrbo.models.sources import ModelSource
 
-BASE, ADAPTER = "base", "adapter"  # folders
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PACKAGES = {"compressed_tensors": "compressed-tensors", "peft": "peft"}
 PACKED, STATUS = "pack-quantized", "compressed"  # as the library calls them
@@ -152,6 +154,26 @@ def _fused(dense: nn.Module) -> Iterator[list[str]]:
         for first in [name for name in names if name.endswith(f".{kinds[0]}")]:
             parent = first.removesuffix(kinds[0])
             yield [f"{parent}{kind}" for kind in kinds if f"{parent}{kind}" in names]
+
+
+def load(folder: str, *, dtype: torch.dtype | None, device: torch.device) -> PreTrainedModel:
+    """Open a model, or what :meth:`Stock.save` wrote, with its adapter on the layers of the base.
+
+    Raises:
+        ModelError: As of :func:`lrbo.models.loading.load_model`.
+        CheckpointError: If PEFT cannot read the adapter, or is not installed.
+    """
+    own = model_folder(folder)
+    model = load_model(ModelSource("hf", own), dtype=dtype, device=device)
+    adapter = Path(folder) / ADAPTER
+    if own == folder or not adapter.is_dir():
+        return model
+    with reading(CheckpointError, f"cannot read {adapter}", own=LrboError):
+        from peft import PeftModel
+
+        adapted = PeftModel.from_pretrained(model, str(adapter)).eval().requires_grad_(False)
+    base: PreTrainedModel = adapted.get_base_model()
+    return base
 
 
 @dataclass(frozen=True)

@@ -128,7 +128,7 @@ def run(config: CompressConfig, reporter: Reporter) -> dict[str, Any]:
         scores=_scores(study, best, as_written),
         notes=[f"{sentence}." for gain in gains(study.state) for sentence in gain.sentences],
         commands=commands,
-        measuring=None if tokens is None or stock is not None else measuring,
+        measuring=None if tokens is None else measuring,
         auto_class=plan.task.auto_class,
         hub_tag=plan.task.record.hub_tag,
         measure=measure,

@@ -212,6 +212,24 @@ def test_a_model_without_low_ranks_has_no_adapter(tmp_path: Path) -> None:
         parts.save(tmp_path / "model", compressed.model, byte_tokenizer())
 
 
+def test_it_is_opened_here_too_and_a_damaged_adapter_refused(
+    factorization: lrbo.Factorization, allocation: Allocation, tmp_path: Path
+) -> None:
+    model = tiny_model()
+    factorization.compress_(model, allocation)
+    parts = Stock.of(model, allocation.compressed)
+    parts.save(tmp_path / "model", model, byte_tokenizer())
+    cpu = torch.device("cpu")
+    again = stock.load(str(tmp_path / "model"), dtype=None, device=cpu)
+    assert relative(outputs(again), outputs(model)) <= TOLERANCE["loaded"]
+    assert not any(parameter.requires_grad for parameter in again.parameters())
+    base = stock.load(str(tmp_path / "model/base"), dtype=None, device=cpu)
+    assert relative(outputs(base), outputs(model)) > 0.05
+    (tmp_path / "model/adapter/adapter_model.safetensors").write_bytes(b"{}")
+    with pytest.raises(CheckpointError, match=r"cannot read .*adapter: "):
+        stock.load(str(tmp_path / "model"), dtype=None, device=cpu)
+
+
 def test_what_it_cannot_hold_is_listed_by_form_and_layer() -> None:
     dense = build("llama_tied")
     names = [name for name, part in dense.named_modules() if type(part) is nn.Linear]

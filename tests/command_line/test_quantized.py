@@ -185,21 +185,25 @@ def test_what_stock_forms_become_opens_as_its_card_says(
         said = names["model"].eval()(ids).logits
         difference = (said - lrbo.load("own")(ids).logits).abs().max()
     assert float(difference) < 1e-5 * float(said.abs().max())
+    line = ["data=generated", "data.window=64", "data.test.tokens=512", "output=json"]
+    scored = lrbo_command("evaluate", "checkpoint=a", *line)
+    assert scored.status == 0, scored.err
+    tests = Study(Path("studies/stock")).state.tests
+    assert scored.json["nll"] == pytest.approx(tests["analytic"]["metrics"]["nll"], abs=SAME)
+    assert "is in what the model has seen" in scored.out + scored.err
+    assert "gone" not in lrbo_command("report", "study=stock").out
 
 
-def test_a_format_of_others_that_cannot_hold_a_form_is_refused_at_once(
-    written: tuple[Study, Path],
-) -> None:
-    ran = lrbo_command("compress", "study=bits", "point=1", "out=stock", "format=adapter")
+def test_what_vllm_would_not_read_is_refused_at_once(written: tuple[Study, Path]) -> None:
+    line = ["compress", "study=bits", "point=1", "out=served", "vllm=true"]
+    ran = lrbo_command(*line, "format=adapter")
     assert ran.status != 0
     output = " ".join(ran.err.split())
-    assert "format='adapter' cannot hold trial 1: it holds int4, int3, int2, int8_sym," in output
-    assert "but not pivoted (model.layers." in output
-    assert "or a search with space.forms=[stock]" in output
+    assert "vllm=True: vLLM cannot read trial 1: its kernels do not take" in output
+    assert "in groups of 16 (model.layers." in output
     assert "Layers as stored" not in ran.err
-    assert not Path("stock").exists()
-    ran = lrbo_command("compress", "study=bits", "out=stock", "vllm=true")
-    assert "vllm=True: expected false with format=lrbo" in ran.err
+    assert "vllm=True: expected false with format=lrbo" in lrbo_command(*line).err
+    assert not Path("served").exists()
 
 
 def test_a_modelling_file_that_does_not_know_integers_is_refused_at_once(
