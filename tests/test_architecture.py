@@ -67,6 +67,8 @@ BORDERS = {
         "study.events",
     },
     "ray": {"trials.ray_executor"},
+    "compressed_tensors": {"checkpoints.stock"},
+    "peft": {"checkpoints.stock"},
 }
 # Of transformers everybody may name these types, and only these rooms do more.
 TRANSFORMERS_TYPES = {"PreTrainedModel", "PreTrainedTokenizerBase"}
@@ -266,7 +268,12 @@ def test_what_is_imported_is_declared_and_pinned() -> None:
     optional = project["optional-dependencies"]
     declared = {
         re.split(r"[<>=!~ \[;]", each)[0].lower().replace("_", "-")
-        for each in [*project["dependencies"], *optional["ray"], *optional["eval"]]
+        for each in [
+            *project["dependencies"],
+            *optional["ray"],
+            *optional["eval"],
+            *optional["export"],
+        ]
     }
     brought = packages_distributions()
     known = {*sys.stdlib_module_names, "lrbo"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,8 @@ import yaml  # type: ignore[import-untyped]  # has no types
 from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
+from lrbo.checkpoints.stock import Stock
+from lrbo.files.paths import ADAPTER, BASE
 from lrbo.files.rendering import render
 from lrbo.files.tables import Table
 from lrbo.layers.options import UNITS, Measure
@@ -23,7 +26,7 @@ class Card:
     """What the card of a checkpoint states."""
 
     name: str
-    written_as: str  # "lrbo", "remote_code" or "merged"
+    written_as: str  # "lrbo", "remote_code", "merged" or "adapter"
     about: Mapping[str, Any]  # of the checkpoint: method, refit, validation, data and versions
     source: ModelSource  # of the base model
     parameters: tuple[int, int]  # of the whole model, low-rank and dense
@@ -36,6 +39,8 @@ class Card:
     hub_tag: str = "text-generation"
     notes: Sequence[str] = ()  # a sentence each, on what the search adds to where it began
     measure: Measure = "parameters"
+    stock: Stock | None = None  # what is written as an adapter
+    counted_bytes: int = 0  # of that, as the forms count
 
     def text(self) -> str:
         """Return the Markdown of the card, with the head that the Hub reads."""
@@ -57,9 +62,22 @@ class Card:
             origin=origin,
             kept=f"{self.keep_ratio:.1%}",
             counted=UNITS[self.measure],
+            parts={
+                part: json.dumps(f"{self.name}/{part}", ensure_ascii=False)
+                for part in (BASE, ADAPTER)
+            },
+            serving=self._serving(),
             is_refit=any(trial["taken"] for trial in refit["trials"]),
             table=self.scores,
         )
+
+    def _serving(self) -> str:
+        """Return the command line that serves an adapter with its base."""
+        words = ["vllm", "serve", f"{self.name}/{BASE}"]
+        if self.stock is not None and self.stock.adapter:
+            words += ["--enable-lora", "--max-lora-rank", str(self.stock.vllm_rank)]
+            words += ["--lora-modules", f"{self.name}={self.name}/{ADAPTER}"]
+        return shlex.join(words)
 
 
 def origin_of(source: ModelSource) -> tuple[str | None, str | None]:

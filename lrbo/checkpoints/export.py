@@ -108,7 +108,7 @@ def save(
         CheckpointError: If the folder exists, cannot be written, or differs from the accountant.
     """
     with checkpoint_folder(folder, model, tokenizer, card, windows) as beside:
-        stored = quantizer.read_headers(_write(beside, _tensors(model)))
+        stored = quantizer.read_headers(write_tensors(beside, _tensors(model)))
         units = {name: str(option) for name, option in allocation.compressed.items()}
         _require_costs(folder, stored, allocation.compressed, costs)
         config = copy.deepcopy(model.config)
@@ -182,8 +182,12 @@ def checkpoint_folder(
     tokenizer: PreTrainedTokenizerBase | None,
     card: str | None,
     windows: Mapping[Role, TokenWindows] | None,
+    below: str = "",
 ) -> Iterator[Path]:
-    """Give a new folder for configuration and weights, and write what lies beside them."""
+    """Give a new folder for configuration and weights, and write what lies beside them.
+
+    These, and what belongs to them, may be in a folder ``below`` it; card and hashes are not.
+    """
     reads_text = model.get_output_embeddings() is not None
     if not isinstance(tokenizer, PreTrainedTokenizerBase) and (tokenizer or reads_text):
         raise CheckpointError(
@@ -196,11 +200,12 @@ def checkpoint_folder(
             generation.validate(strict=True)
     try:
         with new_folder(folder) as beside:
+            (beside / below).mkdir(exist_ok=True)
             yield beside
             if generation is not None:
-                generation.save_pretrained(beside)
+                generation.save_pretrained(beside / below)
             if tokenizer is not None:
-                tokenizer.save_pretrained(beside)
+                tokenizer.save_pretrained(beside / below)
             if card is not None:
                 (beside / CARD).write_text(card, encoding="utf-8")
             if windows is not None:
@@ -216,27 +221,27 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
         for name, module in low_rank_layers(model).items()
         for own, buffer in module.named_buffers(recurse=False)
     )
-    tensors: dict[str, Tensor] = {}
+    return dict([*model.named_parameters(), *buffers])
+
+
+def write_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> list[Path]:
+    """Write tensors into one file or, beyond its size, several with an index."""
+    own: dict[str, Tensor] = {}
     addresses: set[int] = set()
-    for name, tensor in [*model.named_parameters(), *buffers]:
+    for name, tensor in tensors.items():
         stored = tensor.detach().contiguous().cpu()
         if stored.numel() and stored.data_ptr() in addresses:  # which safetensors does not write
             stored = stored.clone()
         addresses.add(stored.data_ptr())
-        tensors[name] = stored
-    return tensors
-
-
-def _write(folder: Path, tensors: Mapping[str, Tensor]) -> list[Path]:
-    """Write tensors into one file or, beyond its size, several with an index."""
+        own[name] = stored
     # Of tensors on the meta device, since those that share memory would be kept together.
-    sizes = {name: tensor.to("meta") for name, tensor in tensors.items()}
+    sizes = {name: tensor.to("meta") for name, tensor in own.items()}
     split = split_torch_state_dict_into_shards(sizes, max_shard_size=SHARD_BYTES)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     for file, names in split.filename_to_tensors.items():
-        save_file({n: tensors[n] for n in names}, folder / file, metadata={"format": "pt"})
+        save_file({n: own[n] for n in names}, folder / file, metadata={"format": "pt"})
     return [folder / file for file in split.filename_to_tensors]
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
+from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     PretrainedConfig,
@@ -19,7 +20,7 @@ from lrbo.checkpoints.quantizer import count_parameters, read_headers
 from lrbo.data.windows import Role, TokenWindows
 from lrbo.errors import CheckpointError
 from lrbo.layers.modules import low_rank_layers
-from lrbo.models.model_map import is_linear, is_tied, is_transposed, linear_bias
+from lrbo.models.model_map import is_tied, is_transposed, linear_bias
 
 # The switches of a configuration that give layers a bias, and the layers that they give it to.
 SWITCHES = {
@@ -53,29 +54,38 @@ def save_merged(
 
 def _merged(model: PreTrainedModel) -> PreTrainedModel:
     """Return a dense model with the products of a compressed one."""
-    values = model.config.to_dict()
-    values.pop("auto_map", None)  # names files that are not written here
-    values["tie_word_embeddings"] = is_tied(model)
-    layers = low_rank_layers(model)
-    biased = [name for name, layer in layers.items() if linear_bias(layer) is not None]
-    merged = with_biases(type(model.config).from_dict(values), biased)
-    replaced = tuple(f"{name}." for name in layers)
-    tensors = {n: p for n, p in model.named_parameters() if not n.startswith(replaced)}
-    for name, layer in layers.items():
-        target = merged.get_submodule(name)
-        assert is_linear(target)
+    merged, tensors = frame_of(model)
+    for name, layer in low_rank_layers(model).items():
         weight = layer.dense_weight().to(model.dtype)
-        tensors[f"{name}.weight"] = weight.T if is_transposed(target) else weight
-        if (bias := linear_bias(layer)) is not None:
-            tensors[f"{name}.bias"] = bias
-    for name, parameter in merged.named_parameters():
-        if name not in tensors and name.endswith(".bias"):
-            tensors[name] = torch.zeros(parameter.shape, dtype=model.dtype, device=model.device)
+        is_turned = is_transposed(merged.get_submodule(name))
+        tensors[f"{name}.weight"] = weight.T if is_turned else weight
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     merged.load_state_dict(contiguous, strict=False, assign=True)
     merged.tie_weights()
     assert not any(parameter.is_meta for parameter in merged.parameters())
     return merged
+
+
+def frame_of(model: PreTrainedModel) -> tuple[PreTrainedModel, dict[str, Tensor]]:
+    """Return an empty dense model for a compressed one, and its tensors but the compressed weights.
+
+    It has a bias where the compressed one has one, as of :func:`with_biases`; biases that this
+    gives to other layers are zeros.
+    """
+    values = model.config.to_dict()
+    values.pop("auto_map", None)  # names files that are not written here
+    values["tie_word_embeddings"] = is_tied(model)
+    layers = low_rank_layers(model)
+    biases = {name: linear_bias(layer) for name, layer in layers.items()}
+    biased = [name for name, bias in biases.items() if bias is not None]
+    frame = with_biases(type(model.config).from_dict(values), biased)
+    replaced = tuple(f"{name}." for name in layers)
+    tensors = {n: p.detach() for n, p in model.named_parameters() if not n.startswith(replaced)}
+    tensors |= {f"{name}.bias": bias for name, bias in biases.items() if bias is not None}
+    for name, parameter in frame.named_parameters():
+        if name not in tensors and name.endswith(".bias"):
+            tensors[name] = torch.zeros(parameter.shape, dtype=model.dtype, device=model.device)
+    return frame, tensors
 
 
 def with_biases(config: PretrainedConfig, biased: Collection[str]) -> PreTrainedModel:

@@ -14,6 +14,7 @@ from lrbo.allocation.apply import store_
 from lrbo.checkpoints import export
 from lrbo.checkpoints.card import Card
 from lrbo.checkpoints.merged import save_merged, with_biases
+from lrbo.checkpoints.stock import Stock, missing_packages, schemes_of, unfit, vllm_problems
 from lrbo.config import saved, schema
 from lrbo.config.choices import KEEP_RATIO, ceiling_of
 from lrbo.config.saved import command_line, repeating
@@ -49,9 +50,12 @@ def run(config: CompressConfig, reporter: Reporter) -> dict[str, Any]:
         ConfigError: If a value cannot work, or the folder exists.
         StudyError: If there is no such study or trial.
         ModelError: If a number of the model is beyond the dtype that it is to be written in.
-        CheckpointError: If format=merged has no place for biases that the method adds.
+        CheckpointError: If format=merged or adapter has no parameter for biases that the method
+            adds.
     """
     checks.require_valid(config)
+    if config.format == "adapter" and (problem := missing_packages()) is not None:
+        raise ConfigError([problem])
     study = study_of(config)
     about = study.about
     point = str(config.point)
@@ -110,6 +114,9 @@ def run(config: CompressConfig, reporter: Reporter) -> dict[str, Any]:
     tokens = {role: w for role, w in plan.windows.items() if isinstance(w, TokenWindows)} or None
     out, tokenizer = Path(config.out), plan.task.tokenizer(plan.source)
     *commands, measuring = _commands(config, stored, about.dtype, trial)
+    stock = None
+    if config.format == "adapter":
+        stock = Stock.of(model, allocation.compressed, vllm=config.vllm)
     card = Card(
         out.name,
         config.format,
@@ -125,9 +132,22 @@ def run(config: CompressConfig, reporter: Reporter) -> dict[str, Any]:
         auto_class=plan.task.auto_class,
         hub_tag=plan.task.record.hub_tag,
         measure=measure,
+        stock=stock,
+        counted_bytes=counted.model.bytes,
     ).text()
     parameters = counted.model.parameters
-    if config.format == "merged":
+    sizes = {}
+    if stock is not None:
+        stock.save(out, model, tokenizer, card, tokens)
+        in_file = stock.parameters
+        sizes = {"base_bytes": stock.base_bytes, "adapter_bytes": stock.adapter_bytes}
+        reporter.say(
+            f"format=adapter: {stock.base_bytes:,} bytes of the base, {stock.adapter_bytes:,} of "
+            f"the adapter; format=lrbo holds both in {counted.model.bytes:,}"
+        )
+        clauses = "; ".join(stock.vllm_problems)
+        reporter.say(f"vLLM does not read it: {clauses}" if clauses else "vLLM reads it too")
+    elif config.format == "merged":
         forms = []
         in_file = parameters = save_merged(out, model, tokenizer, card, tokens)
         reporter.say(
@@ -165,13 +185,14 @@ def run(config: CompressConfig, reporter: Reporter) -> dict[str, Any]:
         "keep_ratio": keep_ratio,
         "forms": forms,
         "refit": best.refit,
+        **sizes,
     }
 
 
 def _require_room(
     config: CompressConfig, plan: planning.Plan, records: Sequence[TrialRecord]
 ) -> None:
-    """Refuse forms that the modelling file does not run, and biases that no dense model has."""
+    """Refuse forms that a format cannot hold, and biases that no dense model has."""
     if config.format == "remote_code":
         for record in records:
             for name, option in record.request.allocation.compressed.items():
@@ -183,11 +204,35 @@ def _require_room(
                             "format=lrbo, or format=merged"
                         ]
                     )
-    if config.format != "merged":
+    if config.format not in ("merged", "adapter"):
         return
     compressed = {name for record in records for name in record.request.allocation.compressed}
     biased = [name for name in plan.added_biases if name in compressed]
-    with_biases(load_config(plan.source), biased)
+    dense = with_biases(load_config(plan.source), biased)
+    if config.format == "adapter":
+        _require_stock(records, dense, vllm=config.vllm)
+
+
+def _require_stock(records: Sequence[TrialRecord], dense: PreTrainedModel, *, vllm: bool) -> None:
+    """Refuse options of trials that compressed-tensors and PEFT cannot hold, or vLLM not read."""
+    problems = []
+    for record in records:
+        trial = f"trial {record.request.trial_index}"
+        options = record.request.allocation.compressed
+        if (reason := unfit(options, dense)) is not None:
+            problems.append(
+                f"format='adapter' cannot hold {trial}: {reason}; expected format=lrbo or merged, "
+                "or a search with space.forms=[stock]"
+            )
+        elif vllm:
+            rank = max((option.level[-1] for option in options.values()), default=0)
+            schemes = schemes_of(options, dense, vllm=True)
+            problems += [
+                f"vllm=True: vLLM cannot read {trial}: {clause}; expected vllm=false"
+                for clause in vllm_problems(schemes, rank, dense)
+            ]
+    if problems:
+        raise ConfigError(problems)
 
 
 def _stored_model(plan: planning.Plan, study: StudyRecord, dtype: str) -> PreTrainedModel:

@@ -11,13 +11,14 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lrbo.checkpoints import export
+from lrbo.checkpoints import export, stock
 from lrbo.checkpoints.calibration_text import FILE, seen_shares
 from lrbo.config import saved
 from lrbo.config.schema import EvaluateConfig
 from lrbo.data.windows import Role, TokenWindows, make_windows, protocol_windows
 from lrbo.errors import CheckpointError, Collecting, ConfigError, DataError, ModelError
 from lrbo.evaluation.zero_shot import TaskScore, load_tasks, missing_harness, score_tasks
+from lrbo.files.paths import model_folder
 from lrbo.files.tables import Table, columns
 from lrbo.models.devices import dtype_name, resolve_device, resolve_dtype
 from lrbo.models.limits import Limits
@@ -129,12 +130,13 @@ def _subject(config: EvaluateConfig) -> Subject:
     if folder is None:
         source = planning.model_source(config.model)
         return Subject(source.path, source, partial(load_model, source))
-    source = ModelSource("hf", folder)
-    is_low_rank = export.is_checkpoint(folder)
-    load = partial(export.load, folder) if is_low_rank else partial(load_model, source)
+    own = model_folder(folder)
+    source = ModelSource("hf", own)
+    is_low_rank = export.is_checkpoint(own)
+    load = partial(export.load, folder) if is_low_rank else partial(stock.load, folder)
     if not is_low_rank and not (Path(folder) / FILE).is_file():
         return Subject(folder, source, load)
-    return Subject(folder, source, load, Path(folder), export.stored_dtype(folder))
+    return Subject(folder, source, load, Path(folder), export.stored_dtype(own))
 
 
 def _texts_and_tasks(

@@ -30,10 +30,12 @@ STUDY = "study:"  # begins what a warm start takes from a study, by its name or 
 WARM_START = re.compile(rf"uniform|analytic|start|paper|{STUDY}[^:]+(:\d+)?")
 SQLITE = "sqlite:///"  # begins the address of an MLflow store in a file
 
-# Names in space.forms that stand for several forms, those that are worth it in a measure.
+# Names in space.forms that stand for several forms: those that are worth it in a measure, and those
+# that both transformers and vLLM read, as lrbo compress format=adapter writes them.
 FORM_PRESETS: Mapping[str, tuple[str, ...]] = {
     "parameters": ("pivoted",),
     "bytes": ("pivoted", "factored_int8", "int8", "int4", "int3", "int3_sym", "int2"),
+    "stock": ("int4_sym", "int8_sym"),
 }
 
 # What a variable may be: a kept ratio, the natural logarithm of a factor of a loss curve, or a

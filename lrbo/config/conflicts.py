@@ -100,7 +100,7 @@ def check_values(config: schema.Config) -> list[str]:
         for check in (_texts, _front, _thresholds, _latency, _pool, _curves, _executor):
             others += check(config)
     elif isinstance(config, schema.CompressConfig):
-        others += _candidates(config)
+        others += [*_candidates(config), *_serving(config)]
     elif isinstance(config, schema.EvaluateConfig):
         others += [*_texts(config), *_protocols_and_tasks(config)]
     return [*numbers.values(), *(p for p in others if p.partition("=")[0] not in numbers)]
@@ -271,6 +271,11 @@ def _candidates(config: schema.CompressConfig) -> Iterator[str]:
     if count > 1 and (is_trial or not config.refit.enabled):
         reason = f"point={config.point}, which names one trial" if is_trial else "no refit"
         yield mismatch("refit.candidates", count, f"1 with {reason}")
+
+
+def _serving(config: schema.CompressConfig) -> Iterator[str]:
+    if config.vllm and config.format != "adapter":
+        yield mismatch("vllm", config.vllm, f"false with format={config.format}")
 
 
 def _protocols_and_tasks(config: schema.EvaluateConfig) -> Iterator[str]:

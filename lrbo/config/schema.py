@@ -267,7 +267,8 @@ class CompressConfig:
     studies: str = choices.STUDIES
     point: str = option("best", POINT)
     out: str = MISSING
-    format: str = option("lrbo", one_of(("lrbo", "remote_code", "merged")))
+    format: str = option("lrbo", one_of(("lrbo", "remote_code", "merged", "adapter")))
+    vllm: bool = False
     register: str = option("link", one_of(("link", "copy", "none")))
     refit: RefitConfig = field(default_factory=RefitConfig)
     dtype: str = option("auto", DTYPE)

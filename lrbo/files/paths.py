@@ -10,6 +10,7 @@ from pathlib import Path
 
 from lrbo.errors import cut
 
+BASE, ADAPTER = "base", "adapter"  # folders of a checkpoint that is written in parts
 BELOW = 160  # bytes of the names of files below a folder that is written
 PATH_MAX = 4096
 # These open like files, then wait forever or swallow what is written.
@@ -130,3 +131,10 @@ def _unfit(path: str) -> str:
     if len(os.fsencode(Path(path).absolute())) + BELOW > PATH_MAX:
         return f"a path of more than {PATH_MAX - BELOW:,} bytes; choose a shorter one"
     return ""
+
+
+def model_folder(folder: str) -> str:
+    """Return where the model of a checkpoint is: beside its adapter if it is written in parts."""
+    base = os.path.join(folder, BASE)  # noqa: PTH118  # keeps what was typed
+    in_parts = os.path.isdir(base) and not os.path.exists(os.path.join(folder, "config.json"))  # noqa: PTH110, PTH112, PTH118
+    return base if in_parts else folder

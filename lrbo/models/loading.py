@@ -78,6 +78,10 @@ def _read(
             trust_remote_code=False,
             output_loading_info=True,
         )
+        if hasattr(model, "ct_decompress_hook"):
+            # compressed-tensors unpacks weights before a call of the whole model, and only then.
+            with torch.no_grad():
+                model(torch.zeros(1, 1, dtype=torch.long))
     _require_filled(info if is_exact else {"missing_keys": info["missing_keys"]}, source.label)
     return model
 

@@ -118,7 +118,7 @@ def _check_report(config: ReportConfig) -> Iterator[str]:
 
 def _check_evaluate(config: EvaluateConfig) -> Iterator[str]:
     if config.checkpoint is not None:
-        yield from _check_model("checkpoint", config.checkpoint)
+        yield from _check_model("checkpoint", paths.model_folder(config.checkpoint))
     for key in ("text_folder", "task_folder"):
         if (folder := getattr(config, key)) is not None:
             yield from paths.check_folder(key, folder)

@@ -13,6 +13,7 @@ import pandas as pd
 from lrbo.allocation.loss_calibration import LossCalibration, sensitivity_file
 from lrbo.config.choices import KEEP_RATIO, LOSS, PREDICTED
 from lrbo.errors import StudyError
+from lrbo.files.paths import model_folder
 from lrbo.layers.options import UNITS
 from lrbo.reports.allocations import dense_size
 from lrbo.reports.gains import gains
@@ -163,7 +164,7 @@ def checkpoints(study: StudyRecord) -> list[dict[str, Any]]:
         written[folder] = {
             "trial": event["trial"],
             "folder": folder,
-            "exists": (Path(folder) / "config.json").is_file(),
+            "exists": (Path(model_folder(folder)) / "config.json").is_file(),
             "format": tags["format"],
             "dtype": tags["dtype"],
             **{key: float(tags[tag]) if tag in tags else None for key, tag in tag_of.items()},

@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 import lrbo
 from lrbo.allocation.allocate import Allocation
 from lrbo.checkpoints.export import WEIGHTS
+from lrbo.checkpoints.merged import save_merged
 from lrbo.errors import CheckpointError
 from lrbo.factorization.options import BaseOptions
 from lrbo.layers.forms import DENSE_FORM, FORMS
@@ -84,6 +86,12 @@ def test_a_folder_holds_the_model_that_was_compressed(
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "mixed")
     with torch.inference_mode():
         assert torch.equal(again(IDS).logits, stored)
+    save_merged(tmp_path / "merged", model, byte_tokenizer())
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert {type(part) for part in merged.modules() if hasattr(part, "in_features")} == {nn.Linear}
+    with torch.inference_mode():
+        error = (merged(IDS).logits - stored).abs().max()
+    assert float(error) < 1e-4 * float(stored.abs().max())
     half = lrbo.load(tmp_path / "mixed", dtype=torch.bfloat16)
     with torch.inference_mode():
         error = (half(IDS).logits.float() - stored).abs().max()

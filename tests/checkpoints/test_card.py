@@ -1,18 +1,23 @@
 """The card says what was given, and its head is what the Hub reads."""
 
 import ast
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from huggingface_hub import ModelCard, constants
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
+from torch import nn
 
 from lrbo.checkpoints.card import Card, origin_of
+from lrbo.checkpoints.stock import Scheme, Stock
 from lrbo.files.tables import Table, columns
 from lrbo.models.sources import ModelSource
+from tests.support.tiny import build
 
 ABOUT: dict[str, Any] = {
     "method": "loss_aware",
@@ -137,7 +142,39 @@ def test_a_hub_id_is_named_and_the_hub_is_not_asked(
 HOSTILE = """a](https://x) <img src=x onerror=alert(1)> `b` ```c | d\n---\n# e "f" 'g' \U0001f600"""
 
 
-@pytest.mark.parametrize("written_as", ["lrbo", "remote_code", "merged"])
+def stock_of(**changes: Any) -> Stock:
+    """Return parts of a tiny model whose layers are all packed alike, and one has a low rank."""
+    frame = build("llama_tied")
+    names = [name for name, part in frame.named_modules() if type(part) is nn.Linear]
+    parts: dict[str, Any] = {
+        "schemes": dict.fromkeys(names, Scheme(4, 64)),
+        "ranks": {names[0]: 9},
+        "base": {"weight": torch.ones(1000)},
+        "adapter": {"lora": torch.ones(3000)},
+    }
+    return Stock(frame, **(parts | changes))
+
+
+def test_it_says_what_vllm_reads_and_what_not() -> None:
+    text = card(written_as="adapter", stock=stock_of(), counted_bytes=12_345, measuring=None)
+    for words in (
+        "`base`, 4,000 bytes",
+        "`adapter`, 12,000\nbytes, ranks up to 9",
+        "takes 12,345 bytes",
+    ):
+        assert words in text
+    assert "--max-lora-rank 16 --lora-modules mine-80=mine-80/adapter" in text
+    assert "import lrbo" not in text
+    stock = stock_of(schemes={"model.layers.0.mlp.down_proj": Scheme(3, 64)})
+    text = card(written_as="adapter", stock=stock, measuring=None)
+    assert "vLLM does not read this model: its kernels do not take 3 bits in groups of 64" in text
+    assert "vllm serve" not in text
+    text = card(written_as="adapter", stock=stock_of(ranks={}, adapter={}), measuring=None)
+    assert "PeftModel" not in text
+    assert "vllm serve mine-80/base\n" in text
+
+
+@pytest.mark.parametrize("written_as", ["lrbo", "remote_code", "merged", "adapter"])
 def test_names_paths_and_licences_are_text(tmp_path: Path, written_as: str) -> None:
     """A card of hostile words has the parts of a harmless one, and says the words."""
 
@@ -149,6 +186,7 @@ def test_names_paths_and_licences_are_text(tmp_path: Path, written_as: str) -> N
         source = ModelSource("hf", str(folder))
         made = card(
             name=word, written_as=written_as, source=source, forms=["factored"],
+            stock=stock_of() if written_as == "adapter" else None,
             scores=Table(word, columns(word), [[word]]), commands=[f"lrbo search study={word}"],
             about={
                 "method": word, "validation": {"dtype": word}, "data": {word: {"text": word}},
@@ -172,12 +210,21 @@ def test_names_paths_and_licences_are_text(tmp_path: Path, written_as: str) -> N
     assert head.pop("license") == HOSTILE
     assert usual_head.pop("license") == "word"
     assert head == usual_head
-    code, commands = [token.content for token in tokens if token.type == "fence"]
+    code, *served, commands = [token.content for token in tokens if token.type == "fence"]
     names = [
-        node.args[0].value
+        argument.value
         for node in ast.walk(ast.parse(code))
-        if isinstance(node, ast.Call) and isinstance(node.args[0], ast.Constant)
+        if isinstance(node, ast.Call)
+        for argument in node.args
+        if isinstance(argument, ast.Constant)
     ]
-    assert names == [HOSTILE, HOSTILE]
+    if written_as == "adapter":
+        assert sorted(names) == [f"{HOSTILE}/{part}" for part in ("adapter", "base", "base")]
+        assert shlex.split(served[0])[2] == f"{HOSTILE}/base"
+    else:
+        assert names == [HOSTILE, HOSTILE]
+        assert served == []
     assert commands == f"lrbo search study={HOSTILE}\n"
-    assert "\n---\n# e" not in made.replace(commands, "")
+    for block in (*served, commands):
+        made = made.replace(block, "")
+    assert "\n---\n# e" not in made

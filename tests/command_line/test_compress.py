@@ -296,6 +296,22 @@ def test_merged_biases_without_a_place_are_refused_before_any_work(
     assert not Path("merged").exists()
 
 
+def test_forms_that_a_format_cannot_hold_are_refused_before_any_work(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compress, "finalist", lambda *_: pytest.fail("factors were read"))
+    ran = lrbo_command("compress", "study=tiny", "format=adapter", "point=1", "out=stock")
+    assert ran.status == 2
+    output = " ".join(ran.err.split())
+    assert "format='adapter' cannot hold trial 1: it holds int4, int3, int2, int8_sym," in output
+    assert "but not pivoted (model.layers.0." in output
+    assert "or a search with space.forms=[stock]" in output
+    monkeypatch.setattr(compress, "missing_packages", lambda: "peft lacks")
+    ran = lrbo_command("compress", "study=tiny", "format=adapter", "out=stock")
+    assert (ran.status, "peft lacks" in ran.err) == (2, True)
+    assert not Path("stock").exists()
+
+
 def test_merged_weights_open_with_any_loader(project: Path) -> None:
     from transformers import AutoModelForCausalLM
 

@@ -5,6 +5,7 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -156,6 +157,53 @@ def test_merged_it_opens_everywhere(written: tuple[Study, Path]) -> None:
         merged = AutoModelForCausalLM.from_pretrained("merged")(ids).logits
         difference = (merged - lrbo.load(folder)(ids).logits).abs().max()
     assert float(difference) < 1e-4 * float(merged.abs().max())
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft asks it
+def test_what_stock_forms_become_opens_as_its_card_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    typed = ["study=stock", "space.forms=[stock]", "budget.bits_per_parameter=7"]
+    typed += ["bases.group_sizes=[32]", "search.trials=2", "search.initial=2"]
+    assert lrbo_command("search", *SMALL, *typed).status == 0
+    line = ["compress", "study=stock", "point=1", "refit.enabled=false", "output=json"]
+    assert lrbo_command(*line, "out=own").status == 0
+    ran = lrbo_command(*line, "out=a", "format=adapter", "vllm=true")
+    assert ran.status == 0, ran.err
+    assert "vLLM reads it too" in ran.err
+    assert ran.json["parameters_in_file"] == ran.json["parameters"]
+    assert ran.json["forms"] == ["int4_sym", "int8_sym"]
+    assert ran.json["base_bytes"] > ran.json["adapter_bytes"] > 0
+    card = Path("a/README.md").read_text(encoding="utf-8")
+    assert f"{ran.json['base_bytes']:,} bytes" in card
+    assert "vllm serve a/base --enable-lora --max-lora-rank 8 --lora-modules a=a/adapter" in card
+    names: dict[str, Any] = {}
+    exec(card.split("```python\n")[1].split("```")[0], names)
+    ids = torch.arange(12).view(1, -1)
+    with torch.inference_mode():
+        said = names["model"].eval()(ids).logits
+        difference = (said - lrbo.load("own")(ids).logits).abs().max()
+    assert float(difference) < 1e-5 * float(said.abs().max())
+    line = ["data=generated", "data.window=64", "data.test.tokens=512", "output=json"]
+    scored = lrbo_command("evaluate", "checkpoint=a", *line)
+    assert scored.status == 0, scored.err
+    tests = Study(Path("studies/stock")).state.tests
+    assert scored.json["nll"] == pytest.approx(tests["analytic"]["metrics"]["nll"], abs=SAME)
+    assert "is in what the model has seen" in scored.out + scored.err
+    assert "gone" not in lrbo_command("report", "study=stock").out
+
+
+def test_what_vllm_would_not_read_is_refused_at_once(written: tuple[Study, Path]) -> None:
+    line = ["compress", "study=bits", "point=1", "out=served", "vllm=true"]
+    ran = lrbo_command(*line, "format=adapter")
+    assert ran.status != 0
+    output = " ".join(ran.err.split())
+    assert "vllm=True: vLLM cannot read trial 1: its kernels do not take" in output
+    assert "in groups of 16 (model.layers." in output
+    assert "Layers as stored" not in ran.err
+    assert "vllm=True: expected false with format=lrbo" in lrbo_command(*line).err
+    assert not Path("served").exists()
 
 
 def test_a_modelling_file_that_does_not_know_integers_is_refused_at_once(
