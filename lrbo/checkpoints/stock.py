@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,8 @@ from lrbo.models.loading import load_model
 from lrbo.models.sources import ModelSource
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-PACKAGES = {"compressed_tensors": "compressed-tensors", "peft": "peft"}
+# And the least release of either: before, the first packed 3 and 5 bits in another way.
+PACKAGES, LEAST = ("compressed-tensors", "peft"), (0, 18)
 PACKED, STATUS = "pack-quantized", "compressed"  # as the library calls them
 # What vLLM's kernels of integers (Marlin) take, and the largest ranks that it makes room for.
 VLLM_BITS, VLLM_GROUP_SIZES = (4, 8), (32, 64, 128)
@@ -52,10 +53,21 @@ class Scheme:
 
 def missing_packages() -> str | None:
     """Name the packages that are needed and not installed, with the pip command, if any."""
-    names = [pip for module, pip in PACKAGES.items() if importlib.util.find_spec(module) is None]
+    names = [name for name in PACKAGES if _release(name) < LEAST]
     if not names:
         return None
-    return f"format='adapter' needs {' and '.join(names)}; run: pip install 'lrbo[export]'"
+    least = ".".join(map(str, LEAST))
+    return (
+        f"format='adapter' needs {' and '.join(names)}, {least} or newer; run: pip install "
+        "'lrbo[export]'"
+    )
+
+
+def _release(package: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in metadata.version(package).split(".")[:2])
+    except metadata.PackageNotFoundError:
+        return (0,)
 
 
 def unfit(options: Mapping[str, Option], dense: nn.Module) -> str | None:

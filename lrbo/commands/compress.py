@@ -24,7 +24,7 @@ from lrbo.data.windows import TokenWindows
 from lrbo.errors import ConfigError, ModelError
 from lrbo.files.tables import Table, columns
 from lrbo.layers.modules import PRODUCTS
-from lrbo.layers.options import as_stored
+from lrbo.layers.options import Option, as_stored
 from lrbo.layers.pivoted import PivotedLinear
 from lrbo.models.devices import dtype_name, resolve_device, resolve_dtype
 from lrbo.models.loading import load_config
@@ -145,8 +145,7 @@ def run(config: CompressConfig, reporter: Reporter) -> dict[str, Any]:
             f"format=adapter: {stock.base_bytes:,} bytes of the base, {stock.adapter_bytes:,} of "
             f"the adapter; format=lrbo holds both in {counted.model.bytes:,}"
         )
-        clauses = "; ".join(stock.vllm_problems)
-        reporter.say(f"vLLM does not read it: {clauses}" if clauses else "vLLM reads it too")
+        reporter.say(_serving(stock, allocation.compressed))
     elif config.format == "merged":
         forms = []
         in_file = parameters = save_merged(out, model, tokenizer, card, tokens)
@@ -187,6 +186,16 @@ def run(config: CompressConfig, reporter: Reporter) -> dict[str, Any]:
         "refit": best.refit,
         **sizes,
     }
+
+
+def _serving(stock: Stock, options: Mapping[str, Option]) -> str:
+    """Say whether vLLM reads a model, and would if it were packed for it."""
+    if not stock.vllm_problems:
+        return "vLLM reads it too"
+    packed = schemes_of(options, stock.frame, vllm=True)
+    mended = not vllm_problems(packed, stock.rank, stock.frame)
+    hint = "; vllm=true packs it so that it does" if mended else ""
+    return f"vLLM does not read it: {'; '.join(stock.vllm_problems)}{hint}"
 
 
 def _require_room(

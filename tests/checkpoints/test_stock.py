@@ -1,8 +1,7 @@
 """What is written for transformers, PEFT and vLLM gives, opened by the first two, equal outputs."""
 
-import copy
-import importlib.util
 import json
+from importlib import metadata
 from itertools import cycle
 from pathlib import Path
 
@@ -271,14 +270,21 @@ def test_layers_that_vllm_runs_as_one_are_packed_alike() -> None:
     assert len(clauses) == 2
 
 
-def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("release", ["0.17.1", None])
+def test_missing_and_old_packages_are_named(
+    release: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert stock.missing_packages() is None
-    find = copy.copy(importlib.util.find_spec)
+    of = metadata.version
 
-    def lacking(name: str) -> object:
-        return None if name == "compressed_tensors" else find(name)
+    def version(name: str) -> str:
+        if name == "peft":
+            return of(name)
+        if release is None:
+            raise metadata.PackageNotFoundError
+        return release
 
-    monkeypatch.setattr(importlib.util, "find_spec", lacking)
+    monkeypatch.setattr(metadata, "version", version)
     problem = stock.missing_packages()
     assert problem is not None
-    assert "needs compressed-tensors; run: pip install 'lrbo[export]'" in problem
+    assert "needs compressed-tensors, 0.18 or newer; run: pip install 'lrbo[export]'" in problem

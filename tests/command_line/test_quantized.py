@@ -169,6 +169,8 @@ def test_what_stock_forms_become_opens_as_its_card_says(
     assert lrbo_command("search", *SMALL, *typed).status == 0
     line = ["compress", "study=stock", "point=1", "refit.enabled=false", "output=json"]
     assert lrbo_command(*line, "out=own").status == 0
+    ran = lrbo_command(*line, "out=apart", "format=adapter")
+    assert "they are not packed alike; vllm=true packs it so that it does" in ran.err
     ran = lrbo_command(*line, "out=a", "format=adapter", "vllm=true")
     assert ran.status == 0, ran.err
     assert "vLLM reads it too" in ran.err
