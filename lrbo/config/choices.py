@@ -33,7 +33,7 @@ SQLITE = "sqlite:///"  # begins the address of an MLflow store in a file
 # Names in space.forms that stand for several forms, those that are worth it in a measure.
 FORM_PRESETS: Mapping[str, tuple[str, ...]] = {
     "parameters": ("pivoted",),
-    "bytes": ("pivoted", "factored_int8", "int8", "int4", "int3", "int3_sym", "int2"),
+    "bytes": ("pivoted", "factored_int4", "int8", "int4", "int3", "int3_sym", "int2"),
 }
 
 # What a variable may be: a kept ratio, the natural logarithm of a factor of a loss curve, or a
