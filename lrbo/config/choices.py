@@ -34,7 +34,7 @@ SQLITE = "sqlite:///"  # begins the address of an MLflow store in a file
 # that both transformers and vLLM read, as lrbo compress format=adapter writes them.
 FORM_PRESETS: Mapping[str, tuple[str, ...]] = {
     "parameters": ("pivoted",),
-    "bytes": ("pivoted", "factored_int8", "int8", "int4", "int3", "int3_sym", "int2"),
+    "bytes": ("pivoted", "factored_int4", "int8", "int4", "int3", "int3_sym", "int2"),
     "stock": ("int4_sym", "int8_sym"),
 }
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lrbo.calibration.statistics import Statistic
 from lrbo.errors import StatisticsError
+from lrbo.factorization.base import Remainders
 from lrbo.factorization.bases import Base
 from lrbo.factorization.factors import LowRankFactors
 from lrbo.factorization.options import BaseOptions
@@ -112,11 +113,12 @@ class BasePlan:
         self,
         form: QuantizedFactors,
         factors: LowRankFactors,
+        remainder: Remainders,
         weight: Float[Tensor, "out in"],
         statistics: Mapping[Statistic, Tensor],
         dtype: torch.dtype,
     ) -> Factors:
-        """Round factors of a weight, with scales in ``dtype``.
+        """Round factors of a weight, with scales in ``dtype``; ``remainder`` factors what is left.
 
         Raises:
             StatisticsError: If a metric is not positive definite.
@@ -133,6 +135,7 @@ class BasePlan:
                 gradient = gradient.to(moment) if bool(gradient.any()) else None
         if gradient is not None:
             gradient = shrunk(gradient, PREDICTION_SHRINKAGE)
+        damping = self.options.damping
         return round_factors(
-            factors, weight, moment, gradient, dtype=dtype, damping=self.options.damping
+            factors, remainder, weight, moment, gradient, dtype=dtype, damping=damping
         )

@@ -71,7 +71,7 @@ def prepared_unit(
         most = min(form.largest_rank(*base.shape), low_rank.max_rank)
         if isinstance(form, QuantizedFactors):
             rest, factors = weight, full.leading(most)
-            codes = bases.factors(form, factors, weight, statistics, stored.dtype)
+            codes = bases.factors(form, factors, remainder, weight, statistics, stored.dtype)
             wide = codes.wide(DOUBLE)
             factors = replace(factors, loss=with_rounding(factors, wide, weight, statistics))
             factors = unit.with_error(factors, weight, wide)

@@ -30,8 +30,9 @@ class ThresholdSpace(Space):
     missed. Thresholds of sizes beyond the budgets are moved to the budgets' own.
 
     References:
-        The rank rule of R. Dyro, *Neural network compression with SVD* (2024), whose rank is found
-        by bisection, for one form, and without budgets.
+        The rank rule of R. Dyro's article on compressing networks by SVD and quantization
+        (rdyro.github.io, ``svd_nn_compression``), which finds each rank by bisection and has no
+        budget.
     """
 
     lowest: float  # keep ratio of the smallest budget; that of the problem is the largest

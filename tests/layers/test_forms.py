@@ -19,6 +19,7 @@ from lrbo.factorization.bases import Base
 from lrbo.factorization.factors import LowRankFactors
 from lrbo.factorization.options import BaseOptions
 from lrbo.factorization.prepared import BasedWeight
+from lrbo.factorization.registry import method_named
 from lrbo.layers.forms import (
     DENSE_FORM,
     FORMS,
@@ -79,7 +80,8 @@ def module_of(
         codes = None
         if isinstance(form, QuantizedFactors) and form.bits == 4 and level[-1]:
             plan = BasePlan((form.name,), BaseOptions("nearest"))
-            codes = plan.factors(form, rest, left @ right, {}, torch.float32)
+            remainder = method_named("svd").remainders(None, {})
+            codes = plan.factors(form, rest, remainder, left @ right, {}, torch.float32)
         base = base_of(form, shape, level, torch.float32)
         return BasedWeight(base, rest, codes).module(level[-1])
 
