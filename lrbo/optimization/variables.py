@@ -14,7 +14,7 @@ import numpy as np
 from lrbo.allocation.allocate import Allocation
 from lrbo.errors import ConfigError
 from lrbo.layers.forms import Based, QuantizedFactors, form_named
-from lrbo.layers.options import Losses, Menu
+from lrbo.layers.options import Losses
 from lrbo.models.specs import LayerSpec
 from lrbo.optimization.space import LinearConstraint, Point, Problem, Space
 
@@ -161,21 +161,6 @@ class WeightSpace(Space):
             assert menu.losses is not None
             distorted[name] = np.exp(own @ weights) * menu.losses**power
         return self.problem.by_loss(distorted)
-
-    def coefficients(self, allocation: Allocation) -> tuple[Losses, Losses]:
-        """Return how the options of searched units depend on the variables, and predicted losses.
-
-        The logarithm of the weight of an option is its row of ``(units, variables)`` times the
-        point; the exponent has no part in it.
-        """
-        rows, losses = [], []
-        for name, own in self._coefficients.items():
-            menu = self.problem.menus[name]
-            assert menu.losses is not None
-            index = menu.index(allocation.options[name])
-            rows.append(own[index])
-            losses.append(menu.losses[index])
-        return np.stack(rows), np.array(losses)
 
     @cached_property
     def _coefficients(self) -> dict[str, Losses]:
