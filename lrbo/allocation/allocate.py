@@ -9,7 +9,10 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
+
 from lrbo.allocation import knapsack
+from lrbo.allocation.joint import joint_choices, parts_of
 from lrbo.errors import BudgetError
 from lrbo.layers.forms import Codebook, Quantized, form_named
 from lrbo.layers.options import DENSE, Budget, Cost, Ladder, Losses, Measure, Menu, Option
@@ -38,7 +41,7 @@ class Allocation:
     @property
     def ranks(self) -> dict[str, dict[Option, int]]:
         """The families of the units that are not dense, with the rank of each."""
-        return {n: {each.family: each.level[-1]} for n, each in self.compressed.items()}
+        return {n: {each.family: each.rank} for n, each in self.compressed.items()}
 
 
 def dense_cost(menus: Mapping[str, Menu]) -> Cost:
@@ -47,7 +50,10 @@ def dense_cost(menus: Mapping[str, Menu]) -> Cost:
 
 
 def smallest_cost(menus: Mapping[str, Menu], measure: Measure, dense: Collection[str] = ()) -> int:
-    """Return the smallest budget that any allocation can meet; units of ``dense`` stay dense."""
+    """Return the smallest budget that any allocation can meet; units of ``dense`` stay dense.
+
+    Joint options are left out: baselines have none.
+    """
     return sum(
         menu.dense.of(measure)
         if name in dense
@@ -122,7 +128,7 @@ def allocate(
         return float(ladders[name].prices[rung] / wishes[name])
 
     room = _room(budget, ladders, menus)
-    return _climb(menus, ladders, dict.fromkeys(ladders, 0), room, scale, budget)
+    return _climb(menus, ladders, dict.fromkeys(ladders, 0), room, scale, budget, {})
 
 
 def allocate_by_loss(
@@ -140,6 +146,12 @@ def allocate_by_loss(
     gain per cost first, ties by name, until none fits. So (a) to (d) of :func:`allocate` hold too.
     A larger budget never predicts a larger loss, but may leave more of it unused.
 
+    Joint options, which the layers of an attention or MLP take together, are weighed against the
+    combinations of their own options that are best at some price per cost; then the other layers
+    are solved as above within what is left. So the result is optimal among those with the same
+    joint options, is never worse than without any, and is not proven to be the best of all: a
+    larger budget may then predict a larger loss.
+
     ``losses`` replace those of the menus. Units that they lack stay dense, and those of
     ``dense`` too.
 
@@ -156,9 +168,23 @@ def allocate_by_loss(
             f"{len(unknown)} of {len(menus)} units have no predicted losses, the first is "
             f"{unknown[0]}; calibrate with output gradients first."
         )
-    prices = [ladder.prices for ladder in ladders.values()]
-    ceiling = _room(budget, ladders, menus) + sum(int(each[0]) for each in prices)
-    best = knapsack.solve(prices, list(curves.values()), ceiling)
+
+    def solved(left: Mapping[str, Ladder], ceiling: int) -> knapsack.Solution:
+        prices = [ladder.prices for ladder in left.values()]
+        return knapsack.solve(prices, [curves[name] for name in left], ceiling)
+
+    ceiling = _room(budget, ladders, menus)
+    ceiling += sum(int(ladder.prices[0]) for ladder in ladders.values())
+    best, joint = solved(ladders, ceiling), dict[str, int]()
+    known = {name: np.asarray(given[name]) for name in curves}
+    parts = parts_of(menus, known, budget.measure)
+    if parts and (taken := joint_choices(parts, ladders, ceiling)):
+        left = {name: ladder for name, ladder in ladders.items() if name not in taken}
+        spent = sum(menus[n].cost(index).of(budget.measure) for n, index in taken.items())
+        lost = math.fsum(float(known[name][index]) for name, index in taken.items())
+        others = solved(left, ceiling - spent)
+        if lost + others.loss < best.loss:
+            best, joint, ladders, ceiling = others, taken, left, ceiling - spent
     if best.gap > knapsack.SMALL_GAP * best.loss:
         logger.warning(
             "the predicted loss of %g nats per token may be %g above the least possible: too many "
@@ -171,8 +197,8 @@ def allocate_by_loss(
         before, after = ladders[name].prices[rung - 1 : rung + 1]
         return float((curves[name][rung] - curves[name][rung - 1]) / (after - before))
 
-    solved = dict(zip(ladders, best.choices, strict=True))
-    return _climb(menus, ladders, solved, ceiling - best.cost, rise, budget)
+    start = dict(zip(ladders, best.choices, strict=True))
+    return _climb(menus, ladders, start, ceiling - best.cost, rise, budget, joint)
 
 
 def _room(budget: Budget, ladders: Mapping[str, Ladder], menus: Mapping[str, Menu]) -> int:
@@ -200,8 +226,9 @@ def _climb(
     room: int,
     urgency: Callable[[str, int], float],
     budget: Budget,
+    joint: Mapping[str, int],
 ) -> Allocation:
-    """Take rungs in order of urgency, lowest first; units without a ladder are dense."""
+    """Take rungs in order of urgency, lowest first; units without one are dense, or ``joint``."""
     rungs = dict(start)
     queue: list[tuple[float, str]] = []
 
@@ -220,7 +247,9 @@ def _climb(
             rungs[name] = rung
             enqueue(name)
     indices = {
-        name: int(ladders[name].indices[rungs[name]]) if name in ladders else len(menu) - 1
+        name: int(ladders[name].indices[rungs[name]])
+        if name in ladders
+        else joint.get(name, len(menu) - 1)
         for name, menu in menus.items()
     }
     return _allocation(menus, indices, budget)

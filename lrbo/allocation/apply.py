@@ -10,7 +10,7 @@ from torch import nn
 from lrbo.allocation.allocate import Allocation
 from lrbo.factorization.factors import Buffers
 from lrbo.factorization.prepared import Prepared
-from lrbo.layers.modules import replace_module
+from lrbo.layers.modules import replace_modules
 from lrbo.layers.options import Option
 from lrbo.models.model_map import linear_weight
 
@@ -30,9 +30,10 @@ def store_(
     modules = {}
     for name, option in _options(model, allocation, prepared).items():
         weight = linear_weight(model.get_submodule(name))
-        modules[name] = prepared[name].stored(name, option, weight.dtype).to(weight.device)
+        own = prepared[name].bound(model.get_submodule(name))
+        modules[name] = own.stored(name, option, weight.dtype).to(weight.device)
         on_unit(name)
-    return _replace(model, modules)
+    return replace_modules(model, modules)
 
 
 def on_device(
@@ -43,10 +44,11 @@ def on_device(
     for name in ranks:
         if name not in prepared:
             continue
-        weight = linear_weight(model.get_submodule(name))
+        dense = model.get_submodule(name)
+        weight = linear_weight(dense)
         part = prepared[name].only(ranks[name], weight.dtype, weight.device)
         if part is not None:
-            moved[name] = part
+            moved[name] = part.bound(dense)
     return moved
 
 
@@ -76,15 +78,11 @@ def compressed(
 @contextmanager
 def replaced(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[nn.Module]:
     """Replace modules of a model, by dotted name, for the length of a ``with``."""
-    before = _replace(model, modules)
+    before = replace_modules(model, modules)
     try:
         yield model
     finally:
-        _replace(model, before)
-
-
-def _replace(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    return {name: replace_module(model, name, module) for name, module in modules.items()}
+        replace_modules(model, before)
 
 
 def _options(

@@ -329,6 +329,19 @@ def _hull_steps(
     return layer[order], step[order], gain[order]
 
 
+def sum_of_hulls(choices: Sequence[tuple[Integers, Floats]]) -> tuple[Integers, Floats]:
+    """Return summed costs and losses of several layers along the hull of all their combinations.
+
+    Each point follows from the one before by the step of one layer along its own hull that saves
+    most per cost. ``choices`` are costs, rising strictly, and losses of each layer.
+    """
+    hulls = [_lower_hull(costs, losses) for costs, losses in choices]
+    _, steps, gains = _hull_steps(choices, hulls)
+    first = sum(int(costs[0]) for costs, _ in choices), sum(float(loss[0]) for _, loss in choices)
+    costs = first[0] + np.append(0, np.cumsum(steps))
+    return costs, np.maximum(first[1] - np.append(0.0, np.cumsum(gains)), 0.0)
+
+
 def _relax(layers: Sequence[_Layer], hulls: Sequence[Integers], ceiling: int) -> _Relaxed | None:
     """Solve the linear relaxation; ``None`` if even the cheapest choices do not fit."""
     least = sum(int(layer.costs[0]) for layer in layers)

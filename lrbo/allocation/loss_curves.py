@@ -13,7 +13,7 @@ from lrbo.allocation.apply import replaced
 from lrbo.allocation.loss_calibration import Measurement
 from lrbo.errors import NonFiniteError
 from lrbo.factorization.prepared import Prepared
-from lrbo.layers.forms import Based, form_named
+from lrbo.layers.forms import Based, form_named, is_joint
 from lrbo.layers.options import Menu, Option
 from lrbo.models.blockwise import Scratch
 from lrbo.models.specs import LayerSpec
@@ -37,7 +37,8 @@ def points_of(
 ) -> list[tuple[LayerSpec, Option]]:
     """Spread layers of each kind evenly over depth, and ranks evenly up to the largest.
 
-    Of low-rank forms the first on the menu; of integers, every family without a rank.
+    Of low-rank forms the first on the menu; of integers, every family without a rank. Joint options
+    are of no single layer, and not checked.
     """
     points = []
     for kind in dict.fromkeys(spec.kind for spec in layers):
@@ -45,7 +46,8 @@ def points_of(
         count = min(settings.layers_per_kind, len(members))
         for index in range(count):
             spec = members[(2 * index + 1) * len(members) // (2 * count)]
-            families = [section.family for section in menus[spec.name].sections[:-1]]
+            sections = menus[spec.name].sections[:-1]
+            families = [each.family for each in sections if not is_joint(each.form)]
             points += [(spec, family.at(0)) for family in families if family.has_base]
             low = next((family for family in families if not family.has_base), None)
             most = 0 if low is None else prepared[spec.name].part(low).max_rank

@@ -17,10 +17,20 @@ from transformers import (
 
 from lrbo.checkpoints.export import checkpoint_folder
 from lrbo.checkpoints.quantizer import count_parameters, read_headers
+from lrbo.checkpoints.structure import Structure, padded
 from lrbo.data.windows import Role, TokenWindows
 from lrbo.errors import CheckpointError
-from lrbo.layers.modules import low_rank_layers
-from lrbo.models.model_map import is_tied, is_transposed, linear_bias
+from lrbo.layers.joint import SkippedLinear, ThinLinear
+from lrbo.layers.low_rank import FormModule
+from lrbo.layers.modules import low_rank_layers, thin_layers
+from lrbo.models.model_map import (
+    is_linear,
+    is_tied,
+    is_transposed,
+    linear_bias,
+    linear_weight,
+    map_model,
+)
 
 # The switches of a configuration that give layers a bias, and the layers that they give it to.
 SWITCHES = {
@@ -39,10 +49,12 @@ def save_merged(
 ) -> int:
     """Write dense weights that any loader opens, and return the number of parameters in the files.
 
-    Each low-rank layer is multiplied out in float64. A bias that the method added needs a
-    parameter: the configuration's switch for it, such as ``attention_bias``, is turned on where
-    the family has one, and every other layer that gets a bias that way has zeros. The arguments
-    are those of :func:`lrbo.checkpoints.export.save`; the model is unchanged.
+    Each low-rank layer is multiplied out in float64. Where all MLPs have fewer neurons, so has the
+    configuration: as many as the widest, the others with zeros. Blocks of which nothing is left are
+    left out but for the first; other skipped parts are zeros, with their bias. A bias that is new
+    needs a parameter: the configuration's switch for it, such as ``attention_bias``, is turned on
+    where the family has one, and every other layer that gets a bias that way has zeros. The
+    arguments are those of :func:`lrbo.checkpoints.export.save`; the model is unchanged.
 
     Raises:
         CheckpointError: If the folder exists or cannot be written, or a layer cannot have a bias.
@@ -54,11 +66,43 @@ def save_merged(
 
 def _merged(model: PreTrainedModel) -> PreTrainedModel:
     """Return a dense model with the products of a compressed one."""
-    merged, tensors = frame_of(model)
-    for name, layer in low_rank_layers(model).items():
-        weight = layer.dense_weight().to(model.dtype)
-        is_turned = is_transposed(merged.get_submodule(name))
-        tensors[f"{name}.weight"] = weight.T if is_turned else weight
+    values = model.config.to_dict()
+    values.pop("auto_map", None)  # names files that are not written here
+    values["tie_word_embeddings"] = is_tied(model)
+    structure = Structure.of(model)
+    layers: dict[str, FormModule | ThinLinear] = {**low_rank_layers(model), **thin_layers(model)}
+    biased = [name for name, layer in layers.items() if linear_bias(layer) is not None]
+    moved = map(structure.renamed, dict.fromkeys([*biased, *structure.constants]))
+    config = structure.config(type(model.config).from_dict(values))
+    merged = with_biases(config, [name for name in moved if name is not None])
+    replaced = tuple(f"{name}." for name in layers)
+    tensors = {n: p for n, p in model.named_parameters() if not n.startswith(replaced)}
+    specs = map_model(merged).by_name
+    for name, layer in layers.items():
+        new = structure.renamed(name)
+        if new is None:
+            continue
+        target, bias = merged.get_submodule(new), linear_bias(layer)
+        assert is_linear(target)
+        if isinstance(layer, ThinLinear):
+            weight, bias = padded(layer, specs[new])
+        elif isinstance(layer, SkippedLinear):
+            weight = layer.weight.new_zeros(linear_weight(target).shape)
+        else:
+            weight = layer.dense_weight()
+        weight = weight.to(model.dtype)
+        tensors[f"{name}.weight"] = weight.T if is_transposed(target) else weight
+        if bias is not None:
+            tensors[f"{name}.bias"] = bias.to(model.dtype)
+    for name, constant in structure.constants.items():
+        own = tensors.get(f"{name}.bias")
+        total = constant if own is None else constant + own.double()
+        tensors[f"{name}.bias"] = total.to(model.dtype)
+    pairs = {structure.renamed(name): tensor for name, tensor in tensors.items()}
+    tensors = {name: tensor for name, tensor in pairs.items() if name is not None}
+    for name, parameter in merged.named_parameters():
+        if name not in tensors and name.endswith(".bias"):
+            tensors[name] = torch.zeros(parameter.shape, dtype=model.dtype, device=model.device)
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     merged.load_state_dict(contiguous, strict=False, assign=True)
     merged.tie_weights()
@@ -102,7 +146,8 @@ def with_biases(config: PretrainedConfig, biased: Collection[str]) -> PreTrained
     if lacking:
         raise CheckpointError(
             f"{type(merged).__name__} has no parameter for the bias of {len(lacking)} layers "
-            f"({lacking[0]} first) that the method added; use format=lrbo, or a method without."
+            f"({lacking[0]} first) that the method or a skipped part adds; use "
+            "format=lrbo, or others without."
         )
     return merged
 

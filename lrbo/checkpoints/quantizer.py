@@ -20,17 +20,21 @@ from lrbo.config.shell import command
 from lrbo.errors import CheckpointError, ModelError, reading, some
 from lrbo.files.parsing import ContentError, Count, checked
 from lrbo.layers.forms import FORMS
+from lrbo.layers.joint import empty_joint
+from lrbo.layers.joint_form import Joint, Neurons
 from lrbo.layers.low_rank import no_weight
-from lrbo.layers.modules import empty_module, low_rank_layers, parameters_of
+from lrbo.layers.modules import empty_module, low_rank_layers, parameters_of, replace_modules
 from lrbo.layers.options import DENSE, Option
 from lrbo.layers.pivoted import PivotedLinear
 from lrbo.models import headers
 
 # Not its names: its import of transformers may be what imports this module.
 from lrbo.models import model_map as maps
+from lrbo.models.specs import LayerSpec
 
 METHOD = "lrbo"
 FORMAT = 4
+JOINT_FORMS = tuple(name for name, form in FORMS.items() if isinstance(form, Joint))
 
 
 @with_config(ConfigDict(extra="forbid"))
@@ -158,7 +162,8 @@ class LowRankQuantizer(HfQuantizer):
 
 def put_in(model: nn.Module, config: LowRankConfig) -> None:
     """Replace the layers that are not dense by empty ones of their options, on the meta device."""
-    modules = dict(model.named_modules())
+    modules, layers = dict(model.named_modules()), dict[str, nn.Module]()
+    specs = _joint_specs(model, config.units)
     for name, text in config.units.items():
         dense = modules.get(name, nn.Identity())
         if not maps.is_linear(dense):
@@ -178,8 +183,37 @@ def put_in(model: nn.Module, config: LowRankConfig) -> None:
                 f"{f', and {problem}' if problem else ''}; restore config.json."
             )
         bias = maps.linear_bias(dense) is not None or name in config.added_biases
-        layer = empty_module(name, option, rows, columns, bias=bias)
-        model.set_submodule(name, layer.train(dense.training))
+        if name in specs:
+            layers[name] = empty_joint(specs[name], option)
+        else:
+            layers[name] = empty_module(name, option, rows, columns, bias=bias)
+    replace_modules(model, layers)
+
+
+def _joint_specs(model: nn.Module, units: Mapping[str, str]) -> dict[str, LayerSpec]:
+    """Map the layers with joint options, which all layers of an attention or MLP must have."""
+    joint = {name: text for name, text in units.items() if text.partition(" ")[0] in JOINT_FORMS}
+    if not joint:
+        return {}
+    with reading(CheckpointError, "restore config.json", own=ModelError):
+        specs = maps.map_model(model).by_name
+    for name, text in joint.items():
+        part = specs[name].part if name in specs else None
+        if part is None:
+            raise CheckpointError(
+                f"{name} cannot be {text!r}: it is of no attention or MLP; restore config.json."
+            )
+        if text.startswith(Neurons.name) and not specs[name].neurons:
+            raise CheckpointError(
+                f"{name} cannot be {text!r}: an attention has no neurons; restore config.json."
+            )
+        for other, spec in specs.items():
+            if spec.part == part and joint.get(other) != text:
+                raise CheckpointError(
+                    f"{name} is {text!r} and {other} is {units.get(other, 'dense')!r}: all layers "
+                    "of an attention or MLP take this option together; restore config.json."
+                )
+    return {name: specs[name] for name in joint}
 
 
 def check_tensors(model: PreTrainedModel, stored: Mapping[str, Tensor], where: Path) -> None:

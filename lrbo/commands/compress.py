@@ -23,6 +23,7 @@ from lrbo.config.shell import assigned
 from lrbo.data.windows import TokenWindows
 from lrbo.errors import ConfigError, ModelError
 from lrbo.files.tables import Table, columns
+from lrbo.layers.joint_form import Skip
 from lrbo.layers.modules import PRODUCTS
 from lrbo.layers.options import Option, as_stored
 from lrbo.layers.pivoted import PivotedLinear
@@ -149,8 +150,10 @@ def run(config: CompressConfig, reporter: Reporter) -> dict[str, Any]:
     elif config.format == "merged":
         forms = []
         in_file = parameters = save_merged(out, model, tokenizer, card, tokens)
+        dense = counted.model_dense.parameters
+        effect = f"has {dense - in_file:,} fewer" if in_file < dense else "saves nothing"
         reporter.say(
-            f"format=merged: {in_file:,} dense parameters; it opens everywhere and saves nothing"
+            f"format=merged: {in_file:,} dense parameters; it opens everywhere and {effect}"
         )
     else:
         in_file = export.save(
@@ -215,8 +218,15 @@ def _require_room(
                     )
     if config.format not in ("merged", "adapter"):
         return
-    compressed = {name for record in records for name in record.request.allocation.compressed}
+    taken = [record.request.allocation.compressed for record in records]
+    compressed = {name for options in taken for name in options}
     biased = [name for name in plan.added_biases if name in compressed]
+    skipped = {n for options in taken for n, option in options.items() if option.form == Skip.name}
+    biased += [
+        spec.name
+        for spec in plan.layers.compressible
+        if spec.name in skipped and spec.ends_part and not spec.has_bias
+    ]
     dense = with_biases(load_config(plan.source), biased)
     if config.format == "adapter":
         _require_stock(records, dense, vllm=config.vllm)

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, StaticCache
 
-from lrbo.layers.low_rank import linear_of
-from lrbo.layers.modules import count_parameters, low_rank_layers, replace_module
-from lrbo.models.model_map import body_and_head, map_model
+from lrbo.layers.joint import SkippedAttention, SkippedLinear, ThinLinear
+from lrbo.layers.low_rank import FormModule, linear_of
+from lrbo.layers.modules import count_parameters, low_rank_layers, replace_modules, thin_layers
+from lrbo.models.model_map import body_and_head, linear_bias, linear_weight, map_model
 
 # Standard deviation of a normal variable per median absolute deviation, and standard error of
 # a median per standard error of a mean.
@@ -90,7 +91,7 @@ class Speed:
 
 @dataclass(frozen=True)
 class KindSpeed:
-    """How fast the low-rank layers of a kind are, one after another, for the longest prompt."""
+    """How fast the compressed layers of a kind are, one after another, for the longest prompt."""
 
     kind: str
     layers: int
@@ -163,23 +164,27 @@ def measure_speed(
 def measure_kinds(
     model: PreTrainedModel, twin: PreTrainedModel, settings: TimingSettings
 ) -> list[KindSpeed]:
-    """Time the low-rank layers of each kind against dense ones, on rows of the longest prompt."""
+    """Time the compressed layers of each kind against dense ones, on rows of the longest prompt.
+
+    Those that are skipped are not run, and so not timed.
+    """
     specs = map_model(twin).by_name
     kinds: dict[str, list[str]] = {}
-    for name in low_rank_layers(model):
-        kinds.setdefault(specs[name].kind, []).append(name)
+    for name, layer in _compressed_layers(model).items():
+        if not isinstance(layer, SkippedLinear):
+            kinds.setdefault(specs[name].kind, []).append(name)
     speeds = []
     for kind, names in kinds.items():
         shape = (settings.batch, max(settings.prompts))
+        mine, other = ({n: each.get_submodule(n) for n in names} for each in (model, twin))
         rows = {
             width: torch.randn(*shape, width, device=model.device).to(model.dtype)
-            for width in sorted({specs[name].in_features for name in names})
+            for width in sorted({_width(layer) for layer in (*mine.values(), *other.values())})
         }
-        mine, other = ({n: each.get_submodule(n) for n in names} for each in (model, twin))
 
         def run(layers: Mapping[str, nn.Module], rows: Mapping[int, Tensor] = rows) -> None:
-            for name, layer in layers.items():  # as in a model: no output is kept
-                layer(rows[specs[name].in_features])
+            for layer in layers.values():  # as in a model: no output is kept
+                layer(rows[_width(layer)])
 
         runs = Run(partial(run, mine)), Run(partial(run, other))
         times = _in_turns(*runs, model.device, settings)
@@ -187,6 +192,17 @@ def measure_kinds(
         ms = 1e3 * times.dense_seconds, 1e3 * times.seconds
         speeds.append(KindSpeed(kind, len(names), low_rank / dense, *ms, *times.speedup))
     return speeds
+
+
+def _compressed_layers(model: nn.Module) -> dict[str, FormModule | ThinLinear]:
+    return {**low_rank_layers(model), **thin_layers(model)}
+
+
+def _width(layer: nn.Module) -> int:
+    """Return the number of inputs of a layer."""
+    width = layer.in_features
+    assert isinstance(width, int)
+    return width
 
 
 def _timed(
@@ -282,15 +298,26 @@ def decode(
 
 
 def dense_twin(model: PreTrainedModel) -> PreTrainedModel:
-    """Copy a compressed model with dense layers, of random weights, instead of low-rank ones.
+    """Copy a compressed model with dense layers, of random weights, instead of compressed ones.
 
     How long a product takes does not depend on its values, so the dense checkpoint is not needed.
     """
+    with torch.device("meta"):
+        dense = type(model)(copy.deepcopy(model.config))
     layers: dict[str, nn.Module] = {}
-    for name, layer in low_rank_layers(model).items():
-        weight = layer.weight.new_empty(layer.out_features, layer.in_features)
-        bias = None if layer.bias is None else torch.zeros_like(layer.bias)
-        layers[name] = linear_of(weight.normal_(std=layer.in_features**-0.5), bias)
+    for name, module in model.named_modules():
+        if isinstance(module, SkippedAttention):
+            layers[name] = dense.get_submodule(name)
+            for own, child in module.named_children():  # norms; its layers follow
+                if not isinstance(child, SkippedLinear):
+                    layers[name].add_module(own, child)
+    for name, layer in _compressed_layers(model).items():
+        before, has_bias = dense.get_submodule(name), layer.bias is not None
+        if isinstance(layer, ThinLinear | SkippedLinear):
+            has_bias = linear_bias(before) is not None
+        rows, columns = linear_weight(before).shape
+        weight = layer.weight.new_empty(rows, columns).normal_(std=columns**-0.5)
+        layers[name] = linear_of(weight, weight.new_zeros(rows) if has_bias else None)
     return _twin(model, layers)
 
 
@@ -299,6 +326,5 @@ def _twin(model: PreTrainedModel, layers: Mapping[str, nn.Module]) -> PreTrained
     # The memory of deepcopy: what is in it is not copied.
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     twin = copy.deepcopy(model, shared)
-    for name, layer in layers.items():
-        replace_module(twin, name, layer)
+    replace_modules(twin, layers)
     return twin

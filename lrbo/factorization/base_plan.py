@@ -20,10 +20,10 @@ from lrbo.factorization.quantized_factors import round_factors
 from lrbo.factorization.rounding import round_gptq, round_nearest, round_to_codebook
 from lrbo.factorization.sparsity import sparsify
 from lrbo.layers.based import Factors
+from lrbo.layers.form import Grid
 from lrbo.layers.forms import (
     Based,
     Codebook,
-    Grid,
     Quantized,
     QuantizedFactors,
     SemiStructured,

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from lrbo.errors import StatisticsError
 from lrbo.layers.based import BasedLinear, Factors, dense_of
-from lrbo.layers.forms import Based, Level
+from lrbo.layers.form import Level
+from lrbo.layers.forms import Based
 from lrbo.layers.low_rank import Bias
 from lrbo.layers.options import Option
 from lrbo.linalg import require_finite

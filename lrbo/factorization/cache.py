@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -18,10 +18,14 @@ from lrbo.calibration.statistics import Statistic
 from lrbo.errors import CacheError, StatisticsError, reading
 from lrbo.factorization.base import FactorizationMethod
 from lrbo.factorization.base_plan import BasePlan
+from lrbo.factorization.factors import LowRankFactors
+from lrbo.factorization.joint import prepare_joint
 from lrbo.factorization.prepare_unit import prepared_unit
-from lrbo.factorization.prepared import Prepared, prepared_of
+from lrbo.factorization.prepared import Prepared, UnitFactors, prepared_of
 from lrbo.files.caches import fingerprint_of, opened, read_part, save_parts
+from lrbo.linalg import float64_device
 from lrbo.models.blockwise import OpenBlock
+from lrbo.models.model_map import linear_weight
 from lrbo.models.specs import LayerSpec, ModelMap
 
 
@@ -41,6 +45,7 @@ def factor_model(
     *,
     bases: BasePlan | None = None,
     errors: bool = False,
+    joint: Collection[str] = (),
     open_block: OpenBlock | None = None,
     device: torch.device | None = None,
     on_layer: Callable[[str], None] | None = None,
@@ -49,7 +54,8 @@ def factor_model(
 
     With ``bases``, these are made too, and what each leaves is factored. With statistics of output
     gradients, losses are predicted; with ``errors``, relative errors of outputs are worked out from
-    mean and covariance of the inputs. ``open_block`` brings the weights of a block into the model
+    mean and covariance of the inputs; ``joint`` names forms that attentions and MLPs can have as a
+    whole. ``open_block`` brings the weights of a block into the model
     for the length of a ``with``; by default they are there. ``device``, by default that of the
     weights, decomposes if it has float64, else the CPU does. ``on_layer`` is called with the name
     of each finished layer.
@@ -60,8 +66,9 @@ def factor_model(
     Raises:
         StatisticsError: Naming the layer.
     """
-    for block, members in groupby(layers.compressible, key=lambda spec: spec.block):
+    for block, grouped in groupby(layers.compressible, key=lambda spec: spec.block):
         assert block is not None
+        members = list(grouped)
         made: dict[str, Prepared] = {}
         with open_block(block) if open_block else nullcontext():
             for spec in members:
@@ -75,7 +82,34 @@ def factor_model(
                         )
                 if on_layer is not None:
                     on_layer(spec.name)
+            if joint:
+                _add_joint(made, model, joint, members, statistics, device)
         yield made
+
+
+def _add_joint(
+    made: dict[str, Prepared],
+    model: PreTrainedModel,
+    forms: Collection[str],
+    members: Sequence[LayerSpec],
+    statistics: LayerStatistics,
+    device: torch.device | None,
+) -> None:
+    """Add what the attention and the MLP of a block can become as a whole to their layers."""
+    for end in [spec for spec in members if spec.ends_part]:
+        specs = [spec for spec in members if spec.part == end.name]
+        if not all(spec.name in made for spec in specs):
+            continue
+        last = model.get_submodule(end.name)
+        work = float64_device(linear_weight(last).device if device is None else device)
+        with _naming(end.name):
+            parts = prepare_joint(forms, specs, last, statistics.of(end), work)
+        for name, own in parts.items():
+            unit = made[name]
+            if isinstance(unit, LowRankFactors):
+                unit = UnitFactors(unit, {})
+            assert isinstance(unit, UnitFactors)
+            made[name] = replace(unit, joint=own)
 
 
 @contextmanager
@@ -97,6 +131,7 @@ def factors_fingerprint(
     method: FactorizationMethod,
     bases: BasePlan | None = None,
     errors: bool = False,
+    joint: Collection[str] = (),
 ) -> str:
     """Return the digest of everything that the factors depend on."""
     options = {  # sets have another order in every process
@@ -105,12 +140,13 @@ def factors_fingerprint(
     }
     return fingerprint_of(
         {
-            "format": 7,
+            "format": 8,
             "model": model_fingerprint,
             "calibration": calibration_fingerprint,
             "method": {"type": type(method).__name__, **options},
             "bases": None if bases is None else asdict(bases),
             "errors": errors,
+            "joint": sorted(joint),
         }
     )
 

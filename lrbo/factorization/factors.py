@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lrbo.layers.forms import Based, form_named
+from lrbo.layers.forms import Based, form_named, is_joint
 from lrbo.layers.low_rank import Bias, LowRankLinear, is_dearer, linear_of
 from lrbo.layers.modules import PRODUCTS
 from lrbo.layers.options import Losses, Option, Section
@@ -187,9 +187,18 @@ class LowRankFactors:
         self, ranks: Mapping[Option, int], dtype: torch.dtype, device: torch.device
     ) -> LowRankFactors | None:
         """Return a copy up to the largest of some ranks, by family; ``None`` if they are 0."""
-        own = (ranks[f] for f in ranks if not isinstance(form_named(f.form), Based))
+        own = (
+            ranks[f]
+            for f in ranks
+            if not isinstance(form_named(f.form), Based) and not is_joint(f.form)
+        )
         rank = max(own, default=0)
         return self.to(dtype=dtype, device=device, max_rank=rank) if rank else None
+
+    def bound(self, dense: nn.Module) -> LowRankFactors:
+        """Return the factors: no option of theirs needs the dense layer."""
+        del dense
+        return self
 
     def _prefix(self, rank: int) -> tuple[Float[Tensor, "out r"], Float[Tensor, "r in"]]:
         """Return views of the leading directions."""

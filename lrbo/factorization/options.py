@@ -16,7 +16,7 @@ from lrbo.config.options import (
     one_of,
     option,
 )
-from lrbo.layers.forms import GROUP_SIZES
+from lrbo.layers.form import GROUP_SIZES
 
 SIZES = Rule(
     f"one or several of {', '.join(map(str, GROUP_SIZES))}, each once",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from lrbo.factorization.bases import Base
 from lrbo.factorization.factors import CURVES, PARTS, Buffers, Curve, LowRankFactors
+from lrbo.factorization.joint import JOINT, Skipped, Thinned
 from lrbo.layers.based import BasedLinear, Factors, shapes_of
-from lrbo.layers.forms import Based, QuantizedFactors, form_named
+from lrbo.layers.forms import Based, QuantizedFactors, form_named, is_joint
 from lrbo.layers.options import Losses, Option, Section
 
 
@@ -44,6 +45,9 @@ class Prepared(Protocol):
         self, ranks: Mapping[Option, int], dtype: torch.dtype, device: torch.device
     ) -> Prepared | None:
         """Return some families, up to a rank of each, elsewhere; ``None`` if there are none."""
+
+    def bound(self, dense: nn.Module) -> Prepared:
+        """Return the unit with its dense layer, of which joint options take a part."""
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors by name, for the cache."""
@@ -104,10 +108,11 @@ class BasedWeight:
 
 @dataclass(frozen=True)
 class UnitFactors:
-    """Low-rank factors of a unit, and its bases with factors of what each leaves."""
+    """Low-rank factors of a unit, its bases with factors of what each leaves, its joint options."""
 
     low_rank: LowRankFactors | None
     based: Mapping[Option, BasedWeight]
+    joint: Mapping[Option, Thinned | Skipped] = field(default_factory=dict)
 
     @property
     def has_effect(self) -> bool:
@@ -118,25 +123,31 @@ class UnitFactors:
         """Return the factors of a family, whose ranks are its levels."""
         if family in self.based:
             return self.based[family].rest
-        if self.low_rank is None or family.has_base:
+        if self.low_rank is None or family.has_base or is_joint(family.form):
             raise KeyError(f"{family} was not prepared")
         return self.low_rank
 
     def losses(self, section: Section, curve: Curve = "loss") -> Losses | None:
         """Return a curve of a section of the menu, as far as there are levels."""
         family = section.family
+        if family in self.joint:
+            return self.joint[family].losses(section)
         if self.low_rank is None and family not in self.based and not family.has_base:
             return np.zeros(0)  # no rank is cheaper than dense
         return self.part(family).losses(section, curve)
 
     def trial_module(self, name: str, option: Option, tokens: int, buffers: Buffers) -> nn.Module:
         """Return the module of an option for a trial; nothing is worked out for it."""
+        if option.family in self.joint:
+            return self.joint[option.family].module(option)
         if option.family in self.based:
             return self.based[option.family].module(option.level[-1])
         return self.part(option.family).trial_module(name, option, tokens, buffers)
 
     def stored(self, name: str, option: Option, dtype: torch.dtype) -> nn.Module:
         """Return the module of an option as a checkpoint has it: exactly as it is counted."""
+        if option.family in self.joint:
+            return self.joint[option.family].module(option, dtype)
         if option.family in self.based:
             own = self.based[option.family]
             rank = option.level[-1]
@@ -146,6 +157,8 @@ class UnitFactors:
 
     def stand_in(self, name: str, option: Option) -> nn.Module:
         """Return a module that takes as long as the stored one; its outputs mean nothing."""
+        if option.family in self.joint:
+            return self.joint[option.family].module(option)
         if option.family in self.based:
             return self.based[option.family].module(option.level[-1])
         return self.part(option.family).stand_in(name, option)
@@ -160,7 +173,17 @@ class UnitFactors:
             for family, own in self.based.items()
             if family in ranks
         }
-        return UnitFactors(low_rank, based) if low_rank or based else None
+        joint = {
+            family: own.only(ranks[family], device)
+            for family, own in self.joint.items()
+            if family in ranks
+        }
+        return UnitFactors(low_rank, based, joint) if low_rank or based or joint else None
+
+    def bound(self, dense: nn.Module) -> UnitFactors:
+        """Return the unit with its dense layer, of which joint options take a part."""
+        joint = {family: replace(own, dense=dense) for family, own in self.joint.items()}
+        return replace(self, joint=joint)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors by name, for the cache."""
@@ -174,6 +197,8 @@ class UnitFactors:
             if own.codes is not None:
                 parts |= zip(CODES, own.codes, strict=True)
             tensors |= {f"{family}.{part}": each.clone() for part, each in parts.items()}
+        for family, joint in self.joint.items():
+            tensors |= {f"{family}.{part}": each for part, each in joint.tensors().items()}
         return tensors
 
 
@@ -187,8 +212,12 @@ def prepared_of(tensors: Mapping[str, Tensor]) -> Prepared:
     if not parts:
         return low_rank
     based: dict[Option, BasedWeight] = {}
+    joint: dict[Option, Thinned | Skipped] = {}
     for text, given in parts.items():
         family = Option.parse(text)
+        if family in JOINT:
+            joint[family] = JOINT[family].of_tensors(given)
+            continue
         form = form_named(family.form)
         assert isinstance(form, Based)
         own = {part: given.pop(part) for part in list(given) if part not in PARTS}
@@ -210,4 +239,4 @@ def prepared_of(tensors: Mapping[str, Tensor]) -> Prepared:
         floats = (tensor.dtype for tensor in parts_of if tensor.is_floating_point())
         dtype = next(floats, rest.left.dtype)
         based[family] = BasedWeight(Base(form, family.level, shape, own, dtype), rest, codes)
-    return UnitFactors(low_rank, based)
+    return UnitFactors(low_rank, based, joint)

@@ -10,15 +10,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lrbo.layers.forms import (
-    Based,
-    Codebook,
-    Level,
-    Quantized,
-    QuantizedFactors,
-    SemiStructured,
-    Sparse,
-)
+from lrbo.layers.form import Level
+from lrbo.layers.forms import Based, Codebook, Quantized, QuantizedFactors, SemiStructured, Sparse
 from lrbo.layers.low_rank import Bias, FormModule, Left, Right, is_dearer
 from lrbo.layers.packing import packed_width, unpack
 

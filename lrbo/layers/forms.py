@@ -1,66 +1,29 @@
-"""Forms: families of what a unit can become, and the arithmetic of what each level costs."""
+"""The forms, and the arithmetic of what each level of them costs."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from typing_extensions import override
 
 from lrbo.errors import ConfigError
+from lrbo.layers.form import (
+    DENSE_FORM,
+    GROUP_SIZES,
+    INDEX_BYTES,
+    Costs,
+    Form,
+    Grid,
+    Integers,
+    Level,
+    Levels,
+)
+from lrbo.layers.joint_form import Joint, Neurons, Skip
 from lrbo.models.specs import LayerSpec
-
-Level = tuple[int, ...]
-Levels = tuple[Any, ...]  # one level, or arrays of many
-Costs = tuple[Any, Any, Any]  # parameters, bytes, multiply-adds: integers, or arrays
-Integers = NDArray[np.int64]
-
-INDEX_BYTES = 4  # int32
-DENSE_FORM = "dense"
-GROUP_SIZES = (16, 32, 64, 128, 256)  # inputs that share a scale
-
-
-@dataclass(frozen=True)
-class Grid:
-    """Which levels are offered."""
-
-    multiple: int = 1  # of ranks
-    minimum: int = 0  # of the ranks of low-rank forms
-    group_sizes: Sequence[int] = (64,)  # of quantized forms
-    percentages: Sequence[int] = (50,)  # of the entries that sparse forms keep
-
-
-class Form(ABC):
-    """A family of what a unit can become: its levels, and what each of them costs."""
-
-    name: str  # in space.forms, in journals and in checkpoints
-
-    @abstractmethod
-    def levels(self, unit: LayerSpec, grid: Grid) -> list[Integers]:
-        """List the levels of a unit, ``(n, k)`` each, along which no loss ever rises."""
-
-    @abstractmethod
-    def cost(self, unit: LayerSpec, level: Levels, *, bias: bool, itemsize: int) -> Costs:
-        """Return parameters, bytes, and multiply-adds per token, of all that is stored and run.
-
-        Args:
-            unit: To be stored so.
-            level: Integers, or arrays of one shape; the costs are the same.
-            bias: Whether the unit is stored with a bias, which dense knows itself.
-            itemsize: Bytes of a parameter.
-        """
-
-    @abstractmethod
-    def problem(self, out_features: int, in_features: int, level: Level) -> str | None:
-        """Explain why a linear map of a shape cannot have a level; ``None`` where it can."""
-
-    def label(self, level: Level) -> str:
-        """Name a level for readers: ``"rank 96"``; the form itself where it has none."""
-        return f"rank {level[0]}" if level else self.name
 
 
 class Dense(Form):
@@ -386,6 +349,8 @@ _FORMS: tuple[Form, ...] = (
     *(Codebook(bits) for bits in (4, 3)),
     SemiStructured(),
     Sparse(),
+    Neurons(),
+    Skip(),
 )
 FORMS: Mapping[str, Form] = {form.name: form for form in _FORMS}
 
@@ -395,3 +360,8 @@ def form_named(name: str) -> Form:
     if name not in FORMS:
         raise ConfigError([f"form {name!r} is unknown; known: {', '.join(FORMS)}"])
     return FORMS[name]
+
+
+def is_joint(name: str) -> bool:
+    """Whether all layers of an attention or MLP take a form together."""
+    return isinstance(form_named(name), Joint)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lrbo.layers.based import BasedLinear, parameters_in
 from lrbo.layers.forms import Based, form_named
+from lrbo.layers.joint import SkippedAttention, SkippedLinear, ThinLinear
 from lrbo.layers.low_rank import FormModule, LowRankLinear, ProductModule
 from lrbo.layers.options import Option
 from lrbo.layers.pivoted import PivotedLinear
@@ -43,8 +44,13 @@ def count_parameters(module: nn.Module) -> int:
 
 
 def low_rank_layers(model: nn.Module) -> dict[str, FormModule]:
-    """Return the modules of the forms in a model by name."""
+    """Return the modules of the forms in a model by name, thinner plain layers not among them."""
     return {name: part for name, part in model.named_modules() if isinstance(part, FormModule)}
+
+
+def thin_layers(model: nn.Module) -> dict[str, ThinLinear]:
+    """Return the plain layers in a model that have lost neurons, by name."""
+    return {name: part for name, part in model.named_modules() if isinstance(part, ThinLinear)}
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
@@ -56,3 +62,19 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
     before = model.get_submodule(name)
     model.set_submodule(name, module.train(before.training))
     return before
+
+
+def replace_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Replace modules by name, and each attention of which the last layer is skipped as a whole.
+
+    Returns:
+        The modules before, by name, in the order that puts them back if they are replaced again.
+    """
+    before = {name: replace_module(model, name, module) for name, module in modules.items()}
+    attentions = {}
+    for name, module in modules.items():
+        if isinstance(module, SkippedLinear) and module.whole and module.bias is not None:
+            path, _, last = name.rpartition(".")
+            skipped = SkippedAttention(model.get_submodule(path), last)
+            attentions[path] = replace_module(model, path, skipped)
+    return attentions | before

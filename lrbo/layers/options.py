@@ -12,16 +12,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from lrbo.layers.forms import (
-    DENSE_FORM,
-    FORMS,
-    Based,
-    Grid,
-    Integers,
-    Level,
-    QuantizedFactors,
-    form_named,
-)
+from lrbo.layers.form import DENSE_FORM, Grid, Integers, Level
+from lrbo.layers.forms import FORMS, Based, QuantizedFactors, form_named, is_joint
 from lrbo.models.specs import LayerSpec, ModelMap
 
 Measure = Literal["parameters", "bytes", "macs"]
@@ -72,6 +64,11 @@ class Option:
         """Whether a base stands for the whole weight, under a low rank of what it leaves."""
         form = form_named(self.form)
         return isinstance(form, Based) and not isinstance(form, QuantizedFactors)
+
+    @property
+    def rank(self) -> int:
+        """The last number of its level, 0 where that has none."""
+        return self.level[-1] if self.level else 0
 
     def at(self, last: int) -> Option:
         """Return the option of this family with a last number of its level."""
@@ -304,12 +301,14 @@ class Menu:
         An option that costs as much as dense is not, because dense is exact; nor is one that loses
         more than a cheaper one, or as much as a cheaper one of another form. Without losses, which
         may be others than those of the menu, nothing compares forms: only the first is offered.
+        Joint options are none of a unit alone.
         """
         prices = self.costs[:, MEASURES.index(measure)]
-        worth = prices < prices[-1]
+        alone = [section for section in self.sections[:-1] if not is_joint(section.form)]
+        offered = alone if losses is not None else alone[:1]
+        worth = (prices < prices[-1]) & self._marked(offered)
         worth[-1] = True
         if losses is None:
-            worth[len(self.sections[0].levels) : -1] = False
             order = np.argsort(prices, kind="stable")
             indices = order[worth[order]]
         else:
@@ -320,6 +319,11 @@ class Menu:
             indices = indices[self._of_cheapest_form(indices, losses[indices])]
         indices = indices[np.diff(prices[indices], prepend=-1) > 0]
         return Ladder(indices, prices[indices], None if losses is None else losses[indices])
+
+    def _marked(self, sections: Sequence[Section]) -> NDArray[np.bool_]:
+        """Mark the options of some sections."""
+        parts = [np.full(len(s.levels), any(s is each for each in sections)) for s in self.sections]
+        return np.concatenate(parts)
 
     def _of_cheapest_form(self, indices: NDArray[np.intp], losses: Losses) -> NDArray[np.bool_]:
         """Mark the options, in order of price, that have the form of the cheapest of equal loss."""

@@ -21,6 +21,11 @@ class Family:
     # Whose outputs the MLP uses elementwise, so that these may lie in memory in any order.
     pointwise: tuple[str, ...]
 
+    def end_of(self, path: str) -> str:
+        """Return the path of the layer with which the attention or MLP of another one ends."""
+        attention, mlp = self.writers
+        return mlp if path in (*self.pointwise, mlp) else attention
+
     @cached_property
     def kinds(self) -> dict[str, str]:
         """Map path to kind: the last name, with its parent where that alone is ambiguous."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -42,10 +44,13 @@ def map_model(model: PreTrainedModel) -> ModelMap:
             )
         for site in family.sites:
             name = f"{prefix}.{site[0]}"
-            layers += [
-                _spec(linear[path], f"{prefix}.{path}", family.kinds[path], index, name, None)
-                for path in site
-            ]
+            for path in site:
+                own = f"{prefix}.{path}"
+                spec = _spec(linear[path], own, family.kinds[path], index, name, None)
+                end = family.end_of(path)
+                is_mlp = end == family.writers[1]
+                neurons = linear_weight(linear[end]).shape[1] if is_mlp else 0
+                layers.append(replace(spec, part=f"{prefix}.{end}", neurons=neurons))
     head = require_head(model)
     if not is_linear(head):
         raise ModelError(

@@ -18,11 +18,18 @@ class LayerSpec:
     has_bias: bool
     site: str  # name of the first layer that reads the same tensor, and so shares statistics
     tied_to: str | None = None  # name of the parameter that the weight is tied to
+    part: str | None = None  # name of the layer with which its attention or MLP ends, if in one
+    neurons: int = 0  # of its MLP: inputs of the layer that ends it; 0 in attention
 
     @property
     def parameters(self) -> int:
         """Parameters of the dense layer, its bias included."""
         return self.out_features * self.in_features + (self.out_features if self.has_bias else 0)
+
+    @property
+    def ends_part(self) -> bool:
+        """Whether its attention or MLP ends with this layer, whose outputs the block adds."""
+        return self.name == self.part
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ Limits = tuple[float, float]
 Point = Mapping[str, float]  # {} where an allocation stands at no point
 Start = str | Donor
 STARTS = ("uniform", "analytic", "start")
+LEAST_RATIO = 1e-3
 
 
 @dataclass(frozen=True)
@@ -93,8 +94,12 @@ class Problem:
         return sum(allocation.costs[name].of(measure) for name in names) / self.price(names)
 
     def by_ratio(self, ratios: Mapping[str, float]) -> Allocation:
-        """Turn ratios that are wished for into options that use the whole budget."""
-        return allocate(ratios, self.menus, self.budget, dense=self.dense)
+        """Turn ratios that are wished for into options that use the whole budget.
+
+        Of layers that were skipped elsewhere the ratio is 0; they get the least that there is.
+        """
+        wishes = {name: LEAST_RATIO if ratio == 0 else ratio for name, ratio in ratios.items()}
+        return allocate(wishes, self.menus, self.budget, dense=self.dense)
 
     def by_loss(self, losses: Mapping[str, Losses] | None = None) -> Allocation:
         """Return the options of least summed predicted loss, of the menus or as given."""

@@ -13,7 +13,7 @@ import numpy as np
 
 from lrbo.allocation.allocate import Allocation
 from lrbo.errors import ConfigError
-from lrbo.layers.forms import Based, QuantizedFactors, form_named
+from lrbo.layers.forms import Based, QuantizedFactors, form_named, is_joint
 from lrbo.layers.options import Losses
 from lrbo.models.specs import LayerSpec
 from lrbo.optimization.space import LinearConstraint, Point, Problem, Space
@@ -143,7 +143,8 @@ class WeightSpace(Space):
     There is a variable ``kind.GROUP`` for each group, and ``depth.0``, ``depth.1``, ... for each
     knot, at equal distances from the first block to the last, linear in between. Where forms differ
     in what they are, there is a variable ``form.NAME`` for each, and ``form.repair`` for integers
-    with a rank: predictions of different families err differently.
+    with a rank: predictions of different families err differently. What attentions or MLPs
+    take as a whole is weighed by kind and depth as the layer that ends them.
     """
 
     groups: Mapping[str, str]  # by searched unit
@@ -182,7 +183,7 @@ class WeightSpace(Space):
                 family = family_of(section.form)
                 if (column := columns.get(f"form.{family}")) is not None:
                     own[start:end, column] = 1.0
-                if family != "low_rank" and REPAIR in columns:
+                if has_base(section.form) and REPAIR in columns:
                     own[start:end, columns[REPAIR]] = section.levels[:, -1] > 0
                 start = end
             coefficients[name] = own
@@ -218,17 +219,23 @@ def build_weight_space(problem: Problem, settings: SpaceSettings) -> WeightSpace
 
 def family_of(form: str) -> str:
     """Return the name that forms of one function share: all low-rank forms are one."""
+    return form if has_base(form) or is_joint(form) else "low_rank"
+
+
+def has_base(form: str) -> bool:
+    """Whether a form has a base, over which a low rank is a repair."""
     own = form_named(form)
-    return form if isinstance(own, Based) and not isinstance(own, QuantizedFactors) else "low_rank"
+    return isinstance(own, Based) and not isinstance(own, QuantizedFactors)
 
 
 def form_variables(problem: Problem) -> list[str]:
-    """Return a variable per family of forms, if there are several, and one for repair."""
+    """Return a variable per family of forms, if there are several, and one for repair, if any."""
     forms = dict.fromkeys(s.form for menu in problem.menus.values() for s in menu.sections[:-1])
     families = list(dict.fromkeys(map(family_of, forms)))
     if len(families) < 2:
         return []
-    return [*(f"form.{family}" for family in families), REPAIR]
+    repair = [REPAIR] if any(map(has_base, forms)) else []
+    return [*(f"form.{family}" for family in families), *repair]
 
 
 def _grouped(

@@ -27,7 +27,8 @@ from lrbo.errors import ConfigError, cut
 from lrbo.factorization.options import METHOD_OPTIONS, BaseOptions
 from lrbo.files import paths
 from lrbo.files.atomic import CACHED, cache_folder
-from lrbo.layers.forms import DENSE_FORM, FORMS
+from lrbo.layers.form import DENSE_FORM
+from lrbo.layers.forms import FORMS, is_joint
 from lrbo.layers.options import MEASURES
 from lrbo.study.study_record import study_folder
 from lrbo.tasks.metrics import TASKS
@@ -35,6 +36,8 @@ from lrbo.tasks.metrics import TASKS
 # Databases that MLflow keeps runs in, and what lets it write to a folder of files.
 DATABASES = ("postgresql", "mysql", "mssql")
 FILE_STORE = "MLFLOW_ALLOW_FILE_STORE"
+
+ALONE_TOO = "expected a form of single layers too, such as pivoted, for uniform allocations"
 
 # What may lie in the folder of a study that was not begun yet.
 OWN = re.compile(r"\..*|lock|journal\..*|(config|study)\..*|(tokens|dense)\.safetensors")
@@ -66,12 +69,30 @@ def _check_names(config: Config) -> list[str]:
             f"space.forms={forms}: expected some of {', '.join(FORMS)}, each once, and one beside "
             "dense"
         )
+    problems += _check_joint(config, [form for form in forms if form in known])
     problems += check_options(
         "bases", {"name": "bases", **vars(config.bases)}, {"bases": BaseOptions}
     )
     registry = sys.modules.get("lrbo.factorization.registry")  # whose import takes seconds
     added = {} if registry is None else registry.METHODS  # also those of a program
     return problems + check_options("method", config.method, {**METHOD_OPTIONS, **added})
+
+
+def _check_joint(config: SearchConfig, forms: list[str]) -> Iterator[str]:
+    """Check what forms of whole attentions and MLPs need of the others and of the space."""
+    joint = [form for form in forms if is_joint(form)]
+    if not joint:
+        return
+    named = f"space.forms={list(config.space.forms)}"
+    if not {*forms} - {*joint, DENSE_FORM}:
+        yield f"{named}: {ALONE_TOO}"
+    if config.space.type != "weights":
+        yield (
+            f"{named}: {' and '.join(joint)} are of several layers together, which only "
+            "space=weights decides about; take it, or leave them out"
+        )
+    elif not config.sensitivity.enabled:
+        yield f"{named}: {' and '.join(joint)} need predictions; take sensitivity.enabled=true"
 
 
 def _check_machine(config: Config) -> Iterator[str]:

@@ -23,7 +23,8 @@ from lrbo.factorization.base_plan import BasePlan
 from lrbo.factorization.options import BaseOptions
 from lrbo.factorization.prepared import Prepared
 from lrbo.factorization.registry import method_named
-from lrbo.layers.forms import DENSE_FORM, FORMS, form_named
+from lrbo.layers.form import DENSE_FORM
+from lrbo.layers.forms import FORMS, form_named, is_joint
 from lrbo.layers.options import MEASURES, Budget, Measure, ModelAccount, account, as_stored
 from lrbo.models.families import family_of
 from lrbo.models.model_map import require_head
@@ -31,8 +32,9 @@ from lrbo.models.parameters import first_other, require_in_memory, weight_sample
 from lrbo.models.specs import ModelMap
 from lrbo.optimization.space import Problem
 from lrbo.pipeline import memory_checks
+from lrbo.pipeline.checks import ALONE_TOO
 from lrbo.pipeline.prepare import curve_needs, factors_by_block, statistics_by_block, without_effect
-from lrbo.pipeline.search_space import menus_of, without_bases
+from lrbo.pipeline.search_space import menus_of, without_bases, without_parts
 from lrbo.progress import PlainConsole, Reporter
 from lrbo.study.versions import versions
 from lrbo.tasks.causal_lm import CausalLM
@@ -131,6 +133,8 @@ def factorize(
         raise ConfigError([f"forms={forms!r}: expected one beside dense: {', '.join(FORMS)}"])
     if len({*names}) < len(names):
         raise ConfigError([f"forms={forms!r}: expected each once"])
+    if all(name == DENSE_FORM or is_joint(name) for name in names):
+        raise ConfigError([f"forms={forms!r}: {ALONE_TOO}"])
     if calibration is not None and not isinstance(calibration, Calibration):
         raise StatisticsError(
             f"calibration of type {type(calibration).__name__}: expected what lrbo.calibrate "
@@ -148,11 +152,14 @@ def factorize(
             f"those of this one with {call}"
         )
     options = bases or BaseOptions()
-    if problems := without_bases(layers.compressible, names, options):
+    problems = without_bases(layers.compressible, names, options)
+    problems += without_parts(layers.compressible, names)
+    if problems:
         raise ConfigError(problems)
     factors: dict[str, Prepared] = {}
     plan, reporter = BasePlan.of(names, options), _reporter(progress)
-    parts = factors_by_block(model, layers, how, statistics, reporter, bases=plan)
+    joint = [each for each in names if is_joint(each)]
+    parts = factors_by_block(model, layers, how, statistics, reporter, bases=plan, joint=joint)
     for part in parts:
         factors |= part
     if idle := without_effect(layers, factors):

@@ -14,7 +14,7 @@ from lrbo.allocation.allocate import Allocation
 from lrbo.calibration.statistics import MATRICES, Statistic
 from lrbo.errors import DataError, ModelError, StatisticsError
 from lrbo.factorization.base import FactorizationMethod
-from lrbo.layers.modules import low_rank_layers
+from lrbo.layers.modules import low_rank_layers, thin_layers
 from lrbo.layers.options import DENSE
 from lrbo.models.limits import Limits
 from lrbo.models.model_map import is_linear, linear_weight, map_model
@@ -64,7 +64,7 @@ def as_evaluated(model: PreTrainedModel) -> Iterator[None]:
 def mapped(model: PreTrainedModel) -> ModelMap:
     """Map a dense model, whose parameters must be finite and as configured."""
     check_model(model)
-    if low_rank_layers(model):
+    if low_rank_layers(model) or thin_layers(model):
         raise ModelError(
             f"this {type(model).__name__} is compressed already; only a dense model can be: give "
             "the one that it was made from."

@@ -26,8 +26,10 @@ from lrbo.data.windows import (
 from lrbo.errors import BudgetError, Collecting, ConfigError, DataError, ModelError, StudyError
 from lrbo.factorization.base import FactorizationMethod
 from lrbo.factorization.base_plan import BasePlan
+from lrbo.factorization.joint import NEEDS as JOINT_NEEDS
 from lrbo.factorization.prediction import ERROR_NEEDS
 from lrbo.factorization.registry import method_named
+from lrbo.layers.forms import is_joint
 from lrbo.models.devices import dtype_name, resolve_device, resolve_dtype
 from lrbo.models.loading import load_tokenizer
 from lrbo.models.sources import ModelSource
@@ -91,6 +93,9 @@ class Plan:
         errors = self.config.space.type == "thresholds"
         if errors:
             needs |= ERROR_NEEDS
+        joint = tuple(name for name in self.config.space.forms if is_joint(name))
+        if joint:
+            needs |= JOINT_NEEDS
         windows = self.windows["calibration"].examples
         return Preparation(
             self.source,
@@ -102,6 +107,7 @@ class Plan:
             self.task,
             bases,
             errors,
+            joint,
         )
 
     @property

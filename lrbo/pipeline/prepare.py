@@ -34,8 +34,8 @@ from lrbo.tasks.model_task import ModelTask
 class Preparation:
     """What statistics and factors depend on, beside the model's weights.
 
-    ``needs`` are those of the method, of bases, and of curves of loss and error if wanted;
-    ``windows`` are calibration examples. In methods, ``digest`` is the model's fingerprint,
+    ``needs`` are those of the method, of bases and joint forms, and of curves of loss and error if
+    wanted; ``windows`` are calibration examples. In methods, ``digest`` is the model's fingerprint,
     ``dtype`` that of the loaded model.
     """
 
@@ -48,6 +48,7 @@ class Preparation:
     task: ModelTask
     bases: BasePlan | None = None
     errors: bool = False  # of outputs, whether they are worked out
+    joint: tuple[str, ...] = ()  # forms of whole attentions and MLPs
 
     def statistics(
         self, digest: str, dtype: torch.dtype, reporter: Reporter, model: PreTrainedModel
@@ -80,7 +81,9 @@ class Preparation:
         ``model=None`` loads it on the device only if something is to be made.
         """
         calibration = self._calibration(digest, dtype)
-        name = factors_fingerprint(digest, calibration, self.method, self.bases, self.errors)
+        name = factors_fingerprint(
+            digest, calibration, self.method, self.bases, self.errors, self.joint
+        )
         folder = cache_folder() / "factors" / name
 
         def make() -> None:
@@ -93,6 +96,7 @@ class Preparation:
                 reporter,
                 bases=self.bases,
                 errors=self.errors,
+                joint=self.joint,
                 device=device,
             )
             save_factors(folder, parts, name)
@@ -136,6 +140,7 @@ def factors_by_block(
     *,
     bases: BasePlan | None = None,
     errors: bool = False,
+    joint: Collection[str] = (),
     device: torch.device | None = None,
 ) -> Iterator[dict[str, Prepared]]:
     """Yield factors as :func:`factor_model` makes them, and show progress."""
@@ -147,6 +152,7 @@ def factors_by_block(
             statistics,
             bases=bases,
             errors=errors,
+            joint=joint,
             device=device,
             on_layer=lambda _: advance(1),
         )

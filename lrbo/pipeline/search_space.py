@@ -16,7 +16,8 @@ from lrbo.config.schema import SearchConfig
 from lrbo.errors import BudgetError, Collecting, ConfigError, StudyError
 from lrbo.factorization.base import FactorizationMethod
 from lrbo.factorization.options import BaseOptions
-from lrbo.layers.forms import Based, Grid, form_named
+from lrbo.layers.form import Grid
+from lrbo.layers.forms import Based, form_named, is_joint
 from lrbo.layers.options import MEASURES, Budget, Measure, Menu, Option
 from lrbo.models.specs import LayerSpec
 from lrbo.optimization.budgets import over_budgets
@@ -43,7 +44,8 @@ def build_search_space(
     """
     space = config.space
     options = base_options(config)
-    if problems := without_bases(units, space.forms, options):
+    problems = without_bases(units, space.forms, options) + without_parts(units, space.forms)
+    if problems:
         raise ConfigError(problems)
     menus = menus_of(
         units,
@@ -111,6 +113,18 @@ def without_bases(
     ]
 
 
+def without_parts(units: Iterable[LayerSpec], forms: Iterable[str]) -> list[str]:
+    """Report joint forms that no unit can have: whole attentions and MLPs are not known."""
+    if any(unit.part for unit in units):
+        return []
+    return [
+        f"space.forms: {form}: no layer of this model belongs to an attention or MLP that lrbo "
+        "knows; leave it out"
+        for form in forms
+        if is_joint(form)
+    ]
+
+
 def menus_of(
     units: Iterable[LayerSpec],
     forms: Sequence[str],
@@ -141,13 +155,13 @@ def menus_of(
 
 
 def largest_ranks(menus: Mapping[str, Menu], measure: Measure) -> dict[str, dict[Option, int]]:
-    """Return the largest rank of each unit and family that costs less than dense."""
+    """Return the largest rank (or level) of each unit and family that costs less than dense."""
     column = MEASURES.index(measure)
     ranks: dict[str, dict[Option, int]] = {}
     for name, menu in menus.items():
         cheaper = [s.levels[s.costs[:, column] < menu.dense.of(measure)] for s in menu.sections]
         ranks[name] = {
-            section.family: int(levels[:, -1].max())
+            section.family: int(levels[:, -1:].max(initial=0))
             for section, levels in zip(menu.sections[:-1], cheaper, strict=False)
             if len(levels)
         }

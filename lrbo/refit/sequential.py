@@ -163,7 +163,7 @@ def refit(
     specs = [spec for spec in layers.compressible if spec.name in ranks]
     factors = {n: prepared[n].part(options[n].family) for n in ranks if n in prepared}
     others = {n: o for n, o in options.items() if n not in ranks}
-    moved = on_device(model, prepared, {n: {o.family: o.level[-1]} for n, o in others.items()})
+    moved = on_device(model, prepared, {n: {o.family: o.rank} for n, o in others.items()})
     held: dict[int, dict[str, nn.Module]] = {}
     for name, other in others.items():
         spec = layers.by_name[name]
@@ -204,9 +204,9 @@ def refit(
     return Refit(work.refit, tuple(work.report))
 
 
-def _inside(spec: LayerSpec, name: str | None = None) -> str:
-    """Return the path of a layer, or of another one of its block, inside the block."""
-    return (name or spec.name).partition(f".{spec.block}.")[2]
+def _inside(spec: LayerSpec) -> str:
+    """Return the path of a layer inside its block."""
+    return spec.name.partition(f".{spec.block}.")[2]
 
 
 def _held_back_last(windows: Tensor, judging: Tensor | None, share: float) -> tuple[Tensor, int]:
@@ -249,7 +249,7 @@ class _Work:
         """Refit the layers of one block, and advance both streams past it."""
         sites = [list(members) for _, members in groupby(specs, key=lambda spec: spec.site)]
         with self.body.open_block(index) as block:
-            self.streams.advance_dense(block, index, [_inside(m[0], m[0].site) for m in sites])
+            self.streams.advance_dense(block, index, [_inside(m[0]) for m in sites])
             dense = {spec.name: block.get_submodule(_inside(spec)) for spec in specs}
             old = {_inside(s): self._module(s, self.old[s.name], dense[s.name]) for s in specs}
             with replaced(block, {**old, **self.held.get(index, {})}):
@@ -262,7 +262,7 @@ class _Work:
         self, block: nn.Module, index: int, members: list[LayerSpec], dense: Mapping[str, nn.Module]
     ) -> None:
         """Refit the layers that read one site."""
-        (first, *others), site = members, _inside(members[0], members[0].site)
+        (first, *others), site = members, _inside(members[0])  # of others it may not be run
         writes = site in self.streams.writers
         assert not (writes and others), f"{first.name} and {others} add to the stream together"
         # Where several layers share the site, or one has more outputs than inputs, the drift itself

@@ -7,6 +7,7 @@ from itertools import pairwise
 import pandas as pd
 
 from lrbo.allocation.allocate import Allocation
+from lrbo.layers.forms import is_joint
 from lrbo.layers.options import dense_cost
 from lrbo.study.about import About
 
@@ -25,7 +26,7 @@ def options_frame(about: About, allocation: Allocation) -> pd.DataFrame:
     rows = []
     for name, option in allocation.options.items():
         spec = about.layers[name]
-        rank = option.level[-1] if option.level else None
+        rank = option.rank if option.level and not is_joint(option.form) else None
         stored = allocation.costs[name].of(measure)
         dense = dense_cost([spec], about.itemsize).of(measure)
         rows.append((name, spec.kind, spec.block, option.form, option.label, rank, stored, dense))

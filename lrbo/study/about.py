@@ -31,6 +31,8 @@ class LayerFields(TypedDict):
     has_bias: Flag
     site: str
     tied_to: str | None
+    part: str | None
+    neurons: Count
 
 
 @exact

@@ -16,7 +16,8 @@ from lrbo.checkpoints.export import WEIGHTS
 from lrbo.checkpoints.merged import save_merged
 from lrbo.errors import CheckpointError
 from lrbo.factorization.options import BaseOptions
-from lrbo.layers.forms import DENSE_FORM, FORMS
+from lrbo.layers.form import DENSE_FORM
+from lrbo.layers.forms import FORMS
 from lrbo.layers.options import Budget, Menu, Option
 from lrbo.models.loading import tiny_model
 from lrbo.models.tiny import byte_tokenizer

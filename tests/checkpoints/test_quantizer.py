@@ -24,7 +24,8 @@ from transformers.trainer_utils import validate_quantization_for_training
 from lrbo.checkpoints.export import CARD, CONFIG, INDEX, WEIGHTS, load
 from lrbo.checkpoints.quantizer import FORMAT, LowRankConfig
 from lrbo.errors import CheckpointError, ModelError
-from lrbo.layers.forms import DENSE_FORM, FORMS
+from lrbo.layers.form import DENSE_FORM
+from lrbo.layers.forms import FORMS
 from lrbo.layers.low_rank import FormModule
 from lrbo.layers.modules import PRODUCTS, empty_module, parameters_of
 from lrbo.layers.options import Option, cost_of

@@ -17,22 +17,16 @@ from lrbo.errors import ConfigError
 from lrbo.factorization.base_plan import BasePlan
 from lrbo.factorization.bases import Base
 from lrbo.factorization.factors import LowRankFactors
+from lrbo.factorization.joint import NEURONS, SKIP, Refit, Skipped, Thinned
 from lrbo.factorization.options import BaseOptions
 from lrbo.factorization.prepared import BasedWeight
 from lrbo.factorization.registry import method_named
-from lrbo.layers.forms import (
-    DENSE_FORM,
-    FORMS,
-    GROUP_SIZES,
-    Based,
-    Codebook,
-    Form,
-    Grid,
-    Quantized,
-    QuantizedFactors,
-    form_named,
-)
-from lrbo.layers.modules import PRODUCTS, empty_module, low_rank_layers
+from lrbo.layers.form import DENSE_FORM, GROUP_SIZES, Form, Grid
+from lrbo.layers.forms import FORMS, Based, Codebook, Quantized, QuantizedFactors, form_named
+from lrbo.layers.joint import empty_joint
+from lrbo.layers.joint_form import Joint
+from lrbo.layers.low_rank import linear_of
+from lrbo.layers.modules import PRODUCTS, empty_module, low_rank_layers, thin_layers
 from lrbo.layers.options import Option
 from lrbo.models.specs import LayerSpec
 from tests.support import reference
@@ -56,7 +50,8 @@ both_biases = pytest.mark.parametrize("bias", [False, True])
 
 
 def unit_of(shape: tuple[int, int], *, bias: bool = False) -> LayerSpec:
-    return LayerSpec("unit", "kind", 0, *shape, bias, site="unit")
+    """Return a layer with which an MLP ends, of as many neurons as it has inputs."""
+    return LayerSpec("unit", "kind", 0, *shape, bias, "unit", part="unit", neurons=shape[1])
 
 
 def levels_of(
@@ -72,6 +67,8 @@ def module_of(
     """Return what a checkpoint has, of random factors, in float32."""
     if form.name == DENSE_FORM:
         return nn.Linear(shape[1], shape[0], bias)
+    if isinstance(form, Joint):
+        return joint_of(form, shape, bias=bias).module(Option(form.name, level))
     left, right = factors(shape, level[-1])
     offset = torch.ones(shape[0])
     if isinstance(form, Based):
@@ -90,6 +87,32 @@ def module_of(
         return offset.to(dtype) if bias else None
 
     return PRODUCTS[form.name].of_product("unit", left, right, bias_for, torch.float32)
+
+
+def joint_of(form: Joint, shape: tuple[int, int], *, bias: bool) -> Thinned | Skipped:
+    """Return what the last layer of an MLP can become, of one that is random."""
+    dense, count = linear_of(torch.zeros(shape), None), shape[1]
+    if form.name == SKIP.form:
+        return Skipped(torch.zeros(1), whole=False, mean=torch.ones(shape[0]), dense=dense)
+    refit = Refit(factors(shape, count)[0].float(), torch.eye(count))
+    if bias:
+        refit = replace(refit, offset=torch.ones(shape[0]), center=torch.ones(count))
+    return Thinned(torch.arange(count), torch.zeros(count + 1), refit, dense)
+
+
+def inputs_of(form: Form, shape: tuple[int, int], level: tuple[int, ...]) -> int:
+    """Return the number of inputs of a module."""
+    return level[0] if form.name == NEURONS.form else shape[1]
+
+
+def empty_of(
+    form: Form, shape: tuple[int, int], level: tuple[int, ...], *, bias: bool
+) -> nn.Module:
+    """Return the module that weights are loaded into."""
+    option = Option(form.name, level)
+    if isinstance(form, Joint):
+        return empty_joint(unit_of(shape, bias=bias), option)
+    return empty_module("unit", option, *shape, bias=bias)
 
 
 def base_of(
@@ -121,7 +144,7 @@ def cases(form: Form, shape: tuple[int, int], *, bias: bool) -> Iterator[tuple[i
 
 
 def test_every_form_but_dense_has_a_module() -> None:
-    others = {name for name, form in FORMS.items() if isinstance(form, Based)}
+    others = {name for name, form in FORMS.items() if isinstance(form, Based | Joint)}
     assert set(FORMS) == {DENSE_FORM, *PRODUCTS, *others}
     assert all(isinstance(form, Form) and form.name == name for name, form in FORMS.items())
     assert low_rank_layers(nn.Linear(2, 3)) == {}
@@ -139,7 +162,8 @@ def test_a_level_costs_what_its_module_holds_and_multiplies(
         module = module_of(form, shape, level, bias=bias).to(kind)
         stored = sum(t.numel() * t.element_size() for t in module.state_dict().values())
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            assert module(torch.ones(TOKENS, shape[1], dtype=kind)).shape == (TOKENS, shape[0])
+            x = torch.ones(TOKENS, inputs_of(form, shape, level), dtype=kind)
+            assert module(x).shape == (TOKENS, shape[0])
         cost = form.cost(unit_of(shape, bias=bias), level, bias=bias, itemsize=ITEMSIZES[dtype])
         macs = counter.get_total_flops() // 2 // TOKENS
         held = reference.count_parameters(module)
@@ -175,6 +199,9 @@ def test_levels_rise_in_every_cost_and_have_no_problem(
             assert ranks == [*range(0, form.largest_rank(*shape) + 1, multiple)]
             most = 0 if form.name in ("int8", "int8_sym") else min(shape) // 8
             assert form.largest_rank(*shape) == most
+        elif isinstance(form, Joint):
+            has_levels = form.name == NEURONS.form
+            assert ranks == ([*range(multiple, unit.neurons, multiple)] if has_levels else [])
         elif form.name != DENSE_FORM:
             most = form.largest_rank(*shape) if isinstance(form, Based) else min(shape)
             allowed = range(max(minimum, 1), most + 1)
@@ -204,6 +231,8 @@ def test_a_level_that_the_shape_cannot_have_is_refused_by_name(
     bad = [(-1,), (min(shape) + 1,), (64, -1), (16, min(shape)), (0, 0), (16, 0, 0)]
     bad += [(256, 0), (7, 0)] if isinstance(form, Quantized) else [(100, 0)]
     bad += [()] if form.name != DENSE_FORM else []
+    if isinstance(form, Joint):
+        bad = [(-1,), (0,), (max(shape) + 1,), (1, 1)]
     for level in bad:
         problem = form.problem(*shape, level)
         assert problem is not None, level
@@ -238,15 +267,16 @@ def test_an_empty_module_takes_the_weights_of_a_stored_one(
     before = torch.get_rng_state()
     for level in cases(form, shape, bias=bias):
         stored = module_of(form, shape, level, bias=bias)
-        empty = empty_module("unit", Option(form.name, level), *shape, bias=bias)
+        empty = empty_of(form, shape, level, bias=bias)
         held, expected = empty.state_dict(), stored.state_dict()
         assert all(tensor.is_meta for tensor in held.values())
         assert {n: t.shape for n, t in held.items()} == {n: t.shape for n, t in expected.items()}
         assert {n: t.dtype for n, t in held.items()} == {n: t.dtype for n, t in expected.items()}
         empty.load_state_dict(expected, strict=True, assign=True)
-        x = torch.randn(TOKENS, shape[1], generator=torch.Generator().manual_seed(1))
+        inputs = inputs_of(form, shape, level)
+        x = torch.randn(TOKENS, inputs, generator=torch.Generator().manual_seed(1))
         assert torch.equal(empty(x), stored(x))
-        assert low_rank_layers(empty) == {"": empty}
+        assert {**low_rank_layers(empty), **thin_layers(empty)} == {"": empty}
         assert form_of(empty) == form_of(stored) == form.name
         assert not any(parameter.requires_grad for parameter in empty.parameters())
     assert torch.equal(torch.get_rng_state(), before)

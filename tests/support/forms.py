@@ -3,6 +3,7 @@
 from torch import nn
 
 from lrbo.layers.based import BasedLinear
+from lrbo.layers.joint import SkippedLinear, ThinLinear
 from lrbo.layers.modules import PRODUCTS
 
 
@@ -10,4 +11,6 @@ def form_of(module: nn.Module) -> str:
     """Return the name of the form that a module runs."""
     if isinstance(module, BasedLinear):
         return module.form.name
+    if isinstance(module, ThinLinear | SkippedLinear):
+        return "neurons" if isinstance(module, ThinLinear) else "skip"
     return next(name for name, kind in PRODUCTS.items() if isinstance(module, kind))

@@ -1,0 +1,79 @@
+"""Forms that all layers of an attention or MLP take together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from typing_extensions import override
+
+from lrbo.layers.form import Costs, Form, Grid, Integers, Level, Levels
+from lrbo.models.specs import LayerSpec
+
+
+class Joint(Form):
+    """What all layers of an attention or MLP become together, at one level.
+
+    Each layer has the option as its own, and counts what it stores of it; the layer that ends the
+    part answers for the loss.
+    """
+
+
+class Neurons(Joint):
+    """Some neurons of an MLP, the one level: thinner layers, of the kind that they were."""
+
+    name = "neurons"
+
+    @override
+    def levels(self, unit: LayerSpec, grid: Grid) -> list[Integers]:
+        if not unit.neurons:
+            return []
+        return [np.arange(grid.multiple, unit.neurons, grid.multiple, dtype=np.int64)[:, None]]
+
+    @staticmethod
+    def shape(unit: LayerSpec, count: Any) -> tuple[Any, Any]:
+        """Return outputs and inputs of a layer of so many neurons; arrays are taken too."""
+        if unit.ends_part:
+            return unit.out_features, count
+        # More than one for each neuron where gate and up are one layer.
+        return count * (unit.out_features // unit.neurons), unit.in_features
+
+    @override
+    def cost(self, unit: LayerSpec, level: Levels, *, bias: bool, itemsize: int) -> Costs:
+        outputs, inputs = self.shape(unit, *level)
+        parameters = outputs * inputs + (outputs if unit.has_bias else 0)
+        return parameters, parameters * itemsize, outputs * inputs
+
+    @override
+    def problem(self, out_features: int, in_features: int, level: Level) -> str | None:
+        largest = max(out_features, in_features)
+        if len(level) != 1 or not 1 <= level[0] <= largest:
+            return f"{self.name} has one number from 1 to {largest}, got {list(level)}"
+        return None
+
+    @override
+    def label(self, level: Level) -> str:
+        return f"{level[0]} neurons"
+
+
+class Skip(Joint):
+    """Nothing is run: what the part added on average is added, as a bias of its last layer."""
+
+    name = "skip"
+
+    @override
+    def levels(self, unit: LayerSpec, grid: Grid) -> list[Integers]:
+        return [] if unit.part is None else [np.empty((1, 0), dtype=np.int64)]
+
+    @override
+    def cost(self, unit: LayerSpec, level: Levels, *, bias: bool, itemsize: int) -> Costs:
+        parameters = unit.out_features if unit.ends_part else 0
+        return parameters, parameters * itemsize, 0
+
+    @override
+    def problem(self, out_features: int, in_features: int, level: Level) -> str | None:
+        return f"{self.name} has no level, got {list(level)}" if level else None
+
+    @override
+    def label(self, level: Level) -> str:
+        return "skipped"
