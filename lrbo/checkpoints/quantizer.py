@@ -19,6 +19,7 @@ from typing_extensions import TypedDict
 from lrbo.config.shell import command
 from lrbo.errors import CheckpointError, ModelError, reading, some
 from lrbo.files.parsing import ContentError, Count, checked
+from lrbo.layers.based import BasedLinear
 from lrbo.layers.forms import FORMS
 from lrbo.layers.low_rank import no_weight
 from lrbo.layers.modules import empty_module, low_rank_layers, parameters_of
@@ -136,6 +137,13 @@ class LowRankQuantizer(HfQuantizer):
                         f"{name}.index is no order of the layer's {len(index)} outputs; the "
                         "weights of the checkpoint are damaged: copy it again."
                     )
+            if isinstance(module, BasedLinear) and "rows" in module.names:
+                rows = module.get_buffer("rows")
+                if not rows.is_meta and not _are_some_of(rows.cpu(), module.out_features):
+                    raise CheckpointError(
+                        f"{name}.rows are no rising numbers of the layer's {module.out_features} "
+                        "outputs; the weights of the checkpoint are damaged: copy it again."
+                    )
         return model
 
     def get_state_dict_and_metadata(
@@ -154,6 +162,12 @@ class LowRankQuantizer(HfQuantizer):
 
     # Its weights and adapters on them can be trained, and torch.compile takes it.
     is_trainable = is_qat_trainable = is_compileable = True
+
+
+def _are_some_of(numbers: Tensor, count: int) -> bool:
+    """Whether integers rise, from 0 on and below a count."""
+    within = int(numbers[0]) >= 0 and int(numbers[-1]) < count
+    return within and bool((numbers.diff() > 0).all())
 
 
 def put_in(model: nn.Module, config: LowRankConfig) -> None:

@@ -21,7 +21,8 @@ from lrbo.data.windows import Role, TokenWindows
 from lrbo.errors import CheckpointError, LrboError, reading, some
 from lrbo.files.paths import ADAPTER, BASE, model_folder
 from lrbo.layers.based import INT8, BasedLinear
-from lrbo.layers.forms import FORMS, Form, Quantized, form_named
+from lrbo.layers.form import Form
+from lrbo.layers.forms import FORMS, Quantized, form_named
 from lrbo.layers.modules import low_rank_layers
 from lrbo.layers.options import DENSE, Option
 from lrbo.layers.packing import unpack

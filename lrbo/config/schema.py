@@ -150,11 +150,13 @@ class CalibrationConfig:
 
 @dataclass
 class BasesConfig:
-    """How weights become integers, numbers of a codebook or a few of their entries."""
+    """How weights become integers, numbers of a codebook, a few entries or Kronecker sums."""
 
     method: str = "gptq"
     group_sizes: list[int] = field(default_factory=lambda: [64])
     percentages: list[int] = field(default_factory=lambda: [50])
+    row_percentages: list[int] = field(default_factory=lambda: [5])
+    blocks: list[list[int]] = field(default_factory=lambda: [[2, 1], [1, 2]])
     damping: float = 0.01
 
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from lrbo.errors import StatisticsError
 from lrbo.layers.based import BasedLinear, Factors, dense_of
-from lrbo.layers.forms import Based, Level
+from lrbo.layers.form import Level
+from lrbo.layers.forms import Based
 from lrbo.layers.low_rank import Bias
 from lrbo.layers.options import Option
 from lrbo.linalg import require_finite
@@ -39,7 +40,7 @@ class Base:
 
     def weight(self, dtype: torch.dtype) -> Float[Tensor, "out in"]:
         """Return the weight that the base stands for."""
-        return dense_of(self.form, self.tensors, dtype)
+        return dense_of(self.form, self.shape, self.tensors, dtype)
 
     def module(self, factors: Factors | None, bias: Bias, device: torch.device) -> BasedLinear:
         """Return the layer with a low rank over the base; its tensors are views."""

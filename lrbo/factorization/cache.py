@@ -105,7 +105,7 @@ def factors_fingerprint(
     }
     return fingerprint_of(
         {
-            "format": 7,
+            "format": 8,
             "model": model_fingerprint,
             "calibration": calibration_fingerprint,
             "method": {"type": type(method).__name__, **options},

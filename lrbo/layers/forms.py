@@ -1,84 +1,29 @@
-"""Forms: families of what a unit can become, and the arithmetic of what each level costs."""
+"""The forms, and the arithmetic of what each level of them costs."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from typing_extensions import override
 
 from lrbo.errors import ConfigError
+from lrbo.layers.form import (
+    GROUP_SIZES,
+    INDEX_BYTES,
+    Costs,
+    Dense,
+    Form,
+    Grid,
+    Integers,
+    Level,
+    Levels,
+)
+from lrbo.layers.kronecker_form import Kronecker
 from lrbo.models.specs import LayerSpec
-
-Level = tuple[int, ...]
-Levels = tuple[Any, ...]  # one level, or arrays of many
-Costs = tuple[Any, Any, Any]  # parameters, bytes, multiply-adds: integers, or arrays
-Integers = NDArray[np.int64]
-
-INDEX_BYTES = 4  # int32
-DENSE_FORM = "dense"
-GROUP_SIZES = (16, 32, 64, 128, 256)  # inputs that share a scale
-
-
-@dataclass(frozen=True)
-class Grid:
-    """Which levels are offered."""
-
-    multiple: int = 1  # of ranks
-    minimum: int = 0  # of the ranks of low-rank forms
-    group_sizes: Sequence[int] = (64,)  # of quantized forms
-    percentages: Sequence[int] = (50,)  # of the entries that sparse forms keep
-
-
-class Form(ABC):
-    """A family of what a unit can become: its levels, and what each of them costs."""
-
-    name: str  # in space.forms, in journals and in checkpoints
-
-    @abstractmethod
-    def levels(self, unit: LayerSpec, grid: Grid) -> list[Integers]:
-        """List the levels of a unit, ``(n, k)`` each, along which no loss ever rises."""
-
-    @abstractmethod
-    def cost(self, unit: LayerSpec, level: Levels, *, bias: bool, itemsize: int) -> Costs:
-        """Return parameters, bytes, and multiply-adds per token, of all that is stored and run.
-
-        Args:
-            unit: To be stored so.
-            level: Integers, or arrays of one shape; the costs are the same.
-            bias: Whether the unit is stored with a bias, which dense knows itself.
-            itemsize: Bytes of a parameter.
-        """
-
-    @abstractmethod
-    def problem(self, out_features: int, in_features: int, level: Level) -> str | None:
-        """Explain why a linear map of a shape cannot have a level; ``None`` where it can."""
-
-    def label(self, level: Level) -> str:
-        """Name a level for readers: ``"rank 96"``; the form itself where it has none."""
-        return f"rank {level[0]}" if level else self.name
-
-
-class Dense(Form):
-    """The unit as it is: one level, which has no numbers."""
-
-    name = DENSE_FORM
-
-    @override
-    def levels(self, unit: LayerSpec, grid: Grid) -> list[Integers]:
-        return [np.empty((1, 0), dtype=np.int64)]
-
-    @override
-    def cost(self, unit: LayerSpec, level: Levels, *, bias: bool, itemsize: int) -> Costs:
-        return unit.parameters, unit.parameters * itemsize, unit.out_features * unit.in_features
-
-    @override
-    def problem(self, out_features: int, in_features: int, level: Level) -> str | None:
-        return f"dense has no level, got {list(level)}" if level else None
 
 
 class Factored(Form):
@@ -126,7 +71,7 @@ class Pivoted(Factored):
 
 
 class Based(Form):
-    """A base that stands for the whole weight, and a low rank of what it leaves.
+    """A base that stands for the weight, and a low rank of what it leaves.
 
     A level is that of the base, and the rank last. Both factors are integers of 8 bits, with one
     scale per rank: what they repair is far larger than their rounding.
@@ -290,7 +235,7 @@ class SemiStructured(Based):
 
 
 class Sparse(Based):
-    """A percentage of the entries of every row, with a bit for every entry that there was."""
+    """A percentage of the entries, with a bit for every entry that there was."""
 
     name = "sparse"
 
@@ -300,7 +245,7 @@ class Sparse(Based):
 
     @staticmethod
     def kept(in_features: int, percent: Any) -> Any:
-        """Return the entries of a row that are kept; arrays are taken too."""
+        """Return the entries that are kept per row, on average; arrays are taken too."""
         return in_features * percent // 100
 
     @override
@@ -320,6 +265,46 @@ class Sparse(Based):
     @override
     def base_label(self, base: Level) -> str:
         return f"{base[0]}% sparse entries"
+
+
+class KeptRows(Based):
+    """A percentage of the outputs as they are, and which; the low rank is of all the others.
+
+    References:
+        Li et al., *LoSparse: Structured Compression of Large Language Models based on Low-Rank and
+        Sparse Approximation*, ICML 2023, as it is deployed: a product of thin matrices, and whole
+        rows of what it leaves.
+    """
+
+    name = "sparse_rows"
+
+    @override
+    def largest_rank(self, out_features: int, in_features: int) -> int:
+        # The low rank is most of what there is: up to the parameters of dense.
+        return out_features * in_features // (out_features + in_features)
+
+    @override
+    def bases(self, grid: Grid) -> list[Level]:
+        return [(percent,) for percent in grid.row_percentages]
+
+    @staticmethod
+    def kept(out_features: int, percent: Any) -> Any:
+        """Return the number of outputs that are kept, at least one; arrays are taken too."""
+        return -(-out_features * percent // 100)
+
+    @override
+    def base_cost(self, out_features: int, in_features: int, base: Levels, itemsize: int) -> Costs:
+        rows = self.kept(out_features, base[0])
+        entries = rows * in_features
+        return entries, entries * itemsize + INDEX_BYTES * rows, entries
+
+    @override
+    def base_problem(self, out_features: int, in_features: int, base: Level) -> str | None:
+        return None if 0 < base[0] < 100 else "a percentage above 0 and below 100"
+
+    @override
+    def base_label(self, base: Level) -> str:
+        return f"{base[0]}% of the outputs"
 
 
 @dataclass(frozen=True)
@@ -386,6 +371,8 @@ _FORMS: tuple[Form, ...] = (
     *(Codebook(bits) for bits in (4, 3)),
     SemiStructured(),
     Sparse(),
+    KeptRows(),
+    Kronecker(),
 )
 FORMS: Mapping[str, Form] = {form.name: form for form in _FORMS}
 

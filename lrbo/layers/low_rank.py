@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lrbo.layers.forms import Level
+from lrbo.layers.form import Level
 
 Left = Float[Tensor, "out r"]
 Right = Float[Tensor, "r in"]

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from lrbo.layers.based import BasedLinear, parameters_in
 from lrbo.layers.forms import Based, form_named
+from lrbo.layers.kronecker import KroneckerLinear
+from lrbo.layers.kronecker_form import Kronecker
 from lrbo.layers.low_rank import FormModule, LowRankLinear, ProductModule
 from lrbo.layers.options import Option
 from lrbo.layers.pivoted import PivotedLinear
@@ -23,6 +25,8 @@ def empty_module(
     form = form_named(option.form)
     if isinstance(form, Based):
         return BasedLinear.on_meta(form, out_features, in_features, option.level, bias=bias)
+    if isinstance(form, Kronecker):
+        return KroneckerLinear.on_meta(out_features, in_features, option.level, bias=bias)
     kind = PRODUCTS[option.form]
     return kind.empty(name, out_features, in_features, option.level, bias=bias)
 

@@ -12,16 +12,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from lrbo.layers.forms import (
-    DENSE_FORM,
-    FORMS,
-    Based,
-    Grid,
-    Integers,
-    Level,
-    QuantizedFactors,
-    form_named,
-)
+from lrbo.layers.form import DENSE_FORM, Grid, Integers, Level
+from lrbo.layers.forms import FORMS, Based, Factored, QuantizedFactors, form_named
 from lrbo.models.specs import LayerSpec, ModelMap
 
 Measure = Literal["parameters", "bytes", "macs"]
@@ -68,10 +60,9 @@ class Option:
         return Option(self.form, self.level[:-1])
 
     @property
-    def has_base(self) -> bool:
-        """Whether a base stands for the whole weight, under a low rank of what it leaves."""
-        form = form_named(self.form)
-        return isinstance(form, Based) and not isinstance(form, QuantizedFactors)
+    def is_low_rank(self) -> bool:
+        """Whether it is a low rank of the whole weight; all of these have the same factors."""
+        return isinstance(form_named(self.form), Factored | QuantizedFactors)
 
     def at(self, last: int) -> Option:
         """Return the option of this family with a last number of its level."""
@@ -211,8 +202,10 @@ class Menu:
         itemsize: int,
         multiple: int = 1,
         minimum: int = 0,
-        group_sizes: Sequence[int] = (64,),
-        percentages: Sequence[int] = (50,),
+        group_sizes: Sequence[int] = Grid.group_sizes,
+        percentages: Sequence[int] = Grid.percentages,
+        row_percentages: Sequence[int] = Grid.row_percentages,
+        blocks: Sequence[Sequence[int]] = Grid.blocks,
         measure: Measure | None = None,
     ) -> Menu:
         """Return the menu of a unit, without losses; dense is always on it.
@@ -221,7 +214,8 @@ class Menu:
         ``minimum`` on where nothing lies below them. Bases that are not cheaper than dense in a
         ``measure``, such as integers in parameters, are left out.
         """
-        grid, sections = Grid(multiple, minimum, group_sizes, percentages), []
+        grid = Grid(multiple, minimum, group_sizes, percentages, row_percentages, blocks)
+        sections = []
         for name in [*(form for form in forms if form != DENSE_FORM), DENSE_FORM]:
             form = form_named(name)
             for levels in form.levels(unit, grid):

@@ -13,13 +13,13 @@ import numpy as np
 
 from lrbo.allocation.allocate import Allocation
 from lrbo.errors import ConfigError
-from lrbo.layers.forms import Based, QuantizedFactors, form_named
-from lrbo.layers.options import Losses
+from lrbo.layers.forms import Based, form_named
+from lrbo.layers.options import Losses, Option
 from lrbo.models.specs import LayerSpec
 from lrbo.optimization.space import LinearConstraint, Point, Problem, Space
 
 EXPONENT = "exponent"
-REPAIR = "form.repair"  # of what integers leave, by a low rank
+REPAIR = "form.repair"  # of what a base leaves, by a low rank
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ class WeightSpace(Space):
 
     There is a variable ``kind.GROUP`` for each group, and ``depth.0``, ``depth.1``, ... for each
     knot, at equal distances from the first block to the last, linear in between. Where forms differ
-    in what they are, there is a variable ``form.NAME`` for each, and ``form.repair`` for integers
+    in what they are, there is a variable ``form.NAME`` for each, and ``form.repair`` for bases
     with a rank: predictions of different families err differently.
     """
 
@@ -182,7 +182,7 @@ class WeightSpace(Space):
                 family = family_of(section.form)
                 if (column := columns.get(f"form.{family}")) is not None:
                     own[start:end, column] = 1.0
-                if family != "low_rank" and REPAIR in columns:
+                if has_repair(section.form) and REPAIR in columns:
                     own[start:end, columns[REPAIR]] = section.levels[:, -1] > 0
                 start = end
             coefficients[name] = own
@@ -218,8 +218,12 @@ def build_weight_space(problem: Problem, settings: SpaceSettings) -> WeightSpace
 
 def family_of(form: str) -> str:
     """Return the name that forms of one function share: all low-rank forms are one."""
-    own = form_named(form)
-    return form if isinstance(own, Based) and not isinstance(own, QuantizedFactors) else "low_rank"
+    return "low_rank" if Option(form).is_low_rank else form
+
+
+def has_repair(form: str) -> bool:
+    """Whether a form is a base and a low rank of what it leaves."""
+    return isinstance(form_named(form), Based) and not Option(form).is_low_rank
 
 
 def form_variables(problem: Problem) -> list[str]:
@@ -228,7 +232,8 @@ def form_variables(problem: Problem) -> list[str]:
     families = list(dict.fromkeys(map(family_of, forms)))
     if len(families) < 2:
         return []
-    return [*(f"form.{family}" for family in families), REPAIR]
+    repair = [REPAIR] if any(map(has_repair, forms)) else []
+    return [*(f"form.{family}" for family in families), *repair]
 
 
 def _grouped(

@@ -27,7 +27,8 @@ from lrbo.errors import ConfigError, cut
 from lrbo.factorization.options import METHOD_OPTIONS, BaseOptions
 from lrbo.files import paths
 from lrbo.files.atomic import CACHED, cache_folder
-from lrbo.layers.forms import DENSE_FORM, FORMS
+from lrbo.layers.form import DENSE_FORM
+from lrbo.layers.forms import FORMS
 from lrbo.layers.options import MEASURES
 from lrbo.study.study_record import study_folder
 from lrbo.tasks.metrics import TASKS

@@ -23,7 +23,8 @@ from lrbo.factorization.base_plan import BasePlan
 from lrbo.factorization.options import BaseOptions
 from lrbo.factorization.prepared import Prepared
 from lrbo.factorization.registry import method_named
-from lrbo.layers.forms import DENSE_FORM, FORMS, form_named
+from lrbo.layers.form import DENSE_FORM
+from lrbo.layers.forms import FORMS, form_named
 from lrbo.layers.options import MEASURES, Budget, Measure, ModelAccount, account, as_stored
 from lrbo.models.families import family_of
 from lrbo.models.model_map import require_head

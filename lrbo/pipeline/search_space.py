@@ -16,7 +16,8 @@ from lrbo.config.schema import SearchConfig
 from lrbo.errors import BudgetError, Collecting, ConfigError, StudyError
 from lrbo.factorization.base import FactorizationMethod
 from lrbo.factorization.options import BaseOptions
-from lrbo.layers.forms import Based, Grid, form_named
+from lrbo.layers.forms import Based, form_named
+from lrbo.layers.kronecker_form import Kronecker
 from lrbo.layers.options import MEASURES, Budget, Measure, Menu, Option
 from lrbo.models.specs import LayerSpec
 from lrbo.optimization.budgets import over_budgets
@@ -88,14 +89,22 @@ def build_search_space(
 def base_options(config: SearchConfig) -> BaseOptions:
     """Return how bases are made, as configured."""
     own = config.bases
-    return BaseOptions(own.method, tuple(own.group_sizes), tuple(own.percentages), own.damping)
+    blocks = tuple((rows, columns) for rows, columns in own.blocks)
+    return BaseOptions(
+        own.method,
+        tuple(own.group_sizes),
+        tuple(own.percentages),
+        tuple(own.row_percentages),
+        blocks,
+        own.damping,
+    )
 
 
 def without_bases(
     units: Iterable[LayerSpec], forms: Iterable[str], options: BaseOptions
 ) -> list[str]:
-    """Report units that cannot have any base of a form, one of each width."""
-    grid = Grid(group_sizes=options.group_sizes, percentages=options.percentages)
+    """Report units that cannot have any level of a form, one of each width."""
+    grid = options.grid()
     lacking: dict[str, tuple[str, dict[str, None]]] = {}
     for unit in units:
         for form in map(form_named, forms):
@@ -104,9 +113,14 @@ def without_bases(
                 needs = form.base_problem(unit.out_features, unit.in_features, base)
                 _, names = lacking.setdefault(f"expected {needs}, got {[*base]}", (unit.name, {}))
                 names[form.name] = None
+            elif isinstance(form, Kronecker) and not form.levels(unit, grid):
+                shape = f"{unit.out_features} x {unit.in_features}"
+                blocks = [list(block) for block in grid.blocks]
+                needs = f"expected blocks of which one divides {shape}, got {blocks}"
+                lacking.setdefault(needs, (unit.name, {form.name: None}))
     return [
-        f"space.forms: {', '.join(names)} of {unit}: {needs}; change bases.group_sizes or leave "
-        "them out"
+        f"space.forms: {', '.join(names)} of {unit}: {needs}; change those of bases or leave "
+        "the forms out"
         for needs, (unit, names) in lacking.items()
     ]
 
@@ -134,6 +148,8 @@ def menus_of(
             minimum=minimum,
             group_sizes=options.group_sizes,
             percentages=options.percentages,
+            row_percentages=options.row_percentages,
+            blocks=options.blocks,
             measure=measure,
         )
         for unit in units

@@ -7,6 +7,8 @@ from itertools import pairwise
 import pandas as pd
 
 from lrbo.allocation.allocate import Allocation
+from lrbo.layers.forms import form_named
+from lrbo.layers.kronecker_form import Kronecker
 from lrbo.layers.options import dense_cost
 from lrbo.study.about import About
 
@@ -25,7 +27,8 @@ def options_frame(about: About, allocation: Allocation) -> pd.DataFrame:
     rows = []
     for name, option in allocation.options.items():
         spec = about.layers[name]
-        rank = option.level[-1] if option.level else None
+        has_rank = bool(option.level) and not isinstance(form_named(option.form), Kronecker)
+        rank = option.level[-1] if has_rank else None
         stored = allocation.costs[name].of(measure)
         dense = dense_cost([spec], about.itemsize).of(measure)
         rows.append((name, spec.kind, spec.block, option.form, option.label, rank, stored, dense))

@@ -16,7 +16,7 @@ from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from lrbo.layers.forms import DENSE_FORM
+from lrbo.layers.form import DENSE_FORM
 from lrbo.layers.options import UNITS
 from lrbo.reports import style
 from lrbo.reports.allocations import dense_size, options_frame

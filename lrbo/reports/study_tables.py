@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from lrbo.files.tables import Column, Table, columns
-from lrbo.layers.forms import DENSE_FORM
+from lrbo.layers.form import DENSE_FORM
 from lrbo.layers.options import UNITS
 from lrbo.reports import allocations, results
 from lrbo.reports.gains import MEANING, gains

@@ -8,7 +8,8 @@ from typing import Any
 
 from lrbo.config.choices import LATENCIES, SIZING
 from lrbo.files.parsing import shown
-from lrbo.layers.forms import DENSE_FORM, FORMS
+from lrbo.layers.form import DENSE_FORM
+from lrbo.layers.forms import FORMS
 from lrbo.layers.options import DENSE, UNITS, Cost, Option, cost_of
 from lrbo.study import events
 from lrbo.study.about import About

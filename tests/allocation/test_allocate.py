@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from lrbo.allocation.allocate import Allocation, allocate, dense_cost, smallest_cost, widest
 from lrbo.errors import BudgetError
-from lrbo.layers.forms import FORMS, GROUP_SIZES, Codebook, Quantized
+from lrbo.layers.form import GROUP_SIZES
+from lrbo.layers.forms import FORMS, Codebook, Quantized
 from lrbo.layers.options import DENSE, MEASURES, Budget, Cost, Measure, Menu, Option, cost_of
 from lrbo.models.specs import LayerSpec
 from lrbo.optimization.space import Problem

@@ -13,7 +13,8 @@ import lrbo
 from lrbo import cli
 from lrbo.config import compose, refusals
 from lrbo.data import documents as sources
-from lrbo.layers.forms import FORMS, INDEX_BYTES
+from lrbo.layers.form import INDEX_BYTES
+from lrbo.layers.forms import FORMS
 from lrbo.layers.modules import PRODUCTS
 from lrbo.models.specs import LayerSpec
 from lrbo.models.tiny import byte_tokenizer, tiny_model

@@ -17,21 +17,22 @@ from lrbo.errors import ConfigError
 from lrbo.factorization.base_plan import BasePlan
 from lrbo.factorization.bases import Base
 from lrbo.factorization.factors import LowRankFactors
+from lrbo.factorization.kronecker import KroneckerSum
 from lrbo.factorization.options import BaseOptions
 from lrbo.factorization.prepared import BasedWeight
 from lrbo.factorization.registry import method_named
+from lrbo.layers.form import DENSE_FORM, GROUP_SIZES, Form, Grid
 from lrbo.layers.forms import (
-    DENSE_FORM,
     FORMS,
-    GROUP_SIZES,
     Based,
     Codebook,
-    Form,
-    Grid,
+    KeptRows,
     Quantized,
     QuantizedFactors,
     form_named,
 )
+from lrbo.layers.kronecker import KroneckerLinear
+from lrbo.layers.kronecker_form import Kronecker
 from lrbo.layers.modules import PRODUCTS, empty_module, low_rank_layers
 from lrbo.layers.options import Option
 from lrbo.models.specs import LayerSpec
@@ -47,12 +48,18 @@ SHAPES = [(5, 9), (9, 5), (7, 7), (1, 4), (4, 1), (17, 32), (8, 16)]
 TOKENS = 3
 ALONE = ("factored_int8", "factored_int4")  # have a base of nothing
 PERCENTAGES = (25, 50)
+ROW_PERCENTAGES = (20, 40)
+BLOCKS = ((2, 1), (1, 2), (4, 4), (3, 3))
 
 every_form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 every_module = pytest.mark.parametrize("form", list(FORMS.values())[1:], ids=list(FORMS)[1:])
 every_product = pytest.mark.parametrize("form", [FORMS[n] for n in PRODUCTS], ids=PRODUCTS)
 every_shape = pytest.mark.parametrize("shape", SHAPES)
 both_biases = pytest.mark.parametrize("bias", [False, True])
+
+
+def grid(multiple: int = 1, minimum: int = 0) -> Grid:
+    return Grid(multiple, minimum, GROUP_SIZES, PERCENTAGES, ROW_PERCENTAGES, BLOCKS)
 
 
 def unit_of(shape: tuple[int, int], *, bias: bool = False) -> LayerSpec:
@@ -62,7 +69,7 @@ def unit_of(shape: tuple[int, int], *, bias: bool = False) -> LayerSpec:
 def levels_of(
     form: Form, unit: LayerSpec, multiple: int = 1, minimum: int = 0
 ) -> list[tuple[int, ...]]:
-    runs = form.levels(unit, Grid(multiple, minimum, GROUP_SIZES, PERCENTAGES))
+    runs = form.levels(unit, grid(multiple, minimum))
     return [tuple(map(int, level)) for run in runs for level in run]
 
 
@@ -74,6 +81,8 @@ def module_of(
         return nn.Linear(shape[1], shape[0], bias)
     left, right = factors(shape, level[-1])
     offset = torch.ones(shape[0])
+    if isinstance(form, Kronecker):
+        return kronecker_of(shape, level, offset=offset.double() if bias else None).float()
     if isinstance(form, Based):
         rest = LowRankFactors(left.float(), right.float(), torch.zeros(level[-1] + 1))
         rest = replace(rest, offset=offset if bias else None)
@@ -92,11 +101,24 @@ def module_of(
     return PRODUCTS[form.name].of_product("unit", left, right, bias_for, torch.float32)
 
 
+def kronecker_of(
+    shape: tuple[int, int], level: tuple[int, ...], offset: Tensor | None = None
+) -> KroneckerLinear:
+    *left, terms = level
+    block = shape[0] // left[0], shape[1] // left[1]
+    sides = factors((left[0] * left[1], block[0] * block[1]), terms)
+    terms_of = KroneckerSum(
+        shape, (left[0], left[1]), LowRankFactors(*sides, torch.zeros(terms + 1)), offset
+    )
+    return terms_of.module(terms)
+
+
 def base_of(
     form: Based, shape: tuple[int, int], level: tuple[int, ...], dtype: torch.dtype
 ) -> Base:
     """Return a base of a random weight, every entry decided on alone."""
-    options = BaseOptions("nearest", percentages=level[:-1] or PERCENTAGES)
+    percentages = level[:-1] or PERCENTAGES
+    options = BaseOptions("nearest", percentages=percentages, row_percentages=percentages)
     if isinstance(form, Quantized):
         options = BaseOptions("nearest", level[:1])
     (base,) = BasePlan((form.name,), options).make(factors(shape, shape[1])[0], {}, dtype)
@@ -122,7 +144,7 @@ def cases(form: Form, shape: tuple[int, int], *, bias: bool) -> Iterator[tuple[i
 
 def test_every_form_but_dense_has_a_module() -> None:
     others = {name for name, form in FORMS.items() if isinstance(form, Based)}
-    assert set(FORMS) == {DENSE_FORM, *PRODUCTS, *others}
+    assert set(FORMS) == {DENSE_FORM, *PRODUCTS, *others, "kronecker"}
     assert all(isinstance(form, Form) and form.name == name for name, form in FORMS.items())
     assert low_rank_layers(nn.Linear(2, 3)) == {}
 
@@ -162,7 +184,7 @@ def test_levels_rise_in_every_cost_and_have_no_problem(
     form: Form, bias: bool, shape: tuple[int, int], multiple: int, minimum: int
 ) -> None:
     unit = unit_of(shape, bias=bias)
-    for run in form.levels(unit, Grid(multiple, minimum, GROUP_SIZES, PERCENTAGES)):
+    for run in form.levels(unit, grid(multiple, minimum)):
         levels = [tuple(map(int, level)) for level in run]
         assert levels == sorted(set(levels))
         assert len({level[:-1] for level in levels}) <= 1
@@ -171,9 +193,14 @@ def test_levels_rise_in_every_cost_and_have_no_problem(
         for less, more in pairwise(costs):
             assert all(a < b for a, b in zip(less, more, strict=True))
         ranks = [level[-1] for level in levels if level]
-        if isinstance(form, Based) and form.name not in ALONE:
+        if isinstance(form, Kronecker):
+            assert ranks == [*range(1, len(ranks) + 1)]
+            assert costs[-1][0] < unit.parameters + (shape[0] if bias else 0)
+        elif isinstance(form, Based) and form.name not in ALONE:
             assert ranks == [*range(0, form.largest_rank(*shape) + 1, multiple)]
             most = 0 if form.name in ("int8", "int8_sym") else min(shape) // 8
+            if isinstance(form, KeptRows):  # no more parameters than dense
+                most = next(r for r in range(99) if (r + 1) * sum(shape) > shape[0] * shape[1])
             assert form.largest_rank(*shape) == most
         elif form.name != DENSE_FORM:
             most = form.largest_rank(*shape) if isinstance(form, Based) else min(shape)
@@ -186,7 +213,7 @@ def test_levels_rise_in_every_cost_and_have_no_problem(
 @both_biases
 def test_arrays_cost_what_integers_cost(form: Form, shape: tuple[int, int], bias: bool) -> None:
     unit = unit_of(shape, bias=bias)
-    for levels in form.levels(unit, Grid(1, 0, GROUP_SIZES, PERCENTAGES)):
+    for levels in form.levels(unit, grid()):
         arrays = form.cost(unit, tuple(levels.T), bias=bias, itemsize=2)
         single = [tuple(map(int, level)) for level in levels]
         one_by_one = [form.cost(unit, level, bias=bias, itemsize=2) for level in single]
@@ -203,6 +230,7 @@ def test_a_level_that_the_shape_cannot_have_is_refused_by_name(
 ) -> None:
     bad = [(-1,), (min(shape) + 1,), (64, -1), (16, min(shape)), (0, 0), (16, 0, 0)]
     bad += [(256, 0), (7, 0)] if isinstance(form, Quantized) else [(100, 0)]
+    bad += [(3, 2, 1), (*shape, 2), (1, 1, 0), (-1, -1, 1)]
     bad += [()] if form.name != DENSE_FORM else []
     for level in bad:
         problem = form.problem(*shape, level)
@@ -345,6 +373,9 @@ def entries(base: Base) -> np.ndarray:
         assert codes.shape == base.shape
     elif "mask" in tensors:
         codes = reference.unpacked(tensors["mask"], 1)
+    elif "rows" in tensors:
+        weight[tensors["rows"]] = tensors["values"]
+        return weight
     else:
         codes = reference.unpacked(tensors["positions"], 2)
     for row in range(rows):

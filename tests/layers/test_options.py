@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lrbo.errors import ConfigError
-from lrbo.layers.forms import DENSE_FORM, FORMS
+from lrbo.layers.form import DENSE_FORM
+from lrbo.layers.forms import FORMS
 from lrbo.layers.modules import PRODUCTS
 from lrbo.layers.options import (
     DENSE,

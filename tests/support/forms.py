@@ -3,6 +3,8 @@
 from torch import nn
 
 from lrbo.layers.based import BasedLinear
+from lrbo.layers.kronecker import KroneckerLinear
+from lrbo.layers.kronecker_form import Kronecker
 from lrbo.layers.modules import PRODUCTS
 
 
@@ -10,4 +12,6 @@ def form_of(module: nn.Module) -> str:
     """Return the name of the form that a module runs."""
     if isinstance(module, BasedLinear):
         return module.form.name
+    if isinstance(module, KroneckerLinear):
+        return Kronecker.name
     return next(name for name, kind in PRODUCTS.items() if isinstance(module, kind))
