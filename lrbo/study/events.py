@@ -36,7 +36,7 @@ from lrbo.layers.options import Budget, Cost, Measure, Option
 from lrbo.tasks.metrics import Task
 from lrbo.trials.records import Origin
 
-FORMAT = 4  # of study.json and the journal beside it
+FORMAT = 5  # of study.json and the journal beside it
 
 Element = TypeVar("Element")
 NonEmpty = Annotated[list[Element], Field(min_length=1)]
