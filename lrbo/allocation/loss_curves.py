@@ -37,12 +37,15 @@ def points_of(
 ) -> list[tuple[LayerSpec, Option]]:
     """Spread layers of each kind evenly over depth, and ranks evenly up to the largest.
 
+    Embedding and head, which are in no block, are left out.
+
     Of low-rank forms the first on the menu; bases without a rank, and Kronecker sums of the most
     terms.
     """
     points = []
-    for kind in dict.fromkeys(spec.kind for spec in layers):
-        members = [spec for spec in layers if spec.kind == kind and spec.name in prepared]
+    inside = [spec for spec in layers if spec.block is not None]
+    for kind in dict.fromkeys(spec.kind for spec in inside):
+        members = [spec for spec in inside if spec.kind == kind and spec.name in prepared]
         count = min(settings.layers_per_kind, len(members))
         for index in range(count):
             spec = members[(2 * index + 1) * len(members) // (2 * count)]

@@ -20,6 +20,7 @@ from lrbo.checkpoints.quantizer import count_parameters, read_headers
 from lrbo.data.windows import Role, TokenWindows
 from lrbo.errors import CheckpointError
 from lrbo.layers.modules import low_rank_layers
+from lrbo.layers.tables import heads_of
 from lrbo.models.model_map import is_tied, is_transposed, linear_bias
 
 # The switches of a configuration that give layers a bias, and the layers that they give it to.
@@ -77,11 +78,12 @@ def frame_of(model: PreTrainedModel) -> tuple[PreTrainedModel, dict[str, Tensor]
     values["tie_word_embeddings"] = is_tied(model)
     layers = low_rank_layers(model)
     biases = {name: linear_bias(layer) for name, layer in layers.items()}
-    biased = [name for name, bias in biases.items() if bias is not None]
+    owners = {name: (heads_of(model, name) or [name])[0] for name in layers}  # of a bias
+    biased = [owners[name] for name, bias in biases.items() if bias is not None]
     frame = with_biases(type(model.config).from_dict(values), biased)
     replaced = tuple(f"{name}." for name in layers)
     tensors = {n: p.detach() for n, p in model.named_parameters() if not n.startswith(replaced)}
-    tensors |= {f"{name}.bias": bias for name, bias in biases.items() if bias is not None}
+    tensors |= {f"{owners[name]}.bias": bias for name, bias in biases.items() if bias is not None}
     for name, parameter in frame.named_parameters():
         if name not in tensors and name.endswith(".bias"):
             tensors[name] = torch.zeros(parameter.shape, dtype=model.dtype, device=model.device)

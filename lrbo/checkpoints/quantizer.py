@@ -25,6 +25,7 @@ from lrbo.layers.low_rank import no_weight
 from lrbo.layers.modules import empty_module, low_rank_layers, parameters_of
 from lrbo.layers.options import DENSE, Option
 from lrbo.layers.pivoted import PivotedLinear
+from lrbo.layers.tables import TiedHead, fix_size_
 from lrbo.models import headers
 
 # Not its names: its import of transformers may be what imports this module.
@@ -170,14 +171,14 @@ def _are_some_of(numbers: Tensor, count: int) -> bool:
     return within and bool((numbers.diff() > 0).all())
 
 
-def put_in(model: nn.Module, config: LowRankConfig) -> None:
+def put_in(model: PreTrainedModel, config: LowRankConfig) -> None:
     """Replace the layers that are not dense by empty ones of their options, on the meta device."""
-    modules = dict(model.named_modules())
+    modules, head_of_dense = dict(model.named_modules()), model.get_output_embeddings()
     for name, text in config.units.items():
         dense = modules.get(name, nn.Identity())
-        if not maps.is_linear(dense):
+        if not (maps.is_linear(dense) or maps.is_table(dense)):
             raise CheckpointError(
-                f"{name} in the units of the checkpoint is no linear layer of "
+                f"{name} in the units of the checkpoint is no linear layer or embedding of "
                 f"{type(model).__name__}; config.json was changed, or is of another model."
             )
         rows, columns = maps.linear_weight(dense).shape
@@ -191,9 +192,24 @@ def put_in(model: nn.Module, config: LowRankConfig) -> None:
                 f"{name} cannot be {text!r}: the layer is {rows} by {columns}"
                 f"{f', and {problem}' if problem else ''}; restore config.json."
             )
-        bias = maps.linear_bias(dense) is not None or name in config.added_biases
+        heads = _untied_(model, name) if maps.is_table(dense) else []
+        biased = [maps.linear_bias(modules[each]) is not None for each in (name, *heads)]
+        bias = any(biased) or name in config.added_biases
         layer = empty_module(name, option, rows, columns, bias=bias)
         model.set_submodule(name, layer.train(dense.training))
+        for head in heads:
+            model.set_submodule(head, TiedHead(layer).train(dense.training))
+        if maps.is_table(dense) or dense is head_of_dense:
+            fix_size_(model)
+
+
+def _untied_(model: PreTrainedModel, name: str) -> list[str]:
+    """Name the heads that are tied to an embedding, whose weights are no longer tied."""
+    tied: dict[str, str] = model.all_tied_weights_keys
+    heads = [target for target, source in tied.items() if source == f"{name}.weight"]
+    for head in heads:
+        del tied[head]
+    return [head.removesuffix(".weight") for head in heads]
 
 
 def check_tensors(model: PreTrainedModel, stored: Mapping[str, Tensor], where: Path) -> None:

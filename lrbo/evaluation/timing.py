@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, StaticCache
 
-from lrbo.layers.low_rank import linear_of
 from lrbo.layers.modules import count_parameters, low_rank_layers, replace_module
+from lrbo.layers.tables import dense_modules, stored_modules
 from lrbo.models.model_map import body_and_head, map_model
 
 # Standard deviation of a normal variable per median absolute deviation, and standard error of
@@ -120,8 +120,9 @@ def measure_latency(
     """
     (tokens,) = settings.prompts
     text = ids[None, :tokens].to(model.device)
+    twin = _twin(model, stored_modules(model, modules))
     metrics: dict[str, float] = {}
-    for phase, times in _timed(_twin(model, modules), model, text, tokens, settings):
+    for phase, times in _timed(twin, model, text, tokens, settings):
         count = settings.steps if phase == "decode" else 1
         metrics |= {
             f"{phase}_latency_ratio": times.ratio,
@@ -146,7 +147,7 @@ def measure_speed(
     ``on_run`` is called after each; compiling does not count.
     """
     speeds = []
-    size = model.get_input_embeddings().weight.shape[0]
+    size = model.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(0)
     for prompt in settings.prompts:
         shape = (settings.batch, prompt + settings.steps)
@@ -175,15 +176,25 @@ def measure_kinds(
             width: torch.randn(*shape, width, device=model.device).to(model.dtype)
             for width in sorted({specs[name].in_features for name in names})
         }
-        mine, other = ({n: each.get_submodule(n) for n in names} for each in (model, twin))
+        ids = torch.zeros(shape, dtype=torch.int64, device=model.device)
+        mine, other = (  # of what is looked up and multiplied with, the product takes longer
+            {n: each.get_submodule(specs[n].tied_to or n) for n in names} for each in (model, twin)
+        )
 
-        def run(layers: Mapping[str, nn.Module], rows: Mapping[int, Tensor] = rows) -> None:
+        def run(
+            layers: Mapping[str, nn.Module],
+            rows: Mapping[int, Tensor] = rows,
+            ids: Tensor = ids,
+        ) -> None:
             for name, layer in layers.items():  # as in a model: no output is kept
-                layer(rows[specs[name].in_features])
+                layer(rows[specs[name].in_features] if specs[name].multiplies else ids)
 
         runs = Run(partial(run, mine)), Run(partial(run, other))
         times = _in_turns(*runs, model.device, settings)
-        low_rank, dense = (sum(map(count_parameters, layers.values())) for layers in (mine, other))
+        low_rank, dense = (
+            sum(count_parameters(each.get_submodule(name)) for name in names)
+            for each in (model, twin)
+        )
         ms = 1e3 * times.dense_seconds, 1e3 * times.seconds
         speeds.append(KindSpeed(kind, len(names), low_rank / dense, *ms, *times.speedup))
     return speeds
@@ -290,7 +301,7 @@ def dense_twin(model: PreTrainedModel) -> PreTrainedModel:
     for name, layer in low_rank_layers(model).items():
         weight = layer.weight.new_empty(layer.out_features, layer.in_features)
         bias = None if layer.bias is None else torch.zeros_like(layer.bias)
-        layers[name] = linear_of(weight.normal_(std=layer.in_features**-0.5), bias)
+        layers |= dense_modules(model, name, weight.normal_(std=layer.in_features**-0.5), bias)
     return _twin(model, layers)
 
 

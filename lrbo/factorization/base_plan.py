@@ -59,6 +59,11 @@ class BasePlan:
         return cls(names, options) if names else None
 
     @property
+    def of_tables(self) -> BasePlan | None:
+        """The plan of those forms whose rows can be looked up; ``None`` if none can."""
+        return BasePlan.of([n for n in self.forms if form_named(n).by_rows], self.options)
+
+    @property
     def needs(self) -> frozenset[Statistic]:
         """The statistics that are read."""
         weighed = any(form_named(name) != EIGHT_BITS for name in self.forms)

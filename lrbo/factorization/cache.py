@@ -20,6 +20,7 @@ from lrbo.factorization.base import FactorizationMethod
 from lrbo.factorization.base_plan import BasePlan
 from lrbo.factorization.prepare_unit import prepared_unit
 from lrbo.factorization.prepared import Prepared, prepared_of
+from lrbo.factorization.tables import prepared_table
 from lrbo.files.caches import fingerprint_of, opened, read_part, save_parts
 from lrbo.models.blockwise import OpenBlock
 from lrbo.models.specs import LayerSpec, ModelMap
@@ -47,6 +48,9 @@ def factor_model(
 ) -> Iterator[dict[str, Prepared]]:
     """Factor every compressible layer, for every rank below the full one, which is dense.
 
+    Those of blocks by the method; embedding and head as of
+    :class:`lrbo.factorization.tables.TableMetric`, whatever it is.
+
     With ``bases``, these are made too, and what each leaves is factored. With statistics of output
     gradients, losses are predicted; with ``errors``, relative errors of outputs are worked out from
     mean and covariance of the inputs. ``open_block`` brings the weights of a block into the model
@@ -61,18 +65,21 @@ def factor_model(
         StatisticsError: Naming the layer.
     """
     for block, members in groupby(layers.compressible, key=lambda spec: spec.block):
-        assert block is not None
         made: dict[str, Prepared] = {}
-        with open_block(block) if open_block else nullcontext():
+        with open_block(block) if open_block and block is not None else nullcontext():
             for spec in members:
                 if min(spec.out_features, spec.in_features) > 1:
                     module = model.get_submodule(spec.name)
-                    own = method.for_kind(spec.kind)
                     with _naming(spec.name):
                         given = statistics.of(spec)
-                        made[spec.name] = prepared_unit(
-                            module, own, given, device, bases=bases, errors=errors
-                        )
+                        if block is None:
+                            own = prepared_table(spec, module, given, device, bases=bases)
+                        else:
+                            how = method.for_kind(spec.kind)
+                            own = prepared_unit(
+                                module, how, given, device, bases=bases, errors=errors
+                            )
+                    made[spec.name] = own
                 if on_layer is not None:
                     on_layer(spec.name)
         yield made

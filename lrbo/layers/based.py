@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -28,6 +28,8 @@ Shapes = dict[str, tuple[tuple[int, ...], torch.dtype | None]]
 BYTE = torch.uint8
 INT8 = 127  # the largest integer of a factor of 8 bits
 MIDDLE = 8  # what stands for 0 among the integers of a factor of 4 bits
+PIECE = 2**24  # entries of a base that are unpacked at a time where it is multiplied with
+ALL = slice(None)
 
 
 def shapes_of(form: Based, out_features: int, in_features: int, base: Level) -> Shapes:
@@ -145,13 +147,18 @@ class Factors(NamedTuple):
         left, right = (each.to(device, copy=True) for each in (self.left, self.right))
         return Factors(left, self.scale.to(device, dtype, copy=True), right)
 
-    def wide(self, dtype: torch.dtype) -> tuple[Left, Right]:
-        """Return ``left diag(scale)`` and ``right`` in a dtype."""
+    def wide(self, dtype: torch.dtype, rows: slice | Int[Tensor, " n"] = ALL) -> tuple[Left, Right]:
+        """Return ``left diag(scale)``, or rows of it, and ``right`` in a dtype."""
         if self.left.dtype == torch.int8:
-            left, right = self.left.to(dtype), self.right.to(dtype)
+            left, right = self.left[rows].to(dtype), self.right.to(dtype)
         else:
-            left, right = (unpack(each, 4).to(dtype) - MIDDLE for each in (self.left, self.right))
-            left = left.T
+            codes, right = self.left, unpack(self.right, 4).to(dtype) - MIDDLE
+            if isinstance(rows, Tensor):  # of :func:`pack`: the second half lies above the first
+                half = codes.shape[1]
+                codes = (codes[:, rows % half] >> (4 * (rows // half)).to(BYTE)) & 15
+            else:
+                codes = unpack(codes, 4)[:, rows]
+            left = codes.T.to(dtype) - MIDDLE
         return left * self.scale.to(dtype), right
 
 
@@ -213,24 +220,39 @@ class BasedLinear(FormModule):
             return None
         return Factors(self.left, self.factor_scale, self.right)
 
-    def base(self, dtype: torch.dtype) -> Float[Tensor, "out in"]:
-        """Return the weight that the base stands for."""
+    def base(
+        self, dtype: torch.dtype, rows: slice | Int[Tensor, " n"] = ALL
+    ) -> Float[Tensor, "n in"]:
+        """Return rows of the weight that the base stands for."""
         tensors = {name: self.get_buffer(name) for name in self.names}
-        return dense_of(self.form, (self.out_features, self.in_features), tensors, dtype)
+        shape = self.out_features, self.in_features
+        if not self.form.by_rows:
+            return dense_of(self.form, shape, tensors, dtype)[rows]
+        own = {name: tensor[rows] for name, tensor in tensors.items()}
+        return dense_of(self.form, shape, own, dtype)
 
     @override
-    def dense_weight(self) -> Float[Tensor, "out in"]:
+    def dense_weight(self, dtype: torch.dtype = torch.float64) -> Float[Tensor, "out in"]:
+        return self._weight(dtype, ALL, self.out_features)
+
+    @override
+    def look_up(self, ids: Int[Tensor, " n"]) -> Float[Tensor, "n in"]:
+        return self._weight(self.weight.dtype, ids, len(ids))
+
+    def _weight(
+        self, dtype: torch.dtype, rows: slice | Int[Tensor, " n"], count: int
+    ) -> Float[Tensor, "n in"]:
         if self.names:
-            weight = self.base(torch.float64)
+            weight = self.base(dtype, rows)
         else:
-            weight = self.weight.new_zeros(self.out_features, self.in_features, dtype=torch.float64)
+            weight = self.weight.new_zeros(count, self.in_features, dtype=dtype)
         if self.factors is not None:
-            left, right = self.factors.wide(torch.float64)
+            left, right = self.factors.wide(dtype, rows)
             weight += left @ right
         return weight
 
-    def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
-        """Apply the layer."""
+    @override
+    def multiply(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         linear = nn.functional.linear
         is_whole = bool(self.names) and not isinstance(self.form, KeptRows)
         bias = None if is_whole else self.bias
@@ -243,7 +265,7 @@ class BasedLinear(FormModule):
                 return linear(x, left @ right, bias)
             result = linear(linear(x, right), left, bias)
         if is_whole:
-            whole = linear(x, self.base(x.dtype), self.bias)
+            whole = self._of_base(x)
             return whole if result is None else whole.add_(result)
         if result is None:  # of rank 0
             result = x.new_zeros(*x.shape[:-1], self.out_features)
@@ -252,3 +274,16 @@ class BasedLinear(FormModule):
             rows, values = self.get_buffer("rows"), self.get_buffer("values").to(x.dtype)
             result.index_add_(-1, rows, linear(x, values))
         return result
+
+    def _of_base(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
+        """Multiply with the base and add the bias; a large base is unpacked in pieces."""
+        step = max(PIECE // self.in_features, 1)
+        if not self.form.by_rows or step >= self.out_features:
+            return nn.functional.linear(x, self.base(x.dtype), self.bias)
+        starts = range(0, self.out_features, step)
+        pieces = [
+            nn.functional.linear(x, self.base(x.dtype, slice(start, start + step)))
+            for start in starts
+        ]
+        result = torch.cat(pieces, -1)
+        return result if self.bias is None else result.add_(self.bias)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,6 +39,7 @@ class Form(ABC):
     """A family of what a unit can become: its levels, and what each of them costs."""
 
     name: str  # in space.forms, in journals and in checkpoints
+    by_rows: ClassVar[bool] = True  # whether rows can be looked up, as tables need
 
     @abstractmethod
     def levels(self, unit: LayerSpec, grid: Grid) -> list[Integers]:

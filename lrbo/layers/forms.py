@@ -238,6 +238,7 @@ class Sparse(Based):
     """A percentage of the entries, with a bit for every entry that there was."""
 
     name = "sparse"
+    by_rows = False
 
     @override
     def bases(self, grid: Grid) -> list[Level]:
@@ -277,6 +278,7 @@ class KeptRows(Based):
     """
 
     name = "sparse_rows"
+    by_rows = False
 
     @override
     def largest_rank(self, out_features: int, in_features: int) -> int:

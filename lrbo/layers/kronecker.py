@@ -52,11 +52,11 @@ class KroneckerLinear(FormModule):
             return cls(left, right, torch.empty(out_features) if bias else None)
 
     @override
-    def dense_weight(self) -> Float[Tensor, "out in"]:
-        return sum_of(self.left.double(), self.right.double())
+    def dense_weight(self, dtype: torch.dtype = torch.float64) -> Float[Tensor, "out in"]:
+        return sum_of(self.left.to(dtype), self.right.to(dtype))
 
-    def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
-        """Apply the layer."""
+    @override
+    def multiply(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         terms, rows, columns = self.left.shape
         _, block_rows, block_columns = self.right.shape
         matrix = x.reshape(-1, columns, block_columns)

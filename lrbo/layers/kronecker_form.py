@@ -27,6 +27,7 @@ class Kronecker(Form):
     """
 
     name = "kronecker"
+    by_rows = False
 
     @staticmethod
     def block(out_features: int, in_features: int, left: Level) -> Level:

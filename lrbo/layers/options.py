@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from lrbo.layers.form import DENSE_FORM, Grid, Integers, Level
+from lrbo.layers.form import DENSE_FORM, Costs, Form, Grid, Integers, Level, Levels
 from lrbo.layers.forms import FORMS, Based, Factored, QuantizedFactors, form_named
 from lrbo.models.specs import LayerSpec, ModelMap
 
@@ -119,8 +119,13 @@ class Budget:
 
 def cost_of(unit: LayerSpec, option: Option, *, bias: bool, itemsize: int) -> Cost:
     """Count a unit in parameters of ``itemsize`` bytes; ``bias`` is not for dense."""
-    cost = form_named(option.form).cost(unit, option.level, bias=bias, itemsize=itemsize)
-    return Cost(*cost)
+    return Cost(*_costs(form_named(option.form), unit, option.level, bias=bias, itemsize=itemsize))
+
+
+def _costs(form: Form, unit: LayerSpec, level: Levels, *, bias: bool, itemsize: int) -> Costs:
+    """Return the costs of a form; of rows that are only looked up, without multiply-adds."""
+    parameters, size, macs = form.cost(unit, level, bias=bias, itemsize=itemsize)
+    return parameters, size, macs * unit.multiplies
 
 
 @dataclass(frozen=True)
@@ -157,11 +162,14 @@ def account(model: ModelMap, units: Cost, *, itemsize: int) -> ModelAccount:
 def as_stored(
     model: ModelMap, options: Mapping[str, Option], adds_bias: bool, itemsize: int
 ) -> tuple[dict[str, Cost], ModelAccount]:
-    """Count units by name, and the whole model; ``adds_bias`` is for all units but dense ones."""
+    """Count units by name, and the whole model.
+
+    ``adds_bias`` is for all layers of blocks but dense ones.
+    """
     costs = {}
     for name, option in options.items():
         unit = model.by_name[name]
-        bias = adds_bias or unit.has_bias
+        bias = unit.is_biased(adds_bias)
         costs[name] = cost_of(unit, option, bias=bias, itemsize=itemsize)
     return costs, account(model, Cost.total(costs.values()), itemsize=itemsize)
 
@@ -212,14 +220,17 @@ class Menu:
 
         ``bias`` is for forms other than dense; ranks are multiples of ``multiple``, from
         ``minimum`` on where nothing lies below them. Bases that are not cheaper than dense in a
-        ``measure``, such as integers in parameters, are left out.
+        ``measure``, such as integers in parameters, are left out, and so are forms whose rows
+        cannot be looked up where the unit is a table.
         """
         grid = Grid(multiple, minimum, group_sizes, percentages, row_percentages, blocks)
         sections = []
         for name in [*(form for form in forms if form != DENSE_FORM), DENSE_FORM]:
             form = form_named(name)
+            if unit.block is None and not form.by_rows:
+                continue
             for levels in form.levels(unit, grid):
-                columns = form.cost(unit, tuple(levels.T), bias=bias, itemsize=itemsize)
+                columns = _costs(form, unit, tuple(levels.T), bias=bias, itemsize=itemsize)
                 costs = np.column_stack([np.broadcast_to(each, len(levels)) for each in columns])
                 sections.append(Section(name, levels, costs.astype(np.int64)))
         if measure is not None:

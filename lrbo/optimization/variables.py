@@ -174,7 +174,8 @@ class WeightSpace(Space):
             own = np.zeros((len(menu), len(columns)))
             own[:, columns[f"kind.{group}"]] = 1.0
             depth = (menu.unit.block or 0) / max(blocks, 1)
-            for knot, hat in enumerate(np.eye(self.knots)):
+            is_inside = menu.unit.block is not None  # embedding and head have no depth
+            for knot, hat in enumerate(np.eye(self.knots) if is_inside else ()):
                 own[:, columns[f"depth.{knot}"]] = np.interp(depth, depths, hat)
             start = 0
             for section in menu.sections:

@@ -18,7 +18,7 @@ from lrbo.factorization.base import FactorizationMethod
 from lrbo.factorization.options import BaseOptions
 from lrbo.layers.forms import Based, form_named
 from lrbo.layers.kronecker_form import Kronecker
-from lrbo.layers.options import MEASURES, Budget, Measure, Menu, Option
+from lrbo.layers.options import MEASURES, UNITS, Budget, Measure, Menu, Option
 from lrbo.models.specs import LayerSpec
 from lrbo.optimization.budgets import over_budgets
 from lrbo.optimization.fixed_variables import restrict
@@ -46,6 +46,7 @@ def build_search_space(
     options = base_options(config)
     if problems := without_bases(units, space.forms, options):
         raise ConfigError(problems)
+    measure = cast(Measure, config.budget.measure)
     menus = menus_of(
         units,
         space.forms,
@@ -54,14 +55,21 @@ def build_search_space(
         multiple=space.rank_multiple,
         minimum=space.minimum_rank,
         options=options,
-        measure=cast(Measure, config.budget.measure),
+        measure=measure,
     )
     dense = dense_cost(menus)
+    if free := [name for name, menu in menus.items() if not menu.dense.of(measure)]:
+        raise ConfigError(
+            [
+                f"budget.include: {free[0]} only looks rows up, and costs no {UNITS[measure]}; "
+                "leave embedding out, or take budget.measure=bytes or parameters"
+            ]
+        )
     names = [each.name for each in fields(SpaceSettings)]
     settings = SpaceSettings(**{name: getattr(space, name) for name in names})
 
     def at(keep_ratio: float) -> Space:
-        budget = Budget.keeping(keep_ratio, dense, cast(Measure, config.budget.measure))
+        budget = Budget.keeping(keep_ratio, dense, measure)
         build = build_weight_space if space.type == "weights" else build_ratio_space
         variables = flatten(space.variables) if space.variables else {}  # nested, as typed
         return restrict(build(Problem(menus, budget), settings), variables, space.tied)
@@ -108,6 +116,8 @@ def without_bases(
     lacking: dict[str, tuple[str, dict[str, None]]] = {}
     for unit in units:
         for form in map(form_named, forms):
+            if unit.block is None and not form.by_rows:
+                continue
             if isinstance(form, Based) and not form.levels(unit, grid):
                 base = form.bases(grid)[0]
                 needs = form.base_problem(unit.out_features, unit.in_features, base)
@@ -142,7 +152,7 @@ def menus_of(
         unit.name: Menu.of(
             unit,
             forms,
-            bias=method.adds_bias or unit.has_bias,
+            bias=unit.is_biased(method.adds_bias),
             itemsize=dtype.itemsize,
             multiple=multiple,
             minimum=minimum,

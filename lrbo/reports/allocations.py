@@ -13,6 +13,7 @@ from lrbo.layers.options import dense_cost
 from lrbo.study.about import About
 
 DEPTHS = 3  # parts of the depth that are told apart
+OUTSIDE = "outside"  # of the blocks
 
 
 def options_frame(about: About, allocation: Allocation) -> pd.DataFrame:
@@ -50,6 +51,8 @@ def dense_size(about: About) -> dict[str, float]:
 def kept_by_depth(table: pd.DataFrame) -> pd.DataFrame:
     """Return the share of their dense cost that layers keep, by kind and depth.
 
+    Embedding and head have no depth, and are in the last column alone.
+
     Args:
         table: From :func:`options_frame`.
 
@@ -60,7 +63,8 @@ def kept_by_depth(table: pd.DataFrame) -> pd.DataFrame:
     blocks = int(table["block"].max()) + 1
     edges = sorted({-(-part * blocks // DEPTHS) for part in range(DEPTHS + 1)})
     names = [f"block {a}" if b - a == 1 else f"blocks {a}-{b - 1}" for a, b in pairwise(edges)]
-    depth = pd.cut(table["block"].astype(int), edges, right=False, labels=names).astype(str)
+    depth = pd.cut(table["block"].astype(float), edges, right=False, labels=names).astype(object)
+    depth = depth.fillna(OUTSIDE)
     sums = table.assign(depth=depth).pivot_table(
         ["stored", "dense"], "kind", "depth", "sum", margins=True, margins_name="all", sort=False
     )

@@ -274,6 +274,11 @@ def test_an_empty_module_takes_the_weights_of_a_stored_one(
         empty.load_state_dict(expected, strict=True, assign=True)
         x = torch.randn(TOKENS, shape[1], generator=torch.Generator().manual_seed(1))
         assert torch.equal(empty(x), stored(x))
+        ids = torch.arange(shape[0]).flip(0).repeat(2, 1)
+        rows = stored(ids)
+        assert rows.shape == (2, shape[0], shape[1])
+        weight = stored.dense_weight().flip(0)
+        torch.testing.assert_close(rows[1].double(), weight, rtol=1e-5, atol=1e-5)
         assert low_rank_layers(empty) == {"": empty}
         assert form_of(empty) == form_of(stored) == form.name
         assert not any(parameter.requires_grad for parameter in empty.parameters())
