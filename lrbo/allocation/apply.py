@@ -10,6 +10,8 @@ from torch import nn
 from lrbo.allocation.allocate import Allocation
 from lrbo.factorization.factors import Buffers
 from lrbo.factorization.prepared import Prepared
+from lrbo.layers import tables
+from lrbo.layers.low_rank import FormModule
 from lrbo.layers.modules import replace_modules
 from lrbo.layers.options import Option
 from lrbo.models.model_map import linear_weight
@@ -33,7 +35,9 @@ def store_(
         own = prepared[name].bound(model.get_submodule(name))
         modules[name] = own.stored(name, option, weight.dtype).to(weight.device)
         on_unit(name)
-    return replace_modules(model, modules)
+    if any(tables.is_table(model, name) for name in modules):
+        tables.fix_size_(model)
+    return replace_modules(model, tables.stored_modules(model, modules))
 
 
 def on_device(
@@ -64,15 +68,33 @@ def compressed(
     """Compress a model for the length of a ``with``; its dense units stay in memory.
 
     Units are prepared in its dtype and on its device; errors are as of :func:`store_`. For
-    ``tokens`` and ``buffers``, which trials may share, see :meth:`Prepared.trial_module`.
+    ``tokens`` and ``buffers``, which trials may share, see :meth:`Prepared.trial_module`. Embedding
+    and head are multiplied out once: the head runs for every few hundred tokens.
     """
+    options = _options(model, allocation, prepared)
     buffers = {} if buffers is None else buffers
-    modules = {
-        name: prepared[name].trial_module(name, option, tokens, buffers)
-        for name, option in _options(model, allocation, prepared).items()
-    }
-    with replaced(model, modules):
+    with replaced(model, trial_modules(model, options, prepared, tokens, buffers)):
         yield model
+
+
+def trial_modules(
+    model: nn.Module,
+    options: Mapping[str, Option],
+    prepared: Mapping[str, Prepared],
+    tokens: int,
+    buffers: Buffers,
+) -> dict[str, nn.Module]:
+    """Return what stands where in a model with some options, as of :func:`compressed`."""
+    modules: dict[str, nn.Module] = {}
+    for name, option in options.items():
+        if not tables.is_table(model, name):
+            modules[name] = prepared[name].trial_module(name, option, tokens, buffers)
+            continue
+        module = prepared[name].trial_module(name, option, 0, buffers)
+        assert isinstance(module, FormModule)
+        weight = module.dense_weight(module.weight.dtype)
+        modules |= tables.dense_modules(model, name, weight, module.bias)
+    return modules
 
 
 @contextmanager

@@ -35,8 +35,8 @@ def parts_of(
     """
     members: dict[str, list[str]] = {}
     for name, menu in menus.items():
-        if menu.unit.part is not None:
-            members.setdefault(menu.unit.part, []).append(name)
+        if menu.unit.closing is not None:
+            members.setdefault(menu.unit.closing, []).append(name)
     parts, column = [], MEASURES.index(measure)
     for names in members.values():
         if not all(name in losses for name in names):

@@ -13,7 +13,7 @@ from lrbo.allocation.apply import replaced
 from lrbo.allocation.loss_calibration import Measurement
 from lrbo.errors import NonFiniteError
 from lrbo.factorization.prepared import Prepared
-from lrbo.layers.forms import Based, form_named, is_joint
+from lrbo.layers.forms import Based, Factored, form_named, is_joint
 from lrbo.layers.options import Menu, Option
 from lrbo.models.blockwise import Scratch
 from lrbo.models.specs import LayerSpec
@@ -37,19 +37,27 @@ def points_of(
 ) -> list[tuple[LayerSpec, Option]]:
     """Spread layers of each kind evenly over depth, and ranks evenly up to the largest.
 
-    Of low-rank forms the first on the menu; of integers, every family without a rank. Joint options
-    are of no single layer, and not checked.
+    Embedding and head, which are in no block, are left out, and joint options, which are of no
+    single layer.
+
+    Of low-rank forms the first on the menu; bases without a rank, and Kronecker sums of the most
+    terms.
     """
     points = []
-    for kind in dict.fromkeys(spec.kind for spec in layers):
-        members = [spec for spec in layers if spec.kind == kind and spec.name in prepared]
+    inside = [spec for spec in layers if spec.block is not None]
+    for kind in dict.fromkeys(spec.kind for spec in inside):
+        members = [spec for spec in inside if spec.kind == kind and spec.name in prepared]
         count = min(settings.layers_per_kind, len(members))
         for index in range(count):
             spec = members[(2 * index + 1) * len(members) // (2 * count)]
-            sections = menus[spec.name].sections[:-1]
-            families = [each.family for each in sections if not is_joint(each.form)]
-            points += [(spec, family.at(0)) for family in families if family.has_base]
-            low = next((family for family in families if not family.has_base), None)
+            alone = [each for each in menus[spec.name].sections[:-1] if not is_joint(each.form)]
+            sections = {each.family: each for each in alone}
+            for family, section in sections.items():
+                if not family.is_low_rank:
+                    is_base = isinstance(form_named(family.form), Based)
+                    level = section.levels[0 if is_base else -1]
+                    points.append((spec, family.at(int(level[-1]))))
+            low = next((family for family in sections if family.is_low_rank), None)
             most = 0 if low is None else prepared[spec.name].part(low).max_rank
             tries = min(settings.ranks, 2 * most)  # enough for all ranks
             ranks = {max(1, round(most * (step + 1) / (tries + 1))) for step in range(tries)}
@@ -121,7 +129,7 @@ def measure_losses(
         for spec, option in points:
             own = prepared[spec.name].part(option.family)
             added = 0.0
-            is_plain = not isinstance(form_named(option.form), Based)
+            is_plain = isinstance(form_named(option.form), Factored)
             if dense.dtype.itemsize < 4 and is_plain:
                 if spec.name not in rounding:
                     rounding[spec.name] = divergence(spec, option.family.at(own.max_rank))

@@ -78,7 +78,8 @@ def transferred_ratios(
         examples = ", ".join(f"{kind} ({name})" for kind, name in sorted(missing.items()))
         problem = (
             f"warm_start: {donor} has no layers of kind {examples}; its kinds are "
-            f"{', '.join(sorted(profile))}. Take a study of a model of the same family"
+            f"{', '.join(sorted(profile))}. Take a study of a model of the same family and with "
+            "the same budget.include"
         )
         raise ConfigError([problem])
     ratios = {}

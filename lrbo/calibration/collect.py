@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from lrbo.calibration.moments import GradientMoments, SiteMoments
+from lrbo.calibration.moments import GradientMoments, HeadMoments, SiteMoments, TokenCounts
 from lrbo.calibration.statistics import GRADIENT_STATISTICS, MATRICES, Statistic
 from lrbo.models.blockwise import Scratch, States, watching
 from lrbo.models.specs import LayerSpec, ModelMap
@@ -112,6 +112,7 @@ def calibrate(
 
     Yields:
         Statistics of a block's sites, float64 on the CPU; then of its layers, last block first.
+        Those of embedding and head, if the map covers them, come before, between and after these.
 
     Raises:
         StatisticsError: Naming a site or layer with a non-finite value or not every token; or if
@@ -122,7 +123,8 @@ def calibrate(
         return
     task = task or CausalLM()
     count = len(windows)
-    of_inputs, of_gradients = wanted - GRADIENT_STATISTICS, wanted & GRADIENT_STATISTICS
+    of_inputs = wanted - GRADIENT_STATISTICS - {Statistic.TOKEN_FREQUENCY}
+    of_gradients = wanted & GRADIENT_STATISTICS
     # Without pooling there is one group: the order of windows decides which labels are sampled.
     groups = settings.groups if Statistic.POOLED_INPUT_COVARIANCE in wanted else 1
     # Windows come text by text, and each group gets its part of each text: differences between
@@ -140,8 +142,12 @@ def calibrate(
     length = first.shape[1]
     _announce_few_tokens(layers, count * length, len(with_loss) * length, wanted)
     hidden = scratch.empty(len(windows), *first.shape[1:], dtype=first.dtype)
-    for batch in batches:
-        hidden[batch] = body.embed(windows[batch]).to(hidden)
+    ends = _Ends(body, layers, wanted)
+    with watching(body.model, ends.counts, lambda name, ids, _: ends.counts[name].update(ids)):
+        for batch in batches:
+            hidden[batch] = body.embed(windows[batch]).to(hidden)
+    for name, counts in ends.counts.items():
+        yield {name: counts.statistics(name, len(windows) * length)}
     entering: list[Tensor] = []
     for index in range(len(body)):
         if of_gradients:
@@ -163,12 +169,42 @@ def calibrate(
         labels=settings.labels,
         seed=settings.seed,
         batch_windows=settings.batch_windows,
+        on_logits=None if ends.head is None else ends.head.update,
     )
     tokens = len(examples) * length
+    if ends.head is not None:
+        yield {ends.head.name: ends.head.statistics(tokens)}
     for index in reversed(range(len(body))):
         moments, gradient = blocks.backward(index, entering[index], gradient, of_gradients)
         yield {name: moments.pop(name).statistics(name, tokens, scored) for name in list(moments)}
         on_block(1)
+    for name, rows in ends.rows.items():
+        for batch in batches_of(0, len(gradient), settings.batch_windows):
+            part = gradient[batch].to(body.device).flatten(0, 1)
+            rows.update(part, part)
+        gathered = rows.statistics(name, tokens, scored)
+        yield {name: {Statistic.ROW_GRADIENT: gathered[Statistic.OUTPUT_GRADIENT]}}
+
+
+class _Ends:
+    """What is gathered of embedding and head, by name, if a budget covers them."""
+
+    def __init__(self, body: Segments, layers: ModelMap, needs: Collection[Statistic]) -> None:
+        tables = [spec for spec in layers.compressible if spec.block is None]
+        device, squares = body.device, {Statistic.OUTPUT_GRADIENT}
+        lookups = {spec.name: spec for spec in tables if spec.is_lookup}
+        self.counts = {
+            name: TokenCounts(spec.out_features)
+            for name, spec in lookups.items()
+            if Statistic.TOKEN_FREQUENCY in needs
+        }
+        self.rows = {
+            name: GradientMoments(squares, replace(spec, out_features=spec.in_features), device)
+            for name, spec in lookups.items()
+            if Statistic.ROW_GRADIENT in needs
+        }
+        heads = (HeadMoments(spec, device) for spec in tables if spec.multiplies)
+        self.head = next(heads, None) if Statistic.LABEL_VARIANCE in needs else None
 
 
 def _selected(hidden: States, indices: Int[Tensor, " selected"], scratch: Scratch) -> Tensor:
@@ -254,8 +290,9 @@ def _announce_few_tokens(
 ) -> None:
     """Warn where a matrix cannot have full rank."""
     messages = []
-    widest = max(spec.in_features for spec in layers.compressible)
-    tallest = max(spec.out_features for spec in layers.compressible)
+    inside = [spec for spec in layers.compressible if spec.block is not None]
+    widest = max(spec.in_features for spec in inside)
+    tallest = max(spec.out_features for spec in inside)
     if (MATRICES - GRADIENT_STATISTICS) & set(needs) and tokens <= widest:
         messages.append(
             f"{tokens} calibration tokens for inputs of up to {widest} features: covariances are "

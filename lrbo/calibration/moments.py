@@ -1,11 +1,11 @@
-"""Running moments: of vectors, of the inputs of a site, of a layer's output gradients."""
+"""Running moments: of vectors, of inputs and output gradients of layers, of tokens and labels."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from lrbo.calibration.statistics import Statistic
@@ -213,3 +213,51 @@ class GradientMoments:
             statistics[Statistic.INPUT_IMPORTANCE] = self.importance.cpu() / scored
         _require_sound(layer, "gradients", statistics, seen=self.tokens, tokens=tokens)
         return statistics
+
+
+class TokenCounts:
+    """How often each row of an embedding is looked up."""
+
+    def __init__(self, rows: int) -> None:
+        self.counts = torch.zeros(rows, dtype=torch.int64)
+
+    def update(self, ids: Int[Tensor, "*batch"]) -> None:
+        """Add the ids of some tokens."""
+        self.counts += torch.bincount(ids.flatten().cpu(), minlength=len(self.counts))
+
+    def statistics(self, name: str, tokens: int) -> dict[Statistic, Tensor]:
+        """Return the share of each row, float64, on the CPU; refuse counts of other tokens.
+
+        Rows that were seen once have as large a share as the rows that were not seen will have
+        (I. J. Good, *The population frequencies of species*, 1953): that is spread over all rows.
+        """
+        once = max(int((self.counts == 1).sum()), 1) / tokens
+        shares = self.counts.double() / tokens
+        statistics = {Statistic.TOKEN_FREQUENCY: (1 - once) * shares + once / len(shares)}
+        _require_sound(name, "tokens", statistics, seen=int(self.counts.sum()), tokens=tokens)
+        return statistics
+
+
+class HeadMoments:
+    """Running moments of the inputs of the head, and of the labels that it predicts."""
+
+    def __init__(self, spec: LayerSpec, device: torch.device) -> None:
+        self.name, self.inputs = spec.name, Moments(spec.in_features, device)
+        self.variance = _zeros(spec.out_features, device=device)  # sum p_v (1 - p_v)
+
+    def update(self, inputs: Float[Tensor, "n in"], logits: Float[Tensor, "n out"]) -> None:
+        """Add some tokens; logits are in float32 at least."""
+        self.inputs.update(inputs)
+        shares = logits.softmax(-1)
+        self.variance += shares.mul_(1 - shares).sum(0).to(self.variance)
+
+    def statistics(self, tokens: int) -> dict[Statistic, Tensor]:
+        """Return means over all tokens, float64, on the CPU; StatisticsError if unsound."""
+        statistics = {
+            Statistic.INPUT_MEAN: self.inputs.mean,
+            Statistic.INPUT_COVARIANCE: self.inputs.covariance,
+            Statistic.LABEL_VARIANCE: self.variance / max(tokens, 1),
+        }
+        seen = self.inputs.tokens
+        _require_sound(self.name, "inputs", statistics, seen=seen, tokens=tokens)
+        return {statistic: tensor.cpu() for statistic, tensor in statistics.items()}

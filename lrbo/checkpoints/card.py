@@ -41,6 +41,7 @@ class Card:
     measure: Measure = "parameters"
     stock: Stock | None = None  # what is written as an adapter
     counted_bytes: int = 0  # of that, as the forms count
+    covered: str = ""  # which share of the model the budget covers
 
     def text(self) -> str:
         """Return the Markdown of the card, with the head that the Hub reads."""

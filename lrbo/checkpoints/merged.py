@@ -21,10 +21,9 @@ from lrbo.checkpoints.structure import Structure, padded
 from lrbo.data.windows import Role, TokenWindows
 from lrbo.errors import CheckpointError
 from lrbo.layers.joint import SkippedLinear, ThinLinear
-from lrbo.layers.low_rank import FormModule
-from lrbo.layers.modules import low_rank_layers, thin_layers
+from lrbo.layers.modules import compressed_layers
+from lrbo.layers.tables import heads_of
 from lrbo.models.model_map import (
-    is_linear,
     is_tied,
     is_transposed,
     linear_bias,
@@ -66,43 +65,27 @@ def save_merged(
 
 def _merged(model: PreTrainedModel) -> PreTrainedModel:
     """Return a dense model with the products of a compressed one."""
-    values = model.config.to_dict()
-    values.pop("auto_map", None)  # names files that are not written here
-    values["tie_word_embeddings"] = is_tied(model)
     structure = Structure.of(model)
-    layers: dict[str, FormModule | ThinLinear] = {**low_rank_layers(model), **thin_layers(model)}
-    biased = [name for name, layer in layers.items() if linear_bias(layer) is not None]
-    moved = map(structure.renamed, dict.fromkeys([*biased, *structure.constants]))
-    config = structure.config(type(model.config).from_dict(values))
-    merged = with_biases(config, [name for name in moved if name is not None])
-    replaced = tuple(f"{name}." for name in layers)
-    tensors = {n: p for n, p in model.named_parameters() if not n.startswith(replaced)}
+    merged, tensors = frame_of(model, structure)
     specs = map_model(merged).by_name
-    for name, layer in layers.items():
-        new = structure.renamed(name)
-        if new is None:
+    for own, layer in compressed_layers(model).items():
+        name = structure.renamed(own)
+        if name is None:
             continue
-        target, bias = merged.get_submodule(new), linear_bias(layer)
-        assert is_linear(target)
+        target = merged.get_submodule(name)
         if isinstance(layer, ThinLinear):
-            weight, bias = padded(layer, specs[new])
+            weight, bias = padded(layer, specs[name])
+            if bias is not None:
+                tensors[f"{name}.bias"] = bias.to(model.dtype)
         elif isinstance(layer, SkippedLinear):
             weight = layer.weight.new_zeros(linear_weight(target).shape)
         else:
             weight = layer.dense_weight()
         weight = weight.to(model.dtype)
         tensors[f"{name}.weight"] = weight.T if is_transposed(target) else weight
-        if bias is not None:
-            tensors[f"{name}.bias"] = bias.to(model.dtype)
-    for name, constant in structure.constants.items():
-        own = tensors.get(f"{name}.bias")
-        total = constant if own is None else constant + own.double()
-        tensors[f"{name}.bias"] = total.to(model.dtype)
-    pairs = {structure.renamed(name): tensor for name, tensor in tensors.items()}
-    tensors = {name: tensor for name, tensor in pairs.items() if name is not None}
-    for name, parameter in merged.named_parameters():
-        if name not in tensors and name.endswith(".bias"):
-            tensors[name] = torch.zeros(parameter.shape, dtype=model.dtype, device=model.device)
+    for own, constant in structure.constants.items():
+        name = f"{structure.renamed(own)}.bias"
+        tensors[name] = (constant + tensors[name].double()).to(model.dtype)
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     merged.load_state_dict(contiguous, strict=False, assign=True)
     merged.tie_weights()
@@ -110,22 +93,31 @@ def _merged(model: PreTrainedModel) -> PreTrainedModel:
     return merged
 
 
-def frame_of(model: PreTrainedModel) -> tuple[PreTrainedModel, dict[str, Tensor]]:
+def frame_of(
+    model: PreTrainedModel, structure: Structure
+) -> tuple[PreTrainedModel, dict[str, Tensor]]:
     """Return an empty dense model for a compressed one, and its tensors but the compressed weights.
 
-    It has a bias where the compressed one has one, as of :func:`with_biases`; biases that this
-    gives to other layers are zeros.
+    It has the blocks and neurons of a structure, and a bias where the compressed one has one, as of
+    :func:`with_biases`; biases that this gives to other layers are zeros.
     """
     values = model.config.to_dict()
     values.pop("auto_map", None)  # names files that are not written here
     values["tie_word_embeddings"] = is_tied(model)
-    layers = low_rank_layers(model)
-    biases = {name: linear_bias(layer) for name, layer in layers.items()}
-    biased = [name for name, bias in biases.items() if bias is not None]
-    frame = with_biases(type(model.config).from_dict(values), biased)
+    layers = compressed_layers(model)
+    biases = {
+        (heads_of(model, name) or [name])[0]: bias
+        for name, layer in layers.items()
+        if (bias := linear_bias(layer)) is not None
+    }
+    moved = map(structure.renamed, dict.fromkeys([*biases, *structure.constants]))
+    config = structure.config(type(model.config).from_dict(values))
+    frame = with_biases(config, [name for name in moved if name is not None])
     replaced = tuple(f"{name}." for name in layers)
-    tensors = {n: p.detach() for n, p in model.named_parameters() if not n.startswith(replaced)}
-    tensors |= {f"{name}.bias": bias for name, bias in biases.items() if bias is not None}
+    own = {n: p.detach() for n, p in model.named_parameters() if not n.startswith(replaced)}
+    own |= {f"{name}.bias": bias for name, bias in biases.items()}
+    pairs = {structure.renamed(name): tensor for name, tensor in own.items()}
+    tensors = {name: tensor for name, tensor in pairs.items() if name is not None}
     for name, parameter in frame.named_parameters():
         if name not in tensors and name.endswith(".bias"):
             tensors[name] = torch.zeros(parameter.shape, dtype=model.dtype, device=model.device)

@@ -19,6 +19,7 @@ from typing_extensions import TypedDict
 from lrbo.config.shell import command
 from lrbo.errors import CheckpointError, ModelError, reading, some
 from lrbo.files.parsing import ContentError, Count, checked
+from lrbo.layers.based import BasedLinear
 from lrbo.layers.forms import FORMS
 from lrbo.layers.joint import empty_joint
 from lrbo.layers.joint_form import Joint, Neurons
@@ -26,6 +27,7 @@ from lrbo.layers.low_rank import no_weight
 from lrbo.layers.modules import empty_module, low_rank_layers, parameters_of, replace_modules
 from lrbo.layers.options import DENSE, Option
 from lrbo.layers.pivoted import PivotedLinear
+from lrbo.layers.tables import TiedHead, fix_size_
 from lrbo.models import headers
 
 # Not its names: its import of transformers may be what imports this module.
@@ -140,6 +142,13 @@ class LowRankQuantizer(HfQuantizer):
                         f"{name}.index is no order of the layer's {len(index)} outputs; the "
                         "weights of the checkpoint are damaged: copy it again."
                     )
+            if isinstance(module, BasedLinear) and "rows" in module.names:
+                rows = module.get_buffer("rows")
+                if not rows.is_meta and not _are_some_of(rows.cpu(), module.out_features):
+                    raise CheckpointError(
+                        f"{name}.rows are no rising numbers of the layer's {module.out_features} "
+                        "outputs; the weights of the checkpoint are damaged: copy it again."
+                    )
         return model
 
     def get_state_dict_and_metadata(
@@ -160,15 +169,21 @@ class LowRankQuantizer(HfQuantizer):
     is_trainable = is_qat_trainable = is_compileable = True
 
 
-def put_in(model: nn.Module, config: LowRankConfig) -> None:
+def _are_some_of(numbers: Tensor, count: int) -> bool:
+    """Whether integers rise, from 0 on and below a count."""
+    within = int(numbers[0]) >= 0 and int(numbers[-1]) < count
+    return within and bool((numbers.diff() > 0).all())
+
+
+def put_in(model: PreTrainedModel, config: LowRankConfig) -> None:
     """Replace the layers that are not dense by empty ones of their options, on the meta device."""
     modules, layers = dict(model.named_modules()), dict[str, nn.Module]()
-    specs = _joint_specs(model, config.units)
+    specs, head_of_dense = _joint_specs(model, config.units), model.get_output_embeddings()
     for name, text in config.units.items():
         dense = modules.get(name, nn.Identity())
-        if not maps.is_linear(dense):
+        if not (maps.is_linear(dense) or maps.is_table(dense)):
             raise CheckpointError(
-                f"{name} in the units of the checkpoint is no linear layer of "
+                f"{name} in the units of the checkpoint is no linear layer or embedding of "
                 f"{type(model).__name__}; config.json was changed, or is of another model."
             )
         rows, columns = maps.linear_weight(dense).shape
@@ -182,12 +197,26 @@ def put_in(model: nn.Module, config: LowRankConfig) -> None:
                 f"{name} cannot be {text!r}: the layer is {rows} by {columns}"
                 f"{f', and {problem}' if problem else ''}; restore config.json."
             )
-        bias = maps.linear_bias(dense) is not None or name in config.added_biases
         if name in specs:
             layers[name] = empty_joint(specs[name], option)
-        else:
-            layers[name] = empty_module(name, option, rows, columns, bias=bias)
+            continue
+        heads = _untied_(model, name) if maps.is_table(dense) else []
+        biased = [maps.linear_bias(modules[each]) is not None for each in (name, *heads)]
+        bias = any(biased) or name in config.added_biases
+        layer = empty_module(name, option, rows, columns, bias=bias)
+        layers |= {name: layer, **{head: TiedHead(layer) for head in heads}}
+        if maps.is_table(dense) or dense is head_of_dense:
+            fix_size_(model)
     replace_modules(model, layers)
+
+
+def _untied_(model: PreTrainedModel, name: str) -> list[str]:
+    """Name the heads that are tied to an embedding, whose weights are no longer tied."""
+    tied: dict[str, str] = model.all_tied_weights_keys
+    heads = [target for target, source in tied.items() if source == f"{name}.weight"]
+    for head in heads:
+        del tied[head]
+    return [head.removesuffix(".weight") for head in heads]
 
 
 def _joint_specs(model: nn.Module, units: Mapping[str, str]) -> dict[str, LayerSpec]:
@@ -198,7 +227,7 @@ def _joint_specs(model: nn.Module, units: Mapping[str, str]) -> dict[str, LayerS
     with reading(CheckpointError, "restore config.json", own=ModelError):
         specs = maps.map_model(model).by_name
     for name, text in joint.items():
-        part = specs[name].part if name in specs else None
+        part = specs[name].closing if name in specs else None
         if part is None:
             raise CheckpointError(
                 f"{name} cannot be {text!r}: it is of no attention or MLP; restore config.json."
@@ -208,7 +237,7 @@ def _joint_specs(model: nn.Module, units: Mapping[str, str]) -> dict[str, LayerS
                 f"{name} cannot be {text!r}: an attention has no neurons; restore config.json."
             )
         for other, spec in specs.items():
-            if spec.part == part and joint.get(other) != text:
+            if spec.closing == part and joint.get(other) != text:
                 raise CheckpointError(
                     f"{name} is {text!r} and {other} is {units.get(other, 'dense')!r}: all layers "
                     "of an attention or MLP take this option together; restore config.json."

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lrbo.checkpoints.export import checkpoint_folder, write_tensors
 from lrbo.checkpoints.merged import frame_of
+from lrbo.checkpoints.structure import Structure
 from lrbo.data.windows import Role, TokenWindows
 from lrbo.errors import CheckpointError, LrboError, reading, some
 from lrbo.files.paths import ADAPTER, BASE, model_folder
@@ -216,7 +217,7 @@ class Stock:
         Raises:
             CheckpointError: If the architecture has no parameter for a bias.
         """
-        frame, base = frame_of(model)
+        frame, base = frame_of(model, Structure.of(model))
         schemes = schemes_of(options, frame, vllm=vllm)
         ranks, adapter = {}, dict[str, Tensor]()
         for name, layer in low_rank_layers(model).items():

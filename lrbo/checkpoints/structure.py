@@ -82,7 +82,7 @@ class Structure:
 
 def padded(layer: ThinLinear, spec: LayerSpec) -> tuple[Float[Tensor, "out in"], Tensor | None]:
     """Return weight and bias with zeros for the neurons that others have, in float64."""
-    groups = 1 if spec.ends_part else spec.out_features // spec.neurons
+    groups = 1 if spec.is_closing else spec.out_features // spec.neurons
     each = spec.out_features // groups
     weight = layer.weight.detach().double().view(groups, -1, layer.in_features)
     missing = (0, spec.in_features - weight.shape[2], 0, each - weight.shape[1])

@@ -37,7 +37,7 @@ from lrbo.pipeline.trial_loop import evaluate_between
 from lrbo.progress import Reporter
 from lrbo.reports.gains import gains
 from lrbo.reports.mlflow_view import enter_checkpoint
-from lrbo.reports.results import score_rows
+from lrbo.reports.results import covered_text, score_rows
 from lrbo.study.study_record import StudyRecord
 from lrbo.study.versions import versions
 from lrbo.tasks.metrics import MISSING
@@ -135,6 +135,7 @@ def run(config: CompressConfig, reporter: Reporter) -> dict[str, Any]:
         measure=measure,
         stock=stock,
         counted_bytes=counted.model.bytes,
+        covered=covered_text(study),
     ).text()
     parameters = counted.model.parameters
     sizes = {}
@@ -208,10 +209,12 @@ def _require_room(
     if config.format == "remote_code":
         for record in records:
             for name, option in record.request.allocation.compressed.items():
-                if option.form not in PRODUCTS:
+                is_lookup = plan.layers.by_name[name].is_lookup
+                if is_lookup or option.form not in PRODUCTS:
+                    lacks = "embedding that is not dense" if is_lookup else option.form
                     raise ConfigError(
                         [
-                            f"format='remote_code': its modelling file has no {option.form}, which "
+                            f"format='remote_code': its modelling file has no {lacks}, which "
                             f"{name} is in trial {record.request.trial_index}; expected "
                             "format=lrbo, or format=merged"
                         ]
@@ -225,7 +228,7 @@ def _require_room(
     biased += [
         spec.name
         for spec in plan.layers.compressible
-        if spec.name in skipped and spec.ends_part and not spec.has_bias
+        if spec.name in skipped and spec.is_closing and not spec.has_bias
     ]
     dense = with_biases(load_config(plan.source), biased)
     if config.format == "adapter":

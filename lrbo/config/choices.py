@@ -48,6 +48,9 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "thresholds": (0.0, 1.0),
 }
 
+# Parts of a model, in budget.include.
+BLOCKS, EMBEDDING, HEAD = PARTS = ("blocks", "embedding", "head")
+
 KEEP_RATIO = "keep_ratio"  # also the variable of a front
 THRESHOLD = "threshold"  # of the output error, the variable of a front too
 SIZING = frozenset({KEEP_RATIO, THRESHOLD})  # variables that decide the size of a model

@@ -42,6 +42,10 @@ START = "uniform, analytic, start, paper, study:NAME or study:NAME:TRIAL"
 STARTS = Rule(START, choices.WARM_START.fullmatch, each=True)
 HOST = re.compile(r"[^\s,/@]+")
 HOSTS = Rule("a host as runs.example.org, without http://", HOST.fullmatch, each=True)
+INCLUDE = Rule(
+    f"{choices.BLOCKS}, and beside it {choices.EMBEDDING} or {choices.HEAD} or both, each once",
+    lambda v: {choices.BLOCKS} <= {*v} <= {*choices.PARTS} and len({*v}) == len(v),
+)
 CONFIDENCE = Rule("a confidence above 0.5 and below 1", lambda v: 0.5 < v < 1).or_null()
 ALLOCATIONS = at_least(2, " allocations, for windows to differ on", most=REPEATED)
 LENGTHS = Rule("lengths of at least 1 token", lambda v: len(v) > 0 and min(v) >= 1)
@@ -117,6 +121,7 @@ class BudgetConfig:
     bits_per_parameter: float | None = option(None, options.ABOVE_0.or_null())
     lowest: float | None = None
     measure: str = "parameters"
+    include: list[str] = option(lambda: [choices.BLOCKS], INCLUDE)
 
     def kept(self, itemsize: int) -> float:
         """Return the share that is kept of parameters of so many bytes."""
@@ -150,11 +155,13 @@ class CalibrationConfig:
 
 @dataclass
 class BasesConfig:
-    """How weights become integers, numbers of a codebook or a few of their entries."""
+    """How weights become integers, numbers of a codebook, a few entries or Kronecker sums."""
 
     method: str = "gptq"
     group_sizes: list[int] = field(default_factory=lambda: [64])
     percentages: list[int] = field(default_factory=lambda: [50])
+    row_percentages: list[int] = field(default_factory=lambda: [5])
+    blocks: list[list[int]] = field(default_factory=lambda: [[2, 1], [1, 2]])
     damping: float = 0.01
 
 

@@ -17,9 +17,10 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, StaticCache
 
 from lrbo.layers.joint import SkippedAttention, SkippedLinear, ThinLinear
-from lrbo.layers.low_rank import FormModule, linear_of
-from lrbo.layers.modules import count_parameters, low_rank_layers, replace_modules, thin_layers
+from lrbo.layers.modules import compressed_layers, count_parameters, replace_modules
+from lrbo.layers.tables import dense_modules, stored_modules
 from lrbo.models.model_map import body_and_head, linear_bias, linear_weight, map_model
+from lrbo.models.specs import LayerSpec
 
 # Standard deviation of a normal variable per median absolute deviation, and standard error of
 # a median per standard error of a mean.
@@ -121,8 +122,9 @@ def measure_latency(
     """
     (tokens,) = settings.prompts
     text = ids[None, :tokens].to(model.device)
+    twin = _twin(model, stored_modules(model, modules))
     metrics: dict[str, float] = {}
-    for phase, times in _timed(_twin(model, modules), model, text, tokens, settings):
+    for phase, times in _timed(twin, model, text, tokens, settings):
         count = settings.steps if phase == "decode" else 1
         metrics |= {
             f"{phase}_latency_ratio": times.ratio,
@@ -147,7 +149,7 @@ def measure_speed(
     ``on_run`` is called after each; compiling does not count.
     """
     speeds = []
-    size = model.get_input_embeddings().weight.shape[0]
+    size = model.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(0)
     for prompt in settings.prompts:
         shape = (settings.batch, prompt + settings.steps)
@@ -170,39 +172,45 @@ def measure_kinds(
     """
     specs = map_model(twin).by_name
     kinds: dict[str, list[str]] = {}
-    for name, layer in _compressed_layers(model).items():
+    for name, layer in compressed_layers(model).items():
         if not isinstance(layer, SkippedLinear):
             kinds.setdefault(specs[name].kind, []).append(name)
     speeds = []
     for kind, names in kinds.items():
         shape = (settings.batch, max(settings.prompts))
-        mine, other = ({n: each.get_submodule(n) for n in names} for each in (model, twin))
+        mine, other = (  # of what is looked up and multiplied with, the product takes longer
+            {n: each.get_submodule(specs[n].tied_to or n) for n in names} for each in (model, twin)
+        )
+        widths = {_width(each, specs[n]) for layers in (mine, other) for n, each in layers.items()}
         rows = {
             width: torch.randn(*shape, width, device=model.device).to(model.dtype)
-            for width in sorted({_width(layer) for layer in (*mine.values(), *other.values())})
+            for width in sorted(widths)
         }
+        ids = torch.zeros(shape, dtype=torch.int64, device=model.device)
 
-        def run(layers: Mapping[str, nn.Module], rows: Mapping[int, Tensor] = rows) -> None:
-            for layer in layers.values():  # as in a model: no output is kept
-                layer(rows[_width(layer)])
+        def run(
+            layers: Mapping[str, nn.Module],
+            rows: Mapping[int, Tensor] = rows,
+            ids: Tensor = ids,
+        ) -> None:
+            for name, layer in layers.items():  # as in a model: no output is kept
+                spec = specs[name]
+                layer(rows[_width(layer, spec)] if spec.multiplies else ids)
 
         runs = Run(partial(run, mine)), Run(partial(run, other))
         times = _in_turns(*runs, model.device, settings)
-        low_rank, dense = (sum(map(count_parameters, layers.values())) for layers in (mine, other))
+        low_rank, dense = (
+            sum(count_parameters(each.get_submodule(name)) for name in names)
+            for each in (model, twin)
+        )
         ms = 1e3 * times.dense_seconds, 1e3 * times.seconds
         speeds.append(KindSpeed(kind, len(names), low_rank / dense, *ms, *times.speedup))
     return speeds
 
 
-def _compressed_layers(model: nn.Module) -> dict[str, FormModule | ThinLinear]:
-    return {**low_rank_layers(model), **thin_layers(model)}
-
-
-def _width(layer: nn.Module) -> int:
-    """Return the number of inputs of a layer."""
-    width = layer.in_features
-    assert isinstance(width, int)
-    return width
+def _width(layer: nn.Module, spec: LayerSpec) -> int:
+    """Return the number of inputs of a layer, compressed or dense."""
+    return layer.in_features if isinstance(layer, ThinLinear) else spec.in_features
 
 
 def _timed(
@@ -311,13 +319,14 @@ def dense_twin(model: PreTrainedModel) -> PreTrainedModel:
             for own, child in module.named_children():  # norms; its layers follow
                 if not isinstance(child, SkippedLinear):
                     layers[name].add_module(own, child)
-    for name, layer in _compressed_layers(model).items():
+    for name, layer in compressed_layers(model).items():
         before, has_bias = dense.get_submodule(name), layer.bias is not None
         if isinstance(layer, ThinLinear | SkippedLinear):
             has_bias = linear_bias(before) is not None
         rows, columns = linear_weight(before).shape
         weight = layer.weight.new_empty(rows, columns).normal_(std=columns**-0.5)
-        layers[name] = linear_of(weight, weight.new_zeros(rows) if has_bias else None)
+        bias = weight.new_zeros(rows) if has_bias else None
+        layers |= dense_modules(model, name, weight, bias)
     return _twin(model, layers)
 
 

@@ -1,9 +1,9 @@
-"""Which bases are made of every weight, and how."""
+"""Which bases and Kronecker sums are made of every weight, and how."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -14,40 +14,54 @@ from lrbo.errors import StatisticsError
 from lrbo.factorization.base import Remainders
 from lrbo.factorization.bases import Base
 from lrbo.factorization.factors import LowRankFactors
+from lrbo.factorization.kronecker import KroneckerSum, kronecker_terms
 from lrbo.factorization.options import BaseOptions
-from lrbo.factorization.prediction import PREDICTION_SHRINKAGE, input_moment, shrunk
+from lrbo.factorization.prediction import (
+    PREDICTION_SHRINKAGE,
+    input_moment,
+    shrunk,
+)
 from lrbo.factorization.quantized_factors import round_factors
 from lrbo.factorization.rounding import round_gptq, round_nearest, round_to_codebook
-from lrbo.factorization.sparsity import sparsify
+from lrbo.factorization.sparsity import keep_rows, sparsify
 from lrbo.layers.based import Factors
-from lrbo.layers.form import Grid
 from lrbo.layers.forms import (
     Based,
     Codebook,
+    KeptRows,
     Quantized,
     QuantizedFactors,
     SemiStructured,
     Sparse,
     form_named,
 )
+from lrbo.layers.kronecker_form import Kronecker
+from lrbo.layers.options import Option
 
 EIGHT_BITS = QuantizedFactors(8)  # rounded to the nearest, whatever the errors weigh
 # What errors are weighed with.
 NEEDS = frozenset({Statistic.INPUT_MEAN, Statistic.INPUT_COVARIANCE})
+MOMENTS = frozenset({Statistic.INPUT_COVARIANCE, Statistic.POOLED_INPUT_COVARIANCE})
 
 
 @dataclass(frozen=True)
 class BasePlan:
-    """The forms of the bases, by name, and how they are made; others have none."""
+    """The forms of bases and Kronecker sums, by name, and how they are made."""
 
     forms: tuple[str, ...]
     options: BaseOptions
 
     @classmethod
     def of(cls, forms: Sequence[str], options: BaseOptions) -> BasePlan | None:
-        """Return the plan of those of some forms that have a base; ``None`` if none have."""
-        names = tuple(name for name in forms if isinstance(form_named(name), Based))
+        """Return the plan of those of some forms that are made so; ``None`` if none are."""
+        own = Based, Kronecker
+        names = tuple(name for name in forms if isinstance(form_named(name), own))
         return cls(names, options) if names else None
+
+    @property
+    def of_tables(self) -> BasePlan | None:
+        """The plan of those forms whose rows can be looked up; ``None`` if none can."""
+        return BasePlan.of([n for n in self.forms if form_named(n).by_rows], self.options)
 
     @property
     def needs(self) -> frozenset[Statistic]:
@@ -60,8 +74,11 @@ class BasePlan:
         weight: Float[Tensor, "out in"],
         statistics: Mapping[Statistic, Tensor],
         dtype: torch.dtype,
+        factors: LowRankFactors | None = None,
     ) -> list[Base]:
         """Make every base of a weight, in float64; their numbers are stored in ``dtype``.
+
+        Outputs are kept for what a small rank of the ``factors`` leaves of them, if given.
 
         Raises:
             StatisticsError: If a statistic is missing, or does not suit.
@@ -77,8 +94,12 @@ class BasePlan:
             moment = statistics[Statistic.INPUT_COVARIANCE].double() + mean.outer(mean)
             if not bool(moment.any()):  # no input weighs more than another, as of factor_layer
                 moment = torch.eye(len(moment)).to(moment)
+        gradient = statistics.get(Statistic.OUTPUT_GRADIENT) if self.needs else None
+        if gradient is not None:
+            has_effect = bool(gradient.any())
+            gradient = shrunk(gradient.double(), PREDICTION_SHRINKAGE) if has_effect else None
         made, grids, shape = [], [], (weight.shape[0], weight.shape[1])
-        grid = Grid(group_sizes=self.options.group_sizes, percentages=self.options.percentages)
+        grid = self.options.grid()
         for form in map(form_named, self.forms):
             if not isinstance(form, Based):
                 continue
@@ -100,7 +121,26 @@ class BasePlan:
                         percent = level[0] if level else None
                         made.append(
                             sparsify(
-                                weight, form, percent, dtype=dtype, moment=moment, damping=damping
+                                weight,
+                                form,
+                                percent,
+                                dtype=dtype,
+                                moment=moment,
+                                gradient=gradient,
+                                damping=damping,
+                            )
+                        )
+                    case KeptRows():
+                        change = None if factors is None else _change(weight, factors)
+                        made.append(
+                            keep_rows(
+                                weight,
+                                form,
+                                level[0],
+                                dtype=dtype,
+                                change=change,
+                                moment=moment,
+                                gradient=gradient,
                             )
                         )
         if not grids:
@@ -139,3 +179,50 @@ class BasePlan:
         return round_factors(
             factors, remainder, weight, moment, gradient, dtype=dtype, damping=damping
         )
+
+    def sums(
+        self,
+        weight: Float[Tensor, "out in"],
+        factors: LowRankFactors,
+        statistics: Mapping[Statistic, Tensor],
+    ) -> dict[Option, KroneckerSum]:
+        """Make every Kronecker sum of a weight, in float64, with the bias of its ``factors``.
+
+        By gptq, terms are those of the moments of inputs and of output gradients, where known; by
+        nearest, those of the weight alone.
+        """
+        made = {}
+        shape = weight.shape[0], weight.shape[1]
+        gradient = statistics.get(Statistic.OUTPUT_GRADIENT)
+        if gradient is not None:
+            gradient = shrunk(gradient.to(weight), PREDICTION_SHRINKAGE)
+        is_known = not MOMENTS.isdisjoint(statistics)
+        moment = input_moment(factors, statistics) if is_known else None
+        has_effect = all(each is None or bool(each.any()) for each in (gradient, moment))
+        for form in map(form_named, self.forms):
+            if not isinstance(form, Kronecker):
+                continue
+            for left in form.shapes(*shape, self.options.grid()):
+                terms = kronecker_terms(
+                    weight,
+                    left,
+                    gradient if has_effect else None,
+                    moment if has_effect else None,
+                    is_weighed=self.options.method == "gptq",
+                )
+                if gradient is not None and not has_effect:
+                    nothing = torch.zeros_like(terms.tail)
+                    terms = replace(terms, tail=nothing, loss=nothing)
+                family = Option(form.name, left)
+                made[family] = KroneckerSum(shape, left, terms, factors.offset, factors.center)
+        return made
+
+
+def _change(weight: Float[Tensor, "out in"], factors: LowRankFactors) -> Float[Tensor, "out in"]:
+    """Return what an eighth of the largest rank leaves of a weight.
+
+    By predicted losses of two layers of SmolLM2-135M this picks better outputs than the whole
+    weight, or what a quarter or a half leave.
+    """
+    rank = min(weight.shape) // 8
+    return weight - factors.left[:, :rank] @ factors.right[:rank]

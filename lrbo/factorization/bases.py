@@ -40,7 +40,7 @@ class Base:
 
     def weight(self, dtype: torch.dtype) -> Float[Tensor, "out in"]:
         """Return the weight that the base stands for."""
-        return dense_of(self.form, self.tensors, dtype)
+        return dense_of(self.form, self.shape, self.tensors, dtype)
 
     def module(self, factors: Factors | None, bias: Bias, device: torch.device) -> BasedLinear:
         """Return the layer with a low rank over the base; its tensors are views."""

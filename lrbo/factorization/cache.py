@@ -22,6 +22,7 @@ from lrbo.factorization.factors import LowRankFactors
 from lrbo.factorization.joint import prepare_joint
 from lrbo.factorization.prepare_unit import prepared_unit
 from lrbo.factorization.prepared import Prepared, UnitFactors, prepared_of
+from lrbo.factorization.tables import prepared_table
 from lrbo.files.caches import fingerprint_of, opened, read_part, save_parts
 from lrbo.linalg import float64_device
 from lrbo.models.blockwise import OpenBlock
@@ -52,6 +53,9 @@ def factor_model(
 ) -> Iterator[dict[str, Prepared]]:
     """Factor every compressible layer, for every rank below the full one, which is dense.
 
+    Those of blocks by the method; embedding and head as of
+    :class:`lrbo.factorization.tables.TableMetric`, whatever it is.
+
     With ``bases``, these are made too, and what each leaves is factored. With statistics of output
     gradients, losses are predicted; with ``errors``, relative errors of outputs are worked out from
     mean and covariance of the inputs; ``joint`` names forms that attentions and MLPs can have as a
@@ -67,19 +71,22 @@ def factor_model(
         StatisticsError: Naming the layer.
     """
     for block, grouped in groupby(layers.compressible, key=lambda spec: spec.block):
-        assert block is not None
         members = list(grouped)
         made: dict[str, Prepared] = {}
-        with open_block(block) if open_block else nullcontext():
+        with open_block(block) if open_block and block is not None else nullcontext():
             for spec in members:
                 if min(spec.out_features, spec.in_features) > 1:
                     module = model.get_submodule(spec.name)
-                    own = method.for_kind(spec.kind)
                     with _naming(spec.name):
                         given = statistics.of(spec)
-                        made[spec.name] = prepared_unit(
-                            module, own, given, device, bases=bases, errors=errors
-                        )
+                        if block is None:
+                            own = prepared_table(spec, module, given, device, bases=bases)
+                        else:
+                            how = method.for_kind(spec.kind)
+                            own = prepared_unit(
+                                module, how, given, device, bases=bases, errors=errors
+                            )
+                    made[spec.name] = own
                 if on_layer is not None:
                     on_layer(spec.name)
             if joint:
@@ -96,8 +103,8 @@ def _add_joint(
     device: torch.device | None,
 ) -> None:
     """Add what the attention and the MLP of a block can become as a whole to their layers."""
-    for end in [spec for spec in members if spec.ends_part]:
-        specs = [spec for spec in members if spec.part == end.name]
+    for end in [spec for spec in members if spec.is_closing]:
+        specs = [spec for spec in members if spec.closing == end.name]
         if not all(spec.name in made for spec in specs):
             continue
         last = model.get_submodule(end.name)
@@ -140,7 +147,7 @@ def factors_fingerprint(
     }
     return fingerprint_of(
         {
-            "format": 8,
+            "format": 9,
             "model": model_fingerprint,
             "calibration": calibration_fingerprint,
             "method": {"type": type(method).__name__, **options},

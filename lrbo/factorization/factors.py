@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lrbo.layers.forms import Based, form_named, is_joint
+from lrbo.layers.forms import Factored, form_named
 from lrbo.layers.low_rank import Bias, LowRankLinear, is_dearer, linear_of
 from lrbo.layers.modules import PRODUCTS
 from lrbo.layers.options import Losses, Option, Section
@@ -20,6 +20,24 @@ Buffers = MutableMapping[str, Tensor]
 Curve = Literal["loss", "error"]  # of a section: predicted losses, or relative output errors
 CURVES = ("tail", "loss", "error")  # by rank
 PARTS = ("left", "right", "tail", "offset", "center", "loss", "error")
+
+
+def bias_of(
+    offset: Bias,
+    center: Float[Tensor, " in"] | None,
+    linear: Callable[[Tensor], Tensor],
+    dtype: torch.dtype,
+) -> Bias:
+    """Return the bias of a dtype with which a layer gives ``offset`` at ``center``, if any.
+
+    ``linear`` is the layer without bias, with rounded weights, in the dtype of its input. The bias
+    is the small difference of large vectors, so it is formed in float32 at least: in bfloat16 its
+    error was half of its length in some layers of SmolLM2-135M.
+    """
+    if offset is None or center is None:
+        return None if offset is None else offset.to(dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    return (offset.to(wide) - linear(center.to(wide))).to(dtype)
 
 
 @dataclass(frozen=True)
@@ -71,16 +89,8 @@ class LowRankFactors:
         return self.bias_for(lambda x: left.to(x.dtype) @ (right.to(x.dtype) @ x), left.dtype)
 
     def bias_for(self, linear: Callable[[Tensor], Tensor], dtype: torch.dtype) -> Bias:
-        """Return the bias of a dtype with which a layer gives ``offset`` at ``center``, if any.
-
-        ``linear`` is the layer without bias, with rounded weights, in the dtype of its input. The
-        bias is the small difference of large vectors, so it is formed in float32 at least: in
-        bfloat16 its error was half of its length in some layers of SmolLM2-135M.
-        """
-        if self.offset is None or self.center is None:
-            return None if self.offset is None else self.offset.to(dtype)
-        wide = torch.promote_types(dtype, torch.float32)
-        return (self.offset.to(wide) - linear(self.center.to(wide))).to(dtype)
+        """Return the bias of a layer, as of :func:`bias_of`."""
+        return bias_of(self.offset, self.center, linear, dtype)
 
     def at_rank(self, rank: int) -> LowRankLinear:
         """Return the rank-``rank`` layer; its matrices are views."""
@@ -187,11 +197,7 @@ class LowRankFactors:
         self, ranks: Mapping[Option, int], dtype: torch.dtype, device: torch.device
     ) -> LowRankFactors | None:
         """Return a copy up to the largest of some ranks, by family; ``None`` if they are 0."""
-        own = (
-            ranks[f]
-            for f in ranks
-            if not isinstance(form_named(f.form), Based) and not is_joint(f.form)
-        )
+        own = (ranks[f] for f in ranks if isinstance(form_named(f.form), Factored))
         rank = max(own, default=0)
         return self.to(dtype=dtype, device=device, max_rank=rank) if rank else None
 

@@ -241,7 +241,7 @@ def prepare_joint(
     if SKIP.form in forms:
         loss = ((weight @ covariance) * (gradient @ weight)).sum() / 2
         for spec in specs:
-            ends = spec.ends_part
+            ends = spec.is_closing
             own = loss if ends else torch.zeros_like(loss)
             made[spec.name][SKIP] = Skipped(
                 own.clamp_min(0.0).reshape(1).cpu(),
@@ -254,7 +254,7 @@ def prepare_joint(
         if bias is not None:
             refit = replace(refit, offset=output, center=mean[order])
         for spec in specs:
-            ends = spec.ends_part
+            ends = spec.is_closing
             made[spec.name][NEURONS] = Thinned(
                 order.int().cpu(),
                 (loss if ends else torch.zeros_like(loss)).cpu(),

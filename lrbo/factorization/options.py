@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 from lrbo.config.options import (
     ABOVE_0_TO_1,
+    COUNT,
     FLAG,
     FROM_0,
     FROM_0_TO_1,
@@ -16,11 +18,22 @@ from lrbo.config.options import (
     one_of,
     option,
 )
-from lrbo.layers.form import GROUP_SIZES
+from lrbo.layers.form import GROUP_SIZES, Grid
 
 SIZES = Rule(
     f"one or several of {', '.join(map(str, GROUP_SIZES))}, each once",
     lambda v: len(v) > 0 and {*v} <= {*GROUP_SIZES} and len({*v}) == len(v),
+)
+
+
+def _are_blocks(blocks: Any) -> bool:
+    pairs = [tuple(each) for each in blocks if isinstance(each, list | tuple) and len(each) == 2]
+    whole = all(min(pair) >= 1 and 1 < max(pair) <= COUNT for pair in pairs)
+    return whole and 0 < len(blocks) == len({*pairs})
+
+
+BLOCKS = Rule(
+    "one or several [rows, columns] of at least 1, each once and none [1, 1]", _are_blocks
 )
 PERCENTAGES = Rule(
     "one or several whole numbers above 0 and below 100, each once",
@@ -59,20 +72,30 @@ class LossAwareOptions(Options):
 
 @dataclass(frozen=True)
 class BaseOptions(Options):
-    """How weights become integers, numbers of a codebook or a few of their entries.
+    """How weights become integers, numbers of a codebook, a few entries or Kronecker sums.
 
     Attributes:
         method: ``"gptq"`` moves what one input leaves to the inputs to come (for sparse forms this
             is SparseGPT), ``"nearest"`` decides on every entry alone.
         group_sizes: Of integers: inputs that share a scale; each size is a choice of its own.
         percentages: Of entries that sparse forms keep; each is a choice of its own.
+        row_percentages: Of outputs that ``sparse_rows`` keeps; each is a choice of its own.
+        blocks: Rows and columns of the second factor of a Kronecker product; each is a choice of
+            its own, for the layers that it divides.
         damping: Added to the diagonal of the input second moment, as a share of its mean entry.
     """
 
     method: str = option("gptq", one_of(("gptq", "nearest")))
-    group_sizes: tuple[int, ...] = option((64,), SIZES)
-    percentages: tuple[int, ...] = option((50,), PERCENTAGES)
+    group_sizes: tuple[int, ...] = option(Grid.group_sizes, SIZES)
+    percentages: tuple[int, ...] = option(Grid.percentages, PERCENTAGES)
+    row_percentages: tuple[int, ...] = option(Grid.row_percentages, PERCENTAGES)
+    blocks: tuple[tuple[int, int], ...] = option(Grid.blocks, BLOCKS)
     damping: float = option(0.01, ABOVE_0_TO_1)
+
+    def grid(self, multiple: int = 1, minimum: int = 0) -> Grid:
+        """Return the levels that are made; ranks are multiples, from a minimum on."""
+        own = {field.name: getattr(self, field.name) for field in fields(Grid)[2:]}
+        return Grid(multiple, minimum, **own)
 
 
 METHOD_OPTIONS: Mapping[str, type[Options]] = {

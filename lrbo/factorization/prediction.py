@@ -115,7 +115,14 @@ def predicted_loss(
     left, right = factors.left.double(), factors.right.double()
     gradient, moment = moments(factors, statistics)
     outputs, inputs = left.T @ gradient @ left, right @ moment @ right.T
-    # Of the directions that a rank leaves out: the sum over the trailing square block.
-    blocks = (outputs * inputs).flip(0, 1).cumsum(0).cumsum(1).diagonal().flip(0) / 2
+    return left_out(outputs * inputs)
+
+
+def left_out(pairs: Float[Tensor, "k k"]) -> Float[Tensor, " k_plus_1"]:
+    """Return half of what the directions after the first 0, 1, ..., ``k`` cost together, falling.
+
+    ``pairs`` are what each two of them cost: the sum is that over the trailing square block.
+    """
+    blocks = pairs.flip(0, 1).cumsum(0).cumsum(1).diagonal().flip(0) / 2
     curve = torch.cat([blocks, blocks.new_zeros(1)]).clamp_min(0.0)
     return curve.flip(0).cummax(0).values.flip(0)

@@ -13,6 +13,7 @@ from lrbo.errors import StatisticsError
 from lrbo.factorization.base import FactorizationMethod, Statistics, Weight, factor_layer
 from lrbo.factorization.base_plan import BasePlan
 from lrbo.factorization.factors import LowRankFactors
+from lrbo.factorization.kronecker import KroneckerSum
 from lrbo.factorization.prediction import (
     ERROR_NEEDS,
     input_moment,
@@ -23,8 +24,9 @@ from lrbo.factorization.prediction import (
 )
 from lrbo.factorization.prepared import BasedWeight, Prepared, UnitFactors
 from lrbo.layers.based import Factors
-from lrbo.layers.forms import QuantizedFactors
+from lrbo.layers.forms import KeptRows, QuantizedFactors
 from lrbo.layers.low_rank import Bias
+from lrbo.layers.options import Option
 from lrbo.linalg import float64_device
 from lrbo.models.model_map import linear_bias, linear_weight
 
@@ -64,9 +66,9 @@ def prepared_unit(
     low_rank = full.to(dtype=SINGLE, device=CPU, max_rank=min(weight.shape) - 1)
     if bases is None:
         return low_rank
-    based = {}
+    based: dict[Option, BasedWeight | KroneckerSum] = {}
     remainder = method.remainders(unit.bias, statistics)
-    for base in bases.make(weight, statistics, stored.dtype):
+    for base in bases.make(weight, statistics, stored.dtype, full):
         form, codes = base.form, None
         most = min(form.largest_rank(*base.shape), low_rank.max_rank)
         if isinstance(form, QuantizedFactors):
@@ -79,11 +81,16 @@ def prepared_unit(
             rest = weight - base.weight(DOUBLE)
             factors = remainder(rest, most)
             rounded = Factors.of(factors.left.float(), factors.right.float(), stored.dtype)
-            factors = unit.with_error(factors, rest, rounded.wide(DOUBLE))
+            wide = rounded.wide(DOUBLE)
+            if isinstance(form, KeptRows):  # the low rank is most of the weight
+                factors = replace(factors, loss=with_rounding(factors, wide, rest, statistics))
+            factors = unit.with_error(factors, rest, wide)
         # Of 8 bits they are rounded again where a layer is made.
         codes = codes.to(CPU, stored.dtype) if codes is not None and form.factor_bits == 4 else None
         factors = factors.to(dtype=SINGLE, device=CPU)
         based[base.family] = BasedWeight(base.to(CPU), factors, codes)
+    for family, terms in bases.sums(weight, full, statistics).items():
+        based[family] = unit.with_errors(terms).to(dtype=SINGLE, device=CPU)
     return UnitFactors(low_rank, based)
 
 
@@ -106,3 +113,13 @@ class _Unit:
         squared = squared_errors(target, *rounded, moment)
         error = relative_error(squared, self.weight, self.bias, self.statistics)
         return replace(factors, error=error)
+
+    def with_errors(self, terms: KroneckerSum) -> KroneckerSum:
+        """Add the errors of the output with the first terms, if asked for."""
+        if not self.errors:
+            return terms
+        moment = input_moment(replace(terms.rest, center=terms.center), self.statistics)
+        changes = [self.weight, *(self.weight - each for each in terms.weights())]
+        squared = torch.stack([(each @ moment * each).sum() for each in changes])
+        error = relative_error(squared, self.weight, self.bias, self.statistics)
+        return replace(terms, rest=replace(terms.rest, error=error))

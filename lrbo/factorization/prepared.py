@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from lrbo.factorization.bases import Base
 from lrbo.factorization.factors import CURVES, PARTS, Buffers, Curve, LowRankFactors
 from lrbo.factorization.joint import JOINT, Skipped, Thinned
+from lrbo.factorization.kronecker import KroneckerSum
 from lrbo.layers.based import BasedLinear, Factors, shapes_of
-from lrbo.layers.forms import Based, QuantizedFactors, form_named, is_joint
+from lrbo.layers.forms import Based, QuantizedFactors, form_named
+from lrbo.layers.kronecker_form import Kronecker
 from lrbo.layers.options import Losses, Option, Section
 
 
@@ -88,6 +90,11 @@ class BasedWeight:
         device = rest.left.device if self.codes is None else self.codes.scale.device
         return self.base.module(factors, rest.bias_for(linear, dtype), device)
 
+    def trial_module(self, name: str, rank: int, tokens: int, buffers: Buffers) -> nn.Module:
+        """Return the layer with a rank for a trial: as it is stored."""
+        del name, tokens, buffers
+        return self.module(rank)
+
     def to(
         self, *, dtype: torch.dtype, device: torch.device, max_rank: int | None = None
     ) -> BasedWeight:
@@ -105,13 +112,27 @@ class BasedWeight:
         codes = self.codes.leading(rest.max_rank).to(device, dtype)
         return BasedWeight(base, replace(rest, **moved), codes)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors by name, for the cache."""
+        parts = {**self.base.tensors, **self.rest.tensors()}
+        if isinstance(self.base.form, QuantizedFactors):
+            # Its factors are those of the unit, as they are.
+            parts = {part: each for part, each in parts.items() if part in CURVES}
+        return parts if self.codes is None else parts | dict(zip(CODES, self.codes, strict=True))
+
 
 @dataclass(frozen=True)
 class UnitFactors:
-    """Low-rank factors of a unit, its bases with factors of what each leaves, its joint options."""
+    """Low-rank factors of a unit, and what else it can become.
+
+    Attributes:
+        low_rank: Factors of the whole weight; ``None`` where no rank is wanted.
+        based: Bases with factors of what each leaves, and Kronecker sums.
+        joint: What it becomes together with the other layers of its attention or MLP.
+    """
 
     low_rank: LowRankFactors | None
-    based: Mapping[Option, BasedWeight]
+    based: Mapping[Option, BasedWeight | KroneckerSum]
     joint: Mapping[Option, Thinned | Skipped] = field(default_factory=dict)
 
     @property
@@ -123,7 +144,7 @@ class UnitFactors:
         """Return the factors of a family, whose ranks are its levels."""
         if family in self.based:
             return self.based[family].rest
-        if self.low_rank is None or family.has_base or is_joint(family.form):
+        if self.low_rank is None or not family.is_low_rank:
             raise KeyError(f"{family} was not prepared")
         return self.low_rank
 
@@ -132,7 +153,7 @@ class UnitFactors:
         family = section.family
         if family in self.joint:
             return self.joint[family].losses(section)
-        if self.low_rank is None and family not in self.based and not family.has_base:
+        if self.low_rank is None and family not in self.based and family.is_low_rank:
             return np.zeros(0)  # no rank is cheaper than dense
         return self.part(family).losses(section, curve)
 
@@ -141,7 +162,8 @@ class UnitFactors:
         if option.family in self.joint:
             return self.joint[option.family].module(option)
         if option.family in self.based:
-            return self.based[option.family].module(option.level[-1])
+            own = self.based[option.family]
+            return own.trial_module(name, option.level[-1], tokens, buffers)
         return self.part(option.family).trial_module(name, option, tokens, buffers)
 
     def stored(self, name: str, option: Option, dtype: torch.dtype) -> nn.Module:
@@ -189,14 +211,7 @@ class UnitFactors:
         """Return the tensors by name, for the cache."""
         tensors = {} if self.low_rank is None else self.low_rank.tensors()
         for family, own in self.based.items():
-            parts = {**own.base.tensors, **own.rest.tensors()}
-            if isinstance(
-                own.base.form, QuantizedFactors
-            ):  # its factors are those of the unit, as they are
-                parts = {part: each for part, each in parts.items() if part in CURVES}
-            if own.codes is not None:
-                parts |= zip(CODES, own.codes, strict=True)
-            tensors |= {f"{family}.{part}": each.clone() for part, each in parts.items()}
+            tensors |= {f"{family}.{part}": each.clone() for part, each in own.tensors().items()}
         for family, joint in self.joint.items():
             tensors |= {f"{family}.{part}": each for part, each in joint.tensors().items()}
         return tensors
@@ -211,14 +226,18 @@ def prepared_of(tensors: Mapping[str, Tensor]) -> Prepared:
     low_rank = LowRankFactors.of_tensors(parts.pop(""))
     if not parts:
         return low_rank
-    based: dict[Option, BasedWeight] = {}
+    based: dict[Option, BasedWeight | KroneckerSum] = {}
     joint: dict[Option, Thinned | Skipped] = {}
+    shape = low_rank.left.shape[0], low_rank.right.shape[1]
     for text, given in parts.items():
         family = Option.parse(text)
         if family in JOINT:
             joint[family] = JOINT[family].of_tensors(given)
             continue
         form = form_named(family.form)
+        if isinstance(form, Kronecker):
+            based[family] = KroneckerSum.of_tensors(shape, family.level, given)
+            continue
         assert isinstance(form, Based)
         own = {part: given.pop(part) for part in list(given) if part not in PARTS}
         codes = None
@@ -226,7 +245,6 @@ def prepared_of(tensors: Mapping[str, Tensor]) -> Prepared:
             rest = replace(low_rank.leading(len(given["tail"]) - 1), **given)
         else:
             rest = LowRankFactors.of_tensors(given)
-        shape = (rest.left.shape[0], rest.right.shape[1])
         if form.factor_bits == 4:
             for part, other in zip(CODES, Factors.on_meta(4, *shape, rest.max_rank), strict=True):
                 if part not in own or own[part].shape != other.shape:

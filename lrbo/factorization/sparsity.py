@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from lrbo.factorization.bases import Base, compensate, inverse_root
-from lrbo.layers.forms import SemiStructured, Sparse
+from lrbo.layers.forms import KeptRows, SemiStructured, Sparse
 from lrbo.layers.packing import pack
 
 GROUP = 4  # consecutive inputs, of which two are kept
@@ -20,14 +20,18 @@ def sparsify(
     *,
     dtype: torch.dtype,
     moment: Float[Tensor, "in in"] | None = None,
+    gradient: Float[Tensor, "out out"] | None = None,
     damping: float = 0.01,
     name: str = "input second moment",
 ) -> Base:
-    """Keep two of four consecutive entries, or a percentage of every row.
+    """Keep two of four consecutive entries, or a percentage of all.
 
     With ``moment``, entries of least ``w^2 / [H^-1]_jj`` go, one input after the other, and the
     entries to come are corrected for them (SparseGPT: Frantar and Alistarh, ICML 2023); else the
-    smallest go. 2:4 decides on corrected entries, a percentage on the weight as it is given.
+    smallest go. 2:4 decides on corrected entries, a percentage on the weight as it is given: in
+    every row, or with the second moment ``gradient`` of output gradients over all of them, where an
+    output's entries weigh as much as its gradients. How much an output weighs is nothing to 2:4,
+    which leaves every row as many.
 
     Raises:
         StatisticsError: If the damped moment is not positive definite.
@@ -43,7 +47,12 @@ def sparsify(
         assert percent is not None
         spread = share if root is None else root.square().sum(0).reciprocal()  # 1 / [H^-1]_jj
         saliency = columns.square() * spread[:, None]
-        kept = _largest(saliency.T, form.kept(width, percent)).T.contiguous()
+        count = form.kept(width, percent)
+        if gradient is None:
+            kept = _largest(saliency.T, count).T.contiguous()
+        else:
+            weighed = (saliency * gradient.diagonal().to(saliency)).T.reshape(1, -1)
+            kept = _largest(weighed, count * rows).view(rows, width).T.contiguous()
     else:
         kept = torch.empty_like(columns, dtype=torch.bool)
 
@@ -59,13 +68,40 @@ def sparsify(
         for at in range(0, width, GROUP):
             snap(at, columns[at], columns[at:])
     values, mask = columns.T.contiguous(), kept.T.contiguous()
-    tensors = {"values": values[mask].view(rows, -1).to(dtype)}
+    tensors = {"values": values[mask].view(rows, -1).to(dtype)}  # row after row
     if isinstance(form, SemiStructured):
         positions = mask.view(rows, -1, GROUP).nonzero()[:, 2].view(rows, -1)
         tensors["positions"] = pack(positions.to(torch.uint8), 2)
         return Base(form, (), (rows, width), tensors, dtype)
     tensors["mask"] = pack(mask.to(torch.uint8), 1)
     return Base(form, (percent or 0,), (rows, width), tensors, dtype)
+
+
+def keep_rows(
+    weight: Float[Tensor, "out in"],
+    form: KeptRows,
+    percent: int,
+    *,
+    dtype: torch.dtype,
+    change: Float[Tensor, "out in"] | None = None,
+    moment: Float[Tensor, "in in"] | None = None,
+    gradient: Float[Tensor, "out out"] | None = None,
+) -> Base:
+    """Keep a percentage of the outputs, those whose absence costs most.
+
+    That is how much less ``tr(G D C D^T)`` is without a row of ``D`` than with it, for the
+    ``change`` ``D`` that the others are to suffer, by default the whole weight; where a moment is
+    not known it is an identity.
+    """
+    rows, width = weight.shape
+    rest = weight if change is None else change
+    inputs = rest @ rest.T if moment is None else rest @ moment @ rest.T
+    outputs = torch.eye(rows).to(weight) if gradient is None else gradient
+    own = inputs.diagonal() * outputs.diagonal()
+    gains = 2 * (outputs * inputs).sum(1) - own
+    kept = gains.topk(form.kept(rows, percent)).indices.sort().values
+    tensors = {"values": weight[kept].to(dtype), "rows": kept.int()}
+    return Base(form, (percent,), (rows, width), tensors, dtype)
 
 
 def _largest(values: Float[Tensor, "rows n"], count: int) -> Bool[Tensor, "rows n"]:

@@ -6,20 +6,30 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from typing_extensions import override
 
 from lrbo.layers.form import Level
-from lrbo.layers.forms import Based, Codebook, Quantized, QuantizedFactors, SemiStructured, Sparse
+from lrbo.layers.forms import (
+    Based,
+    Codebook,
+    KeptRows,
+    Quantized,
+    QuantizedFactors,
+    SemiStructured,
+    Sparse,
+)
 from lrbo.layers.low_rank import Bias, FormModule, Left, Right, is_dearer
 from lrbo.layers.packing import packed_width, unpack
 
 # Of a base's tensors by name; None is the floating dtype of the model.
-Shapes = dict[str, tuple[tuple[int, int], torch.dtype | None]]
+Shapes = dict[str, tuple[tuple[int, ...], torch.dtype | None]]
 BYTE = torch.uint8
 INT8 = 127  # the largest integer of a factor of 8 bits
 MIDDLE = 8  # what stands for 0 among the integers of a factor of 4 bits
+PIECE = 2**24  # entries of a base that are unpacked at a time where it is multiplied with
+ALL = slice(None)
 
 
 def shapes_of(form: Based, out_features: int, in_features: int, base: Level) -> Shapes:
@@ -44,13 +54,16 @@ def shapes_of(form: Based, out_features: int, in_features: int, base: Level) -> 
         case Sparse():
             values = (out_features, form.kept(in_features, base[0]))
             return {"values": (values, None), "mask": packed(in_features, 1)}
+        case KeptRows():
+            rows = form.kept(out_features, base[0])
+            return {"values": ((rows, in_features), None), "rows": ((rows,), torch.int32)}
     raise TypeError(f"{form.name} has no tensors")
 
 
 def dense_of(
-    form: Based, tensors: Mapping[str, Tensor], dtype: torch.dtype
+    form: Based, shape: tuple[int, int], tensors: Mapping[str, Tensor], dtype: torch.dtype
 ) -> Float[Tensor, "out in"]:
-    """Return the weight that the tensors of a base stand for, of which there are some."""
+    """Return the weight of a shape that the tensors of a base stand for."""
     match form:
         case Quantized():
             scale, codes = tensors["scale"], unpack(tensors["packed"], form.bits).to(dtype)
@@ -70,6 +83,9 @@ def dense_of(
             kept = unpack(tensors["mask"], 1).bool()
             weight = tensors["values"].new_zeros(kept.shape, dtype=dtype)
             return weight.masked_scatter_(kept, tensors["values"].to(dtype))
+        case KeptRows():
+            values, rows = tensors["values"], tensors["rows"].long()
+            return values.new_zeros(shape, dtype=dtype).index_copy_(0, rows, values.to(dtype))
     raise TypeError(f"{form.name} has no tensors")
 
 
@@ -80,7 +96,7 @@ def parameters_in(form: Based, tensors: Mapping[str, Tensor]) -> int:
     """
     sizes = {name: tensor.numel() for name, tensor in tensors.items()}
     packed, values = sizes.pop("packed", 0), sizes.pop("values", 0)
-    for described in ("scale", "zero", "table", "positions", "mask", "factor_scale"):
+    for described in ("scale", "zero", "table", "positions", "mask", "rows", "factor_scale"):
         sizes.pop(described, None)
     bits = form.bits if isinstance(form, Quantized | Codebook) else 8
     factors = sum(sizes.pop(side, 0) for side in ("left", "right"))
@@ -131,18 +147,23 @@ class Factors(NamedTuple):
         left, right = (each.to(device, copy=True) for each in (self.left, self.right))
         return Factors(left, self.scale.to(device, dtype, copy=True), right)
 
-    def wide(self, dtype: torch.dtype) -> tuple[Left, Right]:
-        """Return ``left diag(scale)`` and ``right`` in a dtype."""
+    def wide(self, dtype: torch.dtype, rows: slice | Int[Tensor, " n"] = ALL) -> tuple[Left, Right]:
+        """Return ``left diag(scale)``, or rows of it, and ``right`` in a dtype."""
         if self.left.dtype == torch.int8:
-            left, right = self.left.to(dtype), self.right.to(dtype)
+            left, right = self.left[rows].to(dtype), self.right.to(dtype)
         else:
-            left, right = (unpack(each, 4).to(dtype) - MIDDLE for each in (self.left, self.right))
-            left = left.T
+            codes, right = self.left, unpack(self.right, 4).to(dtype) - MIDDLE
+            if isinstance(rows, Tensor):  # of :func:`pack`: the second half lies above the first
+                half = codes.shape[1]
+                codes = (codes[:, rows % half] >> (4 * (rows // half)).to(BYTE)) & 15
+            else:
+                codes = unpack(codes, 4)[:, rows]
+            left = codes.T.to(dtype) - MIDDLE
         return left * self.scale.to(dtype), right
 
 
 class BasedLinear(FormModule):
-    """x -> base(x) + left(scale * right(x)).
+    """x -> base(x) + left(scale * right(x)); a base of a few outputs multiplies no others.
 
     Attributes:
         form: What the base is; its tensors are buffers, as of :func:`shapes_of`.
@@ -199,37 +220,70 @@ class BasedLinear(FormModule):
             return None
         return Factors(self.left, self.factor_scale, self.right)
 
-    def base(self, dtype: torch.dtype) -> Float[Tensor, "out in"]:
-        """Return the weight that the base stands for."""
+    def base(
+        self, dtype: torch.dtype, rows: slice | Int[Tensor, " n"] = ALL
+    ) -> Float[Tensor, "n in"]:
+        """Return rows of the weight that the base stands for."""
         tensors = {name: self.get_buffer(name) for name in self.names}
-        return dense_of(self.form, tensors, dtype)
+        shape = self.out_features, self.in_features
+        if not self.form.by_rows:
+            return dense_of(self.form, shape, tensors, dtype)[rows]
+        own = {name: tensor[rows] for name, tensor in tensors.items()}
+        return dense_of(self.form, shape, own, dtype)
 
     @override
-    def dense_weight(self) -> Float[Tensor, "out in"]:
+    def dense_weight(self, dtype: torch.dtype = torch.float64) -> Float[Tensor, "out in"]:
+        return self._weight(dtype, ALL, self.out_features)
+
+    @override
+    def look_up(self, ids: Int[Tensor, " n"]) -> Float[Tensor, "n in"]:
+        return self._weight(self.weight.dtype, ids, len(ids))
+
+    def _weight(
+        self, dtype: torch.dtype, rows: slice | Int[Tensor, " n"], count: int
+    ) -> Float[Tensor, "n in"]:
         if self.names:
-            weight = self.base(torch.float64)
+            weight = self.base(dtype, rows)
         else:
-            weight = self.weight.new_zeros(self.out_features, self.in_features, dtype=torch.float64)
+            weight = self.weight.new_zeros(count, self.in_features, dtype=dtype)
         if self.factors is not None:
-            left, right = self.factors.wide(torch.float64)
+            left, right = self.factors.wide(dtype, rows)
             weight += left @ right
         return weight
 
-    def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
-        """Apply the layer."""
-        repair = None
+    @override
+    def multiply(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
+        linear = nn.functional.linear
+        is_whole = bool(self.names) and not isinstance(self.form, KeptRows)
+        bias = None if is_whole else self.bias
+        result = None
         if self.factors is not None:
             left, right = self.factors.wide(x.dtype)
             tokens = x.numel() // max(self.in_features, 1)
             # Where that is fewer operations, as trials do with factors of floats.
             if not self.names and is_dearer(self.rank, self.out_features, self.in_features, tokens):
-                return nn.functional.linear(x, left @ right, self.bias)
-            inner = nn.functional.linear(x, right)
-            if not self.names:
-                return nn.functional.linear(inner, left, self.bias)
-            repair = nn.functional.linear(inner, left)
-        if not self.names:  # of rank 0
+                return linear(x, left @ right, bias)
+            result = linear(linear(x, right), left, bias)
+        if is_whole:
+            whole = self._of_base(x)
+            return whole if result is None else whole.add_(result)
+        if result is None:  # of rank 0
             result = x.new_zeros(*x.shape[:-1], self.out_features)
-            return result if self.bias is None else result + self.bias
-        result = nn.functional.linear(x, self.base(x.dtype), self.bias)
-        return result if repair is None else result.add_(repair)
+            result = result if bias is None else result + bias
+        if self.names:
+            rows, values = self.get_buffer("rows"), self.get_buffer("values").to(x.dtype)
+            result.index_add_(-1, rows, linear(x, values))
+        return result
+
+    def _of_base(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
+        """Multiply with the base and add the bias; a large base is unpacked in pieces."""
+        step = max(PIECE // self.in_features, 1)
+        if not self.form.by_rows or step >= self.out_features:
+            return nn.functional.linear(x, self.base(x.dtype), self.bias)
+        starts = range(0, self.out_features, step)
+        pieces = [
+            nn.functional.linear(x, self.base(x.dtype, slice(start, start + step)))
+            for start in starts
+        ]
+        result = torch.cat(pieces, -1)
+        return result if self.bias is None else result.add_(self.bias)

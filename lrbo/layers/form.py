@@ -5,10 +5,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
+from typing_extensions import override
 
 from lrbo.models.specs import LayerSpec
 
@@ -30,12 +31,15 @@ class Grid:
     minimum: int = 0  # of the ranks of low-rank forms
     group_sizes: Sequence[int] = (64,)  # of quantized forms
     percentages: Sequence[int] = (50,)  # of the entries that sparse forms keep
+    row_percentages: Sequence[int] = (5,)  # of the outputs that sparse forms keep
+    blocks: Sequence[Sequence[int]] = ((2, 1), (1, 2))  # rows, columns; of Kronecker sums
 
 
 class Form(ABC):
     """A family of what a unit can become: its levels, and what each of them costs."""
 
     name: str  # in space.forms, in journals and in checkpoints
+    by_rows: ClassVar[bool] = True  # whether rows can be looked up, as tables need
 
     @abstractmethod
     def levels(self, unit: LayerSpec, grid: Grid) -> list[Integers]:
@@ -59,3 +63,21 @@ class Form(ABC):
     def label(self, level: Level) -> str:
         """Name a level for readers: ``"rank 96"``; the form itself where it has none."""
         return f"rank {level[0]}" if level else self.name
+
+
+class Dense(Form):
+    """The unit as it is: one level, which has no numbers."""
+
+    name = DENSE_FORM
+
+    @override
+    def levels(self, unit: LayerSpec, grid: Grid) -> list[Integers]:
+        return [np.empty((1, 0), dtype=np.int64)]
+
+    @override
+    def cost(self, unit: LayerSpec, level: Levels, *, bias: bool, itemsize: int) -> Costs:
+        return unit.parameters, unit.parameters * itemsize, unit.out_features * unit.in_features
+
+    @override
+    def problem(self, out_features: int, in_features: int, level: Level) -> str | None:
+        return f"dense has no level, got {list(level)}" if level else None

@@ -12,10 +12,10 @@ from typing_extensions import override
 
 from lrbo.errors import ConfigError
 from lrbo.layers.form import (
-    DENSE_FORM,
     GROUP_SIZES,
     INDEX_BYTES,
     Costs,
+    Dense,
     Form,
     Grid,
     Integers,
@@ -23,25 +23,8 @@ from lrbo.layers.form import (
     Levels,
 )
 from lrbo.layers.joint_form import Joint, Neurons, Skip
+from lrbo.layers.kronecker_form import Kronecker
 from lrbo.models.specs import LayerSpec
-
-
-class Dense(Form):
-    """The unit as it is: one level, which has no numbers."""
-
-    name = DENSE_FORM
-
-    @override
-    def levels(self, unit: LayerSpec, grid: Grid) -> list[Integers]:
-        return [np.empty((1, 0), dtype=np.int64)]
-
-    @override
-    def cost(self, unit: LayerSpec, level: Levels, *, bias: bool, itemsize: int) -> Costs:
-        return unit.parameters, unit.parameters * itemsize, unit.out_features * unit.in_features
-
-    @override
-    def problem(self, out_features: int, in_features: int, level: Level) -> str | None:
-        return f"dense has no level, got {list(level)}" if level else None
 
 
 class Factored(Form):
@@ -89,7 +72,7 @@ class Pivoted(Factored):
 
 
 class Based(Form):
-    """A base that stands for the whole weight, and a low rank of what it leaves.
+    """A base that stands for the weight, and a low rank of what it leaves.
 
     A level is that of the base, and the rank last. Both factors are integers of 8 bits, with one
     scale per rank: what they repair is far larger than their rounding.
@@ -253,9 +236,10 @@ class SemiStructured(Based):
 
 
 class Sparse(Based):
-    """A percentage of the entries of every row, with a bit for every entry that there was."""
+    """A percentage of the entries, with a bit for every entry that there was."""
 
     name = "sparse"
+    by_rows = False
 
     @override
     def bases(self, grid: Grid) -> list[Level]:
@@ -263,7 +247,7 @@ class Sparse(Based):
 
     @staticmethod
     def kept(in_features: int, percent: Any) -> Any:
-        """Return the entries of a row that are kept; arrays are taken too."""
+        """Return the entries that are kept per row, on average; arrays are taken too."""
         return in_features * percent // 100
 
     @override
@@ -283,6 +267,47 @@ class Sparse(Based):
     @override
     def base_label(self, base: Level) -> str:
         return f"{base[0]}% sparse entries"
+
+
+class KeptRows(Based):
+    """A percentage of the outputs as they are, and which; the low rank is of all the others.
+
+    References:
+        Li et al., *LoSparse: Structured Compression of Large Language Models based on Low-Rank and
+        Sparse Approximation*, ICML 2023, as it is deployed: a product of thin matrices, and whole
+        rows of what it leaves.
+    """
+
+    name = "sparse_rows"
+    by_rows = False
+
+    @override
+    def largest_rank(self, out_features: int, in_features: int) -> int:
+        # The low rank is most of what there is: up to the parameters of dense.
+        return out_features * in_features // (out_features + in_features)
+
+    @override
+    def bases(self, grid: Grid) -> list[Level]:
+        return [(percent,) for percent in grid.row_percentages]
+
+    @staticmethod
+    def kept(out_features: int, percent: Any) -> Any:
+        """Return the number of outputs that are kept, at least one; arrays are taken too."""
+        return -(-out_features * percent // 100)
+
+    @override
+    def base_cost(self, out_features: int, in_features: int, base: Levels, itemsize: int) -> Costs:
+        rows = self.kept(out_features, base[0])
+        entries = rows * in_features
+        return entries, entries * itemsize + INDEX_BYTES * rows, entries
+
+    @override
+    def base_problem(self, out_features: int, in_features: int, base: Level) -> str | None:
+        return None if 0 < base[0] < 100 else "a percentage above 0 and below 100"
+
+    @override
+    def base_label(self, base: Level) -> str:
+        return f"{base[0]}% of the outputs"
 
 
 @dataclass(frozen=True)
@@ -349,6 +374,8 @@ _FORMS: tuple[Form, ...] = (
     *(Codebook(bits) for bits in (4, 3)),
     SemiStructured(),
     Sparse(),
+    KeptRows(),
+    Kronecker(),
     Neurons(),
     Skip(),
 )

@@ -36,11 +36,11 @@ class SkippedLinear(FormModule):
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     @override
-    def dense_weight(self) -> Float[Tensor, "out in"]:
-        return self.weight.new_zeros(self.out_features, self.in_features, dtype=torch.float64)
+    def dense_weight(self, dtype: torch.dtype = torch.float64) -> Float[Tensor, "out in"]:
+        return self.weight.new_zeros(self.out_features, self.in_features, dtype=dtype)
 
-    def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
-        """Return the bias for every token."""
+    @override
+    def multiply(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         if self.bias is None:
             return x.new_empty(*x.shape[:-1], 0)
         return self.bias.to(x.dtype).expand(*x.shape[:-1], -1)
@@ -73,7 +73,7 @@ def empty_joint(spec: LayerSpec, option: Option) -> ThinLinear | SkippedLinear:
     """Return the layer of a joint option on the meta device, for weights to be loaded into."""
     with torch.device("meta"):
         if option.form != Neurons.name:
-            bias = torch.empty(spec.out_features) if spec.ends_part else None
+            bias = torch.empty(spec.out_features) if spec.is_closing else None
             shape, whole = (spec.out_features, spec.in_features), not spec.neurons
             return SkippedLinear(shape, bias, torch.empty(0), whole=whole)
         outputs, inputs = Neurons.shape(spec, *option.level)

@@ -18,6 +18,8 @@ class Joint(Form):
     part answers for the loss.
     """
 
+    by_rows = False
+
 
 class Neurons(Joint):
     """Some neurons of an MLP, the one level: thinner layers, of the kind that they were."""
@@ -33,7 +35,7 @@ class Neurons(Joint):
     @staticmethod
     def shape(unit: LayerSpec, count: Any) -> tuple[Any, Any]:
         """Return outputs and inputs of a layer of so many neurons; arrays are taken too."""
-        if unit.ends_part:
+        if unit.is_closing:
             return unit.out_features, count
         # More than one for each neuron where gate and up are one layer.
         return count * (unit.out_features // unit.neurons), unit.in_features
@@ -63,11 +65,11 @@ class Skip(Joint):
 
     @override
     def levels(self, unit: LayerSpec, grid: Grid) -> list[Integers]:
-        return [] if unit.part is None else [np.empty((1, 0), dtype=np.int64)]
+        return [] if unit.closing is None else [np.empty((1, 0), dtype=np.int64)]
 
     @override
     def cost(self, unit: LayerSpec, level: Levels, *, bias: bool, itemsize: int) -> Costs:
-        parameters = unit.out_features if unit.ends_part else 0
+        parameters = unit.out_features if unit.is_closing else 0
         return parameters, parameters * itemsize, 0
 
     @override

@@ -8,10 +8,11 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lrbo.errors import ModelError
 from lrbo.layers.form import Level
 
 Left = Float[Tensor, "out r"]
@@ -58,8 +59,22 @@ def is_dearer(rank: int, out_features: int, in_features: int, tokens: int) -> bo
     return tokens * rank * (out_features + in_features) > (tokens + rank) * dense
 
 
+def require_plain(*layers: nn.Module) -> None:
+    """Refuse adapters on the factors of a table: rows that are looked up do not pass them."""
+    for layer in layers:
+        if not isinstance(layer, nn.Linear):
+            raise ModelError(
+                f"a factor of an embedding is a {type(layer).__name__}, expected a linear layer: "
+                "rows that are looked up would miss its adapter. Leave the embedding out of "
+                "target_modules, or merge the adapter with merge_and_unload()"
+            )
+
+
 class FormModule(nn.Module, ABC):
-    """A linear layer in a form other than dense, at a rank; ``weight`` is :func:`no_weight`."""
+    """A linear layer in a form other than dense, at a rank; ``weight`` is :func:`no_weight`.
+
+    In place of an embedding its weight is a table of rows, which are looked up.
+    """
 
     weight: Tensor
     bias: Tensor | None
@@ -70,8 +85,22 @@ class FormModule(nn.Module, ABC):
         self.register_buffer("weight", no_weight(like))
 
     @abstractmethod
-    def dense_weight(self) -> Float[Tensor, "out in"]:
-        """Return the dense weight that the layer stands for, in float64."""
+    def dense_weight(self, dtype: torch.dtype = torch.float64) -> Float[Tensor, "out in"]:
+        """Return the dense weight that the layer stands for."""
+
+    @abstractmethod
+    def multiply(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
+        """Apply the layer to features."""
+
+    def look_up(self, ids: Int[Tensor, " n"]) -> Float[Tensor, "n in"]:
+        """Return rows of the dense weight; forms of tables work no others out."""
+        return self.dense_weight(self.weight.dtype)[ids]
+
+    def forward(self, x: Float[Tensor, "*batch in"] | Int[Tensor, "*ids"]) -> Float[Tensor, ...]:
+        """Apply the layer to features; for integers, token ids, look up the rows of the table."""
+        if x.is_floating_point():
+            return self.multiply(x)
+        return self.look_up(x.flatten()).view(*x.shape, self.in_features)
 
 
 class ProductModule(FormModule):
@@ -129,10 +158,15 @@ class LowRankLinear(ProductModule):
         return self.left.bias
 
     @override
-    def dense_weight(self) -> Float[Tensor, "out in"]:
-        return self.left.weight.double() @ self.right.weight.double()
+    def dense_weight(self, dtype: torch.dtype = torch.float64) -> Float[Tensor, "out in"]:
+        return self.left.weight.to(dtype) @ self.right.weight.to(dtype)
 
-    def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
-        """Apply the layer."""
+    @override
+    def multiply(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         result: Tensor = self.left(self.right(x))
         return result
+
+    @override
+    def look_up(self, ids: Int[Tensor, " n"]) -> Float[Tensor, "n in"]:
+        require_plain(self.left, self.right)
+        return self.left.weight[ids] @ self.right.weight

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from lrbo.layers.based import BasedLinear, parameters_in
 from lrbo.layers.forms import Based, form_named
 from lrbo.layers.joint import SkippedAttention, SkippedLinear, ThinLinear
+from lrbo.layers.kronecker import KroneckerLinear
+from lrbo.layers.kronecker_form import Kronecker
 from lrbo.layers.low_rank import FormModule, LowRankLinear, ProductModule
 from lrbo.layers.options import Option
 from lrbo.layers.pivoted import PivotedLinear
@@ -24,6 +26,8 @@ def empty_module(
     form = form_named(option.form)
     if isinstance(form, Based):
         return BasedLinear.on_meta(form, out_features, in_features, option.level, bias=bias)
+    if isinstance(form, Kronecker):
+        return KroneckerLinear.on_meta(out_features, in_features, option.level, bias=bias)
     kind = PRODUCTS[option.form]
     return kind.empty(name, out_features, in_features, option.level, bias=bias)
 
@@ -51,6 +55,11 @@ def low_rank_layers(model: nn.Module) -> dict[str, FormModule]:
 def thin_layers(model: nn.Module) -> dict[str, ThinLinear]:
     """Return the plain layers in a model that have lost neurons, by name."""
     return {name: part for name, part in model.named_modules() if isinstance(part, ThinLinear)}
+
+
+def compressed_layers(model: nn.Module) -> dict[str, FormModule | ThinLinear]:
+    """Return every layer in a model that is not what it was, by name."""
+    return {**low_rank_layers(model), **thin_layers(model)}
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> nn.Module:

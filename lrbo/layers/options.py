@@ -12,8 +12,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from lrbo.layers.form import DENSE_FORM, Grid, Integers, Level
-from lrbo.layers.forms import FORMS, Based, QuantizedFactors, form_named, is_joint
+from lrbo.layers.form import DENSE_FORM, Costs, Form, Grid, Integers, Level, Levels
+from lrbo.layers.forms import FORMS, Based, Factored, QuantizedFactors, form_named, is_joint
 from lrbo.models.specs import LayerSpec, ModelMap
 
 Measure = Literal["parameters", "bytes", "macs"]
@@ -60,10 +60,9 @@ class Option:
         return Option(self.form, self.level[:-1])
 
     @property
-    def has_base(self) -> bool:
-        """Whether a base stands for the whole weight, under a low rank of what it leaves."""
-        form = form_named(self.form)
-        return isinstance(form, Based) and not isinstance(form, QuantizedFactors)
+    def is_low_rank(self) -> bool:
+        """Whether it is a low rank of the whole weight; all of these have the same factors."""
+        return isinstance(form_named(self.form), Factored | QuantizedFactors)
 
     @property
     def rank(self) -> int:
@@ -125,8 +124,13 @@ class Budget:
 
 def cost_of(unit: LayerSpec, option: Option, *, bias: bool, itemsize: int) -> Cost:
     """Count a unit in parameters of ``itemsize`` bytes; ``bias`` is not for dense."""
-    cost = form_named(option.form).cost(unit, option.level, bias=bias, itemsize=itemsize)
-    return Cost(*cost)
+    return Cost(*_costs(form_named(option.form), unit, option.level, bias=bias, itemsize=itemsize))
+
+
+def _costs(form: Form, unit: LayerSpec, level: Levels, *, bias: bool, itemsize: int) -> Costs:
+    """Return the costs of a form; of rows that are only looked up, without multiply-adds."""
+    parameters, size, macs = form.cost(unit, level, bias=bias, itemsize=itemsize)
+    return parameters, size, macs * unit.multiplies
 
 
 @dataclass(frozen=True)
@@ -163,11 +167,14 @@ def account(model: ModelMap, units: Cost, *, itemsize: int) -> ModelAccount:
 def as_stored(
     model: ModelMap, options: Mapping[str, Option], adds_bias: bool, itemsize: int
 ) -> tuple[dict[str, Cost], ModelAccount]:
-    """Count units by name, and the whole model; ``adds_bias`` is for all units but dense ones."""
+    """Count units by name, and the whole model.
+
+    ``adds_bias`` is for all layers of blocks but dense ones.
+    """
     costs = {}
     for name, option in options.items():
         unit = model.by_name[name]
-        bias = adds_bias or unit.has_bias
+        bias = unit.is_biased(adds_bias)
         costs[name] = cost_of(unit, option, bias=bias, itemsize=itemsize)
     return costs, account(model, Cost.total(costs.values()), itemsize=itemsize)
 
@@ -208,21 +215,27 @@ class Menu:
         itemsize: int,
         multiple: int = 1,
         minimum: int = 0,
-        group_sizes: Sequence[int] = (64,),
-        percentages: Sequence[int] = (50,),
+        group_sizes: Sequence[int] = Grid.group_sizes,
+        percentages: Sequence[int] = Grid.percentages,
+        row_percentages: Sequence[int] = Grid.row_percentages,
+        blocks: Sequence[Sequence[int]] = Grid.blocks,
         measure: Measure | None = None,
     ) -> Menu:
         """Return the menu of a unit, without losses; dense is always on it.
 
         ``bias`` is for forms other than dense; ranks are multiples of ``multiple``, from
         ``minimum`` on where nothing lies below them. Bases that are not cheaper than dense in a
-        ``measure``, such as integers in parameters, are left out.
+        ``measure``, such as integers in parameters, are left out, and so are forms whose rows
+        cannot be looked up where the unit is a table.
         """
-        grid, sections = Grid(multiple, minimum, group_sizes, percentages), []
+        grid = Grid(multiple, minimum, group_sizes, percentages, row_percentages, blocks)
+        sections = []
         for name in [*(form for form in forms if form != DENSE_FORM), DENSE_FORM]:
             form = form_named(name)
+            if unit.block is None and not form.by_rows:
+                continue
             for levels in form.levels(unit, grid):
-                columns = form.cost(unit, tuple(levels.T), bias=bias, itemsize=itemsize)
+                columns = _costs(form, unit, tuple(levels.T), bias=bias, itemsize=itemsize)
                 costs = np.column_stack([np.broadcast_to(each, len(levels)) for each in columns])
                 sections.append(Section(name, levels, costs.astype(np.int64)))
         if measure is not None:

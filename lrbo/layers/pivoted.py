@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lrbo.layers.low_rank import Bias, BiasFor, Left, ProductModule, Right, linear_of
+from lrbo.layers.low_rank import Bias, BiasFor, Left, ProductModule, Right, linear_of, require_plain
 from lrbo.linalg import float64_device, require_finite
 from lrbo.models.families import is_pointwise
 
@@ -117,17 +117,17 @@ class PivotedLinear(ProductModule):
         return float(coefficients.abs().max()) if coefficients.numel() else 0.0
 
     @override
-    def dense_weight(self) -> Float[Tensor, "out in"]:
-        rows = self.rows.weight.double()
-        return torch.cat([rows, self.coefficients.weight.double() @ rows])[self.index]
+    def dense_weight(self, dtype: torch.dtype = torch.float64) -> Float[Tensor, "out in"]:
+        rows = self.rows.weight.to(dtype)
+        return torch.cat([rows, self.coefficients.weight.to(dtype) @ rows])[self.index]
 
     def take_pointwise(self, pointwise: bool) -> PivotedLinear:
         """Set ``pointwise``, here and in both matrices, and return the layer."""
         self.pointwise = self.rows.pointwise = self.coefficients.pointwise = pointwise
         return self
 
-    def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
-        """Apply the layer."""
+    @override
+    def multiply(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         pivots = self.rows(x.reshape(-1, x.shape[-1]))
         others = self.coefficients(pivots)
         if by_columns(x, self.pointwise):
@@ -143,6 +143,16 @@ class PivotedLinear(ProductModule):
         if self.bias is not None:
             result = result.add_(self.bias)
         return result.view(*x.shape[:-1], len(self.index))
+
+    @override
+    def look_up(self, ids: Int[Tensor, " n"]) -> Float[Tensor, "n in"]:
+        require_plain(self.rows, self.coefficients)
+        at = self.index[ids].long()
+        is_pivot = at < self.rank
+        shares = self.rows.weight.new_zeros(len(at), self.rank)
+        shares[is_pivot, at[is_pivot]] = 1.0
+        shares[~is_pivot] = self.coefficients.weight[at[~is_pivot] - self.rank]
+        return shares @ self.rows.weight
 
 
 class DependentColumnsWarning(UserWarning):

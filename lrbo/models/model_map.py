@@ -46,20 +46,25 @@ def map_model(model: PreTrainedModel) -> ModelMap:
             name = f"{prefix}.{site[0]}"
             for path in site:
                 own = f"{prefix}.{path}"
-                spec = _spec(linear[path], own, family.kinds[path], index, name, None)
+                spec = _spec(linear[path], own, family.kinds[path], index, name)
                 end = family.end_of(path)
                 is_mlp = end == family.writers[1]
                 neurons = linear_weight(linear[end]).shape[1] if is_mlp else 0
-                layers.append(replace(spec, part=f"{prefix}.{end}", neurons=neurons))
+                layers.append(replace(spec, closing=f"{prefix}.{end}", neurons=neurons))
     head = require_head(model)
     if not is_linear(head):
         raise ModelError(
             f"{type(model).__name__} has a head of type {type(head).__name__}, {LINEAR_HEAD}"
         )
     names = {module: name for name, module in model.named_modules()}
-    name = names[head]
-    tied_to = f"{names[model.get_input_embeddings()]}.weight" if is_tied(model) else None
-    layers.append(_spec(head, name, name.rpartition(".")[2], None, name, tied_to))
+    embedding = model.get_input_embeddings()
+    tied_to = names[head] if is_tied(model) else None
+    if is_table(embedding):
+        table = _spec(embedding, names[embedding], _last(names[embedding]), None, names[embedding])
+        bias = tied_to is not None and linear_bias(head) is not None
+        layers.append(replace(table, has_bias=bias, tied_to=tied_to, is_lookup=True))
+    if tied_to is None or not is_table(embedding):
+        layers.append(_spec(head, names[head], _last(names[head]), None, names[head]))
     return ModelMap(tuple(layers), sum(p.numel() for p in model.parameters()), len(blocks))
 
 
@@ -76,8 +81,13 @@ def is_linear(module: nn.Module) -> bool:
     return type(module) in (nn.Linear, Conv1D) and isinstance(module.weight, nn.Parameter)
 
 
+def is_table(module: nn.Module) -> bool:
+    """Whether this is ``nn.Embedding``, but no subclass: these may adapt it."""
+    return type(module) is nn.Embedding and isinstance(module.weight, nn.Parameter)
+
+
 def linear_weight(module: nn.Module) -> Float[Tensor, "out in"]:
-    """Return the weight of a dense layer as ``(out, in)``; a view, detached."""
+    """Return the weight of a dense layer or table as ``(out, in)``; a view, detached."""
     weight = module.get_parameter("weight").detach()
     return weight.T if is_transposed(module) else weight
 
@@ -93,12 +103,14 @@ def linear_bias(module: nn.Module) -> Float[Tensor, " out"] | None:
     return None if bias is None else bias.detach()
 
 
-def _spec(
-    module: nn.Module, name: str, kind: str, block: int | None, site: str, tied_to: str | None
-) -> LayerSpec:
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _spec(module: nn.Module, name: str, kind: str, block: int | None, site: str) -> LayerSpec:
     out_features, in_features = linear_weight(module).shape
     has_bias = linear_bias(module) is not None
-    return LayerSpec(name, kind, block, out_features, in_features, has_bias, site, tied_to)
+    return LayerSpec(name, kind, block, out_features, in_features, has_bias, site)
 
 
 def is_tied(model: PreTrainedModel) -> bool:

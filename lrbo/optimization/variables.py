@@ -13,13 +13,13 @@ import numpy as np
 
 from lrbo.allocation.allocate import Allocation
 from lrbo.errors import ConfigError
-from lrbo.layers.forms import Based, QuantizedFactors, form_named, is_joint
-from lrbo.layers.options import Losses
+from lrbo.layers.forms import Based, form_named
+from lrbo.layers.options import Losses, Option
 from lrbo.models.specs import LayerSpec
 from lrbo.optimization.space import LinearConstraint, Point, Problem, Space
 
 EXPONENT = "exponent"
-REPAIR = "form.repair"  # of what integers leave, by a low rank
+REPAIR = "form.repair"  # of what a base leaves, by a low rank
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ class WeightSpace(Space):
 
     There is a variable ``kind.GROUP`` for each group, and ``depth.0``, ``depth.1``, ... for each
     knot, at equal distances from the first block to the last, linear in between. Where forms differ
-    in what they are, there is a variable ``form.NAME`` for each, and ``form.repair`` for integers
+    in what they are, there is a variable ``form.NAME`` for each, and ``form.repair`` for bases
     with a rank: predictions of different families err differently. What attentions or MLPs
     take as a whole is weighed by kind and depth as the layer that ends them.
     """
@@ -175,7 +175,8 @@ class WeightSpace(Space):
             own = np.zeros((len(menu), len(columns)))
             own[:, columns[f"kind.{group}"]] = 1.0
             depth = (menu.unit.block or 0) / max(blocks, 1)
-            for knot, hat in enumerate(np.eye(self.knots)):
+            is_inside = menu.unit.block is not None  # embedding and head have no depth
+            for knot, hat in enumerate(np.eye(self.knots) if is_inside else ()):
                 own[:, columns[f"depth.{knot}"]] = np.interp(depth, depths, hat)
             start = 0
             for section in menu.sections:
@@ -183,7 +184,7 @@ class WeightSpace(Space):
                 family = family_of(section.form)
                 if (column := columns.get(f"form.{family}")) is not None:
                     own[start:end, column] = 1.0
-                if has_base(section.form) and REPAIR in columns:
+                if has_repair(section.form) and REPAIR in columns:
                     own[start:end, columns[REPAIR]] = section.levels[:, -1] > 0
                 start = end
             coefficients[name] = own
@@ -219,13 +220,12 @@ def build_weight_space(problem: Problem, settings: SpaceSettings) -> WeightSpace
 
 def family_of(form: str) -> str:
     """Return the name that forms of one function share: all low-rank forms are one."""
-    return form if has_base(form) or is_joint(form) else "low_rank"
+    return "low_rank" if Option(form).is_low_rank else form
 
 
-def has_base(form: str) -> bool:
-    """Whether a form has a base, over which a low rank is a repair."""
-    own = form_named(form)
-    return isinstance(own, Based) and not isinstance(own, QuantizedFactors)
+def has_repair(form: str) -> bool:
+    """Whether a form is a base and a low rank of what it leaves."""
+    return isinstance(form_named(form), Based) and not Option(form).is_low_rank
 
 
 def form_variables(problem: Problem) -> list[str]:
@@ -234,7 +234,7 @@ def form_variables(problem: Problem) -> list[str]:
     families = list(dict.fromkeys(map(family_of, forms)))
     if len(families) < 2:
         return []
-    repair = [REPAIR] if any(map(has_base, forms)) else []
+    repair = [REPAIR] if any(map(has_repair, forms)) else []
     return [*(f"form.{family}" for family in families), *repair]
 
 

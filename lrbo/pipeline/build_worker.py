@@ -52,7 +52,7 @@ def build_worker(plan: Plan, study: Study, reporter: Reporter) -> Worker:
     device = resolve_device(config.model.device)
     with reporter.waiting("Loading the model"):
         model = plan.task.load(plan.source, dtype=dtype, device=device)
-    loaded = plan.task.map(model)
+    loaded = plan.task.map(model).covering(config.budget.include)
     if loaded != plan.layers:
         raise ModelError(
             f"model {plan.source.path!r} has {loaded.parameters:,} parameters, expected "

@@ -17,6 +17,8 @@ from lrbo.allocation.allocate import Allocation, dense_cost
 from lrbo.calibration.collect import Calibration, CalibrationSettings
 from lrbo.calibration.statistics import GRADIENT_STATISTICS, Statistic
 from lrbo.checkpoints import export
+from lrbo.config.choices import BLOCKS
+from lrbo.config.schema import INCLUDE
 from lrbo.errors import BudgetError, ConfigError, ModelError, StatisticsError
 from lrbo.factorization.base import FactorizationMethod
 from lrbo.factorization.base_plan import BasePlan
@@ -33,7 +35,13 @@ from lrbo.models.specs import ModelMap
 from lrbo.optimization.space import Problem
 from lrbo.pipeline import memory_checks
 from lrbo.pipeline.checks import ALONE_TOO
-from lrbo.pipeline.prepare import curve_needs, factors_by_block, statistics_by_block, without_effect
+from lrbo.pipeline.prepare import (
+    curve_needs,
+    factors_by_block,
+    needs_of_tables,
+    statistics_by_block,
+    without_effect,
+)
 from lrbo.pipeline.search_space import menus_of, without_bases, without_parts
 from lrbo.progress import PlainConsole, Reporter
 from lrbo.study.versions import versions
@@ -54,6 +62,7 @@ def calibrate(
     method: Method | Sequence[Method] = "loss_aware",
     *,
     curves: bool = True,
+    include: Sequence[str] = (BLOCKS,),
     settings: CalibrationSettings | None = None,
     progress: bool = True,
 ) -> Calibration:
@@ -64,6 +73,8 @@ def calibrate(
         ids: ``(windows, tokens)`` token ids; every position enters.
         method: Name or object, or several, which then share the statistics.
         curves: Gather also what :meth:`Factorization.least_loss` needs, in a backward pass.
+        include: Parts of the model, ``"blocks"`` and beside it ``"embedding"`` or ``"head"``, which
+            are calibrated in a backward pass.
         settings: By default those of ``lrbo search``.
         progress: Show progress on stderr.
 
@@ -73,11 +84,12 @@ def calibrate(
         ModelError: If the family is unknown, or the model is compressed or lets no gradients pass.
         StatisticsError: If a layer saw a value that is not finite.
     """
-    layers = memory_checks.mapped(model)
+    layers = _covered(model, include)
     memory_checks.check_ids(ids, model)
     methods = [method] if isinstance(method, str | FactorizationMethod) else method
     needs = frozenset[Statistic]().union(
-        *(curve_needs(one) if curves else one.needs for one in map(_method, methods))
+        needs_of_tables(layers),
+        *(curve_needs(one) if curves else one.needs for one in map(_method, methods)),
     )
     if not needs:
         return Calibration()
@@ -105,6 +117,7 @@ def factorize(
     *,
     forms: str | Sequence[str] = "pivoted",
     bases: BaseOptions | None = None,
+    include: Sequence[str] = (BLOCKS,),
     progress: bool = True,
 ) -> Factorization:
     """Factor every layer of a model's blocks once, so that each rank is a prefix of the factors.
@@ -117,6 +130,8 @@ def factorize(
             uniform allocations.
         bases: How the bases of forms that have one are made; by default by GPTQ, integers in
             groups of 64.
+        include: Parts of the model, as they were calibrated; the embedding and the head are
+            factored in the metric of the loss, whatever the method.
         progress: Show progress on stderr.
 
     Raises:
@@ -125,7 +140,7 @@ def factorize(
         ModelError: If the family is unknown, or the model is compressed or was not calibrated.
         StatisticsError: If the calibration lacks what the method needs, or does not suit a layer.
     """
-    layers, how = memory_checks.mapped(model), _method(method)
+    layers, how = _covered(model, include), _method(method)
     names = (forms,) if isinstance(forms, str) else tuple(forms)
     for form in names:
         form_named(form)
@@ -364,6 +379,14 @@ class Factorization:
 
 def _method(method: Method) -> FactorizationMethod:
     return method_named(method) if isinstance(method, str) else method
+
+
+def _covered(model: PreTrainedModel, include: Sequence[str]) -> ModelMap:
+    """Map a dense model, of which some parts are meant."""
+    layers = memory_checks.mapped(model)
+    if problems := INCLUDE.problems("include", list(include)):
+        raise ConfigError(problems)
+    return layers.covering(include)
 
 
 def _reporter(progress: bool) -> Reporter:

@@ -14,10 +14,11 @@ from lrbo.allocation.allocate import Allocation
 from lrbo.calibration.statistics import MATRICES, Statistic
 from lrbo.errors import DataError, ModelError, StatisticsError
 from lrbo.factorization.base import FactorizationMethod
-from lrbo.layers.modules import low_rank_layers, thin_layers
+from lrbo.factorization.tables import table_needs
+from lrbo.layers.modules import compressed_layers
 from lrbo.layers.options import DENSE
 from lrbo.models.limits import Limits
-from lrbo.models.model_map import is_linear, linear_weight, map_model
+from lrbo.models.model_map import is_linear, is_table, linear_weight, map_model
 from lrbo.models.parameters import (
     first_other,
     not_finite,
@@ -26,18 +27,24 @@ from lrbo.models.parameters import (
 )
 from lrbo.models.specs import LayerSpec, ModelMap
 
+# Of a size for each output, as an embedding has one for each token.
+OF_OUTPUTS = {Statistic.OUTPUT_GRADIENT, Statistic.TOKEN_FREQUENCY, Statistic.LABEL_VARIANCE}
+
 
 def check_statistics(
     spec: LayerSpec, gathered: Mapping[Statistic, Tensor], method: FactorizationMethod, mend: str
 ) -> None:
     """Refuse missing statistics and those of another layer; ``mend`` is the call for others."""
-    if missing := sorted(need.value for need in method.needs - set(gathered)):
+    needs, who = method.needs, f"method {method.name!r}"
+    if spec.block is None:
+        needs, who = table_needs(spec), "an embedding or a head"
+    if missing := sorted(need.value for need in needs - set(gathered)):
         raise StatisticsError(
-            f"{spec.name}: method {method.name!r} needs the statistics {', '.join(missing)}, and "
+            f"{spec.name}: {who} needs the statistics {', '.join(missing)}, and "
             f"the calibration has {', '.join(sorted(gathered)) or 'none'}; gather them with {mend}"
         )
     for statistic, tensor in gathered.items():
-        size = spec.out_features if statistic is Statistic.OUTPUT_GRADIENT else spec.in_features
+        size = spec.out_features if statistic in OF_OUTPUTS else spec.in_features
         expected = (size, size) if statistic in MATRICES else (size,)
         if tensor.shape != expected:
             raise StatisticsError(
@@ -64,7 +71,7 @@ def as_evaluated(model: PreTrainedModel) -> Iterator[None]:
 def mapped(model: PreTrainedModel) -> ModelMap:
     """Map a dense model, whose parameters must be finite and as configured."""
     check_model(model)
-    if low_rank_layers(model) or thin_layers(model):
+    if compressed_layers(model):
         raise ModelError(
             f"this {type(model).__name__} is compressed already; only a dense model can be: give "
             "the one that it was made from."
@@ -117,7 +124,8 @@ def require_dense(
     for name, option in allocation.options.items():
         module, spec = modules.get(name), layers.by_name.get(name)
         shape = None if spec is None else (spec.out_features, spec.in_features)
-        if module is None or not is_linear(module) or linear_weight(module).shape != shape:
+        is_dense = module is not None and (is_linear(module) or is_table(module))
+        if module is None or not is_dense or linear_weight(module).shape != shape:
             raise ModelError(
                 f"{name} is no dense layer of shape {shape} in this {type(model).__name__}; "
                 "give the dense model that was factored, and an allocation of the same"

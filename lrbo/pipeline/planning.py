@@ -35,7 +35,7 @@ from lrbo.models.loading import load_tokenizer
 from lrbo.models.sources import ModelSource
 from lrbo.models.specs import ModelMap
 from lrbo.optimization.space import STARTS, Space, Start
-from lrbo.pipeline.prepare import Preparation, curve_needs
+from lrbo.pipeline.prepare import Preparation, curve_needs, needs_of_tables
 from lrbo.pipeline.search_space import base_options, build_search_space, build_starts
 from lrbo.progress import Reporter
 from lrbo.study.journal import Study
@@ -87,6 +87,7 @@ class Plan:
         """What statistics and factors depend on."""
         settings = CalibrationSettings(**vars(self.config.calibration), seed=self.config.seed)
         needs = curve_needs(self.method) if self.config.sensitivity.enabled else self.method.needs
+        needs |= needs_of_tables(self.layers)
         bases = BasePlan.of(self.config.space.forms, base_options(self.config))
         if bases is not None:
             needs |= bases.needs
@@ -113,8 +114,8 @@ class Plan:
     @property
     def added_biases(self) -> list[str]:
         """The units to which the method adds a bias where they are not dense."""
-        units = self.layers.compressible if self.method.adds_bias else ()
-        return [unit.name for unit in units if not unit.has_bias]
+        units, adds_bias = self.layers.compressible, self.method.adds_bias
+        return [unit.name for unit in units if unit.is_biased(adds_bias) and not unit.has_bias]
 
     @property
     def follows(self) -> dict[str, Any]:
@@ -186,7 +187,7 @@ def plan_search(config: SearchConfig, study: Study, problems: list[str]) -> Plan
     starts: tuple[Start, ...] = ()
     with Collecting(problems, ConfigError, ModelError, BudgetError):
         skeleton = task.skeleton(source)
-        layers = task.map(skeleton)
+        layers = task.map(skeleton).covering(config.budget.include)
         stored = skeleton.dtype
         space = build_search_space(config, layers.compressible, method, stored)
     if layers is not None:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from lrbo.calibration.cache import CalibrationFolder, calibration_fingerprint, save_calibration
 from lrbo.calibration.collect import Calibration, CalibrationSettings, StatisticsByOwner, calibrate
-from lrbo.calibration.statistics import GRADIENT_STATISTICS, Statistic
+from lrbo.calibration.statistics import GRADIENT_STATISTICS, TABLE_STATISTICS, Statistic
 from lrbo.factorization.base import FactorizationMethod
 from lrbo.factorization.base_plan import BasePlan
 from lrbo.factorization.cache import (
@@ -22,6 +22,7 @@ from lrbo.factorization.cache import (
     save_factors,
 )
 from lrbo.factorization.prepared import Prepared
+from lrbo.factorization.tables import table_needs
 from lrbo.files.atomic import cache_folder
 from lrbo.files.caches import cached
 from lrbo.models.sources import ModelSource
@@ -163,7 +164,7 @@ def without_effect(layers: ModelMap, factors: Mapping[str, Prepared]) -> str | N
     blocks: dict[str, list[str]] = {}
     for spec in layers.compressible:
         if spec.name in factors and not factors[spec.name].has_effect:
-            blocks.setdefault(spec.kind, []).append(str(spec.block))
+            blocks.setdefault(spec.kind, []).append("-" if spec.block is None else str(spec.block))
     if not blocks:
         return None
     count = sum(map(len, blocks.values()))
@@ -173,6 +174,14 @@ def without_effect(layers: ModelMap, factors: Mapping[str, Prepared]) -> str | N
         "(inputs, weight or gradients of outputs are zero, or a bias restores what they give); by "
         f"kind and block: {names}"
     )
+
+
+def needs_of_tables(layers: ModelMap) -> frozenset[Statistic]:
+    """Statistics that embedding and head need, if the map covers them."""
+    tables = [spec for spec in layers.compressible if spec.block is None]
+    needs = frozenset[Statistic]().union(*map(table_needs, tables))
+    # Inputs of the head are gathered with its labels, in the backward pass.
+    return needs & TABLE_STATISTICS
 
 
 def curve_needs(method: FactorizationMethod) -> frozenset[Statistic]:

@@ -16,9 +16,9 @@ from lrbo.config.schema import SearchConfig
 from lrbo.errors import BudgetError, Collecting, ConfigError, StudyError
 from lrbo.factorization.base import FactorizationMethod
 from lrbo.factorization.options import BaseOptions
-from lrbo.layers.form import Grid
 from lrbo.layers.forms import Based, form_named, is_joint
-from lrbo.layers.options import MEASURES, Budget, Measure, Menu, Option
+from lrbo.layers.kronecker_form import Kronecker
+from lrbo.layers.options import MEASURES, UNITS, Budget, Measure, Menu, Option
 from lrbo.models.specs import LayerSpec
 from lrbo.optimization.budgets import over_budgets
 from lrbo.optimization.fixed_variables import restrict
@@ -47,6 +47,7 @@ def build_search_space(
     problems = without_bases(units, space.forms, options) + without_parts(units, space.forms)
     if problems:
         raise ConfigError(problems)
+    measure = cast(Measure, config.budget.measure)
     menus = menus_of(
         units,
         space.forms,
@@ -55,14 +56,21 @@ def build_search_space(
         multiple=space.rank_multiple,
         minimum=space.minimum_rank,
         options=options,
-        measure=cast(Measure, config.budget.measure),
+        measure=measure,
     )
     dense = dense_cost(menus)
+    if free := [name for name, menu in menus.items() if not menu.dense.of(measure)]:
+        raise ConfigError(
+            [
+                f"budget.include: {free[0]} only looks rows up, and costs no {UNITS[measure]}; "
+                "leave embedding out, or take budget.measure=bytes or parameters"
+            ]
+        )
     names = [each.name for each in fields(SpaceSettings)]
     settings = SpaceSettings(**{name: getattr(space, name) for name in names})
 
     def at(keep_ratio: float) -> Space:
-        budget = Budget.keeping(keep_ratio, dense, cast(Measure, config.budget.measure))
+        budget = Budget.keeping(keep_ratio, dense, measure)
         build = build_weight_space if space.type == "weights" else build_ratio_space
         variables = flatten(space.variables) if space.variables else {}  # nested, as typed
         return restrict(build(Problem(menus, budget), settings), variables, space.tied)
@@ -90,32 +98,47 @@ def build_search_space(
 def base_options(config: SearchConfig) -> BaseOptions:
     """Return how bases are made, as configured."""
     own = config.bases
-    return BaseOptions(own.method, tuple(own.group_sizes), tuple(own.percentages), own.damping)
+    blocks = tuple((rows, columns) for rows, columns in own.blocks)
+    return BaseOptions(
+        own.method,
+        tuple(own.group_sizes),
+        tuple(own.percentages),
+        tuple(own.row_percentages),
+        blocks,
+        own.damping,
+    )
 
 
 def without_bases(
     units: Iterable[LayerSpec], forms: Iterable[str], options: BaseOptions
 ) -> list[str]:
-    """Report units that cannot have any base of a form, one of each width."""
-    grid = Grid(group_sizes=options.group_sizes, percentages=options.percentages)
+    """Report units that cannot have any level of a form, one of each width."""
+    grid = options.grid()
     lacking: dict[str, tuple[str, dict[str, None]]] = {}
     for unit in units:
         for form in map(form_named, forms):
+            if unit.block is None and not form.by_rows:
+                continue
             if isinstance(form, Based) and not form.levels(unit, grid):
                 base = form.bases(grid)[0]
                 needs = form.base_problem(unit.out_features, unit.in_features, base)
                 _, names = lacking.setdefault(f"expected {needs}, got {[*base]}", (unit.name, {}))
                 names[form.name] = None
+            elif isinstance(form, Kronecker) and not form.levels(unit, grid):
+                shape = f"{unit.out_features} x {unit.in_features}"
+                blocks = [list(block) for block in grid.blocks]
+                needs = f"expected blocks of which one divides {shape}, got {blocks}"
+                lacking.setdefault(needs, (unit.name, {form.name: None}))
     return [
-        f"space.forms: {', '.join(names)} of {unit}: {needs}; change bases.group_sizes or leave "
-        "them out"
+        f"space.forms: {', '.join(names)} of {unit}: {needs}; change those of bases or leave "
+        "the forms out"
         for needs, (unit, names) in lacking.items()
     ]
 
 
 def without_parts(units: Iterable[LayerSpec], forms: Iterable[str]) -> list[str]:
     """Report joint forms that no unit can have: whole attentions and MLPs are not known."""
-    if any(unit.part for unit in units):
+    if any(unit.closing for unit in units):
         return []
     return [
         f"space.forms: {form}: no layer of this model belongs to an attention or MLP that lrbo "
@@ -142,12 +165,14 @@ def menus_of(
         unit.name: Menu.of(
             unit,
             forms,
-            bias=method.adds_bias or unit.has_bias,
+            bias=unit.is_biased(method.adds_bias),
             itemsize=dtype.itemsize,
             multiple=multiple,
             minimum=minimum,
             group_sizes=options.group_sizes,
             percentages=options.percentages,
+            row_percentages=options.row_percentages,
+            blocks=options.blocks,
             measure=measure,
         )
         for unit in units

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lrbo.allocation.apply import replaced
 from lrbo.calibration.moments import Moments
 from lrbo.errors import StatisticsError
 from lrbo.linalg import require_finite
@@ -26,7 +27,8 @@ class Streams:
 
     The inputs of one block's sites in the dense model are stored too, and, for the ``writers``,
     the stream before their addition: paths, in forward order, of the layers in a block that add to
-    the residual stream. Each of ``batches`` is one forward pass of windows of ``length`` positions.
+    the residual stream. ``first`` are modules of the compressed model, by name, that come before
+    its blocks. Each of ``batches`` is one forward pass of windows of ``length`` positions.
     """
 
     def __init__(
@@ -38,6 +40,7 @@ class Streams:
         blend: float,
         feedback: float,
         writers: Sequence[str],
+        first: Mapping[str, nn.Module] | None = None,
     ) -> None:
         self._body, self._scratch, self._batches = body, scratch, batches
         self._blend, self._feedback, self.writers = blend, feedback, writers
@@ -46,6 +49,9 @@ class Streams:
             hidden = body.embed(windows[batch])
             self.length = hidden.shape[1]
             self._store("dense", batch, hidden)
+            if first:
+                with replaced(body.model, first):
+                    hidden = body.embed(windows[batch])
             self._store("compressed", batch, hidden)
 
     def advance_dense(self, block: nn.Module, index: int, sites: Sequence[str]) -> None:

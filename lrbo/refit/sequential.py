@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lrbo.allocation.allocate import Allocation
-from lrbo.allocation.apply import on_device, replaced
+from lrbo.allocation.apply import on_device, replaced, trial_modules
 from lrbo.calibration.collect import CalibrationWarning, batches_of
 from lrbo.calibration.statistics import Statistic
 from lrbo.config.options import BELOW_1, FROM_0, FROM_0_TO_1, Options, at_least, option
@@ -136,7 +136,7 @@ def refit(
         layers: Its map.
         allocation: An option per layer.
         prepared: By layer name, with the options of the allocation. Layers whose option is more
-            than a product of two factors stay what they are.
+            than a product of two factors stay what they are, and so do embedding and head.
         windows: Examples, such as ``(windows, tokens)`` token ids; every position enters.
         settings: How it is solved and judged.
         judging: Windows of the same length to judge by instead of holding some back.
@@ -157,13 +157,18 @@ def refit(
     """
     settings = settings or RefitSettings()
     options = allocation.compressed
-    ranks = {n: each.level[0] for n, each in options.items() if each.form in PRODUCTS}
+    ends = {spec.name for spec in layers.compressible if spec.block is None}
+    ranks = {
+        n: each.level[0] for n, each in options.items() if each.form in PRODUCTS and n not in ends
+    }
     if not ranks:
         return Refit({}, ())
     specs = [spec for spec in layers.compressible if spec.name in ranks]
     factors = {n: prepared[n].part(options[n].family) for n in ranks if n in prepared}
     others = {n: o for n, o in options.items() if n not in ranks}
     moved = on_device(model, prepared, {n: {o.family: o.rank} for n, o in others.items()})
+    outside = {n: others.pop(n) for n in ends & others.keys()}
+    first = trial_modules(model, outside, moved, 0, {})
     held: dict[int, dict[str, nn.Module]] = {}
     for name, other in others.items():
         spec = layers.by_name[name]
@@ -185,7 +190,7 @@ def refit(
     scratch = Scratch(settings.memory_bytes)
     with torch.no_grad():
         shares = settings.blend, settings.feedback
-        streams = Streams(body, scratch, windows, [*fitting, *unseen], *shares, writers)
+        streams = Streams(body, scratch, windows, [*fitting, *unseen], *shares, writers, first)
         tokens, widest = seen * streams.length, max(specs, key=lambda spec: spec.in_features)
         if tokens < widest.in_features:
             warnings.warn(

@@ -7,11 +7,14 @@ from itertools import pairwise
 import pandas as pd
 
 from lrbo.allocation.allocate import Allocation
-from lrbo.layers.forms import is_joint
+from lrbo.layers.forms import form_named
+from lrbo.layers.joint_form import Joint
+from lrbo.layers.kronecker_form import Kronecker
 from lrbo.layers.options import dense_cost
 from lrbo.study.about import About
 
 DEPTHS = 3  # parts of the depth that are told apart
+OUTSIDE = "outside"  # of the blocks
 
 
 def options_frame(about: About, allocation: Allocation) -> pd.DataFrame:
@@ -26,7 +29,8 @@ def options_frame(about: About, allocation: Allocation) -> pd.DataFrame:
     rows = []
     for name, option in allocation.options.items():
         spec = about.layers[name]
-        rank = option.rank if option.level and not is_joint(option.form) else None
+        has_rank = bool(option.level) and not isinstance(form_named(option.form), Joint | Kronecker)
+        rank = option.rank if has_rank else None
         stored = allocation.costs[name].of(measure)
         dense = dense_cost([spec], about.itemsize).of(measure)
         rows.append((name, spec.kind, spec.block, option.form, option.label, rank, stored, dense))
@@ -48,6 +52,8 @@ def dense_size(about: About) -> dict[str, float]:
 def kept_by_depth(table: pd.DataFrame) -> pd.DataFrame:
     """Return the share of their dense cost that layers keep, by kind and depth.
 
+    Embedding and head have no depth, and are in the last column alone.
+
     Args:
         table: From :func:`options_frame`.
 
@@ -58,7 +64,8 @@ def kept_by_depth(table: pd.DataFrame) -> pd.DataFrame:
     blocks = int(table["block"].max()) + 1
     edges = sorted({-(-part * blocks // DEPTHS) for part in range(DEPTHS + 1)})
     names = [f"block {a}" if b - a == 1 else f"blocks {a}-{b - 1}" for a, b in pairwise(edges)]
-    depth = pd.cut(table["block"].astype(int), edges, right=False, labels=names).astype(str)
+    depth = pd.cut(table["block"].astype(float), edges, right=False, labels=names).astype(object)
+    depth = depth.fillna(OUTSIDE)
     sums = table.assign(depth=depth).pivot_table(
         ["stored", "dense"], "kind", "depth", "sum", margins=True, margins_name="all", sort=False
     )

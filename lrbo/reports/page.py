@@ -148,7 +148,10 @@ def _options(about: About, best: TrialRecord) -> Drawing:
     kinds = list(dict.fromkeys(table["kind"]))[::-1]
     shares = table.pivot_table(index="kind", columns="block", values="kept", sort=False)
     shares = shares.reindex(kinds)[sorted(shares.columns)]
-    texts = {}
+    texts: dict[tuple[str, int], str] = {}
+    outside = table[table["block"].isna()]
+    for row in outside.itertuples(index=False):  # of no block: a row of one colour
+        shares.loc[row.kind] = row.kept
     for row in table.itertuples(index=False):
         spec = about.layers[row.name]
         lines = [
@@ -158,7 +161,8 @@ def _options(about: About, best: TrialRecord) -> Drawing:
             f"{row.stored:,} of {row.dense:,} {unit}",
         ]
         # plotly reads some HTML in texts
-        texts[row.kind, row.block] = "<br>".join(map(escape, lines))
+        blocks = shares.columns if row.name in set(outside["name"]) else [row.block]
+        texts |= dict.fromkeys(((row.kind, at) for at in blocks), "<br>".join(map(escape, lines)))
     figure = go.Figure(
         go.Heatmap(
             z=shares.to_numpy(dtype=float).tolist(), x=[int(block) for block in shares.columns],

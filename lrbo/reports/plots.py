@@ -290,7 +290,7 @@ def options_over_depth(
     """Draw what each layer keeps, block by block, with a panel per kind.
 
     Tables are those of :func:`lrbo.reports.allocations.options_frame`; the uniform baseline is a
-    dashed line.
+    dashed line. Embedding and head have a panel each.
     """
     kinds = list(dict.fromkeys(options["kind"]))
     columns = min(4, len(kinds))
@@ -306,12 +306,17 @@ def options_over_depth(
     for index, (panel, kind) in enumerate(zip(panels, kinds, strict=False)):
         subset = options[options["kind"] == kind]
         colours = is_dense[subset.index].map({True: style.GREEN, False: style.SKY})
-        panel.bar(subset["block"], subset["kept"], width, color=colours, zorder=2)
+        # Embedding and head are in no block: their bar is as wide as the panel.
+        is_inside = bool(subset["block"].notna().all())
+        at = subset["block"] if is_inside else [last / 2]
+        panel.bar(at, subset["kept"], width if is_inside else last + 1, color=colours, zorder=2)
         if uniform is not None:
             base = uniform[uniform["kind"] == kind]
             dashed: Look = {"color": style.VERMILLION, "linestyle": (0, (4, 2)), "zorder": 3}
             outline = [withStroke(linewidth=3.2, foreground="white")]
-            (line,) = panel.plot(base["block"], base["kept"], linewidth=1.6, **dashed)
+            at = base["block"] if is_inside else [-0.5, last + 0.5]
+            kept = base["kept"] if is_inside else [*base["kept"]] * 2
+            (line,) = panel.plot(at, kept, linewidth=1.6, **dashed)
             line.set(label="uniform baseline", path_effects=outline)
         panel.set_title(kind, fontsize=style.TEXT_PT, loc="left", pad=4, color=style.INK)
         panel.set(xlim=(-0.7, last + 0.7), ylim=(0.0, 1.04), yticks=[0.0, 0.5, 1.0])

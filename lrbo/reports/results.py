@@ -14,7 +14,7 @@ from lrbo.allocation.loss_calibration import LossCalibration, sensitivity_file
 from lrbo.config.choices import KEEP_RATIO, LOSS, PREDICTED
 from lrbo.errors import StudyError
 from lrbo.files.paths import model_folder
-from lrbo.layers.options import UNITS
+from lrbo.layers.options import UNITS, Cost, dense_cost
 from lrbo.reports.allocations import dense_size
 from lrbo.reports.gains import gains
 from lrbo.study.front import hypervolume, pareto_front, reference_point
@@ -42,6 +42,8 @@ def summary(study: StudyRecord) -> dict[str, Any]:
         - ``dense``, ``uniform``, ``analytic`` (least predicted loss), ``best`` (lowest objective):
           scores on the validation text, ``trial``, ``keep_ratio``, and ``parameters`` of the best;
         - ``test``: by the same labels, ``trial``, ``text``, and scores on the test text;
+        - ``covered``: the parts that the budget covers (``include``), their share of the dense
+          model's ``parameters`` and ``bytes``, and of those of the best trial, ``best_bytes``;
         - ``gains``: best minus ``analytic`` at each budget, in the minimized metric, with the
           ``standard_error`` over windows;
         - ``front``: ``trial``, minimized metric, ``keep_ratio`` and the size that is minimized, of
@@ -66,6 +68,7 @@ def summary(study: StudyRecord) -> dict[str, Any]:
         **_counts(state),
         "validation_windows": windows,
         **models,
+        "covered": covered(study),
         "gains": [gain.to_dict() for gain in gains(state)],
         "front": [
             {"trial": record.request.trial_index}
@@ -80,6 +83,31 @@ def summary(study: StudyRecord) -> dict[str, Any]:
             for label, test in state.tests.items()
         },
     }
+
+
+def covered(study: StudyRecord) -> dict[str, Any]:
+    """Return which parts of the model the budget covers, and their shares of its size."""
+    about, best = study.about, study.state.best()
+    units = dense_cost(about.units.values(), about.itemsize)
+    model = Cost(about.model_parameters, about.model_parameters * about.itemsize, 0)
+    outside = model.bytes - units.bytes
+    stored = None if best is None else best.request.allocation.cost.bytes
+    return {
+        "include": list(about.include),
+        "parameters": units.parameters / model.parameters,
+        "bytes": units.bytes / model.bytes,
+        "best_bytes": None if stored is None else stored / (stored + outside),
+    }
+
+
+def covered_text(study: StudyRecord) -> str:
+    """Say which share of the model the budget covers, dense and as the best trial stores it."""
+    share = covered(study)
+    parts = " and ".join(filter(None, [", ".join(share["include"][:-1]), share["include"][-1]]))
+    text = f"{parts}: {share['parameters']:.1%} of the dense model's parameters and bytes"
+    if share["best_bytes"] is not None:
+        text += f", {share['best_bytes']:.1%} of the bytes of the best trial's"
+    return text
 
 
 def _counts(state: StudyState) -> dict[str, int]:
@@ -281,6 +309,7 @@ def described(study: StudyRecord) -> dict[str, str]:
         "Model": f"{config.model.name} ({about.dtype} on {about.device})",
         "Method": f"{config.method['name']}, space {config.space.name}",
         "Budget": budget,
+        "Covered": covered_text(study),
     }
     if weight := config.search.kl_weight:
         loss = about.task.minimized.label

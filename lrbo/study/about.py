@@ -31,7 +31,8 @@ class LayerFields(TypedDict):
     has_bias: Flag
     site: str
     tied_to: str | None
-    part: str | None
+    is_lookup: Flag
+    closing: str | None
     neurons: Count
 
 
@@ -103,6 +104,7 @@ class About:
     task: Annotated[Task, made_of(str, _task)]
     data: Annotated[dict[str, TextFields], made_of(DataFields, dict)]
     budget: Annotated[Budget, made_of(BudgetFields, lambda fields: Budget(**fields))]
+    include: NonEmpty[str]  # the parts of the model that the budget covers
     forms: NonEmpty[str]
     added_biases: list[str]
     layers: Annotated[dict[str, LayerSpec], made_of(NonEmpty[LayerFields], _by_name)]
@@ -123,7 +125,7 @@ class About:
     @cached_property
     def units(self) -> dict[str, LayerSpec]:
         """The layers that an allocation has an option for, by name."""
-        return {name: spec for name, spec in self.layers.items() if spec.block is not None}
+        return {name: spec for name, spec in self.layers.items() if spec.part in self.include}
 
 
 def about_of(value: object, where: str) -> About:

@@ -222,6 +222,7 @@ def follows(config: SearchConfig, units: Sequence[LayerSpec], dtype: str) -> dic
         "seed": config.seed,
         "task": config.task,
         "timed": config.latency.enabled,
+        "include": list(config.budget.include),
         "forms": list(config.space.forms),
         "budget": asdict(Budget.keeping(config.budget.kept(itemsize), dense, measure)),
     }

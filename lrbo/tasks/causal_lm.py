@@ -18,7 +18,7 @@ from lrbo.models.limits import Limits
 from lrbo.models.loading import load_model, load_skeleton, load_tokenizer
 from lrbo.models.model_map import body_and_head, map_model
 from lrbo.tasks.metrics import CAUSAL_LM, Task
-from lrbo.tasks.model_task import Labels, OnScored, Segments
+from lrbo.tasks.model_task import Labels, OnLogits, OnScored, Segments
 from lrbo.tasks.perplexity import DenseReference, Windows, measure_dense, predictions
 
 States: TypeAlias = Float[Tensor, "windows tokens d"]
@@ -57,6 +57,7 @@ class CausalLM:
         labels: Labels,
         seed: int,
         batch_windows: int,
+        on_logits: OnLogits = None,
     ) -> int:
         """Replace the last block's output by the gradient of the summed loss.
 
@@ -89,6 +90,8 @@ class CausalLM:
                     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
                     targets = tokens if labels == "data" else sample_labels(logits.detach(), draws)
                     loss = functional.cross_entropy(logits, targets, reduction="sum")
+                if on_logits is not None:
+                    on_logits(hidden.detach(), logits.detach())
                 parts += torch.autograd.grad(loss, leaf)
             (back,) = torch.autograd.grad(finished, inputs, torch.cat(parts).view_as(finished))
             states[batch] = back.to(states)

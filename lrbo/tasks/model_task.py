@@ -16,6 +16,7 @@ from lrbo.models.specs import ModelMap
 from lrbo.tasks.metrics import Task
 
 Labels = Literal["sampled", "data"]
+OnLogits = Callable[[Tensor, Tensor], None] | None  # called with inputs of a head, and logits
 OnScored = Callable[[int], None] | None  # called with the number of predictions after each chunk
 
 
@@ -108,12 +109,14 @@ class ModelTask(Protocol):
         labels: Labels,
         seed: int,
         batch_windows: int,
+        on_logits: OnLogits = None,
     ) -> int:
         """Replace the last block's output by the gradient of the summed loss with respect to it.
 
         ``states`` are ``(examples, positions, features)``, overwritten in batches. Labels are
-        sampled from the model's own predictions, or those of the data. Returns the number of
-        predictions with a loss; StatisticsError if there are none.
+        sampled from the model's own predictions, or those of the data. ``on_logits`` is given only
+        where the map covers a head. Returns the number of predictions with a loss; StatisticsError
+        if there are none.
         """
 
     def distance(self, segments: Segments, dense: Tensor, other: Tensor) -> float:

@@ -43,7 +43,7 @@ def menus(seed: int, *, cheap: float = 1.0) -> dict[str, Menu]:
         menu = Menu.of(unit, FORMS, bias=False, itemsize=2)
         losses: list[Losses] = []
         for section in menu.sections[:-1]:
-            scale = cheap * float(unit.ends_part) if is_joint(section.form) else 0.15
+            scale = cheap * float(unit.is_closing) if is_joint(section.form) else 0.15
             steps = scale * generator.exponential(size=len(section.levels))
             losses.append(steps[::-1].cumsum()[::-1])
         made[unit.name] = menu.with_losses(losses)
@@ -70,7 +70,7 @@ def best(given: dict[str, Menu], limit: int) -> float:
     fronts: list[dict[int, float]] = []
     parts: dict[str, list[str]] = {}
     for name, menu in given.items():
-        parts.setdefault(str(menu.unit.part), []).append(name)
+        parts.setdefault(str(menu.unit.closing), []).append(name)
     for names in parts.values():
         own: dict[int, float] = {}
         choices = [range(len(given[name])) for name in names]
@@ -108,8 +108,8 @@ def test_layers_take_joint_options_together_and_nothing_is_over_the_budget(
         allocation = allocate_by_loss(given, budget)
         assert allocation.cost.parameters <= limit
         options = dict(allocation.options)
-        for part in {unit.part for unit in units()}:
-            assert whole({n: o for n, o in options.items() if given[n].unit.part == part})
+        for part in {unit.closing for unit in units()}:
+            assert whole({n: o for n, o in options.items() if given[n].unit.closing == part})
         loss = loss_of(given, options)
         without = loss_of(alone, dict(allocate_by_loss(alone, budget).options))
         assert loss <= without * (1 + SUMS)

@@ -15,14 +15,14 @@ from transformers import PreTrainedModel
 from lrbo.calibration import cache
 from lrbo.calibration.cache import CalibrationFolder, calibration_fingerprint, save_calibration
 from lrbo.calibration.collect import Calibration, CalibrationSettings, StatisticsByOwner, calibrate
-from lrbo.calibration.statistics import GRADIENT_STATISTICS, MATRICES, Statistic
+from lrbo.calibration.statistics import GRADIENT_STATISTICS, MATRICES, TABLE_STATISTICS, Statistic
 from lrbo.errors import CacheError
 from lrbo.files.caches import ABOUT
 from lrbo.models.blockwise import BlockwiseBody
 from lrbo.models.specs import LayerSpec, ModelMap
 from tests.support.tiny import token_ids
 
-ALL = frozenset(Statistic)
+ALL = frozenset(Statistic) - TABLE_STATISTICS  # of layers in blocks
 
 
 def parts_of(model: PreTrainedModel, layers: ModelMap) -> Iterator[StatisticsByOwner]:

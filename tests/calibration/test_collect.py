@@ -18,7 +18,7 @@ from lrbo.calibration.collect import (
     CalibrationWarning,
     calibrate,
 )
-from lrbo.calibration.statistics import GRADIENT_STATISTICS, Statistic
+from lrbo.calibration.statistics import GRADIENT_STATISTICS, TABLE_STATISTICS, Statistic
 from lrbo.errors import StatisticsError
 from lrbo.models.blockwise import BlockwiseBody
 from lrbo.models.model_map import map_model
@@ -35,7 +35,7 @@ TOLERANCE = {
     "other batches": 1e-6,
 }
 
-ALL = frozenset(Statistic)
+ALL = frozenset(Statistic) - TABLE_STATISTICS  # of layers in blocks
 OF_INPUTS = ALL - GRADIENT_STATISTICS
 WINDOWS, TOKENS = 7, 12
 
@@ -182,7 +182,7 @@ def test_only_what_is_asked_for_is_gathered(
     assert_inputs(actual, layers, inputs, 3, TOLERANCE["other batches"])
 
 
-@pytest.mark.parametrize("need", sorted(GRADIENT_STATISTICS))
+@pytest.mark.parametrize("need", sorted(GRADIENT_STATISTICS & ALL))
 def test_gradients_alone_are_gathered_for_layers_and_not_for_sites(
     model: PreTrainedModel, layers: ModelMap, windows: Tensor, need: Statistic
 ) -> None:

@@ -41,11 +41,11 @@ Choice = Callable[[list[LayerSpec]], Options]
 
 
 def parts(units: list[LayerSpec], *, mlp: bool) -> list[str]:
-    return [unit.name for unit in units if unit.ends_part and bool(unit.neurons) == mlp]
+    return [unit.name for unit in units if unit.is_closing and bool(unit.neurons) == mlp]
 
 
 def taken(units: list[LayerSpec], option: str, chosen: list[str]) -> Options:
-    return {unit.name: Option.parse(option) for unit in units if unit.part in chosen}
+    return {unit.name: Option.parse(option) for unit in units if unit.closing in chosen}
 
 
 CHOICES: dict[str, Choice] = {
@@ -144,13 +144,13 @@ def test_what_is_skipped_is_not_run(case: str) -> None:
     logits(model)
     dense = list(map_model(build(case)).compressible)
     attention, mlp = (parts(dense, mlp=mlp) for mlp in (False, True))
-    inside = {unit.name for unit in dense if unit.part == attention[-1]}
+    inside = {unit.name for unit in dense if unit.closing == attention[-1]}
     assert {*ran} & inside == {attention[-1]}  # which gives the mean
     assert attention[0] in ran
     units = map_model(build(case)).by_name
     whole = logits(build(case)).shape
     assert logits(model).shape == whole
-    for name in {unit.name for unit in dense if unit.part == mlp[-1]} - {mlp[-1]}:
+    for name in {unit.name for unit in dense if unit.closing == mlp[-1]} - {mlp[-1]}:
         x = torch.ones(3, units[name].in_features)
         assert model.get_submodule(name)(x).numel() == 0
 

@@ -24,10 +24,10 @@ from transformers.trainer_utils import validate_quantization_for_training
 from lrbo.checkpoints.export import CARD, CONFIG, INDEX, WEIGHTS, load
 from lrbo.checkpoints.quantizer import FORMAT, LowRankConfig
 from lrbo.errors import CheckpointError, ModelError
-from lrbo.layers.form import DENSE_FORM
+from lrbo.layers.form import DENSE_FORM, Grid
 from lrbo.layers.forms import FORMS
 from lrbo.layers.low_rank import FormModule
-from lrbo.layers.modules import PRODUCTS, empty_module, parameters_of
+from lrbo.layers.modules import empty_module, parameters_of
 from lrbo.layers.options import Option, cost_of
 from lrbo.layers.pivoted import PivotedLinear
 from lrbo.models.loading import load_skeleton
@@ -423,7 +423,9 @@ def test_a_card_lies_beside_the_weights_where_one_is_given(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("form", [form for form in FORMS if form != DENSE_FORM])
 def test_the_forms_with_a_module_are_those_that_budgets_count(form: str) -> None:
-    option = Option(form, (1,) if form in PRODUCTS else (16, 0))
+    spec = LayerSpec("unit", "kind", 0, 16, 32, False, site="x")
+    run = FORMS[form].levels(spec, Grid(group_sizes=(16,)))[0]
+    option = Option(form, tuple(map(int, run[0])))
     module = empty_module("unit", option, 16, 32, bias=True)
     assert isinstance(module, FormModule)
     tensors, unit = module.state_dict(), LayerSpec("unit", "kind", 0, 16, 32, False, site="x")

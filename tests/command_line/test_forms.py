@@ -60,7 +60,7 @@ def test_a_byte_budget_over_two_forms_gives_one_checkpoint_with_both(
     assert ran.json["keep_ratio"] == held / dense
     written = json.loads(Path("both/config.json").read_text(encoding="utf-8"))
     card = Path("both/README.md").read_text(encoding="utf-8")
-    assert "of the bytes in its linear layers" in card
+    assert "of the bytes that its budget covers" in card
     assert "parameters kept" not in card
     units = written["quantization_config"]["units"]
     compressed = {name: option for name, option in options.items() if option != DENSE}

@@ -106,7 +106,7 @@ def test_the_checkpoint_scores_as_its_trial(written: tuple[Study, Path]) -> None
     assert scored.status == 0, scored.err
     losses = {name: test["metrics"]["nll"] for name, test in study.state.tests.items()}
     card = (folder / "README.md").read_text(encoding="utf-8")
-    assert "of the bytes in its linear layers" in card
+    assert "of the bytes that its budget covers" in card
     assert scored.json["nll"] == pytest.approx(losses["analytic"], abs=SAME)
 
 

@@ -1,106 +1,110 @@
-"""Fewer neurons and skipped parts in a search, from the command line to an opened checkpoint."""
+"""Sparse entries, kept outputs, Kronecker sums and ranks in one search, counted in parameters."""
 
 import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from lrbo.errors import ConfigError
+from lrbo.layers.kronecker import KroneckerLinear
 from lrbo.models.loading import tiny_model
 from lrbo.models.model_map import map_model
-from lrbo.pipeline.in_memory import factorize
 from lrbo.study.journal import Study
-from tests.support import reference
 from tests.support.commands import Ran, in_folder, lrbo_command
+from tests.support.tiny import token_ids
 
+FORMS = ["pivoted", "sparse", "sparse_rows", "kronecker"]
 SMALL = ["experiment=tiny", "search.trials=3", "search.initial=3", "tracking.enabled=false"]
 SMALL += [f"data.{role}.tokens=512" for role in ("calibration", "validation", "test")]
-SMALL += ["space=weights", "space.rank_multiple=1", "output=json", "sensitivity.layers_per_kind=0"]
-STRUCTURED = ["study=structured", "budget.keep_ratio=0.5", "space.forms=[structured]"]
+SMALL += ["space=weights", "space.rank_multiple=1", "output=json", "method=loss_aware"]
+MIXED = [f"space.forms=[{','.join(FORMS)}]", "budget.keep_ratio=0.5", "bases.blocks=[[2,1],[4,4]]"]
+MIXED += ["study=mixed", "bases.percentages=[25]"]
 SAME = 1e-5  # nats: sums of float32 in another order
-JOINT = ("neurons", "skip")
 
 
 @pytest.fixture(scope="module")
-def searched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ran]:
-    """Run one search; tests may add to its folder."""
-    folder = tmp_path_factory.mktemp("structured")
-    ran = in_folder(folder, lambda: lrbo_command("search", *SMALL, *STRUCTURED))
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ran]:
+    folder = tmp_path_factory.mktemp("mixed")
+    ran = in_folder(folder, lambda: lrbo_command("search", *SMALL, *MIXED))
     assert ran.status == 0, ran.err
     return folder, ran
 
 
-def test_parts_are_compressed_together_within_the_budget(searched: tuple[Path, Ran]) -> None:
-    study = Study(searched[0] / "studies/structured")
-    units = map_model(tiny_model()).by_name
-    dense = sum(unit.parameters for unit in units.values() if unit.block is not None)
-    uniform, *others = [record.request.allocation for record in study.state.completed]
-    assert {option.form for option in uniform.options.values()} == {"pivoted"}
-    forms = set()
-    for allocation in others:
-        assert allocation.cost.parameters <= dense // 2
-        for name, option in allocation.options.items():
-            if option.form in JOINT:
-                together = [n for n, unit in units.items() if unit.part == units[name].part]
-                assert {allocation.options[each] for each in together} == {option}
-                forms.add(option.form)
-    assert forms
-    variables = set(study.about.fields["variables"])
-    own = {name for name in variables if name.startswith("form.")}
-    assert own == {"form.low_rank", "form.neurons", "form.skip"}
+def test_every_trial_keeps_half_of_the_parameters(mixed: tuple[Path, Ran]) -> None:
+    state = Study(mixed[0] / "studies/mixed").state
+    dense = sum(spec.parameters for spec in map_model(tiny_model()).compressible)
+    assert len(state.completed) == 3
+    for record in state.completed:
+        assert record.request.allocation.cost.parameters <= dense // 2
+    own = {name for name in state.trials[2].request.variables if name.startswith("form.")}
+    names = ("low_rank", "sparse", "sparse_rows", "kronecker", "repair")
+    assert own == {f"form.{name}" for name in names}
 
 
-def test_what_is_written_holds_and_scores_what_was_searched(
-    searched: tuple[Path, Ran], monkeypatch: pytest.MonkeyPatch
+def test_the_checkpoint_holds_what_was_counted_and_scores_as_its_trial(
+    mixed: tuple[Path, Ran], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(searched[0])
-    study = Study(Path("studies/structured"))
-    record = study.state.trials[1]
-    written = lrbo_command("compress", "study=structured", "point=1", "out=model",
-                           "refit.enabled=false", "output=json")  # fmt: skip
-    assert written.status == 0, written.err
-    opened = AutoModelForCausalLM.from_pretrained("model")
-    assert reference.count_parameters(opened) == record.metrics["model_parameters"]
-    config = json.loads(Path("model/config.json").read_text("utf-8"))["quantization_config"]
-    options = record.request.allocation.compressed
-    assert config["units"] == {name: str(option) for name, option in options.items()}
-    card = Path("model/README.md").read_text("utf-8")
-    for form, words in zip(JOINT, ("have fewer neurons", "are not run"), strict=True):
-        assert (words in card) == (form in {option.form for option in options.values()})
-    scored = lrbo_command("evaluate", "checkpoint=model", "data=generated", "data.window=64",
-                          "data.test.tokens=512", "output=json")  # fmt: skip
-    losses = {name: test["metrics"]["nll"] for name, test in study.state.tests.items()}
-    assert scored.json["nll"] == pytest.approx(losses["analytic"], abs=SAME)
-    refitted = lrbo_command("compress", "study=structured", "point=1", "out=refitted")
-    assert refitted.status == 0, refitted.err
-    refused = lrbo_command(
-        "compress", "study=structured", "point=1", "out=code", "format=remote_code"
+    monkeypatch.chdir(mixed[0])
+    ran = lrbo_command(
+        "compress", "study=mixed", "point=1", "out=analytic", "refit.enabled=false", "output=json"
     )
-    assert refused.status == 2
-    assert "its modelling file has no" in refused.err
+    assert ran.status == 0, ran.err
+    study, folder = Study(Path("studies/mixed")), Path("analytic")
+    record = study.state.trials[1]
+    tensors = load_file(folder / "model.safetensors")
+    assert sum(tensor.nbytes for tensor in tensors.values()) == record.metrics["model_bytes"]
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    assert config["quantization_config"]["parameters"] == record.metrics["model_parameters"]
+    scored = lrbo_command(
+        "evaluate", f"checkpoint={folder}", "data=generated", "data.window=64",
+        "data.test.tokens=512", "output=json",
+    )  # fmt: skip
+    assert scored.status == 0, scored.err
+    assert scored.json["nll"] == pytest.approx(
+        study.state.tests["analytic"]["metrics"]["nll"], abs=SAME
+    )
+    reported = lrbo_command("report", "study=mixed", "output=json", "figures=false")
+    assert reported.status == 0, reported.err
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        (["space.forms=[neurons,skip]"], "expected a form of single layers too, such as pivoted"),
-        (["space=per_kind", "space.forms=[pivoted,skip]"], "skip are of several layers together"),
-        (
-            ["space=per_kind", "space.forms=[neurons,pivoted]", "sensitivity.enabled=false"],
-            "neurons are of several layers together",
-        ),
-    ],
-)
-def test_what_cannot_be_together_is_refused_before_anything_is_loaded(
-    changes: list[str], message: str, tmp_path: Path
+def test_the_configuration_of_kngpt2_halves_every_other_block(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ran = in_folder(tmp_path, lambda: lrbo_command("search", *SMALL, "study=other", *changes))
-    assert ran.status == 2
-    assert message in ran.err
-    assert not (tmp_path / "studies").exists()
+    monkeypatch.chdir(tmp_path)
+    typed = ["experiment=kngpt2", "model=tiny", "data=generated", "data.window=64", *SMALL[3:7]]
+    ran = lrbo_command("search", *typed, "study=one", "budget.keep_ratio=0.8")
+    assert ran.status == 0, ran.err
+    options = Study(Path("studies/one")).state.trials[1].request.allocation.options
+    halved = {name for name, option in options.items() if option.form == "kronecker"}
+    assert all(options[name].level[-1] == 1 for name in halved)
+    assert {name.split(".")[2] for name in halved} == {"1"}
+    assert {name.split(".")[-1] for name in options} - {name.split(".")[-1] for name in halved} <= {
+        "o_proj",
+        "v_proj",  # stays dense within this budget
+    }
+    ran = lrbo_command("compress", "study=one", "point=1", "out=model", "output=json")
+    assert ran.status == 0, ran.err
+    with torch.inference_mode():
+        model = AutoModelForCausalLM.from_pretrained("model")
+        assert bool(torch.isfinite(model(token_ids(2, 16)).logits).all())
+    own = {name for name, m in model.named_modules() if isinstance(m, KroneckerLinear)}
+    assert own == halved
 
 
-def test_joint_forms_alone_are_refused_in_memory() -> None:
-    with pytest.raises(ConfigError, match="expected a form of single layers too"):
-        factorize(tiny_model(), None, "svd", forms=["skip"], progress=False)
+def test_blocks_that_divide_no_layer_are_refused_before_a_model_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ran = lrbo_command("search", *SMALL, "space.forms=[kronecker]", "bases.blocks=[[5,7]]")
+    assert ran.status != 0
+    output = " ".join(ran.err.split())
+    assert "kronecker of model.layers.0.self_attn.q_proj: expected blocks of which one" in output
+    assert "divides 32 x 32, got [[5, 7]]" in output
+    typed = ["bases.blocks=[[1,1]]", "bases.row_percentages=[0]"]
+    ran = lrbo_command("search", *SMALL, "space.forms=[kronecker]", *typed)
+    assert ran.status != 0
+    assert "bases.blocks=[[1, 1]]: expected one or several [rows, columns]" in ran.err
+    assert "bases.row_percentages=[0]: expected one or several whole numbers" in ran.err
+    assert not list(Path().glob("studies/*/study.json"))

@@ -18,8 +18,7 @@ from lrbo.factorization.rounding import (
     round_to_codebook,
     scales,
 )
-from lrbo.factorization.sparsity import sparsify
-from lrbo.layers.forms import BITS, Codebook, Quantized, SemiStructured, Sparse
+from lrbo.layers.forms import BITS, Codebook, Quantized
 from lrbo.layers.options import Option
 from lrbo.layers.packing import pack, unpack
 from tests.support import reference
@@ -250,58 +249,6 @@ def test_with_correlated_inputs_a_codebook_by_gptq_leaves_less(bits: int) -> Non
         for each in (None, moment)
     ]
     assert errors[1] < 0.7 * errors[0]
-
-
-# --- sparsity ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("with_moment", [False, True])
-@pytest.mark.parametrize("percent", [25, 50, 70])
-def test_every_row_keeps_its_percentage(percent: int, with_moment: bool) -> None:
-    moment = correlated(64) if with_moment else None
-    base = sparsify(drawn(5, 64), Sparse(), percent, dtype=torch.float64, moment=moment)
-    kept = base.weight(torch.float64) != 0
-    assert kept.sum(1).tolist() == [64 * percent // 100] * 5
-    assert base.family == Option("sparse", (percent,))
-
-
-@pytest.mark.parametrize("with_moment", [False, True])
-def test_of_four_entries_two_are_kept(with_moment: bool) -> None:
-    moment = correlated(64) if with_moment else None
-    base = sparsify(drawn(5, 64), SemiStructured(), None, dtype=torch.float64, moment=moment)
-    kept = (base.weight(torch.float64) != 0).view(5, -1, 4)
-    assert bool((kept.sum(2) == 2).all())
-
-
-@pytest.mark.parametrize(("form", "percent"), [(SemiStructured(), None), (Sparse(), 50)])
-def test_with_uncorrelated_inputs_the_largest_stay_as_they_are(
-    form: SemiStructured | Sparse, percent: int | None
-) -> None:
-    weight, moment = drawn(6, 32), 2.0 * torch.eye(32, dtype=torch.float64)
-    alone = sparsify(weight, form, percent, dtype=torch.float64).weight(torch.float64)
-    base = sparsify(weight, form, percent, dtype=torch.float64, moment=moment)
-    assert torch.allclose(base.weight(torch.float64), alone, atol=1e-6)
-    groups = weight.view(6, -1, 4) if percent is None else weight[:, None]
-    count = groups.shape[2] // 2
-    smallest = groups.abs().topk(count, 2).values.amin(2, keepdim=True)
-    expected = torch.where(groups.abs() >= smallest, groups, 0.0).view(6, 32)
-    assert torch.allclose(alone, expected, atol=1e-6)
-
-
-@pytest.mark.parametrize(("form", "percent"), [(SemiStructured(), None), (Sparse(), 50)])
-def test_with_correlated_inputs_the_others_make_up_for_what_is_gone(
-    form: SemiStructured | Sparse, percent: int | None
-) -> None:
-    weight, moment = drawn(24, 256), correlated(256)
-    errors = [
-        output_error(
-            weight,
-            sparsify(weight, form, percent, dtype=torch.float64, moment=each).weight(torch.float64),
-            moment,
-        )
-        for each in (None, moment)
-    ]
-    assert errors[1] < 0.6 * errors[0]
 
 
 def test_where_no_input_was_ever_other_than_zero_entries_are_rounded_alone() -> None:

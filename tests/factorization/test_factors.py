@@ -42,6 +42,7 @@ def make(bias: str, seed: int = 0) -> LowRankFactors:
         None if bias == "none" else draw(OUT),
         draw(IN) if bias == "with rank" else None,
         3 * tail,
+        0.5 * tail,
     )
 
 

@@ -227,7 +227,7 @@ def test_every_layer_of_a_model_has_its_part_and_comes_back_from_its_tensors(cas
         menu = Menu.of(spec, forms, bias=True, itemsize=4)
         losses = [unit.losses(section) for section in menu.sections[:-1]]
         known = menu.with_losses([each for each in losses if each is not None])
-        ends = spec.part == spec.name
+        ends = spec.closing == spec.name
         for option in (Option("skip"), *([Option("neurons", (1,))] if spec.neurons else [])):
             assert known.losses is not None
             assert bool(known.losses[known.index(option)]) == ends

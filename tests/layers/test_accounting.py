@@ -12,6 +12,7 @@ from lrbo.config.choices import ITEMSIZES
 from lrbo.layers.forms import FORMS
 from lrbo.layers.modules import PRODUCTS, replace_module
 from lrbo.layers.options import DENSE, Cost, ModelAccount, Option, account, as_stored, dense_cost
+from lrbo.layers.tables import stored_modules
 from lrbo.models.model_map import linear_weight, map_model
 from lrbo.models.specs import ModelMap
 from tests.support import reference
@@ -43,7 +44,7 @@ def put_in(
     for name, option in options.items():
         if option != DENSE:
             unit = layers.by_name[name]
-            has_bias = adds_bias or unit.has_bias
+            has_bias = unit.is_biased(adds_bias)
             (rank,) = option.level
             module = PRODUCTS[option.form].of_product(
                 name,
@@ -54,8 +55,15 @@ def put_in(
                 ),
                 linear_weight(model.get_submodule(name)).dtype,
             )
-            replace_module(model, name, module)
+            for path, each in stored_modules(model, {name: module}).items():
+                replace_module(model, path, each)
     return as_stored(layers, options, adds_bias, itemsize)[0]
+
+
+def whole(model: PreTrainedModel) -> ModelMap:
+    """Map a model with a budget that covers embedding and head too."""
+    layers = map_model(model)
+    return layers.covering(list(dict.fromkeys(spec.part for spec in layers.layers)))
 
 
 def counted(model: PreTrainedModel, layers: ModelMap, costs: Mapping[str, Cost]) -> ModelAccount:
@@ -91,7 +99,7 @@ def test_parameters_and_bytes_are_the_count_of_the_modules(
     case: str, bias: bool, forms: tuple[str, ...]
 ) -> None:
     model = build(case)
-    layers = map_model(model)
+    layers = whole(model)
     options = some_options(layers, forms)
     assert {option.level for option in options.values()} >= {(), (0,), (1,)}
     before = reference.count_parameters(model), bytes_of(model)
@@ -135,9 +143,9 @@ def test_bytes_are_those_of_the_dtype(dtype: str) -> None:
 
 def test_a_tied_head_is_counted_once() -> None:
     tied, untied = (map_model(build(case)) for case in ("llama_tied", "llama_untied"))
-    head = tied.by_name["lm_head"]
-    assert head.tied_to is not None
-    assert untied.parameters - tied.parameters == head.parameters
+    pair = tied.by_name["model.embed_tokens"]
+    assert pair.tied_to == "lm_head"
+    assert untied.parameters - tied.parameters == pair.parameters
     # The head costs the same multiplications either way.
     results = [account(layers, Cost(0, 0, 0), itemsize=2) for layers in (tied, untied)]
     assert results[0].model_dense.macs == results[1].model_dense.macs

@@ -18,14 +18,25 @@ from lrbo.factorization.base_plan import BasePlan
 from lrbo.factorization.bases import Base
 from lrbo.factorization.factors import LowRankFactors
 from lrbo.factorization.joint import NEURONS, SKIP, Refit, Skipped, Thinned
+from lrbo.factorization.kronecker import KroneckerSum
 from lrbo.factorization.options import BaseOptions
 from lrbo.factorization.prepared import BasedWeight
 from lrbo.factorization.registry import method_named
 from lrbo.layers.form import DENSE_FORM, GROUP_SIZES, Form, Grid
-from lrbo.layers.forms import FORMS, Based, Codebook, Quantized, QuantizedFactors, form_named
+from lrbo.layers.forms import (
+    FORMS,
+    Based,
+    Codebook,
+    KeptRows,
+    Quantized,
+    QuantizedFactors,
+    form_named,
+)
 from lrbo.layers.joint import empty_joint
 from lrbo.layers.joint_form import Joint
-from lrbo.layers.low_rank import linear_of
+from lrbo.layers.kronecker import KroneckerLinear
+from lrbo.layers.kronecker_form import Kronecker
+from lrbo.layers.low_rank import FormModule, linear_of
 from lrbo.layers.modules import PRODUCTS, empty_module, low_rank_layers, thin_layers
 from lrbo.layers.options import Option
 from lrbo.models.specs import LayerSpec
@@ -41,6 +52,8 @@ SHAPES = [(5, 9), (9, 5), (7, 7), (1, 4), (4, 1), (17, 32), (8, 16)]
 TOKENS = 3
 ALONE = ("factored_int8", "factored_int4")  # have a base of nothing
 PERCENTAGES = (25, 50)
+ROW_PERCENTAGES = (20, 40)
+BLOCKS = ((2, 1), (1, 2), (4, 4), (3, 3))
 
 every_form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 every_module = pytest.mark.parametrize("form", list(FORMS.values())[1:], ids=list(FORMS)[1:])
@@ -49,15 +62,19 @@ every_shape = pytest.mark.parametrize("shape", SHAPES)
 both_biases = pytest.mark.parametrize("bias", [False, True])
 
 
+def grid(multiple: int = 1, minimum: int = 0) -> Grid:
+    return Grid(multiple, minimum, GROUP_SIZES, PERCENTAGES, ROW_PERCENTAGES, BLOCKS)
+
+
 def unit_of(shape: tuple[int, int], *, bias: bool = False) -> LayerSpec:
     """Return a layer with which an MLP ends, of as many neurons as it has inputs."""
-    return LayerSpec("unit", "kind", 0, *shape, bias, "unit", part="unit", neurons=shape[1])
+    return LayerSpec("unit", "kind", 0, *shape, bias, "unit", closing="unit", neurons=shape[1])
 
 
 def levels_of(
     form: Form, unit: LayerSpec, multiple: int = 1, minimum: int = 0
 ) -> list[tuple[int, ...]]:
-    runs = form.levels(unit, Grid(multiple, minimum, GROUP_SIZES, PERCENTAGES))
+    runs = form.levels(unit, grid(multiple, minimum))
     return [tuple(map(int, level)) for run in runs for level in run]
 
 
@@ -71,6 +88,8 @@ def module_of(
         return joint_of(form, shape, bias=bias).module(Option(form.name, level))
     left, right = factors(shape, level[-1])
     offset = torch.ones(shape[0])
+    if isinstance(form, Kronecker):
+        return kronecker_of(shape, level, offset=offset.double() if bias else None).float()
     if isinstance(form, Based):
         rest = LowRankFactors(left.float(), right.float(), torch.zeros(level[-1] + 1))
         rest = replace(rest, offset=offset if bias else None)
@@ -115,11 +134,24 @@ def empty_of(
     return empty_module("unit", option, *shape, bias=bias)
 
 
+def kronecker_of(
+    shape: tuple[int, int], level: tuple[int, ...], offset: Tensor | None = None
+) -> KroneckerLinear:
+    *left, terms = level
+    block = shape[0] // left[0], shape[1] // left[1]
+    sides = factors((left[0] * left[1], block[0] * block[1]), terms)
+    terms_of = KroneckerSum(
+        shape, (left[0], left[1]), LowRankFactors(*sides, torch.zeros(terms + 1)), offset
+    )
+    return terms_of.module(terms)
+
+
 def base_of(
     form: Based, shape: tuple[int, int], level: tuple[int, ...], dtype: torch.dtype
 ) -> Base:
     """Return a base of a random weight, every entry decided on alone."""
-    options = BaseOptions("nearest", percentages=level[:-1] or PERCENTAGES)
+    percentages = level[:-1] or PERCENTAGES
+    options = BaseOptions("nearest", percentages=percentages, row_percentages=percentages)
     if isinstance(form, Quantized):
         options = BaseOptions("nearest", level[:1])
     (base,) = BasePlan((form.name,), options).make(factors(shape, shape[1])[0], {}, dtype)
@@ -145,7 +177,7 @@ def cases(form: Form, shape: tuple[int, int], *, bias: bool) -> Iterator[tuple[i
 
 def test_every_form_but_dense_has_a_module() -> None:
     others = {name for name, form in FORMS.items() if isinstance(form, Based | Joint)}
-    assert set(FORMS) == {DENSE_FORM, *PRODUCTS, *others}
+    assert set(FORMS) == {DENSE_FORM, *PRODUCTS, *others, "kronecker"}
     assert all(isinstance(form, Form) and form.name == name for name, form in FORMS.items())
     assert low_rank_layers(nn.Linear(2, 3)) == {}
 
@@ -186,7 +218,7 @@ def test_levels_rise_in_every_cost_and_have_no_problem(
     form: Form, bias: bool, shape: tuple[int, int], multiple: int, minimum: int
 ) -> None:
     unit = unit_of(shape, bias=bias)
-    for run in form.levels(unit, Grid(multiple, minimum, GROUP_SIZES, PERCENTAGES)):
+    for run in form.levels(unit, grid(multiple, minimum)):
         levels = [tuple(map(int, level)) for level in run]
         assert levels == sorted(set(levels))
         assert len({level[:-1] for level in levels}) <= 1
@@ -195,9 +227,14 @@ def test_levels_rise_in_every_cost_and_have_no_problem(
         for less, more in pairwise(costs):
             assert all(a < b for a, b in zip(less, more, strict=True))
         ranks = [level[-1] for level in levels if level]
-        if isinstance(form, Based) and form.name not in ALONE:
+        if isinstance(form, Kronecker):
+            assert ranks == [*range(1, len(ranks) + 1)]
+            assert costs[-1][0] < unit.parameters + (shape[0] if bias else 0)
+        elif isinstance(form, Based) and form.name not in ALONE:
             assert ranks == [*range(0, form.largest_rank(*shape) + 1, multiple)]
             most = 0 if form.name in ("int8", "int8_sym") else min(shape) // 8
+            if isinstance(form, KeptRows):  # no more parameters than dense
+                most = next(r for r in range(99) if (r + 1) * sum(shape) > shape[0] * shape[1])
             assert form.largest_rank(*shape) == most
         elif isinstance(form, Joint):
             has_levels = form.name == NEURONS.form
@@ -213,7 +250,7 @@ def test_levels_rise_in_every_cost_and_have_no_problem(
 @both_biases
 def test_arrays_cost_what_integers_cost(form: Form, shape: tuple[int, int], bias: bool) -> None:
     unit = unit_of(shape, bias=bias)
-    for levels in form.levels(unit, Grid(1, 0, GROUP_SIZES, PERCENTAGES)):
+    for levels in form.levels(unit, grid()):
         arrays = form.cost(unit, tuple(levels.T), bias=bias, itemsize=2)
         single = [tuple(map(int, level)) for level in levels]
         one_by_one = [form.cost(unit, level, bias=bias, itemsize=2) for level in single]
@@ -230,6 +267,7 @@ def test_a_level_that_the_shape_cannot_have_is_refused_by_name(
 ) -> None:
     bad = [(-1,), (min(shape) + 1,), (64, -1), (16, min(shape)), (0, 0), (16, 0, 0)]
     bad += [(256, 0), (7, 0)] if isinstance(form, Quantized) else [(100, 0)]
+    bad += [(3, 2, 1), (*shape, 2), (1, 1, 0), (-1, -1, 1)]
     bad += [()] if form.name != DENSE_FORM else []
     if isinstance(form, Joint):
         bad = [(-1,), (0,), (max(shape) + 1,), (1, 1)]
@@ -277,6 +315,12 @@ def test_an_empty_module_takes_the_weights_of_a_stored_one(
         x = torch.randn(TOKENS, inputs, generator=torch.Generator().manual_seed(1))
         assert torch.equal(empty(x), stored(x))
         assert {**low_rank_layers(empty), **thin_layers(empty)} == {"": empty}
+        if isinstance(stored, FormModule) and not isinstance(form, Joint):
+            ids = torch.arange(shape[0]).flip(0).repeat(2, 1)
+            rows = stored(ids)
+            assert rows.shape == (2, shape[0], shape[1])
+            weight = stored.dense_weight().flip(0)
+            torch.testing.assert_close(rows[1].double(), weight, rtol=1e-5, atol=1e-5)
         assert form_of(empty) == form_of(stored) == form.name
         assert not any(parameter.requires_grad for parameter in empty.parameters())
     assert torch.equal(torch.get_rng_state(), before)
@@ -375,6 +419,9 @@ def entries(base: Base) -> np.ndarray:
         assert codes.shape == base.shape
     elif "mask" in tensors:
         codes = reference.unpacked(tensors["mask"], 1)
+    elif "rows" in tensors:
+        weight[tensors["rows"]] = tensors["values"]
+        return weight
     else:
         codes = reference.unpacked(tensors["positions"], 2)
     for row in range(rows):

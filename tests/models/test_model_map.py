@@ -56,13 +56,7 @@ BIASED = {
     "qwen2": {"q_proj", "k_proj", "v_proj"},
     **{case: set(KINDS[case]) for case in ("gpt2", "opt", "gpt_neox", "phi")},
 }
-TIED = {
-    "llama_tied": "model.embed_tokens.weight",
-    "qwen2": "model.embed_tokens.weight",
-    "smollm3": "model.embed_tokens.weight",
-    "gpt2": "transformer.wte.weight",
-    "opt": "model.decoder.embed_tokens.weight",
-}
+TIED = dict.fromkeys(["llama_tied", "qwen2", "smollm3", "gpt2", "opt"], "lm_head")
 
 every_case = pytest.mark.parametrize("case", CASES)
 
@@ -143,7 +137,8 @@ def test_layers_of_a_site_read_the_identical_tensor_and_others_do_not(case: str)
 def test_shapes_and_biases_are_those_of_the_running_layers(case: str) -> None:
     model = build(case)
     actual = map_model(model)
-    for name, x, y in calls_of_layers(model, [spec.name for spec in actual.layers]):
+    multiplying = [spec.name for spec in actual.layers if not spec.is_lookup]
+    for name, x, y in calls_of_layers(model, multiplying):
         spec = actual.by_name[name]
         assert (spec.in_features, spec.out_features) == (x.shape[-1], y.shape[-1]), name
         module = model.get_submodule(name)
@@ -173,18 +168,26 @@ def test_a_tie_saves_exactly_the_head() -> None:
 @every_case
 def test_head_and_tie(case: str) -> None:
     model = build(case)
-    head = map_model(model).layers[-1]
-    assert head.block is None
-    assert model.get_submodule(head.name) is model.get_output_embeddings()
-    assert (head.out_features, head.in_features) == (VOCABULARY, HIDDEN)
+    ends = [spec for spec in map_model(model).layers if spec.block is None]
+    embedding, head = ends[0], ends[-1]
+    assert model.get_submodule(embedding.name) is model.get_input_embeddings()
+    assert embedding.is_lookup
+    assert embedding.multiplies == (case in TIED)
+    for spec in ends:
+        assert (spec.out_features, spec.in_features) == (VOCABULARY, HIDDEN)
     assert head.has_bias == (case == "phi")
-    assert head.tied_to == TIED.get(case)
-    if head.tied_to is not None:
-        shared = model.get_parameter(head.tied_to)
-        assert shared is model.get_submodule(head.name).weight
+    shared = model.get_submodule(embedding.name).weight
+    if case in TIED:
+        assert ends == [embedding]
+        assert embedding.tied_to == TIED[case]
+        name = embedding.tied_to
     else:
-        embedding = model.get_input_embeddings().weight
-        assert embedding is not model.get_submodule(head.name).weight
+        assert ends == [embedding, head]
+        assert embedding.tied_to is head.tied_to is None
+        assert not head.is_lookup
+        name = head.name
+    assert model.get_submodule(name) is model.get_output_embeddings()
+    assert (model.get_submodule(name).weight is shared) == (case in TIED)
 
 
 @every_case

@@ -307,6 +307,11 @@ def test_several_families_of_forms_have_a_weight_each_and_repair_one() -> None:
         assert mixed_space(0.5, forms).names == plain.names
     names = mixed_space(0.5, ("int4", "int4_sym")).names
     assert names[len(plain.names) :] == ("form.int4", "form.int4_sym", "form.repair")
+    # Without a base there is nothing to repair.
+    names = mixed_space(0.9, ("factored_int8", "pivoted", "kronecker")).names
+    assert names[len(plain.names) :] == ("form.low_rank", "form.kronecker")
+    names = mixed_space(0.9, ("kronecker", "sparse_rows")).names
+    assert names[len(plain.names) :] == ("form.kronecker", "form.sparse_rows", "form.repair")
 
 
 @pytest.mark.parametrize("index", range(8))

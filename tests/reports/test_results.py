@@ -49,6 +49,19 @@ def full(journal: Journal) -> Journal:
 # --- summary -----------------------------------------------------------------------------------
 
 
+def covered_of(journal: Journal, best: int | None) -> dict[str, object]:
+    """Return what a study says of the parts that its budget covers; all is stored in one dtype."""
+    inside = sum(spec.parameters for spec in journal.layers.compressible)
+    whole = journal.layers.parameters
+    share = None if best is None else best / (BYTES * (whole - inside) + best)
+    return {
+        "include": ["blocks"],
+        "parameters": inside / whole,
+        "bytes": inside / whole,
+        "best_bytes": share,
+    }
+
+
 def test_a_study_that_only_began_has_every_key_and_no_value(journal: Journal) -> None:
     assert results.summary(journal.study) == {
         "study": "mine",
@@ -61,6 +74,7 @@ def test_a_study_that_only_began_has_every_key_and_no_value(journal: Journal) ->
         "uniform": None,
         "analytic": None,
         "best": None,
+        "covered": covered_of(journal, None),
         "gains": [],
         "front": [],
         "hypervolume": None,
@@ -96,6 +110,7 @@ def test_summary_says_what_was_written(full: Journal) -> None:
             "keep_ratio": parameters[3] / total,
             "parameters": parameters[3],
         },
+        "covered": covered_of(full, records[3].request.allocation.cost.bytes),
         "gains": [],
         "front": [],  # of one budget there is none
         "hypervolume": None,
@@ -336,7 +351,9 @@ def test_the_dense_size_is_known_before_any_trial(journal: Journal) -> None:
     assert allocations.dense_size(journal.study.about) == {
         "model_parameters": layers.parameters,
         "model_bytes": BYTES * layers.parameters,
-        "macs_per_token": sum(spec.out_features * spec.in_features for spec in layers.layers),
+        "macs_per_token": sum(
+            spec.out_features * spec.in_features for spec in layers.layers if spec.multiplies
+        ),
     }
 
 
@@ -421,6 +438,7 @@ def test_the_header_names_model_method_space_and_budget(journal: Journal) -> Non
         "Budget": (
             f"{journal.space.problem.budget.limit:,} parameters, 0.8 of the compressible ones"
         ),
+        "Covered": "blocks: 64.3% of the dense model's parameters and bytes",
         "Trials": "0 completed",
     }
 

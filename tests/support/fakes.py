@@ -212,6 +212,7 @@ def make_about(
             if space is None
             else space.problem.budget
         ),
+        "include": ["blocks"],
         "forms": ["factored"],
         "added_biases": [spec.name for spec in layers if not spec.has_bias],
         "layers": [asdict(spec) for spec in layers],

@@ -4,6 +4,8 @@ from torch import nn
 
 from lrbo.layers.based import BasedLinear
 from lrbo.layers.joint import SkippedLinear, ThinLinear
+from lrbo.layers.kronecker import KroneckerLinear
+from lrbo.layers.kronecker_form import Kronecker
 from lrbo.layers.modules import PRODUCTS
 
 
@@ -13,4 +15,6 @@ def form_of(module: nn.Module) -> str:
         return module.form.name
     if isinstance(module, ThinLinear | SkippedLinear):
         return "neurons" if isinstance(module, ThinLinear) else "skip"
+    if isinstance(module, KroneckerLinear):
+        return Kronecker.name
     return next(name for name, kind in PRODUCTS.items() if isinstance(module, kind))

@@ -163,7 +163,7 @@ class RegressionTask:
 
     def output_gradients(
         self, segments: Any, states: Tensor, examples: Tensor, *, labels: str, seed: int,
-        batch_windows: int,
+        batch_windows: int, on_logits: Any = None,
     ) -> int:  # fmt: skip
         if labels == "sampled":
             generator = torch.Generator().manual_seed(seed)
