@@ -56,7 +56,9 @@ class Layer:
             Statistic.OUTPUT_GRADIENT: reference.second_moment(gradients),
             Statistic.INPUT_IMPORTANCE: reference.importance(self.rows, gradients),
         }
-        assert set(values) == set(Statistic) - TABLE_STATISTICS, "a new statistic needs its plain formula here"
+        assert set(values) == set(Statistic) - TABLE_STATISTICS, (
+            "a new statistic needs its plain formula here"
+        )
         return {statistic: torch.from_numpy(value) for statistic, value in values.items()}
 
     def number(self, statistic: Statistic) -> Matrix:
