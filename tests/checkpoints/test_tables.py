@@ -18,7 +18,8 @@ from lrbo.checkpoints.merged import save_merged
 from lrbo.errors import ModelError
 from lrbo.evaluation.timing import dense_twin
 from lrbo.factorization.options import BaseOptions
-from lrbo.layers.forms import DENSE_FORM, FORMS
+from lrbo.layers.form import DENSE_FORM
+from lrbo.layers.forms import FORMS
 from lrbo.layers.options import DENSE, Budget, Menu
 from lrbo.models.model_map import is_tied
 from lrbo.models.tiny import byte_tokenizer
@@ -26,7 +27,7 @@ from tests.support.tiny import CASES, VOCABULARY, build, token_ids
 
 IDS = token_ids(8, 16)
 BASES = BaseOptions(group_sizes=(16,))
-FORM_NAMES = [name for name in FORMS if name != DENSE_FORM]
+FORM_NAMES = [name for name, form in FORMS.items() if name != DENSE_FORM and form.by_rows]
 TIED = ("blocks", "embedding")
 PARTS = {
     "llama_tied": TIED,
