@@ -27,10 +27,12 @@ def units(blocks: int = 2) -> list[LayerSpec]:
         up, down, attention = (f"{block}.{name}" for name in ("up", "down", "attention"))
         layers += [
             LayerSpec(
-                attention, "attention", block, HIDDEN, HIDDEN, False, attention, None, attention
+                attention, "attention", block, HIDDEN, HIDDEN, False, attention, closing=attention
             ),
-            LayerSpec(up, "up", block, NEURONS, HIDDEN, False, up, None, down, NEURONS),
-            LayerSpec(down, "down", block, HIDDEN, NEURONS, False, down, None, down, NEURONS),
+            LayerSpec(up, "up", block, NEURONS, HIDDEN, False, up, closing=down, neurons=NEURONS),
+            LayerSpec(
+                down, "down", block, HIDDEN, NEURONS, False, down, closing=down, neurons=NEURONS
+            ),
         ]
     return layers
 

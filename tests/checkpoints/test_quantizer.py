@@ -25,7 +25,7 @@ from lrbo.checkpoints.export import CARD, CONFIG, INDEX, WEIGHTS, load
 from lrbo.checkpoints.quantizer import FORMAT, LowRankConfig
 from lrbo.errors import CheckpointError, ModelError
 from lrbo.layers.form import DENSE_FORM, Grid
-from lrbo.layers.forms import FORMS
+from lrbo.layers.forms import FORMS, is_joint
 from lrbo.layers.low_rank import FormModule
 from lrbo.layers.modules import empty_module, parameters_of
 from lrbo.layers.options import Option, cost_of
@@ -421,7 +421,10 @@ def test_a_card_lies_beside_the_weights_where_one_is_given(tmp_path: Path) -> No
     assert not (tmp_path / "without" / CARD).exists()
 
 
-@pytest.mark.parametrize("form", [form for form in FORMS if form != DENSE_FORM])
+ALONE = [form for form in FORMS if form != DENSE_FORM and not is_joint(form)]
+
+
+@pytest.mark.parametrize("form", ALONE)
 def test_the_forms_with_a_module_are_those_that_budgets_count(form: str) -> None:
     spec = LayerSpec("unit", "kind", 0, 16, 32, False, site="x")
     run = FORMS[form].levels(spec, Grid(group_sizes=(16,)))[0]

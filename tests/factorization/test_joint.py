@@ -56,8 +56,11 @@ def mlp(*, bias: bool = False) -> tuple[list[LayerSpec], list[nn.Linear]]:
     """Return a layer with two outputs per neuron, as of Phi-3, and the one that reads them."""
     generator = torch.Generator().manual_seed(1)
     specs = [
-        LayerSpec("up", "up", 0, 2 * NEURONS_OF, HIDDEN, bias, "up", None, "down", NEURONS_OF),
-        LayerSpec("down", "down", 0, OUT, NEURONS_OF, bias, "down", None, "down", NEURONS_OF),
+        replace(spec, closing="down", neurons=NEURONS_OF)
+        for spec in (
+            LayerSpec("up", "up", 0, 2 * NEURONS_OF, HIDDEN, bias, "up"),
+            LayerSpec("down", "down", 0, OUT, NEURONS_OF, bias, "down"),
+        )
     ]
     layers = []
     for spec in specs:
