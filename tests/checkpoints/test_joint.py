@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
+import lrbo
 from lrbo.allocation.allocate import Allocation
 from lrbo.allocation.apply import compressed, on_device, store_
 from lrbo.checkpoints.export import CONFIG, load, save
@@ -21,7 +22,7 @@ from lrbo.factorization.prepared import Prepared
 from lrbo.factorization.registry import method_named
 from lrbo.layers.modules import low_rank_layers, thin_layers
 from lrbo.layers.options import DENSE, Option, account
-from lrbo.models.model_map import linear_weight, map_model
+from lrbo.models.model_map import is_tied, linear_weight, map_model
 from lrbo.models.specs import LayerSpec
 from lrbo.models.tiny import byte_tokenizer
 from tests.support import reference
@@ -299,3 +300,37 @@ def test_the_dense_twin_has_every_layer_again(case: str, choice: str) -> None:
     assert {kind.kind for kind in timed} == {units.by_name[name].kind for name in thin}
     assert all(option in (DENSE, Option("skip")) or n in thin
                for n, option in allocation.options.items())  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore::lrbo.calibration.collect.CalibrationWarning")
+def test_a_compressed_table_beside_joint_options_is_stored_loaded_merged_and_timed(
+    tmp_path: Path,
+) -> None:
+    model, include = build("llama_tied"), ("blocks", "embedding")
+    calibration = lrbo.calibrate(model, token_ids(4, 16), include=include, progress=False)
+    factorization = lrbo.factorize(
+        model, calibration, forms=["pivoted", "neurons", "skip"], include=include, progress=False
+    )
+    units = list(factorization.layers.compressible)
+    options = CHOICES["last block skipped, thin"](units) | {units[-1].name: Option("pivoted", (2,))}
+    assert units[-1].is_lookup
+    allocation = decided(units, options, measure="bytes")
+    with factorization.compressed(model, allocation):
+        trial = logits(model)
+    factorization.compress_(model, allocation)
+    assert relative(logits(model), trial) <= TOLERANCE["stored"]
+    factorization.save(tmp_path / "model", model, byte_tokenizer(), allocation)
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    assert is_tied(opened)
+    assert relative(logits(opened), logits(model)) <= TOLERANCE["loaded"]
+    counted = factorization.account(allocation)
+    assert reference.count_parameters(opened) == counted.model.parameters
+    save_merged(tmp_path / "merged", model, byte_tokenizer())
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    assert relative(logits(merged), trial) <= TOLERANCE["merged"]
+    assert is_tied(merged)
+    assert map_model(merged).blocks == 1
+    twin = dense_twin(opened)
+    assert reference.count_parameters(twin) == factorization.layers.parameters
+    timed = measure_kinds(opened, twin, TimingSettings((3,), repeats=1, warmup=0))
+    assert {kind.kind for kind in timed} == {"embed_tokens", "gate_proj", "up_proj", "down_proj"}
