@@ -14,7 +14,8 @@ import numpy as np
 from lrbo.allocation import knapsack
 from lrbo.allocation.joint import joint_choices, parts_of
 from lrbo.errors import BudgetError
-from lrbo.layers.forms import Codebook, Quantized, form_named
+from lrbo.layers.form import DENSE_FORM
+from lrbo.layers.forms import Codebook, Quantized, form_named, is_joint
 from lrbo.layers.options import DENSE, Budget, Cost, Ladder, Losses, Measure, Menu, Option
 
 logger = logging.getLogger(__name__)
@@ -49,17 +50,35 @@ def dense_cost(menus: Mapping[str, Menu]) -> Cost:
     return Cost.total(menu.dense for menu in menus.values())
 
 
-def smallest_cost(menus: Mapping[str, Menu], measure: Measure, dense: Collection[str] = ()) -> int:
-    """Return the smallest budget that any allocation can meet; units of ``dense`` stay dense.
+def smallest_cost(
+    menus: Mapping[str, Menu],
+    measure: Measure,
+    dense: Collection[str] = (),
+    *,
+    any_form: bool = False,
+) -> int:
+    """Return the smallest budget that one form for all units can meet, which baselines have.
 
-    Joint options are left out: baselines have none.
+    It is the first form, as of ratios, or with ``any_form`` the cheapest; joint forms are none.
+    Units of ``dense`` stay dense.
     """
-    return sum(
-        menu.dense.of(measure)
-        if name in dense
-        else int(menu.ladder(measure, menu.losses).prices[0])
-        for name, menu in menus.items()
-    )
+    forms = forms_of(menus) or [DENSE_FORM]
+
+    def needed(form: str) -> int:
+        return sum(
+            menu.dense.of(measure)
+            if name in dense
+            else int(menu.of_form(form).ladder(measure, None).prices[0])
+            for name, menu in menus.items()
+        )
+
+    return min(map(needed, forms if any_form else forms[:1]))
+
+
+def forms_of(menus: Mapping[str, Menu]) -> list[str]:
+    """List the forms on some menus but dense and joint ones, in the order of preference."""
+    sections = (section for menu in menus.values() for section in menu.sections[:-1])
+    return list(dict.fromkeys(s.form for s in sections if not is_joint(s.form)))
 
 
 def widest(menus: Mapping[str, Menu], budget: Budget) -> Allocation | None:

@@ -333,6 +333,11 @@ class Menu:
         indices = indices[np.diff(prices[indices], prepend=-1) > 0]
         return Ladder(indices, prices[indices], None if losses is None else losses[indices])
 
+    def of_form(self, form: str) -> Menu:
+        """Return the menu of one form and dense, without losses."""
+        own = tuple(section for section in self.sections[:-1] if section.form == form)
+        return Menu(self.unit, (*own, self.sections[-1]))
+
     def _marked(self, sections: Sequence[Section]) -> NDArray[np.bool_]:
         """Mark the options of some sections."""
         parts = [np.full(len(s.levels), any(s is each for each in sections)) for s in self.sections]

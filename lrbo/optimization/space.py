@@ -17,6 +17,7 @@ from lrbo.allocation.allocate import (
     allocate,
     allocate_by_loss,
     dense_cost,
+    forms_of,
     smallest_cost,
     widest,
 )
@@ -25,6 +26,7 @@ from lrbo.config.choices import KEEP_RATIO
 from lrbo.errors import BudgetError
 from lrbo.factorization.factors import Curve
 from lrbo.factorization.prepared import Prepared
+from lrbo.layers.form import DENSE_FORM
 from lrbo.layers.options import Budget, Cost, Losses, Menu
 from lrbo.models.specs import LayerSpec
 from lrbo.trials.records import Origin
@@ -119,15 +121,28 @@ class Problem:
         """Return the baseline: one choice for all units, also those that a search keeps dense.
 
         The widest integers that the budget allows everywhere; one wished ratio where it allows
-        none.
+        none, of the first form in which it can be met.
+
+        Raises:
+            BudgetError: If no form alone can meet it.
         """
         alike = widest(self.menus, self.budget)
         if alike is not None:
             return alike
-        return allocate(dict.fromkeys(self.menus, 1.0), self.menus, self.budget)
+        refused: BudgetError | None = None
+        for form in forms_of(self.menus) or [DENSE_FORM]:
+            menus = {name: menu.of_form(form) for name, menu in self.menus.items()}
+            try:
+                return allocate(dict.fromkeys(menus, 1.0), menus, self.budget)
+            except BudgetError as error:
+                refused = refused or error
+        assert refused is not None
+        raise refused
 
-    def require_feasible(self, lower: float = 0.0, *, relief: str) -> None:
+    def require_feasible(self, lower: float = 0.0, *, relief: str, any_form: bool = False) -> None:
         """Refuse a budget that the cheapest options or the lower bound of ratios exceed.
+
+        With ``any_form`` those of the form that is cheapest for all units, else of the first.
 
         Raises:
             BudgetError: With the smallest feasible keep ratio, and the keys that give ``relief``.
@@ -137,7 +152,9 @@ class Problem:
         pinned = self.price(self.dense)
         # Of the decimal that was typed: in binary, 0.07 of 100 is 7.000000000000001.
         at_bounds = pinned + math.ceil(Fraction(str(float(lower))) * (total - pinned))
-        needed = max(smallest_cost(self.menus, budget.measure, self.dense), at_bounds)
+        needed = max(
+            smallest_cost(self.menus, budget.measure, self.dense, any_form=any_form), at_bounds
+        )
         if needed > budget.limit:
             raise BudgetError(
                 f"budget of {budget} (keep_ratio {self.keep_ratio:.4f}) cannot be met: "

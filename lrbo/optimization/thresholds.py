@@ -132,6 +132,8 @@ def build_threshold_space(
     problem = replace(problem, dense=pinned(problem, settings.dense))
     if len(problem.dense) == len(problem.menus):
         raise ConfigError(["space: every layer is kept dense, nothing is left to search"])
-    problem.keeping(lowest).require_feasible(relief="space.minimum_rank or space.rank_multiple")
+    problem.keeping(lowest).require_feasible(
+        relief="space.minimum_rank or space.rank_multiple", any_form=True
+    )
     low, high = settings.bounds
     return ThresholdSpace(problem, {THRESHOLD: (low, high)}, lowest)

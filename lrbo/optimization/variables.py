@@ -209,7 +209,7 @@ def build_weight_space(problem: Problem, settings: SpaceSettings) -> WeightSpace
     problem, groups_of, problems = _grouped(problem, settings.groups or kinds, settings.dense)
     if problems:
         raise ConfigError(problems)
-    problem.require_feasible(relief="space.minimum_rank or space.rank_multiple")
+    problem.require_feasible(relief="space.minimum_rank or space.rank_multiple", any_form=True)
     names = [f"kind.{group}" for group in dict.fromkeys(groups_of.values())]
     names += [f"depth.{knot}" for knot in range(settings.knots)]
     names += [EXPONENT] if settings.exponent else []

@@ -75,16 +75,19 @@ class Case:
 
     @property
     def smallest(self) -> int:
-        """Return what the smallest ranks of the first form cost, unit by unit.
+        """Return what the smallest ranks of the cheapest form cost, unit by unit.
 
-        The baseline has no other form, and must be feasible too.
+        The baseline has one form, and must be feasible too.
         """
+        return min(map(self._smallest, self.offered["forms"]))
+
+    def _smallest(self, form: str) -> int:
         multiple, minimum = self.offered["rank_multiple"], self.offered["minimum"]
         first, total = max(-(-minimum // multiple), 1) * multiple, 0
         for unit in self.layers:
             options = [DENSE]
             if first <= min(unit.out_features, unit.in_features):
-                options.append(Option(self.offered["forms"][0], (first,)))
+                options.append(Option(form, (first,)))
             prices = [
                 cost_of(unit, option, bias=self.offered["bias"], itemsize=ITEMSIZE).of(self.measure)
                 for option in options
@@ -496,3 +499,15 @@ def test_layers_of_no_group_are_all_listed() -> None:
 def test_nothing_left_to_search_is_refused() -> None:
     with pytest.raises(ConfigError, match="nothing is left to search"):
         make_weight_space(dense=["*"])
+
+
+def test_a_form_that_does_not_fit_is_no_obstacle_to_one_that_does() -> None:
+    layers = make_layers(2, {"q_proj": (32, 32), "up_proj": (48, 32)})
+    changes = {"forms": ("int8_sym", "pivoted"), "measure": "bytes", "bias": False}
+    space = make_weight_space(0.2, layers, knots=0, **changes)  # int8 takes over a quarter
+    uniform = space.problem.uniform()
+    assert {option.form for option in uniform.options.values()} == {"pivoted"}
+    for allocation in (uniform, space.problem.by_loss()):
+        assert allocation.cost.bytes <= space.problem.budget.limit
+    with pytest.raises(BudgetError):
+        make_weight_space(0.2, layers, knots=0, **{**changes, "forms": ("int8_sym",)})
