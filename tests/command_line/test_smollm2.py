@@ -22,6 +22,7 @@ SMALL = [
     "model.device=cpu",
     "data.window=256",
     "data.calibration.tokens=2048",
+    "calibration.gradient_share=1.0",
     "data.validation.tokens=1024",
     "data.test.tokens=512",
     "sensitivity.windows=1",
