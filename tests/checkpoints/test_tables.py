@@ -18,9 +18,11 @@ from lrbo.checkpoints.merged import save_merged
 from lrbo.errors import ModelError
 from lrbo.evaluation.timing import dense_twin
 from lrbo.factorization.options import BaseOptions
+from lrbo.layers import based
 from lrbo.layers.form import DENSE_FORM
 from lrbo.layers.forms import FORMS
 from lrbo.layers.options import DENSE, Budget, Menu
+from lrbo.layers.packing import unpack
 from lrbo.models.model_map import is_tied
 from lrbo.models.tiny import byte_tokenizer
 from tests.support.tiny import CASES, VOCABULARY, build, token_ids
@@ -164,16 +166,13 @@ def test_only_the_rows_that_are_looked_up_are_unpacked(monkeypatch: pytest.Monke
     model, factorization = wide("llama_tied"), factored("llama_tied")
     factorization.compress_(model, allocated(factorization, "int4"))
     counts: list[int] = []
-    unpack = torch.Tensor.__getitem__
+
+    def counted(packed: Tensor, bits: int) -> Tensor:
+        counts.append(len(packed))
+        return unpack(packed, bits)
+
+    monkeypatch.setattr(based, "unpack", counted)
     table = model.get_input_embeddings()
-
-    def counted(tensor: Tensor, index: object) -> Tensor:
-        result = unpack(tensor, index)
-        if tensor is table.packed:
-            counts.append(len(result))
-        return result
-
-    monkeypatch.setattr(torch.Tensor, "__getitem__", counted)
     with torch.inference_mode():
         rows = table(torch.tensor([[5, 9]]))
     assert counts == [2]
