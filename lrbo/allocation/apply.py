@@ -84,7 +84,7 @@ def trial_modules(
     tokens: int,
     buffers: Buffers,
 ) -> dict[str, nn.Module]:
-    """Return what stands where in a model with some options, as of :func:`compressed`."""
+    """Map names in a model to the modules of some options, as of :func:`compressed`."""
     modules: dict[str, nn.Module] = {}
     for name, option in options.items():
         if not tables.is_table(model, name):

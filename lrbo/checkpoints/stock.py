@@ -292,7 +292,7 @@ class Stock:
                 self._write_adapter(beside / ADAPTER)
 
     def quantization(self) -> dict[str, Any]:
-        """Return what ``config.json`` says of the integers."""
+        """The ``quantization_config`` of ``config.json``."""
         import compressed_tensors
         from compressed_tensors.quantization import QuantizationConfig
 

@@ -32,8 +32,8 @@ def squared_errors(
     """Return ``tr(G D C D^T)`` with ``D = W - left[:, :r] right[:r]``, for every ``r``; float64.
 
     ``G``, of the outputs, is the identity by default. Nothing is taken for independent: factors may
-    be of any weight, and rounded. Made monotone: a rank that is worse than a lower one is never
-    chosen, because it costs more.
+    be of any weight, and rounded. Made monotone: no rank is worth more than a lower one
+    that errs less.
     """
     left, right = left.double(), right.double()
     weighed = weight if outputs is None else outputs @ weight

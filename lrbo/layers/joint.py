@@ -59,7 +59,7 @@ class SkippedAttention(nn.Module):
     def forward(
         self, hidden_states: Float[Tensor, "batch tokens d"], *_: Any, **given: Any
     ) -> tuple[Float[Tensor, "batch tokens d"], None]:
-        """Return what is added for every token, and no attention weights."""
+        """Return the mean contribution for every token, and no attention weights."""
         cache = given.get("past_key_values", given.get("layer_past"))  # GPT-NeoX has another name
         if cache is not None:
             # One number per token instead of keys and values: transformers reads the number of

@@ -73,7 +73,7 @@ def require_plain(*layers: nn.Module) -> None:
 class FormModule(nn.Module, ABC):
     """A linear layer in a form other than dense, at a rank; ``weight`` is :func:`no_weight`.
 
-    In place of an embedding its weight is a table of rows, which are looked up.
+    As an embedding, its weight is a table of rows, which are looked up.
     """
 
     weight: Tensor

@@ -51,7 +51,7 @@ def is_table(model: nn.Module, name: str) -> bool:
 
 
 def stored_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """Return what stands where in a model with modules of units: tied heads among it."""
+    """Map names in a model to the modules of units, and to the heads that are tied to them."""
     result: dict[str, nn.Module] = {}
     for name, module in modules.items():
         result[name] = module
@@ -64,7 +64,7 @@ def stored_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[s
 def dense_modules(
     model: nn.Module, name: str, weight: Float[Tensor, "out in"], bias: Bias
 ) -> dict[str, nn.Module]:
-    """Return what stands where in a model with a dense weight, which is not copied, of a unit."""
+    """Map names in a model to dense layers of a unit, whose weight is not copied."""
     if not _is_embedding(model, name):
         return {name: linear_of(weight, bias)}
     head: nn.Linear = linear_of(weight, bias)

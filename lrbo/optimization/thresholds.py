@@ -36,7 +36,7 @@ class ThresholdSpace(Space):
     """
 
     lowest: float  # keep ratio of the smallest budget; that of the problem is the largest
-    graded: Mapping[str, Menu] = field(default_factory=dict)  # with errors in the place of losses
+    graded: Mapping[str, Menu] = field(default_factory=dict)  # whose losses are errors of outputs
 
     @override
     def with_prepared(self, prepared: Mapping[str, Prepared]) -> ThresholdSpace:

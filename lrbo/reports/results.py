@@ -86,7 +86,7 @@ def summary(study: StudyRecord) -> dict[str, Any]:
 
 
 def covered(study: StudyRecord) -> dict[str, Any]:
-    """Return which parts of the model the budget covers, and their shares of its size."""
+    """Return the parts of the model that the budget covers, and their shares of its size."""
     about, best = study.about, study.state.best()
     units = dense_cost(about.units.values(), about.itemsize)
     model = Cost(about.model_parameters, about.model_parameters * about.itemsize, 0)

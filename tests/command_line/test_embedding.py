@@ -11,12 +11,11 @@ from lrbo.layers.options import dense_cost
 from lrbo.models.loading import tiny_model
 from lrbo.models.model_map import map_model
 from lrbo.study.journal import Study
-from tests.support.commands import Ran, in_folder, lrbo_command
+from tests.support.commands import SMALL_SEARCH, Ran, in_folder, lrbo_command, searched_in
 from tests.support.tiny import build
 
-SMALL = ["experiment=tiny", "search.trials=3", "search.initial=3", "tracking.enabled=false"]
-SMALL += [f"data.{role}.tokens=512" for role in ("calibration", "validation", "test")]
-SMALL += ["space=weights", "space.rank_multiple=1", "output=json", "budget.measure=bytes"]
+SMALL = [*SMALL_SEARCH, "space=weights", "search.trials=3", "search.initial=3"]
+SMALL += ["space.rank_multiple=1", "budget.measure=bytes"]
 SMALL += ["bases.group_sizes=[16,32]", "budget.bits_per_parameter=8", "study=whole"]
 SMALL += ["space.forms=[pivoted,int4,int3]", "method=loss_aware"]
 WHOLE = "budget.include=[blocks,embedding,head]"
@@ -29,8 +28,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ran]:
     """Run one search over the whole model, and write its analytic trial; untied."""
     folder = tmp_path_factory.mktemp("whole")
     timed = ["latency.enabled=true", "latency.repeats=3"]  # which puts stored tables in
-    ran = in_folder(folder, lambda: lrbo_command("search", *SMALL, WHOLE, *timed))
-    assert ran.status == 0, ran.err
+    _, ran = searched_in(folder, *SMALL, WHOLE, *timed)
     written = in_folder(
         folder, lambda: lrbo_command("compress", "study=whole", "point=1", "out=one", "output=json")
     )

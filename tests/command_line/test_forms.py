@@ -12,11 +12,9 @@ from lrbo.models.loading import tiny_model
 from lrbo.models.model_map import map_model
 from lrbo.study.events import FORMAT
 from lrbo.study.journal import Study
-from tests.support.commands import Ran, in_folder, lrbo_command
+from tests.support.commands import SMALL_SEARCH, Ran, in_folder, lrbo_command, searched_in
 
-SMALL = ["experiment=tiny", "search.trials=3", "search.initial=2", "tracking.enabled=false"]
-SMALL += [f"data.{role}.tokens=512" for role in ("calibration", "validation", "test")]
-SMALL += ["space=weights", "output=json"]
+SMALL = [*SMALL_SEARCH, "space=weights", "search.trials=3", "search.initial=2"]
 MIXED = ["study=mixed", "budget.keep_ratio=0.5", "budget.measure=bytes"]
 MIXED += ["space.forms=[factored,pivoted]", "space.rank_multiple=1"]
 
@@ -24,10 +22,7 @@ MIXED += ["space.forms=[factored,pivoted]", "space.rank_multiple=1"]
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ran]:
     """Run one search over two forms; tests may add to its folder."""
-    folder = tmp_path_factory.mktemp("mixed")
-    ran = in_folder(folder, lambda: lrbo_command("search", *SMALL, *MIXED))
-    assert ran.status == 0, ran.err
-    return folder, ran
+    return searched_in(tmp_path_factory.mktemp("mixed"), *SMALL, *MIXED)
 
 
 def stored_bytes(folder: str, names: list[str]) -> int:

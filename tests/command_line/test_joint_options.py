@@ -12,11 +12,10 @@ from lrbo.models.model_map import map_model
 from lrbo.pipeline.in_memory import factorize
 from lrbo.study.journal import Study
 from tests.support import reference
-from tests.support.commands import Ran, in_folder, lrbo_command
+from tests.support.commands import SMALL_SEARCH, Ran, in_folder, lrbo_command, searched_in
 
-SMALL = ["experiment=tiny", "search.trials=3", "search.initial=3", "tracking.enabled=false"]
-SMALL += [f"data.{role}.tokens=512" for role in ("calibration", "validation", "test")]
-SMALL += ["space=weights", "space.rank_multiple=1", "output=json", "sensitivity.layers_per_kind=0"]
+SMALL = [*SMALL_SEARCH, "space=weights", "search.trials=3", "search.initial=3"]
+SMALL += ["space.rank_multiple=1", "sensitivity.layers_per_kind=0"]
 STRUCTURED = ["study=structured", "budget.keep_ratio=0.5", "space.forms=[structured]"]
 SAME = 1e-5  # nats: sums of float32 in another order
 JOINT = ("neurons", "skip")
@@ -25,10 +24,7 @@ JOINT = ("neurons", "skip")
 @pytest.fixture(scope="module")
 def searched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ran]:
     """Run one search; tests may add to its folder."""
-    folder = tmp_path_factory.mktemp("structured")
-    ran = in_folder(folder, lambda: lrbo_command("search", *SMALL, *STRUCTURED))
-    assert ran.status == 0, ran.err
-    return folder, ran
+    return searched_in(tmp_path_factory.mktemp("structured"), *SMALL, *STRUCTURED)
 
 
 def test_parts_are_compressed_together_within_the_budget(searched: tuple[Path, Ran]) -> None:

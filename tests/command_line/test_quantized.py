@@ -19,11 +19,10 @@ from lrbo.models.loading import tiny_model
 from lrbo.models.model_map import map_model
 from lrbo.models.tiny import byte_tokenizer
 from lrbo.study.journal import Study
-from tests.support.commands import Ran, in_folder, lrbo_command
+from tests.support.commands import SMALL_SEARCH, Ran, lrbo_command, searched_in
 
-SMALL = ["experiment=tiny", "search.trials=4", "search.initial=3", "tracking.enabled=false"]
-SMALL += [f"data.{role}.tokens=512" for role in ("calibration", "validation", "test")]
-SMALL += ["space=weights", "space.rank_multiple=1", "output=json", "budget.measure=bytes"]
+SMALL = [*SMALL_SEARCH, "space=weights", "search.trials=4", "search.initial=3"]
+SMALL += ["space.rank_multiple=1", "budget.measure=bytes"]
 SMALL += ["bases.group_sizes=[16,32]"]
 BITS = ["study=bits", "budget.bits_per_parameter=8", "space.forms=[pivoted,int4,int3]"]
 NAMES = ("uniform", "analytic", "best")
@@ -33,10 +32,7 @@ SAME = 1e-5  # nats: sums of float32 in another order
 @pytest.fixture(scope="module")
 def bits(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ran]:
     """Run one search over integers and ranks; tests may add to its folder."""
-    folder = tmp_path_factory.mktemp("bits")
-    ran = in_folder(folder, lambda: lrbo_command("search", *SMALL, *BITS))
-    assert ran.status == 0, ran.err
-    return folder, ran
+    return searched_in(tmp_path_factory.mktemp("bits"), *SMALL, *BITS)
 
 
 @pytest.fixture

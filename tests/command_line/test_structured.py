@@ -12,13 +12,12 @@ from lrbo.layers.kronecker import KroneckerLinear
 from lrbo.models.loading import tiny_model
 from lrbo.models.model_map import map_model
 from lrbo.study.journal import Study
-from tests.support.commands import Ran, in_folder, lrbo_command
+from tests.support.commands import SMALL_SEARCH, Ran, lrbo_command, searched_in
 from tests.support.tiny import token_ids
 
 FORMS = ["pivoted", "sparse", "sparse_rows", "kronecker"]
-SMALL = ["experiment=tiny", "search.trials=3", "search.initial=3", "tracking.enabled=false"]
-SMALL += [f"data.{role}.tokens=512" for role in ("calibration", "validation", "test")]
-SMALL += ["space=weights", "space.rank_multiple=1", "output=json", "method=loss_aware"]
+SMALL = [*SMALL_SEARCH, "space=weights", "search.trials=3", "search.initial=3"]
+SMALL += ["space.rank_multiple=1", "method=loss_aware"]
 MIXED = [f"space.forms=[{','.join(FORMS)}]", "budget.keep_ratio=0.5", "bases.blocks=[[2,1],[4,4]]"]
 MIXED += ["study=mixed", "bases.percentages=[25]"]
 SAME = 1e-5  # nats: sums of float32 in another order
@@ -26,10 +25,7 @@ SAME = 1e-5  # nats: sums of float32 in another order
 
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ran]:
-    folder = tmp_path_factory.mktemp("mixed")
-    ran = in_folder(folder, lambda: lrbo_command("search", *SMALL, *MIXED))
-    assert ran.status == 0, ran.err
-    return folder, ran
+    return searched_in(tmp_path_factory.mktemp("mixed"), *SMALL, *MIXED)
 
 
 def test_every_trial_keeps_half_of_the_parameters(mixed: tuple[Path, Ran]) -> None:

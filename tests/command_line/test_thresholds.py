@@ -9,12 +9,11 @@ from transformers import AutoModelForCausalLM
 
 from lrbo.config.choices import THRESHOLD
 from lrbo.study.journal import Study
-from tests.support.commands import in_folder, lrbo_command
+from tests.support.commands import SMALL_SEARCH, lrbo_command, searched_in
 
-SMALL = ["experiment=tiny", "space=error_threshold", "space.rank_multiple=1", "output=json"]
-SMALL += [f"data.{role}.tokens=512" for role in ("calibration", "validation", "test")]
-SMALL += ["bases.group_sizes=[32]", "budget.keep_ratio=0.17", "budget.lowest=0.06"]
-SMALL += ["tracking.enabled=false", "search.trials=8", "warm_start=[uniform,start]"]
+SMALL = [*SMALL_SEARCH, "space=error_threshold", "space.rank_multiple=1", "bases.group_sizes=[32]"]
+SMALL += ["budget.keep_ratio=0.17", "budget.lowest=0.06"]
+SMALL += ["search.trials=8", "warm_start=[uniform,start]"]
 SMALL += ["search.kl_weight=100"]  # of a random model only the divergence falls with its size
 METHODS = ("svd", "loss_aware")
 SAME = 1e-5  # nats: sums of float32 in another order
@@ -26,8 +25,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("thresholds")
     for method in METHODS:
         typed = [f"method={method}", f"study={method}", "sensitivity.enabled=false"]
-        ran = in_folder(folder, lambda typed=typed: lrbo_command("search", *SMALL, *typed))
-        assert ran.status == 0, ran.err
+        searched_in(folder, *SMALL, *typed)
     return folder
 
 

@@ -14,6 +14,9 @@ import pytest
 
 from lrbo import cli
 
+# A small search, of which tests say space, forms, budget and study.
+SMALL_SEARCH = ["experiment=tiny", "tracking.enabled=false", "output=json"]
+SMALL_SEARCH += [f"data.{role}.tokens=512" for role in ("calibration", "validation", "test")]
 TINY = ["experiment=tiny", "search.trials=5", "search.initial=4", "output=json"]
 
 
@@ -59,6 +62,13 @@ def in_folder(folder: Path, action: Callable[[], Ran]) -> Ran:
     """Run something in another folder."""
     with contextlib.chdir(folder):
         return action()
+
+
+def searched_in(folder: Path, *arguments: str) -> tuple[Path, Ran]:
+    """Run a search in a folder to its end, and return both."""
+    ran = in_folder(folder, lambda: lrbo_command("search", *arguments))
+    assert ran.status == 0, ran.err
+    return folder, ran
 
 
 @pytest.fixture(scope="module")
