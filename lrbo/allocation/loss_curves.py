@@ -13,7 +13,7 @@ from lrbo.allocation.apply import replaced
 from lrbo.allocation.loss_calibration import Measurement
 from lrbo.errors import NonFiniteError
 from lrbo.factorization.prepared import Prepared
-from lrbo.layers.forms import Based, Factored, form_named, is_joint
+from lrbo.layers.forms import Based, Factored, KeptRows, form_named, is_joint
 from lrbo.layers.options import Menu, Option
 from lrbo.models.blockwise import Scratch
 from lrbo.models.specs import LayerSpec
@@ -40,8 +40,8 @@ def points_of(
     Embedding and head, which are in no block, are left out, and joint options, which are of no
     single layer.
 
-    Of low-rank forms the first on the menu; bases without a rank, and Kronecker sums of the most
-    terms.
+    Of low-rank forms the first on the menu; bases without a rank, and what stands for no whole
+    weight so, kept outputs and Kronecker sums, of the most that there is.
     """
     points = []
     inside = [spec for spec in layers if spec.block is not None]
@@ -51,13 +51,14 @@ def points_of(
         for index in range(count):
             spec = members[(2 * index + 1) * len(members) // (2 * count)]
             alone = [each for each in menus[spec.name].sections[:-1] if not is_joint(each.form)]
-            sections = {each.family: each for each in alone}
-            for family, section in sections.items():
+            families = [each.family for each in alone]
+            for family in families:
                 if not family.is_low_rank:
-                    is_base = isinstance(form_named(family.form), Based)
-                    level = section.levels[0 if is_base else -1]
-                    points.append((spec, family.at(int(level[-1]))))
-            low = next((family for family in sections if family.is_low_rank), None)
+                    form = form_named(family.form)
+                    is_whole = isinstance(form, Based) and not isinstance(form, KeptRows)
+                    last = 0 if is_whole else prepared[spec.name].part(family).max_rank
+                    points.append((spec, family.at(last)))
+            low = next((family for family in families if family.is_low_rank), None)
             most = 0 if low is None else prepared[spec.name].part(low).max_rank
             tries = min(settings.ranks, 2 * most)  # enough for all ranks
             ranks = {max(1, round(most * (step + 1) / (tries + 1))) for step in range(tries)}

@@ -20,9 +20,9 @@ from lrbo.config.shell import command
 from lrbo.errors import CheckpointError, ModelError, reading, some
 from lrbo.files.parsing import ContentError, Count, checked
 from lrbo.layers.based import BasedLinear
-from lrbo.layers.forms import FORMS
+from lrbo.layers.forms import FORMS, is_joint
 from lrbo.layers.joint import empty_joint
-from lrbo.layers.joint_form import Joint, Neurons
+from lrbo.layers.joint_form import Neurons
 from lrbo.layers.low_rank import no_weight
 from lrbo.layers.modules import empty_module, low_rank_layers, parameters_of, replace_modules
 from lrbo.layers.options import DENSE, Option
@@ -36,7 +36,6 @@ from lrbo.models.specs import LayerSpec
 
 METHOD = "lrbo"
 FORMAT = 4
-JOINT_FORMS = tuple(name for name, form in FORMS.items() if isinstance(form, Joint))
 
 
 @with_config(ConfigDict(extra="forbid"))
@@ -221,7 +220,8 @@ def _untied_(model: PreTrainedModel, name: str) -> list[str]:
 
 def _joint_specs(model: nn.Module, units: Mapping[str, str]) -> dict[str, LayerSpec]:
     """Map the layers with joint options, which all layers of an attention or MLP must have."""
-    joint = {name: text for name, text in units.items() if text.partition(" ")[0] in JOINT_FORMS}
+    forms = {name: text.partition(" ")[0] for name, text in units.items()}
+    joint = {name: units[name] for name, form in forms.items() if form in FORMS and is_joint(form)}
     if not joint:
         return {}
     with reading(CheckpointError, "restore config.json", own=ModelError):
@@ -232,7 +232,7 @@ def _joint_specs(model: nn.Module, units: Mapping[str, str]) -> dict[str, LayerS
             raise CheckpointError(
                 f"{name} cannot be {text!r}: it is of no attention or MLP; restore config.json."
             )
-        if text.startswith(Neurons.name) and not specs[name].neurons:
+        if forms[name] == Neurons.name and not specs[name].neurons:
             raise CheckpointError(
                 f"{name} cannot be {text!r}: an attention has no neurons; restore config.json."
             )

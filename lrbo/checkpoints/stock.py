@@ -60,7 +60,7 @@ def missing_packages() -> str | None:
         return None
     least = ".".join(map(str, LEAST))
     return (
-        f"format='adapter' needs {' and '.join(names)}, {least} or newer; run: pip install "
+        f"the format adapter needs {' and '.join(names)}, {least} or newer; run: pip install "
         "'lrbo[export]'"
     )
 
@@ -177,10 +177,12 @@ def load(folder: str, *, dtype: torch.dtype | None, device: torch.device) -> Pre
         ModelError: As of :func:`lrbo.models.loading.load_model`.
         CheckpointError: If PEFT cannot read the adapter, or is not installed.
     """
-    own = model_folder(folder)
+    own, adapter = model_folder(folder), Path(folder) / ADAPTER
+    has_adapter = own != folder and adapter.is_dir()
+    if has_adapter and (problem := missing_packages()) is not None:
+        raise CheckpointError(problem)
     model = load_model(ModelSource("hf", own), dtype=dtype, device=device)
-    adapter = Path(folder) / ADAPTER
-    if own == folder or not adapter.is_dir():
+    if not has_adapter:
         return model
     with reading(CheckpointError, f"cannot read {adapter}", own=LrboError):
         from peft import PeftModel

@@ -133,7 +133,7 @@ def _subject(config: EvaluateConfig) -> Subject:
     own = model_folder(folder)
     source = ModelSource("hf", own)
     is_low_rank = export.is_checkpoint(own)
-    load = partial(export.load, folder) if is_low_rank else partial(stock.load, folder)
+    load = partial(export.load, own) if is_low_rank else partial(stock.load, folder)
     if not is_low_rank and not (Path(folder) / FILE).is_file():
         return Subject(folder, source, load)
     return Subject(folder, source, load, Path(folder), export.stored_dtype(own))

@@ -31,8 +31,8 @@ WARM_START = re.compile(rf"uniform|analytic|start|paper|{STUDY}[^:]+(:\d+)?")
 SQLITE = "sqlite:///"  # begins the address of an MLflow store in a file
 
 # Names in space.forms that stand for several forms: those that are worth it in a measure, and those
-# that both transformers and vLLM read, as lrbo compress format=adapter writes them; or those that
-# leave no integers.
+# that both transformers and vLLM read, as lrbo compress format=adapter writes them; or what
+# saves time without kernels.
 FORM_PRESETS: Mapping[str, tuple[str, ...]] = {
     "parameters": ("pivoted",),
     "bytes": ("pivoted", "factored_int4", "int8", "int4", "int3", "int3_sym", "int2"),

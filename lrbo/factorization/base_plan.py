@@ -94,7 +94,8 @@ class BasePlan:
             moment = statistics[Statistic.INPUT_COVARIANCE].double() + mean.outer(mean)
             if not bool(moment.any()):  # no input weighs more than another, as of factor_layer
                 moment = torch.eye(len(moment)).to(moment)
-        gradient = statistics.get(Statistic.OUTPUT_GRADIENT) if self.needs else None
+        weighs = any(isinstance(form_named(name), Sparse | KeptRows) for name in self.forms)
+        gradient = statistics.get(Statistic.OUTPUT_GRADIENT) if self.needs and weighs else None
         if gradient is not None:
             has_effect = bool(gradient.any())
             gradient = shrunk(gradient.double(), PREDICTION_SHRINKAGE) if has_effect else None
@@ -143,6 +144,8 @@ class BasePlan:
                                 gradient=gradient,
                             )
                         )
+                    case _:
+                        raise TypeError(f"{form.name} is made by no rule")
         if not grids:
             return made
         if moment is None:
@@ -191,6 +194,9 @@ class BasePlan:
         By gptq, terms are those of the moments of inputs and of output gradients, where known; by
         nearest, those of the weight alone.
         """
+        forms = [each for each in map(form_named, self.forms) if isinstance(each, Kronecker)]
+        if not forms:
+            return {}
         made = {}
         shape = weight.shape[0], weight.shape[1]
         gradient = statistics.get(Statistic.OUTPUT_GRADIENT)
@@ -199,9 +205,7 @@ class BasePlan:
         is_known = not MOMENTS.isdisjoint(statistics)
         moment = input_moment(factors, statistics) if is_known else None
         has_effect = all(each is None or bool(each.any()) for each in (gradient, moment))
-        for form in map(form_named, self.forms):
-            if not isinstance(form, Kronecker):
-                continue
+        for form in forms:
             for left in form.shapes(*shape, self.options.grid()):
                 terms = kronecker_terms(
                     weight,

@@ -18,8 +18,9 @@ ERROR_NEEDS = frozenset({Statistic.INPUT_MEAN, Statistic.INPUT_COVARIANCE})
 
 def shrunk(matrix: Float[Tensor, "d d"], share: float) -> Float[Tensor, "d d"]:
     """Return ``(1 - share) M + share * mean(diag M) I``, of the same trace."""
-    identity = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
-    return (1 - share) * matrix + share * matrix.diagonal().mean() * identity
+    result = (1 - share) * matrix
+    result.diagonal().add_(share * matrix.diagonal().mean())
+    return result
 
 
 def squared_errors(

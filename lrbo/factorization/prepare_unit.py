@@ -80,11 +80,12 @@ def prepared_unit(
         else:
             rest = weight - base.weight(DOUBLE)
             factors = remainder(rest, most)
-            rounded = Factors.of(factors.left.float(), factors.right.float(), stored.dtype)
-            wide = rounded.wide(DOUBLE)
-            if isinstance(form, KeptRows):  # the low rank is most of the weight
-                factors = replace(factors, loss=with_rounding(factors, wide, rest, statistics))
-            factors = unit.with_error(factors, rest, wide)
+            if errors or isinstance(form, KeptRows):
+                rounded = Factors.of(factors.left.float(), factors.right.float(), stored.dtype)
+                wide = rounded.wide(DOUBLE)
+                if isinstance(form, KeptRows):  # the low rank is most of the weight
+                    factors = replace(factors, loss=with_rounding(factors, wide, rest, statistics))
+                factors = unit.with_error(factors, rest, wide)
         # Of 8 bits they are rounded again where a layer is made.
         codes = codes.to(CPU, stored.dtype) if codes is not None and form.factor_bits == 4 else None
         factors = factors.to(dtype=SINGLE, device=CPU)
@@ -121,5 +122,6 @@ class _Unit:
         moment = input_moment(replace(terms.rest, center=terms.center), self.statistics)
         changes = [self.weight, *(self.weight - each for each in terms.weights())]
         squared = torch.stack([(each @ moment * each).sum() for each in changes])
+        squared = torch.cummin(squared.clamp_min(0.0), 0).values  # as of squared_errors
         error = relative_error(squared, self.weight, self.bias, self.statistics)
         return replace(terms, rest=replace(terms.rest, error=error))

@@ -15,7 +15,7 @@ from lrbo.factorization.factors import CURVES, PARTS, Buffers, Curve, LowRankFac
 from lrbo.factorization.joint import JOINT, Skipped, Thinned
 from lrbo.factorization.kronecker import KroneckerSum
 from lrbo.layers.based import BasedLinear, Factors, shapes_of
-from lrbo.layers.forms import Based, QuantizedFactors, form_named
+from lrbo.layers.forms import Based, Factored, QuantizedFactors, form_named
 from lrbo.layers.kronecker_form import Kronecker
 from lrbo.layers.options import Losses, Option, Section
 
@@ -144,21 +144,24 @@ class UnitFactors:
         """Return the factors of a family, whose ranks are its levels."""
         if family in self.based:
             return self.based[family].rest
-        if self.low_rank is None or not family.is_low_rank:
+        if self.low_rank is None or not isinstance(form_named(family.form), Factored):
             raise KeyError(f"{family} was not prepared")
         return self.low_rank
 
     def losses(self, section: Section, curve: Curve = "loss") -> Losses | None:
         """Return a curve of a section of the menu, as far as there are levels."""
         family = section.family
+        if not len(section.levels):
+            return np.zeros(0)
         if family in self.joint:
             return self.joint[family].losses(section)
-        if self.low_rank is None and family not in self.based and family.is_low_rank:
+        is_float = self.low_rank is not None and isinstance(form_named(family.form), Factored)
+        if family.is_low_rank and family not in self.based and not is_float:
             return np.zeros(0)  # no rank is cheaper than dense
         return self.part(family).losses(section, curve)
 
     def trial_module(self, name: str, option: Option, tokens: int, buffers: Buffers) -> nn.Module:
-        """Return the module of an option for a trial; nothing is worked out for it."""
+        """Return the module of an option for a trial, of what is worked out already."""
         if option.family in self.joint:
             return self.joint[option.family].module(option)
         if option.family in self.based:

@@ -68,15 +68,18 @@ def round_factors(
         stop = min(max(FIRST, GROWTH * start), first.max_rank)
         run = remainder(rest, stop - start) if start else first.leading(stop)
         right = _rounded(run.right.double().contiguous(), inputs)
-        columns = run.left.double().T.contiguous()
-        if moment is not None:
+        if moment is None:
+            columns = run.left.double().T.contiguous()
+        else:
             columns = _solved(_wide(right), moment, rest)
         left = _rounded(columns, outputs)
         lefts.append(left[0])
         rights.append(right[0])
         scales.append((left[1].double() * right[1].double()).to(dtype))
-        codes = Factors(lefts[-1], scales[-1], rights[-1]).wide(torch.float64)
-        rest, start = rest - codes[0] @ codes[1], stop
+        start = stop
+        if start < first.max_rank:
+            codes = Factors(lefts[-1], scales[-1], rights[-1]).wide(torch.float64)
+            rest = rest - codes[0] @ codes[1]
     return Factors(*map(torch.cat, (lefts, scales, rights)))
 
 

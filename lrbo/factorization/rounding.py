@@ -16,6 +16,7 @@ from lrbo.layers.packing import pack
 # Shares of the range of a group that are tried as the range of its integers: at few bits, a finer
 # grid is worth a few clipped entries.
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5)
+INPUTS = "input second moment"  # in messages
 ITERATIONS = 12  # of k-means; what moves after them is in the third digit of the error
 
 
@@ -103,7 +104,6 @@ def round_gptq(
     *,
     dtype: torch.dtype,
     damping: float = 0.01,
-    name: str = "input second moment",
 ) -> list[Base]:
     """Round column after column, and move what each leaves to the columns to come.
 
@@ -116,7 +116,6 @@ def round_gptq(
         grids: Forms and group sizes.
         dtype: Of the stored scales.
         damping: As a share of the mean diagonal entry.
-        name: Of the moment, for messages.
 
     Raises:
         StatisticsError: If ``H`` is not positive definite; says which damping is enough.
@@ -126,7 +125,7 @@ def round_gptq(
         Transformers*, ICLR 2023, algorithm 1, with activation order and scales from the weight as
         it is given.
     """
-    return round_in_order(weight, GptqOrder.of(moment, damping, name), grids, dtype=dtype)
+    return round_in_order(weight, GptqOrder.of(moment, damping, INPUTS), grids, dtype=dtype)
 
 
 def round_in_order(
@@ -199,7 +198,6 @@ def round_to_codebook(
     dtype: torch.dtype,
     moment: Float[Tensor, "in in"] | None = None,
     damping: float = 0.01,
-    name: str = "input second moment",
 ) -> Base:
     """Round every entry to a number of its row: the nearest, or with ``moment`` as GPTQ does.
 
@@ -212,18 +210,16 @@ def round_to_codebook(
     if moment is None:
         codes = _nearest(weight.float(), table)
     else:
-        order = importance.argsort(descending=True, stable=True)
-        ordered = moment.index_select(0, order).index_select(1, order)
-        root = inverse_root(ordered, damping, name).float()
-        rest = weight.float().T.index_select(0, order)
+        gptq = GptqOrder.of(moment, damping, INPUTS)
+        rest = weight.float().T.index_select(0, gptq.order)
         indices = torch.empty(rest.shape, dtype=torch.int64, device=rest.device)
 
         def snap(at: int, column: Tensor, _: Tensor) -> Tensor:
             indices[at] = _nearest(column[:, None], table)[:, 0]
             return table.gather(1, indices[at][:, None])[:, 0]
 
-        compensate(rest, root, snap)
-        codes = indices[order.argsort()].T
+        compensate(rest, gptq.root, snap)
+        codes = indices[gptq.order.argsort()].T
     packed = pack(codes.to(torch.uint8).contiguous(), form.bits)
     shape = (weight.shape[0], weight.shape[1])
     return Base(form, (), shape, {"packed": packed, "table": table.to(dtype)}, dtype)

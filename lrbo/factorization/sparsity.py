@@ -22,7 +22,6 @@ def sparsify(
     moment: Float[Tensor, "in in"] | None = None,
     gradient: Float[Tensor, "out out"] | None = None,
     damping: float = 0.01,
-    name: str = "input second moment",
 ) -> Base:
     """Keep two of four consecutive entries, or a percentage of all.
 
@@ -41,7 +40,7 @@ def sparsify(
     if moment is None:
         root, share = None, torch.ones(width).to(columns)
     else:
-        root = inverse_root(moment, damping, name).float()
+        root = inverse_root(moment, damping, "input second moment").float()
         share = root.diagonal().square().reciprocal()
     if isinstance(form, Sparse):
         assert percent is not None

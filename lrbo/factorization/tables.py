@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -99,11 +100,17 @@ class TableMetric:
             ]
         )
 
-    @property
+    @cached_property
     def columns(self) -> Float[Tensor, "in in"]:
         """The moment of the columns, of all roles together; the identity if nothing costs."""
         total = torch.stack([each.outputs.sum() * each.inputs for each in self.roles]).sum(0)
         return total if bool(total.any()) else torch.eye(len(total)).to(total)
+
+    @cached_property
+    def _roots(self) -> tuple[Float[Tensor, "in in"], Float[Tensor, "in in"]]:
+        """A root of the moment of the columns, shrunk, and the transposed inverse of the root."""
+        strength, axes = psd_eigenpairs(shrunk(self.columns, PREDICTION_SHRINKAGE), "row moment")
+        return axes * strength.sqrt(), axes / strength.sqrt()
 
     @property
     def inputs(self) -> dict[Statistic, Tensor]:
@@ -136,10 +143,9 @@ class TableMetric:
         gram = torch.stack([s * g for s, g in zip(sizes, grams, strict=True)]).sum(0)
         if not bool(gram.any()):
             gram = _gram(weight, torch.ones(len(weight)).to(gram))
-        strength, axes = psd_eigenpairs(shrunk(self.columns, PREDICTION_SHRINKAGE), "row moment")
-        root = axes * strength.sqrt()
+        root, inverse = self._roots
         energy, vectors = psd_eigenpairs(root.T @ gram @ root, "weighted rows")
-        there, back = root @ vectors, (axes / strength.sqrt() @ vectors).T
+        there, back = root @ vectors, (inverse @ vectors).T
         pairs = [
             (there.T @ gram @ there) * (back @ shrunk(each.inputs, PREDICTION_SHRINKAGE) @ back.T)
             for gram, each in zip(grams, self.roles, strict=True)

@@ -74,8 +74,8 @@ class Pivoted(Factored):
 class Based(Form):
     """A base that stands for the weight, and a low rank of what it leaves.
 
-    A level is that of the base, and the rank last. Both factors are integers of 8 bits, with one
-    scale per rank: what they repair is far larger than their rounding.
+    A level is that of the base, and the rank last. Both factors are integers, of 8 bits unless
+    :attr:`factor_bits` says otherwise, with one scale per rank.
     """
 
     @property

@@ -61,7 +61,7 @@ class Option:
 
     @property
     def is_low_rank(self) -> bool:
-        """Whether it is a low rank of the whole weight; all of these have the same factors."""
+        """Whether it is a low rank of the whole weight, in numbers or integers."""
         return isinstance(form_named(self.form), Factored | QuantizedFactors)
 
     @property

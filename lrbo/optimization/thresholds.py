@@ -15,7 +15,7 @@ from lrbo.errors import ConfigError
 from lrbo.factorization.prepared import Prepared
 from lrbo.layers.options import Budget, Ladder, Menu
 from lrbo.optimization.budgets import baseline_ratios
-from lrbo.optimization.space import Point, Problem, Space, Start, WarmStart
+from lrbo.optimization.space import Limits, Point, Problem, Space, Start, WarmStart
 from lrbo.optimization.variables import SpaceSettings, pinned
 
 
@@ -40,7 +40,32 @@ class ThresholdSpace(Space):
 
     @override
     def with_prepared(self, prepared: Mapping[str, Prepared]) -> ThresholdSpace:
-        return replace(self, graded=self.problem.with_losses(prepared, "error").menus)
+        graded = self.problem.with_losses(prepared, "error").menus
+        return replace(self, graded=graded).within_budgets()
+
+    def within_budgets(self) -> ThresholdSpace:
+        """Return the space of thresholds between the limits, beyond which they change nothing.
+
+        Raises:
+            ConfigError: If the bounds have none of them.
+        """
+        (least, most), (low, high) = self.limits, self.bounds[THRESHOLD]
+        if max(low, least) >= min(high, most):
+            raise ConfigError(
+                [
+                    f"space.bounds={[low, high]}: expected some of the thresholds that give sizes "
+                    "between budget.keep_ratio and budget.lowest, which are from "
+                    f"{least:.4g} to {most:.4g}"
+                ]
+            )
+        return replace(self, bounds={THRESHOLD: (max(low, least), min(high, most))})
+
+    @cached_property
+    def limits(self) -> Limits:
+        """The smallest thresholds that the largest and the smallest budget allow."""
+        budgets = self.problem.budget, self.problem.keeping(self.lowest).budget
+        least, most = map(self.meeting, budgets)
+        return least, most
 
     @override
     def allocate(self, point: Point) -> Allocation:
@@ -85,10 +110,7 @@ class ThresholdSpace(Space):
 
     def _threshold(self, point: Point) -> float:
         """Return the threshold of a point, moved to the budgets."""
-        least, most = (
-            self.meeting(budget)
-            for budget in (self.problem.budget, self.problem.keeping(self.lowest).budget)
-        )
+        least, most = self.limits
         return min(max(point[THRESHOLD], least), most)
 
     @cached_property

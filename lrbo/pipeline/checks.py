@@ -88,11 +88,9 @@ def _check_joint(config: SearchConfig, forms: list[str]) -> Iterator[str]:
         yield f"{named}: {ALONE_TOO}"
     if config.space.type != "weights":
         yield (
-            f"{named}: {' and '.join(joint)} are of several layers together, which only "
-            "space=weights decides about; take it, or leave them out"
+            f"{named}: only space=weights decides about options of several layers together "
+            f"({', '.join(joint)}); take it, or leave them out"
         )
-    elif not config.sensitivity.enabled:
-        yield f"{named}: {' and '.join(joint)} need predictions; take sensitivity.enabled=true"
 
 
 def _check_machine(config: Config) -> Iterator[str]:

@@ -239,7 +239,7 @@ class Factorization:
         """Return the allocation that keeps the same share of every layer.
 
         Args:
-            keep_ratio: Of what the layers in the blocks cost dense.
+            keep_ratio: Of what the layers that are covered cost dense.
             measure: What is counted: ``"parameters"``, ``"bytes"`` or ``"macs"``.
             rank_multiple: Ranks are multiples of this.
 
@@ -260,7 +260,7 @@ class Factorization:
         """Allocate so that the predicted loss is least.
 
         Args:
-            keep_ratio: Of what the layers in the blocks cost dense.
+            keep_ratio: Of what the layers that are covered cost dense.
             measure: What is counted: ``"parameters"``, ``"bytes"`` or ``"macs"``.
             rank_multiple: Ranks are multiples of this.
             dense: Names of layers that stay dense.
@@ -268,14 +268,14 @@ class Factorization:
         Raises:
             BudgetError: If even the cheapest options exceed the budget, or it is no share.
             ConfigError: If there is no such measure.
-            ModelError: If one of ``dense`` is no layer of the blocks.
+            ModelError: If one of ``dense`` is no layer that is covered.
             StatisticsError: If calibration gathered nothing to predict losses from.
         """
         problem = self._problem(keep_ratio, measure, rank_multiple)
         unknown = sorted({dense} if isinstance(dense, str) else set(dense) - set(problem.menus))
         if unknown:
             raise ModelError(
-                f"dense={unknown}: expected a list of names of layers in the blocks, such as "
+                f"dense={unknown}: expected a list of names of layers that are covered, such as "
                 f"{next(iter(problem.menus))!r}"
             )
         problem = replace(problem, dense=tuple(dense)).with_losses(self.factors)

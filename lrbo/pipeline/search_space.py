@@ -84,7 +84,7 @@ def build_search_space(
     if lowest is None:
         return at(highest)
     if space.type == "thresholds":
-        budget = Budget.keeping(highest, dense, cast(Measure, config.budget.measure))
+        budget = Budget.keeping(highest, dense, measure)
         return build_threshold_space(Problem(menus, budget), settings, lowest)
     try:
         inside = at(lowest)

@@ -8,6 +8,7 @@ from lrbo.errors import ConfigError
 from lrbo.optimization.budgets import FrontSpace
 from lrbo.optimization.loop import SearchLoop, SearchSettings
 from lrbo.optimization.proposals import SearchClient
+from lrbo.optimization.space import Point
 from lrbo.optimization.thresholds import ThresholdSpace
 from lrbo.pipeline import build_worker, planning
 from lrbo.progress import Reporter
@@ -103,14 +104,16 @@ def evaluate_between(plan: planning.Plan, study: Study, ratio: float, reporter: 
         versions.note_changes(study)
         worker = build_worker.build_worker(plan, study, reporter)
         loop = search_loop(plan, study, worker, InlineExecutor(), reporter)
-        informed, point = loop.client.space, dict[str, float]()
+        informed = loop.client.space
         if isinstance(informed, ThresholdSpace):
-            point = {THRESHOLD: informed.meeting(informed.problem.keeping(ratio).budget)}
-        elif isinstance(space, FrontSpace):
-            point = dict(space.between(below.variables, above.variables, ratio))
-        if point or not isinstance(space, FrontSpace):
+            point: Point = {THRESHOLD: informed.meeting(informed.problem.keeping(ratio).budget)}
+        else:
+            assert isinstance(space, FrontSpace)
+            point = space.between(below.variables, above.variables, ratio)
+        if point:
             allocation = informed.allocate(point)
         else:
+            assert isinstance(space, FrontSpace)
             allocation = space.between_allocations(below.allocation, above.allocation, ratio)
         done, tried = 0, [record.request.allocation.options for record in study.state.records]
         try:

@@ -14,7 +14,7 @@ from lrbo.allocation.loss_calibration import LossCalibration, sensitivity_file
 from lrbo.config.choices import KEEP_RATIO, LOSS, PREDICTED
 from lrbo.errors import StudyError
 from lrbo.files.paths import model_folder
-from lrbo.layers.options import UNITS, Cost, dense_cost
+from lrbo.layers.options import UNITS, dense_cost
 from lrbo.reports.allocations import dense_size
 from lrbo.reports.gains import gains
 from lrbo.study.front import hypervolume, pareto_front, reference_point
@@ -89,24 +89,29 @@ def covered(study: StudyRecord) -> dict[str, Any]:
     """Return the parts of the model that the budget covers, and their shares of its size."""
     about, best = study.about, study.state.best()
     units = dense_cost(about.units.values(), about.itemsize)
-    model = Cost(about.model_parameters, about.model_parameters * about.itemsize, 0)
-    outside = model.bytes - units.bytes
-    stored = None if best is None else best.request.allocation.cost.bytes
     return {
         "include": list(about.include),
-        "parameters": units.parameters / model.parameters,
-        "bytes": units.bytes / model.bytes,
-        "best_bytes": None if stored is None else stored / (stored + outside),
+        "parameters": units.parameters / about.model_parameters,
+        "bytes": units.bytes / (about.model_parameters * about.itemsize),
+        "best_bytes": None if best is None else _covered_bytes(study, best),
     }
 
 
-def covered_text(study: StudyRecord) -> str:
-    """Say which share of the model the budget covers, dense and as the best trial stores it."""
-    share = covered(study)
+def _covered_bytes(study: StudyRecord, trial: TrialRecord) -> float:
+    """Return the share of what the budget covers in the bytes of a trial's model."""
+    about, stored = study.about, trial.request.allocation.cost.bytes
+    dense = dense_cost(about.units.values(), about.itemsize).bytes
+    return stored / (stored + about.model_parameters * about.itemsize - dense)
+
+
+def covered_text(study: StudyRecord, trial: TrialRecord | None = None) -> str:
+    """Say which share the budget covers, dense and as a trial stores it, by default the best."""
+    share, trial = covered(study), trial or study.state.best()
     parts = " and ".join(filter(None, [", ".join(share["include"][:-1]), share["include"][-1]]))
     text = f"{parts}: {share['parameters']:.1%} of the dense model's parameters and bytes"
-    if share["best_bytes"] is not None:
-        text += f", {share['best_bytes']:.1%} of the bytes of the best trial's"
+    if trial is not None:
+        number = trial.request.trial_index
+        text += f", {_covered_bytes(study, trial):.1%} of its bytes as trial {number} stores it"
     return text
 
 

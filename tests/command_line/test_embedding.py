@@ -30,7 +30,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ran]:
     timed = ["latency.enabled=true", "latency.repeats=3"]  # which puts stored tables in
     _, ran = searched_in(folder, *SMALL, WHOLE, *timed)
     written = in_folder(
-        folder, lambda: lrbo_command("compress", "study=whole", "point=1", "out=one", "output=json")
+        folder,
+        lambda: lrbo_command(
+            "compress", "study=whole", "point=1", "out=one", "refit.enabled=false", "output=json"
+        ),
     )
     assert written.status == 0, written.err
     return folder, ran
@@ -87,20 +90,33 @@ def test_the_folder_holds_and_scores_what_its_trial_did(whole: tuple[Path, Ran])
         ),
     )  # fmt: skip
     assert scored.status == 0, scored.err
-    written = config["quantization_config"]["provenance"]
-    assert written["refit"]["trials"]  # which solved the blocks again, behind this embedding
-    if not written["refit"]["trials"][0]["taken"]:
-        loss = Study(whole[0] / "studies/whole").state.tests["analytic"]["metrics"]["nll"]
-        assert scored.json["nll"] == pytest.approx(loss, abs=SAME)
+    loss = Study(whole[0] / "studies/whole").state.tests["analytic"]["metrics"]["nll"]
+    assert scored.json["nll"] == pytest.approx(loss, abs=SAME)
 
 
-def test_remote_code_is_refused(whole: tuple[Path, Ran]) -> None:
+def test_a_refit_solves_the_blocks_behind_the_compressed_embedding(whole: tuple[Path, Ran]) -> None:
     ran = in_folder(
-        whole[0],
-        lambda: lrbo_command("compress", "study=whole", "point=0", "out=two", "format=remote_code"),
+        whole[0], lambda: lrbo_command("compress", "study=whole", "point=1", "out=refitted")
+    )
+    assert ran.status == 0, ran.err
+    config = json.loads((whole[0] / "refitted/config.json").read_text("utf-8"))
+    assert config["quantization_config"]["provenance"]["refit"]["trials"]
+
+
+def test_remote_code_of_a_low_rank_embedding_is_refused(tmp_path: Path) -> None:
+    ranks = ["study=ranks", "space.forms=[pivoted]", "search.trials=1", "search.initial=2"]
+    own = [
+        each for each in SMALL if each.split("=")[0] not in {each.split("=")[0] for each in ranks}
+    ]
+    searched_in(tmp_path, *own, *ranks, WHOLE)
+    ran = in_folder(
+        tmp_path,
+        lambda: lrbo_command("compress", "study=ranks", "point=0", "out=two", "format=remote_code"),
     )
     assert ran.status != 0
-    assert "format='remote_code': its modelling file has no" in ran.err
+    assert "has no embedding that is not dense, which model.embed_tokens is" in " ".join(
+        ran.err.split()
+    )
 
 
 @pytest.mark.parametrize(

@@ -81,11 +81,11 @@ def test_what_is_written_holds_and_scores_what_was_searched(
     ("changes", "message"),
     [
         (["space.forms=[neurons,skip]"], "expected a form of single layers too, such as pivoted"),
-        (["space=per_kind", "space.forms=[pivoted,skip]"], "skip are of several layers together"),
         (
-            ["space=per_kind", "space.forms=[neurons,pivoted]", "sensitivity.enabled=false"],
-            "neurons are of several layers together",
+            ["space=per_kind", "space.forms=[pivoted,skip]"],
+            "only space=weights decides about options of several layers together (skip)",
         ),
+        (["space.forms=[structured]", "sensitivity.enabled=false"], "multiplies loss curves"),
     ],
 )
 def test_what_cannot_be_together_is_refused_before_anything_is_loaded(

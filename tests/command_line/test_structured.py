@@ -104,3 +104,13 @@ def test_blocks_that_divide_no_layer_are_refused_before_a_model_is_loaded(
     assert "bases.blocks=[[1, 1]]: expected one or several [rows, columns]" in ran.err
     assert "bases.row_percentages=[0]: expected one or several whole numbers" in ran.err
     assert not list(Path().glob("studies/*/study.json"))
+
+
+def test_terms_that_save_no_multiply_adds_are_not_measured(tmp_path: Path) -> None:
+    """Of blocks like these many terms have fewer parameters than dense, and few are as fast."""
+    macs = ["study=macs", "budget.measure=macs", "space.forms=[pivoted,kronecker]"]
+    macs += ["bases.blocks=[[4,4]]", "sensitivity.layers_per_kind=1", "budget.keep_ratio=0.7"]
+    folder, _ = searched_in(tmp_path, *SMALL, *macs)
+    content = json.loads((folder / "studies/macs/sensitivity.json").read_text("utf-8"))
+    terms = [m["option"] for m in content["measurements"] if m["option"].startswith("kronecker")]
+    assert terms

@@ -92,6 +92,22 @@ def test_the_error_is_what_the_stored_layer_does_to_its_own_inputs(method: str, 
             assert float(own.error[rank]) == expected, (family, rank)
 
 
+def test_errors_of_kronecker_sums_never_rise_though_terms_are_fitted_to_the_loss() -> None:
+    plan = BasePlan(("kronecker",), BaseOptions(blocks=((4, 4),)))
+    rows, slopes = inputs_and_slopes()
+    slopes = slopes * torch.logspace(-2, 2, OUTPUTS).to(slopes)  # some outputs weigh far more
+    unit = prepared_unit(
+        layer(bias=False), method_named("loss_aware"), statistics_of(rows, slopes), None,
+        bases=plan, errors=True,
+    )  # fmt: skip
+    assert isinstance(unit, UnitFactors)
+    (terms,) = unit.based.values()
+    error = terms.rest.error
+    assert error is not None
+    assert float(error[0]) == pytest.approx(1.0)
+    assert bool((error.diff() <= 0).all())
+
+
 @pytest.mark.parametrize("method", ["svd", "bolaco", "loss_aware"])
 def test_the_loss_of_rounded_factors_is_that_of_the_stored_layer(method: str) -> None:
     unit, given = prepared(method, bias=False), statistics_of(*inputs_and_slopes())

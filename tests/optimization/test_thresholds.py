@@ -41,6 +41,19 @@ def make(dense: Sequence[str] = (), *, lowest: float = LOWEST) -> ThresholdSpace
     return replace(space, graded=graded)
 
 
+def test_only_thresholds_that_give_sizes_of_the_budgets_are_searched() -> None:
+    """Beyond them a threshold changes nothing, and trials would be scored again."""
+    space = make()
+    informed = space.within_budgets()
+    least, most = informed.bounds[THRESHOLD]
+    assert (least, most) == informed.limits
+    assert 0.001 < least < most < 0.95
+    ends = [informed.allocate({THRESHOLD: each}).options for each in (least, most)]
+    assert [informed.allocate({THRESHOLD: x}).options for x in (0.001, 0.95)] == ends
+    with pytest.raises(ConfigError, match="expected some of the thresholds that give sizes"):
+        replace(space, bounds={THRESHOLD: (0.001, least / 2)}).within_budgets()
+
+
 def options_of(space: ThresholdSpace, name: str) -> list[tuple[int, float, Option]]:
     """Return price in bytes, error and option of all that a unit may become but dense."""
     menu = space.graded[name]
