@@ -5,15 +5,12 @@ Runs the search (or continues it), writes the best model and scores it again fro
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
+import lrbo
 from lrbo.tasks.metrics import with_error
 
 SMOKE = bool(os.environ.get("LRBO_SMOKE"))
@@ -22,22 +19,13 @@ MODEL = ["model=tiny"] if SMOKE else []
 DATA = ["data=generated"] if SMOKE else ["data.test.tokens=8192"]
 
 
-def lrbo(*arguments: str) -> dict[str, Any]:
-    """Run a command and return the JSON of its last line."""
-    code = "from lrbo.cli import main; main()"
-    command = [sys.executable, "-c", code, *arguments, "output=json"]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return result
-
-
 def main() -> None:
     """Search, compress, evaluate, print the table."""
-    result = lrbo("search", f"experiment={EXPERIMENT}")
+    result = lrbo.search(f"experiment={EXPERIMENT}").summary
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "best"
-        written = lrbo("compress", f"study={STUDY}", f"out={out}")
-        scored = lrbo("evaluate", f"checkpoint={out}", *MODEL, *DATA)
+        written = lrbo.compress(f"study={STUDY}", f"out={out}")
+        scored = lrbo.evaluate(f"checkpoint={out}", *MODEL, *DATA)
     print("| model | kept | validation perplexity | test perplexity |")
     print("|---|---:|---:|---:|")
     tested = result["test"]

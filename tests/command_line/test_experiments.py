@@ -1,14 +1,12 @@
 """Every experiment runs: small here, and its result table is the one that its README shows."""
 
-import json
 import os
 import re
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.support import forks
 
 pytestmark = pytest.mark.slow
 
@@ -19,60 +17,6 @@ EXPERIMENTS = sorted(
     if path.is_dir() and path.name != "__pycache__"
 )
 NUMBER = re.compile(r"\d+(\.\d+)?")
-
-# A process that has imported what experiments import, for seconds, and forks once for each that it
-# is told to run as ``python run.py`` does: the child is a process of its own.
-RUNNER = """
-import json, os, runpy, signal, sys, traceback
-import lrbo.commands.compress, lrbo.commands.search, lrbo.reports.plots
-import mlflow.store.tracking.sqlalchemy_store, matplotlib.backends.backend_agg
-for line in sys.stdin:
-    script, folder = json.loads(line)
-    child = os.fork()
-    if child == 0:
-        signal.alarm(500)
-        os.chdir(folder)
-        for descriptor, name in ((1, "out"), (2, "err")):
-            os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT), descriptor)
-        sys.argv[:] = [script]
-        sys.path[0] = os.path.dirname(script)
-        status = 1
-        try:
-            runpy.run_path(script, run_name="__main__")
-            status = 0
-        except SystemExit as error:
-            status = int(error.code or 0)
-        except BaseException:
-            traceback.print_exc()
-        sys.stdout.flush()
-        os._exit(status)
-    print(os.waitpid(child, 0)[1], flush=True)
-"""
-Run = Callable[[Path, Path], tuple[int, str, str]]
-
-
-@pytest.fixture(scope="module")
-def run() -> Iterator[Run]:
-    """Return what runs a script in a folder: its status, and what it wrote to stdout and stderr."""
-    with subprocess.Popen(
-        [sys.executable, "-B", "-c", RUNNER],
-        env={**os.environ, "LRBO_SMOKE": "1"},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-
-        def run(script: Path, folder: Path) -> tuple[int, str, str]:
-            process.stdin.write(json.dumps([str(script), str(folder)]) + "\n")
-            process.stdin.flush()
-            status = int(process.stdout.readline())
-            out, err = ((folder / name).read_text(encoding="utf-8") for name in ("out", "err"))
-            return status, out, err
-
-        yield run
-        process.stdin.close()
 
 
 def tables(text: str) -> list[list[list[str]]]:
@@ -108,10 +52,12 @@ def test_there_are_experiments_and_each_is_described_and_can_be_run() -> None:
 
 @pytest.mark.parametrize("folder", EXPERIMENTS, ids=lambda folder: folder.name)
 def test_an_experiment_runs_small_and_prints_the_table_of_its_readme(
-    folder: Path, tmp_path: Path, run: Run
+    folder: Path, tmp_path: Path
 ) -> None:
     before = contents(folder)
-    status, out, err = run(folder / "run.py", tmp_path)
+    small = {**os.environ, "LRBO_SMOKE": "1"}
+    process = forks.start_script(folder / "run.py", tmp_path, small)
+    status, out, err = forks.ended(process, tmp_path, seconds=500)
     assert status == 0, err
     shown, printed = tables((folder / "README.md").read_text(encoding="utf-8")), tables(out)
     assert [table[0] for table in printed] == [table[0] for table in shown]

@@ -4,8 +4,6 @@ import contextlib
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +18,7 @@ from lrbo.study.state import StudyState
 from lrbo.trials import ray_executor
 from lrbo.trials.ray_executor import RayExecutor, RaySettings, connected
 from lrbo.trials.records import TrialRequest, TrialResult
+from tests.support import forks
 from tests.support.commands import in_folder, lrbo_command
 from tests.trials.test_executors import request
 
@@ -31,18 +30,11 @@ TINY = ["experiment=tiny", "output=json"]
 ROUNDING = 1e-5  # nats: threads may add in another order
 
 
-def start(folder: Path, *arguments: str) -> "subprocess.Popen[str]":
-    """Start a search in a process of its own, as a user would."""
-    line = [sys.executable, "-c", "from lrbo.cli import main; main()", "search", *arguments]
-    return subprocess.Popen(
-        line, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-
-
 def search(folder: Path, *arguments: str) -> dict[str, Any]:
-    """Run a search to its end and return its summary."""
-    out, err = start(folder, *arguments).communicate(timeout=240)
-    assert out, err
+    """Run a search in a process of its own, as a user would, and return its summary."""
+    process = forks.start_lrbo(["search", *arguments], folder)
+    status, out, err = forks.ended(process, folder, seconds=240)
+    assert status == 0, err
     summary: dict[str, Any] = json.loads(out.splitlines()[-1])
     return summary
 
@@ -99,15 +91,17 @@ def test_a_search_loses_no_trial_with_a_killed_actor_and_goes_on_killed_itself(
 ) -> None:
     search_here(tmp_path, *TINY, "study=killed", "search.trials=2")
     # Where trials run may change, here from one process to actors.
-    process = start(tmp_path, "study=killed", "search.trials=200", *RAY, "output=json")
+    arguments = ["search", "study=killed", "search.trials=200", *RAY, "output=json"]
+    process = forks.start_lrbo(arguments, tmp_path)
+    assert process.pid is not None
     wait_for(lambda: len(state_of(tmp_path, "killed").ended) >= 5)
     wait_for(lambda: len(actors_of(process.pid)) == 2)
     os.kill(actors_of(process.pid)[0], signal.SIGKILL)
     before = len(state_of(tmp_path, "killed").ended)
     wait_for(lambda: len(state_of(tmp_path, "killed").ended) >= before + 6)
-    assert process.poll() is None
+    assert process.exitcode is None
     process.kill()
-    process.communicate()
+    process.join()
     ended = len(state_of(tmp_path, "killed").ended)
     summary = search(tmp_path, "study=killed", f"search.trials={ended + 4}", "output=json")
     assert summary["trials_completed"] == ended + 4

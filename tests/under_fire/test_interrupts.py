@@ -17,11 +17,13 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lrbo import cli, interrupts
 from lrbo.interrupts import Interrupted, handlers_restored, listening, status_of
+from tests.support import forks
 from tests.support.commands import lrbo_command
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -169,12 +171,7 @@ def on_terminal(
     environment = {**os.environ, "TERM": "xterm", "LRBO_CACHE": str(folder / "cache")}
     for name in ("COLUMNS", "LINES", "NO_COLOR"):
         environment.pop(name, None)
-    command = [sys.executable, "-c", PROGRAM, *arguments]
-    process = subprocess.Popen(
-        command, cwd=folder, stdin=its, stdout=its, stderr=its, start_new_session=True,
-        env=environment,
-    )  # fmt: skip
-    os.close(its)
+    process = start(folder, arguments, its, environment, imports=moment == "Starting")
     written, stop_sent, deadline = b"", not moment, time.monotonic() + 120
     try:
         while time.monotonic() < deadline:
@@ -183,17 +180,38 @@ def on_terminal(
                     written += os.read(mine, 65536)
                 except OSError:  # the other end is closed
                     break
+                if its is not None:  # by now it has it open
+                    os.close(its)
+                    its = None
             if not stop_sent and re.search(moment, written.decode(errors="replace")):
                 stop_sent = True
                 if number == signal.SIGINT:
                     os.write(mine, b"\x03")
                 else:
-                    process.send_signal(number)
-        return process.wait(timeout=10), written.decode(errors="replace")
+                    os.kill(process.pid, number)
+        if isinstance(process, subprocess.Popen):
+            status = process.wait(timeout=10)
+        else:
+            process.join(10)
+            assert process.exitcode is not None, "it still runs"
+            status = process.exitcode
+        return status, written.decode(errors="replace")
     finally:
         process.kill()
-        process.wait()
         os.close(mine)
+
+
+def start(
+    folder: Path, arguments: list[str], terminal: int, environment: dict[str, str], *, imports: bool
+) -> Any:
+    """Start a command, in a process that imports what it needs itself or has it already."""
+    if not imports:
+        return forks.start_lrbo(arguments, folder, environment, terminal=os.ttyname(terminal))
+    return subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, *arguments],
+        cwd=folder, stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True,
+        env=environment,
+    )  # fmt: skip
 
 
 def continued(written: str) -> list[str]:
