@@ -1,7 +1,6 @@
 """Each command, in process, on the tiny model; bad input leaves everything as it was."""
 
 import contextlib
-import json
 import os
 import re
 import shutil
@@ -22,6 +21,7 @@ from lrbo.config import compose, refusals
 from lrbo.config.schema import SCHEMAS
 from lrbo.pipeline.overrides import find_problems
 from lrbo.study.journal import Study
+from tests.support import forks
 from tests.support.commands import TINY, Ran, lrbo_command, project, searched, state_of
 
 __all__ = ["project", "searched"]  # fixtures
@@ -386,14 +386,13 @@ def test_jobs_of_a_sweep_that_would_share_a_study_are_refused() -> None:
 def test_a_sweep_makes_a_study_per_job_goes_on_when_typed_again_and_is_compared(
     tmp_path: Path,
 ) -> None:
-    def lrbo_process(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-c", "from lrbo.cli import main; main()", *arguments]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    def lrbo_process(*arguments: str) -> Ran:
+        return Ran(*forks.ended(forks.start_lrbo(arguments, tmp_path), tmp_path, seconds=240))
 
     sweep = ["search", "-m", "experiment=tiny", "method=svd_llm,bolaco", "seed=0,1"]
     sweep += ["search.trials=4", "study=sweep_${method.name}_${seed}"]
     first = lrbo_process(*sweep)
-    assert first.returncode == 0, first.stderr
+    assert first.status == 0, first.err
     names = {f"sweep_{method}_{seed}" for method in ("svd_llm", "bolaco") for seed in (0, 1)}
     studies = {path.parent.name for path in tmp_path.glob("studies/*/study.json")}
     assert studies == names
@@ -403,22 +402,20 @@ def test_a_sweep_makes_a_study_per_job_goes_on_when_typed_again_and_is_compared(
     (last,) = [i for i, line in enumerate(whole) if '"ended"' in line and '"trial": 3' in line]
     journal.write_text("".join(whole[:last]), encoding="utf-8")
     second = lrbo_process(*sweep)
-    assert second.returncode == 0, second.stderr
-    assert len([line for line in second.stderr.splitlines() if line.startswith("Trial ")]) == 1
+    assert second.status == 0, second.err
+    assert len([line for line in second.err.splitlines() if line.startswith("Trial ")]) == 1
     ran = lrbo_process("report", "study=sweep_*", "output=json")
-    assert ran.returncode == 0, ran.stderr
-    assert "Perplexity of 4 studies" in ran.stdout
+    assert ran.status == 0, ran.err
+    assert "Perplexity of 4 studies" in ran.out
     assert (tmp_path / "studies" / "comparison.png").read_bytes().startswith(b"\x89PNG")
-    summaries = json.loads(ran.stdout.splitlines()[-1])["studies"]
+    summaries = ran.json["studies"]
     assert [study["study"] for study in summaries] == sorted(names)
     assert all(study["trials_completed"] == 4 for study in summaries)
     two = lrbo_process("report", "study=[sweep_bolaco_0,sweep_svd_llm_1]", "sync=true")
-    assert two.returncode == 0, two.stderr
-    assert "Perplexity of 2 studies" in two.stdout
-    assert two.stderr.count("trials were missing and are there now") == 2
-    assert (
-        "expected a name, a pattern or a list of names" in lrbo_process("report", "study=[]").stderr
-    )
+    assert two.status == 0, two.err
+    assert "Perplexity of 2 studies" in two.out
+    assert two.err.count("trials were missing and are there now") == 2
+    assert "expected a name, a pattern or a list of names" in lrbo_process("report", "study=[]").err
     none = lrbo_process("report", "study=nothing_*")
-    assert none.returncode == 2
-    assert "no study in studies fits study=nothing_*" in none.stderr
+    assert none.status == 2
+    assert "no study in studies fits study=nothing_*" in none.err

@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,8 @@ from lrbo.models.model_map import map_model
 from lrbo.pipeline.in_memory import factorize
 from tests.checkpoints.test_export import EVERY, Compressed, Forms
 from tests.evaluation.test_latency import clock
+from tests.support import forks
+from tests.support.commands import Ran
 from tests.support.tiny import build, token_ids
 
 __all__ = ["clock"]  # a fixture
@@ -239,11 +240,11 @@ def test_what_fails_beside_leaves_the_times(
 @pytest.mark.slow
 def test_compiled_and_with_memory(folder: Path, tmp_path: Path) -> None:
     """In a process of its own: the shape checks of the tests cannot be compiled."""
-    command = [sys.executable, "-m", "lrbo", "benchmark", f"checkpoint={folder}", "compile=true"]
+    command = ["benchmark", f"checkpoint={folder}", "compile=true"]
     command += [f"studies={tmp_path}", *QUICK, "output=json"]
-    ran = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert ran.returncode == 0, ran.stderr
-    result = json.loads(ran.stdout.splitlines()[-1])
+    ran = Ran(*forks.ended(forks.start_lrbo(command, tmp_path), tmp_path, seconds=300))
+    assert ran.status == 0, ran.err
+    result = ran.json
     assert result["compile_error"] is None
     assert [s["compiled"] for s in result["speeds"]] == [False, False, True, True]
     assert min(result["peak_bytes"].values()) > 2**20

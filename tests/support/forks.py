@@ -3,6 +3,7 @@
 That takes eight seconds of a core, for each of them otherwise. A fork has no time in which it
 imports: where that matters, a test starts a program itself.
 """
+
 import multiprocessing
 import os
 import runpy
