@@ -16,11 +16,14 @@ from lrbo.errors import StatisticsError
 from lrbo.factorization.base_plan import BasePlan
 from lrbo.factorization.bases import Base
 from lrbo.factorization.factors import LowRankFactors
+from lrbo.factorization.frequency_groups import GroupedFactors
 from lrbo.factorization.methods import balanced, second_moment, tail_sums
 from lrbo.factorization.prediction import PREDICTION_SHRINKAGE, left_out, shrunk, squared_errors
 from lrbo.factorization.prepared import BasedWeight, Prepared, UnitFactors
 from lrbo.layers.forms import QuantizedFactors
+from lrbo.layers.frequency_form import FrequencyGroups
 from lrbo.layers.low_rank import Bias
+from lrbo.layers.options import Option
 from lrbo.linalg import (
     add_gram,
     float64_device,
@@ -155,6 +158,20 @@ class TableMetric:
         loss = left_out(torch.stack(pairs).sum(0))[: max_rank + 1]
         return LowRankFactors(left, right, tail_sums(energy / 2)[: max_rank + 1], bias, loss=loss)
 
+    def grouped(self, weight: Float[Tensor, "rows in"], bias: Bias, groups: int) -> GroupedFactors:
+        """Factor groups of rows, those that weigh most first, in directions of their own.
+
+        A row weighs what it costs to change it, over all directions and in all roles: as an
+        embedding, by the frequency of its token.
+        """
+        weights = [each.outputs * each.inputs.diagonal().sum() for each in self.roles]
+        order = torch.stack(weights).sum(0).argsort(descending=True, stable=True)
+        parts = []
+        for own in order.split(FrequencyGroups.rows(len(weight), groups)):
+            metric = TableMetric([Curvature(each.outputs[own], each.inputs) for each in self.roles])
+            parts.append(metric.factor(weight[own], None, min(len(own), weight.shape[1])))
+        return GroupedFactors.of(order, parts, bias)
+
     def bases(
         self, weight: Float[Tensor, "rows in"], plan: BasePlan, dtype: torch.dtype
     ) -> list[Base]:
@@ -198,7 +215,7 @@ def prepared_table(
     def remainder(rest: Tensor, max_rank: int) -> LowRankFactors:
         return metric.factor(rest, offset, max_rank)
 
-    based = {}
+    based: dict[Option, BasedWeight | GroupedFactors] = {}
     for base in metric.bases(weight, plan, stored.dtype):
         form, codes = base.form, None
         most = min(form.largest_rank(*base.shape), low_rank.max_rank)
@@ -212,6 +229,10 @@ def prepared_table(
             factors = remainder(weight - base.weight(weight.dtype), most)
         factors = factors.to(dtype=single, device=cpu)
         based[base.family] = BasedWeight(base.to(cpu), factors, codes)
+    for groups in plan.frequency_groups:
+        if FrequencyGroups.can_be(len(weight), groups):
+            made = metric.grouped(weight, offset, groups)
+            based[Option(FrequencyGroups.name, (groups,))] = made.to(dtype=single, device=cpu)
     return UnitFactors(low_rank, based)
 
 
