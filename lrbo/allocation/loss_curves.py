@@ -119,7 +119,8 @@ def measure_losses(
         body: Of the dense model.
         points: As of :func:`points_of`.
         prepared: With predicted losses, in the dtype and on the device of the model.
-        windows: Calibration examples, of which ``settings.windows`` are taken evenly.
+        windows: Examples, best none that predictions are made of; ``settings.windows`` of them are
+            taken evenly.
         settings: The number of windows.
         task: Defines the divergence.
         layers: Of the model, which tell the layers of an attention or MLP; needed only for options

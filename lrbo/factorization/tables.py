@@ -63,7 +63,8 @@ class TableMetric:
     up. As a head, ``1/2 sum_v f_v D_v C D_v^T``, with ``f_v = E[p_v (1 - p_v)]`` of the probability
     of label ``v``, the diagonal of the curvature of the loss in the logits, and ``C`` the second
     moment of the final hidden state. Both are K-FAC, with the exact second moment of a one-hot
-    vector.
+    vector. Labels are tokens: where their frequency is known, ``f`` is the mean of this
+    expectation and of the frequency at the same sum.
 
     For the directions of a low rank both are one metric: each row weighs its share of the two
     costs, and the moments of the columns are added, each as much as its rows weigh. That is exact
@@ -95,7 +96,13 @@ class TableMetric:
             columns = flattened(statistics[Statistic.ROW_GRADIENT])
             pairs.append((statistics[Statistic.TOKEN_FREQUENCY], columns))
         if spec.multiplies:
-            pairs.append((statistics[Statistic.LABEL_VARIANCE], second_moment(statistics)))
+            variance = statistics[Statistic.LABEL_VARIANCE]
+            if (frequency := statistics.get(Statistic.TOKEN_FREQUENCY)) is not None:
+                # Of more text, and of unseen tokens too: 384 of 576 ranks of SmolLM2-135M's head
+                # cost 0.27 nats on other text so (8,192 tokens of calibration), 0.31 by the
+                # variance alone; 8 groups of as many parameters 0.10, not 0.15.
+                variance = (variance + variance.sum() * frequency) / 2
+            pairs.append((variance, second_moment(statistics)))
         return cls(
             [
                 Curvature(rows.to(device, torch.float64), columns.to(device, torch.float64))

@@ -208,6 +208,10 @@ def check_predictions(
 ) -> LossCalibration | None:
     """Measure what some layers cost alone, to say how well single layers are predicted.
 
+    On text that was not calibrated on: on its own the predictions hold, and lack what is seldom in
+    it. A head of SmolLM2-135M without its weakest third of ranks costs 0.05 nats per token on 4,096
+    tokens of calibration, where 0.04 are predicted, and 0.49 on others.
+
     Measurements do not correct the predictions of single layers in blocks: on SmolLM2-135M,
     corrections by three layers per kind gave worse allocations at keep ratios 0.6 and 0.8, since a
     layer alone does not show what it costs among others. Where ``file`` holds measurements,
@@ -227,7 +231,7 @@ def check_predictions(
             return LossCalibration.load(file)
         except StudyError as error:
             reporter.say(f"{error}; it is measured again")
-    body, windows = task.segments(model), plan.windows["calibration"].examples
+    body, windows = task.segments(model), plan.windows["validation"].examples
     points = points_of(layers.compressible, factors, plan.space.problem.menus, settings)
     with reporter.step("Loss of layers", len(points), "points") as advance:
         measured = measure_losses(

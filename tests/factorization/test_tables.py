@@ -73,7 +73,11 @@ def cost_of(role: str, change: Tensor, statistics: dict[Statistic, Tensor]) -> f
     }
     for name, (weights, matrix) in roles.items():
         if role in (name, "tied"):
-            for share, row in zip(statistics[weights], change, strict=True):
+            shares = statistics[weights]
+            if name == "head" and Statistic.TOKEN_FREQUENCY in statistics:
+                frequency = statistics[Statistic.TOKEN_FREQUENCY]
+                shares = (shares + shares.sum() * frequency) / 2
+            for share, row in zip(shares, change, strict=True):
                 total += 0.5 * float(share * (row @ shrunk(matrix) @ row))
     return total
 
