@@ -148,7 +148,7 @@ def calibrate(
             hidden[batch] = body.embed(windows[batch]).to(hidden)
     for name, counts in ends.counts.items():
         frequency = counts.statistics(name, len(windows) * length)
-        yield {owner: frequency for owner in ends.with_rows_of(name)}
+        yield dict.fromkeys(ends.with_rows_of(name), frequency)
     entering: list[Tensor] = []
     for index in range(len(body)):
         if of_gradients:

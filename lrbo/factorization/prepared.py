@@ -244,7 +244,7 @@ def prepared_of(tensors: Mapping[str, Tensor]) -> Prepared:
             based[family] = KroneckerSum.of_tensors(shape, family.level, given)
             continue
         if isinstance(form, FrequencyGroups):
-            based[family] = GroupedFactors.of_tensors(*family.level, given)
+            based[family] = GroupedFactors.of_tensors(family.level[0], given)
             continue
         assert isinstance(form, Based)
         own = {part: given.pop(part) for part in list(given) if part not in PARTS}

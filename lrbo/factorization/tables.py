@@ -174,7 +174,7 @@ class TableMetric:
         weights = [each.outputs * each.inputs.diagonal().sum() for each in self.roles]
         order = torch.stack(weights).sum(0).argsort(descending=True, stable=True)
         parts = []
-        for own in order.split(FrequencyGroups.rows(len(weight), groups)):
+        for own in torch.split(order, FrequencyGroups.rows(len(weight), groups)):
             metric = TableMetric([Curvature(each.outputs[own], each.inputs) for each in self.roles])
             parts.append(metric.factor(weight[own], None, min(len(own), weight.shape[1])))
         return GroupedFactors.of(order, parts, bias)

@@ -72,7 +72,7 @@ class GroupedLinear(FormModule):
     def _groups(self) -> Iterator[tuple[Float[Tensor, "r rows"], Float[Tensor, "r in"]]]:
         """Return views of the factors of each group."""
         ranks = self.ranks.tolist()
-        return zip(self.left.split(ranks), self.right.split(ranks), strict=True)
+        return zip(*(torch.split(each, ranks) for each in (self.left, self.right)), strict=True)
 
     @override
     def dense_weight(self, dtype: torch.dtype = torch.float64) -> Float[Tensor, "out in"]:
@@ -83,7 +83,7 @@ class GroupedLinear(FormModule):
     def multiply(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         inner = nn.functional.linear(x.reshape(-1, self.in_features), self.right)
         ranks = self.ranks.tolist()
-        both = zip(inner.split(ranks, -1), self.left.split(ranks), strict=True)
+        both = zip(torch.split(inner, ranks, -1), torch.split(self.left, ranks), strict=True)
         rows = torch.cat([own @ left for own, left in both], -1)
         if x.device.type == "cpu":  # there index_select takes up to ten times as long
             result = rows.gather(-1, self.index.long().expand(len(rows), -1))

@@ -40,10 +40,11 @@ class FrequencyGroups(Form):
     @classmethod
     def largest(cls, out_features: int, in_features: int, groups: int) -> int:
         """Return the most directions: with fewer parameters than dense, and that there are."""
-        rows = cls.rows(out_features, groups)
+        rows: int = cls.rows(out_features, groups)
         last = out_features - (groups - 1) * rows
         most = (groups - 1) * min(rows, in_features) + min(last, in_features)
-        return min(most, (out_features * in_features - 1) // (rows + in_features))
+        cheaper: int = (out_features * in_features - 1) // (rows + in_features)
+        return min(most, cheaper)
 
     @override
     def levels(self, unit: LayerSpec, grid: Grid) -> list[Integers]:

@@ -68,6 +68,7 @@ def test_statistics_are_those_of_the_whole_model(case: str) -> None:
         assert float((actual - value).abs().max()) <= 1e-5 * float(value.abs().max()), statistic
     counts = torch.bincount(WINDOWS.flatten(), minlength=VOCABULARY)
     seen = lookup[Statistic.TOKEN_FREQUENCY]
+    assert torch.equal(last[Statistic.TOKEN_FREQUENCY], seen)  # labels are tokens
     assert float(seen.sum()) == pytest.approx(1.0)
     windows = torch.stack([torch.bincount(w, minlength=VOCABULARY) > 0 for w in WINDOWS]).sum(0)
     once = int(counts[windows == 1].sum()) / count
