@@ -36,6 +36,8 @@ def calibration_fingerprint(
         del used["labels"], used["gradient_share"], used["seed"]
     elif used["labels"] == "data":
         used["mean"] = "over tokens with a loss"  # earlier files count the last of a window too
+    if Statistic.TOKEN_FREQUENCY in needs:
+        used["unseen"] = "as those of one window"  # earlier files take those that occur once
     return fingerprint_of(
         {
             "format": FORMAT,

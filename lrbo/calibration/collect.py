@@ -147,7 +147,8 @@ def calibrate(
         for batch in batches:
             hidden[batch] = body.embed(windows[batch]).to(hidden)
     for name, counts in ends.counts.items():
-        yield {name: counts.statistics(name, len(windows) * length)}
+        frequency = counts.statistics(name, len(windows) * length)
+        yield dict.fromkeys(ends.with_rows_of(name), frequency)
     entering: list[Tensor] = []
     for index in range(len(body)):
         if of_gradients:
@@ -205,6 +206,13 @@ class _Ends:
         }
         heads = (HeadMoments(spec, device) for spec in tables if spec.multiplies)
         self.head = next(heads, None) if Statistic.LABEL_VARIANCE in needs else None
+
+    def with_rows_of(self, name: str) -> list[str]:
+        """Name an embedding, and the head with a weight of its own that has a row for each."""
+        head = self.head
+        if head is None or len(head.variance) != len(self.counts[name].counts):
+            return [name]
+        return list(dict.fromkeys([name, head.name]))
 
 
 def _selected(hidden: States, indices: Int[Tensor, " selected"], scratch: Scratch) -> Tensor:

@@ -220,18 +220,26 @@ class TokenCounts:
 
     def __init__(self, rows: int) -> None:
         self.counts = torch.zeros(rows, dtype=torch.int64)
+        self.windows = torch.zeros(rows, dtype=torch.int64)  # that have the token
+        self.total = 0  # windows
 
-    def update(self, ids: Int[Tensor, "*batch"]) -> None:
-        """Add the ids of some tokens."""
-        self.counts += torch.bincount(ids.flatten().cpu(), minlength=len(self.counts))
+    def update(self, ids: Int[Tensor, "windows tokens"]) -> None:
+        """Add the ids of some windows."""
+        self.total += len(ids)
+        for window in ids.cpu():
+            own = torch.bincount(window, minlength=len(self.counts))
+            self.counts += own
+            self.windows += own > 0
 
     def statistics(self, name: str, tokens: int) -> dict[Statistic, Tensor]:
         """Return the share of each row, float64, on the CPU; refuse counts of other tokens.
 
-        Rows that were seen once have as large a share as the rows that were not seen will have
-        (I. J. Good, *The population frequencies of species*, 1953): that is spread over all rows.
+        Rows that were seen in one window have as large a share as the rows that were not seen will
+        have in another one (I. J. Good, *The population frequencies of species*, 1953, where a
+        sample is a window: a text repeats its words); that is spread over all rows.
         """
-        once = max(int((self.counts == 1).sum()), 1) / tokens
+        is_alone = self.windows == 1 if self.total > 1 else self.counts == 1
+        once = max(int(self.counts[is_alone].sum()), 1) / tokens
         shares = self.counts.double() / tokens
         statistics = {Statistic.TOKEN_FREQUENCY: (1 - once) * shares + once / len(shares)}
         _require_sound(name, "tokens", statistics, seen=int(self.counts.sum()), tokens=tokens)

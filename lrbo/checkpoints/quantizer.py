@@ -21,6 +21,7 @@ from lrbo.errors import CheckpointError, ModelError, reading, some
 from lrbo.files.parsing import ContentError, Count, checked
 from lrbo.layers.based import BasedLinear
 from lrbo.layers.forms import FORMS, is_joint
+from lrbo.layers.frequency import GroupedLinear
 from lrbo.layers.joint import empty_joint
 from lrbo.layers.joint_form import Neurons
 from lrbo.layers.low_rank import no_weight
@@ -141,6 +142,11 @@ class LowRankQuantizer(HfQuantizer):
                         f"{name}.index is no order of the layer's {len(index)} outputs; the "
                         "weights of the checkpoint are damaged: copy it again."
                     )
+            is_grouped = isinstance(module, GroupedLinear) and not module.index.is_meta
+            if is_grouped and (problem := module.problem):
+                raise CheckpointError(
+                    f"{name}.{problem}; the weights of the checkpoint are damaged: copy it again."
+                )
             if isinstance(module, BasedLinear) and "rows" in module.names:
                 rows = module.get_buffer("rows")
                 if not rows.is_meta and not _are_some_of(rows.cpu(), module.out_features):

@@ -155,13 +155,14 @@ class CalibrationConfig:
 
 @dataclass
 class BasesConfig:
-    """How weights become integers, numbers of a codebook, a few entries or Kronecker sums."""
+    """How weights become integers, codebooks, a few entries, Kronecker sums or groups of rows."""
 
     method: str = "gptq"
     group_sizes: list[int] = field(default_factory=lambda: [64])
     percentages: list[int] = field(default_factory=lambda: [50])
     row_percentages: list[int] = field(default_factory=lambda: [5])
     blocks: list[list[int]] = field(default_factory=lambda: [[2, 1], [1, 2]])
+    frequency_groups: list[int] = field(default_factory=lambda: [8])
     damping: float = 0.01
 
 

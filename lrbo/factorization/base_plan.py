@@ -1,4 +1,4 @@
-"""Which bases and Kronecker sums are made of every weight, and how."""
+"""Which bases, Kronecker sums and frequency groups are made of every weight, and how."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ from lrbo.layers.forms import (
     Sparse,
     form_named,
 )
+from lrbo.layers.frequency_form import FrequencyGroups
 from lrbo.layers.kronecker_form import Kronecker
 from lrbo.layers.options import Option
 
@@ -46,7 +47,7 @@ MOMENTS = frozenset({Statistic.INPUT_COVARIANCE, Statistic.POOLED_INPUT_COVARIAN
 
 @dataclass(frozen=True)
 class BasePlan:
-    """The forms of bases and Kronecker sums, by name, and how they are made."""
+    """The forms of bases, Kronecker sums and frequency groups, by name, and how they are made."""
 
     forms: tuple[str, ...]
     options: BaseOptions
@@ -54,7 +55,7 @@ class BasePlan:
     @classmethod
     def of(cls, forms: Sequence[str], options: BaseOptions) -> BasePlan | None:
         """Return the plan of those of some forms that are made so; ``None`` if none are."""
-        own = Based, Kronecker
+        own = Based, Kronecker, FrequencyGroups
         names = tuple(name for name in forms if isinstance(form_named(name), own))
         return cls(names, options) if names else None
 
@@ -64,9 +65,15 @@ class BasePlan:
         return BasePlan.of([n for n in self.forms if form_named(n).by_rows], self.options)
 
     @property
+    def frequency_groups(self) -> Sequence[int]:
+        """The numbers of groups that tables are factored in, if at all."""
+        return self.options.frequency_groups if FrequencyGroups.name in self.forms else ()
+
+    @property
     def needs(self) -> frozenset[Statistic]:
         """The statistics that are read."""
-        weighed = any(form_named(name) != EIGHT_BITS for name in self.forms)
+        forms = map(form_named, self.forms)
+        weighed = any(form.in_blocks and form != EIGHT_BITS for form in forms)
         return NEEDS if weighed and self.options.method == "gptq" else frozenset()
 
     def make(

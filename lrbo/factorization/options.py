@@ -35,6 +35,10 @@ def _are_blocks(blocks: Any) -> bool:
 BLOCKS = Rule(
     "one or several [rows, columns] of at least 1, each once and none [1, 1]", _are_blocks
 )
+GROUPS = Rule(
+    "one or several whole numbers from 2 on, each once",
+    lambda v: len(v) > 0 and all(2 <= n <= COUNT for n in v) and len({*v}) == len(v),
+)
 PERCENTAGES = Rule(
     "one or several whole numbers above 0 and below 100, each once",
     lambda v: len(v) > 0 and all(0 < n < 100 for n in v) and len({*v}) == len(v),
@@ -72,7 +76,7 @@ class LossAwareOptions(Options):
 
 @dataclass(frozen=True)
 class BaseOptions(Options):
-    """How weights become integers, numbers of a codebook, a few entries or Kronecker sums.
+    """How weights become integers, codebooks, a few entries, Kronecker sums or groups of rows.
 
     Attributes:
         method: ``"gptq"`` moves what one input leaves to the inputs to come (for sparse forms this
@@ -82,6 +86,7 @@ class BaseOptions(Options):
         row_percentages: Of outputs that ``sparse_rows`` keeps; each is a choice of its own.
         blocks: Rows and columns of the second factor of a Kronecker product; each is a choice of
             its own, for the layers that it divides.
+        frequency_groups: Of the rows of an embedding or head; each number is a choice of its own.
         damping: Added to the diagonal of the input second moment, as a share of its mean entry.
     """
 
@@ -90,6 +95,7 @@ class BaseOptions(Options):
     percentages: tuple[int, ...] = option(Grid.percentages, PERCENTAGES)
     row_percentages: tuple[int, ...] = option(Grid.row_percentages, PERCENTAGES)
     blocks: tuple[tuple[int, int], ...] = option(Grid.blocks, BLOCKS)
+    frequency_groups: tuple[int, ...] = option(Grid.frequency_groups, GROUPS)
     damping: float = option(0.01, ABOVE_0_TO_1)
 
     def grid(self, multiple: int = 1, minimum: int = 0) -> Grid:

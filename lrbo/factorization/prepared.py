@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from lrbo.factorization.bases import Base
 from lrbo.factorization.factors import CURVES, PARTS, Buffers, Curve, LowRankFactors
+from lrbo.factorization.frequency_groups import GroupedFactors
 from lrbo.factorization.joint import JOINT, Skipped, Thinned
 from lrbo.factorization.kronecker import KroneckerSum
 from lrbo.layers.based import BasedLinear, Factors, shapes_of
 from lrbo.layers.forms import Based, Factored, QuantizedFactors, form_named
+from lrbo.layers.frequency_form import FrequencyGroups
 from lrbo.layers.kronecker_form import Kronecker
 from lrbo.layers.options import Losses, Option, Section
 
@@ -127,12 +129,12 @@ class UnitFactors:
 
     Attributes:
         low_rank: Factors of the whole weight; ``None`` where no rank is wanted.
-        based: Bases with factors of what each leaves, and Kronecker sums.
+        based: Bases with factors of what each leaves, Kronecker sums, and groups of rows.
         joint: What it becomes together with the other layers of its attention or MLP.
     """
 
     low_rank: LowRankFactors | None
-    based: Mapping[Option, BasedWeight | KroneckerSum]
+    based: Mapping[Option, BasedWeight | KroneckerSum | GroupedFactors]
     joint: Mapping[Option, Thinned | Skipped] = field(default_factory=dict)
 
     @property
@@ -229,7 +231,7 @@ def prepared_of(tensors: Mapping[str, Tensor]) -> Prepared:
     low_rank = LowRankFactors.of_tensors(parts.pop(""))
     if not parts:
         return low_rank
-    based: dict[Option, BasedWeight | KroneckerSum] = {}
+    based: dict[Option, BasedWeight | KroneckerSum | GroupedFactors] = {}
     joint: dict[Option, Thinned | Skipped] = {}
     shape = low_rank.left.shape[0], low_rank.right.shape[1]
     for text, given in parts.items():
@@ -240,6 +242,9 @@ def prepared_of(tensors: Mapping[str, Tensor]) -> Prepared:
         form = form_named(family.form)
         if isinstance(form, Kronecker):
             based[family] = KroneckerSum.of_tensors(shape, family.level, given)
+            continue
+        if isinstance(form, FrequencyGroups):
+            based[family] = GroupedFactors.of_tensors(family.level[0], given)
             continue
         assert isinstance(form, Based)
         own = {part: given.pop(part) for part in list(given) if part not in PARTS}

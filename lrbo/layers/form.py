@@ -33,6 +33,7 @@ class Grid:
     percentages: Sequence[int] = (50,)  # of the entries that sparse forms keep
     row_percentages: Sequence[int] = (5,)  # of the outputs that sparse forms keep
     blocks: Sequence[Sequence[int]] = ((2, 1), (1, 2))  # rows, columns; of Kronecker sums
+    frequency_groups: Sequence[int] = (8,)  # of the rows of a table
 
 
 class Form(ABC):
@@ -40,6 +41,7 @@ class Form(ABC):
 
     name: str  # in space.forms, in journals and in checkpoints
     by_rows: ClassVar[bool] = True  # whether rows can be looked up, as tables need
+    in_blocks: ClassVar[bool] = True  # whether it is of layers in blocks, not of tables alone
 
     @abstractmethod
     def levels(self, unit: LayerSpec, grid: Grid) -> list[Integers]:
@@ -59,6 +61,10 @@ class Form(ABC):
     @abstractmethod
     def problem(self, out_features: int, in_features: int, level: Level) -> str | None:
         """Explain why a linear map of a shape cannot have a level; ``None`` where it can."""
+
+    def suits(self, unit: LayerSpec) -> bool:
+        """Whether it is a form of units like this: of tables, or of layers in blocks."""
+        return self.by_rows if unit.block is None else self.in_blocks
 
     def label(self, level: Level) -> str:
         """Name a level for readers: ``"rank 96"``; the form itself where it has none."""

@@ -22,6 +22,7 @@ from lrbo.layers.form import (
     Level,
     Levels,
 )
+from lrbo.layers.frequency_form import FrequencyGroups
 from lrbo.layers.joint_form import Joint, Neurons, Skip
 from lrbo.layers.kronecker_form import Kronecker
 from lrbo.models.specs import LayerSpec
@@ -376,6 +377,7 @@ _FORMS: tuple[Form, ...] = (
     Sparse(),
     KeptRows(),
     Kronecker(),
+    FrequencyGroups(),
     Neurons(),
     Skip(),
 )

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from lrbo.layers.based import BasedLinear, parameters_in
 from lrbo.layers.forms import Based, form_named
+from lrbo.layers.frequency import GroupedLinear
+from lrbo.layers.frequency_form import FrequencyGroups
 from lrbo.layers.joint import SkippedAttention, SkippedLinear, ThinLinear
 from lrbo.layers.kronecker import KroneckerLinear
 from lrbo.layers.kronecker_form import Kronecker
@@ -28,6 +30,8 @@ def empty_module(
         return BasedLinear.on_meta(form, out_features, in_features, option.level, bias=bias)
     if isinstance(form, Kronecker):
         return KroneckerLinear.on_meta(out_features, in_features, option.level, bias=bias)
+    if isinstance(form, FrequencyGroups):
+        return GroupedLinear.on_meta(out_features, in_features, option.level, bias=bias)
     kind = PRODUCTS[option.form]
     return kind.empty(name, out_features, in_features, option.level, bias=bias)
 

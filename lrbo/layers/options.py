@@ -219,6 +219,7 @@ class Menu:
         percentages: Sequence[int] = Grid.percentages,
         row_percentages: Sequence[int] = Grid.row_percentages,
         blocks: Sequence[Sequence[int]] = Grid.blocks,
+        frequency_groups: Sequence[int] = Grid.frequency_groups,
         measure: Measure | None = None,
     ) -> Menu:
         """Return the menu of a unit, without losses; dense is always on it.
@@ -226,13 +227,15 @@ class Menu:
         ``bias`` is for forms other than dense; ranks are multiples of ``multiple``, from
         ``minimum`` on where nothing lies below them. Bases that are not cheaper than dense in a
         ``measure``, such as integers in parameters, are left out, and so are forms whose rows
-        cannot be looked up where the unit is a table.
+        cannot be looked up where the unit is a table, or that are of tables alone where it is none.
         """
-        grid = Grid(multiple, minimum, group_sizes, percentages, row_percentages, blocks)
+        grid = Grid(
+            multiple, minimum, group_sizes, percentages, row_percentages, blocks, frequency_groups
+        )
         sections = []
         for name in [*(form for form in forms if form != DENSE_FORM), DENSE_FORM]:
             form = form_named(name)
-            if unit.block is None and not form.by_rows:
+            if not form.suits(unit):
                 continue
             for levels in form.levels(unit, grid):
                 columns = _costs(form, unit, tuple(levels.T), bias=bias, itemsize=itemsize)

@@ -184,12 +184,19 @@ def informed_space(
     factors: Mapping[str, Prepared],
     reporter: Reporter,
 ) -> Space:
-    """The space with predicted losses, checked against the model once per study."""
+    """The space with predicted losses, checked against the model once per study.
+
+    Those of embedding, head and whole attentions or MLPs are scaled by what was measured.
+    """
     space = plan.space.with_prepared(factors)
     if not plan.config.sensitivity.enabled:
         return space
-    check_predictions(plan, sensitivity_file(study.folder), model, factors, reporter)
-    return space.of(space.problem.with_losses(factors))
+    file = sensitivity_file(study.folder)
+    calibration = check_predictions(plan, file, model, factors, reporter)
+    problem = space.problem.with_losses(factors)
+    if calibration is not None:
+        problem = replace(problem, menus=calibration.corrected(problem.menus))
+    return space.of(problem)
 
 
 def check_predictions(
@@ -198,12 +205,17 @@ def check_predictions(
     model: PreTrainedModel,
     factors: Mapping[str, Prepared],
     reporter: Reporter,
-) -> None:
+) -> LossCalibration | None:
     """Measure what some layers cost alone, to say how well single layers are predicted.
 
-    Measurements do not correct the predictions: on SmolLM2-135M, corrections by three layers per
-    kind gave worse allocations at keep ratios 0.6 and 0.8, since a layer alone does not show what
-    it costs among others. Where ``file`` holds measurements, nothing is measured.
+    On text that was not calibrated on: on its own the predictions hold, and lack what is seldom in
+    it. A head of SmolLM2-135M without its weakest third of ranks costs 0.05 nats per token on 4,096
+    tokens of calibration, where 0.04 are predicted, and 0.49 on others.
+
+    Measurements do not correct the predictions of single layers in blocks: on SmolLM2-135M,
+    corrections by three layers per kind gave worse allocations at keep ratios 0.6 and 0.8, since a
+    layer alone does not show what it costs among others. Where ``file`` holds measurements,
+    nothing is measured. Returns ``None`` where nothing is to be.
 
     Raises:
         StudyError: If measurements could not be kept, before there are any.
@@ -211,20 +223,26 @@ def check_predictions(
     sizes, layers, task = plan.config.sensitivity, plan.layers, plan.task
     settings = SensitivitySettings(sizes.layers_per_kind, sizes.ranks, sizes.windows)
     if not settings.layers_per_kind or not plan.space.problem.with_losses(factors).is_predicted:
-        return
+        return None
     if file.exists():
         if not file.is_file():
             raise StudyError(f"{file} is no file, expected measurements or nothing; move it away")
         try:
-            LossCalibration.load(file)
-            return
+            return LossCalibration.load(file)
         except StudyError as error:
             reporter.say(f"{error}; it is measured again")
-    body, windows = task.segments(model), plan.windows["calibration"].examples
+    body, windows = task.segments(model), plan.windows["validation"].examples
     points = points_of(layers.compressible, factors, plan.space.problem.menus, settings)
     with reporter.step("Loss of layers", len(points), "points") as advance:
         measured = measure_losses(
-            body, points, factors, windows, settings, task=task, on_point=advance
+            body,
+            points,
+            factors,
+            windows,
+            settings,
+            task=task,
+            layers=layers.compressible,
+            on_point=advance,
         )
     calibration = LossCalibration(tuple(measured))
     calibration.save(file)
@@ -232,3 +250,4 @@ def check_predictions(
         f"Predicted against measured loss of single layers, {len(measured)} points: rank "
         f"correlation {calibration.rank_correlation:.3f}"
     )
+    return calibration

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from lrbo.config.choices import FILE_FORMATS, SQLITE, STUDY, WARM_START
+from lrbo.config.choices import BLOCKS, FILE_FORMATS, SQLITE, STUDY, WARM_START
 from lrbo.config.conflicts import check_values
 from lrbo.config.options import check_options, one_of
 from lrbo.config.schema import (
@@ -69,7 +69,9 @@ def _check_names(config: Config) -> list[str]:
             f"space.forms={forms}: expected some of {', '.join(FORMS)}, each once, and one beside "
             "dense"
         )
-    problems += _check_joint(config, [form for form in forms if form in known])
+    forms = [form for form in forms if form in known]
+    problems += _check_joint(config, forms)
+    problems += of_tables_alone("space.forms", forms, "budget.include", config.budget.include)
     problems += check_options(
         "bases", {"name": "bases", **vars(config.bases)}, {"bases": BaseOptions}
     )
@@ -91,6 +93,20 @@ def _check_joint(config: SearchConfig, forms: list[str]) -> Iterator[str]:
             f"{named}: only space=weights decides about options of several layers together "
             f"({', '.join(joint)}); take it, or leave them out"
         )
+
+
+def of_tables_alone(
+    key: str, forms: Sequence[str], include_key: str, include: Sequence[str]
+) -> Iterator[str]:
+    """Check that forms of tables alone have some, and that layers of blocks have another form."""
+    own = [form for form in forms if not FORMS[form].in_blocks]
+    if own and {*include} <= {BLOCKS}:
+        yield (
+            f"{key}={list(forms)}: {', '.join(own)} is of embedding and head alone, and "
+            f"{include_key}={list(include)} has neither; add one to it, or leave the form out"
+        )
+    if own and all(f in own or f == DENSE_FORM or is_joint(f) for f in forms):
+        yield f"{key}={list(forms)}: expected a form of layers in blocks too, such as pivoted"
 
 
 def _check_machine(config: Config) -> Iterator[str]:

@@ -34,7 +34,7 @@ from lrbo.models.parameters import first_other, require_in_memory, weight_sample
 from lrbo.models.specs import ModelMap
 from lrbo.optimization.space import Problem
 from lrbo.pipeline import memory_checks
-from lrbo.pipeline.checks import ALONE_TOO
+from lrbo.pipeline.checks import ALONE_TOO, of_tables_alone
 from lrbo.pipeline.prepare import (
     curve_needs,
     factors_by_block,
@@ -150,6 +150,8 @@ def factorize(
         raise ConfigError([f"forms={forms!r}: expected each once"])
     if all(name == DENSE_FORM or is_joint(name) for name in names):
         raise ConfigError([f"forms={forms!r}: {ALONE_TOO}"])
+    if problems := [*of_tables_alone("forms", names, "include", include)]:
+        raise ConfigError(problems)
     if calibration is not None and not isinstance(calibration, Calibration):
         raise StatisticsError(
             f"calibration of type {type(calibration).__name__}: expected what lrbo.calibrate "

@@ -17,6 +17,7 @@ from lrbo.errors import BudgetError, Collecting, ConfigError, StudyError
 from lrbo.factorization.base import FactorizationMethod
 from lrbo.factorization.options import BaseOptions
 from lrbo.layers.forms import Based, form_named, is_joint
+from lrbo.layers.frequency_form import FrequencyGroups
 from lrbo.layers.kronecker_form import Kronecker
 from lrbo.layers.options import MEASURES, UNITS, Budget, Measure, Menu, Option
 from lrbo.models.specs import LayerSpec
@@ -105,6 +106,7 @@ def base_options(config: SearchConfig) -> BaseOptions:
         tuple(own.percentages),
         tuple(own.row_percentages),
         blocks,
+        tuple(own.frequency_groups),
         own.damping,
     )
 
@@ -117,7 +119,7 @@ def without_bases(
     lacking: dict[str, tuple[str, dict[str, None]]] = {}
     for unit in units:
         for form in map(form_named, forms):
-            if unit.block is None and not form.by_rows:
+            if not form.suits(unit):
                 continue
             if isinstance(form, Based) and not form.levels(unit, grid):
                 base = form.bases(grid)[0]
@@ -128,6 +130,12 @@ def without_bases(
                 shape = f"{unit.out_features} x {unit.in_features}"
                 blocks = [list(block) for block in grid.blocks]
                 needs = f"expected blocks of which one divides {shape}, got {blocks}"
+                lacking.setdefault(needs, (unit.name, {form.name: None}))
+            elif isinstance(form, FrequencyGroups) and not form.levels(unit, grid):
+                rows, numbers = unit.out_features, list(grid.frequency_groups)
+                needs = (
+                    f"expected numbers of groups that all have some of {rows} rows, got {numbers}"
+                )
                 lacking.setdefault(needs, (unit.name, {form.name: None}))
     return [
         f"space.forms: {', '.join(names)} of {unit}: {needs}; change those of bases or leave "
@@ -173,6 +181,7 @@ def menus_of(
             percentages=options.percentages,
             row_percentages=options.row_percentages,
             blocks=options.blocks,
+            frequency_groups=options.frequency_groups,
             measure=measure,
         )
         for unit in units

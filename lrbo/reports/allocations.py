@@ -8,6 +8,7 @@ import pandas as pd
 
 from lrbo.allocation.allocate import Allocation
 from lrbo.layers.forms import form_named
+from lrbo.layers.frequency_form import FrequencyGroups
 from lrbo.layers.joint_form import Joint
 from lrbo.layers.kronecker_form import Kronecker
 from lrbo.layers.options import dense_cost
@@ -29,8 +30,8 @@ def options_frame(about: About, allocation: Allocation) -> pd.DataFrame:
     rows = []
     for name, option in allocation.options.items():
         spec = about.layers[name]
-        has_rank = bool(option.level) and not isinstance(form_named(option.form), Joint | Kronecker)
-        rank = option.rank if has_rank else None
+        rankless = isinstance(form_named(option.form), Joint | Kronecker | FrequencyGroups)
+        rank = option.rank if option.level and not rankless else None
         stored = allocation.costs[name].of(measure)
         dense = dense_cost([spec], about.itemsize).of(measure)
         rows.append((name, spec.kind, spec.block, option.form, option.label, rank, stored, dense))

@@ -14,7 +14,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import PreTrainedModel
 
+import lrbo
 from lrbo.allocation import loss_curves
+from lrbo.allocation.allocate import Allocation
+from lrbo.allocation.apply import on_device
 from lrbo.allocation.loss_calibration import LossCalibration, Measurement, sensitivity_file
 from lrbo.allocation.loss_curves import SensitivitySettings, measure_losses, points_of
 from lrbo.errors import NonFiniteError
@@ -23,10 +26,11 @@ from lrbo.factorization.prepared import BasedWeight, UnitFactors
 from lrbo.factorization.rounding import round_nearest
 from lrbo.layers.forms import Quantized
 from lrbo.layers.modules import replace_module
-from lrbo.layers.options import Option
+from lrbo.layers.options import DENSE, Budget, Menu, Option
 from lrbo.models.blockwise import BlockwiseBody, Scratch
 from lrbo.models.model_map import map_model
 from lrbo.models.specs import LayerSpec, ModelMap
+from lrbo.pipeline.search_space import menus_of
 from lrbo.tasks.causal_lm import CausalLM
 from tests.support.fakes import make_curves, make_layers, make_problem
 from tests.support.tiny import build, token_ids
@@ -160,6 +164,49 @@ def test_measured_losses_of_integers_are_those_of_whole_models_with_their_weight
         assert expected > 10 * TOLERANCES["divergence"]
         assert point.measured == pytest.approx(expected, rel=50 * TOLERANCES["divergence"])
         assert point.predicted == float(low_rank[point.layer].loss[0])
+
+
+@pytest.mark.filterwarnings("ignore::lrbo.calibration.collect.CalibrationWarning")
+def test_tables_and_whole_parts_are_measured_as_models_that_have_them() -> None:
+    """With a tied table of groups or of a rank, an MLP of fewer neurons, and none at all."""
+    include = ["blocks", "embedding"]
+    forms = ["pivoted", "frequency_groups", "neurons", "skip"]
+    model, windows = build("llama_tied"), token_ids(3, 12)
+    calibration = lrbo.calibrate(model, token_ids(8, 16), include=include, progress=False)
+    made = lrbo.factorize(model, calibration, forms=forms, include=include, progress=False)
+    layers = made.layers.compressible
+    menus = menus_of(layers, forms, made.method, torch.float32)
+    settings = SensitivitySettings(layers_per_kind=1, ranks=2, windows=3)
+    points = points_of(layers, made.factors, menus, settings)
+    ranks = {name: {s.family: 99 for s in menu.sections[:-1]} for name, menu in menus.items()}
+    prepared = on_device(model, made.factors, ranks)
+    measured = measure_losses(
+        BlockwiseBody(model), points, prepared, windows, settings, task=CausalLM(), layers=layers
+    )
+    own = [m for m in measured if m.kind == "embed_tokens" or not m.option.startswith("pivoted")]
+    assert [m.option.split(" ")[0] for m in own if m.kind == "embed_tokens"] == [
+        *["frequency_groups"] * 2, *["pivoted"] * 2,
+    ]  # fmt: skip
+    parts = [(m.kind, m.option.split(" ")[0]) for m in own if m.kind != "embed_tokens"]
+    assert parts == [("o_proj", "skip"), *[("down_proj", "neurons")] * 2, ("down_proj", "skip")]
+    with torch.no_grad():
+        dense = model(windows).logits.double().log_softmax(-1)
+    for point in own:
+        option, spec = Option.parse(point.option), made.layers.by_name[point.layer]
+        names = {s.name for s in layers if spec.block is not None and s.closing == spec.name}
+        options = {s.name: option if s.name in {*names, spec.name} else DENSE for s in layers}
+        allocation = Allocation(options, {}, Budget("parameters", 10**9))
+        with torch.no_grad(), made.compressed(model, allocation):
+            other = model(windows).logits.double().log_softmax(-1)
+        divergence = (dense.exp() * (dense - other)).sum(-1)
+        if spec.block is None:  # the last token of a window predicts none
+            divergence = divergence[:, :-1]
+        assert point.measured == pytest.approx(float(divergence.mean()), rel=1e-3, abs=1e-6)
+        menu = menus[point.layer].with_losses(
+            [made.factors[point.layer].losses(s) for s in menus[point.layer].sections[:-1]]
+        )
+        assert menu.losses is not None
+        assert point.predicted == pytest.approx(menu.losses[menu.index(option)], rel=1e-6)
 
 
 def test_memory_on_disk_and_the_size_of_chunks_change_nothing(
@@ -344,6 +391,31 @@ def test_the_correlation_is_that_of_ranks() -> None:
     assert calibration(measurements("q", falling)).rank_correlation == pytest.approx(-1.0)
     for nothing in ([], [(0.5, 1.0)], [(0.5, 1.0), (0.5, 2.0)]):
         assert math.isnan(calibration(measurements("q", nothing)).rank_correlation)
+
+
+def test_losses_of_tables_and_whole_parts_are_scaled_by_what_was_measured() -> None:
+    forms = ("factored", "frequency_groups", "neurons")
+    table = LayerSpec("embed", "embed", None, 40, 16, False, "embed", "head", is_lookup=True)
+    inside = LayerSpec("down", "down", 0, 16, 16, False, "down", closing="down", neurons=16)
+    menus = {}
+    for unit in (table, inside):
+        menu = Menu.of(unit, forms, bias=False, itemsize=2)
+        losses = [np.linspace(0.9, 0.1, len(s.levels)) for s in menu.sections[:-1]]
+        menus[unit.name] = menu.with_losses(losses)
+    known = [
+        Measurement("embed", "embed", "frequency_groups 8 4", 0.1, 0.2),
+        Measurement("embed", "embed", "frequency_groups 8 9", 0.01, 0.08),
+        Measurement("embed", "embed", "factored 3", 0.1, 0.0),  # says nothing of a ratio
+        Measurement("down", "down", "neurons 3", 0.1, 0.3),
+        Measurement("down", "down", "factored 3", 0.1, 0.7),
+    ]
+    corrected = calibration(known).corrected(menus)
+    expected = {("embed", "frequency_groups"): 4.0, ("down", "neurons"): 3.0}
+    for name, menu in menus.items():
+        assert menu.losses is not None
+        for index in range(len(menu)):
+            ratio = expected.get((name, menu.option(index).form), 1.0)
+            assert corrected[name].losses[index] == pytest.approx(ratio * menu.losses[index])
 
 
 @pytest.mark.parametrize(

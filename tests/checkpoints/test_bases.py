@@ -31,7 +31,11 @@ BASES = BaseOptions(
     group_sizes=(16, 32), percentages=(25, 50), row_percentages=(20,), blocks=((2, 1), (4, 4))
 )
 COUNT = 4  # of allocations, in which every option has its turn
-NAMES = [name for name in FORMS if name != DENSE_FORM and not is_joint(name)]
+NAMES = [
+    name
+    for name, form in FORMS.items()
+    if name != DENSE_FORM and form.in_blocks and not is_joint(name)
+]
 
 
 @pytest.fixture(scope="module")

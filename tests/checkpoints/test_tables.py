@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -15,7 +15,7 @@ import lrbo
 from lrbo.allocation.allocate import Allocation
 from lrbo.checkpoints.export import WEIGHTS
 from lrbo.checkpoints.merged import save_merged
-from lrbo.errors import ModelError
+from lrbo.errors import CheckpointError, ModelError
 from lrbo.evaluation.timing import dense_twin
 from lrbo.factorization.options import BaseOptions
 from lrbo.layers import based
@@ -160,6 +160,25 @@ def test_another_number_of_tokens_is_refused(tmp_path: Path) -> None:
             one.resize_token_embeddings(70)
         assert one.resize_token_embeddings(VOCABULARY) is one.get_input_embeddings()
         assert torch.equal(logits(one), before)
+
+
+@pytest.mark.filterwarnings("ignore::lrbo.calibration.collect.CalibrationWarning")
+@pytest.mark.parametrize(
+    ("part", "expected"), [("index", "is no order of the 64 rows"), ("ranks", "do not add up")]
+)
+def test_groups_that_are_damaged_are_refused_by_name(
+    part: str, expected: str, tmp_path: Path
+) -> None:
+    model, factorization = wide("llama_tied"), factored("llama_tied")
+    allocation = allocated(factorization, "frequency_groups")
+    factorization.compress_(model, allocation)
+    factorization.save(tmp_path / "model", model, byte_tokenizer(), allocation)
+    file = tmp_path / "model" / WEIGHTS
+    tensors = load_file(file)
+    tensors[f"model.embed_tokens.{part}"][0] += 1
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=rf"model\.embed_tokens\.{part} {expected}"):
+        lrbo.load(tmp_path / "model")
 
 
 def test_only_the_rows_that_are_looked_up_are_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:

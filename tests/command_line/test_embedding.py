@@ -104,7 +104,8 @@ def test_a_refit_solves_the_blocks_behind_the_compressed_embedding(whole: tuple[
 
 
 def test_remote_code_of_a_low_rank_embedding_is_refused(tmp_path: Path) -> None:
-    ranks = ["study=ranks", "space.forms=[pivoted]", "search.trials=1", "search.initial=2"]
+    forms = "space.forms=[pivoted,frequency_groups]"
+    ranks = ["study=ranks", forms, "search.trials=1", "search.initial=2"]
     replaced = {each.partition("=")[0] for each in ranks}
     own = [each for each in SMALL if each.partition("=")[0] not in replaced]
     searched_in(tmp_path, *own, *ranks, WHOLE)
@@ -124,6 +125,12 @@ def test_remote_code_of_a_low_rank_embedding_is_refused(tmp_path: Path) -> None:
         ("budget.include=[blocks,norms]", "expected blocks, and beside it embedding or head or"),
         ("budget.include=[embedding]", "expected blocks, and beside it embedding or head or both"),
         ("budget.include=[blocks,blocks]", "expected blocks, and beside it embedding or head or"),
+        (
+            "space.forms=[pivoted,frequency_groups]",
+            "frequency_groups is of embedding and head alone, and budget.include=['blocks'] has",
+        ),
+        ("space.forms=[frequency_groups]", "expected a form of layers in blocks too, such as"),
+        ("bases.frequency_groups=[1]", "expected one or several whole numbers from 2 on"),
     ],
 )
 def test_parts_that_there_are_not_are_refused(
@@ -133,6 +140,18 @@ def test_parts_that_there_are_not_are_refused(
     ran = lrbo_command("search", *SMALL, override)
     assert ran.status != 0
     assert expected in " ".join(ran.err.split())
+
+
+def test_groups_that_leave_one_without_rows_are_refused_before_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    groups = ["space.forms=[pivoted,frequency_groups]", "bases.frequency_groups=[5000,300]"]
+    ran = lrbo_command("search", *SMALL, WHOLE, *groups)
+    assert ran.status != 0
+    expected = "frequency_groups of model.embed_tokens: expected numbers of groups that all have"
+    assert expected in " ".join(ran.err.split())
+    assert "got [5000, 300]; change those of bases or leave the forms out" in ran.err
 
 
 def test_a_tied_head_and_lookups_without_cost_are_refused_before_weights(

@@ -9,7 +9,10 @@ from lrbo.errors import StatisticsError
 from lrbo.factorization.base_plan import BasePlan
 from lrbo.factorization.options import BaseOptions
 from lrbo.factorization.prediction import PREDICTION_SHRINKAGE
+from lrbo.factorization.prepared import UnitFactors, prepared_of
 from lrbo.factorization.tables import TableMetric
+from lrbo.layers.frequency_form import FrequencyGroups
+from lrbo.layers.options import Option
 from lrbo.models.specs import LayerSpec
 
 ROWS, WIDTH = 40, 16
@@ -70,7 +73,11 @@ def cost_of(role: str, change: Tensor, statistics: dict[Statistic, Tensor]) -> f
     }
     for name, (weights, matrix) in roles.items():
         if role in (name, "tied"):
-            for share, row in zip(statistics[weights], change, strict=True):
+            shares = statistics[weights]
+            if name == "head" and Statistic.TOKEN_FREQUENCY in statistics:
+                frequency = statistics[Statistic.TOKEN_FREQUENCY]
+                shares = (shares + shares.sum() * frequency) / 2
+            for share, row in zip(shares, change, strict=True):
                 total += 0.5 * float(share * (row @ shrunk(matrix) @ row))
     return total
 
@@ -153,6 +160,75 @@ def test_rounding_a_tied_table_by_its_metric_costs_less_than_to_the_nearest() ->
         (base,) = metric.bases(weight, plan, torch.float64)
         costs[method] = cost_of("tied", weight - base.weight(torch.float64), statistics)
     assert costs["gptq"] < 0.9 * costs["nearest"]
+
+
+@every_role
+@pytest.mark.parametrize("groups", [2, 3, 8])
+def test_every_few_directions_of_groups_are_predicted_row_by_row(role: str, groups: int) -> None:
+    statistics, weight = statistics_of(), table()
+    grouped = TableMetric.of(spec_of(role), statistics, CPU).grouped(weight, None, groups)
+    assert grouped.rest.loss is not None
+    size = -(-ROWS // groups)
+    assert grouped.rest.max_rank == FrequencyGroups.largest(ROWS, WIDTH, groups)
+    for count in {1, 2, 9, grouped.rest.max_rank // 2, grouped.rest.max_rank}:
+        module = grouped.module(count)
+        change = weight - module.dense_weight()
+        expected = cost_of(role, change, statistics)
+        assert float(grouped.rest.loss[count]) == pytest.approx(expected, rel=1e-9)
+        assert module.problem is None
+    assert bool((grouped.rest.loss.diff() <= 0).all())
+    weights = torch.stack(
+        [
+            each.outputs * each.inputs.trace()
+            for each in TableMetric.of(spec_of(role), statistics, CPU).roles
+        ]
+    ).sum(0)[grouped.order]
+    assert bool((weights.diff() <= 0).all())
+    # The rows of a group lie in the span of as many directions as it has.
+    module = grouped.module(9)
+    ranks = [
+        int(torch.linalg.matrix_rank(module.dense_weight()[own]))
+        for own in grouped.order.split(size)
+    ]
+    assert ranks == module.ranks.tolist()
+
+
+def test_groups_lose_less_than_a_rank_of_as_many_parameters_where_frequencies_fall() -> None:
+    statistics, weight = statistics_of(), table()
+    statistics[Statistic.TOKEN_FREQUENCY] = statistics[Statistic.TOKEN_FREQUENCY].pow(3)
+    metric = TableMetric.of(spec_of("lookup"), statistics, CPU)
+    whole, grouped = metric.factor(weight, None, WIDTH), metric.grouped(weight, None, 4)
+    ranks = grouped.module(16).ranks.tolist()
+    assert ranks == sorted(ranks, reverse=True)
+    assert ranks[0] > 2 * ranks[-1]
+    rank = -(-16 * (ROWS // 4 + WIDTH) // (ROWS + WIDTH))  # of as many parameters, rounded up
+    assert grouped.rest.loss is not None
+    assert whole.loss is not None
+    assert float(grouped.rest.loss[16]) < 0.7 * float(whole.loss[rank])
+
+
+def test_groups_come_back_from_their_tensors() -> None:
+    statistics, weight = statistics_of(), table()
+    metric, family = (
+        TableMetric.of(spec_of("tied"), statistics, CPU),
+        Option("frequency_groups", (3,)),
+    )
+    bias = torch.arange(ROWS).double()
+    grouped = metric.grouped(weight, bias, 3).to(dtype=torch.float32, device=CPU)
+    whole = metric.factor(weight, bias, WIDTH).to(dtype=torch.float32)
+    tensors = UnitFactors(whole, {family: grouped}).tensors()
+    assert all(tensor.is_contiguous() for tensor in tensors.values())
+    again = prepared_of(tensors)
+    for count in (1, 5, grouped.rest.max_rank):
+        held = again.stored("table", family.at(count), torch.float32).state_dict()
+        expected = grouped.module(count).state_dict()
+        assert held.keys() == expected.keys()
+        assert all(torch.equal(held[name], expected[name]) for name in expected)
+    with pytest.raises(ValueError, match="frequency groups of sizes"):
+        prepared_of({n.replace("groups 3", "groups 4"): each for n, each in tensors.items()})
+    for count in (0, grouped.rest.max_rank + 1):
+        with pytest.raises(ValueError, match=rf"{count} directions are outside 1\.\."):
+            again.trial_module("table", family.at(count), 0, {})
 
 
 def test_a_missing_statistic_is_named() -> None:

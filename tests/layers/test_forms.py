@@ -17,6 +17,7 @@ from lrbo.errors import ConfigError
 from lrbo.factorization.base_plan import BasePlan
 from lrbo.factorization.bases import Base
 from lrbo.factorization.factors import LowRankFactors
+from lrbo.factorization.frequency_groups import GroupedFactors
 from lrbo.factorization.joint import NEURONS, SKIP, Refit, Skipped, Thinned
 from lrbo.factorization.kronecker import KroneckerSum
 from lrbo.factorization.options import BaseOptions
@@ -32,6 +33,8 @@ from lrbo.layers.forms import (
     QuantizedFactors,
     form_named,
 )
+from lrbo.layers.frequency import GroupedLinear
+from lrbo.layers.frequency_form import FrequencyGroups
 from lrbo.layers.joint import empty_joint
 from lrbo.layers.joint_form import Joint
 from lrbo.layers.kronecker import KroneckerLinear
@@ -54,6 +57,7 @@ ALONE = ("factored_int8", "factored_int4")  # have a base of nothing
 PERCENTAGES = (25, 50)
 ROW_PERCENTAGES = (20, 40)
 BLOCKS = ((2, 1), (1, 2), (4, 4), (3, 3))
+GROUPS = (2, 3)
 
 every_form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 every_module = pytest.mark.parametrize("form", list(FORMS.values())[1:], ids=list(FORMS)[1:])
@@ -63,7 +67,7 @@ both_biases = pytest.mark.parametrize("bias", [False, True])
 
 
 def grid(multiple: int = 1, minimum: int = 0) -> Grid:
-    return Grid(multiple, minimum, GROUP_SIZES, PERCENTAGES, ROW_PERCENTAGES, BLOCKS)
+    return Grid(multiple, minimum, GROUP_SIZES, PERCENTAGES, ROW_PERCENTAGES, BLOCKS, GROUPS)
 
 
 def unit_of(shape: tuple[int, int], *, bias: bool = False) -> LayerSpec:
@@ -90,6 +94,8 @@ def module_of(
     offset = torch.ones(shape[0])
     if isinstance(form, Kronecker):
         return kronecker_of(shape, level, offset=offset.double() if bias else None).float()
+    if isinstance(form, FrequencyGroups):
+        return grouped_of(shape, level, offset if bias else None)
     if isinstance(form, Based):
         rest = LowRankFactors(left.float(), right.float(), torch.zeros(level[-1] + 1))
         rest = replace(rest, offset=offset if bias else None)
@@ -146,6 +152,20 @@ def kronecker_of(
     return terms_of.module(terms)
 
 
+def grouped_of(
+    shape: tuple[int, int], level: tuple[int, ...], offset: Tensor | None = None
+) -> GroupedLinear:
+    """Return a table of random factors, with its rows in a random order."""
+    groups, count = level
+    order = torch.randperm(shape[0], generator=torch.Generator().manual_seed(count))
+    weight, parts = factors(shape, shape[1])[0].float(), []
+    for own in order.split(FrequencyGroups.rows(shape[0], groups)):
+        u, s, vh = torch.linalg.svd(weight[own], full_matrices=False)
+        tail = torch.cat([s.square().flip(0).cumsum(0).flip(0), s.new_zeros(1)])
+        parts.append(LowRankFactors(u * s, vh, tail))
+    return GroupedFactors.of(order, parts, offset).module(count)
+
+
 def base_of(
     form: Based, shape: tuple[int, int], level: tuple[int, ...], dtype: torch.dtype
 ) -> Base:
@@ -177,7 +197,7 @@ def cases(form: Form, shape: tuple[int, int], *, bias: bool) -> Iterator[tuple[i
 
 def test_every_form_but_dense_has_a_module() -> None:
     others = {name for name, form in FORMS.items() if isinstance(form, Based | Joint)}
-    assert set(FORMS) == {DENSE_FORM, *PRODUCTS, *others, "kronecker"}
+    assert set(FORMS) == {DENSE_FORM, *PRODUCTS, *others, "kronecker", "frequency_groups"}
     assert all(isinstance(form, Form) and form.name == name for name, form in FORMS.items())
     assert low_rank_layers(nn.Linear(2, 3)) == {}
 
@@ -230,6 +250,14 @@ def test_levels_rise_in_every_cost_and_have_no_problem(
         if isinstance(form, Kronecker):
             assert ranks == [*range(1, len(ranks) + 1)]
             assert costs[-1][0] < unit.parameters + (shape[0] if bias else 0)
+        elif isinstance(form, FrequencyGroups):
+            groups = levels[0][0] if levels else 2
+            sizes = [len(part) for part in torch.arange(shape[0]).split(-(-shape[0] // groups))]
+            assert len(sizes) == groups or not levels
+            first = max(-(-minimum * groups // multiple), 1) * multiple
+            counts = range(first, sum(min(size, shape[1]) for size in sizes) + 1, multiple)
+            cheaper = [n for n in counts if n * (sizes[0] + shape[1]) < shape[0] * shape[1]]
+            assert ranks == cheaper
         elif isinstance(form, Based) and form.name not in ALONE:
             assert ranks == [*range(0, form.largest_rank(*shape) + 1, multiple)]
             most = 0 if form.name in ("int8", "int8_sym") else min(shape) // 8

@@ -39,7 +39,7 @@ def arguments(tmp_path: Path) -> dict:
             torch.float32,
             torch.float32,
             make_space(layers=layers.compressible, groups={"all": ["*"]}, dense=[], start={}),
-            {"calibration": TokenWindows(token_ids(3, 12), "text")},
+            {"validation": TokenWindows(token_ids(3, 12), "text")},
         ),
         "file": sensitivity_file(tmp_path),
         "model": model,

@@ -3,6 +3,8 @@
 from torch import nn
 
 from lrbo.layers.based import BasedLinear
+from lrbo.layers.frequency import GroupedLinear
+from lrbo.layers.frequency_form import FrequencyGroups
 from lrbo.layers.joint import SkippedLinear, ThinLinear
 from lrbo.layers.kronecker import KroneckerLinear
 from lrbo.layers.kronecker_form import Kronecker
@@ -17,4 +19,6 @@ def form_of(module: nn.Module) -> str:
         return "neurons" if isinstance(module, ThinLinear) else "skip"
     if isinstance(module, KroneckerLinear):
         return Kronecker.name
+    if isinstance(module, GroupedLinear):
+        return FrequencyGroups.name
     return next(name for name, kind in PRODUCTS.items() if isinstance(module, kind))
