@@ -68,9 +68,16 @@ class Card:
                 for part in (BASE, ADAPTER)
             },
             serving=self._serving(),
+            alternated=self._alternated(),
             is_refit=any(trial["taken"] for trial in refit["trials"]),
             table=self.scores,
         )
+
+    def _alternated(self) -> Mapping[str, Any] | None:
+        """Return the row of the trial if its bases were made again in turns."""
+        trials = (self.about.get("alternations") or {"trials": []})["trials"]
+        own = [row for row in trials if row["trial"] == self.about["trial"] and row["taken"]]
+        return own[0] if own else None
 
     def _serving(self) -> str:
         """Return the command line that serves an adapter with its base."""

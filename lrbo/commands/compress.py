@@ -31,6 +31,7 @@ from lrbo.models.devices import dtype_name, resolve_device, resolve_dtype
 from lrbo.models.loading import load_config
 from lrbo.models.parameters import cast_, not_finite
 from lrbo.pipeline import build_worker, checks, planning
+from lrbo.pipeline.alternations import alternation_problems
 from lrbo.pipeline.feasibility import points, study_of
 from lrbo.pipeline.finalists import Finalist, finalist
 from lrbo.pipeline.trial_loop import evaluate_between
@@ -83,7 +84,7 @@ def run(config: CompressConfig, reporter: Reporter) -> dict[str, Any]:
             f"point={point}: trial {lowest.request.trial_index} has the lowest loss up to there, "
             f"with {metric} {lowest.metrics[metric]:.4f} of {limit:g}"
         )
-    best = finalist(plan, study, records, config.refit, reporter)
+    best = finalist(plan, study, records, config.refit, reporter, turns=config.bases.alternations)
     record, allocation = best.record, best.record.request.allocation
     model = _stored_model(plan, study, config.dtype)
     _put_in(model, best, reporter)
@@ -109,6 +110,7 @@ def run(config: CompressConfig, reporter: Reporter) -> dict[str, Any]:
         },
         "validation_as_written": as_written,
         "refit": best.refit,
+        "alternations": _totals(best),
         "data": study.data,
         "versions": versions(),
     }
@@ -188,8 +190,18 @@ def run(config: CompressConfig, reporter: Reporter) -> dict[str, Any]:
         "keep_ratio": keep_ratio,
         "forms": forms,
         "refit": best.refit,
+        "alternations": best.alternations,
         **sizes,
     }
+
+
+def _totals(best: Finalist) -> dict[str, Any] | None:
+    """Return what alternations gained in all, without their rows by layer."""
+    if best.alternations is None:
+        return None
+    trials = best.alternations["trials"]
+    totals = [{key: row[key] for key in row if key != "rows"} for row in trials]
+    return {**best.alternations, "trials": totals}
 
 
 def _serving(stock: Stock, options: Mapping[str, Option]) -> str:
@@ -205,7 +217,10 @@ def _serving(stock: Stock, options: Mapping[str, Option]) -> str:
 def _require_room(
     config: CompressConfig, plan: planning.Plan, records: Sequence[TrialRecord]
 ) -> None:
-    """Refuse forms that a format cannot hold, and biases that no dense model has."""
+    """Refuse forms and biases that a format cannot hold, and trials without what is asked for."""
+    taken = records if config.refit.enabled else records[:1]
+    if problems := alternation_problems(config.bases.alternations, plan, taken):
+        raise ConfigError(problems)
     if config.format == "remote_code":
         for record in records:
             for name, option in record.request.allocation.compressed.items():

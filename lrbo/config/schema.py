@@ -267,6 +267,13 @@ class RefitConfig:
 
 
 @dataclass
+class AlternationConfig:
+    """How often bases and the low ranks over them are made again in turns."""
+
+    alternations: int = option(0, at_least(0, most=REPEATED))
+
+
+@dataclass
 class CompressConfig:
     """conf/compress.yaml."""
 
@@ -277,6 +284,7 @@ class CompressConfig:
     format: str = option("lrbo", one_of(("lrbo", "remote_code", "merged", "adapter")))
     vllm: bool = False
     register: str = option("link", one_of(("link", "copy", "none")))
+    bases: AlternationConfig = field(default_factory=AlternationConfig)
     refit: RefitConfig = field(default_factory=RefitConfig)
     dtype: str = option("auto", DTYPE)
     output: str = option("text", OUTPUT)

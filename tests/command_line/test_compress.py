@@ -37,6 +37,7 @@ def test_compress_writes_what_evaluate_scores_like_the_trial(project: Path, sear
     assert ran.status == 0, ran.err
     answer = ran.json
     keys = {"folder", "parameters", "parameters_in_file", "keep_ratio", "forms", "refit"}
+    keys |= {"alternations"}
     assert set(answer) == keys
     assert answer["parameters"] == answer["parameters_in_file"]
     assert answer["keep_ratio"] == best["keep_ratio"]
