@@ -13,8 +13,9 @@ from lrbo.allocation.apply import replaced
 from lrbo.allocation.loss_calibration import Measurement
 from lrbo.errors import NonFiniteError
 from lrbo.factorization.prepared import Prepared
-from lrbo.layers.forms import Based, Factored, KeptRows, form_named, is_joint
+from lrbo.layers.forms import Based, KeptRows, form_named, is_joint
 from lrbo.layers.options import Menu, Option
+from lrbo.layers.product_form import Factored
 from lrbo.models.blockwise import Scratch
 from lrbo.models.specs import LayerSpec
 from lrbo.tasks.model_task import ModelTask, Segments

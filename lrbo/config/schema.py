@@ -163,6 +163,7 @@ class BasesConfig:
     row_percentages: list[int] = field(default_factory=lambda: [5])
     blocks: list[list[int]] = field(default_factory=lambda: [[2, 1], [1, 2]])
     damping: float = 0.01
+    factor_bits: int = option(8, Rule("8 or 16", lambda v: v in (8, 16)))
 
 
 @dataclass
@@ -281,7 +282,7 @@ class CompressConfig:
     studies: str = choices.STUDIES
     point: str = option("best", POINT)
     out: str = MISSING
-    format: str = option("lrbo", one_of(("lrbo", "remote_code", "merged", "adapter")))
+    format: str = option("lrbo", one_of(choices.FORMATS))
     vllm: bool = False
     register: str = option("link", one_of(("link", "copy", "none")))
     bases: AlternationConfig = field(default_factory=AlternationConfig)

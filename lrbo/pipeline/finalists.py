@@ -76,7 +76,8 @@ def finalist(
     refits, alternations = list[dict[str, Any]](), list[dict[str, Any]]()
     solved: Mapping[str, Prepared] = factors
     for candidate in records if config.enabled else records[:1]:
-        its_loss, its_factors = candidate.metrics[name], factors
+        its_loss: float = candidate.metrics[name]
+        its_factors: Mapping[str, Prepared] = factors
         if turns:
             row, made = alternate_trial(
                 plan, model, statistics, factors, candidate, turns, reporter
