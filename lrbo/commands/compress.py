@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from lrbo.allocation.apply import store_
 from lrbo.checkpoints import export
+from lrbo.checkpoints import nemotron_nas as nas
 from lrbo.checkpoints.card import Card
 from lrbo.checkpoints.merged import save_merged, with_biases
 from lrbo.checkpoints.stock import Stock, missing_packages, schemes_of, unfit, vllm_problems
@@ -52,7 +53,7 @@ def run(config: CompressConfig, reporter: Reporter) -> dict[str, Any]:
         ConfigError: If a value cannot work, or the folder exists.
         StudyError: If there is no such study or trial.
         ModelError: If a number of the model is beyond the dtype that it is to be written in.
-        CheckpointError: If format=merged or adapter has no parameter for biases that the method
+        CheckpointError: If a format of dense layers has no parameter for biases that the method
             adds.
     """
     checks.require_valid(config)
@@ -120,6 +121,7 @@ def run(config: CompressConfig, reporter: Reporter) -> dict[str, Any]:
     stock = None
     if config.format == "adapter":
         stock = Stock.of(model, allocation.compressed, vllm=config.vllm)
+    layout = nas.NemotronNas.of(model) if config.format == "nemotron_nas" else None
     card = Card(
         out.name,
         config.format,
@@ -136,6 +138,7 @@ def run(config: CompressConfig, reporter: Reporter) -> dict[str, Any]:
         hub_tag=plan.task.record.hub_tag,
         measure=measure,
         stock=stock,
+        layout=layout,
         counted_bytes=counted.model.bytes,
         covered=covered_text(study),
     ).text()
@@ -150,6 +153,11 @@ def run(config: CompressConfig, reporter: Reporter) -> dict[str, Any]:
             f"the adapter; format=lrbo holds both in {counted.model.bytes:,}"
         )
         reporter.say(_serving(stock, allocation.compressed))
+    elif layout is not None:
+        forms = []
+        layout.save(out, model, tokenizer, card, tokens)
+        in_file = parameters = layout.parameters
+        reporter.say(f"format=nemotron_nas: {in_file:,} dense parameters; {layout.summary}")
     elif config.format == "merged":
         forms = []
         in_file = parameters = save_merged(out, model, tokenizer, card, tokens)
@@ -218,8 +226,8 @@ def _require_room(
     config: CompressConfig, plan: planning.Plan, records: Sequence[TrialRecord]
 ) -> None:
     """Refuse forms and biases that a format cannot hold, and trials without what is asked for."""
-    taken = records if config.refit.enabled else records[:1]
-    if problems := alternation_problems(config.bases.alternations, plan, taken):
+    tried = records if config.refit.enabled else records[:1]
+    if problems := alternation_problems(config.bases.alternations, plan, tried):
         raise ConfigError(problems)
     if config.format == "remote_code":
         for record in records:
@@ -234,8 +242,11 @@ def _require_room(
                             "format=lrbo, or format=merged"
                         ]
                     )
-    if config.format not in ("merged", "adapter"):
+    if config.format not in ("merged", "nemotron_nas", "adapter"):
         return
+    model_config = load_config(plan.source)
+    if config.format == "nemotron_nas" and (reason := nas.unfit(model_config)) is not None:
+        raise ConfigError([f"format='nemotron_nas': {reason}; expected format=lrbo or merged"])
     taken = [record.request.allocation.compressed for record in records]
     compressed = {name for options in taken for name in options}
     biased = [name for name in plan.added_biases if name in compressed]
@@ -245,7 +256,7 @@ def _require_room(
         for spec in plan.layers.compressible
         if spec.name in skipped and spec.is_closing and not spec.has_bias
     ]
-    dense = with_biases(load_config(plan.source), biased)
+    dense = with_biases(model_config, biased)
     if config.format == "adapter":
         _require_stock(records, dense, vllm=config.vllm)
 

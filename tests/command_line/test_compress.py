@@ -311,6 +311,10 @@ def test_forms_that_a_format_cannot_hold_are_refused_before_any_work(
     ran = lrbo_command("compress", "study=tiny", "format=adapter", "out=stock")
     assert (ran.status, "peft lacks" in ran.err) == (2, True)
     assert not Path("stock").exists()
+    monkeypatch.setattr(compress.nas, "unfit", lambda config: f"not of {config.model_type}")
+    ran = lrbo_command("compress", "study=tiny", "format=nemotron_nas", "out=nas")
+    assert ran.status == 2
+    assert "format='nemotron_nas': not of llama; expected format=lrbo or merged" in ran.err
 
 
 def test_merged_weights_open_with_any_loader(project: Path) -> None:
