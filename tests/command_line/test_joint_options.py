@@ -81,17 +81,6 @@ def test_what_is_written_holds_and_scores_what_was_searched(
     assert "its modelling file has no" in refused.err
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        (["space.forms=[neurons,skip]"], "expected a form of single layers too, such as pivoted"),
-        (
-            ["space=per_kind", "space.forms=[pivoted,skip]"],
-            "only space=weights decides about options of several layers together (skip)",
-        ),
-        (["space.forms=[structured]", "sensitivity.enabled=false"], "multiplies loss curves"),
-    ],
-)
 def test_blocks_that_differ_are_written_for_other_readers(
     searched: tuple[Path, Ran], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -115,6 +104,17 @@ def test_blocks_that_differ_are_written_for_other_readers(
     assert "from_pretrained" not in card
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["space.forms=[neurons,skip]"], "expected a form of single layers too, such as pivoted"),
+        (
+            ["space=per_kind", "space.forms=[pivoted,skip]"],
+            "only space=weights decides about options of several layers together (skip)",
+        ),
+        (["space.forms=[structured]", "sensitivity.enabled=false"], "multiplies loss curves"),
+    ],
+)
 def test_what_cannot_be_together_is_refused_before_anything_is_loaded(
     changes: list[str], message: str, tmp_path: Path
 ) -> None:
