@@ -122,8 +122,8 @@ def alternate(unit: BasedWeight, rank: int, parts: Parts, turns: int) -> Alterna
     References:
         Saha et al., *Compressing Large Language Models using Low Rank and Low Precision
         Decomposition* (CALDERA), NeurIPS 2024, algorithm 1, from its base on. Its inner loop, which
-        solves one factor again for the rounding of the other, is left out: in 8 bits rounding
-        factors changes the predicted loss by less than a thousandth.
+        solves one factor again for the rounding of the other, is left out: with factors of 8 bits
+        rounding changes the predicted loss by about a thousandth.
     """
     weight, dtype = parts.weight, unit.base.dtype
 

@@ -10,9 +10,8 @@ from transformers import PreTrainedModel
 
 from lrbo.calibration.statistics import Statistic
 from lrbo.config.options import mismatch
-from lrbo.errors import StatisticsError
 from lrbo.factorization.alternation import Parts, alternate, is_alternated
-from lrbo.factorization.cache import LayerStatistics
+from lrbo.factorization.cache import LayerStatistics, naming
 from lrbo.factorization.prepared import BasedWeight, Prepared, UnitFactors
 from lrbo.layers.options import Option
 from lrbo.pipeline.planning import Plan
@@ -89,19 +88,10 @@ def alternate_trial(
             assert isinstance(own, UnitFactors)
             unit, spec = own.based[option.family], plan.layers.by_name[name]
             assert isinstance(unit, BasedWeight)
-            try:
-                parts = Parts.of(
-                    spec,
-                    weights.get_submodule(name),
-                    unit,
-                    plan.method,
-                    statistics.of(spec),
-                    bases,
-                    model.device,
-                )
+            given, module = statistics.of(spec), weights.get_submodule(name)
+            with naming(name):
+                parts = Parts.of(spec, module, unit, plan.method, given, bases, model.device)
                 result = alternate(unit, option.rank, parts, turns)
-            except StatisticsError as error:
-                raise StatisticsError(f"{name}: {error}") from error
             made[name] = replace(own, based={**own.based, option.family: result.unit})
             rows.append(
                 {
