@@ -15,10 +15,11 @@ from lrbo.allocation.apply import replaced, trial_modules
 from lrbo.allocation.loss_calibration import Measurement
 from lrbo.errors import NonFiniteError
 from lrbo.factorization.prepared import Prepared
-from lrbo.layers.forms import Based, Factored, KeptRows, form_named, is_joint
+from lrbo.layers.forms import Based, KeptRows, form_named, is_joint
 from lrbo.layers.frequency_form import FrequencyGroups
 from lrbo.layers.joint_form import Joint
 from lrbo.layers.options import Menu, Option, Section
+from lrbo.layers.product_form import Factored
 from lrbo.models.blockwise import Scratch
 from lrbo.models.specs import LayerSpec
 from lrbo.tasks.model_task import ModelTask, Reference, Segments

@@ -13,7 +13,9 @@ import yaml  # type: ignore[import-untyped]  # has no types
 from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
+from lrbo.checkpoints.nemotron_nas import NemotronNas
 from lrbo.checkpoints.stock import Stock
+from lrbo.config.choices import FLOATS
 from lrbo.files.paths import ADAPTER, BASE
 from lrbo.files.rendering import render
 from lrbo.files.tables import Table
@@ -26,7 +28,7 @@ class Card:
     """What the card of a checkpoint states."""
 
     name: str
-    written_as: str  # "lrbo", "remote_code", "merged" or "adapter"
+    written_as: str  # one of FORMATS
     about: Mapping[str, Any]  # of the checkpoint: method, refit, validation, data and versions
     source: ModelSource  # of the base model
     parameters: tuple[int, int]  # of the whole model, low-rank and dense
@@ -40,7 +42,8 @@ class Card:
     notes: Sequence[str] = ()  # a sentence each, on what the search adds to where it began
     measure: Measure = "parameters"
     stock: Stock | None = None  # what is written as an adapter
-    counted_bytes: int = 0  # of that, as the forms count
+    layout: NemotronNas | None = None  # what is written as blocks that differ
+    counted_bytes: int = 0  # of what is written as an adapter, as the forms count
     covered: str = ""  # which share of the model the budget covers
 
     def text(self) -> str:
@@ -68,9 +71,17 @@ class Card:
                 for part in (BASE, ADAPTER)
             },
             serving=self._serving(),
+            in_floats=any(form.endswith(FLOATS) for form in self.forms),
+            alternated=self._alternated(),
             is_refit=any(trial["taken"] for trial in refit["trials"]),
             table=self.scores,
         )
+
+    def _alternated(self) -> Mapping[str, Any] | None:
+        """Return the row of the trial if its bases were made again in turns."""
+        trials = (self.about.get("alternations") or {"trials": []})["trials"]
+        own = [row for row in trials if row["trial"] == self.about["trial"] and row["taken"]]
+        return own[0] if own else None
 
     def _serving(self) -> str:
         """Return the command line that serves an adapter with its base."""

@@ -59,11 +59,11 @@ def save_merged(
         CheckpointError: If the folder exists or cannot be written, or a layer cannot have a bias.
     """
     with checkpoint_folder(folder, model, tokenizer, card, windows) as beside:
-        _merged(model).save_pretrained(beside)
+        merged_model(model).save_pretrained(beside)
         return count_parameters(read_headers(beside.glob("*.safetensors")), {})
 
 
-def _merged(model: PreTrainedModel) -> PreTrainedModel:
+def merged_model(model: PreTrainedModel) -> PreTrainedModel:
     """Return a dense model with the products of a compressed one."""
     structure = Structure.of(model)
     merged, tensors = frame_of(model, structure)

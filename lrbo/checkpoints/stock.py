@@ -357,12 +357,14 @@ def _packed(layer: BasedLinear, scheme: Scheme) -> dict[str, Tensor]:
 def _lora(
     layer: BasedLinear, dtype: torch.dtype
 ) -> tuple[Float[Tensor, "r in"], Float[Tensor, "out r"]]:
-    """Return the factors of a low rank, of which those that multiply inputs are at most 1.
+    """Return the factors of a low rank: floats as they are, integers as numbers up to 1 and scales.
 
-    Integers over 128: the rounding is that of the layer, and in float16 nothing overflows.
+    Integers over 128 multiply inputs: the rounding is that of the layer, and in float16 nothing
+    overflows.
     """
     assert layer.left is not None
     assert layer.right is not None
-    assert layer.factor_scale is not None
+    if layer.factor_scale is None:
+        return layer.right.to(dtype), layer.left.to(dtype)
     whole = INT8 + 1
     return layer.right.to(dtype) / whole, layer.left.to(dtype) * layer.factor_scale * whole

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from lrbo.allocation.apply import store_
 from lrbo.checkpoints import export
+from lrbo.checkpoints import nemotron_nas as nas
 from lrbo.checkpoints.card import Card
 from lrbo.checkpoints.merged import save_merged, with_biases
 from lrbo.checkpoints.stock import Stock, missing_packages, schemes_of, unfit, vllm_problems
@@ -31,6 +32,7 @@ from lrbo.models.devices import dtype_name, resolve_device, resolve_dtype
 from lrbo.models.loading import load_config
 from lrbo.models.parameters import cast_, not_finite
 from lrbo.pipeline import build_worker, checks, planning
+from lrbo.pipeline.alternations import alternation_problems
 from lrbo.pipeline.feasibility import points, study_of
 from lrbo.pipeline.finalists import Finalist, finalist
 from lrbo.pipeline.trial_loop import evaluate_between
@@ -51,7 +53,7 @@ def run(config: CompressConfig, reporter: Reporter) -> dict[str, Any]:
         ConfigError: If a value cannot work, or the folder exists.
         StudyError: If there is no such study or trial.
         ModelError: If a number of the model is beyond the dtype that it is to be written in.
-        CheckpointError: If format=merged or adapter has no parameter for biases that the method
+        CheckpointError: If a format of dense layers has no parameter for biases that the method
             adds.
     """
     checks.require_valid(config)
@@ -83,7 +85,7 @@ def run(config: CompressConfig, reporter: Reporter) -> dict[str, Any]:
             f"point={point}: trial {lowest.request.trial_index} has the lowest loss up to there, "
             f"with {metric} {lowest.metrics[metric]:.4f} of {limit:g}"
         )
-    best = finalist(plan, study, records, config.refit, reporter)
+    best = finalist(plan, study, records, config.refit, reporter, turns=config.bases.alternations)
     record, allocation = best.record, best.record.request.allocation
     model = _stored_model(plan, study, config.dtype)
     _put_in(model, best, reporter)
@@ -109,6 +111,7 @@ def run(config: CompressConfig, reporter: Reporter) -> dict[str, Any]:
         },
         "validation_as_written": as_written,
         "refit": best.refit,
+        "alternations": _totals(best),
         "data": study.data,
         "versions": versions(),
     }
@@ -118,6 +121,7 @@ def run(config: CompressConfig, reporter: Reporter) -> dict[str, Any]:
     stock = None
     if config.format == "adapter":
         stock = Stock.of(model, allocation.compressed, vllm=config.vllm)
+    layout = nas.NemotronNas.of(model) if config.format == "nemotron_nas" else None
     card = Card(
         out.name,
         config.format,
@@ -134,6 +138,7 @@ def run(config: CompressConfig, reporter: Reporter) -> dict[str, Any]:
         hub_tag=plan.task.record.hub_tag,
         measure=measure,
         stock=stock,
+        layout=layout,
         counted_bytes=counted.model.bytes,
         covered=covered_text(study),
     ).text()
@@ -148,6 +153,11 @@ def run(config: CompressConfig, reporter: Reporter) -> dict[str, Any]:
             f"the adapter; format=lrbo holds both in {counted.model.bytes:,}"
         )
         reporter.say(_serving(stock, allocation.compressed))
+    elif layout is not None:
+        forms = []
+        layout.save(out, model, tokenizer, card, tokens)
+        in_file = parameters = layout.parameters
+        reporter.say(f"format=nemotron_nas: {in_file:,} dense parameters; {layout.summary}")
     elif config.format == "merged":
         forms = []
         in_file = parameters = save_merged(out, model, tokenizer, card, tokens)
@@ -188,8 +198,18 @@ def run(config: CompressConfig, reporter: Reporter) -> dict[str, Any]:
         "keep_ratio": keep_ratio,
         "forms": forms,
         "refit": best.refit,
+        "alternations": best.alternations,
         **sizes,
     }
+
+
+def _totals(best: Finalist) -> dict[str, Any] | None:
+    """Return what alternations gained in all, without their rows by layer."""
+    if best.alternations is None:
+        return None
+    trials = best.alternations["trials"]
+    totals = [{key: row[key] for key in row if key != "rows"} for row in trials]
+    return {**best.alternations, "trials": totals}
 
 
 def _serving(stock: Stock, options: Mapping[str, Option]) -> str:
@@ -205,7 +225,10 @@ def _serving(stock: Stock, options: Mapping[str, Option]) -> str:
 def _require_room(
     config: CompressConfig, plan: planning.Plan, records: Sequence[TrialRecord]
 ) -> None:
-    """Refuse forms that a format cannot hold, and biases that no dense model has."""
+    """Refuse forms and biases that a format cannot hold, and trials without what is asked for."""
+    tried = records if config.refit.enabled else records[:1]
+    if problems := alternation_problems(config.bases.alternations, plan, tried):
+        raise ConfigError(problems)
     if config.format == "remote_code":
         for record in records:
             for name, option in record.request.allocation.compressed.items():
@@ -219,8 +242,11 @@ def _require_room(
                             "format=lrbo, or format=merged"
                         ]
                     )
-    if config.format not in ("merged", "adapter"):
+    if config.format not in ("merged", "nemotron_nas", "adapter"):
         return
+    model_config = load_config(plan.source)
+    if config.format == "nemotron_nas" and (reason := nas.unfit(model_config)) is not None:
+        raise ConfigError([f"format='nemotron_nas': {reason}; expected format=lrbo or merged"])
     taken = [record.request.allocation.compressed for record in records]
     compressed = {name for options in taken for name in options}
     biased = [name for name in plan.added_biases if name in compressed]
@@ -230,7 +256,7 @@ def _require_room(
         for spec in plan.layers.compressible
         if spec.name in skipped and spec.is_closing and not spec.has_bias
     ]
-    dense = with_biases(load_config(plan.source), biased)
+    dense = with_biases(model_config, biased)
     if config.format == "adapter":
         _require_stock(records, dense, vllm=config.vllm)
 

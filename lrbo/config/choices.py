@@ -25,6 +25,7 @@ STORED_ITEMSIZES = {**ITEMSIZES, "float64": 8}  # also of dtypes that models do 
 DTYPES = (AUTO, *ITEMSIZES)  # of the weights in memory
 STEPS = 4  # of decoding in a timing, of one token each
 
+FORMATS = ("lrbo", "remote_code", "merged", "nemotron_nas", "adapter")  # of checkpoints
 STUDIES = "studies"  # the folder of studies, where none is named
 STUDY = "study:"  # begins what a warm start takes from a study, by its name or folder
 WARM_START = re.compile(rf"uniform|analytic|start|paper|{STUDY}[^:]+(:\d+)?")
@@ -39,6 +40,14 @@ FORM_PRESETS: Mapping[str, tuple[str, ...]] = {
     "stock": ("int4_sym", "int8_sym"),
     "structured": ("pivoted", "neurons", "skip"),
 }
+
+# Forms with a base and a low rank of what it leaves, and how their names end where its factors are
+# floats, as bases.factor_bits=16 takes them.
+REPAIRED = (
+    *(f"int{bits}{kind}" for kind in ("", "_sym") for bits in (4, 3, 2)),
+    *("lut4", "lut3", "sparse_2_4", "sparse", "sparse_rows"),
+)
+FLOATS = "_float"
 
 # What a variable may be: a kept ratio, the natural logarithm of a factor of a loss curve, or a
 # relative error of outputs.

@@ -21,7 +21,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lrbo.config.choices import FORM_PRESETS, SQLITE, STUDY
+from lrbo.config.choices import FLOATS, FORM_PRESETS, REPAIRED, SQLITE, STUDY
 from lrbo.config.schema import PATHS, SCHEMAS, Config, SearchConfig
 from lrbo.errors import ConfigError
 
@@ -133,6 +133,10 @@ def to_object(config: DictConfig) -> Config:
     if isinstance(values, SearchConfig):
         presets = (FORM_PRESETS.get(name, (name,)) for name in values.space.forms)
         values.space.forms = [form for forms in presets for form in forms]
+        if values.bases.factor_bits == 16:
+            values.space.forms = [
+                f"{form}{FLOATS}" if form in REPAIRED else form for form in values.space.forms
+            ]
     strays = [f"{key} is no key of this configuration; remove +{key}=" for key in _settled(values)]
     if strays:
         raise ConfigError(strays)

@@ -31,6 +31,9 @@ FREE_KEYS = (
     "studies",
 )
 
+# Keys that came when there were studies already, and what those of before were begun with.
+ADDED: Mapping[str, Any] = {"bases.factor_bits": 8}
+
 
 def is_free(key: str) -> bool:
     """Whether a key may differ when a study is continued."""
@@ -55,10 +58,14 @@ def from_yaml(text: str, where: str) -> SearchConfig:
     """Return the configuration that :func:`to_yaml` wrote; shared, so not to be changed.
 
     A StudyError, which begins with ``where``, names keys that are missing or unknown and values of
-    another kind: no default of today stands for what a study was begun with.
+    another kind: no default of today stands for what a study was begun with, but ``ADDED`` does.
     """
     with reading(StudyError, f"{where} is no YAML"):
         values = yaml.safe_load(text)
+    for key, value in ADDED.items():
+        group, _, name = key.partition(".")
+        if isinstance(values, dict) and isinstance(values.get(group), dict):
+            values[group].setdefault(name, value)
     advice = "use the version of lrbo that wrote it"
     try:
         config: SearchConfig = checked(values, SearchConfig, where)

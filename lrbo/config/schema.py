@@ -164,6 +164,7 @@ class BasesConfig:
     blocks: list[list[int]] = field(default_factory=lambda: [[2, 1], [1, 2]])
     frequency_groups: list[int] = field(default_factory=lambda: [8])
     damping: float = 0.01
+    factor_bits: int = option(8, Rule("8 or 16", lambda v: v in (8, 16)))
 
 
 @dataclass
@@ -268,6 +269,13 @@ class RefitConfig:
 
 
 @dataclass
+class AlternationConfig:
+    """How often bases and the low ranks over them are made again in turns."""
+
+    alternations: int = option(0, at_least(0, most=REPEATED))
+
+
+@dataclass
 class CompressConfig:
     """conf/compress.yaml."""
 
@@ -275,9 +283,10 @@ class CompressConfig:
     studies: str = choices.STUDIES
     point: str = option("best", POINT)
     out: str = MISSING
-    format: str = option("lrbo", one_of(("lrbo", "remote_code", "merged", "adapter")))
+    format: str = option("lrbo", one_of(choices.FORMATS))
     vllm: bool = False
     register: str = option("link", one_of(("link", "copy", "none")))
+    bases: AlternationConfig = field(default_factory=AlternationConfig)
     refit: RefitConfig = field(default_factory=RefitConfig)
     dtype: str = option("auto", DTYPE)
     output: str = option("text", OUTPUT)

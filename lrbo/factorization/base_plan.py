@@ -64,6 +64,18 @@ class BasePlan:
         """The plan of those forms whose rows can be looked up; ``None`` if none can."""
         return BasePlan.of([n for n in self.forms if form_named(n).by_rows], self.options)
 
+    def only(self, family: Option) -> BasePlan:
+        """Return the plan of the one base of a family."""
+        form, options = form_named(family.form), self.options
+        match form:
+            case Quantized():
+                options = replace(options, group_sizes=family.level)
+            case Sparse():
+                options = replace(options, percentages=family.level)
+            case KeptRows():
+                options = replace(options, row_percentages=family.level)
+        return BasePlan((form.name,), options)
+
     @property
     def frequency_groups(self) -> Sequence[int]:
         """The numbers of groups that tables are factored in, if at all."""

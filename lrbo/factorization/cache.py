@@ -77,7 +77,7 @@ def factor_model(
             for spec in members:
                 if min(spec.out_features, spec.in_features) > 1:
                     module = model.get_submodule(spec.name)
-                    with _naming(spec.name):
+                    with naming(spec.name):
                         given = statistics.of(spec)
                         if block is None:
                             own = prepared_table(spec, module, given, device, bases=bases)
@@ -109,7 +109,7 @@ def _add_joint(
             continue
         last = model.get_submodule(end.name)
         work = float64_device(linear_weight(last).device if device is None else device)
-        with _naming(end.name):
+        with naming(end.name):
             parts = prepare_joint(forms, specs, last, statistics.of(end), work)
         for name, own in parts.items():
             unit = made[name]
@@ -120,7 +120,7 @@ def _add_joint(
 
 
 @contextmanager
-def _naming(layer: str) -> Iterator[None]:
+def naming(layer: str) -> Iterator[None]:
     """Put the name of a layer before each warning and statistics error."""
     try:
         with warnings.catch_warnings(record=True) as caught:

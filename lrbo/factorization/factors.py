@@ -11,10 +11,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lrbo.layers.forms import Factored, form_named
+from lrbo.layers.forms import form_named
 from lrbo.layers.low_rank import Bias, LowRankLinear, is_dearer, linear_of
 from lrbo.layers.modules import PRODUCTS
 from lrbo.layers.options import Losses, Option, Section
+from lrbo.layers.product_form import Factored
 
 Buffers = MutableMapping[str, Tensor]
 Curve = Literal["loss", "error"]  # of a section: predicted losses, or relative output errors

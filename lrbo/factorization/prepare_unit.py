@@ -81,8 +81,8 @@ def prepared_unit(
             rest = weight - base.weight(DOUBLE)
             factors = remainder(rest, most)
             if errors or isinstance(form, KeptRows):
-                rounded = Factors.of(factors.left.float(), factors.right.float(), stored.dtype)
-                wide = rounded.wide(DOUBLE)
+                sides, floats = (factors.left.float(), factors.right.float()), form.has_floats
+                wide = Factors.of(*sides, stored.dtype, floats=floats).wide(DOUBLE)
                 if isinstance(form, KeptRows):  # the low rank is most of the weight
                     factors = replace(factors, loss=with_rounding(factors, wide, rest, statistics))
                 factors = unit.with_error(factors, rest, wide)

@@ -16,10 +16,11 @@ from lrbo.factorization.frequency_groups import GroupedFactors
 from lrbo.factorization.joint import JOINT, Skipped, Thinned
 from lrbo.factorization.kronecker import KroneckerSum
 from lrbo.layers.based import BasedLinear, Factors, shapes_of
-from lrbo.layers.forms import Based, Factored, QuantizedFactors, form_named
+from lrbo.layers.forms import Based, QuantizedFactors, form_named
 from lrbo.layers.frequency_form import FrequencyGroups
 from lrbo.layers.kronecker_form import Kronecker
 from lrbo.layers.options import Losses, Option, Section
+from lrbo.layers.product_form import Factored
 
 
 @runtime_checkable
@@ -64,8 +65,8 @@ CODES = ("codes_left", "codes_scale", "codes_right")  # the names of rounded fac
 class BasedWeight:
     """A base of a weight, and factors of what it leaves, with their errors and losses.
 
-    ``codes`` are the factors as integers; without them they are rounded to 8 bits where a layer is
-    made.
+    ``codes`` are the factors as integers; without them they are rounded to 8 bits, or to floats,
+    where a layer is made.
     """
 
     base: Base
@@ -73,7 +74,7 @@ class BasedWeight:
     codes: Factors | None = None
 
     def module(self, rank: int) -> BasedLinear:
-        """Return the layer with a rank of what the base leaves, in integers."""
+        """Return the layer with a rank of what the base leaves, as it is stored."""
         rest = self.rest
         if not 0 <= rank <= rest.max_rank:
             raise ValueError(f"rank {rank} is outside 0..{rest.max_rank}.")
@@ -81,7 +82,8 @@ class BasedWeight:
         if rank and self.codes is not None:
             factors = self.codes.leading(rank)
         elif rank:
-            factors = Factors.of(rest.left[:, :rank], rest.right[:rank], dtype)
+            sides, floats = (rest.left[:, :rank], rest.right[:rank]), self.base.form.has_floats
+            factors = Factors.of(*sides, dtype, floats=floats)
 
         def linear(x: Tensor) -> Tensor:
             if factors is None:
@@ -89,7 +91,7 @@ class BasedWeight:
             left, right = factors.wide(x.dtype)
             return left @ (right @ x)
 
-        device = rest.left.device if self.codes is None else self.codes.scale.device
+        device = rest.left.device if self.codes is None else self.codes.device
         return self.base.module(factors, rest.bias_for(linear, dtype), device)
 
     def trial_module(self, name: str, rank: int, tokens: int, buffers: Buffers) -> nn.Module:
@@ -120,7 +122,8 @@ class BasedWeight:
         if isinstance(self.base.form, QuantizedFactors):
             # Its factors are those of the unit, as they are.
             parts = {part: each for part, each in parts.items() if part in CURVES}
-        return parts if self.codes is None else parts | dict(zip(CODES, self.codes, strict=True))
+        codes = [] if self.codes is None else zip(CODES, self.codes, strict=True)
+        return parts | {part: each for part, each in codes if each is not None}
 
 
 @dataclass(frozen=True)
@@ -254,7 +257,10 @@ def prepared_of(tensors: Mapping[str, Tensor]) -> Prepared:
         else:
             rest = LowRankFactors.of_tensors(given)
         if form.factor_bits == 4:
-            for part, other in zip(CODES, Factors.on_meta(4, *shape, rest.max_rank), strict=True):
+            for part, other in zip(
+                CODES, Factors.on_meta(form, *shape, rest.max_rank), strict=True
+            ):
+                assert other is not None
                 if part not in own or own[part].shape != other.shape:
                     raise ValueError(f"{text}.{part} is missing or not of shape {other.shape}")
             codes = Factors(*(own.pop(part) for part in CODES))

@@ -100,23 +100,30 @@ def parameters_in(form: Based, tensors: Mapping[str, Tensor]) -> int:
         sizes.pop(described, None)
     bits = form.bits if isinstance(form, Quantized | Codebook) else 8
     factors = sum(sizes.pop(side, 0) for side in ("left", "right"))
-    return packed * 8 // bits + values + factors * 8 // form.factor_bits + sum(sizes.values())
+    if not form.has_floats:
+        factors = factors * 8 // form.factor_bits
+    return packed * 8 // bits + values + factors + sum(sizes.values())
 
 
 class Factors(NamedTuple):
-    """A low rank in integers, ``left diag(scale) right``.
+    """A low rank in integers, ``left diag(scale) right``, or in floats, ``left right``.
 
-    Of 8 bits ``left`` is ``(out, r)`` and ``right`` ``(r, in)``, int8; of 4 bits both lie by rank
-    and are packed, ``(r, out / 2)`` and ``(r, in / 2)``, uint8.
+    Of 8 bits and of floats ``left`` is ``(out, r)`` and ``right`` ``(r, in)``; of 4 bits both lie
+    by rank and are packed, ``(r, out / 2)`` and ``(r, in / 2)``, uint8.
     """
 
     left: Tensor
-    scale: Float[Tensor, " r"]
+    scale: Float[Tensor, " r"] | None  # None of floats
     right: Tensor
 
     @classmethod
-    def of(cls, left: Left, right: Right, dtype: torch.dtype) -> Factors:
-        """Round two factors, each direction by its own scale, which is stored in a dtype."""
+    def of(cls, left: Left, right: Right, dtype: torch.dtype, *, floats: bool = False) -> Factors:
+        """Round two factors to 8 bits, each direction by its own scale, or to floats.
+
+        Scales, or else the floats, are stored in ``dtype``.
+        """
+        if floats:
+            return cls(left.to(dtype), None, right.to(dtype))
         steps = []
         for lengths in (left.abs().amax(0), right.abs().amax(1)):
             step = lengths.double() / INT8
@@ -126,30 +133,48 @@ class Factors(NamedTuple):
         return cls(left, (steps[0] * steps[1]).to(dtype), right)
 
     @classmethod
-    def on_meta(cls, bits: int, out_features: int, in_features: int, rank: int) -> Factors:
+    def on_meta(cls, form: Based, out_features: int, in_features: int, rank: int) -> Factors:
         """Return factors without numbers."""
         with torch.device("meta"):
+            if form.has_floats:
+                return cls(torch.empty(out_features, rank), None, torch.empty(rank, in_features))
             scale = torch.empty(rank)
-            if bits == 8:
+            if form.factor_bits == 8:
                 left = torch.empty(out_features, rank, dtype=torch.int8)
                 return cls(left, scale, torch.empty(rank, in_features, dtype=torch.int8))
-            widths = (packed_width(count, bits) for count in (out_features, in_features))
+            widths = (
+                packed_width(count, form.factor_bits) for count in (out_features, in_features)
+            )
             left, right = (torch.empty(rank, width, dtype=BYTE) for width in widths)
             return cls(left, scale, right)
 
+    @property
+    def rank(self) -> int:
+        """The number of directions."""
+        return len(self.right)
+
+    @property
+    def device(self) -> torch.device:
+        """Where they are."""
+        return self.right.device
+
     def leading(self, rank: int) -> Factors:
         """Return views of the leading directions."""
-        left = self.left[:, :rank] if self.left.dtype == torch.int8 else self.left[:rank]
-        return Factors(left, self.scale[:rank], self.right[:rank])
+        left = self.left[:rank] if self.left.dtype == BYTE else self.left[:, :rank]
+        return Factors(left, None if self.scale is None else self.scale[:rank], self.right[:rank])
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Factors:
-        """Return a copy elsewhere, with scales of a dtype."""
-        left, right = (each.to(device, copy=True) for each in (self.left, self.right))
-        return Factors(left, self.scale.to(device, dtype, copy=True), right)
+        """Return a copy elsewhere, with scales or floats of a dtype."""
+
+        def moved(each: Tensor) -> Tensor:
+            return each.to(device, dtype if each.is_floating_point() else None, copy=True)
+
+        scale = None if self.scale is None else moved(self.scale)
+        return Factors(moved(self.left), scale, moved(self.right))
 
     def wide(self, dtype: torch.dtype, rows: slice | Int[Tensor, " n"] = ALL) -> tuple[Left, Right]:
         """Return ``left diag(scale)``, or rows of it, and ``right`` in a dtype."""
-        if self.left.dtype == torch.int8:
+        if self.left.dtype != BYTE:
             left, right = self.left[rows].to(dtype), self.right.to(dtype)
         else:
             codes, right = self.left, unpack(self.right, 4).to(dtype) - MIDDLE
@@ -159,7 +184,7 @@ class Factors(NamedTuple):
             else:
                 codes = unpack(codes, 4)[:, rows]
             left = codes.T.to(dtype) - MIDDLE
-        return left * self.scale.to(dtype), right
+        return left if self.scale is None else left * self.scale.to(dtype), right
 
 
 class BasedLinear(FormModule):
@@ -168,7 +193,7 @@ class BasedLinear(FormModule):
     Attributes:
         form: What the base is; its tensors are buffers, as of :func:`shapes_of`.
         left, right: As of :class:`Factors`, or ``None`` at rank 0.
-        factor_scale: ``(rank,)``, or ``None`` at rank 0.
+        factor_scale: ``(rank,)``, or ``None`` at rank 0 and of floats.
     """
 
     left: Tensor | None
@@ -185,7 +210,7 @@ class BasedLinear(FormModule):
         like: Tensor,
     ) -> None:
         """Wrap tensors without copying them, of the dtype and on the device of ``like``."""
-        super().__init__(*shape, 0 if factors is None else len(factors.scale), like)
+        super().__init__(*shape, 0 if factors is None else factors.rank, like)
         self.form, self.names = form, tuple(tensors)
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor)
@@ -208,7 +233,7 @@ class BasedLinear(FormModule):
                 ).items()
             }
             shape = out_features, in_features
-            factors = Factors.on_meta(form.factor_bits, *shape, rank) if rank else None
+            factors = Factors.on_meta(form, *shape, rank) if rank else None
             offset = torch.empty(out_features) if bias else None
             like = torch.empty(0)
         return cls(form, shape, tensors, factors, offset, like)
@@ -216,7 +241,7 @@ class BasedLinear(FormModule):
     @property
     def factors(self) -> Factors | None:
         """The low rank, ``None`` at rank 0."""
-        if self.left is None or self.right is None or self.factor_scale is None:
+        if self.left is None or self.right is None:
             return None
         return Factors(self.left, self.factor_scale, self.right)
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from typing_extensions import override
 
+from lrbo.config.choices import FLOATS, REPAIRED
 from lrbo.errors import ConfigError
 from lrbo.layers.form import (
     GROUP_SIZES,
@@ -25,59 +26,30 @@ from lrbo.layers.form import (
 from lrbo.layers.frequency_form import FrequencyGroups
 from lrbo.layers.joint_form import Joint, Neurons, Skip
 from lrbo.layers.kronecker_form import Kronecker
+from lrbo.layers.product_form import Factored, Pivoted
 from lrbo.models.specs import LayerSpec
 
 
-class Factored(Form):
-    """Two thin matrices of a rank, the one level: ``rank * (out + in)`` parameters."""
-
-    name = "factored"
-
-    def stored(self, unit: LayerSpec, rank: Any) -> tuple[Any, int]:
-        """Return the elements of the matrices, each used once per token, and the indices."""
-        return rank * (unit.out_features + unit.in_features), 0
-
-    @override
-    def levels(self, unit: LayerSpec, grid: Grid) -> list[Integers]:
-        first = max(-(-grid.minimum // grid.multiple), 1) * grid.multiple
-        ranks = np.arange(first, min(unit.out_features, unit.in_features) + 1, grid.multiple)
-        return [ranks[:, None].astype(np.int64)]
-
-    @override
-    def cost(self, unit: LayerSpec, level: Levels, *, bias: bool, itemsize: int) -> Costs:
-        (rank,) = level
-        elements, indices = self.stored(unit, rank)
-        parameters = elements + (unit.out_features if bias else 0)
-        return parameters, parameters * itemsize + INDEX_BYTES * indices, elements
-
-    @override
-    def problem(self, out_features: int, in_features: int, level: Level) -> str | None:
-        largest = min(out_features, in_features)
-        if len(level) != 1 or not 0 <= level[0] <= largest:
-            return f"{self.name} has one rank from 0 to {largest}, got {list(level)}"
-        return None
-
-
-class Pivoted(Factored):
-    """Some outputs, and the others as combinations of them: ``rank * (out + in) - rank**2``.
-
-    The same function as :class:`Factored` in fewer parameters, and never more than the dense
-    weight; where each output is, is stored as an index (Zhao et al., *PIFA*, ICML 2025).
-    """
-
-    name = "pivoted"
-
-    @override
-    def stored(self, unit: LayerSpec, rank: Any) -> tuple[Any, int]:
-        return rank * (unit.out_features + unit.in_features) - rank * rank, unit.out_features
-
-
+@dataclass(frozen=True)
 class Based(Form):
     """A base that stands for the weight, and a low rank of what it leaves.
 
     A level is that of the base, and the rank last. Both factors are integers, of 8 bits unless
-    :attr:`factor_bits` says otherwise, with one scale per rank.
+    :attr:`factor_bits` says otherwise, with one scale per rank. In forms whose names end in
+    ``_float`` they are numbers of the model's dtype, of 16 bits in most, without scales.
     """
+
+    has_floats: bool = field(default=False, kw_only=True)
+
+    @property
+    @abstractmethod
+    def base_name(self) -> str:
+        """The name of the form with factors in integers."""
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """For example ``"int4"``, or ``"int4_float"`` with factors in floats."""
+        return f"{self.base_name}{FLOATS if self.has_floats else ''}"
 
     @property
     def factor_bits(self) -> int:
@@ -108,10 +80,10 @@ class Based(Form):
     def largest_rank(self, out_features: int, in_features: int) -> int:
         """Return the largest rank that is offered.
 
-        An eighth of a square layer's rank costs two bits per weight: a wider base is always cheaper
-        than more.
+        An eighth of a square layer's rank costs two bits per weight in 8 bits, and a sixteenth in
+        16: a wider base is always cheaper than more.
         """
-        return min(out_features, in_features) // 8
+        return min(out_features, in_features) // (16 if self.has_floats else 8)
 
     @override
     def levels(self, unit: LayerSpec, grid: Grid) -> list[Integers]:
@@ -129,7 +101,10 @@ class Based(Form):
         shape = unit.out_features, unit.in_features
         parameters, size, macs = self.base_cost(*shape, tuple(base), itemsize)
         factors, biases = rank * sum(shape), unit.out_features if bias else 0
-        size += factors * self.factor_bits // 8 + itemsize * (rank + biases)
+        if self.has_floats:
+            size += itemsize * (factors + biases)
+        else:
+            size += factors * self.factor_bits // 8 + itemsize * (rank + biases)
         return parameters + factors + biases, size, macs + factors
 
     @override
@@ -147,8 +122,8 @@ class Based(Form):
 
     @override
     def label(self, level: Level) -> str:
-        base = self.base_label(level[:-1])
-        return f"{base}, rank {level[-1]}" if level[-1] else base
+        base, kind = self.base_label(level[:-1]), " in floats" if self.has_floats else ""
+        return f"{base}, rank {level[-1]}{kind}" if level[-1] else base
 
 
 @dataclass(frozen=True)
@@ -163,8 +138,8 @@ class Quantized(Based):
     symmetric: bool = False
 
     @property
-    def name(self) -> str:  # type: ignore[override]
-        """For example ``"int4"`` or ``"int4_sym"``."""
+    @override
+    def base_name(self) -> str:
         return f"int{self.bits}{'_sym' if self.symmetric else ''}"
 
     @override
@@ -207,8 +182,8 @@ class Codebook(Based):
     bits: int
 
     @property
-    def name(self) -> str:  # type: ignore[override]
-        """For example ``"lut4"``."""
+    @override
+    def base_name(self) -> str:
         return f"lut{self.bits}"
 
     @override
@@ -221,10 +196,11 @@ class Codebook(Based):
         return f"{self.bits} bit of a codebook"
 
 
+@dataclass(frozen=True)
 class SemiStructured(Based):
     """Two of every four inputs of a row, with two bits for the position of each: 2:4 sparsity."""
 
-    name = "sparse_2_4"
+    base_name = "sparse_2_4"
 
     @override
     def base_cost(self, out_features: int, in_features: int, base: Levels, itemsize: int) -> Costs:
@@ -236,10 +212,11 @@ class SemiStructured(Based):
         return "2:4 sparse"
 
 
+@dataclass(frozen=True)
 class Sparse(Based):
     """A percentage of the entries, with a bit for every entry that there was."""
 
-    name = "sparse"
+    base_name = "sparse"
     by_rows = False
 
     @override
@@ -270,6 +247,7 @@ class Sparse(Based):
         return f"{base[0]}% sparse entries"
 
 
+@dataclass(frozen=True)
 class KeptRows(Based):
     """A percentage of the outputs as they are, and which; the low rank is of all the others.
 
@@ -279,7 +257,7 @@ class KeptRows(Based):
         rows of what it leaves.
     """
 
-    name = "sparse_rows"
+    base_name = "sparse_rows"
     by_rows = False
 
     @override
@@ -321,8 +299,8 @@ class QuantizedFactors(Based):
     bits: int
 
     @property
-    def name(self) -> str:  # type: ignore[override]
-        """``"factored_int8"`` or ``"factored_int4"``."""
+    @override
+    def base_name(self) -> str:
         return f"factored_int{self.bits}"
 
     @property
@@ -366,20 +344,24 @@ class QuantizedFactors(Based):
 
 FACTORED = Factored()
 BITS = (8, 4, 3, 2)
-_FORMS: tuple[Form, ...] = (
-    Dense(),
-    FACTORED,
-    Pivoted(),
-    *(QuantizedFactors(bits) for bits in (8, 4)),
+_REPAIRED: tuple[Based, ...] = (
     *(Quantized(bits, symmetric) for symmetric in (False, True) for bits in BITS),
     *(Codebook(bits) for bits in (4, 3)),
     SemiStructured(),
     Sparse(),
     KeptRows(),
+)
+_FORMS: tuple[Form, ...] = (
+    Dense(),
+    FACTORED,
+    Pivoted(),
+    *(QuantizedFactors(bits) for bits in (8, 4)),
+    *_REPAIRED,
     Kronecker(),
     FrequencyGroups(),
     Neurons(),
     Skip(),
+    *(replace(form, has_floats=True) for form in _REPAIRED if form.base_name in REPAIRED),
 )
 FORMS: Mapping[str, Form] = {form.name: form for form in _FORMS}
 

@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lrbo.layers.form import DENSE_FORM, Costs, Form, Grid, Integers, Level, Levels
-from lrbo.layers.forms import FORMS, Based, Factored, QuantizedFactors, form_named, is_joint
+from lrbo.layers.forms import FORMS, Based, QuantizedFactors, form_named, is_joint
+from lrbo.layers.product_form import Factored
 from lrbo.models.specs import LayerSpec, ModelMap
 
 Measure = Literal["parameters", "bytes", "macs"]

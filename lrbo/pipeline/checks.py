@@ -62,6 +62,7 @@ def _check_names(config: Config) -> list[str]:
         return []
     problems = one_of(MEASURES).problems("budget.measure", config.budget.measure)
     problems += one_of(TASKS).problems("task", config.task)
+    made = {key: value for key, value in vars(config.bases).items() if key != "factor_bits"}
     forms = list(config.space.forms)
     known = {*forms} & {*FORMS}
     if len(known) < len(forms) or not known - {DENSE_FORM}:
@@ -72,9 +73,7 @@ def _check_names(config: Config) -> list[str]:
     forms = [form for form in forms if form in known]
     problems += _check_joint(config, forms)
     problems += of_tables_alone("space.forms", forms, "budget.include", config.budget.include)
-    problems += check_options(
-        "bases", {"name": "bases", **vars(config.bases)}, {"bases": BaseOptions}
-    )
+    problems += check_options("bases", {"name": "bases", **made}, {"bases": BaseOptions})
     registry = sys.modules.get("lrbo.factorization.registry")  # whose import takes seconds
     added = {} if registry is None else registry.METHODS  # also those of a program
     return problems + check_options("method", config.method, {**METHOD_OPTIONS, **added})

@@ -15,6 +15,7 @@ from lrbo.data.windows import Role
 from lrbo.factorization.prepared import Prepared
 from lrbo.models.devices import resolve_device
 from lrbo.pipeline import build_worker, planning
+from lrbo.pipeline.alternations import alternate_trial
 from lrbo.progress import Reporter
 from lrbo.refit.sequential import Metric, RefitSettings, output_metric, refit
 from lrbo.study.study_record import StudyRecord
@@ -27,7 +28,8 @@ class Finalist:
 
     Losses, nats per token, are with these factors on the validation text and on the test text,
     which decided nothing (``None`` if not measured). ``refit`` has its settings, and a row per
-    trial that was solved again; ``None`` without a refit.
+    trial that was solved again; ``None`` without a refit. ``alternations`` has a row per trial of
+    which bases and low ranks were made again in turns; ``None`` without.
     """
 
     record: TrialRecord
@@ -35,6 +37,7 @@ class Finalist:
     loss: float
     test_loss: float | None
     refit: dict[str, Any] | None
+    alternations: dict[str, Any] | None = None
 
 
 def finalist(
@@ -43,20 +46,24 @@ def finalist(
     records: Sequence[TrialRecord],
     config: RefitConfig,
     reporter: Reporter,
+    *,
+    turns: int = 0,
 ) -> Finalist:
     """Return the trial of least loss on the validation text after each was solved again.
 
-    A trial that the refit does not improve competes as it was scored. Without a refit, it is the
-    first of the records, which are completed trials.
+    First come ``turns`` alternations of bases and the low ranks over them, then the refit. What
+    neither improves competes as it was scored. Without a refit, it is the first of the records,
+    which are completed trials.
 
     Raises:
         StudyError: If the model is another one by now.
+        StatisticsError: If a layer cannot be alternated, naming it.
     """
     digest, dtype = study.about.model_fingerprint, plan.dtype
     device = resolve_device(plan.config.model.device)
     name = study.task.minimized.name
     tests = {test["trial"]: test["metrics"][name] for test in study.state.tests.values()}
-    if not config.enabled:
+    if not config.enabled and not turns:
         factors, best = plan.preparation.factors(digest, dtype, device, reporter), records[0]
         test_loss = tests.get(best.request.trial_index)
         return Finalist(best, factors, best.metrics[name], test_loss, None)
@@ -65,21 +72,55 @@ def finalist(
     factors = plan.preparation.factors(digest, dtype, device, reporter, model)
     statistics = plan.preparation.statistics(digest, dtype, reporter, model)
     metric = output_metric(plan.layers, statistics, config.output_power)
-    loss, record, rows = math.inf, records[0], []
+    loss, record = math.inf, records[0]
+    refits, alternations = list[dict[str, Any]](), list[dict[str, Any]]()
     solved: Mapping[str, Prepared] = factors
-    for candidate in records:
-        row, its_loss, its_factors = _solve(
-            plan, model, candidate, factors, metric, config, reporter
-        )
-        rows.append(row)
+    for candidate in records if config.enabled else records[:1]:
+        its_loss: float = candidate.metrics[name]
+        its_factors: Mapping[str, Prepared] = factors
+        if turns:
+            row, made = alternate_trial(
+                plan, model, statistics, factors, candidate, turns, reporter
+            )
+            after = _loss(plan, model, candidate, made, reporter, "validation", "alternations")
+            row |= _judged(plan, "Alternations", its_loss, after, reporter)
+            alternations.append(row)
+            if row["taken"]:
+                its_loss, its_factors = after, made
+        if config.enabled:
+            row, its_loss, its_factors = _solve(
+                plan, model, candidate, its_factors, its_loss, metric, config, reporter
+            )
+            refits.append(row)
         if its_loss < loss:
             loss, record, solved = its_loss, candidate, its_factors
     if len(records) > 1:
         reporter.say(f"Trial {record.request.trial_index} is the best after refits")
-    test_loss = tests.get(record.request.trial_index)  # before any refit
+    test_loss = tests.get(record.request.trial_index)  # of the factors of the trial
     if solved is not factors:
-        test_loss = _loss(plan, model, record, solved, reporter, "test")
-    return Finalist(record, solved, loss, test_loss, {**asdict(config), "trials": rows})
+        last = "refit" if config.enabled else "alternations"
+        test_loss = _loss(plan, model, record, solved, reporter, "test", last)
+    return Finalist(
+        record,
+        solved,
+        loss,
+        test_loss,
+        {**asdict(config), "trials": refits} if config.enabled else None,
+        {"turns": turns, "trials": alternations} if turns else None,
+    )
+
+
+def _judged(
+    plan: planning.Plan, what: str, before: float, after: float, reporter: Reporter
+) -> dict[str, Any]:
+    """Say what something did to the loss on the validation text, and return that for reports."""
+    better = after < before
+    ending = "" if better else "; it is not better, so the factors of before are kept"
+    reporter.say(
+        f"{what}: validation {plan.task.record.minimized.label} {before:.4f} before, "
+        f"{after:.4f} after{ending}"
+    )
+    return {"taken": better, "validation_loss_before": before, "validation_loss_after": after}
 
 
 def _solve(
@@ -87,11 +128,15 @@ def _solve(
     model: PreTrainedModel,
     record: TrialRecord,
     factors: Mapping[str, Prepared],
+    before: float,
     metric: Metric,
     config: RefitConfig,
     reporter: Reporter,
 ) -> tuple[dict[str, Any], float, Mapping[str, Prepared]]:
-    """Solve one trial again; return its row of the report, and loss and factors of the better."""
+    """Solve one trial again; return its row of the report, and loss and factors of the better.
+
+    ``before`` is its loss with the ``factors`` that it has, on the same model and text.
+    """
     allocation, calibration = record.request.allocation, plan.config.calibration
     settings = RefitSettings(
         blend=config.blend,
@@ -115,25 +160,12 @@ def _solve(
             body=plan.task.segments(model),
             on_layer=lambda _: advance(1),
         )
-    minimized = plan.task.record.minimized
-    before = record.metrics[minimized.name]  # the same model, text and factors
     together = {**factors, **solved.factors}
     after = _loss(plan, model, record, together, reporter, "validation")
     taken, count = sum(row.accepted for row in solved.report), len(solved.report)
-    better = after < before
-    ending = "" if better else "; it is not better, so the factors of the trial are kept"
-    reporter.say(
-        f"Refit of {taken} of {count} layers: validation {minimized.label} {before:.4f} before, "
-        f"{after:.4f} after{ending}"
-    )
-    row = {
-        "trial": index,
-        "taken": better,
-        "layers": taken,
-        "validation_loss_before": before,
-        "validation_loss_after": after,
-    }
-    return (row, after, together) if better else (row, before, factors)
+    judged = _judged(plan, f"Refit of {taken} of {count} layers", before, after, reporter)
+    row = {"trial": index, "layers": taken, **judged}
+    return (row, after, together) if judged["taken"] else (row, before, factors)
 
 
 def _loss(
@@ -143,9 +175,10 @@ def _loss(
     factors: Mapping[str, Prepared],
     reporter: Reporter,
     role: Role,
+    after: str = "refit",
 ) -> float:
     allocation, tokens = record.request.allocation, plan.task.positions(plan.windows[role].examples)
     prefixes = on_device(model, factors, allocation.ranks)
     with compressed(model, allocation, prefixes, tokens=tokens):
-        losses = plan.losses(model, role, f"{role.capitalize()} text after refit", reporter)
+        losses = plan.losses(model, role, f"{role.capitalize()} text after {after}", reporter)
     return float(losses.mean())

@@ -90,7 +90,7 @@ class Preparation:
         def make() -> None:
             loaded = model or self.task.load(self.source, dtype=dtype, device=device)
             parts = factors_by_block(
-                self._source_weights(loaded),
+                self.source_weights(loaded),
                 self.layers,
                 self.method,
                 self.statistics(digest, dtype, reporter, loaded),
@@ -110,7 +110,7 @@ class Preparation:
             return None
         return calibration_fingerprint(digest, self.windows, self.needs, self.settings, dtype=dtype)
 
-    def _source_weights(self, model: PreTrainedModel) -> PreTrainedModel:
+    def source_weights(self, model: PreTrainedModel) -> PreTrainedModel:
         """Load the model in the dtype of its checkpoint, if that is another one."""
         own = self.task.load(self.source, dtype=None, device=torch.device("cpu"))
         return model if own.dtype == model.dtype else own

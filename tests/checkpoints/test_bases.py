@@ -30,7 +30,7 @@ IDS = token_ids(8, 32)
 BASES = BaseOptions(
     group_sizes=(16, 32), percentages=(25, 50), row_percentages=(20,), blocks=((2, 1), (4, 4))
 )
-COUNT = 4  # of allocations, in which every option has its turn
+COUNT = 6  # of allocations, in which every option has its turn
 NAMES = [
     name
     for name, form in FORMS.items()
@@ -65,6 +65,7 @@ def allocations(factorization: lrbo.Factorization) -> list[Allocation]:
             index, at = next(order)
             menu = menu_of(spec, NAMES)
             section = menu.sections[index]
+            at = min(at, len(section.levels) - 1)  # of narrow layers
             option = Option(section.form, tuple(map(int, section.levels[at])))
             assigned[spec.name], costs[spec.name] = option, menu.cost(menu.index(option))
         made.append(Allocation(assigned, costs, Budget("bytes", 10**9)))

@@ -22,7 +22,7 @@ from lrbo.checkpoints.stock import Scheme, Stock, schemes_of, unfit, vllm_proble
 from lrbo.errors import CheckpointError
 from lrbo.factorization.options import BaseOptions
 from lrbo.layers.modules import low_rank_layers
-from lrbo.layers.options import DENSE, Option
+from lrbo.layers.options import DENSE, Option, cost_of
 from lrbo.models.loading import tiny_model
 from lrbo.models.tiny import byte_tokenizer
 from tests.checkpoints.test_export import TOLERANCE, Compressed, logits, relative
@@ -136,6 +136,31 @@ def test_its_files_hold_what_was_counted_and_said(
     assert parts.base_bytes == counted.bytes - low_ranks + 16 * len(ranks) + wider
 
 
+def test_factors_in_floats_are_the_adapter_as_they_are(tmp_path: Path) -> None:
+    model, forms = tiny_model().to(torch.bfloat16), ("int4_sym_float", "int3_float")
+    calibration = lrbo.calibrate(model, IDS, progress=False)
+    bases = BaseOptions(group_sizes=(32,))
+    made = lrbo.factorize(model, calibration, forms=forms, bases=bases, progress=False)
+    units = made.layers.compressible
+    options = {spec.name: Option(forms[i % 2], (32, 1)) for i, spec in enumerate(units)}
+    allocation = decided(units, options, measure="bytes")
+    model.set_attn_implementation("eager")
+    made.compress_(model, allocation)
+    parts = Stock.of(model, options)
+    for name, layer in low_rank_layers(model).items():
+        tensors = layer.state_dict()
+        assert "factor_scale" not in tensors
+        inner, outer = (parts.adapter[f"base_model.model.{name}.lora_{s}.weight"] for s in "AB")
+        assert torch.equal(inner, tensors["right"])
+        assert torch.equal(outer, tensors["left"])
+        assert inner.dtype == outer.dtype == torch.bfloat16
+        cost = cost_of(made.layers.by_name[name], options[name], bias=False, itemsize=2)
+        assert cost.bytes == sum(tensor.nbytes for tensor in tensors.values())
+    parts.save(tmp_path / "model", model, byte_tokenizer())
+    assert parts.parameters == made.account(allocation).model.parameters
+    assert relative(outputs(opened(tmp_path / "model")), outputs(model)) <= 0.03  # of bfloat16
+
+
 def test_the_library_unpacks_what_it_was_given(
     factorization: lrbo.Factorization, allocation: Allocation
 ) -> None:
@@ -237,7 +262,7 @@ def test_what_it_cannot_hold_is_listed_by_form_and_layer() -> None:
     reason = unfit(options | {names[7]: DENSE}, dense)
     assert reason is not None
     assert f"pivoted ({', '.join(names[:3])} and 2 more), int8 ({names[5]})" in reason
-    assert "holds int4, int3, int2, int8_sym, int4_sym, int3_sym, int2_sym of nn.Linear" in reason
+    assert "holds int4, int3, int2, int8_sym, int4_sym, int3_sym, int2_sym, int4_float, " in reason
     assert names[6] not in reason
     assert unfit({names[6]: Option("int2_sym", (16, 1)), names[7]: DENSE}, dense) is None
     transposed = unfit({"transformer.h.0.mlp.c_fc": Option("int4_sym", (16, 0))}, build("gpt2"))

@@ -37,6 +37,7 @@ def test_compress_writes_what_evaluate_scores_like_the_trial(project: Path, sear
     assert ran.status == 0, ran.err
     answer = ran.json
     keys = {"folder", "parameters", "parameters_in_file", "keep_ratio", "forms", "refit"}
+    keys |= {"alternations"}
     assert set(answer) == keys
     assert answer["parameters"] == answer["parameters_in_file"]
     assert answer["keep_ratio"] == best["keep_ratio"]
@@ -310,6 +311,10 @@ def test_forms_that_a_format_cannot_hold_are_refused_before_any_work(
     ran = lrbo_command("compress", "study=tiny", "format=adapter", "out=stock")
     assert (ran.status, "peft lacks" in ran.err) == (2, True)
     assert not Path("stock").exists()
+    monkeypatch.setattr(compress.nas, "unfit", lambda config: f"not of {config.model_type}")
+    ran = lrbo_command("compress", "study=tiny", "format=nemotron_nas", "out=nas")
+    assert ran.status == 2
+    assert "format='nemotron_nas': not of llama; expected format=lrbo or merged" in ran.err
 
 
 def test_merged_weights_open_with_any_loader(project: Path) -> None:

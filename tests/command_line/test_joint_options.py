@@ -4,15 +4,19 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM
 
+import lrbo
 from lrbo.errors import ConfigError
 from lrbo.models.loading import tiny_model
 from lrbo.models.model_map import map_model
 from lrbo.pipeline.in_memory import factorize
 from lrbo.study.journal import Study
+from tests.checkpoints.test_nemotron_nas import Reader
 from tests.support import reference
 from tests.support.commands import SMALL_SEARCH, Ran, in_folder, lrbo_command, searched_in
+from tests.support.tiny import token_ids
 
 SMALL = [*SMALL_SEARCH, "space=weights", "search.trials=3", "search.initial=3"]
 SMALL += ["space.rank_multiple=1", "sensitivity.layers_per_kind=0"]
@@ -75,6 +79,29 @@ def test_what_is_written_holds_and_scores_what_was_searched(
     )
     assert refused.status == 2
     assert "its modelling file has no" in refused.err
+
+
+def test_blocks_that_differ_are_written_for_other_readers(
+    searched: tuple[Path, Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(searched[0])
+    line = ["compress", "study=structured", "point=1", "refit.enabled=false", "output=json"]
+    ran = lrbo_command(*line, "out=nas", "format=nemotron_nas")
+    assert ran.status == 0, ran.err
+    assert "zeros up to multiples of 256" in ran.err
+    if not Path("model").exists():
+        assert lrbo_command(*line, "out=model").status == 0
+    reader, ids = Reader(Path("nas")), token_ids(2, 9)
+    with torch.inference_mode():
+        expected = lrbo.load("model")(ids).logits
+    error = (reader.logits(ids) - expected).abs().max()
+    assert float(error) < 1e-5 * float(expected.abs().max())
+    assert ran.json["parameters_in_file"] == sum(t.numel() for t in reader.tensors.values())
+    assert ran.json["forms"] == []
+    card = Path("nas/README.md").read_text(encoding="utf-8")
+    assert "in the layout of Nemotron-NAS: MLPs of" in card
+    assert "`vllm serve nas --trust-remote-code`" in card
+    assert "from_pretrained" not in card
 
 
 @pytest.mark.parametrize(

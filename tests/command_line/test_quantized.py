@@ -142,6 +142,61 @@ def test_it_is_saved_again_moved_pickled_and_generates(
         assert again.generate(ids, max_new_tokens=4, do_sample=False).shape == (1, 16)
 
 
+def test_bases_and_low_ranks_are_made_again_in_turns_at_the_same_size(
+    written: tuple[Study, Path],
+) -> None:
+    study, folder = written
+    line = ["compress", "study=bits", "point=1", "refit.enabled=false", "output=json"]
+    ran = lrbo_command(*line, "out=turns", "bases.alternations=2")
+    assert ran.status == 0, ran.err
+    (row,) = ran.json["alternations"]["trials"]
+    options = study.state.trials[1].request.allocation.compressed
+    own = {n: str(o) for n, o in options.items() if o.form in ("int4", "int3") and o.rank}
+    assert {each["layer"]: each["option"] for each in row["rows"]} == own
+    assert all(each["predicted_after"] <= each["predicted_before"] for each in row["rows"])
+    assert row["predicted_after"] < row["predicted_before"]
+    assert row["predicted_after"] == sum(each["predicted_after"] for each in row["rows"])
+    assert row["layers"] == sum(each["turn"] > 0 for each in row["rows"])
+    assert f"Alternations of {row['layers']} of {len(own)} layers: predicted loss" in ran.err
+    before = study.state.trials[1].metrics["nll"]
+    assert row["validation_loss_before"] == before
+    card = Path("turns/README.md").read_text(encoding="utf-8")
+    tensors = [load_file(each / "model.safetensors") for each in (folder, Path("turns"))]
+    shapes = [{name: (t.shape, t.dtype) for name, t in each.items()} for each in tensors]
+    assert shapes[0] == shapes[1]
+    same = {name for name in tensors[0] if torch.equal(tensors[0][name], tensors[1][name])}
+    if not row["taken"]:
+        assert len(same) == len(tensors[0])
+        assert "made again in turns" not in card
+        return
+    others = {name for name in tensors[0] if name.rpartition(".")[0] not in own}
+    assert others <= same < tensors[0].keys()
+    assert row["validation_loss_after"] < before
+    assert "bases and the low ranks over them made again in turns" in card
+    assert "bases.alternations=2" in card
+
+
+def test_alternations_come_before_a_refit(written: tuple[Study, Path]) -> None:
+    line = ["compress", "study=bits", "point=1", "out=both", "output=json"]
+    ran = lrbo_command(*line, "bases.alternations=1")
+    assert ran.status == 0, ran.err
+    (turn,), (refit,) = (ran.json[key]["trials"] for key in ("alternations", "refit"))
+    start = "validation_loss_after" if turn["taken"] else "validation_loss_before"
+    assert refit["validation_loss_before"] == turn[start]
+    assert ran.err.index("Alternations of") < ran.err.index("Refit of")
+
+
+def test_alternations_without_anything_to_alternate_are_refused_at_once(
+    written: tuple[Study, Path],
+) -> None:
+    ran = lrbo_command("compress", "study=bits", "point=0", "out=none", "bases.alternations=2")
+    assert ran.status != 0
+    output = " ".join(ran.err.split())
+    assert "bases.alternations=2: expected 0: in trial 0 no layer has a base with" in output
+    assert "Alternations" not in ran.err
+    assert not Path("none").exists()
+
+
 def test_merged_it_opens_everywhere(written: tuple[Study, Path]) -> None:
     _, folder = written
     ran = lrbo_command(

@@ -9,12 +9,14 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 from lrbo.config import compose, refusals, saved, schema
-from lrbo.config.choices import FORM_PRESETS
+from lrbo.config.choices import FLOATS, FORM_PRESETS, REPAIRED
 from lrbo.config.compose import composed
+from lrbo.config.saved import from_yaml, to_yaml
 from lrbo.config.schema import SCHEMAS, EvaluateConfig, ReportConfig, SearchConfig
 from lrbo.errors import ConfigError
 from lrbo.factorization.registry import METHODS
-from lrbo.layers.forms import FORMS
+from lrbo.layers.forms import FORMS, Based
+from lrbo.layers.options import Option
 from lrbo.pipeline.checks import check
 
 CONF = compose.conf_folder()
@@ -310,3 +312,21 @@ def test_a_preset_stands_for_its_forms() -> None:
     assert config.space.forms == ["factored", "pivoted"]
     assert {form for forms in FORM_PRESETS.values() for form in forms} <= {*FORMS}
     assert not {*FORM_PRESETS} & {*FORMS}
+
+
+def test_factors_of_16_bits_are_forms_of_their_own() -> None:
+    forms = "space.forms=[pivoted,stock,int3,sparse_rows_float]"
+    config = composed("search", [forms, "bases.factor_bits=16"])
+    assert isinstance(config, SearchConfig)
+    expected = ["pivoted", "int4_sym_float", "int8_sym", "int3_float", "sparse_rows_float"]
+    assert config.space.forms == expected
+    again = from_yaml(to_yaml(config), "it")  # as a study keeps it
+    assert again.space.forms == expected
+    repaired = [
+        form
+        for name, form in FORMS.items()
+        if isinstance(form, Based) and not Option(name).is_low_rank and form.largest_rank(99, 99)
+    ]
+    assert {form.base_name for form in repaired} == {*REPAIRED}
+    assert len(repaired) == 2 * len(REPAIRED)
+    assert all(form.name.endswith(FLOATS) == form.has_floats for form in repaired)

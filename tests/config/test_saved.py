@@ -129,6 +129,13 @@ def test_no_default_of_today_stands_for_what_a_study_was_begun_with() -> None:
         saved.from_yaml(yaml.safe_dump(stored), "it")
 
 
+def test_a_key_that_came_later_means_what_there_was_before() -> None:
+    stored = yaml.safe_load(saved.to_yaml(search(*RATIOS, "bases.factor_bits=16")))
+    assert saved.from_yaml(yaml.safe_dump(stored), "it").bases.factor_bits == 16
+    del stored["bases"]["factor_bits"]
+    assert saved.from_yaml(yaml.safe_dump(stored), "it").bases.factor_bits == 8
+
+
 def test_where_trials_run_may_change_by_the_name_of_a_group() -> None:
     stored = saved.to_yaml(search("method=bolaco", "space=per_kind", "seed=3"))
     typed = ["executor=ray", "executor.workers=2", "search.trials=9"]

@@ -260,7 +260,8 @@ def test_levels_rise_in_every_cost_and_have_no_problem(
             assert ranks == cheaper
         elif isinstance(form, Based) and form.name not in ALONE:
             assert ranks == [*range(0, form.largest_rank(*shape) + 1, multiple)]
-            most = 0 if form.name in ("int8", "int8_sym") else min(shape) // 8
+            most = min(shape) // (16 if form.has_floats else 8)
+            most = 0 if form.name in ("int8", "int8_sym") else most
             if isinstance(form, KeptRows):  # no more parameters than dense
                 most = next(r for r in range(99) if (r + 1) * sum(shape) > shape[0] * shape[1])
             assert form.largest_rank(*shape) == most
@@ -488,7 +489,8 @@ def test_a_base_and_a_rank_are_what_their_module_multiplies_by(
     weight = BasedWeight(base, LowRankFactors(left, right, torch.zeros(rank + 1), offset))
     steps = left.abs().amax(0) / 127, right.abs().amax(1, keepdim=True) / 127
     rounded = [
-        (each / step).round() * step for each, step in zip((left, right), steps, strict=True)
+        each if form.has_floats else (each / step).round() * step
+        for each, step in zip((left, right), steps, strict=True)
     ]
     expected = entries(base) + (rounded[0] @ rounded[1]).numpy()
     actual, added = reference.affine_of(weight.module(rank), shape[1])
