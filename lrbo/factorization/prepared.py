@@ -14,8 +14,10 @@ from lrbo.factorization.bases import Base
 from lrbo.factorization.factors import CURVES, PARTS, Buffers, Curve, LowRankFactors
 from lrbo.factorization.joint import JOINT, Skipped, Thinned
 from lrbo.factorization.kronecker import KroneckerSum
+from lrbo.factorization.shared import SharedFactors
 from lrbo.layers.based import BasedLinear, Factors, shapes_of
 from lrbo.layers.forms import Based, Factored, QuantizedFactors, form_named
+from lrbo.layers.joint_form import SharedFactored
 from lrbo.layers.kronecker_form import Kronecker
 from lrbo.layers.options import Losses, Option, Section
 
@@ -127,12 +129,13 @@ class UnitFactors:
 
     Attributes:
         low_rank: Factors of the whole weight; ``None`` where no rank is wanted.
-        based: Bases with factors of what each leaves, and Kronecker sums.
+        based: Bases with factors of what each leaves, Kronecker sums, and factors of which layers
+            with the same input share one.
         joint: What it becomes together with the other layers of its attention or MLP.
     """
 
     low_rank: LowRankFactors | None
-    based: Mapping[Option, BasedWeight | KroneckerSum]
+    based: Mapping[Option, BasedWeight | KroneckerSum | SharedFactors]
     joint: Mapping[Option, Thinned | Skipped] = field(default_factory=dict)
 
     @property
@@ -229,7 +232,7 @@ def prepared_of(tensors: Mapping[str, Tensor]) -> Prepared:
     low_rank = LowRankFactors.of_tensors(parts.pop(""))
     if not parts:
         return low_rank
-    based: dict[Option, BasedWeight | KroneckerSum] = {}
+    based: dict[Option, BasedWeight | KroneckerSum | SharedFactors] = {}
     joint: dict[Option, Thinned | Skipped] = {}
     shape = low_rank.left.shape[0], low_rank.right.shape[1]
     for text, given in parts.items():
@@ -240,6 +243,9 @@ def prepared_of(tensors: Mapping[str, Tensor]) -> Prepared:
         form = form_named(family.form)
         if isinstance(form, Kronecker):
             based[family] = KroneckerSum.of_tensors(shape, family.level, given)
+            continue
+        if isinstance(form, SharedFactored):
+            based[family] = SharedFactors.of_tensors(given)
             continue
         assert isinstance(form, Based)
         own = {part: given.pop(part) for part in list(given) if part not in PARTS}

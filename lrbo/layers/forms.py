@@ -22,7 +22,7 @@ from lrbo.layers.form import (
     Level,
     Levels,
 )
-from lrbo.layers.joint_form import Joint, Neurons, Skip
+from lrbo.layers.joint_form import Joint, Neurons, SharedFactored, Skip
 from lrbo.layers.kronecker_form import Kronecker
 from lrbo.models.specs import LayerSpec
 
@@ -376,6 +376,7 @@ _FORMS: tuple[Form, ...] = (
     Sparse(),
     KeptRows(),
     Kronecker(),
+    SharedFactored(),
     Neurons(),
     Skip(),
 )
@@ -390,5 +391,11 @@ def form_named(name: str) -> Form:
 
 
 def is_joint(name: str) -> bool:
-    """Whether all layers of an attention or MLP take a form together."""
+    """Whether several layers take a form together."""
     return isinstance(form_named(name), Joint)
+
+
+def of_whole_part(name: str) -> bool:
+    """Whether all layers of an attention or MLP take a form together."""
+    form = form_named(name)
+    return isinstance(form, Joint) and form.is_whole

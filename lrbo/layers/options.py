@@ -219,6 +219,7 @@ class Menu:
         percentages: Sequence[int] = Grid.percentages,
         row_percentages: Sequence[int] = Grid.row_percentages,
         blocks: Sequence[Sequence[int]] = Grid.blocks,
+        shared_outputs: int = 0,
         measure: Measure | None = None,
     ) -> Menu:
         """Return the menu of a unit, without losses; dense is always on it.
@@ -226,9 +227,12 @@ class Menu:
         ``bias`` is for forms other than dense; ranks are multiples of ``multiple``, from
         ``minimum`` on where nothing lies below them. Bases that are not cheaper than dense in a
         ``measure``, such as integers in parameters, are left out, and so are forms whose rows
-        cannot be looked up where the unit is a table.
+        cannot be looked up where the unit is a table. ``shared_outputs`` are those of all units
+        that can share a factor with it, its own among them; 0 where there are no others.
         """
-        grid = Grid(multiple, minimum, group_sizes, percentages, row_percentages, blocks)
+        grid = Grid(
+            multiple, minimum, group_sizes, percentages, row_percentages, blocks, shared_outputs
+        )
         sections = []
         for name in [*(form for form in forms if form != DENSE_FORM), DENSE_FORM]:
             form = form_named(name)

@@ -4,9 +4,11 @@ from torch import nn
 
 from lrbo.layers.based import BasedLinear
 from lrbo.layers.joint import SkippedLinear, ThinLinear
+from lrbo.layers.joint_form import SharedFactored
 from lrbo.layers.kronecker import KroneckerLinear
 from lrbo.layers.kronecker_form import Kronecker
 from lrbo.layers.modules import PRODUCTS
+from lrbo.layers.shared import SharedLinear
 
 
 def form_of(module: nn.Module) -> str:
@@ -15,6 +17,8 @@ def form_of(module: nn.Module) -> str:
         return module.form.name
     if isinstance(module, ThinLinear | SkippedLinear):
         return "neurons" if isinstance(module, ThinLinear) else "skip"
+    if isinstance(module, SharedLinear):
+        return SharedFactored.name
     if isinstance(module, KroneckerLinear):
         return Kronecker.name
     return next(name for name, kind in PRODUCTS.items() if isinstance(module, kind))
