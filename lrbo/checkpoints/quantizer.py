@@ -220,8 +220,7 @@ def _untied_(model: PreTrainedModel, name: str) -> list[str]:
 
 
 def _joint_specs(model: nn.Module, units: Mapping[str, str]) -> dict[str, LayerSpec]:
-    """Map the layers with joint options, which all layers of a part, or with one input, must have.
-    """
+    """Map the layers with joint options, which all layers of a part must have."""
     forms = {name: text.partition(" ")[0] for name, text in units.items()}
     joint = {name: units[name] for name, form in forms.items() if form in FORMS and is_joint(form)}
     if not joint:
@@ -259,7 +258,9 @@ def _require_together(
     """Refuse a joint option of a layer that not all others of its part have."""
     for other in others:
         if units.get(other) != text:
-            which = "of an attention or MLP" if of_whole_part(text.split(" ")[0]) else "with one input"
+            which = (
+                "of an attention or MLP" if of_whole_part(text.split(" ")[0]) else "with one input"
+            )
             raise CheckpointError(
                 f"{name} is {text!r} and {other} is {units.get(other, 'dense')!r}: all layers "
                 f"{which} take this option together; restore config.json."

@@ -1,11 +1,11 @@
-"""Layers that read the same input factored as one: one right factor, of which any rank is a prefix.
-"""
+"""Layers that read the same input factored as one, with one right factor for all of them."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -128,7 +128,8 @@ def stacked(
     result = {need: first[need] for need in needs if need in first}
     if Statistic.OUTPUT_GRADIENT in result:
         own = [each[Statistic.OUTPUT_GRADIENT] for each in statistics]
-        result[Statistic.OUTPUT_GRADIENT] = torch.block_diag(*own)
+        joined: Any = torch.block_diag  # untyped in torch
+        result[Statistic.OUTPUT_GRADIENT] = joined(*own)
     if Statistic.INPUT_IMPORTANCE in result:
         own = [each[Statistic.INPUT_IMPORTANCE] for each in statistics]
         result[Statistic.INPUT_IMPORTANCE] = torch.stack(own).sum(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -52,7 +53,8 @@ class SharedLinear(FormModule):
 
     @override
     def dense_weight(self, dtype: torch.dtype = torch.float64) -> Float[Tensor, "out in"]:
-        return self.left.weight.to(dtype) @ self._right().weight.to(dtype)
+        right: Tensor = self._right().weight
+        return self.left.weight.to(dtype) @ right.to(dtype)
 
     @override
     def multiply(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
@@ -70,11 +72,9 @@ class SharedLinear(FormModule):
                 other._handed = x, reduced
         return reduced
 
-    def _right(self) -> nn.Linear:
+    def _right(self) -> Any:
         # Of the first layer as it is now: an adapter may have taken the place of its matrix.
-        right = self.right if self.right is not None else self.peers[0].right
-        assert right is not None
-        return right
+        return self.peers[0].right if self.right is None else self.right
 
 
 def link_(layers: Mapping[str, nn.Module]) -> None:
