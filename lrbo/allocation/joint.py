@@ -9,7 +9,8 @@ import numpy as np
 
 from lrbo.allocation import knapsack
 from lrbo.layers.form import Integers
-from lrbo.layers.forms import is_joint, of_whole_part
+from lrbo.layers.forms import is_joint
+from lrbo.layers.joint_form import WHOLE_PARTS
 from lrbo.layers.options import MEASURES, Ladder, Losses, Measure, Menu
 
 Choices = tuple[Integers, Losses]  # prices and losses
@@ -94,7 +95,7 @@ def _parts(
 def _joint_indices(menu: Menu, is_whole: bool) -> Integers:
     start, indices = 0, [np.zeros(0, dtype=np.int64)]
     for section in menu.sections:
-        if is_joint(section.form) and of_whole_part(section.form) == is_whole:
+        if is_joint(section.form) and (section.form in WHOLE_PARTS) == is_whole:
             indices.append(np.arange(start, start + len(section.levels)))
         start += len(section.levels)
     return np.concatenate(indices)

@@ -20,9 +20,9 @@ from lrbo.config.shell import command
 from lrbo.errors import CheckpointError, ModelError, reading, some
 from lrbo.files.parsing import ContentError, Count, checked
 from lrbo.layers.based import BasedLinear
-from lrbo.layers.forms import FORMS, is_joint, of_whole_part
+from lrbo.layers.forms import FORMS, is_joint
 from lrbo.layers.joint import empty_joint
-from lrbo.layers.joint_form import Neurons
+from lrbo.layers.joint_form import WHOLE_PARTS, Neurons
 from lrbo.layers.low_rank import no_weight
 from lrbo.layers.modules import empty_module, low_rank_layers, parameters_of, replace_modules
 from lrbo.layers.options import DENSE, Option
@@ -229,7 +229,7 @@ def _joint_specs(model: nn.Module, units: Mapping[str, str]) -> dict[str, LayerS
         specs = maps.map_model(model).by_name
     group_of = {spec.name: group for group in sharing(specs.values()) for spec in group}
     for name, text in joint.items():
-        if not of_whole_part(forms[name]):
+        if forms[name] not in WHOLE_PARTS:
             group = group_of.get(name)
             if group is None:
                 raise CheckpointError(
@@ -259,7 +259,7 @@ def _require_together(
     for other in others:
         if units.get(other) != text:
             which = (
-                "of an attention or MLP" if of_whole_part(text.split(" ")[0]) else "with one input"
+                "of an attention or MLP" if text.split(" ")[0] in WHOLE_PARTS else "with one input"
             )
             raise CheckpointError(
                 f"{name} is {text!r} and {other} is {units.get(other, 'dense')!r}: all layers "

@@ -25,7 +25,7 @@ from lrbo.factorization.prepared import Prepared, UnitFactors, prepared_of
 from lrbo.factorization.shared import SHARED, prepare_shared
 from lrbo.factorization.tables import prepared_table
 from lrbo.files.caches import fingerprint_of, opened, read_part, save_parts
-from lrbo.layers.forms import of_whole_part
+from lrbo.layers.joint_form import WHOLE_PARTS
 from lrbo.linalg import float64_device
 from lrbo.models.blockwise import OpenBlock
 from lrbo.models.model_map import linear_weight
@@ -91,7 +91,7 @@ def factor_model(
                     made[spec.name] = own
                 if on_layer is not None:
                     on_layer(spec.name)
-            whole = [form for form in joint if of_whole_part(form)]
+            whole = [form for form in joint if form in WHOLE_PARTS]
             if whole:
                 _add_joint(made, model, whole, members, statistics, device)
             if SHARED.form in joint and block is not None:

@@ -393,9 +393,3 @@ def form_named(name: str) -> Form:
 def is_joint(name: str) -> bool:
     """Whether several layers take a form together."""
     return isinstance(form_named(name), Joint)
-
-
-def of_whole_part(name: str) -> bool:
-    """Whether all layers of an attention or MLP take a form together."""
-    form = form_named(name)
-    return isinstance(form, Joint) and form.is_whole

@@ -127,3 +127,6 @@ class SharedFactored(Joint):
     @override
     def label(self, level: Level) -> str:
         return f"shared rank {level[0]}"
+
+
+WHOLE_PARTS = frozenset(form.name for form in (Neurons, Skip, SharedFactored) if form.is_whole)

@@ -9,7 +9,8 @@ import pytest
 
 from lrbo.allocation.allocate import allocate_by_loss, smallest_cost
 from lrbo.allocation.transfer import profile_of
-from lrbo.layers.forms import is_joint, of_whole_part
+from lrbo.layers.forms import is_joint
+from lrbo.layers.joint_form import WHOLE_PARTS
 from lrbo.layers.options import DENSE, Budget, Losses, Menu, Option
 from lrbo.models.specs import LayerSpec, sharing
 from lrbo.optimization.space import Problem
@@ -218,7 +219,7 @@ def shared_menus(forms: tuple[str, ...], seed: int, scales: tuple[float, float])
         for section in menu.sections[:-1]:
             generator = np.random.default_rng([seed, *map(ord, spec.name + section.form)])
             scale = scales[0] if is_joint(section.form) else 0.3
-            if of_whole_part(section.form):
+            if section.form in WHOLE_PARTS:
                 scale = scales[1] * spec.is_closing * (8 if section.form == "skip" else 1)
             steps = scale * generator.exponential(size=len(section.levels))
             losses.append(steps[::-1].cumsum()[::-1])
@@ -235,7 +236,7 @@ def together(given: dict[str, Menu], options: dict[str, Option]) -> bool:
                 other
                 for other, menu in given.items()
                 if menu.unit.closing == unit.closing
-                and (of_whole_part(option.form) or menu.unit.site == unit.site)
+                and (option.form in WHOLE_PARTS or menu.unit.site == unit.site)
             ]
             if len(others) < 2 or {options[other] for other in others} != {option}:
                 return False
