@@ -12,7 +12,7 @@ from functools import cached_property
 import numpy as np
 
 from lrbo.allocation import knapsack
-from lrbo.allocation.joint import joint_choices, parts_of
+from lrbo.allocation.joint import joint_choices
 from lrbo.errors import BudgetError
 from lrbo.layers.form import DENSE_FORM
 from lrbo.layers.forms import Codebook, Quantized, form_named, is_joint
@@ -165,11 +165,11 @@ def allocate_by_loss(
     gain per cost first, ties by name, until none fits. So (a) to (d) of :func:`allocate` hold too.
     A larger budget never predicts a larger loss, but may leave more of it unused.
 
-    Joint options, which the layers of an attention or MLP take together, are weighed against the
-    combinations of their own options that are best at some price per cost; then the other layers
-    are solved as above within what is left. So the result is optimal among those with the same
-    joint options, is never worse than without any, and is not proven to be the best of all: a
-    larger budget may then predict a larger loss.
+    Joint options, which several layers take together, are weighed against the combinations of
+    their own options that are best at some price per cost; then the other layers are solved as
+    above within what is left. So the result is optimal among those with the same joint options, is
+    never worse than without any, and is not proven to be the best of all: a larger budget may then
+    predict a larger loss.
 
     ``losses`` replace those of the menus. Units that they lack stay dense, and those of
     ``dense`` too.
@@ -194,16 +194,18 @@ def allocate_by_loss(
 
     ceiling = _room(budget, ladders, menus)
     ceiling += sum(int(ladder.prices[0]) for ladder in ladders.values())
+    every, whole = ladders, ceiling
     best, joint = solved(ladders, ceiling), dict[str, int]()
+    least = best.loss
     known = {name: np.asarray(given[name]) for name in curves}
-    parts = parts_of(menus, known, budget.measure)
-    if parts and (taken := joint_choices(parts, ladders, ceiling)):
-        left = {name: ladder for name, ladder in ladders.items() if name not in taken}
+    for taken in joint_choices(menus, known, budget.measure, every, whole):
+        left = {name: ladder for name, ladder in every.items() if name not in taken}
         spent = sum(menus[n].cost(index).of(budget.measure) for n, index in taken.items())
         lost = math.fsum(float(known[name][index]) for name, index in taken.items())
-        others = solved(left, ceiling - spent)
-        if lost + others.loss < best.loss:
-            best, joint, ladders, ceiling = others, taken, left, ceiling - spent
+        others = solved(left, whole - spent)
+        if lost + others.loss < least:
+            least = lost + others.loss
+            best, joint, ladders, ceiling = others, taken, left, whole - spent
     if best.gap > knapsack.SMALL_GAP * best.loss:
         logger.warning(
             "the predicted loss of %g nats per token may be %g above the least possible: too many "

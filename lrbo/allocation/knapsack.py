@@ -333,8 +333,10 @@ def sum_of_hulls(choices: Sequence[tuple[Integers, Floats]]) -> tuple[Integers, 
     """Return summed costs and losses of several layers along the hull of all their combinations.
 
     Each point follows from the one before by the step of one layer along its own hull that saves
-    most per cost. ``choices`` are costs, rising strictly, and losses of each layer.
+    most per cost. ``choices`` are costs and losses of each layer, in any order.
     """
+    layers = _undominated(*zip(*choices, strict=True))
+    choices = [(each.costs, each.losses) for each in layers]
     hulls = [_lower_hull(costs, losses) for costs, losses in choices]
     _, steps, gains = _hull_steps(choices, hulls)
     first = sum(int(costs[0]) for costs, _ in choices), sum(float(loss[0]) for _, loss in choices)

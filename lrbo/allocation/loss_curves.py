@@ -45,7 +45,8 @@ def points_of(
     Embedding and head are measured too. Of low-rank forms the first on the menu is; bases are
     without a rank; what stands for no whole weight so, kept outputs and Kronecker sums, with the
     most that there is. Groups of rows, and what attentions or MLPs become as a whole, are at as
-    many levels as ranks are; the latter at the layer that ends the part.
+    many levels as ranks are; the latter at the layer that ends the part. Factors that layers
+    share are not measured.
     """
     points = []
     known = [spec for spec in layers if spec.name in prepared]
@@ -71,7 +72,7 @@ def _options_of(
     for section in menus[spec.name].sections[:-1]:
         family, form = section.family, form_named(section.form)
         if isinstance(form, Joint):
-            if spec.is_closing and len(section.levels):
+            if form.is_whole and spec.is_closing and len(section.levels):
                 last = section.levels[:, -1:].ravel().tolist()
                 options += [family.at(n) for n in _spread(last, settings.ranks)] or [family]
             continue

@@ -11,8 +11,9 @@ import numpy as np
 
 from lrbo.allocation.allocate import Allocation
 from lrbo.errors import ConfigError
+from lrbo.layers.joint_form import SharedFactored
 from lrbo.layers.options import dense_cost
-from lrbo.models.specs import LayerSpec
+from lrbo.models.specs import LayerSpec, sharing
 
 # By kind: ratios at relative depths, 0 for the first block and 1 for the last.
 Profile = Mapping[str, Sequence[Sequence[float]]]
@@ -50,14 +51,23 @@ class Donor:
 
 
 def profile_of(layers: Sequence[LayerSpec], allocation: Allocation, itemsize: int) -> Profile:
-    """The ratios of an allocation of these layers, in the measure of its budget."""
+    """The ratios of an allocation of these layers, in the measure of its budget.
+
+    Of layers that share a factor, which one of them stores, it is the ratio of all together.
+    """
     measure = allocation.budget.measure
-    costs: dict[str, dict[float, tuple[int, int]]] = {}
+    dense = {spec.name: dense_cost([spec], itemsize).of(measure) for spec in layers}
+    kept = {name: float(cost.of(measure)) for name, cost in allocation.costs.items()}
+    for group in sharing(layers):
+        if allocation.options[group[0].name].form == SharedFactored.name:
+            together = sum(kept[spec.name] for spec in group)
+            whole = sum(dense[spec.name] for spec in group)
+            kept |= {spec.name: together * dense[spec.name] / whole for spec in group}
+    costs: dict[str, dict[float, tuple[float, int]]] = {}
     for spec, depth in zip(layers, _depths(layers), strict=True):
         by_depth = costs.setdefault(spec.kind, {})
-        cost, whole = by_depth.get(depth, (0, 0))
-        cost += allocation.costs[spec.name].of(measure)
-        by_depth[depth] = cost, whole + dense_cost([spec], itemsize).of(measure)
+        cost, whole = by_depth.get(depth, (0.0, 0))
+        by_depth[depth] = cost + kept[spec.name], whole + dense[spec.name]
     return {
         kind: [(depth, cost / whole) for depth, (cost, whole) in sorted(by_depth.items())]
         for kind, by_depth in costs.items()

@@ -9,6 +9,8 @@ from transformers.pytorch_utils import Conv1D
 
 # Layers whose outputs are only used elementwise, so that these may lie by columns.
 POINTWISE = {"gate_proj", "up_proj", "gate_up_proj", "c_fc", "fc1", "dense_h_to_4h"}
+# Of layers that read the same input, which of them holds the factor that all may share.
+HOLDERS = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
 
 
 class LowRankLinear(nn.Module):
@@ -23,6 +25,35 @@ class LowRankLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer."""
         result: Tensor = self.left(self.right(x))
+        return result
+
+
+class SharedLinear(nn.Module):
+    """A low-rank layer whose right factor is that of the first layer that reads its input."""
+
+    def __init__(self, inputs: int, outputs: int, rank: int, bias: bool, first: Any) -> None:
+        super().__init__()
+        self.right = nn.Linear(inputs, rank, bias=False) if first is None else None
+        self.left = nn.Linear(rank, outputs, bias=bias)
+        self.register_buffer("weight", torch.empty(0))  # there is no dense weight
+        # In a tuple they are no submodules, whose tensors would count twice.
+        self.peers: tuple[Any, ...] = () if first is None else (first,)
+        if first is not None:
+            first.peers = (*first.peers, self)
+        self.handed: tuple[Tensor, Tensor] | None = None  # an input, and right(input)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer; the first one hands the others what its right factor gives."""
+        handed, self.handed = self.handed, None
+        if handed is not None and handed[0] is x:
+            reduced = handed[1]
+        elif self.right is None:
+            reduced = self.peers[0].right(x)
+        else:
+            reduced = self.right(x)
+            for other in self.peers:
+                other.handed = x, reduced
+        result: Tensor = self.left(reduced)
         return result
 
 
@@ -75,23 +106,34 @@ class PivotedLinear(nn.Module):
         return result.view(*x.shape[:-1], len(self.index))
 
 
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
 class LowRankForCausalLM(LlamaForCausalLM):
     """The dense architecture, with layers of other forms where ``config.json`` says so."""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         about = config.lrbo
-        for name, option in about["units"].items():
+        # Those that hold a factor for others come before these.
+        units = sorted(about["units"].items(), key=lambda unit: _last(unit[0]) in HOLDERS)
+        for name, option in units:
             form, rank = option.split(" ")
             dense = self.get_submodule(name)
             shape = dense.weight.shape
             outputs, inputs = reversed(shape) if isinstance(dense, Conv1D) else shape
             bias = dense.bias is not None or name in about["added_biases"]
             if form == "pivoted":
-                pointwise = name.rpartition(".")[2] in POINTWISE
+                pointwise = _last(name) in POINTWISE
                 layer: nn.Module = PivotedLinear(inputs, outputs, int(rank), bias, pointwise)
             elif form == "factored":
                 layer = LowRankLinear(inputs, outputs, int(rank), bias)
+            elif form == "shared_factored":
+                holder = HOLDERS.get(_last(name))
+                parent = name.rpartition(".")[0]
+                first = None if holder is None else self.get_submodule(f"{parent}.{holder}")
+                layer = SharedLinear(inputs, outputs, int(rank), bias, first)
             else:
                 raise ValueError(f"{name} has the form {form!r}, which this file does not know")
             self.set_submodule(name, layer)

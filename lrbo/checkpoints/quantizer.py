@@ -23,7 +23,7 @@ from lrbo.layers.based import BasedLinear
 from lrbo.layers.forms import FORMS, is_joint
 from lrbo.layers.frequency import GroupedLinear
 from lrbo.layers.joint import empty_joint
-from lrbo.layers.joint_form import Neurons
+from lrbo.layers.joint_form import WHOLE_PARTS, Neurons
 from lrbo.layers.low_rank import no_weight
 from lrbo.layers.modules import empty_module, low_rank_layers, parameters_of, replace_modules
 from lrbo.layers.options import DENSE, Option
@@ -33,7 +33,7 @@ from lrbo.models import headers
 
 # Not its names: its import of transformers may be what imports this module.
 from lrbo.models import model_map as maps
-from lrbo.models.specs import LayerSpec
+from lrbo.models.specs import LayerSpec, sharing
 
 METHOD = "lrbo"
 FORMAT = 4
@@ -203,7 +203,8 @@ def put_in(model: PreTrainedModel, config: LowRankConfig) -> None:
                 f"{f', and {problem}' if problem else ''}; restore config.json."
             )
         if name in specs:
-            layers[name] = empty_joint(specs[name], option)
+            bias = specs[name].is_biased(name in config.added_biases)
+            layers[name] = empty_joint(specs[name], option, bias=bias)
             continue
         heads = _untied_(model, name) if maps.is_table(dense) else []
         biased = [maps.linear_bias(modules[each]) is not None for each in (name, *heads)]
@@ -225,14 +226,24 @@ def _untied_(model: PreTrainedModel, name: str) -> list[str]:
 
 
 def _joint_specs(model: nn.Module, units: Mapping[str, str]) -> dict[str, LayerSpec]:
-    """Map the layers with joint options, which all layers of an attention or MLP must have."""
+    """Map the layers with joint options, which all layers of a part must have."""
     forms = {name: text.partition(" ")[0] for name, text in units.items()}
     joint = {name: units[name] for name, form in forms.items() if form in FORMS and is_joint(form)}
     if not joint:
         return {}
     with reading(CheckpointError, "restore config.json", own=ModelError):
         specs = maps.map_model(model).by_name
+    group_of = {spec.name: group for group in sharing(specs.values()) for spec in group}
     for name, text in joint.items():
+        if forms[name] not in WHOLE_PARTS:
+            group = group_of.get(name)
+            if group is None:
+                raise CheckpointError(
+                    f"{name} cannot be {text!r}: it shares its input with no other layer; restore "
+                    "config.json."
+                )
+            _require_together(name, text, [spec.name for spec in group], units)
+            continue
         part = specs[name].closing if name in specs else None
         if part is None:
             raise CheckpointError(
@@ -242,13 +253,24 @@ def _joint_specs(model: nn.Module, units: Mapping[str, str]) -> dict[str, LayerS
             raise CheckpointError(
                 f"{name} cannot be {text!r}: an attention has no neurons; restore config.json."
             )
-        for other, spec in specs.items():
-            if spec.closing == part and joint.get(other) != text:
-                raise CheckpointError(
-                    f"{name} is {text!r} and {other} is {units.get(other, 'dense')!r}: all layers "
-                    "of an attention or MLP take this option together; restore config.json."
-                )
+        others = [other for other, spec in specs.items() if spec.closing == part]
+        _require_together(name, text, others, units)
     return {name: specs[name] for name in joint}
+
+
+def _require_together(
+    name: str, text: str, others: Iterable[str], units: Mapping[str, str]
+) -> None:
+    """Refuse a joint option of a layer that not all others of its part have."""
+    for other in others:
+        if units.get(other) != text:
+            which = (
+                "of an attention or MLP" if text.split(" ")[0] in WHOLE_PARTS else "with one input"
+            )
+            raise CheckpointError(
+                f"{name} is {text!r} and {other} is {units.get(other, 'dense')!r}: all layers "
+                f"{which} take this option together; restore config.json."
+            )
 
 
 def check_tensors(model: PreTrainedModel, stored: Mapping[str, Tensor], where: Path) -> None:

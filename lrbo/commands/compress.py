@@ -24,7 +24,7 @@ from lrbo.config.shell import assigned
 from lrbo.data.windows import TokenWindows
 from lrbo.errors import ConfigError, ModelError
 from lrbo.files.tables import Table, columns
-from lrbo.layers.joint_form import Skip
+from lrbo.layers.joint_form import SharedFactored, Skip
 from lrbo.layers.modules import PRODUCTS
 from lrbo.layers.options import Option, as_stored
 from lrbo.layers.pivoted import PivotedLinear
@@ -233,7 +233,7 @@ def _require_room(
         for record in records:
             for name, option in record.request.allocation.compressed.items():
                 is_lookup = plan.layers.by_name[name].is_lookup
-                if is_lookup or option.form not in PRODUCTS:
+                if is_lookup or option.form not in (*PRODUCTS, SharedFactored.name):
                     lacks = "embedding that is not dense" if is_lookup else option.form
                     raise ConfigError(
                         [

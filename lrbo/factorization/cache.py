@@ -22,12 +22,14 @@ from lrbo.factorization.factors import LowRankFactors
 from lrbo.factorization.joint import prepare_joint
 from lrbo.factorization.prepare_unit import prepared_unit
 from lrbo.factorization.prepared import Prepared, UnitFactors, prepared_of
+from lrbo.factorization.shared import SHARED, prepare_shared
 from lrbo.factorization.tables import prepared_table
 from lrbo.files.caches import fingerprint_of, opened, read_part, save_parts
+from lrbo.layers.joint_form import WHOLE_PARTS
 from lrbo.linalg import float64_device
 from lrbo.models.blockwise import OpenBlock
 from lrbo.models.model_map import linear_weight
-from lrbo.models.specs import LayerSpec, ModelMap
+from lrbo.models.specs import LayerSpec, ModelMap, sharing
 
 
 @runtime_checkable
@@ -58,8 +60,8 @@ def factor_model(
 
     With ``bases``, these are made too, and what each leaves is factored. With statistics of output
     gradients, losses are predicted; with ``errors``, relative errors of outputs are worked out from
-    mean and covariance of the inputs; ``joint`` names forms that attentions and MLPs can have as a
-    whole. ``open_block`` brings the weights of a block into the model
+    mean and covariance of the inputs; ``joint`` names forms that several layers take together.
+    ``open_block`` brings the weights of a block into the model
     for the length of a ``with``; by default they are there. ``device``, by default that of the
     weights, decomposes if it has float64, else the CPU does. ``on_layer`` is called with the name
     of each finished layer.
@@ -89,8 +91,11 @@ def factor_model(
                     made[spec.name] = own
                 if on_layer is not None:
                     on_layer(spec.name)
-            if joint:
-                _add_joint(made, model, joint, members, statistics, device)
+            whole = [form for form in joint if form in WHOLE_PARTS]
+            if whole:
+                _add_joint(made, model, whole, members, statistics, device)
+            if SHARED.form in joint and block is not None:
+                _add_shared(made, model, method, members, statistics, device)
         yield made
 
 
@@ -112,11 +117,35 @@ def _add_joint(
         with naming(end.name):
             parts = prepare_joint(forms, specs, last, statistics.of(end), work)
         for name, own in parts.items():
-            unit = made[name]
-            if isinstance(unit, LowRankFactors):
-                unit = UnitFactors(unit, {})
-            assert isinstance(unit, UnitFactors)
-            made[name] = replace(unit, joint=own)
+            made[name] = replace(_extensible(made[name]), joint=own)
+
+
+def _add_shared(
+    made: dict[str, Prepared],
+    model: PreTrainedModel,
+    method: FactorizationMethod,
+    members: Sequence[LayerSpec],
+    statistics: LayerStatistics,
+    device: torch.device | None,
+) -> None:
+    """Add factors of which one is shared to the layers of a block that read the same input."""
+    for specs in sharing(members):
+        modules = [model.get_submodule(spec.name) for spec in specs]
+        work = float64_device(linear_weight(modules[0]).device if device is None else device)
+        with naming(specs[0].name):
+            given = [statistics.of(spec) for spec in specs]
+            parts = prepare_shared(specs, modules, method, given, work)
+        for name, own in parts.items():
+            unit = _extensible(made[name])
+            made[name] = replace(unit, based={**unit.based, SHARED: own})
+
+
+def _extensible(unit: Prepared) -> UnitFactors:
+    """Return a unit to which more can be added."""
+    if isinstance(unit, LowRankFactors):
+        return UnitFactors(unit, {})
+    assert isinstance(unit, UnitFactors)
+    return unit
 
 
 @contextmanager

@@ -100,7 +100,8 @@ class BaseOptions(Options):
 
     def grid(self, multiple: int = 1, minimum: int = 0) -> Grid:
         """Return the levels that are made; ranks are multiples, from a minimum on."""
-        own = {field.name: getattr(self, field.name) for field in fields(Grid)[2:]}
+        names = [field.name for field in fields(Grid) if hasattr(self, field.name)]
+        own = {name: getattr(self, name) for name in names}
         return Grid(multiple, minimum, **own)
 
 

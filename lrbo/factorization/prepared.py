@@ -15,9 +15,11 @@ from lrbo.factorization.factors import CURVES, PARTS, Buffers, Curve, LowRankFac
 from lrbo.factorization.frequency_groups import GroupedFactors
 from lrbo.factorization.joint import JOINT, Skipped, Thinned
 from lrbo.factorization.kronecker import KroneckerSum
+from lrbo.factorization.shared import SharedFactors
 from lrbo.layers.based import BasedLinear, Factors, shapes_of
 from lrbo.layers.forms import Based, QuantizedFactors, form_named
 from lrbo.layers.frequency_form import FrequencyGroups
+from lrbo.layers.joint_form import SharedFactored
 from lrbo.layers.kronecker_form import Kronecker
 from lrbo.layers.options import Losses, Option, Section
 from lrbo.layers.product_form import Factored
@@ -132,12 +134,13 @@ class UnitFactors:
 
     Attributes:
         low_rank: Factors of the whole weight; ``None`` where no rank is wanted.
-        based: Bases with factors of what each leaves, Kronecker sums, and groups of rows.
+        based: Bases with factors of what each leaves, Kronecker sums, groups of rows, and factors
+            of which layers with the same input share one.
         joint: What it becomes together with the other layers of its attention or MLP.
     """
 
     low_rank: LowRankFactors | None
-    based: Mapping[Option, BasedWeight | KroneckerSum | GroupedFactors]
+    based: Mapping[Option, BasedWeight | KroneckerSum | GroupedFactors | SharedFactors]
     joint: Mapping[Option, Thinned | Skipped] = field(default_factory=dict)
 
     @property
@@ -234,7 +237,7 @@ def prepared_of(tensors: Mapping[str, Tensor]) -> Prepared:
     low_rank = LowRankFactors.of_tensors(parts.pop(""))
     if not parts:
         return low_rank
-    based: dict[Option, BasedWeight | KroneckerSum | GroupedFactors] = {}
+    based: dict[Option, BasedWeight | KroneckerSum | GroupedFactors | SharedFactors] = {}
     joint: dict[Option, Thinned | Skipped] = {}
     shape = low_rank.left.shape[0], low_rank.right.shape[1]
     for text, given in parts.items():
@@ -248,6 +251,9 @@ def prepared_of(tensors: Mapping[str, Tensor]) -> Prepared:
             continue
         if isinstance(form, FrequencyGroups):
             based[family] = GroupedFactors.of_tensors(family.level[0], given)
+            continue
+        if isinstance(form, SharedFactored):
+            based[family] = SharedFactors.of_tensors(given)
             continue
         assert isinstance(form, Based)
         own = {part: given.pop(part) for part in list(given) if part not in PARTS}

@@ -34,6 +34,7 @@ class Grid:
     row_percentages: Sequence[int] = (5,)  # of the outputs that sparse forms keep
     blocks: Sequence[Sequence[int]] = ((2, 1), (1, 2))  # rows, columns; of Kronecker sums
     frequency_groups: Sequence[int] = (8,)  # of the rows of a table
+    shared_outputs: int = 0  # of all layers that could share a factor with the unit; 0: none
 
 
 class Form(ABC):

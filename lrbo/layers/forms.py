@@ -24,7 +24,7 @@ from lrbo.layers.form import (
     Levels,
 )
 from lrbo.layers.frequency_form import FrequencyGroups
-from lrbo.layers.joint_form import Joint, Neurons, Skip
+from lrbo.layers.joint_form import Joint, Neurons, SharedFactored, Skip
 from lrbo.layers.kronecker_form import Kronecker
 from lrbo.layers.product_form import Factored, Pivoted
 from lrbo.models.specs import LayerSpec
@@ -359,6 +359,7 @@ _FORMS: tuple[Form, ...] = (
     *_REPAIRED,
     Kronecker(),
     FrequencyGroups(),
+    SharedFactored(),
     Neurons(),
     Skip(),
     *(replace(form, has_floats=True) for form in _REPAIRED if form.base_name in REPAIRED),
@@ -374,5 +375,5 @@ def form_named(name: str) -> Form:
 
 
 def is_joint(name: str) -> bool:
-    """Whether all layers of an attention or MLP take a form together."""
+    """Whether several layers take a form together."""
     return isinstance(form_named(name), Joint)

@@ -1,4 +1,4 @@
-"""The modules of forms that all layers of an attention or MLP take together."""
+"""The modules of forms that several layers take together."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lrbo.layers.joint_form import Neurons
+from lrbo.layers.joint_form import Neurons, SharedFactored
 from lrbo.layers.low_rank import Bias, FormModule, linear_of
 from lrbo.layers.options import Option
+from lrbo.layers.shared import SharedLinear
 from lrbo.models.specs import LayerSpec
 
 
@@ -69,13 +70,20 @@ class SkippedAttention(nn.Module):
         return self.get_submodule(self.last)(hidden_states), None
 
 
-def empty_joint(spec: LayerSpec, option: Option) -> ThinLinear | SkippedLinear:
-    """Return the layer of a joint option on the meta device, for weights to be loaded into."""
+def empty_joint(
+    spec: LayerSpec, option: Option, *, bias: bool
+) -> ThinLinear | SkippedLinear | SharedLinear:
+    """Return the layer of a joint option on the meta device, for weights to be loaded into.
+
+    ``bias`` is whether it has one where its form does not say so itself.
+    """
+    if option.form == SharedFactored.name:
+        return SharedLinear.on_meta(spec, option.rank, bias=bias)
     with torch.device("meta"):
         if option.form != Neurons.name:
-            bias = torch.empty(spec.out_features) if spec.is_closing else None
+            mean = torch.empty(spec.out_features) if spec.is_closing else None
             shape, whole = (spec.out_features, spec.in_features), not spec.neurons
-            return SkippedLinear(shape, bias, torch.empty(0), whole=whole)
+            return SkippedLinear(shape, mean, torch.empty(0), whole=whole)
         outputs, inputs = Neurons.shape(spec, *option.level)
-        bias = torch.empty(outputs) if spec.has_bias else None
-        return linear_of(torch.empty(outputs, inputs), bias, ThinLinear)
+        offset = torch.empty(outputs) if spec.has_bias else None
+        return linear_of(torch.empty(outputs, inputs), offset, ThinLinear)

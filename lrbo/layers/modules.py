@@ -16,6 +16,7 @@ from lrbo.layers.kronecker_form import Kronecker
 from lrbo.layers.low_rank import FormModule, LowRankLinear, ProductModule
 from lrbo.layers.options import Option
 from lrbo.layers.pivoted import PivotedLinear
+from lrbo.layers.shared import link_
 
 PRODUCTS: Mapping[str, type[ProductModule]]
 PRODUCTS = {"factored": LowRankLinear, "pivoted": PivotedLinear}
@@ -80,9 +81,12 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
 def replace_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     """Replace modules by name, and each attention of which the last layer is skipped as a whole.
 
+    Layers that share a factor are replaced together, and learn of each other.
+
     Returns:
         The modules before, by name, in the order that puts them back if they are replaced again.
     """
+    link_(modules)
     before = {name: replace_module(model, name, module) for name, module in modules.items()}
     attentions = {}
     for name, module in modules.items():

@@ -221,6 +221,7 @@ class Menu:
         row_percentages: Sequence[int] = Grid.row_percentages,
         blocks: Sequence[Sequence[int]] = Grid.blocks,
         frequency_groups: Sequence[int] = Grid.frequency_groups,
+        shared_outputs: int = 0,
         measure: Measure | None = None,
     ) -> Menu:
         """Return the menu of a unit, without losses; dense is always on it.
@@ -229,9 +230,18 @@ class Menu:
         ``minimum`` on where nothing lies below them. Bases that are not cheaper than dense in a
         ``measure``, such as integers in parameters, are left out, and so are forms whose rows
         cannot be looked up where the unit is a table, or that are of tables alone where it is none.
+        ``shared_outputs`` are those of all units that can share a factor with it, its own among
+        them; 0 where there are no others.
         """
         grid = Grid(
-            multiple, minimum, group_sizes, percentages, row_percentages, blocks, frequency_groups
+            multiple,
+            minimum,
+            group_sizes,
+            percentages,
+            row_percentages,
+            blocks,
+            frequency_groups,
+            shared_outputs,
         )
         sections = []
         for name in [*(form for form in forms if form != DENSE_FORM), DENSE_FORM]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -51,6 +51,23 @@ class LayerSpec:
     def is_biased(self, adds_bias: bool) -> bool:
         """Whether it has a bias where it is not dense, by a method that adds one to layers."""
         return self.has_bias or (adds_bias and self.part == BLOCKS)
+
+
+def sharing(layers: Iterable[LayerSpec]) -> list[tuple[LayerSpec, ...]]:
+    """List the layers of one attention or MLP that read the same input, two at least, in order.
+
+    Layers of one input or one output, of which no rank is below the full one, share nothing.
+    """
+    groups: dict[tuple[str, str | None], list[LayerSpec]] = {}
+    for spec in layers:
+        groups.setdefault((spec.site, spec.closing), []).append(spec)
+    return [
+        tuple(group)
+        for (site, _), group in groups.items()
+        if len(group) > 1
+        and group[0].name == site
+        and min(min(spec.out_features, spec.in_features) for spec in group) > 1
+    ]
 
 
 @dataclass(frozen=True)

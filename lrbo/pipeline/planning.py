@@ -30,6 +30,7 @@ from lrbo.factorization.joint import NEEDS as JOINT_NEEDS
 from lrbo.factorization.prediction import ERROR_NEEDS
 from lrbo.factorization.registry import method_named
 from lrbo.layers.forms import is_joint
+from lrbo.layers.joint_form import WHOLE_PARTS
 from lrbo.models.devices import dtype_name, resolve_device, resolve_dtype
 from lrbo.models.loading import load_tokenizer
 from lrbo.models.sources import ModelSource
@@ -95,7 +96,7 @@ class Plan:
         if errors:
             needs |= ERROR_NEEDS
         joint = tuple(name for name in self.config.space.forms if is_joint(name))
-        if joint:
+        if any(name in WHOLE_PARTS for name in joint):
             needs |= JOINT_NEEDS
         windows = self.windows["calibration"].examples
         return Preparation(

@@ -49,7 +49,7 @@ class Preparation:
     task: ModelTask
     bases: BasePlan | None = None
     errors: bool = False  # of outputs, whether they are worked out
-    joint: tuple[str, ...] = ()  # forms of whole attentions and MLPs
+    joint: tuple[str, ...] = ()  # forms that several layers take together
 
     def statistics(
         self, digest: str, dtype: torch.dtype, reporter: Reporter, model: PreTrainedModel

@@ -18,9 +18,10 @@ from lrbo.factorization.base import FactorizationMethod
 from lrbo.factorization.options import BaseOptions
 from lrbo.layers.forms import Based, form_named, is_joint
 from lrbo.layers.frequency_form import FrequencyGroups
+from lrbo.layers.joint_form import Joint
 from lrbo.layers.kronecker_form import Kronecker
 from lrbo.layers.options import MEASURES, UNITS, Budget, Measure, Menu, Option
-from lrbo.models.specs import LayerSpec
+from lrbo.models.specs import LayerSpec, sharing
 from lrbo.optimization.budgets import over_budgets
 from lrbo.optimization.fixed_variables import restrict
 from lrbo.optimization.space import STARTS, Problem, Space, Start
@@ -144,20 +145,27 @@ def without_bases(
     ]
 
 
-def without_parts(units: Iterable[LayerSpec], forms: Iterable[str]) -> list[str]:
-    """Report joint forms that no unit can have: whole attentions and MLPs are not known."""
-    if any(unit.closing for unit in units):
-        return []
-    return [
-        f"space.forms: {form}: no layer of this model belongs to an attention or MLP that lrbo "
-        "knows; leave it out"
-        for form in forms
-        if is_joint(form)
-    ]
+def without_parts(units: Sequence[LayerSpec], forms: Iterable[str]) -> list[str]:
+    """Report joint forms that no unit can have: of parts that are not known, or of one layer."""
+    problems = []
+    for form in map(form_named, forms):
+        if not isinstance(form, Joint):
+            continue
+        if form.is_whole and not any(unit.closing for unit in units):
+            problems.append(
+                f"space.forms: {form.name}: no layer of this model belongs to an attention or MLP "
+                "that lrbo knows; leave it out"
+            )
+        elif not form.is_whole and not sharing(units):
+            problems.append(
+                f"space.forms: {form.name}: no two layers of this model read the same input, such "
+                "as q_proj, k_proj and v_proj, which here may be one layer; leave it out"
+            )
+    return problems
 
 
 def menus_of(
-    units: Iterable[LayerSpec],
+    units: Sequence[LayerSpec],
     forms: Sequence[str],
     method: FactorizationMethod,
     dtype: torch.dtype,
@@ -169,6 +177,11 @@ def menus_of(
 ) -> dict[str, Menu]:
     """The menus of units by name, as :meth:`Menu.of` makes them, without losses."""
     options = options or BaseOptions()
+    shared = {
+        spec.name: sum(each.out_features for each in group)
+        for group in sharing(units)
+        for spec in group
+    }
     return {
         unit.name: Menu.of(
             unit,
@@ -182,6 +195,7 @@ def menus_of(
             row_percentages=options.row_percentages,
             blocks=options.blocks,
             frequency_groups=options.frequency_groups,
+            shared_outputs=shared.get(unit.name, 0),
             measure=measure,
         )
         for unit in units
@@ -189,11 +203,18 @@ def menus_of(
 
 
 def largest_ranks(menus: Mapping[str, Menu], measure: Measure) -> dict[str, dict[Option, int]]:
-    """Return the largest rank (or level) of each unit and family that costs less than dense."""
+    """Return the largest rank (or level) of each unit and family that costs less than dense.
+
+    Of what several units become together it is the largest on the menu.
+    """
     column = MEASURES.index(measure)
     ranks: dict[str, dict[Option, int]] = {}
     for name, menu in menus.items():
-        cheaper = [s.levels[s.costs[:, column] < menu.dense.of(measure)] for s in menu.sections]
+        dense = menu.dense.of(measure)
+        cheaper = [
+            s.levels if is_joint(s.form) else s.levels[s.costs[:, column] < dense]
+            for s in menu.sections
+        ]
         ranks[name] = {
             section.family: int(levels[:, -1:].max(initial=0))
             for section, levels in zip(menu.sections[:-1], cheaper, strict=False)

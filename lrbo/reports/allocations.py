@@ -9,13 +9,16 @@ import pandas as pd
 from lrbo.allocation.allocate import Allocation
 from lrbo.layers.forms import form_named
 from lrbo.layers.frequency_form import FrequencyGroups
-from lrbo.layers.joint_form import Joint
+from lrbo.layers.joint_form import Neurons, Skip
 from lrbo.layers.kronecker_form import Kronecker
 from lrbo.layers.options import dense_cost
 from lrbo.study.about import About
 
 DEPTHS = 3  # parts of the depth that are told apart
 OUTSIDE = "outside"  # of the blocks
+NO_RANK = (
+    Neurons | Skip | Kronecker | FrequencyGroups
+)  # forms whose levels end with another number, if any
 
 
 def options_frame(about: About, allocation: Allocation) -> pd.DataFrame:
@@ -30,8 +33,8 @@ def options_frame(about: About, allocation: Allocation) -> pd.DataFrame:
     rows = []
     for name, option in allocation.options.items():
         spec = about.layers[name]
-        rankless = isinstance(form_named(option.form), Joint | Kronecker | FrequencyGroups)
-        rank = option.rank if option.level and not rankless else None
+        has_rank = bool(option.level) and not isinstance(form_named(option.form), NO_RANK)
+        rank = option.rank if has_rank else None
         stored = allocation.costs[name].of(measure)
         dense = dense_cost([spec], about.itemsize).of(measure)
         rows.append((name, spec.kind, spec.block, option.form, option.label, rank, stored, dense))

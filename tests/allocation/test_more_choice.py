@@ -26,6 +26,7 @@ from tests.support.tiny import token_ids
 NAMES = [name for name in FORMS if name != DENSE_FORM]
 BASES = BaseOptions(group_sizes=(16,), percentages=(25, 50), blocks=((2, 1), (4, 4)))
 STRUCTURED = ["kronecker", "sparse", "sparse_2_4", "sparse_rows"]
+JOINT = ["shared_factored", "neurons", "skip"]
 # Of predicted losses: the solver's proof is up to 1e-6 of the loss.
 SAME = 1e-6
 
@@ -49,8 +50,9 @@ def test_a_richer_menu_never_predicts_a_larger_loss(measure: Measure) -> None:
     prepared = factored()[0].factors
     for keep_ratio in (0.5, 0.8):
         before = float("inf")
-        for count in range(len(STRUCTURED) + 1):
-            offered = menus(["pivoted", *STRUCTURED[:count]], measure)
+        richer = [*STRUCTURED, *JOINT]
+        for count in range(len(richer) + 1):
+            offered = menus(["pivoted", *richer[:count]], measure)
             budget = Budget.keeping(keep_ratio, dense_cost(offered), measure)
             problem = Problem(offered, budget).with_losses(prepared)
             allocation = problem.by_loss()

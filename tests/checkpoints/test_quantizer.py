@@ -35,6 +35,9 @@ from lrbo.models.sources import ModelSource
 from lrbo.models.specs import LayerSpec
 from lrbo.tasks.perplexity import score
 from tests.checkpoints.test_export import EVERY, Compressed, Forms, every_form, options_of
+from tests.checkpoints.test_shared import SHARE_AND_METHOD
+from tests.checkpoints.test_shared import stored as stored_shared
+from tests.checkpoints.test_shared import write as write_shared
 from tests.support import reference
 from tests.support.tiny import CASES, build, token_ids
 
@@ -297,12 +300,14 @@ def test_it_compiles_as_one_graph(tmp_path: Path) -> None:
     folders = [tmp_path / "+".join(forms) for forms in EVERY]
     for forms, folder in zip(EVERY, folders, strict=True):
         Compressed("llama_tied", forms=forms).save(folder)
+    folders.append(tmp_path / "shared")
+    write_shared(folders[-1], *stored_shared("llama_biased"))
     torch.save(IDS, tmp_path / "ids")
     command = [sys.executable, "-c", COMPILED, str(tmp_path / "ids"), *map(str, folders)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     errors = list(map(float, done.stdout.split()))
-    assert len(errors) == len(EVERY)
+    assert len(errors) == len(folders)
     assert max(errors) <= TOLERANCE["compiled"]
 
 
@@ -375,19 +380,26 @@ def test_folders_with_a_modelling_file_open_where_lrbo_is_not(
         folder = tmp_path / f"{case}-{'+'.join(forms)}"
         models[folder] = Compressed(case, forms=forms, moving_bias=case == "gpt2")
         models[folder].save(folder / "model", with_code=True)
+    shared = {case: stored_shared(case, method) for case, method in SHARE_AND_METHOD.items()}
+    for case, own in shared.items():
+        write_shared(tmp_path / f"shared-{case}" / "model", *own, with_code=True)
+    others = [tmp_path / f"shared-{case}" for case in shared]
     torch.save(IDS, tmp_path / "ids")
     command = [sys.executable, "-c", WITHOUT_LRBO, str(tmp_path / "ids"), *map(str, models)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run([*command, *map(str, others)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == [
-        f"{compressed.parameters} {type(compressed.model).__name__}"
-        for compressed in models.values()
-    ]
+    expected = [(each.parameters, each.model) for each in models.values()]
+    expected += [(reference.count_parameters(model), model) for model, _ in shared.values()]
+    lines = [f"{count} {type(model).__name__}" for count, model in expected]
+    assert done.stdout.splitlines() == lines
     for word in ("MISSING", "UNEXPECTED", "Unknown quantization", "Traceback"):
         assert word not in done.stderr
     for folder, compressed in models.items():
         logits = torch.load(folder / "logits", weights_only=True)
         assert torch.equal(logits, says(aligned(compressed.model))), folder.name
+    for folder, (model, _) in zip(others, shared.values(), strict=True):
+        logits = torch.load(folder / "logits", weights_only=True)
+        assert torch.equal(logits, says(aligned(model))), folder.name
 
 
 def test_lrbo_reads_such_a_folder_without_its_code(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from lrbo.factorization.kronecker import KroneckerSum
 from lrbo.factorization.options import BaseOptions
 from lrbo.factorization.prepared import BasedWeight
 from lrbo.factorization.registry import method_named
+from lrbo.factorization.shared import SharedFactors
 from lrbo.layers.form import DENSE_FORM, GROUP_SIZES, Form, Grid
 from lrbo.layers.forms import (
     FORMS,
@@ -36,7 +37,7 @@ from lrbo.layers.forms import (
 from lrbo.layers.frequency import GroupedLinear
 from lrbo.layers.frequency_form import FrequencyGroups
 from lrbo.layers.joint import empty_joint
-from lrbo.layers.joint_form import Joint
+from lrbo.layers.joint_form import Joint, SharedFactored
 from lrbo.layers.kronecker import KroneckerLinear
 from lrbo.layers.kronecker_form import Kronecker
 from lrbo.layers.low_rank import FormModule, linear_of
@@ -58,6 +59,7 @@ PERCENTAGES = (25, 50)
 ROW_PERCENTAGES = (20, 40)
 BLOCKS = ((2, 1), (1, 2), (4, 4), (3, 3))
 GROUPS = (2, 3)
+SHARED_OUTPUTS = 40
 
 every_form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 every_module = pytest.mark.parametrize("form", list(FORMS.values())[1:], ids=list(FORMS)[1:])
@@ -67,11 +69,23 @@ both_biases = pytest.mark.parametrize("bias", [False, True])
 
 
 def grid(multiple: int = 1, minimum: int = 0) -> Grid:
-    return Grid(multiple, minimum, GROUP_SIZES, PERCENTAGES, ROW_PERCENTAGES, BLOCKS, GROUPS)
+    return Grid(
+        multiple,
+        minimum,
+        GROUP_SIZES,
+        PERCENTAGES,
+        ROW_PERCENTAGES,
+        BLOCKS,
+        GROUPS,
+        SHARED_OUTPUTS,
+    )
 
 
 def unit_of(shape: tuple[int, int], *, bias: bool = False) -> LayerSpec:
-    """Return a layer with which an MLP ends, of as many neurons as it has inputs."""
+    """Return a layer with which an MLP ends, of as many neurons as it has inputs.
+
+    It is the first that reads its input.
+    """
     return LayerSpec("unit", "kind", 0, *shape, bias, "unit", closing="unit", neurons=shape[1])
 
 
@@ -88,10 +102,14 @@ def module_of(
     """Return what a checkpoint has, of random factors, in float32."""
     if form.name == DENSE_FORM:
         return nn.Linear(shape[1], shape[0], bias)
-    if isinstance(form, Joint):
+    if isinstance(form, Joint) and form.is_whole:
         return joint_of(form, shape, bias=bias).module(Option(form.name, level))
     left, right = factors(shape, level[-1])
     offset = torch.ones(shape[0])
+    if isinstance(form, SharedFactored):
+        rest = LowRankFactors(left.float(), right.float(), torch.zeros(level[-1] + 1))
+        rest = replace(rest, offset=offset if bias else None)
+        return SharedFactors("unit", is_first=True, rest=rest).module(level[-1])
     if isinstance(form, Kronecker):
         return kronecker_of(shape, level, offset=offset.double() if bias else None).float()
     if isinstance(form, FrequencyGroups):
@@ -136,7 +154,7 @@ def empty_of(
     """Return the module that weights are loaded into."""
     option = Option(form.name, level)
     if isinstance(form, Joint):
-        return empty_joint(unit_of(shape, bias=bias), option)
+        return empty_joint(unit_of(shape, bias=bias), option, bias=bias)
     return empty_module("unit", option, *shape, bias=bias)
 
 
@@ -265,6 +283,9 @@ def test_levels_rise_in_every_cost_and_have_no_problem(
             if isinstance(form, KeptRows):  # no more parameters than dense
                 most = next(r for r in range(99) if (r + 1) * sum(shape) > shape[0] * shape[1])
             assert form.largest_rank(*shape) == most
+        elif isinstance(form, SharedFactored):
+            most = shape[1] * SHARED_OUTPUTS // (shape[1] + SHARED_OUTPUTS)
+            assert ranks == [r for r in range(max(minimum, 1), most + 1) if r % multiple == 0]
         elif isinstance(form, Joint):
             has_levels = form.name == NEURONS.form
             assert ranks == ([*range(multiple, unit.neurons, multiple)] if has_levels else [])
