@@ -256,6 +256,7 @@ def test_levels_rise_in_every_cost_and_have_no_problem(
     form: Form, bias: bool, shape: tuple[int, int], multiple: int, minimum: int
 ) -> None:
     unit = unit_of(shape, bias=bias)
+    runs_of_groups = (each for each in GROUPS if FrequencyGroups.can_be(shape[0], each))
     for run in form.levels(unit, grid(multiple, minimum)):
         levels = [tuple(map(int, level)) for level in run]
         assert levels == sorted(set(levels))
@@ -269,9 +270,9 @@ def test_levels_rise_in_every_cost_and_have_no_problem(
             assert ranks == [*range(1, len(ranks) + 1)]
             assert costs[-1][0] < unit.parameters + (shape[0] if bias else 0)
         elif isinstance(form, FrequencyGroups):
-            groups = levels[0][0] if levels else 2
+            groups = next(runs_of_groups)
             sizes = [len(part) for part in torch.arange(shape[0]).split(-(-shape[0] // groups))]
-            assert len(sizes) == groups or not levels
+            assert len(sizes) == groups
             first = max(-(-minimum * groups // multiple), 1) * multiple
             counts = range(first, sum(min(size, shape[1]) for size in sizes) + 1, multiple)
             cheaper = [n for n in counts if n * (sizes[0] + shape[1]) < shape[0] * shape[1]]
