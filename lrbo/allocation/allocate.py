@@ -198,7 +198,7 @@ def allocate_by_loss(
     best, joint = solved(ladders, ceiling), dict[str, int]()
     least = best.loss
     known = {name: np.asarray(given[name]) for name in curves}
-    for taken in joint_choices(menus, known, budget.measure, every, whole):
+    for taken in filter(None, joint_choices(menus, known, budget.measure, every, whole)):
         left = {name: ladder for name, ladder in every.items() if name not in taken}
         spent = sum(menus[n].cost(index).of(budget.measure) for n, index in taken.items())
         lost = math.fsum(float(known[name][index]) for name, index in taken.items())
