@@ -23,7 +23,7 @@ from lrbo.optimization.space import Problem
 from lrbo.pipeline.search_space import menus_of
 from tests.support.tiny import token_ids
 
-NAMES = [name for name in FORMS if name != DENSE_FORM]
+NAMES = [name for name, form in FORMS.items() if name != DENSE_FORM and form.in_blocks]
 BASES = BaseOptions(group_sizes=(16,), percentages=(25, 50), blocks=((2, 1), (4, 4)))
 STRUCTURED = ["kronecker", "sparse", "sparse_2_4", "sparse_rows"]
 JOINT = ["shared_factored", "neurons", "skip"]
