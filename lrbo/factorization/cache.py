@@ -48,6 +48,7 @@ def factor_model(
     errors: bool = False,
     joint: Collection[str] = (),
     open_block: OpenBlock | None = None,
+    base: PreTrainedModel | None = None,
     device: torch.device | None = None,
     on_layer: Callable[[str], None] | None = None,
 ) -> Iterator[dict[str, Prepared]]:
@@ -60,7 +61,8 @@ def factor_model(
     gradients, losses are predicted; with ``errors``, relative errors of outputs are worked out from
     mean and covariance of the inputs; ``joint`` names forms that attentions and MLPs can have as a
     whole. ``open_block`` brings the weights of a block into the model
-    for the length of a ``with``; by default they are there. ``device``, by default that of the
+    for the length of a ``with``; by default they are there. With the model ``base``, in memory, the
+    changes of its weights are factored. ``device``, by default that of the
     weights, decomposes if it has float64, else the CPU does. ``on_layer`` is called with the name
     of each finished layer.
 
@@ -84,7 +86,13 @@ def factor_model(
                         else:
                             how = method.for_kind(spec.kind)
                             own = prepared_unit(
-                                module, how, given, device, bases=bases, errors=errors
+                                module,
+                                how,
+                                given,
+                                device,
+                                bases=bases,
+                                errors=errors,
+                                shared=base and linear_weight(base.get_submodule(spec.name)),
                             )
                     made[spec.name] = own
                 if on_layer is not None:
@@ -139,6 +147,7 @@ def factors_fingerprint(
     bases: BasePlan | None = None,
     errors: bool = False,
     joint: Collection[str] = (),
+    base: str | None = None,
 ) -> str:
     """Return the digest of everything that the factors depend on."""
     options = {  # sets have another order in every process
@@ -154,6 +163,7 @@ def factors_fingerprint(
             "bases": None if bases is None else asdict(bases),
             "errors": errors,
             "joint": sorted(joint),
+            **({} if base is None else {"base": base}),
         }
     )
 

@@ -35,6 +35,13 @@ def _are_blocks(blocks: Any) -> bool:
 BLOCKS = Rule(
     "one or several [rows, columns] of at least 1, each once and none [1, 1]", _are_blocks
 )
+BANDS = Rule(
+    "one or several [directions of 8 bits, directions of 3 bits], each once",
+    lambda v: len(v) > 0
+    and all(isinstance(each, list | tuple) and len(each) == 2 for each in v)
+    and all(0 <= n <= COUNT for each in v for n in each)
+    and len({tuple(each) for each in v}) == len(v),
+)
 PERCENTAGES = Rule(
     "one or several whole numbers above 0 and below 100, each once",
     lambda v: len(v) > 0 and all(0 < n < 100 for n in v) and len({*v}) == len(v),
@@ -82,6 +89,8 @@ class BaseOptions(Options):
         row_percentages: Of outputs that ``sparse_rows`` keeps; each is a choice of its own.
         blocks: Rows and columns of the second factor of a Kronecker product; each is a choice of
             its own, for the layers that it divides.
+        bands: Of ``delta_bands``: how many leading directions have 8 bits, and how many behind them
+            3; the others have 2. Each pair is a choice of its own.
         damping: Added to the diagonal of the input second moment, as a share of its mean entry.
     """
 
@@ -90,6 +99,7 @@ class BaseOptions(Options):
     percentages: tuple[int, ...] = option(Grid.percentages, PERCENTAGES)
     row_percentages: tuple[int, ...] = option(Grid.row_percentages, PERCENTAGES)
     blocks: tuple[tuple[int, int], ...] = option(Grid.blocks, BLOCKS)
+    bands: tuple[tuple[int, int], ...] = option(Grid.bands, BANDS)
     damping: float = option(0.01, ABOVE_0_TO_1)
 
     def grid(self, multiple: int = 1, minimum: int = 0) -> Grid:

@@ -15,7 +15,15 @@ from lrbo.factorization.factors import CURVES, PARTS, Buffers, Curve, LowRankFac
 from lrbo.factorization.joint import JOINT, Skipped, Thinned
 from lrbo.factorization.kronecker import KroneckerSum
 from lrbo.layers.based import BasedLinear, Factors, shapes_of
-from lrbo.layers.forms import Based, Factored, QuantizedFactors, form_named
+from lrbo.layers.forms import (
+    Based,
+    Delta,
+    DeltaBands,
+    Factored,
+    QuantizedFactors,
+    form_named,
+    is_delta,
+)
 from lrbo.layers.kronecker_form import Kronecker
 from lrbo.layers.options import Losses, Option, Section
 
@@ -78,6 +86,9 @@ class BasedWeight:
         dtype, factors = self.base.dtype, None
         if rank and self.codes is not None:
             factors = self.codes.leading(rank)
+        elif rank and self.base.form.name == Delta.name:
+            left, right = rest.left[:, :rank].to(dtype), rest.right[:rank].to(dtype)
+            factors = Factors(left.contiguous(), None, right)
         elif rank:
             factors = Factors.of(rest.left[:, :rank], rest.right[:rank], dtype)
 
@@ -87,7 +98,7 @@ class BasedWeight:
             left, right = factors.wide(x.dtype)
             return left @ (right @ x)
 
-        device = rest.left.device if self.codes is None else self.codes.scale.device
+        device = rest.left.device if self.codes is None else self.codes.right.device
         return self.base.module(factors, rest.bias_for(linear, dtype), device)
 
     def trial_module(self, name: str, rank: int, tokens: int, buffers: Buffers) -> nn.Module:
@@ -115,10 +126,10 @@ class BasedWeight:
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors by name, for the cache."""
         parts = {**self.base.tensors, **self.rest.tensors()}
-        if isinstance(self.base.form, QuantizedFactors):
+        if isinstance(self.base.form, QuantizedFactors | Delta):
             # Its factors are those of the unit, as they are.
             parts = {part: each for part, each in parts.items() if part in CURVES}
-        return parts if self.codes is None else parts | dict(zip(CODES, self.codes, strict=True))
+        return parts if self.codes is None else parts | dict(zip(CODES, self.codes[:3], strict=True))
 
 
 @dataclass(frozen=True)
@@ -129,11 +140,14 @@ class UnitFactors:
         low_rank: Factors of the whole weight; ``None`` where no rank is wanted.
         based: Bases with factors of what each leaves, and Kronecker sums.
         joint: What it becomes together with the other layers of its attention or MLP.
+        shared: The weight of the base model, ``(out, in)``, where all of these are of a change of
+            it; the cache has none.
     """
 
     low_rank: LowRankFactors | None
     based: Mapping[Option, BasedWeight | KroneckerSum]
     joint: Mapping[Option, Thinned | Skipped] = field(default_factory=dict)
+    shared: Tensor | None = None
 
     @property
     def has_effect(self) -> bool:
@@ -166,7 +180,7 @@ class UnitFactors:
             return self.joint[option.family].module(option)
         if option.family in self.based:
             own = self.based[option.family]
-            return own.trial_module(name, option.level[-1], tokens, buffers)
+            return self._on_base(own.trial_module(name, option.level[-1], tokens, buffers))
         return self.part(option.family).trial_module(name, option, tokens, buffers)
 
     def stored(self, name: str, option: Option, dtype: torch.dtype) -> nn.Module:
@@ -177,7 +191,7 @@ class UnitFactors:
             own = self.based[option.family]
             rank = option.level[-1]
             device = own.rest.left.device
-            return own.to(dtype=dtype, device=device, max_rank=rank).module(rank)
+            return self._on_base(own.to(dtype=dtype, device=device, max_rank=rank).module(rank))
         return self.part(option.family).stored(name, option, dtype)
 
     def stand_in(self, name: str, option: Option) -> nn.Module:
@@ -185,8 +199,14 @@ class UnitFactors:
         if option.family in self.joint:
             return self.joint[option.family].module(option)
         if option.family in self.based:
-            return self.based[option.family].module(option.level[-1])
+            return self._on_base(self.based[option.family].module(option.level[-1]))
         return self.part(option.family).stand_in(name, option)
+
+    def _on_base(self, module: nn.Module) -> nn.Module:
+        """Put the weight of the base model under a change, in the dtype of its layer."""
+        if self.shared is not None and isinstance(module, BasedLinear):
+            module.share_(self.shared.to(module.weight))
+        return module
 
     def only(
         self, ranks: Mapping[Option, int], dtype: torch.dtype, device: torch.device
@@ -203,7 +223,11 @@ class UnitFactors:
             for family, own in self.joint.items()
             if family in ranks
         }
-        return UnitFactors(low_rank, based, joint) if low_rank or based or joint else None
+        if not (low_rank or based or joint):
+            return None
+        changes = any(is_delta(family.form) for family in based)
+        shared = self.shared.to(device, dtype) if changes and self.shared is not None else None
+        return UnitFactors(low_rank, based, joint, shared)
 
     def bound(self, dense: nn.Module) -> UnitFactors:
         """Return the unit with its dense layer, of which joint options take a part."""
@@ -218,6 +242,11 @@ class UnitFactors:
         for family, joint in self.joint.items():
             tensors |= {f"{family}.{part}": each for part, each in joint.tensors().items()}
         return tensors
+
+
+def is_rounded_once(form: Based) -> bool:
+    """Whether factors over a base are kept as integers, not rounded where a layer is made."""
+    return form.factor_bits == 4 or isinstance(form, DeltaBands)
 
 
 def prepared_of(tensors: Mapping[str, Tensor]) -> Prepared:
@@ -244,19 +273,21 @@ def prepared_of(tensors: Mapping[str, Tensor]) -> Prepared:
         assert isinstance(form, Based)
         own = {part: given.pop(part) for part in list(given) if part not in PARTS}
         codes = None
-        if isinstance(form, QuantizedFactors):
+        if isinstance(form, QuantizedFactors | Delta):
             rest = replace(low_rank.leading(len(given["tail"]) - 1), **given)
         else:
             rest = LowRankFactors.of_tensors(given)
-        if form.factor_bits == 4:
-            for part, other in zip(CODES, Factors.on_meta(4, *shape, rest.max_rank), strict=True):
+        if is_rounded_once(form):
+            empty = Factors.on_meta(form, family.level, *shape, rest.max_rank)
+            for part, other in zip(CODES, empty[:3], strict=True):
+                assert other is not None
                 if part not in own or own[part].shape != other.shape:
                     raise ValueError(f"{text}.{part} is missing or not of shape {other.shape}")
-            codes = Factors(*(own.pop(part) for part in CODES))
+            codes = Factors(*(own.pop(part) for part in CODES), empty.bands)
         for part, (expected, _) in shapes_of(form, *shape, family.level).items():
             if part not in own or own[part].shape != expected:
                 raise ValueError(f"{text}.{part} is missing or of a shape other than {expected}")
-        parts_of = [*own.values(), *(codes or ())]
+        parts_of = [*own.values(), *(() if codes is None else (codes.left, codes.scale))]
         floats = (tensor.dtype for tensor in parts_of if tensor.is_floating_point())
         dtype = next(floats, rest.left.dtype)
         based[family] = BasedWeight(Base(form, family.level, shape, own, dtype), rest, codes)

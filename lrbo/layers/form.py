@@ -33,6 +33,7 @@ class Grid:
     percentages: Sequence[int] = (50,)  # of the entries that sparse forms keep
     row_percentages: Sequence[int] = (5,)  # of the outputs that sparse forms keep
     blocks: Sequence[Sequence[int]] = ((2, 1), (1, 2))  # rows, columns; of Kronecker sums
+    bands: Sequence[Sequence[int]] = ((2, 32),)  # directions of 8 bits, then of 3; of deltas
 
 
 class Form(ABC):

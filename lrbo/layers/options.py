@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lrbo.layers.form import DENSE_FORM, Costs, Form, Grid, Integers, Level, Levels
-from lrbo.layers.forms import FORMS, Based, Factored, QuantizedFactors, form_named, is_joint
+from lrbo.layers.forms import FORMS, Based, Delta, Factored, QuantizedFactors, form_named, is_joint
 from lrbo.models.specs import LayerSpec, ModelMap
 
 Measure = Literal["parameters", "bytes", "macs"]
@@ -61,8 +61,8 @@ class Option:
 
     @property
     def is_low_rank(self) -> bool:
-        """Whether it is a low rank of the whole weight, in numbers or integers."""
-        return isinstance(form_named(self.form), Factored | QuantizedFactors)
+        """Whether it is a low rank of the whole weight, or change, in numbers or integers."""
+        return isinstance(form_named(self.form), Factored | QuantizedFactors | Delta)
 
     @property
     def rank(self) -> int:
@@ -219,6 +219,7 @@ class Menu:
         percentages: Sequence[int] = Grid.percentages,
         row_percentages: Sequence[int] = Grid.row_percentages,
         blocks: Sequence[Sequence[int]] = Grid.blocks,
+        bands: Sequence[Sequence[int]] = Grid.bands,
         measure: Measure | None = None,
     ) -> Menu:
         """Return the menu of a unit, without losses; dense is always on it.
@@ -228,7 +229,7 @@ class Menu:
         ``measure``, such as integers in parameters, are left out, and so are forms whose rows
         cannot be looked up where the unit is a table.
         """
-        grid = Grid(multiple, minimum, group_sizes, percentages, row_percentages, blocks)
+        grid = Grid(multiple, minimum, group_sizes, percentages, row_percentages, blocks, bands)
         sections = []
         for name in [*(form for form in forms if form != DENSE_FORM), DENSE_FORM]:
             form = form_named(name)
