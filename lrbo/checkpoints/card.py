@@ -13,11 +13,13 @@ import yaml  # type: ignore[import-untyped]  # has no types
 from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
+from lrbo.checkpoints.lora import DeltaAdapter, name_for_others
 from lrbo.checkpoints.stock import Stock
 from lrbo.files.paths import ADAPTER, BASE
 from lrbo.files.rendering import render
 from lrbo.files.tables import Table
 from lrbo.layers.options import UNITS, Measure
+from lrbo.models.pairs import BaseModel
 from lrbo.models.sources import PACKAGED, ModelSource
 
 
@@ -40,14 +42,18 @@ class Card:
     notes: Sequence[str] = ()  # a sentence each, on what the search adds to where it began
     measure: Measure = "parameters"
     stock: Stock | None = None  # what is written as an adapter
+    base: BaseModel | None = None  # that the model adds to
+    adapter: DeltaAdapter | None = None  # what it adds, written as one
+    others: str = ""  # what changed beside the layers
     counted_bytes: int = 0  # of that, as the forms count
     covered: str = ""  # which share of the model the budget covers
 
     def text(self) -> str:
         """Return the Markdown of the card, with the head that the Hub reads."""
         origin, license_ = origin_of(self.source)
+        base = None if self.base is None else origin_of(self.base.source)[0]
         head = ModelCardData(
-            base_model=origin,
+            base_model=base or origin,
             license=license_,
             library_name="transformers",
             pipeline_tag=self.hub_tag,
@@ -68,6 +74,7 @@ class Card:
                 for part in (BASE, ADAPTER)
             },
             serving=self._serving(),
+            base_path=json.dumps(name_for_others(self.base.source)) if self.adapter else "",
             is_refit=any(trial["taken"] for trial in refit["trials"]),
             table=self.scores,
         )

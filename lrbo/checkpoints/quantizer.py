@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import os
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired
 
@@ -20,7 +22,7 @@ from lrbo.config.shell import command
 from lrbo.errors import CheckpointError, ModelError, reading, some
 from lrbo.files.parsing import ContentError, Count, checked
 from lrbo.layers.based import BasedLinear
-from lrbo.layers.forms import FORMS, is_joint
+from lrbo.layers.forms import FORMS, is_delta, is_joint
 from lrbo.layers.joint import empty_joint
 from lrbo.layers.joint_form import Neurons
 from lrbo.layers.low_rank import no_weight
@@ -39,6 +41,16 @@ FORMAT = 4
 
 
 @with_config(ConfigDict(extra="forbid"))
+class BaseFields(TypedDict):
+    """A base model that layers add to, as of :class:`lrbo.models.pairs.BaseModel`."""
+
+    source: Literal["packaged", "hf", "tiny"]
+    path: str
+    revision: str | None
+    fingerprint: str
+
+
+@with_config(ConfigDict(extra="forbid"))
 class _About(TypedDict):
     """The values of :class:`LowRankConfig` in ``config.json``."""
 
@@ -48,6 +60,7 @@ class _About(TypedDict):
     parameters: Count  # of the model, in its files: floating-point numbers, and integers of bases
     units: dict[str, str]  # options by layer name, "pivoted 96"; dense layers are left out
     added_biases: list[str]  # of units, those whose bias the dense layer lacks
+    base: NotRequired[BaseFields]  # whose numbers all are that the files lack
     provenance: dict[str, Any]  # how the model was made: for readers, not for loading
 
 
@@ -98,6 +111,7 @@ class LowRankQuantizer(HfQuantizer):
 
     # Loading a dense model does not compress it; transformers then says so.
     requires_calibration = True
+    _shared: frozenset[str] | set[str] = frozenset()  # parameters that the files lack
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, **options: Any
@@ -114,7 +128,13 @@ class LowRankQuantizer(HfQuantizer):
             paths = [Path(file) for file in files]
             _require_inside(paths, Path(model.config._name_or_path))
             stored, folder = read_headers(paths), paths[0].parent
-            check_tensors(model, stored, folder)
+            check_tensors(model, stored, folder, adds=self._base is not None)
+            if self._base is not None:
+                _require_there(self._base)
+                shared = dict(model.named_parameters()).keys() - stored.keys()
+                self._shared = shared - _tied_to(model, stored)
+                # Else transformers would report what it started at random, before it is filled.
+                model._keys_to_ignore_on_load_missing = [re.escape(name) for name in self._shared]
             stated = self.quantization_config.parameters
             total = count_parameters(stored, self.quantization_config.units)
             if total != stated:
@@ -122,7 +142,14 @@ class LowRankQuantizer(HfQuantizer):
                     f"{folder} holds {total:_} parameters, its config.json states "
                     f"{stated:_}; the weights or config.json were changed."
                 )
+        elif self._base is not None:
+            raise CheckpointError("a model that adds to a base is opened from its folder alone")
         return model
+
+    @property
+    def _base(self) -> BaseFields | None:
+        base: BaseFields | None = getattr(self.quantization_config, "base", None)
+        return base
 
     def _process_model_after_weight_loading(
         self, model: PreTrainedModel, **_options: Any
@@ -130,6 +157,8 @@ class LowRankQuantizer(HfQuantizer):
         """Check the orders of outputs, which are numbers that decide where others go."""
         # transformers refuses float() and half() of a quantized model, and to train it compiled.
         model.is_quantized = False
+        if self._base is not None:
+            add_base_(model, self._base, self._shared)
         for name, module in low_rank_layers(model).items():
             if not module.weight.is_meta:
                 # As read it begins in memory where the next tensor does, which torch.save refuses.
@@ -155,7 +184,7 @@ class LowRankQuantizer(HfQuantizer):
     ) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
         """Count what ``save_pretrained`` is about to write: the embedding may have other rows."""
         config = model.config.quantization_config
-        own = {n: b for n, b in model.named_buffers() if n.rpartition(".")[0] in config.units}
+        own = {n: b for n, b in model.state_dict().items() if n.rpartition(".")[0] in config.units}
         tensors = dict(model.named_parameters()) | own
         config.parameters = count_parameters(tensors, config.units)
         return None, {}
@@ -166,6 +195,44 @@ class LowRankQuantizer(HfQuantizer):
 
     # Its weights and adapters on them can be trained, and torch.compile takes it.
     is_trainable = is_qat_trainable = is_compileable = True
+
+
+def _require_there(base: BaseFields) -> None:
+    """Refuse a base in a folder that is gone, before anything is read."""
+    path = Path(base["path"])
+    if base["source"] == "hf" and path.is_absolute() and not path.is_dir():
+        raise CheckpointError(
+            f"the base model {base['path']} of the checkpoint is not there; put it back, or say "
+            "where it is: lrbo.load(FOLDER, base=PATH), or base.path in its config.json"
+        )
+
+
+def _tied_to(model: PreTrainedModel, stored: Mapping[str, Tensor]) -> set[str]:
+    """Return the parameters that are tied to one that is stored."""
+    tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    return {name for pair in tied.items() if stored.keys() & set(pair) for name in pair}
+
+
+def add_base_(model: PreTrainedModel, fields: BaseFields, shared: Collection[str]) -> None:
+    """Fill the parameters that a checkpoint shares with its base, and put it under its layers.
+
+    Raises:
+        ModelError: If the base is missing, damaged or another one.
+    """
+    # Not at the top: what imports transformers may be what imports this module.
+    pairs = importlib.import_module("lrbo.models.pairs")
+    source = pairs.ModelSource(fields["source"], fields["path"], fields["revision"])
+    base = pairs.BaseModel(source, fields["fingerprint"]).load()
+    given = dict(base.named_parameters())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in shared and not parameter.is_meta:
+                parameter.copy_(given[name])
+    for name, layer in low_rank_layers(model).items():
+        if not isinstance(layer, BasedLinear) or layer.weight.is_meta:
+            continue
+        if is_delta(layer.form.name):
+            layer.share_(maps.linear_weight(base.get_submodule(name)).to(layer.weight))
 
 
 def _are_some_of(numbers: Tensor, count: int) -> bool:
@@ -245,12 +312,20 @@ def _joint_specs(model: nn.Module, units: Mapping[str, str]) -> dict[str, LayerS
     return {name: specs[name] for name in joint}
 
 
-def check_tensors(model: PreTrainedModel, stored: Mapping[str, Tensor], where: Path) -> None:
-    """Compare names and shapes of stored tensors with a model that has its low-rank layers."""
+def check_tensors(
+    model: PreTrainedModel, stored: Mapping[str, Tensor], where: Path, *, adds: bool = False
+) -> None:
+    """Compare names and shapes of stored tensors with a model that has its low-rank layers.
+
+    Where layers add to a base, only those of these layers must be there.
+    """
     # transformers starts a missing one at random and passes over one too many.
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
     excused = {name for pair in tied.items() if stored.keys() & set(pair) for name in pair}
+    if adds:  # all others may be those of the base
+        layers = tuple(f"{name}." for name in low_rank_layers(model))
+        excused |= {name for name in wanted if not name.startswith(layers)}
     missing = sorted(wanted.keys() - stored.keys() - excused)
     unexpected = sorted(stored.keys() - wanted.keys())
     if missing or unexpected:

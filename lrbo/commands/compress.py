@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from lrbo.allocation.apply import store_
 from lrbo.checkpoints import export
 from lrbo.checkpoints.card import Card
+from lrbo.checkpoints.lora import DeltaAdapter
 from lrbo.checkpoints.merged import save_merged, with_biases
 from lrbo.checkpoints.stock import Stock, missing_packages, schemes_of, unfit, vllm_problems
 from lrbo.config import saved, schema
@@ -31,6 +32,7 @@ from lrbo.models.devices import dtype_name, resolve_device, resolve_dtype
 from lrbo.models.loading import load_config
 from lrbo.models.parameters import cast_, not_finite
 from lrbo.pipeline import build_worker, checks, planning
+from lrbo.pipeline.delta import Difference
 from lrbo.pipeline.feasibility import points, study_of
 from lrbo.pipeline.finalists import Finalist, finalist
 from lrbo.pipeline.trial_loop import evaluate_between
@@ -59,6 +61,13 @@ def run(config: CompressConfig, reporter: Reporter) -> dict[str, Any]:
         raise ConfigError([problem])
     study = study_of(config)
     about = study.about
+    if config.vllm and study.config.model.base is not None:
+        raise ConfigError(
+            [
+                "vllm=True: a change of a base has no integers to pack; expected false, with which "
+                "format=adapter is the same for all readers"
+            ]
+        )
     point = str(config.point)
     records = points(study, point, config.refit.candidates)
     stored = saved.continued(study.config, [assigned("studies", config.studies)])
@@ -86,12 +95,19 @@ def run(config: CompressConfig, reporter: Reporter) -> dict[str, Any]:
     best = finalist(plan, study, records, config.refit, reporter)
     record, allocation = best.record, best.record.request.allocation
     model = _stored_model(plan, study, config.dtype)
+    difference = Difference.of(plan, model)
+    layers = plan.layers
+    if difference is not None:
+        layers = difference.layers
+        reporter.say(f"Beside its layers, {difference.text()}")
+        if config.format == "adapter":
+            difference.require_adapter([allocation.compressed], plan.added_biases)
     _put_in(model, best, reporter)
     _require_finite(model)
     as_written = _score_as_written(model, best.loss, plan, about.dtype, reporter)
     trial, measure = record.request.trial_index, allocation.budget.measure
     costs, counted = as_stored(
-        plan.layers, allocation.options, plan.method.adds_bias, model.dtype.itemsize
+        layers, allocation.options, plan.method.adds_bias, model.dtype.itemsize
     )
     keep_ratio = counted.keep_ratio(measure)
     forms = sorted({option.form for option in allocation.compressed.values()})
@@ -116,8 +132,17 @@ def run(config: CompressConfig, reporter: Reporter) -> dict[str, Any]:
     out, tokenizer = Path(config.out), plan.task.tokenizer(plan.source)
     *commands, measuring = _commands(config, stored, about.dtype, trial)
     stock = None
-    if config.format == "adapter":
+    adapter = None
+    if config.format == "adapter" and difference is None:
         stock = Stock.of(model, allocation.compressed, vllm=config.vllm)
+    elif config.format == "adapter" and difference is not None:
+        adapter = DeltaAdapter.of(
+            model,
+            allocation.options,
+            difference.changed,
+            difference.base,
+            by_columns=difference.by_columns,
+        )
     card = Card(
         out.name,
         config.format,
@@ -134,6 +159,9 @@ def run(config: CompressConfig, reporter: Reporter) -> dict[str, Any]:
         hub_tag=plan.task.record.hub_tag,
         measure=measure,
         stock=stock,
+        base=None if difference is None else difference.base,
+        adapter=adapter,
+        others="" if difference is None else difference.text(),
         counted_bytes=counted.model.bytes,
         covered=covered_text(study),
     ).text()
@@ -148,6 +176,13 @@ def run(config: CompressConfig, reporter: Reporter) -> dict[str, Any]:
             f"the adapter; format=lrbo holds both in {counted.model.bytes:,}"
         )
         reporter.say(_serving(stock, allocation.compressed))
+    elif adapter is not None:
+        adapter.save(out, model, tokenizer, card, tokens)
+        in_file, sizes = adapter.parameters, {"adapter_bytes": adapter.bytes}
+        reporter.say(
+            f"format=adapter: {adapter.bytes:,} bytes beside the base {adapter.base_name}, ranks "
+            f"up to {adapter.rank}; format=lrbo holds the same in {counted.model.bytes:,}"
+        )
     elif config.format == "merged":
         forms = []
         in_file = parameters = save_merged(out, model, tokenizer, card, tokens)
@@ -169,6 +204,8 @@ def run(config: CompressConfig, reporter: Reporter) -> dict[str, Any]:
             with_code=config.format == "remote_code",
             windows=tokens,
             auto_class=plan.task.auto_class,
+            base=None if difference is None else difference.base,
+            shared=() if difference is None else difference.shared,
         )
     headline = plan.task.record.headline.name
     tags = {
@@ -225,6 +262,8 @@ def _require_room(
     compressed = {name for options in taken for name in options}
     biased = [name for name in plan.added_biases if name in compressed]
     skipped = {n for options in taken for n, option in options.items() if option.form == Skip.name}
+    if config.format == "adapter" and plan.base is not None:
+        return  # what it cannot hold, weights decide
     biased += [
         spec.name
         for spec in plan.layers.compressible

@@ -37,10 +37,12 @@ BLOCKS = Rule(
 )
 BANDS = Rule(
     "one or several [directions of 8 bits, directions of 3 bits], each once",
-    lambda v: len(v) > 0
-    and all(isinstance(each, list | tuple) and len(each) == 2 for each in v)
-    and all(0 <= n <= COUNT for each in v for n in each)
-    and len({tuple(each) for each in v}) == len(v),
+    lambda v: (
+        len(v) > 0
+        and all(isinstance(each, list | tuple) and len(each) == 2 for each in v)
+        and all(0 <= n <= COUNT for each in v for n in each)
+        and len({tuple(each) for each in v}) == len(v)
+    ),
 )
 PERCENTAGES = Rule(
     "one or several whole numbers above 0 and below 100, each once",

@@ -45,7 +45,8 @@ def prepared_unit(
 ) -> Prepared:
     """Factor a layer at full rank, and what each base of its weight leaves.
 
-    With ``shared``, the weight of a base model, its change is what is factored. Everything is as of :func:`lrbo.factorization.cache.factor_model`.
+    With ``shared``, the weight of a base model, the change of that is factored. Everything else is
+    as of :func:`lrbo.factorization.cache.factor_model`.
 
     Raises:
         StatisticsError: If a statistic is missing, or does not suit.

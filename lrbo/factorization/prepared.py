@@ -129,7 +129,9 @@ class BasedWeight:
         if isinstance(self.base.form, QuantizedFactors | Delta):
             # Its factors are those of the unit, as they are.
             parts = {part: each for part, each in parts.items() if part in CURVES}
-        return parts if self.codes is None else parts | dict(zip(CODES, self.codes[:3], strict=True))
+        return (
+            parts if self.codes is None else parts | dict(zip(CODES, self.codes[:3], strict=True))
+        )
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lrbo.factorization.base import Remainders
-from lrbo.factorization.factors import LowRankFactors
 from lrbo.factorization.bases import compensate
+from lrbo.factorization.factors import LowRankFactors
 from lrbo.factorization.rounding import CLIPS, GptqOrder, round_in_order, round_nearest
 from lrbo.layers.based import MIDDLE, Factors, middle_of
 from lrbo.layers.delta_form import Bands
@@ -86,7 +86,7 @@ def round_factors(
         if stop < first.max_rank:
             rest = rest - (left[2].T * scales[-1].double()) @ right[2]
     if bands is None:
-        return Factors(*map(torch.cat, (lefts, scales, rights)))
+        return Factors(torch.cat(lefts), torch.cat(scales), torch.cat(rights))
     flat = [torch.cat([each.flatten() for each in side]) for side in (lefts, rights)]
     return Factors(flat[0], torch.cat(scales), flat[1], bands)
 

@@ -346,7 +346,9 @@ class BasedLinear(FormModule):
             left, right = self.factors.wide(x.dtype)
             tokens = x.numel() // max(self.in_features, 1)
             # Where that is fewer operations, as trials do with factors of floats.
-            if not (self.names or is_whole) and is_dearer(self.rank, self.out_features, self.in_features, tokens):
+            if not (self.names or is_whole) and is_dearer(
+                self.rank, self.out_features, self.in_features, tokens
+            ):
                 return linear(x, left @ right, bias)
             result = linear(linear(x, right), left, bias)
         if is_whole:

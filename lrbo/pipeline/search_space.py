@@ -99,12 +99,14 @@ def base_options(config: SearchConfig) -> BaseOptions:
     """Return how bases are made, as configured."""
     own = config.bases
     blocks = tuple((rows, columns) for rows, columns in own.blocks)
+    bands = tuple((eight, three) for eight, three in own.bands)
     return BaseOptions(
         own.method,
         tuple(own.group_sizes),
         tuple(own.percentages),
         tuple(own.row_percentages),
         blocks,
+        bands,
         own.damping,
     )
 
@@ -173,6 +175,7 @@ def menus_of(
             percentages=options.percentages,
             row_percentages=options.row_percentages,
             blocks=options.blocks,
+            bands=options.bands,
             measure=measure,
         )
         for unit in units
