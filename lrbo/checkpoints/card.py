@@ -13,7 +13,7 @@ import yaml  # type: ignore[import-untyped]  # has no types
 from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
-from lrbo.checkpoints.lora import DeltaAdapter, name_for_others
+from lrbo.checkpoints.lora import DeltaAdapter
 from lrbo.checkpoints.stock import Stock
 from lrbo.files.paths import ADAPTER, BASE
 from lrbo.files.rendering import render
@@ -74,7 +74,7 @@ class Card:
                 for part in (BASE, ADAPTER)
             },
             serving=self._serving(),
-            base_path=json.dumps(name_for_others(self.base.source)) if self.adapter else "",
+            base_path="" if self.adapter is None else json.dumps(self.adapter.base_name),
             is_refit=any(trial["taken"] for trial in refit["trials"]),
             table=self.scores,
         )

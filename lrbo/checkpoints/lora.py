@@ -127,7 +127,7 @@ def thin_weights(
     if factors.scale is None:
         return factors.right.to(dtype), factors.left.to(dtype)
     whole = INT8 + 1
-    left, right = factors._replace(scale=None).wide(torch.float32)
+    left, right = factors._replace(scale=torch.ones_like(factors.scale)).wide(torch.float32)
     scaled = left.to(dtype) * factors.scale.to(dtype) * whole
     return (right / whole).to(dtype), scaled
 

@@ -129,9 +129,8 @@ class BasedWeight:
         if isinstance(self.base.form, QuantizedFactors | Delta):
             # Its factors are those of the unit, as they are.
             parts = {part: each for part, each in parts.items() if part in CURVES}
-        return (
-            parts if self.codes is None else parts | dict(zip(CODES, self.codes[:3], strict=True))
-        )
+        codes = () if self.codes is None else zip(CODES, self.codes[:3], strict=True)
+        return parts | {name: each for name, each in codes if each is not None}
 
 
 @dataclass(frozen=True)
@@ -285,7 +284,8 @@ def prepared_of(tensors: Mapping[str, Tensor]) -> Prepared:
                 assert other is not None
                 if part not in own or own[part].shape != other.shape:
                     raise ValueError(f"{text}.{part} is missing or not of shape {other.shape}")
-            codes = Factors(*(own.pop(part) for part in CODES), empty.bands)
+            left, scale, right = (own.pop(part) for part in CODES)
+            codes = Factors(left, scale, right, empty.bands)
         for part, (expected, _) in shapes_of(form, *shape, family.level).items():
             if part not in own or own[part].shape != expected:
                 raise ValueError(f"{text}.{part} is missing or of a shape other than {expected}")

@@ -175,7 +175,7 @@ def factors_by_block(
 
 def on_base(prepared: Mapping[str, Prepared], base: PreTrainedModel) -> dict[str, Prepared]:
     """Put the weights of a base model, which stay shared, under the changes of them."""
-    shared = {}
+    shared: dict[str, Prepared] = {}
     for name, own in prepared.items():
         assert isinstance(own, UnitFactors)
         shared[name] = replace(own, shared=linear_weight(base.get_submodule(name)))
