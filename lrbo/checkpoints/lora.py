@@ -14,20 +14,23 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lrbo.checkpoints.export import checkpoint_folder
+from lrbo.config.choices import ITEMSIZES
 from lrbo.data.windows import Role, TokenWindows
 from lrbo.errors import CheckpointError, LrboError, reading
 from lrbo.files.parsing import parse_json
 from lrbo.layers.based import INT8, BasedLinear
 from lrbo.layers.modules import low_rank_layers
 from lrbo.layers.options import Option
+from lrbo.models.devices import dtype_name
 from lrbo.models.headers import ADAPTER_CONFIG, CONFIG
 from lrbo.models.model_map import is_tied
 from lrbo.models.pairs import BaseModel, base_source
+from lrbo.models.parameters import cast_
 from lrbo.models.sources import ModelSource
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-FINGERPRINT = "base_fingerprint"  # in the head of the weights
+FINGERPRINT, DTYPE = "base_fingerprint", "dtype"  # in the head of the weights
 
 
 def is_delta_adapter(folder: str | Path) -> bool:
@@ -45,6 +48,28 @@ def base_of(folder: str | Path) -> ModelSource:
     return base_source(name)
 
 
+def stored_dtype(folder: str | Path) -> str:
+    """Return the dtype of the model that an adapter was written of.
+
+    Raises:
+        CheckpointError: If its file cannot be read, or is not of ``lrbo compress``.
+    """
+    return _metadata(folder)[DTYPE]
+
+
+def _metadata(folder: str | Path) -> dict[str, str]:
+    """Return what the head of the weights says."""
+    file = Path(folder) / WEIGHTS
+    with reading(CheckpointError, f"cannot read {file}"), safe_open(file, "pt") as tensors:
+        metadata: dict[str, str] = tensors.metadata() or {}
+    if FINGERPRINT not in metadata or metadata.get(DTYPE) not in ITEMSIZES:
+        raise CheckpointError(
+            f"{file} does not say the dtype and the fingerprint of its base, which lrbo compress "
+            "writes: it is another adapter; merge it, and give the model"
+        )
+    return metadata
+
+
 def load_adapted(
     folder: str | Path, *, dtype: torch.dtype | None, device: torch.device
 ) -> PreTrainedModel:
@@ -54,17 +79,10 @@ def load_adapted(
         ModelError: If the base is missing or damaged, or another than the adapter was made for.
         CheckpointError: If PEFT cannot read the adapter, or is not installed.
     """
-    source, file = base_of(folder), Path(folder) / WEIGHTS
-    with reading(CheckpointError, f"cannot read {file}"), safe_open(file, "pt") as tensors:
-        fingerprint = (tensors.metadata() or {}).get(FINGERPRINT)
-        own = next((tensors.get_tensor(name).dtype for name in tensors.keys()), None)  # noqa: SIM118
-    if fingerprint is None:
-        raise CheckpointError(
-            f"{file} does not say the fingerprint of its base, which lrbo compress writes: it is "
-            "another adapter; merge it, and give the model"
-        )
-    base = BaseModel(source, fingerprint).load()
-    base = base.to(device=device, dtype=dtype or own or base.dtype)
+    metadata = _metadata(folder)
+    base = BaseModel(base_of(folder), metadata[FINGERPRINT]).load()
+    cast_(base, dtype or getattr(torch, metadata[DTYPE]))
+    base = base.to(device)
     with reading(CheckpointError, f"cannot read {folder}", own=LrboError):
         from peft import PeftModel
 
@@ -237,7 +255,7 @@ class DeltaAdapter:
                 base=self.base_name,
                 whole=self.whole,
                 by_columns=self.by_columns,
-                metadata={FINGERPRINT: self.base.fingerprint},
+                metadata={FINGERPRINT: self.base.fingerprint, DTYPE: dtype_name(model.dtype)},
             )
 
 

@@ -217,12 +217,13 @@ def add_base_(model: PreTrainedModel, fields: BaseFields, shared: Collection[str
     """Fill the parameters that a checkpoint shares with its base, and put it under its layers.
 
     Raises:
-        ModelError: If the base is missing, damaged or another one.
+        CheckpointError: If the base is missing, damaged or another one.
     """
     # Not at the top: what imports transformers may be what imports this module.
     pairs = importlib.import_module("lrbo.models.pairs")
     source = pairs.ModelSource(fields["source"], fields["path"], fields["revision"])
-    base = pairs.BaseModel(source, fields["fingerprint"]).load()
+    with reading(CheckpointError, "the base of the checkpoint cannot be added", own=ModelError):
+        base = pairs.BaseModel(source, fields["fingerprint"]).load()
     given = dict(base.named_parameters())
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -132,7 +132,8 @@ def _subject(config: EvaluateConfig) -> Subject:
         return Subject(source.path, source, partial(load_model, source))
     if lora.is_delta_adapter(folder):
         load = partial(lora.load_adapted, folder)
-        return Subject(folder, lora.base_of(folder), load, Path(folder))
+        source, dtype = lora.base_of(folder), lora.stored_dtype(folder)
+        return Subject(folder, source, load, Path(folder), dtype)
     own = model_folder(folder)
     source = ModelSource("hf", own)
     is_low_rank = export.is_checkpoint(own)

@@ -159,12 +159,12 @@ class BasePlan:
     def factors(
         self,
         form: QuantizedFactors | Delta,
-        level: Level,
         factors: LowRankFactors,
         remainder: Remainders,
         weight: Float[Tensor, "out in"],
         statistics: Mapping[Statistic, Tensor],
         dtype: torch.dtype,
+        level: Level = (),
     ) -> Factors:
         """Round factors of a weight or change as over a base of a ``level``, scales in ``dtype``.
 

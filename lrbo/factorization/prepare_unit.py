@@ -78,7 +78,7 @@ def prepared_unit(
         if isinstance(form, QuantizedFactors | Delta):
             rest, factors = weight, full.leading(most)
             codes = bases.factors(
-                form, base.level, factors, remainder, weight, statistics, stored.dtype
+                form, factors, remainder, weight, statistics, stored.dtype, base.level
             )
             wide = codes.wide(DOUBLE)
             factors = replace(factors, loss=with_rounding(factors, wide, weight, statistics))

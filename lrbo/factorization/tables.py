@@ -204,7 +204,7 @@ def prepared_table(
         most = min(form.largest_rank(*base.shape), low_rank.max_rank)
         if isinstance(form, QuantizedFactors):
             factors, exact = full.leading(most), weight.to(double)
-            codes = plan.factors(form, (), factors, remainder, exact, metric.inputs, stored.dtype)
+            codes = plan.factors(form, factors, remainder, exact, metric.inputs, stored.dtype)
             loss = metric.with_rounding(exact, *codes.wide(double))
             factors = replace(factors, loss=loss)
             codes = codes.to(cpu, stored.dtype) if form.factor_bits == 4 else None

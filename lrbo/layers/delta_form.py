@@ -120,7 +120,7 @@ class DeltaBands(Delta):
     def base_problem(self, out_features: int, in_features: int, base: Level) -> str | None:
         if out_features % 8 or in_features % 8:
             return f"multiples of 8 outputs and inputs, not {out_features} and {in_features}"
-        return None
+        return None if min(base) >= 0 else "bands of at least 0 directions"
 
     @override
     def label(self, level: Level) -> str:

@@ -18,7 +18,7 @@ from lrbo.errors import CheckpointError
 from lrbo.factorization.options import BaseOptions
 from lrbo.factorization.registry import method_named
 from lrbo.layers.form import DENSE_FORM
-from lrbo.layers.forms import FORMS, is_joint
+from lrbo.layers.forms import FORMS, is_delta, is_joint
 from lrbo.layers.options import Budget, Menu, Option
 from lrbo.models.loading import tiny_model
 from lrbo.models.specs import LayerSpec
@@ -31,7 +31,7 @@ BASES = BaseOptions(
     group_sizes=(16, 32), percentages=(25, 50), row_percentages=(20,), blocks=((2, 1), (4, 4))
 )
 COUNT = 4  # of allocations, in which every option has its turn
-NAMES = [name for name in FORMS if name != DENSE_FORM and not is_joint(name)]
+NAMES = [n for n in FORMS if n != DENSE_FORM and not (is_joint(n) or is_delta(n))]
 
 
 @pytest.fixture(scope="module")
