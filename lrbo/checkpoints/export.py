@@ -165,8 +165,17 @@ def save(
 
 
 def base_fields(base: BaseModel) -> quantizer.BaseFields:
-    """Return what ``config.json`` says of a base; a folder by its whole path."""
+    """Return what ``config.json`` says of a base, a folder by its whole path.
+
+    Raises:
+        CheckpointError: If it has no place.
+    """
     source = base.source
+    if not source.path:
+        raise CheckpointError(
+            "the base model has no name_or_path that it would be found by again; write it with "
+            "save_pretrained, and load it from that folder"
+        )
     path = str(Path(source.path).absolute()) if Path(source.path).is_dir() else source.path
     return {
         "source": source.source,

@@ -18,6 +18,10 @@ from lrbo.models.sources import PACKAGED, ModelSource
 from lrbo.models.specs import ModelMap
 
 TINY = "tiny"
+SAME = (
+    "its weights are those of the model, and there is no change to compress; give the model before "
+    "it was fine-tuned"
+)
 # Keys of a configuration that no output depends on.
 IDLE = {
     "_name_or_path", "architectures", "bos_token_id", "dtype", "eos_token_id", "initializer_range",

@@ -7,17 +7,23 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
-from lrbo.errors import ConfigError, some
+from lrbo.config.choices import BLOCKS
+from lrbo.errors import ConfigError, ModelError, some
 from lrbo.layers.options import Option
 from lrbo.models.model_map import is_transposed
 from lrbo.models.pairs import (
+    SAME,
     BaseModel,
+    base_source,
     changed_beside,
     changed_biases,
+    is_same,
     other_settings,
+    unlike,
     with_changes,
 )
 from lrbo.models.specs import ModelMap
+from lrbo.pipeline.memory_checks import mapped
 from lrbo.pipeline.planning import Plan
 
 SHOWN = 3  # names in a message
@@ -54,19 +60,45 @@ class Difference:
         """
         if plan.base is None:
             return None
-        base = plan.base.load()
-        changed = changed_beside(model, base, plan.layers)
-        inside = tuple(f"{spec.name}." for spec in plan.layers.compressible)
+        return cls.between(model, plan.base.load(), plan.base, plan.layers)
+
+    @classmethod
+    def between(
+        cls, model: PreTrainedModel, loaded: PreTrainedModel, base: BaseModel, layers: ModelMap
+    ) -> Difference:
+        """Compare a dense model, of which some layers are covered, with a base in memory."""
+        changed = changed_beside(model, loaded, layers)
+        inside = tuple(f"{spec.name}." for spec in layers.compressible)
         names = (name for name, _ in model.named_parameters() if not name.startswith(inside))
         return cls(
-            plan.base,
-            with_changes(plan.layers, changed),
+            base,
+            with_changes(layers, changed),
             tuple(changed),
             frozenset(name for name in names if name not in changed),
-            tuple(changed_biases(model, base, plan.layers)),
-            tuple(other_settings(model, base)),
+            tuple(changed_biases(model, loaded, layers)),
+            tuple(other_settings(model, loaded)),
             any(is_transposed(module) for module in model.modules()),
         )
+
+    @classmethod
+    def in_memory(
+        cls, model: PreTrainedModel, base: PreTrainedModel, layers: ModelMap
+    ) -> Difference:
+        """Compare two models in memory, of which one is the base.
+
+        Raises:
+            ModelError: If it is no base of the model, or the same, or embedding or head are
+                covered.
+        """
+        mapped(base)
+        problems = unlike(model, base, "base")
+        if layers.include != (BLOCKS,):
+            problems.append(f"include={list(layers.include)}: expected [{BLOCKS!r}] with a base")
+        if not problems and is_same(model, base):
+            problems.append(f"base: {SAME}")
+        if problems:
+            raise ModelError("; ".join(problems))
+        return cls.between(model, base, BaseModel.of(base_source(base.name_or_path), base), layers)
 
     def text(self) -> str:
         """Say what changed beside the layers that are compressed, and is stored as it is."""

@@ -33,6 +33,7 @@ from lrbo.layers.forms import is_joint
 from lrbo.models.devices import dtype_name, resolve_device, resolve_dtype
 from lrbo.models.loading import load_tokenizer
 from lrbo.models.pairs import (
+    SAME,
     BaseModel,
     base_source,
     changed_beside,
@@ -250,12 +251,7 @@ def _pair(
     cpu = torch.device("cpu")
     model, other = (task.load(each, dtype=None, device=cpu) for each in (source, base))
     if is_same(model, other):
-        raise ConfigError(
-            [
-                f"model.base={base.path!r}: its weights are those of the model, and there is no "
-                "change to compress; give the model before it was fine-tuned"
-            ]
-        )
+        raise ConfigError([f"model.base={base.path!r}: {SAME}"])
     changed = changed_beside(model, other, layers)
     return with_changes(layers, changed), BaseModel.of(base, other)
 
