@@ -22,7 +22,9 @@ from lrbo.errors import CheckpointError, ConfigError, ModelError
 from lrbo.factorization.options import BaseOptions
 from lrbo.layers.options import DENSE, Budget, Option
 from lrbo.models.loading import tiny_model
+from lrbo.models.model_map import map_model
 from lrbo.models.tiny import byte_tokenizer
+from lrbo.pipeline.delta import Difference
 from lrbo.pipeline.search_space import menus_of
 from tests.support import tiny
 from tests.support.pairs import tuned, write
@@ -220,3 +222,22 @@ def test_what_is_no_pair_is_refused_with_the_layers(pair: Pair) -> None:
         factorize(others["llama_biased"], forms=["pivoted", "delta"])
     with pytest.raises(ConfigError, match="delta need the model that this one was fine-tuned from"):
         lrbo.factorize(others["gpt2"], None, "svd", forms="delta", progress=False)
+
+
+def test_what_an_adapter_cannot_hold_is_refused_by_name() -> None:
+    """Biases that were trained or that a method adds, and settings that outputs depend on."""
+    base = tiny.build("llama_biased")
+    model = tuned(base, "layers.1.self_attn.q_proj", "down_proj.weight")
+    model.config.rope_parameters = {**model.config.rope_parameters, "rope_theta": 5000.0}
+    model.config.use_cache = not model.config.use_cache
+    layers = map_model(model)
+    found = Difference.in_memory(model, base, layers)
+    assert found.biases == ("model.layers.1.self_attn.q_proj",)
+    options = {spec.name: Option("delta", (1,)) for spec in layers.compressible}
+    with pytest.raises(ConfigError) as error:
+        found.require_adapter([options], ["model.layers.0.mlp.up_proj"])
+    added, changed, settings = error.value.problems
+    assert "a bias that the method adds, as of model.layers.0.mlp.up_proj;" in added
+    assert "the changed bias of model.layers.1.self_attn.q_proj;" in changed
+    assert "rope_parameters=" in settings
+    assert "use_cache" not in settings
