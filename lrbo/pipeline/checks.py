@@ -183,8 +183,9 @@ def _check_report(config: ReportConfig) -> Iterator[str]:
 
 
 def _check_evaluate(config: EvaluateConfig) -> Iterator[str]:
-    if config.checkpoint is not None:
-        yield from _check_model("checkpoint", paths.model_folder(config.checkpoint))
+    folder = config.checkpoint
+    if folder is not None and not (Path(folder) / "adapter_config.json").is_file():
+        yield from _check_model("checkpoint", paths.model_folder(folder))
     for key in ("text_folder", "task_folder"):
         if (folder := getattr(config, key)) is not None:
             yield from paths.check_folder(key, folder)
@@ -250,8 +251,7 @@ def _check_model(key: str, path: str) -> list[str]:
     is_hub_id = path[:1] not in ("/", ".", "~", "") and path.count("/") <= 1
     if kind == "nothing" and not is_hub_id:
         return [f"{key}={path!r}: no such folder"]
-    is_adapter = key == "checkpoint" and (Path(path) / "adapter_config.json").is_file()
-    if kind == "folder" and not (is_adapter or (Path(path) / "config.json").is_file()):
+    if kind == "folder" and not (Path(path) / "config.json").is_file():
         return [f"{key}={path!r}: no config.json in it; it is no model, or not a whole one"]
     return []
 
