@@ -194,8 +194,8 @@ def without_effect(layers: ModelMap, factors: Mapping[str, Prepared]) -> str | N
     names = ", ".join(f"{kind} of {', '.join(depths)}" for kind, depths in blocks.items())
     return (
         f"{count} of {len(factors)} layers cost nothing at any rank on the calibration text "
-        "(inputs, weight or gradients of outputs are zero, or a bias restores what they give); by "
-        f"kind and block: {names}"
+        "(inputs, weight or its change, or gradients of outputs are zero, or a bias restores what "
+        f"they give); by kind and block: {names}"
     )
 
 

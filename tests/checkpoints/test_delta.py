@@ -141,6 +141,20 @@ def test_a_folder_adds_to_the_base_and_holds_what_is_counted(pair: Pair, tmp_pat
     assert again.generate(IDS[:1], max_new_tokens=3, do_sample=False).shape == (1, 35)
 
 
+@pytest.mark.parametrize("case", ["llama_tied", "llama_biased", "gpt2", "opt"])
+def test_models_of_other_families_open_on_their_bases(case: str, tmp_path: Path) -> None:
+    """With biases that were trained, weights by columns, and tables that are tied and shared."""
+    own = Pair(tmp_path / "base", tiny.build(case), "bias", "proj", "fc", "c_attn")
+    model = own.save(tmp_path / "delta")
+    stored = load_file(tmp_path / "delta" / WEIGHTS)
+    assert not any("embed" in name or "wte" in name or "lm_head" in name for name in stored)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "delta")
+    assert difference(outputs(again, own.ids), outputs(model, own.ids)) < 1e-5
+    save_merged(tmp_path / "merged", model, byte_tokenizer())
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert difference(outputs(merged, own.ids), outputs(model, own.ids)) < 1e-4
+
+
 @pytest.mark.parametrize(
     ("case", "parts"),
     [
