@@ -68,7 +68,7 @@ BORDERS = {
     },
     "ray": {"trials.ray_executor"},
     "compressed_tensors": {"checkpoints.stock"},
-    "peft": {"checkpoints.stock"},
+    "peft": {"checkpoints.lora", "checkpoints.stock"},
 }
 # Of transformers everybody may name these types, and only these rooms do more.
 TRANSFORMERS_TYPES = {"PreTrainedModel", "PreTrainedTokenizerBase"}

@@ -13,6 +13,7 @@ import yaml  # type: ignore[import-untyped]  # has no types
 from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
+from lrbo.checkpoints.lora import DeltaAdapter
 from lrbo.checkpoints.nemotron_nas import NemotronNas
 from lrbo.checkpoints.stock import Stock
 from lrbo.config.choices import FLOATS
@@ -20,6 +21,7 @@ from lrbo.files.paths import ADAPTER, BASE
 from lrbo.files.rendering import render
 from lrbo.files.tables import Table
 from lrbo.layers.options import UNITS, Measure
+from lrbo.models.pairs import BaseModel
 from lrbo.models.sources import PACKAGED, ModelSource
 
 
@@ -43,14 +45,18 @@ class Card:
     measure: Measure = "parameters"
     stock: Stock | None = None  # what is written as an adapter
     layout: NemotronNas | None = None  # what is written as blocks that differ
+    base: BaseModel | None = None  # that the model adds to
+    adapter: DeltaAdapter | None = None  # what it adds, written as one
+    others: str = ""  # what changed beside the layers
     counted_bytes: int = 0  # of what is written as an adapter, as the forms count
     covered: str = ""  # which share of the model the budget covers
 
     def text(self) -> str:
         """Return the Markdown of the card, with the head that the Hub reads."""
         origin, license_ = origin_of(self.source)
+        base = None if self.base is None else origin_of(self.base.source)[0]
         head = ModelCardData(
-            base_model=origin,
+            base_model=base or origin,
             license=license_,
             library_name="transformers",
             pipeline_tag=self.hub_tag,
@@ -73,6 +79,7 @@ class Card:
             serving=self._serving(),
             in_floats=any(form.endswith(FLOATS) for form in self.forms),
             alternated=self._alternated(),
+            base_path="" if self.adapter is None else json.dumps(self.adapter.base_name),
             is_refit=any(trial["taken"] for trial in refit["trials"]),
             table=self.scores,
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lrbo.allocation.allocate import Allocation
-from lrbo.checkpoints import modeling_low_rank, quantizer
+from lrbo.checkpoints import modeling_low_rank, quantizer, tensors
 from lrbo.checkpoints.calibration_text import save_seen
 from lrbo.config.choices import ITEMSIZES
 from lrbo.data.windows import Role, TokenWindows
@@ -31,6 +31,7 @@ from lrbo.layers.options import Cost, Option
 from lrbo.models import headers
 from lrbo.models.devices import dtype_name, resolve_device
 from lrbo.models.model_map import is_tied, linear_bias
+from lrbo.models.pairs import BaseModel
 from lrbo.models.parameters import not_finite
 
 CARD = "README.md"
@@ -85,6 +86,8 @@ def save(
     with_code: bool = False,
     windows: Mapping[Role, TokenWindows] | None = None,
     auto_class: str = "AutoModelForCausalLM",
+    base: BaseModel | None = None,
+    shared: Collection[str] = (),
 ) -> int:
     """Write a compressed model as a checkpoint that ``from_pretrained`` and :func:`load` open.
 
@@ -103,12 +106,15 @@ def save(
         with_code: Write a modelling file too, with which the folder opens without this package.
         windows: Of the study, so that ``lrbo evaluate`` can refuse what was calibrated on.
         auto_class: Of transformers, which opens the checkpoint.
+        base: That layers add to, if any.
+        shared: Parameters that are those of the base, and are not written.
 
     Raises:
         CheckpointError: If the folder exists, cannot be written, or differs from the accountant.
     """
     with checkpoint_folder(folder, model, tokenizer, card, windows) as beside:
-        stored = quantizer.read_headers(write_tensors(beside, _tensors(model)))
+        own = {name: each for name, each in _tensors(model).items() if name not in shared}
+        stored = tensors.read_headers(write_tensors(beside, own))
         units = {name: str(option) for name, option in allocation.compressed.items()}
         _require_costs(folder, stored, allocation.compressed, costs)
         config = copy.deepcopy(model.config)
@@ -130,11 +136,13 @@ def save(
                 if {f"{name}.bias", f"{name}.left.bias"} & stored.keys()
                 and linear_bias(skeleton.get_submodule(name)) is None
             ],
+            **({} if base is None else {"base": base_fields(base)}),
             provenance=without_infinity({**about, "budget": asdict(allocation.budget)}),
         )
         quantizer.put_in(skeleton, low_rank)
-        quantizer.check_tensors(skeleton, stored, folder)  # first, because it names the layer
-        in_file = quantizer.count_parameters(stored, units)
+        # First, because it names the layer.
+        tensors.check_tensors(skeleton, stored, folder, adds=base is not None)
+        in_file = tensors.count_parameters(stored, units)
         if in_file != parameters:
             raise CheckpointError(
                 f"{folder}: the files hold {in_file:_} parameters, the accountant says "
@@ -154,6 +162,27 @@ def save(
             config.quantization_config = low_rank
         config.save_pretrained(beside)
     return in_file
+
+
+def base_fields(base: BaseModel) -> quantizer.BaseFields:
+    """Return what ``config.json`` says of a base, a folder by its whole path.
+
+    Raises:
+        CheckpointError: If it has no place.
+    """
+    source = base.source
+    if not source.path:
+        raise CheckpointError(
+            "the base model has no name_or_path that it would be found by again; write it with "
+            "save_pretrained, and load it from that folder"
+        )
+    path = str(Path(source.path).absolute()) if Path(source.path).is_dir() else source.path
+    return {
+        "source": source.source,
+        "path": path,
+        "revision": source.revision,
+        "fingerprint": base.fingerprint,
+    }
 
 
 def _require_costs(
@@ -220,6 +249,7 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
         (f"{name}.{own}", buffer)
         for name, module in low_rank_layers(model).items()
         for own, buffer in module.named_buffers(recurse=False)
+        if own not in module._non_persistent_buffers_set
     )
     return dict([*model.named_parameters(), *buffers])
 
@@ -246,7 +276,11 @@ def write_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> list[Path]:
 
 
 def load(
-    folder: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    folder: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    base: str | Path | None = None,
 ) -> PreTrainedModel:
     """Open a compressed checkpoint as a ``PreTrainedModel`` in evaluation mode, without gradients.
 
@@ -257,6 +291,7 @@ def load(
         folder: What ``lrbo compress`` wrote.
         dtype: Of the weights in memory; ``None`` is that of the file.
         device: Where to; ``"auto"`` is the best at hand.
+        base: Where the base model of a delta is; ``None`` is where it was when it was written.
 
     Raises:
         ConfigError: If there is no such device here.
@@ -266,6 +301,11 @@ def load(
     folder = Path(folder)
     target = resolve_device(str(device), "device")
     config = load_config(folder)
+    if base is not None:
+        if "base" not in config.quantization_config:
+            raise CheckpointError(f"{folder} adds to no base model; leave base={str(base)!r} out")
+        place = {"source": "hf", "path": str(Path(base).absolute()), "revision": None}
+        config.quantization_config["base"] |= place
     with reading(CheckpointError, f"{folder} is not a whole checkpoint", own=ModelError):
         headers.weight_files(folder)
         kind = getattr(transformers, config.quantization_config["auto_class"])

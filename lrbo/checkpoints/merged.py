@@ -16,8 +16,8 @@ from transformers import (
 )
 
 from lrbo.checkpoints.export import checkpoint_folder
-from lrbo.checkpoints.quantizer import count_parameters, read_headers
 from lrbo.checkpoints.structure import Structure, padded
+from lrbo.checkpoints.tensors import count_parameters, read_headers
 from lrbo.data.windows import Role, TokenWindows
 from lrbo.errors import CheckpointError
 from lrbo.layers.joint import SkippedLinear, ThinLinear

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Mapping
+import importlib
+import re
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired
 
@@ -16,20 +17,25 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 from typing_extensions import TypedDict
 
+from lrbo.checkpoints.tensors import (
+    check_tensors,
+    count_parameters,
+    read_headers,
+    require_inside,
+)
 from lrbo.config.shell import command
-from lrbo.errors import CheckpointError, ModelError, reading, some
+from lrbo.errors import CheckpointError, ModelError, reading
 from lrbo.files.parsing import ContentError, Count, checked
 from lrbo.layers.based import BasedLinear
-from lrbo.layers.forms import FORMS, is_joint
+from lrbo.layers.forms import FORMS, is_delta, is_joint
 from lrbo.layers.frequency import GroupedLinear
 from lrbo.layers.joint import empty_joint
 from lrbo.layers.joint_form import WHOLE_PARTS, Neurons
 from lrbo.layers.low_rank import no_weight
-from lrbo.layers.modules import empty_module, low_rank_layers, parameters_of, replace_modules
+from lrbo.layers.modules import empty_module, low_rank_layers, replace_modules
 from lrbo.layers.options import DENSE, Option
 from lrbo.layers.pivoted import PivotedLinear
 from lrbo.layers.tables import TiedHead, fix_size_
-from lrbo.models import headers
 
 # Not its names: its import of transformers may be what imports this module.
 from lrbo.models import model_map as maps
@@ -37,6 +43,16 @@ from lrbo.models.specs import LayerSpec, sharing
 
 METHOD = "lrbo"
 FORMAT = 4
+
+
+@with_config(ConfigDict(extra="forbid"))
+class BaseFields(TypedDict):
+    """A base model that layers add to, as of :class:`lrbo.models.pairs.BaseModel`."""
+
+    source: Literal["packaged", "hf", "tiny"]
+    path: str
+    revision: str | None
+    fingerprint: str
 
 
 @with_config(ConfigDict(extra="forbid"))
@@ -49,6 +65,7 @@ class _About(TypedDict):
     parameters: Count  # of the model, in its files: floating-point numbers, and integers of bases
     units: dict[str, str]  # options by layer name, "pivoted 96"; dense layers are left out
     added_biases: list[str]  # of units, those whose bias the dense layer lacks
+    base: NotRequired[BaseFields]  # whose numbers all are that the files lack
     provenance: dict[str, Any]  # how the model was made: for readers, not for loading
 
 
@@ -99,6 +116,7 @@ class LowRankQuantizer(HfQuantizer):
 
     # Loading a dense model does not compress it; transformers then says so.
     requires_calibration = True
+    _shared: frozenset[str] | set[str] = frozenset()  # parameters that the files lack
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, **options: Any
@@ -113,9 +131,15 @@ class LowRankQuantizer(HfQuantizer):
         put_in(model, self.quantization_config)
         if (files := options.get("checkpoint_files")) is not None:
             paths = [Path(file) for file in files]
-            _require_inside(paths, Path(model.config._name_or_path))
+            require_inside(paths, Path(model.config._name_or_path))
             stored, folder = read_headers(paths), paths[0].parent
-            check_tensors(model, stored, folder)
+            check_tensors(model, stored, folder, adds=self._base is not None)
+            if self._base is not None:
+                _require_there(self._base)
+                shared = dict(model.named_parameters()).keys() - stored.keys()
+                self._shared = shared - _tied_to(model, stored)
+                # Else transformers would report what it started at random, before it is filled.
+                model._keys_to_ignore_on_load_missing = [re.escape(name) for name in self._shared]
             stated = self.quantization_config.parameters
             total = count_parameters(stored, self.quantization_config.units)
             if total != stated:
@@ -123,7 +147,14 @@ class LowRankQuantizer(HfQuantizer):
                     f"{folder} holds {total:_} parameters, its config.json states "
                     f"{stated:_}; the weights or config.json were changed."
                 )
+        elif self._base is not None:
+            raise CheckpointError("a model that adds to a base is opened from its folder alone")
         return model
+
+    @property
+    def _base(self) -> BaseFields | None:
+        base: BaseFields | None = getattr(self.quantization_config, "base", None)
+        return base
 
     def _process_model_after_weight_loading(
         self, model: PreTrainedModel, **_options: Any
@@ -131,6 +162,8 @@ class LowRankQuantizer(HfQuantizer):
         """Check the orders of outputs, which are numbers that decide where others go."""
         # transformers refuses float() and half() of a quantized model, and to train it compiled.
         model.is_quantized = False
+        if self._base is not None:
+            add_base_(model, self._base, self._shared)
         for name, module in low_rank_layers(model).items():
             if not module.weight.is_meta:
                 # As read it begins in memory where the next tensor does, which torch.save refuses.
@@ -161,7 +194,7 @@ class LowRankQuantizer(HfQuantizer):
     ) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
         """Count what ``save_pretrained`` is about to write: the embedding may have other rows."""
         config = model.config.quantization_config
-        own = {n: b for n, b in model.named_buffers() if n.rpartition(".")[0] in config.units}
+        own = {n: b for n, b in model.state_dict().items() if n.rpartition(".")[0] in config.units}
         tensors = dict(model.named_parameters()) | own
         config.parameters = count_parameters(tensors, config.units)
         return None, {}
@@ -172,6 +205,45 @@ class LowRankQuantizer(HfQuantizer):
 
     # Its weights and adapters on them can be trained, and torch.compile takes it.
     is_trainable = is_qat_trainable = is_compileable = True
+
+
+def _require_there(base: BaseFields) -> None:
+    """Refuse a base in a folder that is gone, before anything is read."""
+    path = Path(base["path"])
+    if base["source"] == "hf" and path.is_absolute() and not path.is_dir():
+        raise CheckpointError(
+            f"the base model {base['path']} of the checkpoint is not there; put it back, or say "
+            "where it is: lrbo.load(FOLDER, base=PATH), or base.path in its config.json"
+        )
+
+
+def _tied_to(model: PreTrainedModel, stored: Mapping[str, Tensor]) -> set[str]:
+    """Return the parameters that are tied to one that is stored."""
+    tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    return {name for pair in tied.items() if stored.keys() & set(pair) for name in pair}
+
+
+def add_base_(model: PreTrainedModel, fields: BaseFields, shared: Collection[str]) -> None:
+    """Fill the parameters that a checkpoint shares with its base, and put it under its layers.
+
+    Raises:
+        CheckpointError: If the base is missing, damaged or another one.
+    """
+    # Not at the top: what imports transformers may be what imports this module.
+    pairs = importlib.import_module("lrbo.models.pairs")
+    source = pairs.ModelSource(fields["source"], fields["path"], fields["revision"])
+    with reading(CheckpointError, "the base of the checkpoint cannot be added", own=ModelError):
+        base = pairs.BaseModel(source, fields["fingerprint"]).load()
+    given = dict(base.named_parameters())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in shared and not parameter.is_meta:
+                parameter.copy_(given[name])
+    for name, layer in low_rank_layers(model).items():
+        if not isinstance(layer, BasedLinear) or layer.weight.is_meta:
+            continue
+        if is_delta(layer.form.name):
+            layer.share_(maps.linear_weight(base.get_submodule(name)).to(layer.weight))
 
 
 def _are_some_of(numbers: Tensor, count: int) -> bool:
@@ -271,65 +343,3 @@ def _require_together(
                 f"{name} is {text!r} and {other} is {units.get(other, 'dense')!r}: all layers "
                 f"{which} take this option together; restore config.json."
             )
-
-
-def check_tensors(model: PreTrainedModel, stored: Mapping[str, Tensor], where: Path) -> None:
-    """Compare names and shapes of stored tensors with a model that has its low-rank layers."""
-    # transformers starts a missing one at random and passes over one too many.
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
-    excused = {name for pair in tied.items() if stored.keys() & set(pair) for name in pair}
-    missing = sorted(wanted.keys() - stored.keys() - excused)
-    unexpected = sorted(stored.keys() - wanted.keys())
-    if missing or unexpected:
-        raise CheckpointError(
-            f"the files of weights in {where} do not fit its config.json: missing "
-            f"{some(missing, 3)}, not expected {some(unexpected, 3)}; copy the folder whole."
-        )
-    for name, tensor in stored.items():
-        if tensor.shape != wanted[name]:
-            raise CheckpointError(
-                f"{name} in {where} has shape {tuple(tensor.shape)}, config.json wants "
-                f"{wanted[name]}; the weights or config.json were changed."
-            )
-
-
-def _require_inside(files: Iterable[Path], folder: Path) -> None:
-    """Refuse files of weights elsewhere, which an index may name; a link in the folder is fine."""
-    home = folder.absolute()
-    for file in files if folder.is_dir() else []:  # in the hub's cache its client sees to it
-        if not Path(os.path.normpath(file.absolute())).is_relative_to(os.path.normpath(home)):
-            raise CheckpointError(
-                f"the index of {folder} names {file}, expected one in the folder; copy it again."
-            )
-
-
-def read_headers(files: Iterable[Path]) -> dict[str, Tensor]:
-    """Map the tensors of files by name, each once; reads the headers alone."""
-    stored: dict[str, Tensor] = {}
-    for file in files:
-        if file.suffix != ".safetensors":
-            raise CheckpointError(
-                f"{file} is no safetensors file, and lrbo opens no other: a pickle could run code."
-            )
-        with reading(CheckpointError, "copy the checkpoint again", own=ModelError):
-            tensors = headers.tensors_in(file)
-        if both := sorted(tensors.keys() & stored.keys()):
-            raise CheckpointError(f"{file} holds {both[0]}, and so does another of {file.parent}.")
-        stored |= tensors
-    return stored
-
-
-def count_parameters(tensors: Mapping[str, Tensor], units: Mapping[str, str]) -> int:
-    """Count the parameters of a model in its tensors; ``units`` are options by name, as written."""
-    own: dict[str, dict[str, Tensor]] = {name: {} for name in units}
-    others = 0
-    for name, tensor in tensors.items():
-        parts = name.split(".")
-        # A factor of a unit is a module of its own.
-        unit = next((u for u in (".".join(parts[:-n]) for n in (1, 2)) if u in own), None)
-        if unit is not None:
-            own[unit][name.removeprefix(f"{unit}.")] = tensor
-        elif tensor.is_floating_point():
-            others += tensor.numel()
-    return others + sum(parameters_of(Option.parse(units[n]), each) for n, each in own.items())

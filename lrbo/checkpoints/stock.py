@@ -10,18 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lrbo.checkpoints.export import checkpoint_folder, write_tensors
+from lrbo.checkpoints.lora import thin_weights, write_adapter
 from lrbo.checkpoints.merged import frame_of
 from lrbo.checkpoints.structure import Structure
 from lrbo.data.windows import Role, TokenWindows
 from lrbo.errors import CheckpointError, LrboError, reading, some
 from lrbo.files.paths import ADAPTER, BASE, model_folder
-from lrbo.layers.based import INT8, BasedLinear
+from lrbo.layers.based import BasedLinear
 from lrbo.layers.form import Form
 from lrbo.layers.forms import FORMS, Quantized, form_named
 from lrbo.layers.modules import low_rank_layers
@@ -30,7 +29,6 @@ from lrbo.layers.packing import unpack
 from lrbo.models.loading import load_model
 from lrbo.models.sources import ModelSource
 
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 # And the least release of either: before, the first packed 3 and 5 bits in another way.
 PACKAGES, LEAST = ("compressed-tensors", "peft"), (0, 18)
 PACKED, STATUS = "pack-quantized", "compressed"  # as the library calls them
@@ -227,7 +225,7 @@ class Stock:
             base |= {f"{name}.{own}": each for own, each in _packed(layer, schemes[name]).items()}
             if layer.rank:
                 ranks[name] = layer.rank
-                inner, outer = _lora(layer, model.dtype)
+                inner, outer = thin_weights(layer, model.dtype)
                 adapter[f"base_model.model.{name}.lora_A.weight"] = inner
                 adapter[f"base_model.model.{name}.lora_B.weight"] = outer
         return cls(frame, schemes, ranks, base, adapter)
@@ -291,7 +289,7 @@ class Stock:
             config.save_pretrained(beside / BASE)
             if self.adapter:
                 (beside / ADAPTER).mkdir()
-                self._write_adapter(beside / ADAPTER)
+                write_adapter(beside / ADAPTER, self.ranks, self.adapter)
 
     def quantization(self) -> dict[str, Any]:
         """The ``quantization_config`` of ``config.json``."""
@@ -317,23 +315,6 @@ class Stock:
         version = compressed_tensors.__version__
         return {**values, "quant_method": "compressed-tensors", "version": version}
 
-    def _write_adapter(self, folder: Path) -> None:
-        """Write the low ranks with a scaling of 1: the alpha of each is its rank."""
-        from peft import LoraConfig
-
-        config = LoraConfig(
-            task_type="CAUSAL_LM",
-            r=self.rank,
-            lora_alpha=self.rank,
-            target_modules=[*self.ranks],
-            rank_pattern=dict(self.ranks),
-            alpha_pattern=dict(self.ranks),
-            inference_mode=True,
-        )
-        config.save_pretrained(folder)
-        tensors = {name: tensor.contiguous().cpu() for name, tensor in self.adapter.items()}
-        save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-
 
 def _packed(layer: BasedLinear, scheme: Scheme) -> dict[str, Tensor]:
     """Return the integers of a layer, less zero points, as the library packs them."""
@@ -352,19 +333,3 @@ def _packed(layer: BasedLinear, scheme: Scheme) -> dict[str, Tensor]:
         "weight_scale": scale.repeat_interleave(size // scheme.group_size, 1),
         "weight_shape": torch.tensor([layer.out_features, layer.in_features]),
     }
-
-
-def _lora(
-    layer: BasedLinear, dtype: torch.dtype
-) -> tuple[Float[Tensor, "r in"], Float[Tensor, "out r"]]:
-    """Return the factors of a low rank: floats as they are, integers as numbers up to 1 and scales.
-
-    Integers over 128 multiply inputs: the rounding is that of the layer, and in float16 nothing
-    overflows.
-    """
-    assert layer.left is not None
-    assert layer.right is not None
-    if layer.factor_scale is None:
-        return layer.right.to(dtype), layer.left.to(dtype)
-    whole = INT8 + 1
-    return layer.right.to(dtype) / whole, layer.left.to(dtype) * layer.factor_scale * whole

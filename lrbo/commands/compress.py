@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,10 @@ from lrbo.allocation.apply import store_
 from lrbo.checkpoints import export
 from lrbo.checkpoints import nemotron_nas as nas
 from lrbo.checkpoints.card import Card
-from lrbo.checkpoints.merged import save_merged, with_biases
-from lrbo.checkpoints.stock import Stock, missing_packages, schemes_of, unfit, vllm_problems
+from lrbo.checkpoints.lora import DeltaAdapter
+from lrbo.checkpoints.merged import save_merged
+from lrbo.checkpoints.stock import Stock, missing_packages, schemes_of, vllm_problems
+from lrbo.commands.compress_checks import require_room
 from lrbo.config import saved, schema
 from lrbo.config.choices import KEEP_RATIO, ceiling_of
 from lrbo.config.saved import command_line, repeating
@@ -24,15 +26,12 @@ from lrbo.config.shell import assigned
 from lrbo.data.windows import TokenWindows
 from lrbo.errors import ConfigError, ModelError
 from lrbo.files.tables import Table, columns
-from lrbo.layers.joint_form import SharedFactored, Skip
-from lrbo.layers.modules import PRODUCTS
 from lrbo.layers.options import Option, as_stored
 from lrbo.layers.pivoted import PivotedLinear
 from lrbo.models.devices import dtype_name, resolve_device, resolve_dtype
-from lrbo.models.loading import load_config
 from lrbo.models.parameters import cast_, not_finite
 from lrbo.pipeline import build_worker, checks, planning
-from lrbo.pipeline.alternations import alternation_problems
+from lrbo.pipeline.delta import Difference
 from lrbo.pipeline.feasibility import points, study_of
 from lrbo.pipeline.finalists import Finalist, finalist
 from lrbo.pipeline.trial_loop import evaluate_between
@@ -43,7 +42,6 @@ from lrbo.reports.results import covered_text, score_rows
 from lrbo.study.study_record import StudyRecord
 from lrbo.study.versions import versions
 from lrbo.tasks.metrics import MISSING
-from lrbo.trials.records import TrialRecord
 
 
 def run(config: CompressConfig, reporter: Reporter) -> dict[str, Any]:
@@ -61,6 +59,13 @@ def run(config: CompressConfig, reporter: Reporter) -> dict[str, Any]:
         raise ConfigError([problem])
     study = study_of(config)
     about = study.about
+    if config.vllm and study.config.model.base is not None:
+        raise ConfigError(
+            [
+                "vllm=True: a change of a base has no integers to pack; expected false, with which "
+                "format=adapter is the same for all readers"
+            ]
+        )
     point = str(config.point)
     records = points(study, point, config.refit.candidates)
     stored = saved.continued(study.config, [assigned("studies", config.studies)])
@@ -71,7 +76,7 @@ def run(config: CompressConfig, reporter: Reporter) -> dict[str, Any]:
         raise ConfigError(
             [f"format={config.format!r} is for language models; task={stored.task} has format=lrbo"]
         )
-    _require_room(config, plan, records)
+    require_room(config, plan, records)
     if config.dtype == "float16":  # of which not every model's numbers are
         _stored_model(plan, study, config.dtype)
     if (ceiling := ceiling_of(point)) is not None:
@@ -79,7 +84,7 @@ def run(config: CompressConfig, reporter: Reporter) -> dict[str, Any]:
         if metric == KEEP_RATIO:
             evaluate_between(plan, study, limit, reporter)
             records = points(study, point, config.refit.candidates)
-            _require_room(config, plan, records)  # its layers may be others
+            require_room(config, plan, records)  # its layers may be others
         lowest = records[0]
         reporter.say(
             f"point={point}: trial {lowest.request.trial_index} has the lowest loss up to there, "
@@ -88,12 +93,19 @@ def run(config: CompressConfig, reporter: Reporter) -> dict[str, Any]:
     best = finalist(plan, study, records, config.refit, reporter, turns=config.bases.alternations)
     record, allocation = best.record, best.record.request.allocation
     model = _stored_model(plan, study, config.dtype)
+    difference = Difference.of(plan, model)
+    layers = plan.layers
+    if difference is not None:
+        layers = difference.layers
+        reporter.say(f"Beside its layers, {difference.text()}")
+        if config.format == "adapter":
+            difference.require_adapter([allocation.compressed], plan.added_biases)
     _put_in(model, best, reporter)
     _require_finite(model)
     as_written = _score_as_written(model, best.loss, plan, about.dtype, reporter)
     trial, measure = record.request.trial_index, allocation.budget.measure
     costs, counted = as_stored(
-        plan.layers, allocation.options, plan.method.adds_bias, model.dtype.itemsize
+        layers, allocation.options, plan.method.adds_bias, model.dtype.itemsize
     )
     keep_ratio = counted.keep_ratio(measure)
     forms = sorted({option.form for option in allocation.compressed.values()})
@@ -119,8 +131,17 @@ def run(config: CompressConfig, reporter: Reporter) -> dict[str, Any]:
     out, tokenizer = Path(config.out), plan.task.tokenizer(plan.source)
     *commands, measuring = _commands(config, stored, about.dtype, trial)
     stock = None
-    if config.format == "adapter":
+    adapter = None
+    if config.format == "adapter" and difference is None:
         stock = Stock.of(model, allocation.compressed, vllm=config.vllm)
+    elif config.format == "adapter" and difference is not None:
+        adapter = DeltaAdapter.of(
+            model,
+            allocation.options,
+            difference.changed,
+            difference.base,
+            by_columns=difference.by_columns,
+        )
     layout = nas.NemotronNas.of(model) if config.format == "nemotron_nas" else None
     card = Card(
         out.name,
@@ -139,6 +160,9 @@ def run(config: CompressConfig, reporter: Reporter) -> dict[str, Any]:
         measure=measure,
         stock=stock,
         layout=layout,
+        base=None if difference is None else difference.base,
+        adapter=adapter,
+        others="" if difference is None else difference.text(),
         counted_bytes=counted.model.bytes,
         covered=covered_text(study),
     ).text()
@@ -158,6 +182,13 @@ def run(config: CompressConfig, reporter: Reporter) -> dict[str, Any]:
         layout.save(out, model, tokenizer, card, tokens)
         in_file = parameters = layout.parameters
         reporter.say(f"format=nemotron_nas: {in_file:,} dense parameters; {layout.summary}")
+    elif adapter is not None:
+        adapter.save(out, model, tokenizer, card, tokens)
+        in_file, sizes = adapter.parameters, {"adapter_bytes": adapter.bytes}
+        reporter.say(
+            f"format=adapter: {adapter.bytes:,} bytes beside the base {adapter.base_name}, ranks "
+            f"up to {adapter.rank}; format=lrbo holds the same in {counted.model.bytes:,}"
+        )
     elif config.format == "merged":
         forms = []
         in_file = parameters = save_merged(out, model, tokenizer, card, tokens)
@@ -179,6 +210,8 @@ def run(config: CompressConfig, reporter: Reporter) -> dict[str, Any]:
             with_code=config.format == "remote_code",
             windows=tokens,
             auto_class=plan.task.auto_class,
+            base=None if difference is None else difference.base,
+            shared=() if difference is None else difference.shared,
         )
     headline = plan.task.record.headline.name
     tags = {
@@ -220,67 +253,6 @@ def _serving(stock: Stock, options: Mapping[str, Option]) -> str:
     mended = not vllm_problems(packed, stock.rank, stock.frame)
     hint = "; vllm=true packs it so that it does" if mended else ""
     return f"vLLM does not read it: {'; '.join(stock.vllm_problems)}{hint}"
-
-
-def _require_room(
-    config: CompressConfig, plan: planning.Plan, records: Sequence[TrialRecord]
-) -> None:
-    """Refuse forms and biases that a format cannot hold, and trials without what is asked for."""
-    tried = records if config.refit.enabled else records[:1]
-    if problems := alternation_problems(config.bases.alternations, plan, tried):
-        raise ConfigError(problems)
-    if config.format == "remote_code":
-        for record in records:
-            for name, option in record.request.allocation.compressed.items():
-                is_lookup = plan.layers.by_name[name].is_lookup
-                if is_lookup or option.form not in (*PRODUCTS, SharedFactored.name):
-                    lacks = "embedding that is not dense" if is_lookup else option.form
-                    raise ConfigError(
-                        [
-                            f"format='remote_code': its modelling file has no {lacks}, which "
-                            f"{name} is in trial {record.request.trial_index}; expected "
-                            "format=lrbo, or format=merged"
-                        ]
-                    )
-    if config.format not in ("merged", "nemotron_nas", "adapter"):
-        return
-    model_config = load_config(plan.source)
-    if config.format == "nemotron_nas" and (reason := nas.unfit(model_config)) is not None:
-        raise ConfigError([f"format='nemotron_nas': {reason}; expected format=lrbo or merged"])
-    taken = [record.request.allocation.compressed for record in records]
-    compressed = {name for options in taken for name in options}
-    biased = [name for name in plan.added_biases if name in compressed]
-    skipped = {n for options in taken for n, option in options.items() if option.form == Skip.name}
-    biased += [
-        spec.name
-        for spec in plan.layers.compressible
-        if spec.name in skipped and spec.is_closing and not spec.has_bias
-    ]
-    dense = with_biases(model_config, biased)
-    if config.format == "adapter":
-        _require_stock(records, dense, vllm=config.vllm)
-
-
-def _require_stock(records: Sequence[TrialRecord], dense: PreTrainedModel, *, vllm: bool) -> None:
-    """Refuse options of trials that compressed-tensors and PEFT cannot hold, or vLLM not read."""
-    problems = []
-    for record in records:
-        trial = f"trial {record.request.trial_index}"
-        options = record.request.allocation.compressed
-        if (reason := unfit(options, dense)) is not None:
-            problems.append(
-                f"format='adapter' cannot hold {trial}: {reason}; expected format=lrbo or merged, "
-                "or a search with space.forms=[stock]"
-            )
-        elif vllm:
-            rank = max((option.level[-1] for option in options.values()), default=0)
-            schemes = schemes_of(options, dense, vllm=True)
-            problems += [
-                f"vllm=True: vLLM cannot read {trial}: {clause}; expected vllm=false"
-                for clause in vllm_problems(schemes, rank, dense)
-            ]
-    if problems:
-        raise ConfigError(problems)
 
 
 def _stored_model(plan: planning.Plan, study: StudyRecord, dtype: str) -> PreTrainedModel:

@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lrbo.checkpoints import export, stock
+from lrbo.checkpoints import export, lora, stock
 from lrbo.checkpoints.calibration_text import FILE, seen_shares
 from lrbo.config import saved
 from lrbo.config.schema import EvaluateConfig
@@ -130,6 +130,10 @@ def _subject(config: EvaluateConfig) -> Subject:
     if folder is None:
         source = planning.model_source(config.model)
         return Subject(source.path, source, partial(load_model, source))
+    if lora.is_delta_adapter(folder):
+        load = partial(lora.load_adapted, folder)
+        source, dtype = lora.base_of(folder), lora.stored_dtype(folder)
+        return Subject(folder, source, load, Path(folder), dtype)
     own = model_folder(folder)
     source = ModelSource("hf", own)
     is_low_rank = export.is_checkpoint(own)

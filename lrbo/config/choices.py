@@ -32,13 +32,14 @@ WARM_START = re.compile(rf"uniform|analytic|start|paper|{STUDY}[^:]+(:\d+)?")
 SQLITE = "sqlite:///"  # begins the address of an MLflow store in a file
 
 # Names in space.forms that stand for several forms: those that are worth it in a measure, and those
-# that both transformers and vLLM read, as lrbo compress format=adapter writes them; or what
-# saves time without kernels.
+# that both transformers and vLLM read, as lrbo compress format=adapter writes them; what saves
+# time without kernels; or changes of the weights of model.base.
 FORM_PRESETS: Mapping[str, tuple[str, ...]] = {
     "parameters": ("pivoted",),
     "bytes": ("pivoted", "factored_int4", "int8", "int4", "int3", "int3_sym", "int2"),
     "stock": ("int4_sym", "int8_sym"),
     "structured": ("pivoted", "neurons", "skip"),
+    "deltas": ("delta_bands", "delta_int8", "delta"),
 }
 
 # Forms with a base and a low rank of what it leaves, and how their names end where its factors are

@@ -16,6 +16,7 @@ MISSING: Any = "???"
 # Keys whose values are paths, or the addresses of files, in which a leading ~ is a home folder.
 PATHS = (
     "study", "studies", "out", "record", "text_folder", "task_folder", "checkpoint", "model.path",
+    "model.base",
     "data.*.path", "protocols.*.path", "tracking.uri", "uri", "warm_start",
 )  # fmt: skip
 
@@ -63,6 +64,7 @@ class ModelConfig:
     source: str = option(MISSING, one_of(("packaged", "hf", "tiny")))
     path: str = MISSING
     revision: str | None = None
+    base: str | None = None
     dtype: str = option("auto", DTYPE)
     device: str = "auto"
 
@@ -163,6 +165,7 @@ class BasesConfig:
     row_percentages: list[int] = field(default_factory=lambda: [5])
     blocks: list[list[int]] = field(default_factory=lambda: [[2, 1], [1, 2]])
     frequency_groups: list[int] = field(default_factory=lambda: [8])
+    bands: list[list[int]] = field(default_factory=lambda: [[2, 32]])
     damping: float = 0.01
     factor_bits: int = option(8, Rule("8 or 16", lambda v: v in (8, 16)))
 

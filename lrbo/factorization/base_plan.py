@@ -24,10 +24,13 @@ from lrbo.factorization.prediction import (
 from lrbo.factorization.quantized_factors import round_factors
 from lrbo.factorization.rounding import round_gptq, round_nearest, round_to_codebook
 from lrbo.factorization.sparsity import keep_rows, sparsify
-from lrbo.layers.based import Factors
+from lrbo.layers.based import Factors, bands_of
+from lrbo.layers.form import Level
 from lrbo.layers.forms import (
     Based,
     Codebook,
+    Delta,
+    DeltaInt8,
     KeptRows,
     Quantized,
     QuantizedFactors,
@@ -39,7 +42,8 @@ from lrbo.layers.frequency_form import FrequencyGroups
 from lrbo.layers.kronecker_form import Kronecker
 from lrbo.layers.options import Option
 
-EIGHT_BITS = QuantizedFactors(8)  # rounded to the nearest, whatever the errors weigh
+# Rounded to the nearest, or not at all, whatever the errors weigh.
+UNWEIGHED = (QuantizedFactors(8).name, Delta.name, DeltaInt8.name)
 # What errors are weighed with.
 NEEDS = frozenset({Statistic.INPUT_MEAN, Statistic.INPUT_COVARIANCE})
 MOMENTS = frozenset({Statistic.INPUT_COVARIANCE, Statistic.POOLED_INPUT_COVARIANCE})
@@ -84,8 +88,7 @@ class BasePlan:
     @property
     def needs(self) -> frozenset[Statistic]:
         """The statistics that are read."""
-        forms = map(form_named, self.forms)
-        weighed = any(form.in_blocks and form != EIGHT_BITS for form in forms)
+        weighed = any(form_named(name).in_blocks and name not in UNWEIGHED for name in self.forms)
         return NEEDS if weighed and self.options.method == "gptq" else frozenset()
 
     def make(
@@ -129,8 +132,8 @@ class BasePlan:
                 match form:
                     case Quantized():
                         grids.append((form, level[0]))
-                    case QuantizedFactors():
-                        made.append(Base(form, (), shape, {}, dtype))
+                    case QuantizedFactors() | Delta():
+                        made.append(Base(form, level, shape, {}, dtype))
                     case Codebook():
                         made.append(
                             round_to_codebook(
@@ -173,20 +176,24 @@ class BasePlan:
 
     def factors(
         self,
-        form: QuantizedFactors,
+        form: QuantizedFactors | Delta,
         factors: LowRankFactors,
         remainder: Remainders,
         weight: Float[Tensor, "out in"],
         statistics: Mapping[Statistic, Tensor],
         dtype: torch.dtype,
+        level: Level = (),
     ) -> Factors:
-        """Round factors of a weight, with scales in ``dtype``; ``remainder`` factors what is left.
+        """Round factors of a weight or change as over a base of a ``level``, scales in ``dtype``.
+
+        ``remainder`` factors what is left.
 
         Raises:
             StatisticsError: If a metric is not positive definite.
         """
-        if form == EIGHT_BITS:
-            return Factors.of(factors.left.float(), factors.right.float(), dtype)
+        if form.name in UNWEIGHED:
+            sides = factors.left.float(), factors.right.float()
+            return Factors.of(*sides, dtype, floats=form.has_floats)
         moment = gradient = None
         if self.needs:
             moment = input_moment(factors, statistics)
@@ -199,7 +206,14 @@ class BasePlan:
             gradient = shrunk(gradient, PREDICTION_SHRINKAGE)
         damping = self.options.damping
         return round_factors(
-            factors, remainder, weight, moment, gradient, dtype=dtype, damping=damping
+            factors,
+            remainder,
+            weight,
+            moment,
+            gradient,
+            dtype=dtype,
+            damping=damping,
+            bands=bands_of(form, level),
         )
 
     def sums(

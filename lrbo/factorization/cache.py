@@ -50,6 +50,7 @@ def factor_model(
     errors: bool = False,
     joint: Collection[str] = (),
     open_block: OpenBlock | None = None,
+    base: PreTrainedModel | None = None,
     device: torch.device | None = None,
     on_layer: Callable[[str], None] | None = None,
 ) -> Iterator[dict[str, Prepared]]:
@@ -61,8 +62,9 @@ def factor_model(
     With ``bases``, these are made too, and what each leaves is factored. With statistics of output
     gradients, losses are predicted; with ``errors``, relative errors of outputs are worked out from
     mean and covariance of the inputs; ``joint`` names forms that several layers take together.
-    ``open_block`` brings the weights of a block into the model
-    for the length of a ``with``; by default they are there. ``device``, by default that of the
+    ``open_block`` brings the weights of a block into the model for the length of a ``with``; by
+    default they are there. With the model ``base``, in memory, the changes of its weights are
+    factored. ``device``, by default that of the
     weights, decomposes if it has float64, else the CPU does. ``on_layer`` is called with the name
     of each finished layer.
 
@@ -86,7 +88,13 @@ def factor_model(
                         else:
                             how = method.for_kind(spec.kind)
                             own = prepared_unit(
-                                module, how, given, device, bases=bases, errors=errors
+                                module,
+                                how,
+                                given,
+                                device,
+                                bases=bases,
+                                errors=errors,
+                                shared=base and linear_weight(base.get_submodule(spec.name)),
                             )
                     made[spec.name] = own
                 if on_layer is not None:
@@ -168,6 +176,7 @@ def factors_fingerprint(
     bases: BasePlan | None = None,
     errors: bool = False,
     joint: Collection[str] = (),
+    base: str | None = None,
 ) -> str:
     """Return the digest of everything that the factors depend on."""
     options = {  # sets have another order in every process
@@ -183,6 +192,7 @@ def factors_fingerprint(
             "bases": None if bases is None else asdict(bases),
             "errors": errors,
             "joint": sorted(joint),
+            **({} if base is None else {"base": base}),
         }
     )
 

@@ -39,6 +39,15 @@ GROUPS = Rule(
     "one or several whole numbers from 2 on, each once",
     lambda v: len(v) > 0 and all(2 <= n <= COUNT for n in v) and len({*v}) == len(v),
 )
+BANDS = Rule(
+    "one or several [directions of 8 bits, directions of 3 bits], each once",
+    lambda v: (
+        len(v) > 0
+        and all(isinstance(each, list | tuple) and len(each) == 2 for each in v)
+        and all(0 <= n <= COUNT for each in v for n in each)
+        and len({tuple(each) for each in v}) == len(v)
+    ),
+)
 PERCENTAGES = Rule(
     "one or several whole numbers above 0 and below 100, each once",
     lambda v: len(v) > 0 and all(0 < n < 100 for n in v) and len({*v}) == len(v),
@@ -87,6 +96,8 @@ class BaseOptions(Options):
         blocks: Rows and columns of the second factor of a Kronecker product; each is a choice of
             its own, for the layers that it divides.
         frequency_groups: Of the rows of an embedding or head; each number is a choice of its own.
+        bands: Of ``delta_bands``: how many leading directions have 8 bits, and how many behind them
+            3; the others have 2. Each pair is a choice of its own.
         damping: Added to the diagonal of the input second moment, as a share of its mean entry.
     """
 
@@ -96,6 +107,7 @@ class BaseOptions(Options):
     row_percentages: tuple[int, ...] = option(Grid.row_percentages, PERCENTAGES)
     blocks: tuple[tuple[int, int], ...] = option(Grid.blocks, BLOCKS)
     frequency_groups: tuple[int, ...] = option(Grid.frequency_groups, GROUPS)
+    bands: tuple[tuple[int, int], ...] = option(Grid.bands, BANDS)
     damping: float = option(0.01, ABOVE_0_TO_1)
 
     def grid(self, multiple: int = 1, minimum: int = 0) -> Grid:

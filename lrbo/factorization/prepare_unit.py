@@ -22,9 +22,9 @@ from lrbo.factorization.prediction import (
     squared_errors,
     with_rounding,
 )
-from lrbo.factorization.prepared import BasedWeight, Prepared, UnitFactors
+from lrbo.factorization.prepared import BasedWeight, Prepared, UnitFactors, is_rounded_once
 from lrbo.layers.based import Factors
-from lrbo.layers.forms import KeptRows, QuantizedFactors
+from lrbo.layers.forms import Delta, KeptRows, QuantizedFactors
 from lrbo.layers.low_rank import Bias
 from lrbo.layers.options import Option
 from lrbo.linalg import float64_device
@@ -41,10 +41,12 @@ def prepared_unit(
     *,
     bases: BasePlan | None,
     errors: bool,
+    shared: Weight | None = None,
 ) -> Prepared:
     """Factor a layer at full rank, and what each base of its weight leaves.
 
-    Everything is as of :func:`lrbo.factorization.cache.factor_model`.
+    With ``shared``, the weight of a base model, the change of that is factored. Everything else is
+    as of :func:`lrbo.factorization.cache.factor_model`.
 
     Raises:
         StatisticsError: If a statistic is missing, or does not suit.
@@ -58,6 +60,8 @@ def prepared_unit(
         )
     weight = stored.to(work, DOUBLE)
     unit = _Unit(weight, None if bias is None else bias.to(work), statistics, errors)
+    if shared is not None:  # as it is where layers are made
+        weight = weight - shared.to(stored.dtype).to(work, DOUBLE)
 
     full = factor_layer(method, weight, unit.bias, statistics)
     if Statistic.OUTPUT_GRADIENT in statistics:
@@ -71,9 +75,11 @@ def prepared_unit(
     for base in bases.make(weight, statistics, stored.dtype, full):
         form, codes = base.form, None
         most = min(form.largest_rank(*base.shape), low_rank.max_rank)
-        if isinstance(form, QuantizedFactors):
+        if isinstance(form, QuantizedFactors | Delta):
             rest, factors = weight, full.leading(most)
-            codes = bases.factors(form, factors, remainder, weight, statistics, stored.dtype)
+            codes = bases.factors(
+                form, factors, remainder, weight, statistics, stored.dtype, base.level
+            )
             wide = codes.wide(DOUBLE)
             factors = replace(factors, loss=with_rounding(factors, wide, weight, statistics))
             factors = unit.with_error(factors, weight, wide)
@@ -87,7 +93,7 @@ def prepared_unit(
                     factors = replace(factors, loss=with_rounding(factors, wide, rest, statistics))
                 factors = unit.with_error(factors, rest, wide)
         # Of 8 bits they are rounded again where a layer is made.
-        codes = codes.to(CPU, stored.dtype) if codes is not None and form.factor_bits == 4 else None
+        codes = None if codes is None or not is_rounded_once(form) else codes.to(CPU, stored.dtype)
         factors = factors.to(dtype=SINGLE, device=CPU)
         based[base.family] = BasedWeight(base.to(CPU), factors, codes)
     for family, terms in bases.sums(weight, full, statistics).items():

@@ -17,7 +17,7 @@ from lrbo.factorization.joint import JOINT, Skipped, Thinned
 from lrbo.factorization.kronecker import KroneckerSum
 from lrbo.factorization.shared import SharedFactors
 from lrbo.layers.based import BasedLinear, Factors, shapes_of
-from lrbo.layers.forms import Based, QuantizedFactors, form_named
+from lrbo.layers.forms import Based, Delta, DeltaBands, QuantizedFactors, form_named, is_delta
 from lrbo.layers.frequency_form import FrequencyGroups
 from lrbo.layers.joint_form import SharedFactored
 from lrbo.layers.kronecker_form import Kronecker
@@ -121,11 +121,11 @@ class BasedWeight:
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors by name, for the cache."""
         parts = {**self.base.tensors, **self.rest.tensors()}
-        if isinstance(self.base.form, QuantizedFactors):
+        if isinstance(self.base.form, QuantizedFactors | Delta):
             # Its factors are those of the unit, as they are.
             parts = {part: each for part, each in parts.items() if part in CURVES}
-        codes = [] if self.codes is None else zip(CODES, self.codes, strict=True)
-        return parts | {part: each for part, each in codes if each is not None}
+        codes = () if self.codes is None else zip(CODES, self.codes[:3], strict=True)
+        return parts | {name: each for name, each in codes if each is not None}
 
 
 @dataclass(frozen=True)
@@ -137,11 +137,14 @@ class UnitFactors:
         based: Bases with factors of what each leaves, Kronecker sums, groups of rows, and factors
             of which layers with the same input share one.
         joint: What it becomes together with the other layers of its attention or MLP.
+        shared: The weight of the base model, ``(out, in)``, where all of these are of a change of
+            it; the cache has none.
     """
 
     low_rank: LowRankFactors | None
     based: Mapping[Option, BasedWeight | KroneckerSum | GroupedFactors | SharedFactors]
     joint: Mapping[Option, Thinned | Skipped] = field(default_factory=dict)
+    shared: Tensor | None = None
 
     @property
     def has_effect(self) -> bool:
@@ -174,7 +177,7 @@ class UnitFactors:
             return self.joint[option.family].module(option)
         if option.family in self.based:
             own = self.based[option.family]
-            return own.trial_module(name, option.level[-1], tokens, buffers)
+            return self._on_base(own.trial_module(name, option.level[-1], tokens, buffers))
         return self.part(option.family).trial_module(name, option, tokens, buffers)
 
     def stored(self, name: str, option: Option, dtype: torch.dtype) -> nn.Module:
@@ -185,7 +188,7 @@ class UnitFactors:
             own = self.based[option.family]
             rank = option.level[-1]
             device = own.rest.left.device
-            return own.to(dtype=dtype, device=device, max_rank=rank).module(rank)
+            return self._on_base(own.to(dtype=dtype, device=device, max_rank=rank).module(rank))
         return self.part(option.family).stored(name, option, dtype)
 
     def stand_in(self, name: str, option: Option) -> nn.Module:
@@ -193,8 +196,14 @@ class UnitFactors:
         if option.family in self.joint:
             return self.joint[option.family].module(option)
         if option.family in self.based:
-            return self.based[option.family].module(option.level[-1])
+            return self._on_base(self.based[option.family].module(option.level[-1]))
         return self.part(option.family).stand_in(name, option)
+
+    def _on_base(self, module: nn.Module) -> nn.Module:
+        """Put the weight of the base model under a change, in the dtype of its layer."""
+        if self.shared is not None and isinstance(module, BasedLinear):
+            module.share_(self.shared.to(module.weight))
+        return module
 
     def only(
         self, ranks: Mapping[Option, int], dtype: torch.dtype, device: torch.device
@@ -211,7 +220,11 @@ class UnitFactors:
             for family, own in self.joint.items()
             if family in ranks
         }
-        return UnitFactors(low_rank, based, joint) if low_rank or based or joint else None
+        if not (low_rank or based or joint):
+            return None
+        changes = any(is_delta(family.form) for family in based)
+        shared = self.shared.to(device, dtype) if changes and self.shared is not None else None
+        return UnitFactors(low_rank, based, joint, shared)
 
     def bound(self, dense: nn.Module) -> UnitFactors:
         """Return the unit with its dense layer, of which joint options take a part."""
@@ -226,6 +239,11 @@ class UnitFactors:
         for family, joint in self.joint.items():
             tensors |= {f"{family}.{part}": each for part, each in joint.tensors().items()}
         return tensors
+
+
+def is_rounded_once(form: Based) -> bool:
+    """Whether factors over a base are kept as integers, not rounded where a layer is made."""
+    return form.factor_bits == 4 or isinstance(form, DeltaBands)
 
 
 def prepared_of(tensors: Mapping[str, Tensor]) -> Prepared:
@@ -258,22 +276,22 @@ def prepared_of(tensors: Mapping[str, Tensor]) -> Prepared:
         assert isinstance(form, Based)
         own = {part: given.pop(part) for part in list(given) if part not in PARTS}
         codes = None
-        if isinstance(form, QuantizedFactors):
+        if isinstance(form, QuantizedFactors | Delta):
             rest = replace(low_rank.leading(len(given["tail"]) - 1), **given)
         else:
             rest = LowRankFactors.of_tensors(given)
-        if form.factor_bits == 4:
-            for part, other in zip(
-                CODES, Factors.on_meta(form, *shape, rest.max_rank), strict=True
-            ):
+        if is_rounded_once(form):
+            empty = Factors.on_meta(form, family.level, *shape, rest.max_rank)
+            for part, other in zip(CODES, empty[:3], strict=True):
                 assert other is not None
                 if part not in own or own[part].shape != other.shape:
                     raise ValueError(f"{text}.{part} is missing or not of shape {other.shape}")
-            codes = Factors(*(own.pop(part) for part in CODES))
+            left, scale, right = (own.pop(part) for part in CODES)
+            codes = Factors(left, scale, right, empty.bands)
         for part, (expected, _) in shapes_of(form, *shape, family.level).items():
             if part not in own or own[part].shape != expected:
                 raise ValueError(f"{text}.{part} is missing or of a shape other than {expected}")
-        parts_of = [*own.values(), *(codes or ())]
+        parts_of = [*own.values(), *(() if codes is None else (codes.left, codes.scale))]
         floats = (tensor.dtype for tensor in parts_of if tensor.is_floating_point())
         dtype = next(floats, rest.left.dtype)
         based[family] = BasedWeight(Base(form, family.level, shape, own, dtype), rest, codes)

@@ -1,22 +1,28 @@
-"""Two thin matrices -> integers of 4 bits, of which every rank is still a prefix."""
+"""Two thin matrices -> integers of a few bits, of which every rank is still a prefix."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from lrbo.factorization.base import Remainders
+from lrbo.factorization.bases import compensate
 from lrbo.factorization.factors import LowRankFactors
-from lrbo.factorization.rounding import GptqOrder, round_in_order, round_nearest
-from lrbo.layers.based import MIDDLE, Factors
+from lrbo.factorization.rounding import CLIPS, GptqOrder, round_in_order, round_nearest
+from lrbo.layers.based import MIDDLE, Factors, middle_of
+from lrbo.layers.delta_form import Bands
 from lrbo.layers.forms import Quantized
-from lrbo.layers.packing import unpack
+from lrbo.layers.packing import pack, unpack
 
 INTEGERS = Quantized(4, symmetric=True)
 FIRST, GROWTH = 16, 4  # directions of the first run, and how many times as long each next one ends
+# Shares of the largest number of a direction that its integers may reach to, in a band.
+BAND_CLIPS = (*CLIPS, 0.45, 0.4, 0.35, 0.3, 0.25)
 
-Rows = tuple[Tensor, Tensor]  # packed integers and scales
+Rows = tuple[Tensor, Tensor, Tensor]  # packed, and numbers that scales, float64, multiply
 
 
 def round_factors(
@@ -28,8 +34,9 @@ def round_factors(
     *,
     dtype: torch.dtype,
     damping: float,
+    bands: Bands | None = None,
 ) -> Factors:
-    """Factor a weight into integers of 4 bits with one scale per direction.
+    """Factor a weight into integers of 4 bits, or of bands, with one scale per direction.
 
     In 4 bits a direction loses about a hundredth of its energy, which for the strongest is more
     than all weak ones have. So directions come in runs: a run factors what the rounded runs before
@@ -47,6 +54,7 @@ def round_factors(
         gradient: ``G``, of the outputs; ``None`` where nothing tells them apart.
         dtype: Of the scales as they are stored.
         damping: Of both metrics, as a share of the mean diagonal entry.
+        bands: The bits of directions, if other than 4; no run is in two bands.
 
     Raises:
         StatisticsError: If a damped metric is not positive definite; says which damping is enough.
@@ -63,24 +71,35 @@ def round_factors(
         if gradient is not None:
             outputs = GptqOrder.of(gradient, damping, "output gradient moment")
     lefts, rights, scales = list[Tensor](), list[Tensor](), list[Tensor]()
-    rest, start = weight, 0
-    while start < first.max_rank:
-        stop = min(max(FIRST, GROWTH * start), first.max_rank)
+    rest = weight
+    for start, stop, bits in _runs(first.max_rank, bands):
         run = remainder(rest, stop - start) if start else first.leading(stop)
-        right = _rounded(run.right.double().contiguous(), inputs)
+        right = _rounded(run.right.double().contiguous(), inputs, bits)
         if moment is None:
             columns = run.left.double().T.contiguous()
         else:
-            columns = _solved(_wide(right), moment, rest)
-        left = _rounded(columns, outputs)
+            columns = _solved(right[2] * right[1][:, None], moment, rest)
+        left = _rounded(columns, outputs, bits)
         lefts.append(left[0])
         rights.append(right[0])
-        scales.append((left[1].double() * right[1].double()).to(dtype))
-        start = stop
-        if start < first.max_rank:
-            codes = Factors(lefts[-1], scales[-1], rights[-1]).wide(torch.float64)
-            rest = rest - codes[0] @ codes[1]
-    return Factors(*map(torch.cat, (lefts, scales, rights)))
+        scales.append((left[1] * right[1]).to(dtype))
+        if stop < first.max_rank:
+            rest = rest - (left[2].T * scales[-1].double()) @ right[2]
+    if bands is None:
+        return Factors(torch.cat(lefts), torch.cat(scales), torch.cat(rights))
+    flat = [torch.cat([each.flatten() for each in side]) for side in (lefts, rights)]
+    return Factors(flat[0], torch.cat(scales), flat[1], bands)
+
+
+def _runs(count: int, bands: Bands | None) -> Iterator[tuple[int, int, int]]:
+    """Yield where runs start and stop, and their bits."""
+    start = end = 0
+    for width, bits in [(count, 4)] if bands is None else bands.runs(count):
+        end += width
+        while start < end:
+            stop = min(max(FIRST, GROWTH * start), end)
+            yield start, stop, bits
+            start = stop
 
 
 def _solved(
@@ -95,17 +114,44 @@ def _solved(
     return inverse @ (shared / scale) / scale
 
 
-def _rounded(rows: Float[Tensor, "k n"], gptq: GptqOrder | None) -> Rows:
+def _rounded(rows: Float[Tensor, "k n"], gptq: GptqOrder | None, bits: int) -> Rows:
     """Round rows with a scale each, by GPTQ or to the nearest."""
+    if bits != INTEGERS.bits:
+        return _rounded_in_band(rows, gptq, bits)
     grids = [(INTEGERS, rows.shape[1])]
     if gptq is None:
         (base,) = round_nearest(rows, grids, dtype=torch.float32)
     else:
         (base,) = round_in_order(rows, gptq, grids, dtype=torch.float32)
-    return base.tensors["packed"], base.tensors["scale"][:, 0]
+    packed, scale = base.tensors["packed"], base.tensors["scale"][:, 0].double()
+    return packed, scale, unpack(packed, bits).double() - MIDDLE
 
 
-def _wide(rows: Rows) -> Float[Tensor, "k n"]:
-    """Return the rows that packed integers and scales stand for, in float64."""
-    packed, scale = rows
-    return (unpack(packed, INTEGERS.bits).double() - MIDDLE) * scale.double()[:, None]
+def _rounded_in_band(rows: Float[Tensor, "k n"], gptq: GptqOrder | None, bits: int) -> Rows:
+    """Round rows to the integers of a band; scales in float32, each of the least error of a few."""
+    values = rows.float()
+    weights = torch.ones_like(values[0]) if gptq is None else gptq.energy.float()
+    most, middle = 2**bits - 1, middle_of(bits)
+    peak = values.abs().amax(1, keepdim=True)
+    scale, best = torch.ones_like(peak), torch.full_like(peak, torch.inf)
+    for clip in BAND_CLIPS:
+        step = torch.where(peak > 0, peak * (clip / (most / 2)), torch.ones_like(peak))
+        codes = (values / step + middle).round_().clamp_(0, most)
+        error = (codes.sub_(middle).mul_(step) - values).square_() @ weights[:, None]
+        scale = torch.where(error < best, step, scale)
+        best = torch.minimum(error, best)
+    if gptq is None:
+        codes = (values / scale + middle).round_().clamp_(0, most)
+    else:
+        rest = values.T.index_select(0, gptq.order)
+        ordered, steps = torch.empty_like(rest), scale[:, 0]
+
+        def snap(at: int, column: Tensor, _: Tensor) -> Tensor:
+            code = (column / steps + middle).round_().clamp_(0, most)
+            ordered[at] = code
+            return (code - middle) * steps
+
+        compensate(rest, gptq.root, snap)
+        codes = ordered[gptq.order.argsort()].T
+    packed = pack(codes.to(torch.uint8).contiguous(), bits)
+    return packed, scale[:, 0].double(), codes.double() - middle

@@ -10,10 +10,14 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lrbo.errors import ModelError
+from lrbo.layers.delta_form import Bands
 from lrbo.layers.form import Level
 from lrbo.layers.forms import (
     Based,
     Codebook,
+    Delta,
+    DeltaBands,
     KeptRows,
     Quantized,
     QuantizedFactors,
@@ -39,7 +43,7 @@ def shapes_of(form: Based, out_features: int, in_features: int, base: Level) -> 
         return (out_features, packed_width(count, bits)), BYTE
 
     match form:
-        case QuantizedFactors():
+        case QuantizedFactors() | Delta():
             return {}
         case Quantized():
             groups = (out_features, in_features // base[0])
@@ -89,18 +93,26 @@ def dense_of(
     raise TypeError(f"{form.name} has no tensors")
 
 
-def parameters_in(form: Based, tensors: Mapping[str, Tensor]) -> int:
+def bands_of(form: Based, base: Level) -> Bands | None:
+    """Return the bands of the factors over a base of some level; ``None`` where all are alike."""
+    return Bands(*base) if isinstance(form, DeltaBands) else None
+
+
+def parameters_in(form: Based, tensors: Mapping[str, Tensor], bands: Bands | None = None) -> int:
     """Count the parameters among the tensors of a module: weights, and what is no base.
 
     An integer or an index is a weight; scales, zero points, tables and positions say what it means.
     """
+    scale = tensors.get("factor_scale")
     sizes = {name: tensor.numel() for name, tensor in tensors.items()}
     packed, values = sizes.pop("packed", 0), sizes.pop("values", 0)
     for described in ("scale", "zero", "table", "positions", "mask", "rows", "factor_scale"):
         sizes.pop(described, None)
     bits = form.bits if isinstance(form, Quantized | Codebook) else 8
     factors = sum(sizes.pop(side, 0) for side in ("left", "right"))
-    if not form.has_floats:
+    if bands is not None and scale is not None:
+        factors = len(scale) * factors * 8 // bands.bits(len(scale))
+    elif not form.has_floats:
         factors = factors * 8 // form.factor_bits
     return packed * 8 // bits + values + factors + sum(sizes.values())
 
@@ -109,12 +121,14 @@ class Factors(NamedTuple):
     """A low rank in integers, ``left diag(scale) right``, or in floats, ``left right``.
 
     Of 8 bits and of floats ``left`` is ``(out, r)`` and ``right`` ``(r, in)``; of 4 bits both lie
-    by rank and are packed, ``(r, out / 2)`` and ``(r, in / 2)``, uint8.
+    by rank and are packed, ``(r, out / 2)`` and ``(r, in / 2)``, uint8. In ``bands`` of directions
+    of other bits they lie so too, one direction behind the other, ``(bytes,)``.
     """
 
     left: Tensor
     scale: Float[Tensor, " r"] | None  # None of floats
     right: Tensor
+    bands: Bands | None = None
 
     @classmethod
     def of(cls, left: Left, right: Right, dtype: torch.dtype, *, floats: bool = False) -> Factors:
@@ -133,25 +147,29 @@ class Factors(NamedTuple):
         return cls(left, (steps[0] * steps[1]).to(dtype), right)
 
     @classmethod
-    def on_meta(cls, form: Based, out_features: int, in_features: int, rank: int) -> Factors:
-        """Return factors without numbers."""
+    def on_meta(
+        cls, form: Based, base: Level, out_features: int, in_features: int, rank: int
+    ) -> Factors:
+        """Return factors of a rank over a base without numbers."""
         with torch.device("meta"):
+            scale, bands = torch.empty(rank), bands_of(form, base)
+            if bands is not None:
+                sizes = (n * bands.bits(rank) // 8 for n in (out_features, in_features))
+                left, right = (torch.empty(size, dtype=BYTE) for size in sizes)
+                return cls(left, scale, right, bands)
             if form.has_floats:
                 return cls(torch.empty(out_features, rank), None, torch.empty(rank, in_features))
-            scale = torch.empty(rank)
             if form.factor_bits == 8:
                 left = torch.empty(out_features, rank, dtype=torch.int8)
                 return cls(left, scale, torch.empty(rank, in_features, dtype=torch.int8))
-            widths = (
-                packed_width(count, form.factor_bits) for count in (out_features, in_features)
-            )
+            widths = (packed_width(n, form.factor_bits) for n in (out_features, in_features))
             left, right = (torch.empty(rank, width, dtype=BYTE) for width in widths)
             return cls(left, scale, right)
 
     @property
     def rank(self) -> int:
         """The number of directions."""
-        return len(self.right)
+        return len(self.right) if self.scale is None else len(self.scale)
 
     @property
     def device(self) -> torch.device:
@@ -160,8 +178,16 @@ class Factors(NamedTuple):
 
     def leading(self, rank: int) -> Factors:
         """Return views of the leading directions."""
+        scale = None if self.scale is None else self.scale[:rank]
+        if self.bands is not None:
+            share = self.bands.bits(rank), self.bands.bits(self.rank)
+            left, right = (
+                side[: len(side) * share[0] // share[1]] if rank else side[:0]
+                for side in (self.left, self.right)
+            )
+            return Factors(left, scale, right, self.bands)
         left = self.left[:rank] if self.left.dtype == BYTE else self.left[:, :rank]
-        return Factors(left, None if self.scale is None else self.scale[:rank], self.right[:rank])
+        return Factors(left, scale, self.right[:rank])
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Factors:
         """Return a copy elsewhere, with scales or floats of a dtype."""
@@ -170,11 +196,17 @@ class Factors(NamedTuple):
             return each.to(device, dtype if each.is_floating_point() else None, copy=True)
 
         scale = None if self.scale is None else moved(self.scale)
-        return Factors(moved(self.left), scale, moved(self.right))
+        return Factors(moved(self.left), scale, moved(self.right), self.bands)
 
     def wide(self, dtype: torch.dtype, rows: slice | Int[Tensor, " n"] = ALL) -> tuple[Left, Right]:
         """Return ``left diag(scale)``, or rows of it, and ``right`` in a dtype."""
-        if self.left.dtype != BYTE:
+        if self.bands is not None:
+            left, right = (
+                _unpacked_bands(side, self.bands, self.rank, dtype)
+                for side in (self.left, self.right)
+            )
+            left = left.T[rows]
+        elif self.left.dtype != BYTE:
             left, right = self.left[rows].to(dtype), self.right.to(dtype)
         else:
             codes, right = self.left, unpack(self.right, 4).to(dtype) - MIDDLE
@@ -184,7 +216,25 @@ class Factors(NamedTuple):
             else:
                 codes = unpack(codes, 4)[:, rows]
             left = codes.T.to(dtype) - MIDDLE
-        return left if self.scale is None else left * self.scale.to(dtype), right
+        return (left if self.scale is None else left * self.scale.to(dtype)), right
+
+
+def middle_of(bits: int) -> float:
+    """Return what stands for 0 in a band: of few bits no integer does, and all four are of use."""
+    return 2.0 ** (bits - 1) if bits == 8 else (2**bits - 1) / 2
+
+
+def _unpacked_bands(
+    packed: Tensor, bands: Bands, rank: int, dtype: torch.dtype
+) -> Float[Tensor, "r n"]:
+    """Return the directions in the bytes of one side."""
+    count, start, parts = len(packed) * 8 // max(bands.bits(rank), 1), 0, []
+    for directions, bits in bands.runs(rank):
+        stop = start + directions * packed_width(count, bits)
+        codes = unpack(packed[start:stop].view(directions, -1), bits)
+        parts.append(codes.to(dtype) - middle_of(bits))
+        start = stop
+    return torch.cat(parts)
 
 
 class BasedLinear(FormModule):
@@ -192,10 +242,12 @@ class BasedLinear(FormModule):
 
     Attributes:
         form: What the base is; its tensors are buffers, as of :func:`shapes_of`.
+        shared: The weight of a base model under a change, ``(out, in)``, in no checkpoint.
         left, right: As of :class:`Factors`, or ``None`` at rank 0.
         factor_scale: ``(rank,)``, or ``None`` at rank 0 and of floats.
     """
 
+    shared: Tensor | None
     left: Tensor | None
     right: Tensor | None
     factor_scale: Tensor | None
@@ -212,6 +264,8 @@ class BasedLinear(FormModule):
         """Wrap tensors without copying them, of the dtype and on the device of ``like``."""
         super().__init__(*shape, 0 if factors is None else factors.rank, like)
         self.form, self.names = form, tuple(tensors)
+        self.bands = None if factors is None else factors.bands
+        self.register_buffer("shared", None, persistent=False)
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor)
         self.register_buffer("left", None if factors is None else factors.left)
@@ -233,7 +287,7 @@ class BasedLinear(FormModule):
                 ).items()
             }
             shape = out_features, in_features
-            factors = Factors.on_meta(form, *shape, rank) if rank else None
+            factors = Factors.on_meta(form, tuple(base), *shape, rank) if rank else None
             offset = torch.empty(out_features) if bias else None
             like = torch.empty(0)
         return cls(form, shape, tensors, factors, offset, like)
@@ -243,12 +297,28 @@ class BasedLinear(FormModule):
         """The low rank, ``None`` at rank 0."""
         if self.left is None or self.right is None:
             return None
-        return Factors(self.left, self.factor_scale, self.right)
+        return Factors(self.left, self.factor_scale, self.right, self.bands)
+
+    def share_(self, weight: Float[Tensor, "out in"]) -> None:
+        """Put the weight of a base model under the change; it stays shared, and is not copied."""
+        if weight.shape != (self.out_features, self.in_features):
+            raise ModelError(
+                f"a base of shape {tuple(weight.shape)}, expected "
+                f"({self.out_features}, {self.in_features})"
+            )
+        self.shared = weight
 
     def base(
         self, dtype: torch.dtype, rows: slice | Int[Tensor, " n"] = ALL
     ) -> Float[Tensor, "n in"]:
         """Return rows of the weight that the base stands for."""
+        if isinstance(self.form, Delta):
+            if self.shared is None:
+                raise ModelError(
+                    "a layer that adds to a base model has none; open it with lrbo.load, or with "
+                    "from_pretrained after `import lrbo`, which read the base too"
+                )
+            return self.shared[rows].to(dtype)
         tensors = {name: self.get_buffer(name) for name in self.names}
         shape = self.out_features, self.in_features
         if not self.form.by_rows:
@@ -267,7 +337,9 @@ class BasedLinear(FormModule):
     def _weight(
         self, dtype: torch.dtype, rows: slice | Int[Tensor, " n"], count: int
     ) -> Float[Tensor, "n in"]:
-        if self.names:
+        if isinstance(self.form, Delta):
+            weight = self.base(dtype, rows).clone()
+        elif self.names:
             weight = self.base(dtype, rows)
         else:
             weight = self.weight.new_zeros(count, self.in_features, dtype=dtype)
@@ -280,13 +352,16 @@ class BasedLinear(FormModule):
     def multiply(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         linear = nn.functional.linear
         is_whole = bool(self.names) and not isinstance(self.form, KeptRows)
+        is_whole |= isinstance(self.form, Delta)
         bias = None if is_whole else self.bias
         result = None
         if self.factors is not None:
             left, right = self.factors.wide(x.dtype)
             tokens = x.numel() // max(self.in_features, 1)
             # Where that is fewer operations, as trials do with factors of floats.
-            if not self.names and is_dearer(self.rank, self.out_features, self.in_features, tokens):
+            if not (self.names or is_whole) and is_dearer(
+                self.rank, self.out_features, self.in_features, tokens
+            ):
                 return linear(x, left @ right, bias)
             result = linear(linear(x, right), left, bias)
         if is_whole:

@@ -35,6 +35,7 @@ class Grid:
     blocks: Sequence[Sequence[int]] = ((2, 1), (1, 2))  # rows, columns; of Kronecker sums
     frequency_groups: Sequence[int] = (8,)  # of the rows of a table
     shared_outputs: int = 0  # of all layers that could share a factor with the unit; 0: none
+    bands: Sequence[Sequence[int]] = ((2, 32),)  # directions of 8 bits, then of 3; of deltas
 
 
 class Form(ABC):

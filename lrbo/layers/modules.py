@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from lrbo.layers.based import BasedLinear, parameters_in
+from lrbo.layers.based import BasedLinear, bands_of, parameters_in
 from lrbo.layers.forms import Based, form_named
 from lrbo.layers.frequency import GroupedLinear
 from lrbo.layers.frequency_form import FrequencyGroups
@@ -41,14 +41,14 @@ def parameters_of(option: Option, tensors: Mapping[str, Tensor]) -> int:
     """Count the parameters in the tensors of a unit, by their names in its module."""
     form = form_named(option.form)
     if isinstance(form, Based):
-        return parameters_in(form, tensors)
+        return parameters_in(form, tensors, bands_of(form, option.level[:-1]))
     return sum(each.numel() for each in tensors.values() if each.is_floating_point())
 
 
 def count_parameters(module: nn.Module) -> int:
     """Count the parameters of a layer, those of a base among them, which are no floats."""
     if isinstance(module, BasedLinear):
-        return parameters_in(module.form, module.state_dict())
+        return parameters_in(module.form, module.state_dict(), module.bands)
     return sum(parameter.numel() for parameter in module.parameters())
 
 

@@ -7,13 +7,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache, cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lrbo.layers.form import DENSE_FORM, Costs, Form, Grid, Integers, Level, Levels
-from lrbo.layers.forms import FORMS, Based, QuantizedFactors, form_named, is_joint
+from lrbo.layers.forms import FORMS, Based, Delta, QuantizedFactors, form_named, is_joint
 from lrbo.layers.product_form import Factored
 from lrbo.models.specs import LayerSpec, ModelMap
 
@@ -62,8 +62,8 @@ class Option:
 
     @property
     def is_low_rank(self) -> bool:
-        """Whether it is a low rank of the whole weight, in numbers or integers."""
-        return isinstance(form_named(self.form), Factored | QuantizedFactors)
+        """Whether it is a low rank of the whole weight, or change, in numbers or integers."""
+        return isinstance(form_named(self.form), Factored | QuantizedFactors | Delta)
 
     @property
     def rank(self) -> int:
@@ -214,35 +214,17 @@ class Menu:
         *,
         bias: bool,
         itemsize: int,
-        multiple: int = 1,
-        minimum: int = 0,
-        group_sizes: Sequence[int] = Grid.group_sizes,
-        percentages: Sequence[int] = Grid.percentages,
-        row_percentages: Sequence[int] = Grid.row_percentages,
-        blocks: Sequence[Sequence[int]] = Grid.blocks,
-        frequency_groups: Sequence[int] = Grid.frequency_groups,
-        shared_outputs: int = 0,
         measure: Measure | None = None,
+        **offered: Any,
     ) -> Menu:
         """Return the menu of a unit, without losses; dense is always on it.
 
-        ``bias`` is for forms other than dense; ranks are multiples of ``multiple``, from
-        ``minimum`` on where nothing lies below them. Bases that are not cheaper than dense in a
-        ``measure``, such as integers in parameters, are left out, and so are forms whose rows
-        cannot be looked up where the unit is a table, or that are of tables alone where it is none.
-        ``shared_outputs`` are those of all units that can share a factor with it, its own among
-        them; 0 where there are no others.
+        ``bias`` is for forms other than dense; ``offered`` are fields of :class:`Grid`. Bases that
+        are not cheaper than dense in a ``measure``, such as integers in parameters, are left out,
+        and so are forms whose rows cannot be looked up where the unit is a table, or that are of
+        tables alone where it is none.
         """
-        grid = Grid(
-            multiple,
-            minimum,
-            group_sizes,
-            percentages,
-            row_percentages,
-            blocks,
-            frequency_groups,
-            shared_outputs,
-        )
+        grid = Grid(**offered)
         sections = []
         for name in [*(form for form in forms if form != DENSE_FORM), DENSE_FORM]:
             form = form_named(name)

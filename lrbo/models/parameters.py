@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -119,11 +120,25 @@ def fingerprint(model: PreTrainedModel, dtype: torch.dtype | None = None) -> str
     ignored = {"_name_or_path", "transformers_version", "dtype", "torch_dtype"}
     config = {k: v for k, v in model.config.to_dict().items() if k not in ignored}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    _add_weights(digest, model, dtype)
+    return digest.hexdigest()[:16]
+
+
+def weights_fingerprint(model: PreTrainedModel) -> str:
+    """Return a digest as :func:`fingerprint` does, of the parameters alone.
+
+    It stays the same where another release of transformers adds a key to the configuration.
+    """
+    digest = hashlib.sha256()
+    _add_weights(digest, model, None)
+    return digest.hexdigest()[:16]
+
+
+def _add_weights(digest: Any, model: PreTrainedModel, dtype: torch.dtype | None) -> None:
     for name, parameter in model.named_parameters():
         sample = _sample(parameter).to(dtype).float().cpu()
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
         digest.update(sample.numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def weight_samples(model: PreTrainedModel) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from lrbo.allocation.allocate import Allocation
 from lrbo.errors import ConfigError
-from lrbo.layers.forms import Based, form_named
+from lrbo.layers.forms import Based, form_named, is_delta
 from lrbo.layers.options import Losses, Option
 from lrbo.models.specs import LayerSpec
 from lrbo.optimization.space import LinearConstraint, Point, Problem, Space
@@ -219,8 +219,8 @@ def build_weight_space(problem: Problem, settings: SpaceSettings) -> WeightSpace
 
 
 def family_of(form: str) -> str:
-    """Return the name that forms of one function share: all low-rank forms are one."""
-    return "low_rank" if Option(form).is_low_rank else form
+    """Return the name that forms of one function share: all low-rank forms but deltas are one."""
+    return "low_rank" if Option(form).is_low_rank and not is_delta(form) else form
 
 
 def has_repair(form: str) -> bool:

@@ -53,6 +53,8 @@ def build_worker(plan: Plan, study: Study, reporter: Reporter) -> Worker:
     with reporter.waiting("Loading the model"):
         model = plan.task.load(plan.source, dtype=dtype, device=device)
     loaded = plan.task.map(model).covering(config.budget.include)
+    if plan.base is not None:  # of which those that it shares are not counted
+        loaded = replace(loaded, parameters=plan.layers.parameters)
     if loaded != plan.layers:
         raise ModelError(
             f"model {plan.source.path!r} has {loaded.parameters:,} parameters, expected "
@@ -63,6 +65,11 @@ def build_worker(plan: Plan, study: Study, reporter: Reporter) -> Worker:
     reporter.say(
         f"Model {config.model.name}: {plan.layers.parameters:,} parameters, {dtype} on {device}"
     )
+    if plan.base is not None:
+        reporter.say(
+            f"Those are what it adds to the base {config.model.base} (fingerprint "
+            f"{plan.base.fingerprint}), which is shared and not counted"
+        )
     if study.exists:
         require_same_model(study, model)
         digest = study.about.model_fingerprint
@@ -172,6 +179,7 @@ def _about(plan: Plan, digest: str, device: torch.device) -> dict[str, Any]:
             for role, w in plan.windows.items()
         },
         **plan.follows,
+        "base_fingerprint": None if plan.base is None else plan.base.fingerprint,
         "donors": [asdict(start) for start in plan.starts if isinstance(start, Donor)],
         "versions": versions(),
     }

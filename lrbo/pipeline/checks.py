@@ -28,7 +28,7 @@ from lrbo.factorization.options import METHOD_OPTIONS, BaseOptions
 from lrbo.files import paths
 from lrbo.files.atomic import CACHED, cache_folder
 from lrbo.layers.form import DENSE_FORM
-from lrbo.layers.forms import FORMS, is_joint
+from lrbo.layers.forms import FORMS, is_delta, is_joint
 from lrbo.layers.options import MEASURES
 from lrbo.study.study_record import study_folder
 from lrbo.tasks.metrics import TASKS
@@ -38,6 +38,8 @@ DATABASES = ("postgresql", "mysql", "mssql")
 FILE_STORE = "MLFLOW_ALLOW_FILE_STORE"
 
 ALONE_TOO = "expected a form of single layers too, such as pivoted, for uniform allocations"
+MEASURED = "expected budget.measure=bytes or parameters"
+ROTATED = "smollm2_135m_rotated"  # by its name in lrbo.models.sources, whose import takes seconds
 
 # What may lie in the folder of a study that was not begun yet.
 OWN = re.compile(r"\..*|lock|journal\..*|(config|study)\..*|(tokens|dense)\.safetensors")
@@ -72,6 +74,7 @@ def _check_names(config: Config) -> list[str]:
         )
     forms = [form for form in forms if form in known]
     problems += _check_joint(config, forms)
+    problems += _check_base(config, forms)
     problems += of_tables_alone("space.forms", forms, "budget.include", config.budget.include)
     problems += check_options("bases", {"name": "bases", **made}, {"bases": BaseOptions})
     registry = sys.modules.get("lrbo.factorization.registry")  # whose import takes seconds
@@ -108,6 +111,48 @@ def of_tables_alone(
         yield f"{key}={list(forms)}: expected a form of layers in blocks too, such as pivoted"
 
 
+def _check_base(config: SearchConfig, forms: list[str]) -> Iterator[str]:
+    """Check what a base model needs of forms, budget and model, and deltas of a base."""
+    base, model = config.model.base, config.model
+    named = f"space.forms={list(config.space.forms)}"
+    deltas = [form for form in forms if is_delta(form)]
+    others = [form for form in forms if form not in (*deltas, DENSE_FORM)]
+    if base is None:
+        if deltas:
+            yield (
+                f"{named}: {', '.join(deltas)} need the model that this one was fine-tuned from; "
+                "give it with model.base=FOLDER, or leave them out"
+            )
+        return
+    given = f"model.base={cut(base)!r}"
+    if others:
+        yield (
+            f"{given}: {', '.join(others)} in {named[: named.index('=')]} need no base; expected "
+            "only forms of the change of a weight, as space.forms=[deltas]"
+        )
+    if list(config.budget.include) != [BLOCKS]:
+        yield (
+            f"budget.include={list(config.budget.include)}: expected [{BLOCKS}] with {given}; an "
+            "embedding or head that changed is stored as it is, and reported"
+        )
+    if config.budget.measure == "macs":
+        yield f"budget.measure='macs': a delta adds to all that the base runs; {MEASURED}"
+    if (model.source, model.path) == ("packaged", ROTATED):
+        yield (
+            f"{given}: model={ROTATED} is in a random basis, and a base is not; take the model as "
+            "it is, or fine-tune the rotated one and give it as the base"
+        )
+    if base == model.path or Path(base).absolute() == Path(model.path).absolute():
+        yield f"{given}: it is the model itself, and there is no change to compress"
+    if not is_source(base):
+        yield from _check_model("model.base", base)
+
+
+def is_source(name: str) -> bool:
+    """Whether a base is named that is no folder and no model of the hub."""
+    return name in ("tiny", "smollm2_135m", ROTATED)
+
+
 def _check_machine(config: Config) -> Iterator[str]:
     problems = paths.check_name("studies", config.studies, root=True)
     problems += paths.check_place("studies", config.studies)
@@ -131,6 +176,8 @@ def _check_machine(config: Config) -> Iterator[str]:
     if isinstance(config, SearchConfig | EvaluateConfig) and config.model.source == "hf":
         yield from _check_model("model.path", config.model.path)
     if isinstance(config, EvaluateConfig):
+        if config.model.base is not None:
+            yield f"model.base={config.model.base!r}: expected null; checkpoints name their base"
         yield from _check_evaluate(config)
     if isinstance(config, BenchmarkConfig):
         problems = _check_model("checkpoint", config.checkpoint)
@@ -151,8 +198,9 @@ def _check_report(config: ReportConfig) -> Iterator[str]:
 
 
 def _check_evaluate(config: EvaluateConfig) -> Iterator[str]:
-    if config.checkpoint is not None:
-        yield from _check_model("checkpoint", paths.model_folder(config.checkpoint))
+    folder = config.checkpoint
+    if folder is not None and not (Path(folder) / "adapter_config.json").is_file():
+        yield from _check_model("checkpoint", paths.model_folder(folder))
     for key in ("text_folder", "task_folder"):
         if (folder := getattr(config, key)) is not None:
             yield from paths.check_folder(key, folder)

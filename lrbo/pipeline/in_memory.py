@@ -25,8 +25,7 @@ from lrbo.factorization.base_plan import BasePlan
 from lrbo.factorization.options import BaseOptions
 from lrbo.factorization.prepared import Prepared
 from lrbo.factorization.registry import method_named
-from lrbo.layers.form import DENSE_FORM
-from lrbo.layers.forms import FORMS, form_named, is_joint
+from lrbo.layers.forms import is_joint
 from lrbo.layers.options import MEASURES, Budget, Measure, ModelAccount, account, as_stored
 from lrbo.models.families import family_of
 from lrbo.models.model_map import require_head
@@ -34,11 +33,13 @@ from lrbo.models.parameters import first_other, require_in_memory, weight_sample
 from lrbo.models.specs import ModelMap
 from lrbo.optimization.space import Problem
 from lrbo.pipeline import memory_checks
-from lrbo.pipeline.checks import ALONE_TOO, of_tables_alone
+from lrbo.pipeline.checks import of_tables_alone
+from lrbo.pipeline.delta import Difference
 from lrbo.pipeline.prepare import (
     curve_needs,
     factors_by_block,
     needs_of_tables,
+    on_base,
     statistics_by_block,
     without_effect,
 )
@@ -118,6 +119,7 @@ def factorize(
     forms: str | Sequence[str] = "pivoted",
     bases: BaseOptions | None = None,
     include: Sequence[str] = (BLOCKS,),
+    base: PreTrainedModel | None = None,
     progress: bool = True,
 ) -> Factorization:
     """Factor every layer of a model's blocks once, so that each rank is a prefix of the factors.
@@ -132,6 +134,8 @@ def factorize(
             groups of 64.
         include: Parts of the model, as they were calibrated; the embedding and the head are
             factored in the metric of the loss, whatever the method.
+        base: The model that this one was fine-tuned from, dense and unchanged: for the forms
+            ``delta``, ``delta_int8`` and ``delta_bands``, of what was added to it.
         progress: Show progress on stderr.
 
     Raises:
@@ -142,16 +146,10 @@ def factorize(
     """
     layers, how = _covered(model, include), _method(method)
     names = (forms,) if isinstance(forms, str) else tuple(forms)
-    for form in names:
-        form_named(form)
-    if not {*names} - {DENSE_FORM}:
-        raise ConfigError([f"forms={forms!r}: expected one beside dense: {', '.join(FORMS)}"])
-    if len({*names}) < len(names):
-        raise ConfigError([f"forms={forms!r}: expected each once"])
-    if all(name == DENSE_FORM or is_joint(name) for name in names):
-        raise ConfigError([f"forms={forms!r}: {ALONE_TOO}"])
+    memory_checks.check_forms(forms, names, has_base=base is not None)
     if problems := [*of_tables_alone("forms", names, "include", include)]:
         raise ConfigError(problems)
+    difference = None if base is None else Difference.in_memory(model, base, layers)
     if calibration is not None and not isinstance(calibration, Calibration):
         raise StatisticsError(
             f"calibration of type {type(calibration).__name__}: expected what lrbo.calibrate "
@@ -176,14 +174,17 @@ def factorize(
     factors: dict[str, Prepared] = {}
     plan, reporter = BasePlan.of(names, options), _reporter(progress)
     joint = [each for each in names if is_joint(each)]
-    parts = factors_by_block(model, layers, how, statistics, reporter, bases=plan, joint=joint)
+    parts = factors_by_block(
+        model, layers, how, statistics, reporter, bases=plan, joint=joint, base=base
+    )
     for part in parts:
-        factors |= part
+        factors |= part if base is None else on_base(part, base)
     if idle := without_effect(layers, factors):
         warnings.warn(idle, NoEffectWarning, stacklevel=2)
     inside = {spec.name for spec in layers.compressible}
     own = {n: v for n, v in weight_samples(model).items() if n.rpartition(".")[0] in inside}
-    return Factorization(layers, how, names, factors, model.dtype, own, options)
+    layers = layers if difference is None else difference.layers
+    return Factorization(layers, how, names, factors, model.dtype, own, options, difference)
 
 
 def score(
@@ -219,7 +220,8 @@ class Factorization:
     """A model factored once: allocations at any budget, and the models that they give.
 
     ``factors``, by layer name, are float32 on the CPU; layers too small for any rank have none.
-    ``weights`` are samples of the parameters that were factored.
+    ``weights`` are samples of the parameters that were factored. With a base, ``layers`` count what
+    was added to it alone.
     """
 
     layers: ModelMap
@@ -229,6 +231,7 @@ class Factorization:
     dtype: torch.dtype
     weights: Mapping[str, Tensor]
     bases: BaseOptions = field(default_factory=BaseOptions)
+    difference: Difference | None = None
 
     def __repr__(self) -> str:
         """Layers, method and forms, without the elements."""
@@ -356,6 +359,8 @@ class Factorization:
             {"method": self.method.name, "keep_ratio": keep_ratio, "versions": versions()},
             costs={name: costs[name] for name in allocation.compressed},
             parameters=counted.model.parameters,
+            base=None if self.difference is None else self.difference.base,
+            shared=() if self.difference is None else self.difference.shared,
         )
 
     def _problem(self, keep_ratio: float, measure: Measure, rank_multiple: int) -> Problem:

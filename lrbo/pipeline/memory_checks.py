@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,9 +12,11 @@ from transformers import PreTrainedModel
 
 from lrbo.allocation.allocate import Allocation
 from lrbo.calibration.statistics import MATRICES, Statistic
-from lrbo.errors import DataError, ModelError, StatisticsError
+from lrbo.errors import ConfigError, DataError, ModelError, StatisticsError
 from lrbo.factorization.base import FactorizationMethod
 from lrbo.factorization.tables import table_needs
+from lrbo.layers.form import DENSE_FORM
+from lrbo.layers.forms import FORMS, form_named, is_delta, is_joint
 from lrbo.layers.modules import compressed_layers
 from lrbo.layers.options import DENSE
 from lrbo.models.limits import Limits
@@ -26,6 +28,7 @@ from lrbo.models.parameters import (
     require_stored_weights,
 )
 from lrbo.models.specs import LayerSpec, ModelMap
+from lrbo.pipeline.checks import ALONE_TOO
 
 # Of a size for each output, as an embedding has one for each token.
 OF_OUTPUTS = {Statistic.OUTPUT_GRADIENT, Statistic.TOKEN_FREQUENCY, Statistic.LABEL_VARIANCE}
@@ -52,6 +55,29 @@ def check_statistics(
                 f"{tuple(tensor.shape)}, expected {expected}: it is of another model. Gather "
                 f"that of this one with {mend}"
             )
+
+
+def check_forms(forms: object, names: Sequence[str], *, has_base: bool) -> None:
+    """Refuse names of forms, as they were given, that no model can be factored into.
+
+    Raises:
+        ConfigError: If a form is unknown or given twice, or none is beside dense, for single
+            layers, or of a base where there is one.
+    """
+    for form in names:
+        form_named(form)
+    problem = None
+    if not {*names} - {DENSE_FORM}:
+        problem = f"expected one beside dense: {', '.join(FORMS)}"
+    elif len({*names}) < len(names):
+        problem = "expected each once"
+    elif all(name == DENSE_FORM or is_joint(name) for name in names):
+        problem = ALONE_TOO
+    elif others := [n for n in names if n != DENSE_FORM and is_delta(n) != has_base]:
+        need = "no base" if has_base else "the model that this one was fine-tuned from, base=MODEL"
+        problem = f"{', '.join(others)} need {need}"
+    if problem is not None:
+        raise ConfigError([f"forms={forms!r}: {problem}"])
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, MutableMapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -33,6 +33,15 @@ from lrbo.layers.forms import is_joint
 from lrbo.layers.joint_form import WHOLE_PARTS
 from lrbo.models.devices import dtype_name, resolve_device, resolve_dtype
 from lrbo.models.loading import load_tokenizer
+from lrbo.models.pairs import (
+    SAME,
+    BaseModel,
+    base_source,
+    changed_beside,
+    is_same,
+    unlike,
+    with_changes,
+)
 from lrbo.models.sources import ModelSource
 from lrbo.models.specs import ModelMap
 from lrbo.optimization.space import STARTS, Space, Start
@@ -69,7 +78,8 @@ class Plan:
     """What a search needs and can know before a model is loaded.
 
     The model runs in ``dtype``; bytes are counted in ``stored_dtype``, that of its files, in which
-    a checkpoint is written. ``windows`` are examples.
+    a checkpoint is written. ``windows`` are examples. With a ``base``, all that is counted is what
+    the model adds to it.
     """
 
     config: SearchConfig
@@ -82,6 +92,7 @@ class Plan:
     space: Space
     windows: Mapping[Role, RoleExamples]
     starts: tuple[Start, ...] = STARTS
+    base: BaseModel | None = None
 
     @property
     def preparation(self) -> Preparation:
@@ -110,6 +121,7 @@ class Plan:
             bases,
             errors,
             joint,
+            self.base,
         )
 
     @property
@@ -153,6 +165,9 @@ def plan_search(config: SearchConfig, study: Study, problems: list[str]) -> Plan
     """
     source = model_source(config.model)
     missing = [source.missing_package()]
+    base = None if config.model.base is None else base_source(config.model.base)
+    if base is not None:
+        missing.append(base.missing_package())
     if config.data.source == "packaged":
         missing.append(documents.missing_package())
     problems = [*problems, *filter(None, missing)]
@@ -190,6 +205,9 @@ def plan_search(config: SearchConfig, study: Study, problems: list[str]) -> Plan
         skeleton = task.skeleton(source)
         layers = task.map(skeleton).covering(config.budget.include)
         stored = skeleton.dtype
+        if base is not None:
+            key = f"model.base={config.model.base!r}"
+            problems += unlike(skeleton, task.skeleton(base), key)
         space = build_search_space(config, layers.compressible, method, stored)
     if layers is not None:
         donors = study.about.donors if study.exists else ()
@@ -202,7 +220,10 @@ def plan_search(config: SearchConfig, study: Study, problems: list[str]) -> Plan
         problems += task.problems(skeleton, config.model.name, examples)
     if layers is None or stored is None or space is None or windows is None or problems:
         raise ConfigError(problems)
-    plan = Plan(config, source, layers, method, task, dtype, stored, space, windows, starts)
+    shared = None
+    if base is not None:
+        layers, shared = _pair(layers, source, base, task, study)
+    plan = Plan(config, source, layers, method, task, dtype, stored, space, windows, starts, shared)
     about: Mapping[str, Any] = study.about.fields if study.exists else {}
     others = [key for key, value in plan.follows.items() if about and about[key] != value]
     if others:
@@ -212,6 +233,28 @@ def plan_search(config: SearchConfig, study: Study, problems: list[str]) -> Plan
             "study=NAME"
         )
     return plan
+
+
+def _pair(
+    layers: ModelMap, source: ModelSource, base: ModelSource, task: ModelTask, study: Study
+) -> tuple[ModelMap, BaseModel]:
+    """Count what a model adds to its base: the map without what they share, and the base.
+
+    A new study reads both models once; one that exists says what it was.
+
+    Raises:
+        ConfigError: If they are the same.
+    """
+    if study.exists and (fingerprint := study.about.base_fingerprint) is not None:
+        return replace(layers, parameters=study.about.model_parameters), BaseModel(
+            base, fingerprint
+        )
+    cpu = torch.device("cpu")
+    model, other = (task.load(each, dtype=None, device=cpu) for each in (source, base))
+    if is_same(model, other):
+        raise ConfigError([f"model.base={base.path!r}: {SAME}"])
+    changed = changed_beside(model, other, layers)
+    return with_changes(layers, changed), BaseModel.of(base, other)
 
 
 def examples_of(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,10 +21,12 @@ from lrbo.factorization.cache import (
     load_factors,
     save_factors,
 )
-from lrbo.factorization.prepared import Prepared
+from lrbo.factorization.prepared import Prepared, UnitFactors
 from lrbo.factorization.tables import table_needs
 from lrbo.files.atomic import cache_folder
 from lrbo.files.caches import cached
+from lrbo.models.model_map import linear_weight
+from lrbo.models.pairs import BaseModel
 from lrbo.models.sources import ModelSource
 from lrbo.models.specs import ModelMap
 from lrbo.progress import Reporter
@@ -50,6 +52,7 @@ class Preparation:
     bases: BasePlan | None = None
     errors: bool = False  # of outputs, whether they are worked out
     joint: tuple[str, ...] = ()  # forms that several layers take together
+    base: BaseModel | None = None  # of whose weights the changes are factored
 
     def statistics(
         self, digest: str, dtype: torch.dtype, reporter: Reporter, model: PreTrainedModel
@@ -83,8 +86,15 @@ class Preparation:
         """
         calibration = self._calibration(digest, dtype)
         name = factors_fingerprint(
-            digest, calibration, self.method, self.bases, self.errors, self.joint
+            digest,
+            calibration,
+            self.method,
+            self.bases,
+            self.errors,
+            self.joint,
+            None if self.base is None else self.base.fingerprint,
         )
+        base = None if self.base is None else self.base.load()
         folder = cache_folder() / "factors" / name
 
         def make() -> None:
@@ -98,11 +108,13 @@ class Preparation:
                 bases=self.bases,
                 errors=self.errors,
                 joint=self.joint,
+                base=base,
                 device=device,
             )
             save_factors(folder, parts, name)
 
-        return cached(folder, make, lambda: load_factors(folder, name))
+        made = cached(folder, make, lambda: load_factors(folder, name))
+        return made if base is None else on_base(made, base)
 
     def _calibration(self, digest: str, dtype: torch.dtype) -> str | None:
         """Return the cache name of the statistics; ``None`` if none are needed."""
@@ -142,6 +154,7 @@ def factors_by_block(
     bases: BasePlan | None = None,
     errors: bool = False,
     joint: Collection[str] = (),
+    base: PreTrainedModel | None = None,
     device: torch.device | None = None,
 ) -> Iterator[dict[str, Prepared]]:
     """Yield factors as :func:`factor_model` makes them, and show progress."""
@@ -154,9 +167,19 @@ def factors_by_block(
             bases=bases,
             errors=errors,
             joint=joint,
+            base=base,
             device=device,
             on_layer=lambda _: advance(1),
         )
+
+
+def on_base(prepared: Mapping[str, Prepared], base: PreTrainedModel) -> dict[str, Prepared]:
+    """Put the weights of a base model, which stay shared, under the changes of them."""
+    shared: dict[str, Prepared] = {}
+    for name, own in prepared.items():
+        assert isinstance(own, UnitFactors)
+        shared[name] = replace(own, shared=linear_weight(base.get_submodule(name)))
+    return shared
 
 
 def without_effect(layers: ModelMap, factors: Mapping[str, Prepared]) -> str | None:
@@ -171,8 +194,8 @@ def without_effect(layers: ModelMap, factors: Mapping[str, Prepared]) -> str | N
     names = ", ".join(f"{kind} of {', '.join(depths)}" for kind, depths in blocks.items())
     return (
         f"{count} of {len(factors)} layers cost nothing at any rank on the calibration text "
-        "(inputs, weight or gradients of outputs are zero, or a bias restores what they give); by "
-        f"kind and block: {names}"
+        "(inputs, weight or its change, or gradients of outputs are zero, or a bias restores what "
+        f"they give); by kind and block: {names}"
     )
 
 

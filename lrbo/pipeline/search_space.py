@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import cast
 
 import torch
@@ -101,6 +101,7 @@ def base_options(config: SearchConfig) -> BaseOptions:
     """Return how bases are made, as configured."""
     own = config.bases
     blocks = tuple((rows, columns) for rows, columns in own.blocks)
+    bands = tuple((eight, three) for eight, three in own.bands)
     return BaseOptions(
         own.method,
         tuple(own.group_sizes),
@@ -108,6 +109,7 @@ def base_options(config: SearchConfig) -> BaseOptions:
         tuple(own.row_percentages),
         blocks,
         tuple(own.frequency_groups),
+        bands,
         own.damping,
     )
 
@@ -176,7 +178,7 @@ def menus_of(
     measure: Measure | None = None,
 ) -> dict[str, Menu]:
     """The menus of units by name, as :meth:`Menu.of` makes them, without losses."""
-    options = options or BaseOptions()
+    grid = (options or BaseOptions()).grid(multiple, minimum)
     shared = {
         spec.name: sum(each.out_features for each in group)
         for group in sharing(units)
@@ -188,15 +190,8 @@ def menus_of(
             forms,
             bias=unit.is_biased(method.adds_bias),
             itemsize=dtype.itemsize,
-            multiple=multiple,
-            minimum=minimum,
-            group_sizes=options.group_sizes,
-            percentages=options.percentages,
-            row_percentages=options.row_percentages,
-            blocks=options.blocks,
-            frequency_groups=options.frequency_groups,
-            shared_outputs=shared.get(unit.name, 0),
             measure=measure,
+            **vars(replace(grid, shared_outputs=shared.get(unit.name, 0))),
         )
         for unit in units
     }

@@ -316,6 +316,11 @@ def described(study: StudyRecord) -> dict[str, str]:
         "Budget": budget,
         "Covered": covered_text(study),
     }
+    if (base := config.model.base) is not None:
+        lines["Base"] = (
+            f"{base} (fingerprint {about.base_fingerprint}), shared and not counted: sizes are of "
+            "what the model adds to it"
+        )
     if weight := config.search.kl_weight:
         loss = about.task.minimized.label
         lines["Loss"] = f"{loss} + {weight:g} KL(dense || compressed), which the best has lowest"

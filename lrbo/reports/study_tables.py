@@ -73,13 +73,15 @@ def _notes_on_scores(study: StudyRecord, rows: Sequence[results.ScoreRow]) -> li
     """Say what the columns and rows of the scores mean."""
     task, state, labels = study.task, study.state, {row.label for row in rows}
     notes = []
+    is_delta = study.about.base_fingerprint is not None
+    whole = "what the model adds to its base; MACs with it" if is_delta else "the whole model"
     for unit in dict.fromkeys(metric.unit for metric in task.metrics if metric.unit):
         names = " and ".join(metric.label for metric in task.metrics if metric.unit == unit)
         notes.append(f"{names}: {unit} on the validation text")
     notes += [
         f"kept: share of the {UNITS[study.about.budget.measure]} of the compressible layers",
         "params, size (in the dtype of the model's files), "
-        f"MACs (per {task.counted.removesuffix('s')}): of the whole model",
+        f"MACs (per {task.counted.removesuffix('s')}): of {whole}",
     ]
     if selection := state.selection:
         notes.append(

@@ -94,7 +94,7 @@ class About:
     study_id: str
     seed: Whole
     model_fingerprint: str
-    model_parameters: Positive
+    model_parameters: Positive  # with a base, of what changed alone
     dtype: Literal["float32", "bfloat16", "float16"]  # that the model runs in
     stored_dtype: Literal[
         "float32", "bfloat16", "float16", "float64"
@@ -115,6 +115,7 @@ class About:
     ]
     versions: dict[str, str]
     config: Annotated[str, made_of(list[str], "\n".join)]
+    base_fingerprint: str | None = None  # of the weights of model.base
     fields: Mapping[str, Any] = field(init=False, repr=False)
 
     @property

@@ -18,7 +18,7 @@ from lrbo.errors import CheckpointError
 from lrbo.factorization.options import BaseOptions
 from lrbo.factorization.registry import method_named
 from lrbo.layers.form import DENSE_FORM
-from lrbo.layers.forms import FORMS, is_joint
+from lrbo.layers.forms import FORMS, is_delta, is_joint
 from lrbo.layers.options import Budget, Menu, Option
 from lrbo.models.loading import tiny_model
 from lrbo.models.specs import LayerSpec
@@ -34,7 +34,7 @@ COUNT = 6  # of allocations, in which every option has its turn
 NAMES = [
     name
     for name, form in FORMS.items()
-    if name != DENSE_FORM and form.in_blocks and not is_joint(name)
+    if name != DENSE_FORM and form.in_blocks and not (is_joint(name) or is_delta(name))
 ]
 
 

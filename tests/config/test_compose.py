@@ -30,6 +30,7 @@ OPTIONS = [(group, option) for group, options in GROUPS.items() for option in op
 # What an option leaves to the user.
 REQUIRED = {
     ("model", "hf"): ["model.path=organisation/name"],
+    ("experiment", "delta"): ["model.path=organisation/tuned", "model.base=organisation/base"],
     ("data", "files"): [f"data.{r}.path=a.txt" for r in ("calibration", "validation", "test")],
     ("data", "hf"): [f"data.{r}.path=name" for r in ("calibration", "validation", "test")],
 }

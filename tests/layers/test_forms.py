@@ -29,6 +29,8 @@ from lrbo.layers.forms import (
     FORMS,
     Based,
     Codebook,
+    Delta,
+    DeltaBands,
     KeptRows,
     Quantized,
     QuantizedFactors,
@@ -55,6 +57,7 @@ TOLERANCE = {
 SHAPES = [(5, 9), (9, 5), (7, 7), (1, 4), (4, 1), (17, 32), (8, 16)]
 TOKENS = 3
 ALONE = ("factored_int8", "factored_int4")  # have a base of nothing
+BANDS = ((2, 3),)
 PERCENTAGES = (25, 50)
 ROW_PERCENTAGES = (20, 40)
 BLOCKS = ((2, 1), (1, 2), (4, 4), (3, 3))
@@ -78,6 +81,7 @@ def grid(multiple: int = 1, minimum: int = 0) -> Grid:
         BLOCKS,
         GROUPS,
         SHARED_OUTPUTS,
+        BANDS,
     )
 
 
@@ -122,14 +126,26 @@ def module_of(
             plan = BasePlan((form.name,), BaseOptions("nearest"))
             remainder = method_named("svd").remainders(None, {})
             codes = plan.factors(form, rest, remainder, left @ right, {}, torch.float32)
+        if isinstance(form, DeltaBands) and level[-1]:
+            plan = BasePlan((form.name,), BaseOptions("nearest"))
+            remainder = method_named("svd").remainders(None, {})
+            change, bands = left @ right, level[:-1]
+            codes = plan.factors(form, rest, remainder, change, {}, torch.float32, bands)
         base = base_of(form, shape, level, torch.float32)
-        return BasedWeight(base, rest, codes).module(level[-1])
+        module = BasedWeight(base, rest, codes).module(level[-1])
+        if isinstance(form, Delta):
+            module.share_(shared_of(shape))
+        return module
 
     def bias_for(linear: object, dtype: torch.dtype) -> Tensor | None:
         del linear
         return offset.to(dtype) if bias else None
 
     return PRODUCTS[form.name].of_product("unit", left, right, bias_for, torch.float32)
+
+
+def shared_of(shape: tuple[int, int]) -> Tensor:
+    return factors(shape, shape[1])[0].float()
 
 
 def joint_of(form: Joint, shape: tuple[int, int], *, bias: bool) -> Thinned | Skipped:
@@ -155,7 +171,10 @@ def empty_of(
     option = Option(form.name, level)
     if isinstance(form, Joint):
         return empty_joint(unit_of(shape, bias=bias), option, bias=bias)
-    return empty_module("unit", option, *shape, bias=bias)
+    module = empty_module("unit", option, *shape, bias=bias)
+    if isinstance(form, Delta):  # in no file
+        module.share_(shared_of(shape))
+    return module
 
 
 def kronecker_of(
@@ -190,6 +209,10 @@ def base_of(
     """Return a base of a random weight, every entry decided on alone."""
     percentages = level[:-1] or PERCENTAGES
     options = BaseOptions("nearest", percentages=percentages, row_percentages=percentages)
+    if isinstance(form, Delta):
+        options = (
+            BaseOptions("nearest", bands=(level[:2],)) if level[1:] else BaseOptions("nearest")
+        )
     if isinstance(form, Quantized):
         options = BaseOptions("nearest", level[:1])
     (base,) = BasePlan((form.name,), options).make(factors(shape, shape[1])[0], {}, dtype)
@@ -240,7 +263,8 @@ def test_a_level_costs_what_its_module_holds_and_multiplies(
         if isinstance(form, Based):  # an integer is a parameter, its scale is not
             kept = shape[0] * shape[1]
             if not isinstance(form, Quantized | Codebook):
-                kept = 0 if form.name in ALONE else module.values.numel()
+                in_file = form.name not in ALONE and not isinstance(form, Delta)
+                kept = module.values.numel() if in_file else 0
             held += kept + level[-1] * sum(shape)
         assert cost == (held, stored, macs), level
 
@@ -277,6 +301,12 @@ def test_levels_rise_in_every_cost_and_have_no_problem(
             counts = range(first, sum(min(size, shape[1]) for size in sizes) + 1, multiple)
             cheaper = [n for n in counts if n * (sizes[0] + shape[1]) < shape[0] * shape[1]]
             assert ranks == cheaper
+        elif isinstance(form, Delta):
+            assert ranks == [*range(0, form.largest_rank(*shape) + 1, multiple)]
+            assert costs[0] == (
+                *([shape[0], 2 * shape[0]] if bias else [0, 0]),
+                shape[0] * shape[1],
+            )
         elif isinstance(form, Based) and form.name not in ALONE:
             assert ranks == [*range(0, form.largest_rank(*shape) + 1, multiple)]
             most = min(shape) // (16 if form.has_floats else 8)
@@ -322,6 +352,8 @@ def test_a_level_that_the_shape_cannot_have_is_refused_by_name(
     bad += [()] if form.name != DENSE_FORM else []
     if isinstance(form, Joint):
         bad = [(-1,), (0,), (max(shape) + 1,), (1, 1)]
+    if isinstance(form, DeltaBands):  # of which many levels of three numbers are
+        bad = [(0,), (2, 3), (2, 3, -1), (2, 3, min(shape) + 1), (-1, 3, 0), (2, -1, 1)]
     for level in bad:
         problem = form.problem(*shape, level)
         assert problem is not None, level
@@ -454,7 +486,11 @@ def test_a_stand_in_has_the_tensors_of_the_stored_module(form: Form, bias: bool)
 
 based = pytest.mark.parametrize(
     "form",
-    [form for form in FORMS.values() if isinstance(form, Based) and form.name not in ALONE],
+    [
+        form
+        for form in FORMS.values()
+        if isinstance(form, Based) and not isinstance(form, Delta) and form.name not in ALONE
+    ],
     ids=lambda form: form.name,
 )
 
