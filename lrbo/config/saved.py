@@ -32,7 +32,12 @@ FREE_KEYS = (
 )
 
 # Keys that came when there were studies already, and what those of before were begun with.
-ADDED: Mapping[str, Any] = {"bases.factor_bits": 8}
+ADDED: Mapping[str, Any] = {
+    "model.base": None,
+    "bases.factor_bits": 8,
+    "bases.frequency_groups": [8],
+    "bases.bands": [[2, 32]],
+}
 
 
 def is_free(key: str) -> bool:
