@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lrbo.factorization.base import Remainders
 from lrbo.factorization.factors import LowRankFactors
-from lrbo.factorization.rounding import GptqOrder, round_in_order, round_nearest
+from lrbo.factorization.rounding import INPUTS, GptqOrder, round_in_order, round_nearest
 from lrbo.layers.based import MIDDLE, Factors
 from lrbo.layers.forms import Quantized
 from lrbo.layers.packing import unpack
@@ -28,6 +28,7 @@ def round_factors(
     *,
     dtype: torch.dtype,
     damping: float,
+    inputs: GptqOrder | None = None,
 ) -> Factors:
     """Factor a weight into integers of 4 bits with one scale per direction.
 
@@ -47,6 +48,7 @@ def round_factors(
         gradient: ``G``, of the outputs; ``None`` where nothing tells them apart.
         dtype: Of the scales as they are stored.
         damping: Of both metrics, as a share of the mean diagonal entry.
+        inputs: The order of ``moment``, if it is known.
 
     Raises:
         StatisticsError: If a damped metric is not positive definite; says which damping is enough.
@@ -57,9 +59,9 @@ def round_factors(
         other. Runs, and rounding ``left`` against gradients where it rounds against the rounded
         ``right``, are ours.
     """
-    inputs = outputs = None
+    outputs = None
     if moment is not None:
-        inputs = GptqOrder.of(moment, damping, "input second moment")
+        inputs = inputs or GptqOrder.of(moment, damping, INPUTS)
         if gradient is not None:
             outputs = GptqOrder.of(gradient, damping, "output gradient moment")
     lefts, rights, scales = list[Tensor](), list[Tensor](), list[Tensor]()
