@@ -133,7 +133,10 @@ class BasePlan:
                     case Codebook():
                         made.append(
                             round_to_codebook(
-                                weight, form, dtype=dtype, gptq=metric and metric.gptq
+                                weight,
+                                form,
+                                dtype=dtype,
+                                gptq=None if metric is None else metric.gptq,
                             )
                         )
                     case SemiStructured() | Sparse():

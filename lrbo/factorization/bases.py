@@ -88,7 +88,8 @@ def upper_root(
                 f"{name} is not positive definite with a damping of {damping:g}; raise "
                 f"bases.damping to {share:g}, or use more calibration tokens."
             )
-        return lower.to(dtype).flip(0, 1)
+        upper: Tensor = lower.to(dtype).flip(0, 1)
+        return upper
     raise StatisticsError(
         f"{name} is not positive definite even with a damping of 1; it is no second moment."
     )

@@ -219,7 +219,8 @@ def round_in_order(
 
     def snap(at: int, column: Tensor) -> Tensor:
         step, least, largest = own[at]
-        return torch.clamp(column.div_(step).round_(), least, largest, out=rows[at]) * step
+        code: Tensor = torch.clamp(column.div_(step).round_(), least, largest, out=rows[at])
+        return code * step
 
     gptq.round(rest, snap)
     codes.add_(zero.index_select(0, group))
