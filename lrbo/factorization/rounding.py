@@ -219,8 +219,8 @@ def round_in_order(
 
     def snap(at: int, column: Tensor) -> Tensor:
         step, least, largest = own[at]
-        code: Tensor = torch.clamp(column.div_(step).round_(), least, largest, out=rows[at])
-        return code * step
+        torch.clamp(column.div_(step).round_(), least, largest, out=rows[at])
+        return torch.mul(rows[at], step)
 
     gptq.round(rest, snap)
     codes.add_(zero.index_select(0, group))

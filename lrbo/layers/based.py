@@ -247,7 +247,7 @@ class BasedLinear(FormModule):
         else:
             weight = self.weight.new_zeros(count, self.in_features, dtype=dtype)
         if self.factors is not None:
-            weight.addmm_(*self.factors.wide(dtype, rows))  # in bfloat16 it is rounded once
+            weight = torch.addmm(weight, *self.factors.wide(dtype, rows))  # rounded once
         return weight
 
     @override
