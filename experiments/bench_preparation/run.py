@@ -32,7 +32,7 @@ from lrbo.layers.forms import Based, form_named
 from lrbo.layers.options import Option
 
 SMOKE = bool(os.environ.get("LRBO_SMOKE"))
-REPEATS = 1 if SMOKE else 5
+REPEATS = 1 if SMOKE else 3
 SHRINK = 3 if SMOKE else 1
 # By kind: outputs, inputs, and how many of the shape are in a block.
 SHAPES = {

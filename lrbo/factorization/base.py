@@ -108,4 +108,4 @@ def factor_layer(
     if not alike:
         return factors
     nothing = torch.zeros_like(factors.tail)
-    return replace(factors, tail=nothing, loss=None if factors.loss is None else nothing)
+    return replace(factors, tail=nothing, loss=None if factors.loss is None else nothing.clone())
