@@ -67,13 +67,17 @@ class CalibrationFolder:
     def __init__(self, folder: Path, fingerprint: str) -> None:
         """Open a folder of :func:`save_calibration`; CacheError if it is damaged or another's."""
         self._files: dict[str, list[Path]] = {}  # by owner
+        self._site: tuple[str, dict[Statistic, Tensor]] = ("", {})  # the last that was read
         for name, owners in opened(folder, fingerprint).items():
             for owner in owners:
                 self._files.setdefault(owner, []).append(folder / name)
 
     def of(self, spec: LayerSpec) -> dict[Statistic, Tensor]:
         """Return the statistics of a layer: those of its input and its own."""
-        return merged_statistics(self._read(spec.site), self._read(spec.name))
+        if self._site[0] != spec.site:  # several layers of a block read the same input
+            self._site = ("", {})  # before the next one is in memory
+            self._site = (spec.site, self._read(spec.site))
+        return merged_statistics(self._site[1], self._read(spec.name))
 
     def _read(self, owner: str) -> dict[Statistic, Tensor]:
         stored: dict[str, Tensor] = {}
@@ -92,8 +96,8 @@ def _pack(matrix: Float[Tensor, "d d"]) -> Float[Tensor, " packed"]:
 
 def _unpack(packed: Float[Tensor, " packed"]) -> Float[Tensor, "d d"]:
     features = int((8 * packed.numel() + 1) ** 0.5 - 1) // 2
-    matrix = packed.new_empty(features, features)
+    matrix = packed.new_zeros(features, features)
     for index, row in enumerate(torch.split(packed, [*range(features, 0, -1)])):
         matrix[index, index:] = row
-        matrix[index:, index] = row
+    matrix += matrix.triu(1).T  # a third of the time of writing columns too
     return matrix

@@ -105,4 +105,7 @@ def factor_layer(
     }
     offset = None if bias is None else bias.double()
     factors = method.factor(weight.double(), offset, used | alike)
-    return replace(factors, tail=torch.zeros_like(factors.tail)) if alike else factors
+    if not alike:
+        return factors
+    nothing = torch.zeros_like(factors.tail)
+    return replace(factors, tail=nothing, loss=None if factors.loss is None else nothing.clone())

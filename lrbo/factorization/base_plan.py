@@ -22,7 +22,12 @@ from lrbo.factorization.prediction import (
     shrunk,
 )
 from lrbo.factorization.quantized_factors import round_factors
-from lrbo.factorization.rounding import round_gptq, round_nearest, round_to_codebook
+from lrbo.factorization.rounding import (
+    InputMetric,
+    round_in_order,
+    round_nearest,
+    round_to_codebook,
+)
 from lrbo.factorization.sparsity import keep_rows, sparsify
 from lrbo.layers.based import Factors, bands_of
 from lrbo.layers.form import Level
@@ -91,31 +96,44 @@ class BasePlan:
         weighed = any(form_named(name).in_blocks and name not in UNWEIGHED for name in self.forms)
         return NEEDS if weighed and self.options.method == "gptq" else frozenset()
 
+    def metric(self, statistics: Mapping[Statistic, Tensor]) -> InputMetric | None:
+        """Return what errors are weighed with; ``None`` where every entry is rounded alone.
+
+        Raises:
+            StatisticsError: If a statistic is missing.
+        """
+        if not self.needs:
+            return None
+        if missing := sorted(need.value for need in self.needs - set(statistics)):
+            raise StatisticsError(
+                f"bases by gptq need the statistics {', '.join(missing)}. Calibrate with a "
+                "method that needs them or with loss curves, or take the nearest."
+            )
+        mean = statistics[Statistic.INPUT_MEAN].double()
+        moment = statistics[Statistic.INPUT_COVARIANCE].double() + mean.outer(mean)
+        if not bool(moment.any()):  # no input weighs more than another, as of factor_layer
+            moment = torch.eye(len(moment)).to(moment)
+        return InputMetric(moment, self.options.damping)
+
     def make(
         self,
         weight: Float[Tensor, "out in"],
         statistics: Mapping[Statistic, Tensor],
         dtype: torch.dtype,
         factors: LowRankFactors | None = None,
+        metric: InputMetric | None = None,
     ) -> list[Base]:
         """Make every base of a weight, in float64; their numbers are stored in ``dtype``.
 
-        Outputs are kept for what a small rank of the ``factors`` leaves of them, if given.
+        Outputs are kept for what a small rank of the ``factors`` leaves of them, if given;
+        ``metric`` is that of the ``statistics``, if it is known.
 
         Raises:
             StatisticsError: If a statistic is missing, or does not suit.
         """
-        moment, damping = None, self.options.damping
-        if self.needs:
-            if missing := sorted(need.value for need in self.needs - set(statistics)):
-                raise StatisticsError(
-                    f"bases by gptq need the statistics {', '.join(missing)}. Calibrate with a "
-                    "method that needs them or with loss curves, or take the nearest."
-                )
-            mean = statistics[Statistic.INPUT_MEAN].double()
-            moment = statistics[Statistic.INPUT_COVARIANCE].double() + mean.outer(mean)
-            if not bool(moment.any()):  # no input weighs more than another, as of factor_layer
-                moment = torch.eye(len(moment)).to(moment)
+        damping = self.options.damping
+        metric = metric or self.metric(statistics)
+        moment = None if metric is None else metric.moment
         weighs = any(isinstance(form_named(name), Sparse | KeptRows) for name in self.forms)
         gradient = statistics.get(Statistic.OUTPUT_GRADIENT) if self.needs and weighs else None
         if gradient is not None:
@@ -137,7 +155,10 @@ class BasePlan:
                     case Codebook():
                         made.append(
                             round_to_codebook(
-                                weight, form, dtype=dtype, moment=moment, damping=damping
+                                weight,
+                                form,
+                                dtype=dtype,
+                                gptq=None if metric is None else metric.gptq,
                             )
                         )
                     case SemiStructured() | Sparse():
@@ -170,9 +191,9 @@ class BasePlan:
                         raise TypeError(f"{form.name} is made by no rule")
         if not grids:
             return made
-        if moment is None:
+        if metric is None:
             return [*made, *round_nearest(weight, grids, dtype=dtype)]
-        return [*made, *round_gptq(weight, moment, grids, dtype=dtype, damping=damping)]
+        return [*made, *round_in_order(weight, metric.gptq, grids, dtype=dtype)]
 
     def factors(
         self,
@@ -183,10 +204,13 @@ class BasePlan:
         statistics: Mapping[Statistic, Tensor],
         dtype: torch.dtype,
         level: Level = (),
+        metric: InputMetric | None = None,
     ) -> Factors:
         """Round factors of a weight or change as over a base of a ``level``, scales in ``dtype``.
 
         ``remainder`` factors what is left.
+
+        ``metric`` is that of the ``statistics``, if it is known.
 
         Raises:
             StatisticsError: If a metric is not positive definite.
@@ -194,11 +218,14 @@ class BasePlan:
         if form.name in UNWEIGHED:
             sides = factors.left.float(), factors.right.float()
             return Factors.of(*sides, dtype, floats=form.has_floats)
-        moment = gradient = None
-        if self.needs:
+        moment = gradient = inputs = None
+        if self.needs and metric is not None and factors.center is None:
+            moment, inputs = metric.moment, metric.gptq
+        elif self.needs:
             moment = input_moment(factors, statistics)
             if not bool(moment.any()):
                 moment = torch.eye(len(moment)).to(moment)
+        if moment is not None:
             gradient = statistics.get(Statistic.OUTPUT_GRADIENT)
             if gradient is not None:
                 gradient = gradient.to(moment) if bool(gradient.any()) else None
@@ -214,6 +241,7 @@ class BasePlan:
             dtype=dtype,
             damping=damping,
             bands=bands_of(form, level),
+            inputs=inputs,
         )
 
     def sums(

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from lrbo.errors import StatisticsError
@@ -18,9 +18,6 @@ from lrbo.layers.options import Option
 from lrbo.linalg import require_finite
 
 PANEL = 32  # columns, after whose rounding the others are corrected together
-# Row by row what a column of a weight becomes: its position in order, its values so far, and those
-# of the columns from it to the end of the panel, ``(columns, rows)``.
-Snap = Callable[[int, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -56,35 +53,14 @@ class Base:
         return Base(self.form, self.level, self.shape, moved, dtype or self.dtype)
 
 
-def compensate(weight: Float[Tensor, "in rows"], root: Float[Tensor, "in in"], snap: Snap) -> None:
-    """Replace column after column, and move what each leaves to the columns to come, in place.
-
-    Greedily, for the least of ``tr(E H E^T)``, with ``root^T root = H^-1``; ``weight`` lies by
-    columns. What ``snap`` returns is what the column becomes.
-
-    References:
-        Frantar et al., *GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
-        Transformers*, ICLR 2023, algorithm 1; Frantar and Alistarh, *SparseGPT: Massive Language
-        Models Can Be Accurately Pruned in One-Shot*, ICML 2023, algorithm 1.
-    """
-    width = len(weight)
-    for start in range(0, width, PANEL):
-        stop = min(start + PANEL, width)
-        panel, errors = weight[start:stop], torch.empty_like(weight[start:stop])
-        for index in range(stop - start):
-            at = start + index
-            error = panel[index] - snap(at, panel[index], panel[index:])
-            error /= root[at, at]
-            errors[index] = error
-            if index + 1 < stop - start:
-                panel[index + 1 :].addr_(root[at, at + 1 : stop], error, alpha=-1.0)
-        weight[stop:].addmm_(root[start:stop, stop:].T, errors, alpha=-1.0)
-
-
-def inverse_root(
-    moment: Float[Tensor, "in in"], damping: float, name: str
+def upper_root(
+    moment: Float[Tensor, "in in"],
+    damping: float,
+    name: str,
+    order: Int64[Tensor, " in"] | None = None,
+    dtype: torch.dtype = torch.float64,
 ) -> Float[Tensor, "in in"]:
-    """Return the upper ``U`` with ``U^T U = (C + damping * mean(diag C) I)^-1``, float64.
+    """Return the upper ``M`` with ``M M^T = C + damping * mean(diag C) I``, made in float64.
 
     Raises:
         StatisticsError: If that is not positive definite; says which damping is enough.
@@ -96,12 +72,14 @@ def inverse_root(
             f"{name} has a mean diagonal of {mean:.3e}, expected a positive one: nothing was "
             "measured. Calibrate on text that reaches this layer."
         )
-    identity = torch.eye(len(moment), dtype=torch.float64, device=moment.device)
+    order = torch.arange(len(moment), device=moment.device) if order is None else order
+    turned = order.flip(0)
     for share in (damping, *(10.0**power for power in range(-6, 1))):
         if share < damping:
             continue
-        # With H = M M^T for an upper M, the inverse is M^-T M^-1.
-        damped = (moment.double() + share * mean * identity).flip(0, 1)
+        # Of rows and columns from the last to the first it is the lower one.
+        damped = moment.double().index_select(0, turned).index_select(1, turned)
+        damped.diagonal().add_(share * mean)
         lower, failed = torch.linalg.cholesky_ex(damped)
         if int(failed):
             continue
@@ -110,7 +88,7 @@ def inverse_root(
                 f"{name} is not positive definite with a damping of {damping:g}; raise "
                 f"bases.damping to {share:g}, or use more calibration tokens."
             )
-        upper: Tensor = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
+        upper: Tensor = lower.to(dtype).flip(0, 1)
         return upper
     raise StatisticsError(
         f"{name} is not positive definite even with a damping of 1; it is no second moment."

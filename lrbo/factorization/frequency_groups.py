@@ -74,6 +74,11 @@ class GroupedFactors:
         )
         return cls(groups, order.int(), owner[first].int(), rest, offset)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the directions are."""
+        return self.rest.left.device
+
     def module(self, count: int) -> GroupedLinear:
         """Return the layer of the first directions."""
         if not 1 <= count <= self.rest.max_rank:

@@ -43,6 +43,11 @@ class KroneckerSum:
     offset: Bias = None
     center: Float[Tensor, " in"] | None = None
 
+    @property
+    def device(self) -> torch.device:
+        """Where the terms are."""
+        return self.rest.left.device
+
     def module(self, count: int) -> KroneckerLinear:
         """Return the layer of the first terms; its tensors are views."""
         left, right = self._terms(count)

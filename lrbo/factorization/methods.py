@@ -229,9 +229,11 @@ class LossAware(LossAwareOptions, FactorizationMethod):
     @override
     def factor(self, weight: Weight, bias: Bias, statistics: Statistics) -> LowRankFactors:
         basis, reduced = column_space(weight)
-        moment = shrunk(statistics[Statistic.OUTPUT_GRADIENT], self.output_shrinkage)
+        gradient = statistics[Statistic.OUTPUT_GRADIENT]
+        mean_energy = gradient.diagonal().mean()
         if basis is not None:
-            moment = basis.T @ moment @ basis
+            gradient = basis.T @ gradient @ basis
+        moment = shrunk(gradient, self.output_shrinkage, mean_energy)
         strength, axes = psd_eigenpairs(moment, "output gradient moment")
         tempered = strength**self.output_power
         scale = (tempered * (strength.sum() / tempered.sum())).sqrt()
@@ -248,13 +250,17 @@ class LossAware(LossAwareOptions, FactorizationMethod):
             "weighted output moment",
         )
         back = axes @ (directions / scale[:, None])
+        loss = None
+        if not self.input_shrinkage:  # predicted_loss, for directions that C leaves apart
+            predicted = shrunk(gradient, PREDICTION_SHRINKAGE, mean_energy)
+            loss = tail_sums((back * (predicted @ back)).sum(0).clamp_min(0.0) * energy / 2)
         left, right = balanced(back if basis is None else basis @ back, right)
         tail = tail_sums(energy / 2)
         if not self.centred:
-            return LowRankFactors(left, right, tail, bias)
+            return LowRankFactors(left, right, tail, bias, loss=loss)
         mean = statistics[Statistic.INPUT_MEAN]
         offset = weight @ mean if bias is None else weight @ mean + bias
-        return LowRankFactors(left, right, tail, offset, mean)
+        return LowRankFactors(left, right, tail, offset, mean, loss)
 
     @override
     def remainders(self, bias: Bias, statistics: Statistics) -> Remainders:
@@ -271,6 +277,7 @@ class LossAware(LossAwareOptions, FactorizationMethod):
         inputs = covariance if self.centred else covariance + mean.outer(mean)
         if not (bool(gradient.any()) and bool(inputs.any())):
             return factored  # nothing has an effect
+        # What is left of rounding is rounded again, and no digit beyond those of float32 matters.
         inputs = shrunk(inputs, self.input_shrinkage)
         outputs = shrunk(gradient, PREDICTION_SHRINKAGE)
         is_wide = len(outputs) <= len(inputs)
@@ -279,26 +286,32 @@ class LossAware(LossAwareOptions, FactorizationMethod):
             root = psd_cholesky(outputs, "output gradient moment").T
         else:
             root = psd_cholesky(inputs, "input moment")
+        inputs, outputs, narrow_root = inputs.float(), outputs.float(), root.float()
 
         def leading(weight: Weight, max_rank: int) -> LowRankFactors:
-            # Of noise no digit beyond those of float32 matters, and these products take longest.
             narrow = weight.float()
             if is_wide:
-                moment = root @ (narrow @ inputs.float() @ narrow.T).double() @ root.T
+                weighed, side = narrow @ inputs, outputs
+                moment = weighed @ narrow.T
             else:
-                moment = root.T @ (narrow.T @ outputs.float() @ narrow).double() @ root
+                weighed, side = outputs @ narrow, inputs
+                moment = narrow.T @ weighed
+            whole = (moment * side).sum(dtype=torch.float64)
             if max_rank:
-                energy, vectors = torch.linalg.eigh(moment)
-                basis = vectors.flip(-1)[:, :max_rank]
+                between = narrow_root if is_wide else narrow_root.T
+                energy, vectors = torch.linalg.eigh(between @ moment @ between.T)
+                basis = vectors[:, -max_rank:].flip(-1)
+                energy = energy.double().clamp_min(0.0).flip(-1)
+                tail = tail_sums(energy / 2)[: max_rank + 1]
             else:
-                energy, basis = moment.diagonal(), moment[:, :0]
-            tail = tail_sums(energy.flip(-1).clamp_min(0.0) / 2)[: max_rank + 1]
+                tail, basis = whole[None] / 2, narrow_root[:, :0]
+            exact = basis.double()
             if is_wide:
-                left = torch.linalg.solve_triangular(root, basis, upper=True)
-                right = basis.T @ root @ weight
+                left = torch.linalg.solve_triangular(root, exact, upper=True)
+                right = (basis.T @ narrow_root @ narrow).double()
             else:
-                left = weight @ (root @ basis)
-                right = torch.linalg.solve_triangular(root, basis.T, upper=False, left=False)
+                left = (narrow @ (narrow_root @ basis)).double()
+                right = torch.linalg.solve_triangular(root, exact.T, upper=False, left=False)
             left, right = balanced(left, right)
             if not self.centred:
                 return LowRankFactors(left, right, tail, bias, loss=tail.clone())

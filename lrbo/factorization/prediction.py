@@ -16,10 +16,12 @@ PREDICTION_SHRINKAGE = 0.01
 ERROR_NEEDS = frozenset({Statistic.INPUT_MEAN, Statistic.INPUT_COVARIANCE})
 
 
-def shrunk(matrix: Float[Tensor, "d d"], share: float) -> Float[Tensor, "d d"]:
-    """Return ``(1 - share) M + share * mean(diag M) I``, of the same trace."""
+def shrunk(
+    matrix: Float[Tensor, "d d"], share: float, mean: Float[Tensor, ""] | None = None
+) -> Float[Tensor, "d d"]:
+    """Return ``(1 - share) M + share * mean I``, with ``mean(diag M)`` of the same trace."""
     result = (1 - share) * matrix
-    result.diagonal().add_(share * matrix.diagonal().mean())
+    result.diagonal().add_(share * (matrix.diagonal().mean() if mean is None else mean))
     return result
 
 
@@ -29,20 +31,23 @@ def squared_errors(
     right: Float[Tensor, "k in"],
     inputs: Float[Tensor, "in in"],
     outputs: Float[Tensor, "out out"] | None = None,
+    whole: Float[Tensor, ""] | None = None,
 ) -> Float[Tensor, " k_plus_1"]:
     """Return ``tr(G D C D^T)`` with ``D = W - left[:, :r] right[:r]``, for every ``r``; float64.
 
     ``G``, of the outputs, is the identity by default. Nothing is taken for independent: factors may
     be of any weight, and rounded. Made monotone: no rank is worth more than a lower one
-    that errs less.
+    that errs less. ``whole`` is the first one, if it is known: half of the work is for it.
     """
     left, right = left.double(), right.double()
-    weighed = weight if outputs is None else outputs @ weight
-    shared = right @ inputs @ weighed.T  # (k, out)
-    whole = (weighed @ inputs * weight).sum()
-    both = left.T @ (left if outputs is None else outputs @ left)
-    blocks = (both * (right @ inputs @ right.T)).cumsum(0).cumsum(1).diagonal()
-    steps = blocks - 2 * (shared * left.T).sum(1).cumsum(0)
+    if whole is None:
+        weighed = weight if outputs is None else outputs @ weight
+        whole = (weighed @ inputs * weight).sum()
+    ends = left if outputs is None else outputs @ left
+    seen = right @ inputs  # (k, in)
+    both = left.T @ ends
+    blocks = (both * (seen @ right.T)).cumsum(0).cumsum(1).diagonal()
+    steps = blocks - 2 * (seen @ weight.T * ends.T).sum(1).cumsum(0)
     return torch.cat([whole[None], whole + steps]).clamp_min(0.0).cummin(0).values
 
 
@@ -51,15 +56,16 @@ def with_rounding(
     rounded: tuple[Float[Tensor, "out k"], Float[Tensor, "k in"]],
     weight: Float[Tensor, "out in"],
     statistics: Mapping[Statistic, Tensor],
+    whole: Float[Tensor, ""] | None = None,
 ) -> Float[Tensor, " k_plus_1"] | None:
     """Return the predicted losses of ranks of factors as they are stored, rounded.
 
-    ``None`` where nothing is predicted.
+    ``whole`` is as of :func:`squared_errors`; ``None`` where nothing is predicted.
     """
     if factors.loss is None:
         return None
     gradient, moment = moments(factors, statistics)
-    return squared_errors(weight, *rounded, moment, gradient) / 2
+    return squared_errors(weight, *rounded, moment, gradient, whole) / 2
 
 
 def relative_error(

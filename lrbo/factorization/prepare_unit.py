@@ -64,7 +64,9 @@ def prepared_unit(
         weight = weight - shared.to(stored.dtype).to(work, DOUBLE)
 
     full = factor_layer(method, weight, unit.bias, statistics)
-    if Statistic.OUTPUT_GRADIENT in statistics:
+    # Of a method that predicts losses itself they are exact: nothing was made monotone.
+    whole = None if full.loss is None else 2 * full.loss[0]
+    if full.loss is None and Statistic.OUTPUT_GRADIENT in statistics:
         full = replace(full, loss=predicted_loss(full, statistics))
     full = unit.with_error(full, weight, (full.left, full.right))
     low_rank = full.to(dtype=SINGLE, device=CPU, max_rank=min(weight.shape) - 1)
@@ -72,17 +74,17 @@ def prepared_unit(
         return low_rank
     based: dict[Option, BasedWeight | KroneckerSum] = {}
     remainder = method.remainders(unit.bias, statistics)
-    for base in bases.make(weight, statistics, stored.dtype, full):
+    metric = bases.metric(statistics)
+    for base in bases.make(weight, statistics, stored.dtype, full, metric):
         form, codes = base.form, None
         most = min(form.largest_rank(*base.shape), low_rank.max_rank)
         if isinstance(form, QuantizedFactors | Delta):
             rest, factors = weight, full.leading(most)
-            codes = bases.factors(
-                form, factors, remainder, weight, statistics, stored.dtype, base.level
-            )
+            given_to = weight, statistics, stored.dtype, base.level, metric
+            codes = bases.factors(form, factors, remainder, *given_to)
             wide = codes.wide(DOUBLE)
-            factors = replace(factors, loss=with_rounding(factors, wide, weight, statistics))
-            factors = unit.with_error(factors, weight, wide)
+            loss = with_rounding(factors, wide, weight, statistics, whole)
+            factors = unit.with_error(replace(factors, loss=loss), weight, wide)
         else:
             rest = weight - base.weight(DOUBLE)
             factors = remainder(rest, most)

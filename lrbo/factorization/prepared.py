@@ -75,6 +75,11 @@ class BasedWeight:
     rest: LowRankFactors
     codes: Factors | None = None
 
+    @property
+    def device(self) -> torch.device:
+        """Where the factors are."""
+        return self.rest.left.device if self.codes is None else self.codes.device
+
     def module(self, rank: int) -> BasedLinear:
         """Return the layer with a rank of what the base leaves, as it is stored."""
         rest = self.rest
@@ -93,8 +98,7 @@ class BasedWeight:
             left, right = factors.wide(x.dtype)
             return left @ (right @ x)
 
-        device = rest.left.device if self.codes is None else self.codes.device
-        return self.base.module(factors, rest.bias_for(linear, dtype), device)
+        return self.base.module(factors, rest.bias_for(linear, dtype), self.device)
 
     def trial_module(self, name: str, rank: int, tokens: int, buffers: Buffers) -> nn.Module:
         """Return the layer with a rank for a trial: as it is stored."""
@@ -106,17 +110,17 @@ class BasedWeight:
     ) -> BasedWeight:
         """Return a copy of other dtype or device, with at most ``max_rank`` directions.
 
-        Factors stay as they are until they are rounded, once, and where they are if they have been.
+        It has the factors as integers only: they are rounded here, once, if they were not yet.
         """
-        rest, base = self.rest, self.base.to(device, dtype)
-        if self.codes is None:
-            rest = rest.to(dtype=rest.left.dtype, device=device, max_rank=max_rank)
-            return BasedWeight(base, rest)
-        rest = rest.leading(rest.max_rank if max_rank is None else min(max_rank, rest.max_rank))
+        rest = self.rest.leading(
+            self.rest.max_rank if max_rank is None else min(max_rank, self.rest.max_rank)
+        )
+        codes = Factors.of(rest.left, rest.right, dtype) if self.codes is None else self.codes
+        codes = codes.leading(rest.max_rank).to(device, dtype)
         ends = {"offset": rest.offset, "center": rest.center}
         moved = {name: each.to(device) for name, each in ends.items() if each is not None}
-        codes = self.codes.leading(rest.max_rank).to(device, dtype)
-        return BasedWeight(base, replace(rest, **moved), codes)
+        gone = {"left": rest.left.to("meta"), "right": rest.right.to("meta")}
+        return BasedWeight(self.base.to(device, dtype), replace(rest, **moved, **gone), codes)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors by name, for the cache."""
@@ -187,8 +191,8 @@ class UnitFactors:
         if option.family in self.based:
             own = self.based[option.family]
             rank = option.level[-1]
-            device = own.rest.left.device
-            return self._on_base(own.to(dtype=dtype, device=device, max_rank=rank).module(rank))
+            own = own.to(dtype=dtype, device=own.device, max_rank=rank)
+            return self._on_base(own.module(rank))
         return self.part(option.family).stored(name, option, dtype)
 
     def stand_in(self, name: str, option: Option) -> nn.Module:

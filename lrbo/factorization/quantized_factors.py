@@ -9,9 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lrbo.factorization.base import Remainders
-from lrbo.factorization.bases import compensate
 from lrbo.factorization.factors import LowRankFactors
-from lrbo.factorization.rounding import CLIPS, GptqOrder, round_in_order, round_nearest
+from lrbo.factorization.rounding import CLIPS, INPUTS, GptqOrder, round_in_order, round_nearest
 from lrbo.layers.based import MIDDLE, Factors, middle_of
 from lrbo.layers.delta_form import Bands
 from lrbo.layers.forms import Quantized
@@ -35,6 +34,7 @@ def round_factors(
     dtype: torch.dtype,
     damping: float,
     bands: Bands | None = None,
+    inputs: GptqOrder | None = None,
 ) -> Factors:
     """Factor a weight into integers of 4 bits, or of bands, with one scale per direction.
 
@@ -55,6 +55,7 @@ def round_factors(
         dtype: Of the scales as they are stored.
         damping: Of both metrics, as a share of the mean diagonal entry.
         bands: The bits of directions, if other than 4; no run is in two bands.
+        inputs: The order of ``moment``, if it is known.
 
     Raises:
         StatisticsError: If a damped metric is not positive definite; says which damping is enough.
@@ -65,9 +66,9 @@ def round_factors(
         other. Runs, and rounding ``left`` against gradients where it rounds against the rounded
         ``right``, are ours.
     """
-    inputs = outputs = None
+    outputs = None
     if moment is not None:
-        inputs = GptqOrder.of(moment, damping, "input second moment")
+        inputs = inputs or GptqOrder.of(moment, damping, INPUTS)
         if gradient is not None:
             outputs = GptqOrder.of(gradient, damping, "output gradient moment")
     lefts, rights, scales = list[Tensor](), list[Tensor](), list[Tensor]()
@@ -146,12 +147,12 @@ def _rounded_in_band(rows: Float[Tensor, "k n"], gptq: GptqOrder | None, bits: i
         rest = values.T.index_select(0, gptq.order)
         ordered, steps = torch.empty_like(rest), scale[:, 0]
 
-        def snap(at: int, column: Tensor, _: Tensor) -> Tensor:
+        def snap(at: int, column: Tensor) -> Tensor:
             code = (column / steps + middle).round_().clamp_(0, most)
             ordered[at] = code
             return (code - middle) * steps
 
-        compensate(rest, gptq.root, snap)
+        gptq.round(rest, snap)
         codes = ordered[gptq.order.argsort()].T
     packed = pack(codes.to(torch.uint8).contiguous(), bits)
     return packed, scale[:, 0].double(), codes.double() - middle

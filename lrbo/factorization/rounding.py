@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from lrbo.factorization.bases import Base, compensate, inverse_root
+from lrbo.factorization.bases import PANEL, Base, upper_root
 from lrbo.layers.forms import Codebook, Quantized
 from lrbo.layers.packing import pack
 
 # Shares of the range of a group that are tried as the range of its integers: at few bits, a finer
 # grid is worth a few clipped entries.
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5)
+CHUNK = 2**20  # entries of which scales are sought at a time
 INPUTS = "input second moment"  # in messages
 ITERATIONS = 12  # of k-means; what moves after them is in the third digit of the error
+
+
+# What a column of a weight becomes: by its position in order, and what it should be.
+Snap = Callable[[int, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -26,7 +33,7 @@ class GptqOrder:
 
     energy: Float[Tensor, " in"]
     order: Int64[Tensor, " in"]  # from the input of most energy on
-    root: Float[Tensor, "in in"]  # of the inverse moment in this order, as of compensate
+    moves: Float[Tensor, "in in"]  # row by row: of what each leaves, what each later one gets
 
     @classmethod
     def of(cls, moment: Float[Tensor, "in in"], damping: float, name: str) -> GptqOrder:
@@ -37,9 +44,45 @@ class GptqOrder:
         """
         energy = moment.diagonal()
         order = energy.argsort(descending=True, stable=True)
-        ordered = moment.index_select(0, order).index_select(1, order)
         # What an entry leaves is far larger than its rounding in float32, which is twice as fast.
-        return cls(energy, order, inverse_root(ordered, damping, name).float())
+        root = upper_root(moment, damping, name, order, torch.float32)
+        return cls(energy, order, root.div_(root.diagonal().clone()))
+
+    def round(self, columns: Float[Tensor, "in rows"], snap: Snap) -> None:
+        """Round column after column, and add what each leaves to the columns to come.
+
+        Greedily, for the least of ``tr(E H E^T)``. The columns are in order, and what they become
+        is left to ``snap``.
+
+        References:
+            Frantar et al., *GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
+            Transformers*, ICLR 2023, algorithm 1, in the form that Chee et al., *QuIP*, NeurIPS
+            2023, theorem 6, show to be the same, and that needs no inverse.
+        """
+        errors = torch.zeros_like(columns)
+        for start in range(0, len(columns), PANEL):
+            own = slice(start, start + PANEL)
+            given, left = columns[own], errors[own]
+            due = torch.addmm(given, self.moves[:start, own].T, errors[:start])
+            shares = self.moves[own, own].T.contiguous()
+            rows = zip(*(each.unbind() for each in (given, due, left, shares)), strict=True)
+            for at, (exact, column, error, share) in enumerate(rows, start):
+                # Those that are not rounded yet have left nothing so far.
+                column.addmv_(left.T, share)
+                torch.sub(exact, snap(at, column), out=error)
+
+
+@dataclass(frozen=True)
+class InputMetric:
+    """What errors of a weight are weighed with, and what rounding in it takes, made once."""
+
+    moment: Float[Tensor, "in in"]
+    damping: float
+
+    @cached_property
+    def gptq(self) -> GptqOrder:
+        """The order of inputs; StatisticsError as of :meth:`GptqOrder.of`."""
+        return GptqOrder.of(self.moment, self.damping, INPUTS)
 
 
 def scales(
@@ -55,7 +98,22 @@ def scales(
     ``CLIPS``, in float32: it only selects one of a few. Scales are rounded to ``dtype`` first, in
     which they will be stored; both are returned in the dtype of the weight.
     """
-    groups = weight.float().reshape(len(weight), -1, group_size)
+    parts = [
+        _scales(rows, form, group_size, importance, dtype)
+        for rows in torch.split(weight.float(), max(CHUNK // weight.shape[1], 1))
+    ]
+    scale, zero = (torch.cat(each) for each in zip(*parts, strict=True))
+    return scale.to(weight), zero.to(weight)
+
+
+def _scales(
+    weight: Float[Tensor, "rows in"],
+    form: Quantized,
+    group_size: int,
+    importance: Float[Tensor, " in"],
+    dtype: torch.dtype,
+) -> tuple[Float[Tensor, "rows groups"], Float[Tensor, "rows groups"]]:
+    groups = weight.reshape(len(weight), -1, group_size)
     weights = importance.float().view(-1, group_size)
     most = 2**form.bits - 1
     low = groups.amin(2).clamp_max(0.0)
@@ -65,19 +123,20 @@ def scales(
         low = -high
     best = torch.full_like(low, torch.inf)
     scale, zero = torch.ones_like(low), torch.zeros_like(low)
+    exact, codes = torch.empty_like(groups), torch.empty_like(groups)
     for clip in CLIPS:
         step = ((high - low) * (clip / most)).to(dtype).to(groups)
         step = torch.where(step > 0, step, torch.ones_like(step))
         middle = torch.full_like(step, 2.0 ** (form.bits - 1))
         if not form.symmetric:
             middle = (-low * clip / step).round().clamp(0, most)
-        codes = (groups / step[:, :, None] + middle[:, :, None]).round_().clamp_(0, most)
-        error = (codes - middle[:, :, None]).mul_(step[:, :, None]).sub_(groups).square_()
-        total = torch.einsum("ogi,gi->og", error, weights)
+        torch.addcmul(middle[:, :, None], groups, step.reciprocal()[:, :, None], out=exact)
+        torch.round(exact, out=codes).clamp_(0, most).sub_(exact).square_()
+        total = torch.einsum("ogi,gi->og", codes, weights).mul_(step.square())
         better = total < best
         best = torch.where(better, total, best)
         scale, zero = torch.where(better, step, scale), torch.where(better, middle, zero)
-    return scale.to(weight), zero.to(weight)
+    return scale, zero
 
 
 def round_nearest(
@@ -138,31 +197,37 @@ def round_in_order(
     """Round as :func:`round_gptq` does, several weights in one order."""
     order = gptq.order
     steps = [scales(weight, form, size, gptq.energy, dtype) for form, size in grids]
+    finest = math.gcd(*(size for _, size in grids))
 
-    def columns(index: int) -> Tensor:
-        """Scales or zero points by column, in order, of all grids: ``(in, grids * out)``."""
+    def groups(index: int) -> Tensor:
+        """Scales or zero points by group of the finest grid: ``(groups, grids * out)``, float32."""
         wide = [
-            each[index].repeat_interleave(size, 1)
+            each[index].T.repeat_interleave(size // finest, 0)
             for each, (_, size) in zip(steps, grids, strict=True)
         ]
-        return torch.cat(wide).float().T.index_select(0, order)
+        return torch.cat(wide, 1).float()
 
-    scale, zero = columns(0), columns(1)
-    rows = len(weight)
-    most = torch.cat([torch.full((rows,), 2.0**form.bits - 1) for form, _ in grids]).to(scale)
+    scale, zero = groups(0), groups(1)
+    group = order // finest
+    most = torch.cat([torch.full((len(weight),), 2.0**form.bits - 1) for form, _ in grids])
+    lines = [each.unbind() for each in (scale, -zero, most.to(zero) - zero)]
+    by_group = [*zip(*lines, strict=True)]
+    own = [by_group[index] for index in group.tolist()]
     rest = weight.float().T.index_select(0, order).repeat(1, len(grids))
     codes = torch.empty_like(rest)
+    rows = codes.unbind()
 
-    def snap(at: int, column: Tensor, _: Tensor) -> Tensor:
-        code = torch.clamp_min_(torch.round(column / scale[at] + zero[at]), 0.0)
-        code = torch.minimum(code, most, out=codes[at])
-        return (code - zero[at]) * scale[at]
+    def snap(at: int, column: Tensor) -> Tensor:
+        step, least, largest = own[at]
+        torch.clamp(column.div_(step).round_(), least, largest, out=rows[at])
+        return torch.mul(rows[at], step)
 
-    compensate(rest, gptq.root, snap)
-    parts = codes[order.argsort()].T.chunk(len(grids))
+    gptq.round(rest, snap)
+    codes.add_(zero.index_select(0, group))
+    parts = codes.to(torch.uint8)[order.argsort()].T.chunk(len(grids))
     return [
-        _rounded(form, part, *own, dtype)
-        for (form, _), part, own in zip(grids, parts, steps, strict=True)
+        _rounded(form, part, *step, dtype)
+        for (form, _), part, step in zip(grids, parts, steps, strict=True)
     ]
 
 
@@ -198,27 +263,31 @@ def round_to_codebook(
     dtype: torch.dtype,
     moment: Float[Tensor, "in in"] | None = None,
     damping: float = 0.01,
+    gptq: GptqOrder | None = None,
 ) -> Base:
     """Round every entry to a number of its row: the nearest, or with ``moment`` as GPTQ does.
+
+    ``gptq`` is that of ``moment``, if it is known.
 
     Raises:
         StatisticsError: As of :func:`round_gptq`.
     """
+    if gptq is None and moment is not None:
+        gptq = GptqOrder.of(moment, damping, INPUTS)
     even = torch.ones(weight.shape[1]).to(weight)
-    importance = even if moment is None else moment.diagonal()
+    importance = even if gptq is None else gptq.energy
     table = cluster(weight, form.bits, importance).to(dtype).float()
-    if moment is None:
+    if gptq is None:
         codes = _nearest(weight.float(), table)
     else:
-        gptq = GptqOrder.of(moment, damping, INPUTS)
         rest = weight.float().T.index_select(0, gptq.order)
         indices = torch.empty(rest.shape, dtype=torch.int64, device=rest.device)
 
-        def snap(at: int, column: Tensor, _: Tensor) -> Tensor:
+        def snap(at: int, column: Tensor) -> Tensor:
             indices[at] = _nearest(column[:, None], table)[:, 0]
             return table.gather(1, indices[at][:, None])[:, 0]
 
-        compensate(rest, gptq.root, snap)
+        gptq.round(rest, snap)
         codes = indices[gptq.order.argsort()].T
     packed = pack(codes.to(torch.uint8).contiguous(), form.bits)
     shape = (weight.shape[0], weight.shape[1])

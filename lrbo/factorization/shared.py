@@ -39,6 +39,11 @@ class SharedFactors:
     is_first: bool
     rest: LowRankFactors
 
+    @property
+    def device(self) -> torch.device:
+        """Where the factors are."""
+        return self.rest.left.device
+
     def module(self, rank: int) -> SharedLinear:
         """Return the layer as it is stored."""
         layer = self.rest.at_rank(rank)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from lrbo.factorization.bases import Base, compensate, inverse_root
+from lrbo.factorization.bases import PANEL, Base, upper_root
 from lrbo.layers.forms import KeptRows, SemiStructured, Sparse
 from lrbo.layers.packing import pack
 
 GROUP = 4  # consecutive inputs, of which two are kept
+# Row by row what a column of a weight becomes: its position in order, its values so far, and those
+# of the columns from it to the end of the panel, ``(columns, rows)``.
+Snap = Callable[[int, Tensor, Tensor], Tensor]
 
 
 def sparsify(
@@ -40,7 +45,9 @@ def sparsify(
     if moment is None:
         root, share = None, torch.ones(width).to(columns)
     else:
-        root = inverse_root(moment, damping, "input second moment").float()
+        upper = upper_root(moment, damping, "input second moment")
+        identity = torch.eye(width).to(upper)
+        root = torch.linalg.solve_triangular(upper, identity, upper=True).float()
         share = root.diagonal().square().reciprocal()
     if isinstance(form, Sparse):
         assert percent is not None
@@ -74,6 +81,30 @@ def sparsify(
         return Base(form, (), (rows, width), tensors, dtype)
     tensors["mask"] = pack(mask.to(torch.uint8), 1)
     return Base(form, (percent or 0,), (rows, width), tensors, dtype)
+
+
+def compensate(weight: Float[Tensor, "in rows"], root: Float[Tensor, "in in"], snap: Snap) -> None:
+    """Replace column after column, and move what each leaves to the columns to come, in place.
+
+    Greedily, for the least of ``tr(E H E^T)``, with ``root^T root = H^-1``; ``weight`` lies by
+    columns. What ``snap`` returns is what the column becomes.
+
+    References:
+        Frantar and Alistarh, *SparseGPT: Massive Language Models Can Be Accurately Pruned in
+        One-Shot*, ICML 2023, algorithm 1.
+    """
+    width = len(weight)
+    for start in range(0, width, PANEL):
+        stop = min(start + PANEL, width)
+        panel, errors = weight[start:stop], torch.empty_like(weight[start:stop])
+        for index in range(stop - start):
+            at = start + index
+            error = panel[index] - snap(at, panel[index], panel[index:])
+            error /= root[at, at]
+            errors[index] = error
+            if index + 1 < stop - start:
+                panel[index + 1 :].addr_(root[at, at + 1 : stop], error, alpha=-1.0)
+        weight[stop:].addmm_(root[start:stop, stop:].T, errors, alpha=-1.0)
 
 
 def keep_rows(

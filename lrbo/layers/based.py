@@ -344,29 +344,28 @@ class BasedLinear(FormModule):
         else:
             weight = self.weight.new_zeros(count, self.in_features, dtype=dtype)
         if self.factors is not None:
-            left, right = self.factors.wide(dtype, rows)
-            weight += left @ right
+            weight = torch.addmm(weight, *self.factors.wide(dtype, rows))  # rounded once
         return weight
 
     @override
     def multiply(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
-        linear = nn.functional.linear
+        linear, shape = nn.functional.linear, (self.out_features, self.in_features)
         is_whole = bool(self.names) and not isinstance(self.form, KeptRows)
         is_whole |= isinstance(self.form, Delta)
+        tokens = x.numel() // max(self.in_features, 1)
+        # Where that is fewer operations, the low rank is added to what is unpacked.
+        if is_whole and (not self.rank or tokens * sum(shape) > shape[0] * shape[1]):
+            return self._of_unpacked(x, with_rank=bool(self.rank))
         bias = None if is_whole else self.bias
         result = None
         if self.factors is not None:
             left, right = self.factors.wide(x.dtype)
-            tokens = x.numel() // max(self.in_features, 1)
-            # Where that is fewer operations, as trials do with factors of floats.
-            if not (self.names or is_whole) and is_dearer(
-                self.rank, self.out_features, self.in_features, tokens
-            ):
+            # As trials do with factors of floats.
+            if not (self.names or is_whole) and is_dearer(self.rank, *shape, tokens):
                 return linear(x, left @ right, bias)
             result = linear(linear(x, right), left, bias)
-        if is_whole:
-            whole = self._of_base(x)
-            return whole if result is None else whole.add_(result)
+            if is_whole:
+                return result.add_(self._of_unpacked(x, with_rank=False))
         if result is None:  # of rank 0
             result = x.new_zeros(*x.shape[:-1], self.out_features)
             result = result if bias is None else result + bias
@@ -375,15 +374,20 @@ class BasedLinear(FormModule):
             result.index_add_(-1, rows, linear(x, values))
         return result
 
-    def _of_base(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
-        """Multiply with the base and add the bias; a large base is unpacked in pieces."""
+    def _of_unpacked(
+        self, x: Float[Tensor, "*batch in"], *, with_rank: bool
+    ) -> Float[Tensor, "*batch out"]:
+        """Multiply with what is unpacked and add the bias; a large base is unpacked in pieces."""
+
+        def weight(rows: slice, count: int) -> Tensor:
+            return self._weight(x.dtype, rows, count) if with_rank else self.base(x.dtype, rows)
+
         step = max(PIECE // self.in_features, 1)
         if not self.form.by_rows or step >= self.out_features:
-            return nn.functional.linear(x, self.base(x.dtype), self.bias)
+            return nn.functional.linear(x, weight(ALL, self.out_features), self.bias)
         starts = range(0, self.out_features, step)
         pieces = [
-            nn.functional.linear(x, self.base(x.dtype, slice(start, start + step)))
-            for start in starts
+            nn.functional.linear(x, weight(slice(start, start + step), step)) for start in starts
         ]
         result = torch.cat(pieces, -1)
         return result if self.bias is None else result.add_(self.bias)

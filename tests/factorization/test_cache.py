@@ -41,6 +41,7 @@ from tests.support.tiny import CASES, build
 
 TOLERANCE = {
     "rounded": 1e-6,  # relative to the largest entry: float64 rounded to float32 once
+    "loss": 1e-12,  # relative to that of rank 0: sums of float64 in another order
 }
 
 
@@ -94,7 +95,8 @@ def test_every_layer_is_factored_as_the_method_says(case: str, method: str) -> N
         assert {actual.left.dtype, actual.right.dtype} == {torch.float32}
         predicted = predicted_loss(exact, statistics.of(spec))
         assert actual.loss is not None
-        assert torch.equal(actual.loss, predicted[: actual.max_rank + 1])
+        difference = actual.loss - predicted[: actual.max_rank + 1]
+        assert float(difference.abs().max()) <= TOLERANCE["loss"] * float(predicted[0])
         for rank in range(actual.max_rank + 1):
             assert actual.tail[rank] == exact.tail[rank]
             product = exact.left[:, :rank] @ exact.right[:rank]

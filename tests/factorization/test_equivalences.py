@@ -238,6 +238,23 @@ def test_without_flattening_the_error_of_loss_aware_is_its_predicted_loss(
 
 
 @cases
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize("output_shrinkage", [0.01, 0.3, 1.0])
+def test_losses_that_loss_aware_predicts_itself_are_those_of_any_method(
+    shape: str, centred: bool, output_shrinkage: float
+) -> None:
+    """From its eigenvalues, also where its metric is another one than that of predictions."""
+    layer = draw(shape)
+    factors = factor(LossAware(output_shrinkage=output_shrinkage, centred=centred), layer)
+    expected = predicted_loss(factors, layer.statistics)
+    assert factors.loss is not None
+    difference = float((factors.loss - expected).abs().max())
+    assert difference <= TOLERANCE["error"] * float(expected[0])
+    # With shrunk inputs directions are not apart in the metric of predictions.
+    assert factor(LossAware(input_shrinkage=0.1), layer).loss is None
+
+
+@cases
 @pytest.mark.parametrize("name", CASES)
 def test_no_method_without_a_bias_predicts_less_loss_than_kfac(shape: str, name: str) -> None:
     layer = draw(shape)

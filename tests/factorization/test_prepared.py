@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from lrbo.calibration.statistics import Statistic
 from lrbo.errors import StatisticsError
@@ -15,7 +16,7 @@ from lrbo.factorization.base_plan import BasePlan
 from lrbo.factorization.cache import factor_model, load_factors, save_factors
 from lrbo.factorization.factors import PARTS, LowRankFactors
 from lrbo.factorization.options import BaseOptions
-from lrbo.factorization.prepared import Prepared, UnitFactors, prepared_of
+from lrbo.factorization.prepared import BasedWeight, Prepared, UnitFactors, prepared_of
 from lrbo.factorization.registry import method_named
 from lrbo.layers.based import BasedLinear
 from lrbo.layers.modules import PRODUCTS
@@ -247,6 +248,42 @@ def test_a_trial_adds_the_leading_directions_to_the_integers(case: str) -> None:
             limit = TOLERANCE["float32"] * size
             assert np.abs(actual - weight.numpy()).max() <= limit
             assert np.abs(added - bias.numpy()).max() <= limit
+
+
+@every_case
+def test_many_tokens_are_multiplied_with_one_matrix_and_few_with_three(case: str) -> None:
+    """The same outputs: for many it is cheaper to add the low rank to what is unpacked."""
+    unit, option = some_unit(case), Option("int4", (SIZE, 2))
+    module = unit.trial_module("unit", option, 0, {})
+    rows, columns = module.out_features, module.in_features
+    few = torch.randn(2, columns, generator=torch.Generator().manual_seed(0))
+    many = few.repeat(rows, 1)
+    assert 2 * (rows + columns) < rows * columns < len(many) * (rows + columns)
+    outputs = [module(few), module(many)[:2]]
+    expected = few.double() @ module.dense_weight().T
+    expected = expected if module.bias is None else expected + module.bias.double()
+    for actual in outputs:
+        limit = TOLERANCE["float32"] * float(expected.abs().max())
+        assert float((actual.double() - expected).abs().max()) <= limit
+    with FlopCounterMode(display=False) as counter:
+        module(many)
+    assert counter.get_total_flops() == 2 * rows * columns * (len(many) + option.rank)
+
+
+def test_factors_are_rounded_once_and_take_no_more_memory_than_their_integers() -> None:
+    unit, family = some_unit(), Option("int4", (SIZE,))
+    part = unit.only({family: 2}, torch.bfloat16, CPU)
+    assert part is not None
+    own = part.based[family]
+    assert isinstance(own, BasedWeight)
+    assert own.codes is not None
+    held = {name: each for name, each in own.module(2).state_dict().items() if name != "weight"}
+    assert held["left"].data_ptr() == own.codes.left.data_ptr()
+    assert held["right"].data_ptr() == own.codes.right.data_ptr()
+    assert own.rest.left.is_meta
+    assert own.rest.right.is_meta
+    packed = unit.based[family].base.tensors["packed"]
+    assert own.base.tensors["packed"].data_ptr() == packed.data_ptr()
 
 
 @every_case
