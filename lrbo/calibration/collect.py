@@ -147,8 +147,8 @@ def calibrate(
         for batch in batches:
             hidden[batch] = body.embed(windows[batch]).to(hidden)
     for name, counts in ends.counts.items():
-        frequency = counts.statistics(name, len(windows) * length)
-        yield dict.fromkeys(ends.with_rows_of(name), frequency)
+        for owner in ends.with_rows_of(name):  # a tensor of its own for each, as files need
+            yield {owner: counts.statistics(name, len(windows) * length)}
     entering: list[Tensor] = []
     for index in range(len(body)):
         if of_gradients:
