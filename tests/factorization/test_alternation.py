@@ -76,7 +76,11 @@ def prepared(option: Option, module: nn.Linear, method: FactorizationMethod) -> 
 
 
 @pytest.mark.parametrize("text", ALTERNATED)
-@pytest.mark.parametrize("method", [LossAware(), LossAware(centred=True), SvdLlm()], ids=repr)
+@pytest.mark.parametrize(
+    "method",
+    [LossAware(), LossAware(centred=True), SvdLlm()],
+    ids=["loss_aware", "centred", "svd_llm"],
+)
 def test_it_is_never_worse_and_costs_the_same(text: str, method: FactorizationMethod) -> None:
     option, module = Option.parse(text), layer()
     rank, unit = option.rank, prepared(option, module, method)
