@@ -48,7 +48,7 @@ from lrbo.layers.kronecker_form import Kronecker
 from lrbo.layers.options import Option
 
 # Rounded to the nearest, or not at all, whatever the errors weigh.
-UNWEIGHED = (QuantizedFactors(8).name, Delta.name, DeltaInt8.name)
+UNWEIGHED = (QuantizedFactors(8).name, Delta().name, DeltaInt8().name)
 # What errors are weighed with.
 NEEDS = frozenset({Statistic.INPUT_MEAN, Statistic.INPUT_COVARIANCE})
 MOMENTS = frozenset({Statistic.INPUT_COVARIANCE, Statistic.POOLED_INPUT_COVARIANCE})

@@ -67,8 +67,8 @@ CODES = ("codes_left", "codes_scale", "codes_right")  # the names of rounded fac
 class BasedWeight:
     """A base of a weight, and factors of what it leaves, with their errors and losses.
 
-    ``codes`` are the factors as integers; without them they are rounded to 8 bits, or to floats,
-    where a layer is made.
+    ``codes`` are the factors as they are stored; without them they are rounded, to 8 bits or to
+    floats, where a layer is made.
     """
 
     base: Base
@@ -110,12 +110,15 @@ class BasedWeight:
     ) -> BasedWeight:
         """Return a copy of other dtype or device, with at most ``max_rank`` directions.
 
-        It has the factors as integers only: they are rounded here, once, if they were not yet.
+        It has the factors only as they are stored: they are rounded here, once, if not before.
         """
         rest = self.rest.leading(
             self.rest.max_rank if max_rank is None else min(max_rank, self.rest.max_rank)
         )
-        codes = Factors.of(rest.left, rest.right, dtype) if self.codes is None else self.codes
+        codes = self.codes
+        if codes is None:
+            floats = self.base.form.has_floats
+            codes = Factors.of(rest.left, rest.right, dtype, floats=floats)
         codes = codes.leading(rest.max_rank).to(device, dtype)
         ends = {"offset": rest.offset, "center": rest.center}
         moved = {name: each.to(device) for name, each in ends.items() if each is not None}

@@ -14,7 +14,7 @@ from lrbo.factorization.options import BaseOptions
 from lrbo.factorization.prediction import PREDICTION_SHRINKAGE, shrunk
 from lrbo.factorization.registry import method_named
 from lrbo.layers.form import DENSE_FORM
-from lrbo.layers.forms import FORMS
+from lrbo.layers.forms import FORMS, is_delta
 from lrbo.layers.low_rank import FormModule
 from lrbo.layers.options import Budget, Measure, Menu, Option
 from lrbo.models.loading import tiny_model
@@ -23,7 +23,11 @@ from lrbo.optimization.space import Problem
 from lrbo.pipeline.search_space import menus_of
 from tests.support.tiny import token_ids
 
-NAMES = [name for name, form in FORMS.items() if name != DENSE_FORM and form.in_blocks]
+NAMES = [
+    name
+    for name, form in FORMS.items()
+    if name != DENSE_FORM and form.in_blocks and not is_delta(name)
+]
 BASES = BaseOptions(group_sizes=(16,), percentages=(25, 50), blocks=((2, 1), (4, 4)))
 STRUCTURED = ["kronecker", "sparse", "sparse_2_4", "sparse_rows"]
 JOINT = ["shared_factored", "neurons", "skip"]

@@ -93,8 +93,8 @@ def test_the_libraries_open_what_was_compressed(
     again = opened(tmp_path / "model")
     own = [p for n, p in again.named_parameters() if p.is_floating_point() and "lora_" not in n]
     assert {parameter.dtype for parameter in own} == {dtype}
-    # bfloat16: PEFT runs adapters in float32.
-    assert relative(outputs(again), expected) <= (1e-6 if dtype == torch.float32 else 0.02)
+    # Here the low rank is added to the weight, and PEFT runs it beside that, in float32.
+    assert relative(outputs(again), expected) <= (3e-6 if dtype == torch.float32 else 0.04)
     assert torch.equal(outputs(model), expected)
     without = outputs(AutoModelForCausalLM.from_pretrained(tmp_path / "model/base"))
     assert relative(without, expected) > 0.05

@@ -259,6 +259,10 @@ def test_a_level_costs_what_its_module_holds_and_multiplies(
             assert module(x).shape == (TOKENS, shape[0])
         cost = form.cost(unit_of(shape, bias=bias), level, bias=bias, itemsize=ITEMSIZES[dtype])
         macs = counter.get_total_flops() // 2 // TOKENS
+        area = shape[0] * shape[1]
+        if isinstance(form, Delta) and TOKENS * sum(shape) > area:
+            # Of so many tokens the low rank is added to the weight, once for all.
+            macs += level[-1] * sum(shape) - level[-1] * area // TOKENS
         held = reference.count_parameters(module)
         if isinstance(form, Based):  # an integer is a parameter, its scale is not
             kept = shape[0] * shape[1]
