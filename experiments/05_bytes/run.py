@@ -295,7 +295,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="*", default=[1, 2])
     parser.add_argument("--only", nargs="*", help="what is measured, by name")
     parser.add_argument("--tokens", type=int, default=32768, help="of calibration")
-    parser.add_argument("--test-tokens", type=int, default=8192, help="of each text")
+    parser.add_argument("--test-tokens", type=int, default=4096, help="of each text")
     parser.add_argument("--trials", type=int, default=30)
     parser.add_argument("--table-only", action="store_true")
     parser.add_argument("overrides", nargs="*", help="further settings of the search")
@@ -315,9 +315,12 @@ def main() -> None:
     file = options.results
     lines = file.read_text("utf-8").splitlines() if file.is_file() else []
     rows = [json.loads(line) for line in lines]
+    # Losses of other windows do not compare.
+    rows = [row for row in rows if row["test_tokens"] == options.test_tokens]
     bench = Bench(options)
 
     def write(row: dict[str, Any]) -> None:
+        row["test_tokens"] = options.test_tokens
         rows.append(row)
         with file.open("a", encoding="utf-8") as out:
             out.write(json.dumps(row) + "\n")

@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 
 from lrbo.errors import ModelError, some
 from lrbo.models.loading import load_model
-from lrbo.models.model_map import linear_weight
 from lrbo.models.parameters import weights_fingerprint
 from lrbo.models.sources import PACKAGED, ModelSource
 from lrbo.models.specs import ModelMap
@@ -150,8 +149,3 @@ def changed_biases(model: PreTrainedModel, base: PreTrainedModel, layers: ModelM
         for name, own, other in _pairs(model, base)
         if name in biased and not torch.equal(own, other)
     ]
-
-
-def base_weight(base: PreTrainedModel, name: str, like: torch.dtype) -> torch.Tensor:
-    """Return the weight of a layer of a base as ``(out, in)``, in the dtype of the model."""
-    return linear_weight(base.get_submodule(name)).to(like)

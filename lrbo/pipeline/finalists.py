@@ -160,6 +160,13 @@ def _solve(
             body=plan.task.segments(model),
             on_layer=lambda _: advance(1),
         )
+    if not solved.report:
+        reporter.say(
+            f"Refit: no layer of trial {index} is a product of two factors, which alone are solved "
+            "again"
+        )
+        kept = {"validation_loss_before": before, "validation_loss_after": before}
+        return {"trial": index, "layers": 0, "taken": False, **kept}, before, factors
     together = {**factors, **solved.factors}
     after = _loss(plan, model, record, together, reporter, "validation")
     taken, count = sum(row.accepted for row in solved.report), len(solved.report)

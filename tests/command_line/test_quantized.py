@@ -186,6 +186,16 @@ def test_alternations_come_before_a_refit(written: tuple[Study, Path]) -> None:
     assert ran.err.index("Alternations of") < ran.err.index("Refit of")
 
 
+def test_a_refit_of_integers_alone_says_that_it_has_nothing_to_solve(
+    written: tuple[Study, Path],
+) -> None:
+    ran = lrbo_command("compress", "study=bits", "point=0", "out=integers", "output=json")
+    assert ran.status == 0, ran.err
+    assert "no layer of trial 0 is a product of two factors" in " ".join(ran.err.split())
+    (row,) = ran.json["refit"]["trials"]
+    assert (row["layers"], row["taken"]) == (0, False)
+
+
 def test_alternations_without_anything_to_alternate_are_refused_at_once(
     written: tuple[Study, Path],
 ) -> None:
