@@ -168,7 +168,7 @@ def base_fields(base: BaseModel) -> quantizer.BaseFields:
     """Return what ``config.json`` says of a base, a folder by its whole path.
 
     Raises:
-        CheckpointError: If it has no place.
+        CheckpointError: If it has no folder and no id.
     """
     source = base.source
     if not source.path:
@@ -304,8 +304,8 @@ def load(
     if base is not None:
         if "base" not in config.quantization_config:
             raise CheckpointError(f"{folder} adds to no base model; leave base={str(base)!r} out")
-        place = {"source": "hf", "path": str(Path(base).absolute()), "revision": None}
-        config.quantization_config["base"] |= place
+        source = {"source": "hf", "path": str(Path(base).absolute()), "revision": None}
+        config.quantization_config["base"] |= source
     with reading(CheckpointError, f"{folder} is not a whole checkpoint", own=ModelError):
         headers.weight_files(folder)
         kind = getattr(transformers, config.quantization_config["auto_class"])

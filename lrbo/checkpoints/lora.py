@@ -58,7 +58,7 @@ def stored_dtype(folder: str | Path) -> str:
 
 
 def _metadata(folder: str | Path) -> dict[str, str]:
-    """Return what the head of the weights says."""
+    """Read the header of the weights."""
     file = Path(folder) / WEIGHTS
     with reading(CheckpointError, f"cannot read {file}"), safe_open(file, "pt") as tensors:
         metadata: dict[str, str] = tensors.metadata() or {}
@@ -263,5 +263,5 @@ def name_for_others(source: ModelSource) -> str:
     """Return the folder or hub id of a model, as programs other than this one read it."""
     if source.source == "tiny":
         return source.path
-    place = source.folder_or_hub_id()
-    return str(place.absolute()) if isinstance(place, Path) else place
+    name = source.folder_or_hub_id()
+    return str(name.absolute()) if isinstance(name, Path) else name

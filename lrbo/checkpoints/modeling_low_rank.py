@@ -14,24 +14,9 @@ HOLDERS = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
 
 
 class LowRankLinear(nn.Module):
-    """Two thin layers for one: ``left(right(x))``."""
+    """Two thin layers for one: ``left(right(x))``; ``right`` may be that of the ``first`` layer."""
 
-    def __init__(self, inputs: int, outputs: int, rank: int, bias: bool) -> None:
-        super().__init__()
-        self.right = nn.Linear(inputs, rank, bias=False)
-        self.left = nn.Linear(rank, outputs, bias=bias)
-        self.register_buffer("weight", torch.empty(0))  # there is no dense weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply the layer."""
-        result: Tensor = self.left(self.right(x))
-        return result
-
-
-class SharedLinear(nn.Module):
-    """A low-rank layer whose right factor is that of the first layer that reads its input."""
-
-    def __init__(self, inputs: int, outputs: int, rank: int, bias: bool, first: Any) -> None:
+    def __init__(self, inputs: int, outputs: int, rank: int, bias: bool, first: Any = None) -> None:
         super().__init__()
         self.right = nn.Linear(inputs, rank, bias=False) if first is None else None
         self.left = nn.Linear(rank, outputs, bias=bias)
@@ -43,17 +28,13 @@ class SharedLinear(nn.Module):
         self.handed: tuple[Tensor, Tensor] | None = None  # an input, and right(input)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply the layer; the first one hands the others what its right factor gives."""
+        """Apply the layer; a first one hands the others what its right factor gives."""
         handed, self.handed = self.handed, None
-        if handed is not None and handed[0] is x:
-            reduced = handed[1]
-        elif self.right is None:
-            reduced = self.peers[0].right(x)
-        else:
-            reduced = self.right(x)
-            for other in self.peers:
-                other.handed = x, reduced
-        result: Tensor = self.left(reduced)
+        if handed is None or handed[0] is not x:
+            handed = x, (self.right or self.peers[0].right)(x)
+            for other in self.peers if self.right is not None else ():
+                other.handed = handed
+        result: Tensor = self.left(handed[1])
         return result
 
 
@@ -127,13 +108,11 @@ class LowRankForCausalLM(LlamaForCausalLM):
             if form == "pivoted":
                 pointwise = _last(name) in POINTWISE
                 layer: nn.Module = PivotedLinear(inputs, outputs, int(rank), bias, pointwise)
-            elif form == "factored":
-                layer = LowRankLinear(inputs, outputs, int(rank), bias)
-            elif form == "shared_factored":
-                holder = HOLDERS.get(_last(name))
-                parent = name.rpartition(".")[0]
-                first = None if holder is None else self.get_submodule(f"{parent}.{holder}")
-                layer = SharedLinear(inputs, outputs, int(rank), bias, first)
+            elif form in ("factored", "shared_factored"):
+                holder = HOLDERS.get(_last(name)) if form == "shared_factored" else None
+                path = f"{name.rpartition('.')[0]}.{holder}"
+                first = None if holder is None else self.get_submodule(path)
+                layer = LowRankLinear(inputs, outputs, int(rank), bias, first)
             else:
                 raise ValueError(f"{name} has the form {form!r}, which this file does not know")
             self.set_submodule(name, layer)

@@ -237,7 +237,7 @@ def run(config: CompressConfig, reporter: Reporter) -> dict[str, Any]:
 
 
 def _totals(best: Finalist) -> dict[str, Any] | None:
-    """Return what alternations gained in all, without their rows by layer."""
+    """Return the totals of alternations, without their rows by layer."""
     if best.alternations is None:
         return None
     trials = best.alternations["trials"]

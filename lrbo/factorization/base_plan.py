@@ -97,7 +97,7 @@ class BasePlan:
         return NEEDS if weighed and self.options.method == "gptq" else frozenset()
 
     def metric(self, statistics: Mapping[Statistic, Tensor]) -> InputMetric | None:
-        """Return what errors are weighed with; ``None`` where every entry is rounded alone.
+        """Return the metric of errors; ``None`` where every entry is rounded alone.
 
         Raises:
             StatisticsError: If a statistic is missing.

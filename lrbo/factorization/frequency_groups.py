@@ -55,7 +55,7 @@ class GroupedFactors:
         )
 
         def summed(curves: Sequence[Tensor]) -> Tensor:
-            """Return what all groups cost together after the first 0, 1, ... directions."""
+            """Return the sum over groups after the first 0, 1, ... directions."""
             whole = torch.stack([curve[0] for curve in curves]).sum()
             steps = torch.cat([curve.diff() for curve in curves])[first].cumsum(0)
             return torch.cat([whole[None], whole + steps]).clamp_min(0.0).cummin(0).values

@@ -220,7 +220,7 @@ class Factors(NamedTuple):
 
 
 def middle_of(bits: int) -> float:
-    """Return what stands for 0 in a band: of few bits no integer does, and all four are of use."""
+    """Return the code of 0 in a band, halfway between integers of few bits: all four are of use."""
     return 2.0 ** (bits - 1) if bits == 8 else (2**bits - 1) / 2
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from transformers import (
+    CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
@@ -116,6 +117,16 @@ def load_config(source: ModelSource) -> PretrainedConfig:
         return tiny_config()
     folder = source.folder_or_hub_id()
     with reading(ModelError, f"cannot load model {source.label}"):
+        values = (
+            PretrainedConfig.get_config_dict(str(folder))[0] if isinstance(folder, Path) else {}
+        )
+        if "auto_map" in values and values.get("model_type") not in CONFIG_MAPPING:
+            raise ModelError(
+                f"model {source.label} is of type {values.get('model_type')!r}, for which "
+                "transformers has no class, and lrbo runs no code that lies beside weights "
+                "(auto_map in its config.json). Give the model that it was made from; of a study, "
+                "write it with lrbo compress format=lrbo."
+            )
         config: PretrainedConfig = AutoConfig.from_pretrained(
             str(folder), revision=source.revision, trust_remote_code=False
         )

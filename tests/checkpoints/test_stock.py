@@ -68,9 +68,9 @@ def opened(folder: Path) -> nn.Module:
     return adapted
 
 
-def outputs(model: nn.Module) -> Tensor:
+def outputs(model: nn.Module, ids: Tensor = IDS) -> Tensor:
     with torch.inference_mode():
-        said: Tensor = model(IDS).logits.float()
+        said: Tensor = model(ids).logits.float()
     return said
 
 
@@ -93,8 +93,12 @@ def test_the_libraries_open_what_was_compressed(
     again = opened(tmp_path / "model")
     own = [p for n, p in again.named_parameters() if p.is_floating_point() and "lora_" not in n]
     assert {parameter.dtype for parameter in own} == {dtype}
-    # Here the low rank is added to the weight, and PEFT runs it beside that, in float32.
-    assert relative(outputs(again), expected) <= (3e-6 if dtype == torch.float32 else 0.04)
+    # bfloat16: PEFT runs adapters in float32.
+    few = IDS[:1, :8]
+    near = 1e-6 if dtype == torch.float32 else 0.02
+    assert relative(outputs(again, few), outputs(model, few)) <= near
+    # Of many tokens lrbo adds the low rank to the weight, in its dtype, and PEFT runs it beside.
+    assert relative(outputs(again), expected) <= 2 * near
     assert torch.equal(outputs(model), expected)
     without = outputs(AutoModelForCausalLM.from_pretrained(tmp_path / "model/base"))
     assert relative(without, expected) > 0.05

@@ -343,7 +343,7 @@ def test_a_folder_with_a_modelling_file_is_scored_like_the_other(project: Path) 
     assert ran.status == 0, ran.err
     assert ran.json["parameters"] == ran.json["parameters_in_file"]
     text = Path("coded/modeling_low_rank.py").read_text(encoding="utf-8")
-    assert len(text.splitlines()) < 150
+    assert len(text.splitlines()) < 120
     assert "import lrbo" not in text
     if not Path("best").exists():
         assert lrbo_command("compress", "study=tiny", "out=best").status == 0

@@ -174,5 +174,8 @@ def test_no_code_of_a_folder_is_executed_nor_asked_for(
     tokenizer = {"auto_map": {"AutoTokenizer": ["evil.T", "evil.T"]}}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(tokenizer), encoding="utf-8")
     monkeypatch.setattr("builtins.input", lambda *_: "y")
-    with pytest.raises(ModelError, match=r"cannot load .*custom code"):
+    expected = "cannot load .*custom code"
+    if load != "tokenizer":
+        expected = "is of type 'evil', for which .*runs no code .*format=lrbo"
+    with pytest.raises(ModelError, match=expected):
         LOADERS[load](ModelSource("hf", str(tmp_path)))
