@@ -337,15 +337,13 @@ class BasedLinear(FormModule):
     def _weight(
         self, dtype: torch.dtype, rows: slice | Int[Tensor, " n"], count: int
     ) -> Float[Tensor, "n in"]:
-        if isinstance(self.form, Delta):
-            weight = self.base(dtype, rows).clone()
-        elif self.names:
+        if self.names or isinstance(self.form, Delta):
             weight = self.base(dtype, rows)
         else:
             weight = self.weight.new_zeros(count, self.in_features, dtype=dtype)
         if self.factors is not None:
-            weight = torch.addmm(weight, *self.factors.wide(dtype, rows))  # rounded once
-        return weight
+            return torch.addmm(weight, *self.factors.wide(dtype, rows))  # rounded once
+        return weight.clone() if isinstance(self.form, Delta) else weight  # that of others too
 
     @override
     def multiply(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
