@@ -2,8 +2,8 @@
 
     python experiments/05_bytes/record.py
 
-Appends to recorded.jsonl until all are there; stop it and type it again as you like. The menus,
-with their predicted losses, go to menus.npz.
+Appends to recorded_BITS.jsonl until all are there; stop it and type it again as you like. The
+menus, with their predicted losses, go to menus_BITS.npz.
 """
 
 from __future__ import annotations
@@ -52,13 +52,18 @@ def wanted(space: WeightSpace, count: int) -> Iterator[tuple[str, dict[str, floa
 def main() -> None:
     """Score what is not scored yet."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--bits", type=float, default=3.25, help="per parameter of the blocks")
     parser.add_argument("--count", type=int, default=30, help="allocations of each width")
     parser.add_argument("--folder", type=Path, default=Path("studies/recorded_bytes"))
     parser.add_argument("overrides", nargs="*", help="further settings of the search")
     options = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
-    study = Study(options.folder)
-    overrides = ["experiment=bytes", "sensitivity.layers_per_kind=0", *options.overrides]
+    bits = options.bits
+    study = Study(options.folder.with_name(f"{options.folder.name}_{bits}"))
+    overrides = [
+        "experiment=bytes", f"budget.bits_per_parameter={bits}", "sensitivity.layers_per_kind=0",
+        "tracking.enabled=false", *options.overrides,
+    ]  # fmt: skip
     config: Any = compose.composed("search", [f"study={study.folder}", *overrides])
     plan = planning.plan_search(config, study, [])
     reporter = Reporter()
@@ -67,8 +72,8 @@ def main() -> None:
         space: Any = build_worker.informed_space(
             plan, study, worker.model, worker.prepared, reporter
         )
-        save_menus(HERE / "menus.npz", space, study.state.dense["nll"])
-        file = HERE / "recorded.jsonl"
+        save_menus(HERE / f"menus_{bits}.npz", space, study.state.dense["nll"])
+        file = HERE / f"recorded_{bits}.jsonl"
         done = len(file.read_text("utf-8").splitlines()) if file.is_file() else 0
         for index, (sort, point, allocation) in enumerate(wanted(space, options.count)):
             if index < done:

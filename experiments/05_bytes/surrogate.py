@@ -1,6 +1,6 @@
 """A surrogate of the real model from recorded trials, on which ten seeds of a search are cheap.
 
-A Gaussian process on the trials of recorded.jsonl: SmolLM2-135M, rotated, at 3.25 bits per
+A Gaussian process on the trials of recorded_BITS.jsonl: SmolLM2-135M, rotated, at so many bits per
 parameter of its blocks, described by what each allocation is predicted to lose per form, and per
 kind and depth.
 """
@@ -29,7 +29,7 @@ from lrbo.optimization.space import Problem
 from lrbo.optimization.variables import SpaceSettings, WeightSpace, build_weight_space
 
 HERE = Path(__file__).parent
-CRUSHED = 1.5  # nats beyond the dense model
+CRUSHED = 5  # times the least loss beyond the dense model
 PARTS = 3  # of the depth
 
 
@@ -67,14 +67,15 @@ class Recorded:
     rows: list[dict[str, Any]]
 
     @classmethod
-    def load(cls, folder: Path = HERE) -> Recorded:
-        """Read recorded.jsonl and menus.npz."""
-        menus, budget, dense = load_menus(folder / "menus.npz")
+    def load(cls, bits: float, folder: Path = HERE) -> Recorded:
+        """Read recorded_BITS.jsonl and menus_BITS.npz."""
+        menus, budget, dense = load_menus(folder / f"menus_{bits}.npz")
         space = build_weight_space(Problem(menus, budget), SpaceSettings(bounds=(-0.5, 0.5)))
-        lines = (folder / "recorded.jsonl").read_text("utf-8").splitlines()
+        lines = (folder / f"recorded_{bits}.jsonl").read_text("utf-8").splitlines()
         every = [json.loads(line) for line in lines]
         # Where a few layers are crushed the loss jumps; no search goes there twice.
-        return cls(space, dense, [row for row in every if row["nll"] - dense < CRUSHED])
+        limit = CRUSHED * min(row["nll"] - dense for row in every)
+        return cls(space, dense, [row for row in every if row["nll"] - dense < limit])
 
     @cached_property
     def inputs(self) -> np.ndarray:
