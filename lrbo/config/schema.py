@@ -167,6 +167,7 @@ class BasesConfig:
     frequency_groups: list[int] = field(default_factory=lambda: [8])
     bands: list[list[int]] = field(default_factory=lambda: [[2, 32]])
     damping: float = 0.01
+    sweeps: int = 0
     factor_bits: int = option(8, Rule("8 or 16", lambda v: v in (8, 16)))
 
 

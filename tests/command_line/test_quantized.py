@@ -297,6 +297,10 @@ def test_a_modelling_file_that_does_not_know_integers_is_refused_at_once(
                 "bases.damping=0",
             ],
         ),
+        (
+            ["bases.sweeps=2", "bases.method=nearest"],
+            ["bases.sweeps=2: expected 0 with bases.method=nearest: sweeps go on where gptq ends"],
+        ),
         (["space.forms=[int5]"], ["space.forms=['int5']: ", "int4", "int3_sym"]),
         (
             ["budget.bits_per_parameter=33"],
