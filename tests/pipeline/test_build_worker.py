@@ -143,6 +143,23 @@ def test_only_what_matters_is_made_again(
     }
 
 
+def test_integers_are_made_again_with_sweeps_and_lose_less(cache: Path) -> None:
+    losses = []
+    for name, sweeps in (("one", 0), ("two", 1)):
+        line = [*INTEGERS, "budget.measure=bytes", f"bases.sweeps={sweeps}"]
+        worker, reporter = make_worker(name, *line)
+        assert reporter.steps == (["Factorization"] if sweeps else BOTH)
+        units = [each.based[Option("int4", (16,))] for each in worker.prepared.values()]
+        losses.append(sum(float(unit.rest.loss[0]) for unit in units))
+    assert losses[1] < losses[0]
+    assert made(cache) == {"calibration": 1, "factors": 2}
+    make_worker("one", *INTEGERS)  # which has them, and is the same study
+    with pytest.raises(StudyError, match=r"bases\.sweeps"):
+        search.search(
+            small_config("study=one", *INTEGERS, "bases.sweeps=1"), [], RecordingReporter()
+        )
+
+
 def test_other_weights_get_factors_of_their_own(
     cache: Path, other_weights: Callable[[], None]
 ) -> None:
