@@ -43,7 +43,7 @@ def compress(*overrides: str) -> dict[str, Any]:
 
     Returns:
         ``folder``, for :func:`lrbo.load`; ``parameters`` of the model, ``keep_ratio``,
-        ``forms`` of its layers, and how ``alternations`` and the ``refit`` went.
+        ``forms`` of its layers, and how ``bases`` made again and the ``refit`` went.
 
     Raises:
         LrboError: As :func:`search` does.

@@ -15,7 +15,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +24,18 @@ import public
 from torch import Tensor
 
 from lrbo.allocation.allocate import Allocation, widest
-from lrbo.allocation.apply import compressed, replaced
+from lrbo.allocation.apply import compressed, on_device, replaced
 from lrbo.commands import search
 from lrbo.config import compose
-from lrbo.config.schema import DataConfig, RoleConfig
+from lrbo.config.schema import DataConfig, RefinementConfig, RoleConfig
 from lrbo.data.windows import ROLES, make_windows
 from lrbo.errors import BudgetError, ConfigError
 from lrbo.layers.low_rank import linear_of
 from lrbo.layers.options import Cost, Option, account
 from lrbo.models.model_map import linear_bias, linear_weight
+from lrbo.models.parameters import fingerprint
 from lrbo.optimization.space import Problem
-from lrbo.pipeline import build_worker, planning
+from lrbo.pipeline import build_worker, finalists, planning
 from lrbo.progress import Reporter
 from lrbo.study.journal import Study
 from lrbo.tasks.causal_lm import CausalLM
@@ -68,13 +69,22 @@ UNIFORM = ["int2_sym", "int2", "int3_sym", "int3", "int4_sym", "int4", "int8_sym
 IN_BYTES: Mapping[str, Way] = {
     "nearest": (UNIFORM, "svd", "alike"),
     "GPTQ": (UNIFORM, "svd", "alike"),
+    "GPTQ, swept": (UNIFORM, "svd", "alike"),
     "QERA": (UNIFORM, "drone", "repaired"),
     "LoSparse": (["sparse_rows"], "loss_aware", "analytic"),
     "Kronecker": (["kronecker"], "loss_aware", "analytic"),
     "low rank": (["pivoted"], "loss_aware", "analytic"),
     "bits": (UNIFORM, "loss_aware", "analytic"),
     "menu": (["bytes"], "loss_aware", "analytic"),
+    "menu, refined": (["bytes"], "loss_aware", "analytic"),
     "menu, searched": (["bytes"], "loss_aware", "searched"),
+    "menu, searched and refined": (["bytes"], "loss_aware", "searched"),
+}
+# Whose bases are made again, as lrbo compress does, once the options are decided on.
+REFINED: Mapping[str, RefinementConfig] = {
+    "GPTQ, swept": RefinementConfig(sweeps=2),
+    "menu, refined": RefinementConfig(alternations=2, sweeps=2),
+    "menu, searched and refined": RefinementConfig(alternations=2, sweeps=2),
 }
 IN_PARAMETERS: Mapping[str, Way] = {
     "low rank": (["pivoted"], "loss_aware", "analytic"),
@@ -200,8 +210,27 @@ class Bench:
             "keep": counted.keep_ratio("parameters"),
             "forms": forms_of(allocation),
         }
-        with compressed(worker.model, allocation, worker.prepared):
+        prepared = worker.prepared
+        if row.what in REFINED:
+            result["refined"], prepared = self.refined(row, plan, worker.model, allocation)
+        with compressed(worker.model, allocation, prepared):
             return result | self.scored(worker.model, plan)
+
+    def refined(
+        self, row: Row, plan: planning.Plan, model: Any, allocation: Allocation
+    ) -> tuple[dict[str, Any], Mapping[str, Any]]:
+        """Make the bases of an allocation again, as ``lrbo compress`` does; say what it gained."""
+        digest, reporter, parts = fingerprint(model), self.reporter, plan.preparation
+        factors = parts.factors(digest, plan.dtype, model.device, reporter, model)
+        statistics = parts.statistics(digest, plan.dtype, reporter, model)
+        before = finalists.loss_of(
+            plan, model, allocation, factors, reporter, "validation", "preparation"
+        )
+        gained, _, made = finalists.refined(
+            plan, model, statistics, allocation, factors, before, REFINED[row.what], reporter
+        )
+        totals = {key: value for key, value in gained.items() if key != "rows"}
+        return totals, on_device(model, made, allocation.ranks)
 
     def dense(self) -> dict[str, Any]:
         """Return the losses of the dense model."""
@@ -218,6 +247,7 @@ class Bench:
             return widest(problem.menus, problem.budget)
         if way[2] == "repaired":
             return repaired(problem)
+        row = replace(row, what="menu, searched")  # of which there is one search
         study = Study(self.options.folder / row.name)
         config: Any = compose.composed("search", self.overrides(row, way, study))
         config.search.trials = self.options.trials
@@ -303,7 +333,7 @@ def main() -> None:
     if SMOKE:
         options.results, options.folder = Path("results.jsonl"), Path("studies")
         options.bits, options.seeds, options.trials = [16.0], [], 3
-        options.keeps, options.only = [], ["GPTQ", "menu", "menu, searched", "low rank"]
+        options.keeps, options.only = [], ["GPTQ", *REFINED, "menu", "menu, searched", "low rank"]
         options.tokens, options.test_tokens = 256, 128
         options.overrides = [
             "model=tiny",

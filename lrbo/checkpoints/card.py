@@ -78,17 +78,17 @@ class Card:
             },
             serving=self._serving(),
             in_floats=any(form.endswith(FLOATS) for form in self.forms),
-            alternated=self._alternated(),
+            refined=self._refined(),
             base_path="" if self.adapter is None else json.dumps(self.adapter.base_name),
             is_refit=any(trial["taken"] for trial in refit["trials"]),
             table=self.scores,
         )
 
-    def _alternated(self) -> Mapping[str, Any] | None:
-        """Return the row of the trial if its bases were made again in turns."""
-        trials = (self.about.get("alternations") or {"trials": []})["trials"]
-        own = [row for row in trials if row["trial"] == self.about["trial"] and row["taken"]]
-        return own[0] if own else None
+    def _refined(self) -> Mapping[str, Any] | None:
+        """Return how bases were made again, and the row of the trial, if it was taken."""
+        bases = self.about.get("bases") or {"trials": []}
+        own = [r for r in bases["trials"] if r["trial"] == self.about["trial"] and r["taken"]]
+        return {**bases, **own[0]} if own else None
 
     def _serving(self) -> str:
         """Return the command line that serves an adapter with its base."""

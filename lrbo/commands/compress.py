@@ -90,7 +90,7 @@ def run(config: CompressConfig, reporter: Reporter) -> dict[str, Any]:
             f"point={point}: trial {lowest.request.trial_index} has the lowest loss up to there, "
             f"with {metric} {lowest.metrics[metric]:.4f} of {limit:g}"
         )
-    best = finalist(plan, study, records, config.refit, reporter, turns=config.bases.alternations)
+    best = finalist(plan, study, records, config.refit, reporter, bases=config.bases)
     record, allocation = best.record, best.record.request.allocation
     model = _stored_model(plan, study, config.dtype)
     difference = Difference.of(plan, model)
@@ -123,7 +123,7 @@ def run(config: CompressConfig, reporter: Reporter) -> dict[str, Any]:
         },
         "validation_as_written": as_written,
         "refit": best.refit,
-        "alternations": _totals(best),
+        "bases": _totals(best),
         "data": study.data,
         "versions": versions(),
     }
@@ -231,18 +231,18 @@ def run(config: CompressConfig, reporter: Reporter) -> dict[str, Any]:
         "keep_ratio": keep_ratio,
         "forms": forms,
         "refit": best.refit,
-        "alternations": best.alternations,
+        "bases": best.bases,
         **sizes,
     }
 
 
 def _totals(best: Finalist) -> dict[str, Any] | None:
-    """Return the totals of alternations, without their rows by layer."""
-    if best.alternations is None:
+    """Return the totals of bases that were made again, without their rows by layer."""
+    if best.bases is None:
         return None
-    trials = best.alternations["trials"]
+    trials = best.bases["trials"]
     totals = [{key: row[key] for key in row if key != "rows"} for row in trials]
-    return {**best.alternations, "trials": totals}
+    return {**best.bases, "trials": totals}
 
 
 def _serving(stock: Stock, options: Mapping[str, Option]) -> str:

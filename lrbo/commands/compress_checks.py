@@ -15,7 +15,7 @@ from lrbo.layers.joint_form import SharedFactored, Skip
 from lrbo.layers.modules import PRODUCTS
 from lrbo.models.loading import load_config
 from lrbo.pipeline import planning
-from lrbo.pipeline.alternations import alternation_problems
+from lrbo.pipeline.refinements import refinement_problems
 from lrbo.trials.records import TrialRecord
 
 
@@ -24,7 +24,7 @@ def require_room(
 ) -> None:
     """Refuse forms and biases that a format cannot hold, and trials without what is asked for."""
     tried = records if config.refit.enabled else records[:1]
-    if problems := alternation_problems(config.bases.alternations, plan, tried):
+    if problems := refinement_problems(config.bases, plan, tried):
         raise ConfigError(problems)
     if config.format == "remote_code":
         for record in records:

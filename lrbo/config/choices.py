@@ -71,6 +71,9 @@ LATENCIES = ("prefill_latency_ratio", "decode_latency_ratio")
 PREDICTED = "predicted_loss"  # of a trial: the sum over units, beyond the dense model
 LOSS = "loss"  # the search's objective: nll, and the divergence if it is weighted
 
+# What bases.sweeps has to be with bases.method=nearest.
+NO_SWEEPS = "0 with bases.method=nearest: sweeps go on where gptq ends, in its metric"
+
 
 def ceiling_of(point: object) -> tuple[str, float] | None:
     """Return the metric and its largest value for ``keep=0.75`` and the like; else ``None``."""

@@ -97,7 +97,7 @@ def check_values(config: schema.Config) -> list[str]:
         problem for key, value, rule in _ruled(config) for problem in rule.problems(key, value)
     ]
     if isinstance(config, schema.SearchConfig):
-        for check in (_texts, _front, _thresholds, _latency, _pool, _curves, _executor):
+        for check in (_texts, _front, _thresholds, _latency, _pool, _curves, _sweeps, _executor):
             others += check(config)
     elif isinstance(config, schema.CompressConfig):
         others += [*_candidates(config), *_serving(config)]
@@ -251,6 +251,11 @@ def _curves(config: schema.SearchConfig) -> Iterator[str]:
             "sensitivity.enabled=False: space.type='weights' multiplies loss curves; enable them, "
             "or choose a space of ratios"
         )
+
+
+def _sweeps(config: schema.SearchConfig) -> Iterator[str]:
+    if config.bases.sweeps and config.bases.method == "nearest":
+        yield mismatch("bases.sweeps", config.bases.sweeps, choices.NO_SWEEPS)
 
 
 def _executor(config: schema.SearchConfig) -> Iterator[str]:

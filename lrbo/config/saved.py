@@ -37,6 +37,7 @@ ADDED: Mapping[str, Any] = {
     "bases.factor_bits": 8,
     "bases.frequency_groups": [8],
     "bases.bands": [[2, 32]],
+    "bases.sweeps": 0,
 }
 
 

@@ -167,6 +167,7 @@ class BasesConfig:
     frequency_groups: list[int] = field(default_factory=lambda: [8])
     bands: list[list[int]] = field(default_factory=lambda: [[2, 32]])
     damping: float = 0.01
+    sweeps: int = 0
     factor_bits: int = option(8, Rule("8 or 16", lambda v: v in (8, 16)))
 
 
@@ -272,10 +273,11 @@ class RefitConfig:
 
 
 @dataclass
-class AlternationConfig:
-    """How often bases and the low ranks over them are made again in turns."""
+class RefinementConfig:
+    """How bases of the final options are made again, and in turns the low ranks over them."""
 
     alternations: int = option(0, at_least(0, most=REPEATED))
+    sweeps: int = option(0, at_least(0, most=REPEATED))
 
 
 @dataclass
@@ -289,7 +291,7 @@ class CompressConfig:
     format: str = option("lrbo", one_of(choices.FORMATS))
     vllm: bool = False
     register: str = option("link", one_of(("link", "copy", "none")))
-    bases: AlternationConfig = field(default_factory=AlternationConfig)
+    bases: RefinementConfig = field(default_factory=RefinementConfig)
     refit: RefitConfig = field(default_factory=RefitConfig)
     dtype: str = option("auto", DTYPE)
     output: str = option("text", OUTPUT)

@@ -29,6 +29,7 @@ from lrbo.factorization.rounding import (
     round_to_codebook,
 )
 from lrbo.factorization.sparsity import keep_rows, sparsify
+from lrbo.factorization.sweeps import swept
 from lrbo.layers.based import Factors, bands_of
 from lrbo.layers.form import Level
 from lrbo.layers.forms import (
@@ -193,7 +194,8 @@ class BasePlan:
             return made
         if metric is None:
             return [*made, *round_nearest(weight, grids, dtype=dtype)]
-        return [*made, *round_in_order(weight, metric.gptq, grids, dtype=dtype)]
+        integers = round_in_order(weight, metric.gptq, grids, dtype=dtype)
+        return [*made, *swept(weight, integers, metric, self.options.sweeps)]
 
     def factors(
         self,

@@ -8,7 +8,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from itertools import groupby
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -189,12 +189,20 @@ def factors_fingerprint(
             "model": model_fingerprint,
             "calibration": calibration_fingerprint,
             "method": {"type": type(method).__name__, **options},
-            "bases": None if bases is None else asdict(bases),
+            "bases": None if bases is None else _stated(bases),
             "errors": errors,
             "joint": sorted(joint),
             **({} if base is None else {"base": base}),
         }
     )
+
+
+def _stated(bases: BasePlan) -> dict[str, Any]:
+    """Return a plan in plain values; without sweeps as before there were any, for old caches."""
+    stated = asdict(bases)
+    if not bases.options.sweeps:
+        del stated["options"]["sweeps"]
+    return stated
 
 
 def save_factors(folder: Path, parts: Iterator[Mapping[str, Prepared]], fingerprint: str) -> None:

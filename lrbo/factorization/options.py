@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from lrbo.config.choices import NO_SWEEPS
 from lrbo.config.options import (
     ABOVE_0_TO_1,
     COUNT,
@@ -13,8 +14,11 @@ from lrbo.config.options import (
     FROM_0,
     FROM_0_TO_1,
     NAMES,
+    REPEATED,
     Options,
     Rule,
+    at_least,
+    mismatch,
     one_of,
     option,
 )
@@ -99,6 +103,7 @@ class BaseOptions(Options):
         bands: Of ``delta_bands``: how many leading directions have 8 bits, and how many behind them
             3; the others have 2. Each pair is a choice of its own.
         damping: Added to the diagonal of the input second moment, as a share of its mean entry.
+        sweeps: Of coordinate descent over all integers and their scales, after ``"gptq"``.
     """
 
     method: str = option("gptq", one_of(("gptq", "nearest")))
@@ -109,6 +114,12 @@ class BaseOptions(Options):
     frequency_groups: tuple[int, ...] = option(Grid.frequency_groups, GROUPS)
     bands: tuple[tuple[int, int], ...] = option(Grid.bands, BANDS)
     damping: float = option(0.01, ABOVE_0_TO_1)
+    sweeps: int = option(0, at_least(0, most=REPEATED))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.sweeps and self.method == "nearest":
+            raise ValueError(mismatch("sweeps", self.sweeps, NO_SWEEPS))
 
     def grid(self, multiple: int = 1, minimum: int = 0) -> Grid:
         """Return the levels that are made; ranks are multiples, from a minimum on."""

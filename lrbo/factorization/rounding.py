@@ -59,17 +59,39 @@ class GptqOrder:
             Transformers*, ICLR 2023, algorithm 1, in the form that Chee et al., *QuIP*, NeurIPS
             2023, theorem 6, show to be the same, and that needs no inverse.
         """
-        errors = torch.zeros_like(columns)
-        for start in range(0, len(columns), PANEL):
-            own = slice(start, start + PANEL)
-            given, left = columns[own], errors[own]
-            due = torch.addmm(given, self.moves[:start, own].T, errors[:start])
-            shares = self.moves[own, own].T.contiguous()
-            rows = zip(*(each.unbind() for each in (given, due, left, shares)), strict=True)
-            for at, (exact, column, error, share) in enumerate(rows, start):
-                # Those that are not rounded yet have left nothing so far.
-                column.addmv_(left.T, share)
-                torch.sub(exact, snap(at, column), out=error)
+        round_columns(columns, self.moves, snap)
+
+
+def round_columns(
+    columns: Float[Tensor, "in rows"],
+    moves: Float[Tensor, "in in"],
+    snap: Snap,
+    errors: Float[Tensor, "in rows"] | None = None,
+) -> None:
+    """Round column after column, a panel at a time, each to what the errors of others make of it.
+
+    Args:
+        columns: What is rounded, in order.
+        moves: Row by row: of the error of each, what each other one gets. The diagonal is not read
+            while a column is rounded for the first time, and has to be zero afterwards.
+        snap: What a column becomes.
+        errors: What each leaves so far, updated in place; ``None`` if none is rounded yet.
+    """
+    is_first = errors is None
+    errors = torch.zeros_like(columns) if errors is None else errors
+    for start in range(0, len(columns), PANEL):
+        stop = min(start + PANEL, len(columns))
+        own = slice(start, stop)
+        given, left = columns[own], errors[own]
+        due = torch.addmm(given, moves[:start, own].T, errors[:start])
+        if not is_first:
+            due.addmm_(moves[stop:, own].T, errors[stop:])
+        shares = moves[own, own].T.contiguous()
+        rows = zip(*(each.unbind() for each in (given, due, left, shares)), strict=True)
+        for at, (exact, column, error, share) in enumerate(rows, start):
+            # Those that are not rounded yet have left nothing so far.
+            column.addmv_(left.T, share)
+            torch.sub(exact, snap(at, column), out=error)
 
 
 @dataclass(frozen=True)
@@ -83,6 +105,13 @@ class InputMetric:
     def gptq(self) -> GptqOrder:
         """The order of inputs; StatisticsError as of :meth:`GptqOrder.of`."""
         return GptqOrder.of(self.moment, self.damping, INPUTS)
+
+    @cached_property
+    def damped(self) -> Float[Tensor, "in in"]:
+        """``H = C + damping * mean(diag C) I``, float64."""
+        damped = self.moment.double().clone()
+        damped.diagonal().add_(self.damping * damped.diagonal().mean())
+        return damped
 
 
 def scales(
@@ -152,7 +181,7 @@ def round_nearest(
         scale, zero = scales(weight, form, group_size, even, dtype)
         wide = [each.repeat_interleave(group_size, 1) for each in (scale, zero)]
         codes = (weight / wide[0] + wide[1]).round_().clamp_(0, 2**form.bits - 1)
-        made.append(_rounded(form, codes, scale, zero, dtype))
+        made.append(rounded(form, codes - wide[1], scale, zero, dtype))
     return made
 
 
@@ -197,6 +226,30 @@ def round_in_order(
     """Round as :func:`round_gptq` does, several weights in one order."""
     order = gptq.order
     steps = [scales(weight, form, size, gptq.energy, dtype) for form, size in grids]
+    rest = weight.float().T.index_select(0, order).repeat(1, len(grids))
+    codes = torch.empty_like(rest)
+    gptq.round(rest, snap_to(grids, steps, order, codes))
+    parts = codes[order.argsort()].T.chunk(len(grids))
+    return [
+        rounded(form, part, *step, dtype)
+        for (form, _), part, step in zip(grids, parts, steps, strict=True)
+    ]
+
+
+def snap_to(
+    grids: Sequence[tuple[Quantized, int]],
+    steps: Sequence[tuple[Tensor, Tensor]],
+    order: Int64[Tensor, " in"],
+    codes: Float[Tensor, "in grids_out"],
+) -> Snap:
+    """Return what rounds a column, in order, to the nearest integers of grids side by side.
+
+    Args:
+        grids: Forms and group sizes.
+        steps: Scale and zero point of every group of each grid, ``(out, groups)``.
+        order: Of the inputs.
+        codes: Where the integers are left, less their zero points, float32.
+    """
     finest = math.gcd(*(size for _, size in grids))
 
     def groups(index: int) -> Tensor:
@@ -208,13 +261,15 @@ def round_in_order(
         return torch.cat(wide, 1).float()
 
     scale, zero = groups(0), groups(1)
-    group = order // finest
-    most = torch.cat([torch.full((len(weight),), 2.0**form.bits - 1) for form, _ in grids])
+    most = torch.cat(
+        [
+            torch.full((len(each[0]),), 2.0**form.bits - 1)
+            for (form, _), each in zip(grids, steps, strict=True)
+        ]
+    )
     lines = [each.unbind() for each in (scale, -zero, most.to(zero) - zero)]
     by_group = [*zip(*lines, strict=True)]
-    own = [by_group[index] for index in group.tolist()]
-    rest = weight.float().T.index_select(0, order).repeat(1, len(grids))
-    codes = torch.empty_like(rest)
+    own = [by_group[index] for index in (order // finest).tolist()]
     rows = codes.unbind()
 
     def snap(at: int, column: Tensor) -> Tensor:
@@ -222,13 +277,7 @@ def round_in_order(
         torch.clamp(column.div_(step).round_(), least, largest, out=rows[at])
         return torch.mul(rows[at], step)
 
-    gptq.round(rest, snap)
-    codes.add_(zero.index_select(0, group))
-    parts = codes.to(torch.uint8)[order.argsort()].T.chunk(len(grids))
-    return [
-        _rounded(form, part, *step, dtype)
-        for (form, _), part, step in zip(grids, parts, steps, strict=True)
-    ]
+    return snap
 
 
 def cluster(
@@ -294,12 +343,15 @@ def round_to_codebook(
     return Base(form, (), shape, {"packed": packed, "table": table.to(dtype)}, dtype)
 
 
-def _rounded(
+def rounded(
     form: Quantized, codes: Tensor, scale: Tensor, zero: Tensor, dtype: torch.dtype
 ) -> Base:
-    tensors = {"packed": pack(codes.to(torch.uint8).contiguous(), form.bits)}
+    """Return the base of integers that are given less their zero points."""
+    shape = (codes.shape[0], codes.shape[1])
+    size = shape[1] // scale.shape[1]
+    whole = codes + zero.to(codes.dtype).repeat_interleave(size, 1)
+    tensors = {"packed": pack(whole.to(torch.uint8).contiguous(), form.bits)}
     tensors["scale"] = scale.to(dtype)
     if not form.symmetric:
         tensors["zero"] = zero.to(torch.uint8)
-    shape = (codes.shape[0], codes.shape[1])
-    return Base(form, (shape[1] // scale.shape[1],), shape, tensors, dtype)
+    return Base(form, (size,), shape, tensors, dtype)

@@ -183,7 +183,9 @@ class TableMetric:
         self, weight: Float[Tensor, "rows in"], plan: BasePlan, dtype: torch.dtype
     ) -> list[Base]:
         """Make every base of a table, some rows at a time: no row depends on another."""
-        parts = [plan.make(rows, self.inputs, dtype) for rows in torch.split(weight, ROWS)]
+        given, metric = self.inputs, plan.metric(self.inputs)
+        blocks = torch.split(weight, ROWS)
+        parts = [plan.make(rows, given, dtype, metric=metric) for rows in blocks]
         return [_joined(pieces) for pieces in zip(*parts, strict=True)]
 
 

@@ -9,17 +9,21 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from lrbo.allocation.allocate import Allocation
 from lrbo.allocation.apply import compressed, on_device
-from lrbo.config.schema import RefitConfig
+from lrbo.config.schema import RefinementConfig, RefitConfig
 from lrbo.data.windows import Role
+from lrbo.factorization.cache import LayerStatistics
 from lrbo.factorization.prepared import Prepared
 from lrbo.models.devices import resolve_device
 from lrbo.pipeline import build_worker, planning
-from lrbo.pipeline.alternations import alternate_trial
+from lrbo.pipeline.refinements import refined_units
 from lrbo.progress import Reporter
 from lrbo.refit.sequential import Metric, RefitSettings, output_metric, refit
 from lrbo.study.study_record import StudyRecord
 from lrbo.trials.records import TrialRecord
+
+AGAIN = "bases made again"  # in messages
 
 
 @dataclass(frozen=True)
@@ -28,8 +32,8 @@ class Finalist:
 
     Losses, nats per token, are with these factors on the validation text and on the test text,
     which decided nothing (``None`` if not measured). ``refit`` has its settings, and a row per
-    trial that was solved again; ``None`` without a refit. ``alternations`` has a row per trial of
-    which bases and low ranks were made again in turns; ``None`` without.
+    trial that was solved again; ``None`` without a refit. ``bases`` likewise has how bases were
+    made again, and a row per trial; ``None`` without.
     """
 
     record: TrialRecord
@@ -37,7 +41,7 @@ class Finalist:
     loss: float
     test_loss: float | None
     refit: dict[str, Any] | None
-    alternations: dict[str, Any] | None = None
+    bases: dict[str, Any] | None = None
 
 
 def finalist(
@@ -47,23 +51,24 @@ def finalist(
     config: RefitConfig,
     reporter: Reporter,
     *,
-    turns: int = 0,
+    bases: RefinementConfig | None = None,
 ) -> Finalist:
     """Return the trial of least loss on the validation text after each was solved again.
 
-    First come ``turns`` alternations of bases and the low ranks over them, then the refit. What
-    neither improves competes as it was scored. Without a refit, it is the first of the records,
-    which are completed trials.
+    First ``bases`` are made again, with the low ranks over them, then comes the refit. What neither
+    improves competes as it was scored. Without a refit, it is the first of the records, which are
+    completed trials.
 
     Raises:
         StudyError: If the model is another one by now.
-        StatisticsError: If a layer cannot be alternated, naming it.
+        StatisticsError: If a base cannot be made again, naming its layer.
     """
     digest, dtype = study.about.model_fingerprint, plan.dtype
     device = resolve_device(plan.config.model.device)
     name = study.task.minimized.name
     tests = {test["trial"]: test["metrics"][name] for test in study.state.tests.values()}
-    if not config.enabled and not turns:
+    again = bases if bases is not None and (bases.alternations or bases.sweeps) else None
+    if not config.enabled and again is None:
         factors, best = plan.preparation.factors(digest, dtype, device, reporter), records[0]
         test_loss = tests.get(best.request.trial_index)
         return Finalist(best, factors, best.metrics[name], test_loss, None)
@@ -73,20 +78,17 @@ def finalist(
     statistics = plan.preparation.statistics(digest, dtype, reporter, model)
     metric = output_metric(plan.layers, statistics, config.output_power)
     loss, record = math.inf, records[0]
-    refits, alternations = list[dict[str, Any]](), list[dict[str, Any]]()
+    refits, refinements = list[dict[str, Any]](), list[dict[str, Any]]()
     solved: Mapping[str, Prepared] = factors
     for candidate in records if config.enabled else records[:1]:
         its_loss: float = candidate.metrics[name]
         its_factors: Mapping[str, Prepared] = factors
-        if turns:
-            row, made = alternate_trial(
-                plan, model, statistics, factors, candidate, turns, reporter
+        if again is not None:
+            allocation = candidate.request.allocation
+            row, its_loss, its_factors = refined(
+                plan, model, statistics, allocation, factors, its_loss, again, reporter
             )
-            after = _loss(plan, model, candidate, made, reporter, "validation", "alternations")
-            row |= _judged(plan, "Alternations", its_loss, after, reporter)
-            alternations.append(row)
-            if row["taken"]:
-                its_loss, its_factors = after, made
+            refinements.append({"trial": candidate.request.trial_index, **row})
         if config.enabled:
             row, its_loss, its_factors = _solve(
                 plan, model, candidate, its_factors, its_loss, metric, config, reporter
@@ -98,16 +100,39 @@ def finalist(
         reporter.say(f"Trial {record.request.trial_index} is the best after refits")
     test_loss = tests.get(record.request.trial_index)  # of the factors of the trial
     if solved is not factors:
-        last = "refit" if config.enabled else "alternations"
-        test_loss = _loss(plan, model, record, solved, reporter, "test", last)
+        last = "refit" if config.enabled else AGAIN
+        allocation = record.request.allocation
+        test_loss = loss_of(plan, model, allocation, solved, reporter, "test", last)
     return Finalist(
         record,
         solved,
         loss,
         test_loss,
         {**asdict(config), "trials": refits} if config.enabled else None,
-        {"turns": turns, "trials": alternations} if turns else None,
+        None if again is None else {**asdict(again), "trials": refinements},
     )
+
+
+def refined(
+    plan: planning.Plan,
+    model: PreTrainedModel,
+    statistics: LayerStatistics,
+    allocation: Allocation,
+    factors: Mapping[str, Prepared],
+    before: float,
+    config: RefinementConfig,
+    reporter: Reporter,
+) -> tuple[dict[str, Any], float, Mapping[str, Prepared]]:
+    """Make the bases of an allocation again; return a row for reports, and the better of both.
+
+    ``before`` is the loss with ``factors``, on the same model and the validation text. All else,
+    also what is raised, is as of :func:`refined_units`.
+    """
+    options = allocation.compressed
+    row, made = refined_units(plan, model, statistics, factors, options, config, reporter)
+    after = loss_of(plan, model, allocation, made, reporter, "validation", AGAIN)
+    row |= _judged(plan, "Bases made again", before, after, reporter)
+    return (row, after, made) if row["taken"] else (row, before, factors)
 
 
 def _judged(
@@ -168,23 +193,24 @@ def _solve(
         kept = {"validation_loss_before": before, "validation_loss_after": before}
         return {"trial": index, "layers": 0, "taken": False, **kept}, before, factors
     together = {**factors, **solved.factors}
-    after = _loss(plan, model, record, together, reporter, "validation")
+    after = loss_of(plan, model, allocation, together, reporter, "validation")
     taken, count = sum(row.accepted for row in solved.report), len(solved.report)
     judged = _judged(plan, f"Refit of {taken} of {count} layers", before, after, reporter)
     row = {"trial": index, "layers": taken, **judged}
     return (row, after, together) if judged["taken"] else (row, before, factors)
 
 
-def _loss(
+def loss_of(
     plan: planning.Plan,
     model: PreTrainedModel,
-    record: TrialRecord,
+    allocation: Allocation,
     factors: Mapping[str, Prepared],
     reporter: Reporter,
     role: Role,
     after: str = "refit",
 ) -> float:
-    allocation, tokens = record.request.allocation, plan.task.positions(plan.windows[role].examples)
+    """Return the loss of a dense model with an allocation on a text, nats per token."""
+    tokens = plan.task.positions(plan.windows[role].examples)
     prefixes = on_device(model, factors, allocation.ranks)
     with compressed(model, allocation, prefixes, tokens=tokens):
         losses = plan.losses(model, role, f"{role.capitalize()} text after {after}", reporter)

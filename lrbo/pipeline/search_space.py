@@ -111,6 +111,7 @@ def base_options(config: SearchConfig) -> BaseOptions:
         tuple(own.frequency_groups),
         bands,
         own.damping,
+        own.sweeps,
     )
 
 

@@ -37,7 +37,7 @@ def test_compress_writes_what_evaluate_scores_like_the_trial(project: Path, sear
     assert ran.status == 0, ran.err
     answer = ran.json
     keys = {"folder", "parameters", "parameters_in_file", "keep_ratio", "forms", "refit"}
-    keys |= {"alternations"}
+    keys |= {"bases"}
     assert set(answer) == keys
     assert answer["parameters"] == answer["parameters_in_file"]
     assert answer["keep_ratio"] == best["keep_ratio"]
@@ -50,6 +50,18 @@ def test_compress_writes_what_evaluate_scores_like_the_trial(project: Path, sear
     assert scored.status == 0, scored.err
     expected = searched[1].json["test"]["best"]["nll"]
     assert scored.json["nll"] == pytest.approx(expected, abs=TOLERANCE["nll"])
+
+
+def test_bases_cannot_be_made_again_where_there_are_none(project: Path, searched: Any) -> None:
+    line = ["compress", "study=tiny", "out=none", "bases.sweeps=2", "bases.alternations=1"]
+    ran = lrbo_command(*line)
+    assert ran.status != 0
+    output = " ".join(ran.err.split())
+    trial = searched[1].json["best"]["trial"]
+    assert "2 problems:" in output
+    assert f"bases.sweeps=2: expected 0: in trial {trial} no layer has integers, such as" in output
+    assert f"bases.alternations=1: expected 0: in trial {trial} no layer has a base with" in output
+    assert not Path("none").exists()
 
 
 def test_no_study_is_judged_but_the_one_that_was_named_and_that_may_be_read_only(

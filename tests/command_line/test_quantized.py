@@ -149,7 +149,7 @@ def test_bases_and_low_ranks_are_made_again_in_turns_at_the_same_size(
     line = ["compress", "study=bits", "point=1", "refit.enabled=false", "output=json"]
     ran = lrbo_command(*line, "out=turns", "bases.alternations=2")
     assert ran.status == 0, ran.err
-    (row,) = ran.json["alternations"]["trials"]
+    (row,) = ran.json["bases"]["trials"]
     options = study.state.trials[1].request.allocation.compressed
     own = {n: str(o) for n, o in options.items() if o.form in ("int4", "int3") and o.rank}
     assert {each["layer"]: each["option"] for each in row["rows"]} == own
@@ -157,7 +157,7 @@ def test_bases_and_low_ranks_are_made_again_in_turns_at_the_same_size(
     assert row["predicted_after"] < row["predicted_before"]
     assert row["predicted_after"] == sum(each["predicted_after"] for each in row["rows"])
     assert row["layers"] == sum(each["turn"] > 0 for each in row["rows"])
-    assert f"Alternations of {row['layers']} of {len(own)} layers: predicted loss" in ran.err
+    assert f"Bases made again in {row['layers']} of {len(own)} layers: predicted loss" in ran.err
     before = study.state.trials[1].metrics["nll"]
     assert row["validation_loss_before"] == before
     card = Path("turns/README.md").read_text(encoding="utf-8")
@@ -167,23 +167,47 @@ def test_bases_and_low_ranks_are_made_again_in_turns_at_the_same_size(
     same = {name for name in tensors[0] if torch.equal(tensors[0][name], tensors[1][name])}
     if not row["taken"]:
         assert len(same) == len(tensors[0])
-        assert "made again in turns" not in card
+        assert "made again" not in card
         return
     others = {name for name in tensors[0] if name.rpartition(".")[0] not in own}
     assert others <= same < tensors[0].keys()
     assert row["validation_loss_after"] < before
-    assert "bases and the low ranks over them made again in turns" in card
+    assert "bases made again for these options" in card
+    assert "bases were made again, in turns with the low ranks over them (CALDERA)" in card
     assert "bases.alternations=2" in card
+
+
+def test_integers_are_swept_at_the_same_size(written: tuple[Study, Path]) -> None:
+    study = written[0]
+    line = ["compress", "study=bits", "refit.enabled=false", "output=json", "bases.sweeps=2"]
+    for trial in (0, 1):  # of integers alone, and with low ranks over some
+        ran = lrbo_command(*line, f"point={trial}", f"out=swept-{trial}")
+        assert ran.status == 0, ran.err
+        assert (ran.json["bases"]["alternations"], ran.json["bases"]["sweeps"]) == (0, 2)
+        (row,) = ran.json["bases"]["trials"]
+        record = study.state.trials[trial]
+        options = record.request.allocation.compressed
+        own = {n: str(o) for n, o in options.items() if o.form in ("int4", "int3")}
+        assert {each["layer"]: each["option"] for each in row["rows"]} == own
+        assert all(each["predicted_after"] <= each["predicted_before"] for each in row["rows"])
+        assert row["layers"] > len(own) / 2
+        assert row["predicted_after"] < 0.99 * row["predicted_before"]
+        tensors = load_file(Path(f"swept-{trial}/model.safetensors"))
+        assert sum(each.nbytes for each in tensors.values()) == record.metrics["model_bytes"]
+        card = Path(f"swept-{trial}/README.md").read_text(encoding="utf-8")
+        assert ("integers by sweeps of coordinate descent" in card) == row["taken"]
+        if row["taken"]:
+            assert row["validation_loss_after"] < record.metrics["nll"]
 
 
 def test_alternations_come_before_a_refit(written: tuple[Study, Path]) -> None:
     line = ["compress", "study=bits", "point=1", "out=both", "output=json"]
     ran = lrbo_command(*line, "bases.alternations=1")
     assert ran.status == 0, ran.err
-    (turn,), (refit,) = (ran.json[key]["trials"] for key in ("alternations", "refit"))
+    (turn,), (refit,) = (ran.json[key]["trials"] for key in ("bases", "refit"))
     start = "validation_loss_after" if turn["taken"] else "validation_loss_before"
     assert refit["validation_loss_before"] == turn[start]
-    assert ran.err.index("Alternations of") < ran.err.index("Refit of")
+    assert ran.err.index("Bases made again in") < ran.err.index("Refit of")
 
 
 def test_a_refit_of_integers_alone_says_that_it_has_nothing_to_solve(
@@ -203,7 +227,7 @@ def test_alternations_without_anything_to_alternate_are_refused_at_once(
     assert ran.status != 0
     output = " ".join(ran.err.split())
     assert "bases.alternations=2: expected 0: in trial 0 no layer has a base with" in output
-    assert "Alternations" not in ran.err
+    assert "Bases" not in ran.err
     assert not Path("none").exists()
 
 
@@ -296,6 +320,10 @@ def test_a_modelling_file_that_does_not_know_integers_is_refused_at_once(
                 "bases.method='best': expected gptq or nearest",
                 "bases.damping=0",
             ],
+        ),
+        (
+            ["bases.sweeps=2", "bases.method=nearest"],
+            ["bases.sweeps=2: expected 0 with bases.method=nearest: sweeps go on where gptq ends"],
         ),
         (["space.forms=[int5]"], ["space.forms=['int5']: ", "int4", "int3_sym"]),
         (

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -439,6 +440,8 @@ def test_the_fingerprint_depends_on_model_calibration_and_method() -> None:
                 (("int4",), BaseOptions(method="nearest")),
                 (("int4",), BaseOptions(group_sizes=(64, 32))),
                 (("int4",), BaseOptions(damping=0.1)),
+                (("int4",), BaseOptions(sweeps=1)),
+                (("int4",), BaseOptions(sweeps=2)),
             )
         ),
         *(factors_fingerprint("model", "calibration", Asvd(alpha=alpha)) for alpha in (0.4, 0.5)),
@@ -450,8 +453,26 @@ def test_the_fingerprint_depends_on_model_calibration_and_method() -> None:
             )
         ),
     }  # fmt: skip
-    assert len(others | {base}) == 20
+    assert len(others | {base}) == 22
     assert factors_fingerprint("model", "calibration", Bolaco()) == base
+
+
+def test_caches_of_before_there_were_sweeps_are_those_without(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stated: list[dict[str, Any]] = []
+
+    def record(given: dict[str, Any]) -> str:
+        stated.append(given)
+        return "digest"
+
+    monkeypatch.setattr("lrbo.factorization.cache.fingerprint_of", record)
+    for sweeps in (0, 2):
+        plan = BasePlan(("int4",), BaseOptions(sweeps=sweeps))
+        factors_fingerprint("model", "calibration", Bolaco(), plan)
+    options = [each["bases"]["options"] for each in stated]
+    assert options[0] | {"sweeps": 2} == options[1]
+    assert "sweeps" not in options[0]
 
 
 def test_the_fingerprint_is_the_same_in_every_process(monkeypatch: pytest.MonkeyPatch) -> None:

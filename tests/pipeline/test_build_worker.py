@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from lrbo.commands import compress, search
 from lrbo.config.choices import ROLES
-from lrbo.config.saved import to_yaml
+from lrbo.config.saved import differences, to_yaml
 from lrbo.config.schema import CompressConfig
 from lrbo.errors import ConfigError, ModelError, StudyError
 from lrbo.factorization.methods import LossAware
@@ -141,6 +141,20 @@ def test_only_what_matters_is_made_again(
         "calibration": 1 + ("Calibration" in steps),
         "factors": 1 + ("Factorization" in steps),
     }
+
+
+def test_integers_are_made_again_with_sweeps_and_lose_less(cache: Path) -> None:
+    losses = []
+    for name, sweeps in (("one", 0), ("two", 1)):
+        line = [*INTEGERS, "budget.measure=bytes", f"bases.sweeps={sweeps}"]
+        worker, reporter = make_worker(name, *line)
+        assert reporter.steps == (["Factorization"] if sweeps else BOTH)
+        units = [each.based[Option("int4", (16,))] for each in worker.prepared.values()]
+        losses.append(sum(float(unit.rest.loss[0]) for unit in units))
+    assert losses[1] < losses[0]
+    assert made(cache) == {"calibration": 1, "factors": 2}
+    problems = differences(Study(Path("studies/one")).config, small_config("study=one", *line))
+    assert problems == ["bases.sweeps: the study has 0, the command has 1"]
 
 
 def test_other_weights_get_factors_of_their_own(

@@ -1,4 +1,4 @@
-"""A base and the low rank over it, made again in turns: each of what the other one leaves."""
+"""A base made again, and in turns the low rank over it: each of what the other one leaves."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from lrbo.errors import StatisticsError
 from lrbo.factorization.base import FactorizationMethod, Remainders, Weight
 from lrbo.factorization.base_plan import BasePlan
 from lrbo.factorization.bases import Base
+from lrbo.factorization.factors import LowRankFactors
 from lrbo.factorization.prediction import moments
 from lrbo.factorization.prepared import BasedWeight
 from lrbo.factorization.tables import TableMetric
-from lrbo.layers.forms import Based, QuantizedFactors, form_named
+from lrbo.layers.forms import Based, Delta, Quantized, QuantizedFactors, form_named
 from lrbo.layers.options import Option
 from lrbo.linalg import float64_device
 from lrbo.models.model_map import linear_bias, linear_weight
@@ -25,10 +26,16 @@ from lrbo.models.specs import LayerSpec
 CPU = torch.device("cpu")
 
 
-def is_alternated(option: Option) -> bool:
+def is_repaired(option: Option) -> bool:
     """Whether an option has a base, and a low rank of what that leaves."""
     form = form_named(option.form)
-    return isinstance(form, Based) and not isinstance(form, QuantizedFactors) and option.rank > 0
+    has_base = isinstance(form, Based) and not isinstance(form, QuantizedFactors | Delta)
+    return has_base and option.rank > 0
+
+
+def is_integer(option: Option) -> bool:
+    """Whether an option has a base in integers, with a low rank over it or without."""
+    return isinstance(form_named(option.form), Quantized)
 
 
 @dataclass(frozen=True)
@@ -58,7 +65,9 @@ class Parts:
         plan: BasePlan,
         device: torch.device | None = None,
     ) -> Parts:
-        """Return those of a unit as it was prepared: the same rules, metric and statistics.
+        """Return those of a unit as it was prepared: the same method, metric and statistics.
+
+        Bases are made as the ``plan`` says, which may be another one than before.
 
         Raises:
             StatisticsError: If a statistic is missing.
@@ -79,25 +88,25 @@ class Parts:
             )
         if Statistic.OUTPUT_GRADIENT not in statistics:
             raise StatisticsError(
-                "alternations are judged by gradients of outputs, which were not gathered; "
+                "bases made again are judged by gradients of outputs, which were not gathered; "
                 "calibrate with loss curves."
             )
         given = {statistic: tensor.to(work) for statistic, tensor in statistics.items()}
-        weight = stored.to(work, torch.float64)
+        weight, inputs = stored.to(work, torch.float64), own.metric(given)
         gradient, moment = (each.to(work) for each in moments(unit.rest, statistics))
         return cls(
             weight,
-            lambda target: own.make(target, given, stored.dtype)[0],
+            lambda target: own.make(target, given, stored.dtype, metric=inputs)[0],
             method.for_kind(spec.kind).remainders(None if bias is None else bias.to(work), given),
             lambda change: float((gradient @ change @ moment * change).sum()) / 2,
         )
 
 
 @dataclass(frozen=True)
-class Alternated:
+class Refined:
     """A base with a low rank of exactly one rank, and its predicted losses, nats per token.
 
-    ``turn`` is the alternation that it is of, 0 where none was better than what there was.
+    ``turn`` is the one that it is of, 0 where none was better than what there was.
     """
 
     unit: BasedWeight
@@ -106,7 +115,7 @@ class Alternated:
     turn: int
 
 
-def alternate(unit: BasedWeight, rank: int, parts: Parts, turns: int) -> Alternated:
+def refine(unit: BasedWeight, rank: int, parts: Parts, turns: int = 1) -> Refined:
     """Make the base of what the low rank leaves, and the low rank of what that leaves, in turns.
 
     A turn begins with the low rank as it is stored, in integers. The iterate of least predicted
@@ -115,7 +124,7 @@ def alternate(unit: BasedWeight, rank: int, parts: Parts, turns: int) -> Alterna
 
     Args:
         unit: A base and what it leaves, of which ``rank`` directions are used.
-        rank: At least 1.
+        rank: At least 0; without any, the base is that of the weight, and one turn is all.
         parts: How both are made.
         turns: How often, at least 1.
 
@@ -130,22 +139,27 @@ def alternate(unit: BasedWeight, rank: int, parts: Parts, turns: int) -> Alterna
     def stored(each: BasedWeight) -> Weight:
         """Return the low rank as a layer of it has it."""
         factors = each.module(rank).factors
-        assert factors is not None
+        if factors is None:
+            return torch.zeros_like(weight)
         left, right = factors.to(weight.device, dtype).wide(weight.dtype)
         return left @ right
 
     def left_by(base: Base) -> Weight:
         return weight - base.to(weight.device).weight(weight.dtype)
 
+    def rest_of(base: Base) -> LowRankFactors:
+        if rank == 0 and unit.rest.center is None:
+            return unit.rest.leading(0)  # a bias, which no base changes
+        return parts.low_rank(left_by(base), rank).to(dtype=torch.float32, device=CPU)
+
     product = stored(unit)
     before = after = parts.loss(left_by(unit.base) - product)
     best, taken = unit, 0
-    for turn in range(1, turns + 1):
+    for turn in range(1, turns + 1 if rank else 2):
         base = parts.base(weight - product)
-        rest = parts.low_rank(left_by(base), rank).to(dtype=torch.float32, device=CPU)
-        each = BasedWeight(base.to(CPU), rest)
+        each = BasedWeight(base.to(CPU), rest_of(base))
         product = stored(each)
         loss = parts.loss(left_by(base) - product)
         if loss < after:
             after, best, taken = loss, each, turn
-    return Alternated(best.to(dtype=dtype, device=CPU, max_rank=rank), before, after, taken)
+    return Refined(best.to(dtype=dtype, device=CPU, max_rank=rank), before, after, taken)
