@@ -72,8 +72,8 @@ def round_columns(
 
     Args:
         columns: What is rounded, in order.
-        moves: Row by row: of the error of each, what each other one gets. The diagonal is not read
-            while a column is rounded for the first time, and has to be zero afterwards.
+        moves: Row by row: of the error of each, what each other one gets. Where there are errors
+            before, its diagonal is zero.
         snap: What a column becomes.
         errors: What each leaves so far, updated in place; ``None`` if none is rounded yet.
     """
@@ -89,7 +89,7 @@ def round_columns(
         shares = moves[own, own].T.contiguous()
         rows = zip(*(each.unbind() for each in (given, due, left, shares)), strict=True)
         for at, (exact, column, error, share) in enumerate(rows, start):
-            # Those that are not rounded yet have left nothing so far.
+            # Those that are still to come have left what they did before, at first nothing.
             column.addmv_(left.T, share)
             torch.sub(exact, snap(at, column), out=error)
 

@@ -45,7 +45,8 @@ def swept(
     if not bases or not sweeps:
         return [*bases]
     order = metric.gptq.order  # which refuses what is no metric
-    integers = [_Integers.of(weight.double(), base, metric.damped) for base in bases]
+    exact = weight.double()
+    integers = [_Integers.of(exact, base, metric.damped) for base in bases]
     grids = [(each.form, each.size) for each in integers]
     given = weight.float().T.index_select(0, order).repeat(1, len(bases))
     shares = _shares(metric)
