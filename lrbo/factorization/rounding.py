@@ -23,8 +23,9 @@ INPUTS = "input second moment"  # in messages
 ITERATIONS = 12  # of k-means; what moves after them is in the third digit of the error
 
 
-# What a column of a weight becomes: by its position in order, and what it should be.
-Snap = Callable[[int, Tensor], Tensor]
+# Writes what a column of a weight becomes: by its position in order, what it should be, and where to.
+# What it should be is read once, and may be overwritten.
+Snap = Callable[[int, Tensor, Tensor], object]
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,8 @@ class GptqOrder:
         root = upper_root(moment, damping, name, order, torch.float32)
         return cls(energy, order, root.div_(root.diagonal().clone()))
 
-    def round(self, columns: Float[Tensor, "in rows"], snap: Snap) -> None:
-        """Round column after column, and add what each leaves to the columns to come.
+    def round(self, columns: Float[Tensor, "in rows"], snap: Snap) -> Float[Tensor, "in rows"]:
+        """Round column after column, add what each leaves to those to come, and return them.
 
         Greedily, for the least of ``tr(E H E^T)``. The columns are in order, and what they become
         is left to ``snap``.
@@ -59,17 +60,20 @@ class GptqOrder:
             Transformers*, ICLR 2023, algorithm 1, in the form that Chee et al., *QuIP*, NeurIPS
             2023, theorem 6, show to be the same, and that needs no inverse.
         """
-        errors = torch.zeros_like(columns)
+        rounded, errors = torch.zeros_like(columns), torch.empty_like(columns)
         for start in range(0, len(columns), PANEL):
             own = slice(start, start + PANEL)
-            given, left = columns[own], errors[own]
-            due = torch.addmm(given, self.moves[:start, own].T, errors[:start])
-            shares = self.moves[own, own].T.contiguous()
-            rows = zip(*(each.unbind() for each in (given, due, left, shares)), strict=True)
-            for at, (exact, column, error, share) in enumerate(rows, start):
-                # Those that are not rounded yet have left nothing so far.
-                column.addmv_(left.T, share)
-                torch.sub(exact, snap(at, column), out=error)
+            exact, values = columns[own], rounded[own]
+            shares = self.moves[own, own].triu(1).T
+            # All that exact ones of the panel give to each other, of which rounded ones take off.
+            due = torch.addmm(exact, self.moves[:start, own].T, errors[:start])
+            due.addmm_(shares, exact)
+            taken = values.T  # those that are not rounded yet are 0
+            rows = zip(*(each.unbind() for each in (due, values, -shares)), strict=True)
+            for at, (column, value, share) in enumerate(rows, start):
+                snap(at, column.addmv_(taken, share), value)
+            torch.sub(exact, values, out=errors[own])
+        return rounded
 
 
 @dataclass(frozen=True)
@@ -217,10 +221,10 @@ def round_in_order(
     codes = torch.empty_like(rest)
     rows = codes.unbind()
 
-    def snap(at: int, column: Tensor) -> Tensor:
+    def snap(at: int, column: Tensor, value: Tensor) -> None:
         step, least, largest = own[at]
         torch.clamp(column.div_(step).round_(), least, largest, out=rows[at])
-        return torch.mul(rows[at], step)
+        torch.mul(rows[at], step, out=value)
 
     gptq.round(rest, snap)
     codes.add_(zero.index_select(0, group))
@@ -283,9 +287,9 @@ def round_to_codebook(
         rest = weight.float().T.index_select(0, gptq.order)
         indices = torch.empty(rest.shape, dtype=torch.int64, device=rest.device)
 
-        def snap(at: int, column: Tensor) -> Tensor:
+        def snap(at: int, column: Tensor, value: Tensor) -> None:
             indices[at] = _nearest(column[:, None], table)[:, 0]
-            return table.gather(1, indices[at][:, None])[:, 0]
+            value.copy_(table.gather(1, indices[at][:, None])[:, 0])
 
         gptq.round(rest, snap)
         codes = indices[gptq.order.argsort()].T
