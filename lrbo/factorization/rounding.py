@@ -18,7 +18,9 @@ from lrbo.layers.packing import pack
 # Shares of the range of a group that are tried as the range of its integers: at few bits, a finer
 # grid is worth a few clipped entries.
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5)
-CHUNK = 2**20  # entries of which scales are sought at a time
+# An entry that is cut off by a fifth loses more than all of its group in rounding to 8 bits.
+CLIPS_OF = {8: CLIPS[:4]}
+CHUNK = 2**18  # entries of which scales are sought at a time
 INPUTS = "input second moment"  # in messages
 ITERATIONS = 12  # of k-means; what moves after them is in the third digit of the error
 
@@ -102,45 +104,45 @@ def scales(
     ``CLIPS``, in float32: it only selects one of a few. Scales are rounded to ``dtype`` first, in
     which they will be stored; both are returned in the dtype of the weight.
     """
+    groups = weight.shape[1] // group_size
+    weights = importance.float().view(groups, 1, group_size)
+    # Groups lie side by side, entry by entry: one scale after the other, as entries do.
     parts = [
-        _scales(rows, form, group_size, importance, dtype)
+        _scales(rows.T.contiguous().view(groups, group_size, -1), form, weights, dtype)
         for rows in torch.split(weight.float(), max(CHUNK // weight.shape[1], 1))
     ]
-    scale, zero = (torch.cat(each) for each in zip(*parts, strict=True))
+    scale, zero = (torch.cat(each, 1).T.contiguous() for each in zip(*parts, strict=True))
     return scale.to(weight), zero.to(weight)
 
 
 def _scales(
-    weight: Float[Tensor, "rows in"],
+    entries: Float[Tensor, "groups size rows"],
     form: Quantized,
-    group_size: int,
-    importance: Float[Tensor, " in"],
+    weights: Float[Tensor, "groups 1 size"],
     dtype: torch.dtype,
-) -> tuple[Float[Tensor, "rows groups"], Float[Tensor, "rows groups"]]:
-    groups = weight.reshape(len(weight), -1, group_size)
-    weights = importance.float().view(-1, group_size)
+) -> tuple[Float[Tensor, "groups rows"], Float[Tensor, "groups rows"]]:
     most = 2**form.bits - 1
-    low = groups.amin(2).clamp_max(0.0)
-    high = groups.amax(2).clamp_min(0.0)
+    low = entries.amin(1, keepdim=True).clamp_max(0.0)
+    high = entries.amax(1, keepdim=True).clamp_min(0.0)
     if form.symmetric:
         high = torch.maximum(high, -low)
         low = -high
     best = torch.full_like(low, torch.inf)
     scale, zero = torch.ones_like(low), torch.zeros_like(low)
-    exact, codes = torch.empty_like(groups), torch.empty_like(groups)
-    for clip in CLIPS:
-        step = ((high - low) * (clip / most)).to(dtype).to(groups)
+    exact, codes = torch.empty_like(entries), torch.empty_like(entries)
+    for clip in CLIPS_OF.get(form.bits, CLIPS):
+        step = ((high - low) * (clip / most)).to(dtype).to(entries)
         step = torch.where(step > 0, step, torch.ones_like(step))
         middle = torch.full_like(step, 2.0 ** (form.bits - 1))
         if not form.symmetric:
             middle = (-low * clip / step).round().clamp(0, most)
-        torch.addcmul(middle[:, :, None], groups, step.reciprocal()[:, :, None], out=exact)
-        torch.round(exact, out=codes).clamp_(0, most).sub_(exact).square_()
-        total = torch.einsum("ogi,gi->og", codes, weights).mul_(step.square())
+        torch.addcmul(middle, entries, step.reciprocal(), out=exact)
+        torch.round(exact, out=codes).clamp_(0, most).sub_(exact)
+        total = torch.bmm(weights, codes.mul_(codes)).mul_(step.square())
         better = total < best
         best = torch.where(better, total, best)
         scale, zero = torch.where(better, step, scale), torch.where(better, middle, zero)
-    return scale, zero
+    return scale[:, 0], zero[:, 0]
 
 
 def round_nearest(
