@@ -20,6 +20,7 @@ from lrbo.layers.packing import pack
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5)
 # An entry that is cut off by a fifth loses more than all of its group in rounding to 8 bits.
 CLIPS_OF = {8: CLIPS[:4]}
+SINGLE_DAMPING = 1e-3  # from which on moments are factored in float32
 CHUNK = 2**18  # entries of which scales are sought at a time
 INPUTS = "input second moment"  # in messages
 ITERATIONS = 12  # of k-means; what moves after them is in the third digit of the error
@@ -48,7 +49,9 @@ class GptqOrder:
         energy = moment.diagonal()
         order = energy.argsort(descending=True, stable=True)
         # What an entry leaves is far larger than its rounding in float32, which is twice as fast.
-        root = upper_root(moment, damping, name, order, torch.float32)
+        # A root is as exact as its dtype allows beside the damping.
+        dtype = torch.float32 if damping >= SINGLE_DAMPING else torch.float64
+        root = upper_root(moment, damping, name, order, dtype).float()
         return cls(energy, order, root.div_(root.diagonal().clone()))
 
     def round(self, columns: Float[Tensor, "in rows"], snap: Snap) -> Float[Tensor, "in rows"]:
