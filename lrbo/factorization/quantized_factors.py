@@ -21,7 +21,11 @@ FIRST, GROWTH = 16, 4  # directions of the first run, and how many times as long
 # Shares of the largest number of a direction that its integers may reach to, in a band.
 BAND_CLIPS = (*CLIPS, 0.45, 0.4, 0.35, 0.3, 0.25)
 
-Rows = tuple[Tensor, Tensor, Tensor]  # packed, and numbers that scales, float64, multiply
+# In float32 a system is solved in which every direction has this share, of its length, that none
+# before it has; others have a pseudoinverse in float64.
+INDEPENDENT = 0.01
+
+Rows = tuple[Tensor, Tensor, Tensor]  # packed, and numbers that scales multiply, float32
 
 
 def round_factors(
@@ -72,20 +76,20 @@ def round_factors(
         if gradient is not None:
             outputs = GptqOrder.of(gradient, damping, "output gradient moment")
     lefts, rights, steps = list[Tensor](), list[Tensor](), list[Tensor]()
-    rest = weight
+    rest = weight.float()  # what rounding to few bits leaves is far larger than that of float32
+    weights = None if moment is None else moment.float()
     for start, stop, bits in _runs(first.max_rank, bands):
         run = remainder(rest, stop - start) if start else first.leading(stop)
-        right = _rounded(run.right.double().contiguous(), inputs, bits)
-        if moment is None:
-            columns = run.left.double().T.contiguous()
-        else:
-            columns = _solved(right[2] * right[1][:, None], moment, rest)
-        left = _rounded(columns, outputs, bits)
+        right = _rounded(run.right, inputs, bits)
+        left = run.left.T
+        if weights is not None:
+            left = _solved(right[2] * right[1][:, None], weights, rest)
+        left = _rounded(left, outputs, bits)
         lefts.append(left[0])
         rights.append(right[0])
         steps.append((left[1] * right[1]).to(dtype))
         if stop < first.max_rank:
-            rest = rest - (left[2].T * steps[-1].double()) @ right[2]
+            rest = torch.addmm(rest, left[2].T * steps[-1].float(), right[2], alpha=-1)
     if bands is None:
         return Factors(torch.cat(lefts), torch.cat(steps), torch.cat(rights))
     flat = [torch.cat([each.flatten() for each in side]) for side in (lefts, rights)]
@@ -111,13 +115,20 @@ def _solved(
     inner, shared = weighed @ right.T, weighed @ target.T
     length = inner.diagonal().sqrt()
     scale = torch.where(length > 0, length, torch.ones_like(length))[:, None]
-    inverse: Tensor = torch.linalg.pinv(inner / scale / scale.T, hermitian=True)
-    return inverse @ (shared / scale) / scale
+    inner, shared = inner / scale / scale.T, shared / scale
+    root, failed = torch.linalg.cholesky_ex(inner)
+    if not int(failed) and float(root.diagonal().min()) > INDEPENDENT:
+        return torch.cholesky_solve(shared, root) / scale
+    right, moment, target = right.double(), moment.double(), target.double()
+    weighed = right @ moment
+    inner = weighed @ right.T / scale / scale.T
+    inverse: Tensor = torch.linalg.pinv(inner, hermitian=True)
+    return (inverse @ (weighed @ target.T / scale) / scale).float()
 
 
 def _rounded(rows: Float[Tensor, "k n"], gptq: GptqOrder | None, bits: int) -> Rows:
     """Round rows with a scale each, by GPTQ or to the nearest."""
-    values, count = rows.float(), rows.shape[1]
+    values, count = rows.float().contiguous(), rows.shape[1]
     weights = torch.ones_like(values[0]) if gptq is None else gptq.energy.float()
     if bits == INTEGERS.bits:
         middle = float(MIDDLE)
@@ -144,7 +155,7 @@ def _rounded(rows: Float[Tensor, "k n"], gptq: GptqOrder | None, bits: int) -> R
         ordered = gptq.round(exact.T.index_select(0, gptq.order), snap)
         codes = ordered[gptq.order.argsort()].T + middle
     packed = pack(codes.to(torch.uint8).contiguous(), bits)
-    return packed, scale[:, 0].double(), codes.double() - middle
+    return packed, scale[:, 0], codes - middle
 
 
 def _scales_in_band(

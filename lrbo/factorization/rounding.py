@@ -55,9 +55,9 @@ class GptqOrder:
         return cls(energy, order, root.div_(root.diagonal().clone()))
 
     def round(self, columns: Float[Tensor, "in rows"], snap: Snap) -> Float[Tensor, "in rows"]:
-        """Round column after column, add what each leaves to those to come, and return them.
+        """Round column after column, and add what each leaves to those to come.
 
-        Greedily, for the least of ``tr(E H E^T)``. The columns are in order, and what they become
+        Rounded ones are returned, and ``columns`` become what these leave. Greedily, for the least of ``tr(E H E^T)``. The columns are in order, and what they become
         is left to ``snap``.
 
         References:
@@ -65,19 +65,19 @@ class GptqOrder:
             Transformers*, ICLR 2023, algorithm 1, in the form that Chee et al., *QuIP*, NeurIPS
             2023, theorem 6, show to be the same, and that needs no inverse.
         """
-        rounded, errors = torch.zeros_like(columns), torch.empty_like(columns)
+        rounded = torch.zeros_like(columns)
         for start in range(0, len(columns), PANEL):
             own = slice(start, start + PANEL)
             exact, values = columns[own], rounded[own]
             shares = self.moves[own, own].triu(1).T
             # All that exact ones of the panel give to each other, of which rounded ones take off.
-            due = torch.addmm(exact, self.moves[:start, own].T, errors[:start])
+            due = torch.addmm(exact, self.moves[:start, own].T, columns[:start])
             due.addmm_(shares, exact)
             taken = values.T  # those that are not rounded yet are 0
             rows = zip(*(each.unbind() for each in (due, values, -shares)), strict=True)
             for at, (column, value, share) in enumerate(rows, start):
                 snap(at, column.addmv_(taken, share), value)
-            torch.sub(exact, values, out=errors[own])
+            exact.sub_(values)
         return rounded
 
 
@@ -223,17 +223,17 @@ def round_in_order(
     by_group = [*zip(*lines, strict=True)]
     own = [by_group[index] for index in group.tolist()]
     rest = weight.float().T.index_select(0, order).repeat(1, len(grids))
-    codes = torch.empty_like(rest)
-    rows = codes.unbind()
 
     def snap(at: int, column: Tensor, value: Tensor) -> None:
         step, least, largest = own[at]
-        torch.clamp(column.div_(step).round_(), least, largest, out=rows[at])
-        torch.mul(rows[at], step, out=value)
+        column.div_(step).round_()
+        torch.mul(torch.clamp(column, least, largest, out=column), step, out=value)
 
-    gptq.round(rest, snap)
-    codes.add_(zero.index_select(0, group))
-    parts = codes.to(torch.uint8)[order.argsort()].T.chunk(len(grids))
+    rounded = gptq.round(rest, snap)
+    codes = torch.empty(rest.shape, dtype=torch.uint8, device=rest.device)
+    for columns, index, at in zip(*(each.split(PANEL) for each in (rounded, group, order))):
+        codes[at] = columns.div_(scale[index]).round_().add_(zero[index]).to(torch.uint8)
+    parts = codes.T.chunk(len(grids))
     return [
         _rounded(form, part, *step, dtype)
         for (form, _), part, step in zip(grids, parts, steps, strict=True)
