@@ -20,6 +20,7 @@ from lrbo.layers.packing import pack
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5)
 # An entry that is cut off by a fifth loses more than all of its group in rounding to 8 bits.
 CLIPS_OF = {8: CLIPS[:4]}
+BLOCK = 8 * PANEL  # columns, after which it is done by larger products
 SINGLE_DAMPING = 1e-3  # from which on moments are factored in float32
 CHUNK = 2**18  # entries of which scales are sought at a time
 INPUTS = "input second moment"  # in messages
@@ -66,18 +67,22 @@ class GptqOrder:
             2023, theorem 6, show to be the same, and that needs no inverse.
         """
         rounded = torch.zeros_like(columns)
-        for start in range(0, len(columns), PANEL):
-            own = slice(start, start + PANEL)
-            exact, values = columns[own], rounded[own]
-            shares = self.moves[own, own].triu(1).T
-            # All that exact ones of the panel give to each other, of which rounded ones take off.
-            due = torch.addmm(exact, self.moves[:start, own].T, columns[:start])
-            due.addmm_(shares, exact)
-            taken = values.T  # those that are not rounded yet are 0
-            rows = zip(*(each.unbind() for each in (due, values, -shares)), strict=True)
-            for at, (column, value, share) in enumerate(rows, start):
-                snap(at, column.addmv_(taken, share), value)
-            exact.sub_(values)
+        for first in range(0, len(columns), BLOCK):
+            block = slice(first, first + BLOCK)
+            given = torch.addmm(columns[block], self.moves[:first, block].T, columns[:first])
+            for start in range(first, min(first + BLOCK, len(columns)), PANEL):
+                own = slice(start, min(start + PANEL, first + BLOCK))
+                exact, values = columns[own], rounded[own]
+                shares = self.moves[own, own].triu(1).T
+                due = given[start - first : own.stop - first]
+                due.addmm_(self.moves[first:start, own].T, columns[first:start])
+                # All that exact ones of the panel give each other, of which rounded ones take off.
+                due.addmm_(shares, exact)
+                taken = values.T  # those that are not rounded yet are 0
+                rows = zip(*(each.unbind() for each in (due, values, -shares)), strict=True)
+                for at, (column, value, share) in enumerate(rows, start):
+                    snap(at, column.addmv_(taken, share), value)
+                exact.sub_(values)
         return rounded
 
 
