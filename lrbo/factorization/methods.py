@@ -313,10 +313,10 @@ class LossAware(LossAwareOptions, FactorizationMethod):
             else:
                 left = seen @ basis
                 right = torch.linalg.solve_triangular(root, basis.T, upper=False, left=False)
-            left, right = balanced(left.double(), right.double())
+            left, right = balanced(left.to(weight.dtype), right.to(weight.dtype))
             if not self.centred:
                 return LowRankFactors(left, right, tail, bias, loss=tail.clone())
-            offset = weight @ mean if bias is None else weight @ mean + bias
+            offset = weight.double() @ mean if bias is None else weight.double() @ mean + bias
             return LowRankFactors(left, right, tail, offset, mean, tail.clone())
 
         return leading

@@ -76,6 +76,7 @@ def prepared_unit(
     remainder = method.remainders(unit.bias, statistics)
     # Products of integers and scales of 16 bits are exact in float32.
     exact = SINGLE if stored.dtype.itemsize == 2 else DOUBLE
+    given_weight = weight.to(exact)
     metric = bases.metric(statistics)
     for base in bases.make(weight, statistics, stored.dtype, full, metric):
         form, codes = base.form, None
@@ -88,7 +89,7 @@ def prepared_unit(
             loss = with_rounding(factors, wide, weight, statistics, whole)
             factors = unit.with_error(replace(factors, loss=loss), weight, wide)
         else:
-            rest = weight.to(exact) - base.weight(exact)
+            rest = given_weight - base.weight(exact)
             factors = remainder(rest, most)
             if errors or isinstance(form, KeptRows):
                 rest = rest.to(DOUBLE)
