@@ -57,7 +57,7 @@ class FactorizationMethod(Protocol):
         """Return a function that factors changes of one weight: those that its bases leave.
 
         Everything is as of :func:`factor_layer`; factors come with predicted losses, if gradients
-        are known.
+        are known. They are in the dtype of the change.
         """
 
         def factored(weight: Weight, max_rank: int) -> LowRankFactors:

@@ -24,6 +24,7 @@ BAND_CLIPS = (*CLIPS, 0.45, 0.4, 0.35, 0.3, 0.25)
 # In float32 a system is solved in which every direction has this share, of its length, that none
 # before it has; others have a pseudoinverse in float64.
 INDEPENDENT = 0.01
+SAME = 1e-12  # of energy
 
 Rows = tuple[Tensor, Tensor, Tensor]  # packed, and numbers that scales multiply, float32
 
@@ -81,10 +82,10 @@ def round_factors(
     for start, stop, bits in _runs(first.max_rank, bands):
         run = remainder(rest, stop - start) if start else first.leading(stop)
         right = _rounded(run.right, inputs, bits)
-        left = run.left.T
+        columns = run.left.T
         if weights is not None:
-            left = _solved(right[2] * right[1][:, None], weights, rest)
-        left = _rounded(left, outputs, bits)
+            columns = _solved(right[2] * right[1][:, None], weights, rest)
+        left = _rounded(columns, outputs, bits)
         lefts.append(left[0])
         rights.append(right[0])
         steps.append((left[1] * right[1]).to(dtype))
@@ -122,7 +123,8 @@ def _solved(
     right, moment, target = right.double(), moment.double(), target.double()
     weighed = right @ moment
     inner = weighed @ right.T / scale / scale.T
-    inverse: Tensor = torch.linalg.pinv(inner, hermitian=True)
+    # Of directions alike to the digits of float32 one is enough.
+    inverse: Tensor = torch.linalg.pinv(inner, rtol=SAME, hermitian=True)
     return (inverse @ (weighed @ target.T / scale) / scale).float()
 
 

@@ -27,8 +27,8 @@ INPUTS = "input second moment"  # in messages
 ITERATIONS = 12  # of k-means; what moves after them is in the third digit of the error
 
 
-# Writes what a column of a weight becomes: by its position in order, what it should be, and where to.
-# What it should be is read once, and may be overwritten.
+# Writes what a column of a weight becomes: by its position in order, what it should be, which may
+# be overwritten, and where to.
 Snap = Callable[[int, Tensor, Tensor], object]
 
 
@@ -58,8 +58,8 @@ class GptqOrder:
     def round(self, columns: Float[Tensor, "in rows"], snap: Snap) -> Float[Tensor, "in rows"]:
         """Round column after column, and add what each leaves to those to come.
 
-        Rounded ones are returned, and ``columns`` become what these leave. Greedily, for the least of ``tr(E H E^T)``. The columns are in order, and what they become
-        is left to ``snap``.
+        Rounded ones are returned, and ``columns`` become what these leave. Greedily, for the least
+        of ``tr(E H E^T)``. The columns are in order, and what they become is left to ``snap``.
 
         References:
             Frantar et al., *GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
@@ -236,8 +236,11 @@ def round_in_order(
 
     rounded = gptq.round(rest, snap)
     codes = torch.empty(rest.shape, dtype=torch.uint8, device=rest.device)
-    for columns, index, at in zip(*(each.split(PANEL) for each in (rounded, group, order))):
-        codes[at] = columns.div_(scale[index]).round_().add_(zero[index]).to(torch.uint8)
+    for start in range(0, len(rounded), PANEL):
+        panel = slice(start, start + PANEL)
+        index, columns = group[panel], rounded[panel]
+        columns.div_(scale[index]).round_().add_(zero[index])
+        codes[order[panel]] = columns.to(torch.uint8)
     parts = codes.T.chunk(len(grids))
     return [
         _rounded(form, part, *step, dtype)
