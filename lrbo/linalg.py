@@ -47,6 +47,13 @@ def require_finite(name: str, tensor: Tensor) -> None:
         )
 
 
+def has_energy(moment: Tensor) -> bool:
+    """Whether a second moment, or its diagonal, is not zero throughout."""
+    if moment.dim() == 2 and bool(moment.diagonal().any()):  # a hundredth of the time
+        return True
+    return bool(moment.any())
+
+
 def _symmetric(matrix: Float[Tensor, "d d"], name: str) -> Float[Tensor, "d d"]:
     """Return the symmetric part of a finite matrix in float64."""
     require_finite(name, matrix)

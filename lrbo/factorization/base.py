@@ -16,7 +16,7 @@ from lrbo.errors import StatisticsError
 from lrbo.factorization.factors import LowRankFactors
 from lrbo.factorization.prediction import predicted_loss
 from lrbo.layers.low_rank import Bias
-from lrbo.linalg import require_finite
+from lrbo.linalg import has_energy, require_finite
 
 Weight = Float[Tensor, "out in"]
 Statistics = Mapping[Statistic, Tensor]
@@ -57,7 +57,7 @@ class FactorizationMethod(Protocol):
         """Return a function that factors changes of one weight: those that its bases leave.
 
         Everything is as of :func:`factor_layer`; factors come with predicted losses, if gradients
-        are known.
+        are known. They are in the dtype of the change.
         """
 
         def factored(weight: Weight, max_rank: int) -> LowRankFactors:
@@ -101,7 +101,7 @@ def factor_layer(
     alike: dict[Statistic, Tensor] = {
         need: torch.eye(len(value)).to(value) if need in MATRICES else torch.ones_like(value)
         for need, value in used.items()
-        if need is not Statistic.INPUT_MEAN and need not in constant and not bool(value.any())
+        if need is not Statistic.INPUT_MEAN and need not in constant and not has_energy(value)
     }
     offset = None if bias is None else bias.double()
     factors = method.factor(weight.double(), offset, used | alike)

@@ -47,6 +47,7 @@ from lrbo.layers.forms import (
 from lrbo.layers.frequency_form import FrequencyGroups
 from lrbo.layers.kronecker_form import Kronecker
 from lrbo.layers.options import Option
+from lrbo.linalg import has_energy
 
 # Rounded to the nearest, or not at all, whatever the errors weigh.
 UNWEIGHED = (QuantizedFactors(8).name, Delta().name, DeltaInt8().name)
@@ -111,8 +112,8 @@ class BasePlan:
                 "method that needs them or with loss curves, or take the nearest."
             )
         mean = statistics[Statistic.INPUT_MEAN].double()
-        moment = statistics[Statistic.INPUT_COVARIANCE].double() + mean.outer(mean)
-        if not bool(moment.any()):  # no input weighs more than another, as of factor_layer
+        moment = statistics[Statistic.INPUT_COVARIANCE].double().addr(mean, mean)
+        if not has_energy(moment):  # no input weighs more than another, as of factor_layer
             moment = torch.eye(len(moment)).to(moment)
         return InputMetric(moment, self.options.damping)
 
@@ -138,8 +139,8 @@ class BasePlan:
         weighs = any(isinstance(form_named(name), Sparse | KeptRows) for name in self.forms)
         gradient = statistics.get(Statistic.OUTPUT_GRADIENT) if self.needs and weighs else None
         if gradient is not None:
-            has_effect = bool(gradient.any())
-            gradient = shrunk(gradient.double(), PREDICTION_SHRINKAGE) if has_effect else None
+            gradient = gradient.double()
+            gradient = shrunk(gradient, PREDICTION_SHRINKAGE) if has_energy(gradient) else None
         made, grids, shape = [], [], (weight.shape[0], weight.shape[1])
         grid = self.options.grid()
         for form in map(form_named, self.forms):
@@ -225,12 +226,12 @@ class BasePlan:
             moment, inputs = metric.moment, metric.gptq
         elif self.needs:
             moment = input_moment(factors, statistics)
-            if not bool(moment.any()):
+            if not has_energy(moment):
                 moment = torch.eye(len(moment)).to(moment)
         if moment is not None:
             gradient = statistics.get(Statistic.OUTPUT_GRADIENT)
             if gradient is not None:
-                gradient = gradient.to(moment) if bool(gradient.any()) else None
+                gradient = gradient.to(moment) if has_energy(gradient) else None
         if gradient is not None:
             gradient = shrunk(gradient, PREDICTION_SHRINKAGE)
         damping = self.options.damping
@@ -267,7 +268,7 @@ class BasePlan:
             gradient = shrunk(gradient.to(weight), PREDICTION_SHRINKAGE)
         is_known = not MOMENTS.isdisjoint(statistics)
         moment = input_moment(factors, statistics) if is_known else None
-        has_effect = all(each is None or bool(each.any()) for each in (gradient, moment))
+        has_effect = all(each is None or has_energy(each) for each in (gradient, moment))
         for form in forms:
             for left in form.shapes(*shape, self.options.grid()):
                 terms = kronecker_terms(

@@ -60,7 +60,7 @@ def upper_root(
     order: Int64[Tensor, " in"] | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> Float[Tensor, "in in"]:
-    """Return the upper ``M`` with ``M M^T = C + damping * mean(diag C) I``, made in float64.
+    """Return the upper ``M`` with ``M M^T = C + damping * mean(diag C) I``, made in a dtype.
 
     Raises:
         StatisticsError: If that is not positive definite; says which damping is enough.
@@ -78,7 +78,7 @@ def upper_root(
         if share < damping:
             continue
         # Of rows and columns from the last to the first it is the lower one.
-        damped = moment.double().index_select(0, turned).index_select(1, turned)
+        damped = moment.to(dtype).index_select(0, turned).index_select(1, turned)
         damped.diagonal().add_(share * mean)
         lower, failed = torch.linalg.cholesky_ex(damped)
         if int(failed):
@@ -88,7 +88,7 @@ def upper_root(
                 f"{name} is not positive definite with a damping of {damping:g}; raise "
                 f"bases.damping to {share:g}, or use more calibration tokens."
             )
-        upper: Tensor = lower.to(dtype).flip(0, 1)
+        upper: Tensor = lower.flip(0, 1)
         return upper
     raise StatisticsError(
         f"{name} is not positive definite even with a damping of 1; it is no second moment."

@@ -17,7 +17,14 @@ from lrbo.factorization.factors import LowRankFactors
 from lrbo.factorization.options import AsvdOptions, LossAwareOptions
 from lrbo.factorization.prediction import PREDICTION_SHRINKAGE, shrunk
 from lrbo.layers.low_rank import Bias
-from lrbo.linalg import column_space, output_directions, psd_cholesky, psd_eigenpairs, weighted_svd
+from lrbo.linalg import (
+    column_space,
+    has_energy,
+    output_directions,
+    psd_cholesky,
+    psd_eigenpairs,
+    weighted_svd,
+)
 
 
 def tail_sums(energy: Float[Tensor, " k"]) -> Float[Tensor, " k_plus_1"]:
@@ -28,7 +35,7 @@ def tail_sums(energy: Float[Tensor, " k"]) -> Float[Tensor, " k_plus_1"]:
 def second_moment(statistics: Statistics) -> Float[Tensor, "in in"]:
     """Return ``E[x x^T]``, float64, from mean and covariance."""
     mean = statistics[Statistic.INPUT_MEAN].to(torch.float64)
-    return statistics[Statistic.INPUT_COVARIANCE].to(torch.float64) + mean.outer(mean)
+    return statistics[Statistic.INPUT_COVARIANCE].to(torch.float64).addr(mean, mean)
 
 
 def balanced(
@@ -274,48 +281,42 @@ class LossAware(LossAwareOptions, FactorizationMethod):
             statistics[need].double() for need in (Statistic.INPUT_MEAN, Statistic.INPUT_COVARIANCE)
         )
         gradient = statistics[Statistic.OUTPUT_GRADIENT].double()
-        inputs = covariance if self.centred else covariance + mean.outer(mean)
-        if not (bool(gradient.any()) and bool(inputs.any())):
+        inputs = covariance if self.centred else covariance.addr(mean, mean)
+        if not (has_energy(gradient) and has_energy(inputs)):
             return factored  # nothing has an effect
         # What is left of rounding is rounded again, and no digit beyond those of float32 matters.
-        inputs = shrunk(inputs, self.input_shrinkage)
-        outputs = shrunk(gradient, PREDICTION_SHRINKAGE)
-        is_wide = len(outputs) <= len(inputs)
-        # Of the smaller side: the other one enters as it is.
+        is_wide = len(gradient) <= len(inputs)
+        # Of the smaller side there is a root; the other one enters as it is.
         if is_wide:
-            root = psd_cholesky(outputs, "output gradient moment").T
+            root = psd_cholesky(shrunk(gradient, PREDICTION_SHRINKAGE), "output gradient moment").T
+            other = shrunk(inputs.float(), self.input_shrinkage)
         else:
-            root = psd_cholesky(inputs, "input moment")
-        inputs, outputs, narrow_root = inputs.float(), outputs.float(), root.float()
+            root = psd_cholesky(shrunk(inputs, self.input_shrinkage), "input moment")
+            other = shrunk(gradient.float(), PREDICTION_SHRINKAGE)
+        root = root.float().contiguous()
 
         def leading(weight: Weight, max_rank: int) -> LowRankFactors:
             narrow = weight.float()
-            if is_wide:
-                weighed, side = narrow @ inputs, outputs
-                moment = weighed @ narrow.T
-            else:
-                weighed, side = outputs @ narrow, inputs
-                moment = narrow.T @ weighed
-            whole = (moment * side).sum(dtype=torch.float64)
+            seen = root @ narrow if is_wide else narrow @ root
+            moment = seen @ other @ seen.T if is_wide else seen.T @ (other @ seen)
+            whole = moment.diagonal().sum(dtype=torch.float64)
             if max_rank:
-                between = narrow_root if is_wide else narrow_root.T
-                energy, vectors = torch.linalg.eigh(between @ moment @ between.T)
+                energy, vectors = torch.linalg.eigh(moment)
                 basis = vectors[:, -max_rank:].flip(-1)
                 energy = energy.double().clamp_min(0.0).flip(-1)
                 tail = tail_sums(energy / 2)[: max_rank + 1]
             else:
-                tail, basis = whole[None] / 2, narrow_root[:, :0]
-            exact = basis.double()
+                tail, basis = whole[None] / 2, root[:, :0]
             if is_wide:
-                left = torch.linalg.solve_triangular(root, exact, upper=True)
-                right = (basis.T @ narrow_root @ narrow).double()
+                left = torch.linalg.solve_triangular(root, basis, upper=True)
+                right = basis.T @ seen
             else:
-                left = (narrow @ (narrow_root @ basis)).double()
-                right = torch.linalg.solve_triangular(root, exact.T, upper=False, left=False)
-            left, right = balanced(left, right)
+                left = seen @ basis
+                right = torch.linalg.solve_triangular(root, basis.T, upper=False, left=False)
+            left, right = balanced(left.to(weight.dtype), right.to(weight.dtype))
             if not self.centred:
                 return LowRankFactors(left, right, tail, bias, loss=tail.clone())
-            offset = weight @ mean if bias is None else weight @ mean + bias
+            offset = weight.double() @ mean if bias is None else weight.double() @ mean + bias
             return LowRankFactors(left, right, tail, offset, mean, tail.clone())
 
         return leading

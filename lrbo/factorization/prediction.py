@@ -92,10 +92,10 @@ def input_moment(
     covariance = statistics.get(Statistic.INPUT_COVARIANCE)
     if covariance is None:
         covariance = statistics[Statistic.POOLED_INPUT_COVARIANCE]
-    moment = covariance.to(factors.left.double())
+    moment = covariance.to(factors.left.device, torch.float64)
     if factors.center is None:
         mean = statistics[Statistic.INPUT_MEAN].to(moment)
-        moment = moment + mean.outer(mean)
+        moment = moment.addr(mean, mean)
     return moment
 
 
@@ -104,7 +104,8 @@ def moments(
 ) -> tuple[Float[Tensor, "out out"], Float[Tensor, "in in"]]:
     """Return ``G``, shrunk, and ``C`` of a prediction, in float64; see :func:`predicted_loss`."""
     gradient = shrunk(
-        statistics[Statistic.OUTPUT_GRADIENT].to(factors.left.double()), PREDICTION_SHRINKAGE
+        statistics[Statistic.OUTPUT_GRADIENT].to(factors.left.device, torch.float64),
+        PREDICTION_SHRINKAGE,
     )
     return gradient, input_moment(factors, statistics)
 

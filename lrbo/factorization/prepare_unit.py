@@ -74,6 +74,9 @@ def prepared_unit(
         return low_rank
     based: dict[Option, BasedWeight | KroneckerSum] = {}
     remainder = method.remainders(unit.bias, statistics)
+    # Products of integers and scales of 16 bits are exact in float32.
+    exact = SINGLE if stored.dtype.itemsize == 2 else DOUBLE
+    given_weight = weight.to(exact)
     metric = bases.metric(statistics)
     for base in bases.make(weight, statistics, stored.dtype, full, metric):
         form, codes = base.form, None
@@ -86,9 +89,10 @@ def prepared_unit(
             loss = with_rounding(factors, wide, weight, statistics, whole)
             factors = unit.with_error(replace(factors, loss=loss), weight, wide)
         else:
-            rest = weight - base.weight(DOUBLE)
+            rest = given_weight - base.weight(exact)
             factors = remainder(rest, most)
             if errors or isinstance(form, KeptRows):
+                rest = rest.to(DOUBLE)
                 sides, floats = (factors.left.float(), factors.right.float()), form.has_floats
                 wide = Factors.of(*sides, stored.dtype, floats=floats).wide(DOUBLE)
                 if isinstance(form, KeptRows):  # the low rank is most of the weight

@@ -10,18 +10,23 @@ from torch import Tensor
 
 from lrbo.factorization.base import Remainders
 from lrbo.factorization.factors import LowRankFactors
-from lrbo.factorization.rounding import CLIPS, INPUTS, GptqOrder, round_in_order, round_nearest
+from lrbo.factorization.rounding import CLIPS, INPUTS, GptqOrder, scales
 from lrbo.layers.based import MIDDLE, Factors, middle_of
 from lrbo.layers.delta_form import Bands
 from lrbo.layers.forms import Quantized
-from lrbo.layers.packing import pack, unpack
+from lrbo.layers.packing import pack
 
 INTEGERS = Quantized(4, symmetric=True)
 FIRST, GROWTH = 16, 4  # directions of the first run, and how many times as long each next one ends
 # Shares of the largest number of a direction that its integers may reach to, in a band.
 BAND_CLIPS = (*CLIPS, 0.45, 0.4, 0.35, 0.3, 0.25)
 
-Rows = tuple[Tensor, Tensor, Tensor]  # packed, and numbers that scales, float64, multiply
+# In float32 a system is solved in which every direction has this share, of its length, that none
+# before it has; others have a pseudoinverse in float64.
+INDEPENDENT = 0.01
+SAME = 1e-12  # of energy
+
+Rows = tuple[Tensor, Tensor, Tensor]  # packed, and numbers that scales multiply, float32
 
 
 def round_factors(
@@ -71,25 +76,25 @@ def round_factors(
         inputs = inputs or GptqOrder.of(moment, damping, INPUTS)
         if gradient is not None:
             outputs = GptqOrder.of(gradient, damping, "output gradient moment")
-    lefts, rights, scales = list[Tensor](), list[Tensor](), list[Tensor]()
-    rest = weight
+    lefts, rights, steps = list[Tensor](), list[Tensor](), list[Tensor]()
+    rest = weight.float()  # what rounding to few bits leaves is far larger than that of float32
+    weights = None if moment is None else moment.float()
     for start, stop, bits in _runs(first.max_rank, bands):
         run = remainder(rest, stop - start) if start else first.leading(stop)
-        right = _rounded(run.right.double().contiguous(), inputs, bits)
-        if moment is None:
-            columns = run.left.double().T.contiguous()
-        else:
-            columns = _solved(right[2] * right[1][:, None], moment, rest)
+        right = _rounded(run.right, inputs, bits)
+        columns = run.left.T
+        if weights is not None:
+            columns = _solved(right[2] * right[1][:, None], weights, rest)
         left = _rounded(columns, outputs, bits)
         lefts.append(left[0])
         rights.append(right[0])
-        scales.append((left[1] * right[1]).to(dtype))
+        steps.append((left[1] * right[1]).to(dtype))
         if stop < first.max_rank:
-            rest = rest - (left[2].T * scales[-1].double()) @ right[2]
+            rest = torch.addmm(rest, left[2].T * steps[-1].float(), right[2], alpha=-1)
     if bands is None:
-        return Factors(torch.cat(lefts), torch.cat(scales), torch.cat(rights))
+        return Factors(torch.cat(lefts), torch.cat(steps), torch.cat(rights))
     flat = [torch.cat([each.flatten() for each in side]) for side in (lefts, rights)]
-    return Factors(flat[0], torch.cat(scales), flat[1], bands)
+    return Factors(flat[0], torch.cat(steps), flat[1], bands)
 
 
 def _runs(count: int, bands: Bands | None) -> Iterator[tuple[int, int, int]]:
@@ -111,27 +116,54 @@ def _solved(
     inner, shared = weighed @ right.T, weighed @ target.T
     length = inner.diagonal().sqrt()
     scale = torch.where(length > 0, length, torch.ones_like(length))[:, None]
-    inverse: Tensor = torch.linalg.pinv(inner / scale / scale.T, hermitian=True)
-    return inverse @ (shared / scale) / scale
+    inner, shared = inner / scale / scale.T, shared / scale
+    root, failed = torch.linalg.cholesky_ex(inner)
+    if not int(failed) and float(root.diagonal().min()) > INDEPENDENT:
+        return torch.cholesky_solve(shared, root) / scale
+    right, moment, target = right.double(), moment.double(), target.double()
+    weighed = right @ moment
+    inner = weighed @ right.T / scale / scale.T
+    # Of directions alike to the digits of float32 one is enough.
+    inverse: Tensor = torch.linalg.pinv(inner, rtol=SAME, hermitian=True)
+    return (inverse @ (weighed @ target.T / scale) / scale).float()
 
 
 def _rounded(rows: Float[Tensor, "k n"], gptq: GptqOrder | None, bits: int) -> Rows:
     """Round rows with a scale each, by GPTQ or to the nearest."""
-    if bits != INTEGERS.bits:
-        return _rounded_in_band(rows, gptq, bits)
-    grids = [(INTEGERS, rows.shape[1])]
-    if gptq is None:
-        (base,) = round_nearest(rows, grids, dtype=torch.float32)
-    else:
-        (base,) = round_in_order(rows, gptq, grids, dtype=torch.float32)
-    packed, scale = base.tensors["packed"], base.tensors["scale"][:, 0].double()
-    return packed, scale, unpack(packed, bits).double() - MIDDLE
-
-
-def _rounded_in_band(rows: Float[Tensor, "k n"], gptq: GptqOrder | None, bits: int) -> Rows:
-    """Round rows to the integers of a band; scales in float32, each of the least error of a few."""
-    values = rows.float()
+    values, count = rows.float().contiguous(), rows.shape[1]
     weights = torch.ones_like(values[0]) if gptq is None else gptq.energy.float()
+    if bits == INTEGERS.bits:
+        middle = float(MIDDLE)
+        scale = scales(values, INTEGERS, count, weights, torch.float32)[0]
+    else:
+        middle = middle_of(bits)
+        scale = _scales_in_band(values, weights, bits)
+    most = 2**bits - 1
+    exact = values / scale
+    if gptq is None:
+        codes = (exact + middle).round_().clamp_(0, most)
+    else:
+        least = torch.full_like(exact[:, 0], -middle)
+        largest, half = least + most, middle % 1
+
+        def snap(at: int, column: Tensor, value: Tensor) -> None:
+            del at
+            if half:  # between integers
+                column = column.sub_(half).round_().add_(half)
+            else:
+                column.round_()
+            torch.clamp(column, least, largest, out=value)
+
+        ordered = gptq.round(exact.T.index_select(0, gptq.order), snap)
+        codes = ordered[gptq.order.argsort()].T + middle
+    packed = pack(codes.to(torch.uint8).contiguous(), bits)
+    return packed, scale[:, 0], codes - middle
+
+
+def _scales_in_band(
+    values: Float[Tensor, "k n"], weights: Float[Tensor, " n"], bits: int
+) -> Float[Tensor, "k 1"]:
+    """Return the scales of rows of a band, in float32, each of the least error of a few."""
     most, middle = 2**bits - 1, middle_of(bits)
     peak = values.abs().amax(1, keepdim=True)
     scale, best = torch.ones_like(peak), torch.full_like(peak, torch.inf)
@@ -141,18 +173,4 @@ def _rounded_in_band(rows: Float[Tensor, "k n"], gptq: GptqOrder | None, bits: i
         error = (codes.sub_(middle).mul_(step) - values).square_() @ weights[:, None]
         scale = torch.where(error < best, step, scale)
         best = torch.minimum(error, best)
-    if gptq is None:
-        codes = (values / scale + middle).round_().clamp_(0, most)
-    else:
-        rest = values.T.index_select(0, gptq.order)
-        ordered, steps = torch.empty_like(rest), scale[:, 0]
-
-        def snap(at: int, column: Tensor) -> Tensor:
-            code = (column / steps + middle).round_().clamp_(0, most)
-            ordered[at] = code
-            return (code - middle) * steps
-
-        gptq.round(rest, snap)
-        codes = ordered[gptq.order.argsort()].T
-    packed = pack(codes.to(torch.uint8).contiguous(), bits)
-    return packed, scale[:, 0].double(), codes.double() - middle
+    return scale

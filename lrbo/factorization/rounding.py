@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
 from lrbo.factorization.bases import PANEL, Base, upper_root
@@ -18,13 +18,18 @@ from lrbo.layers.packing import pack
 # Shares of the range of a group that are tried as the range of its integers: at few bits, a finer
 # grid is worth a few clipped entries.
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5)
-CHUNK = 2**20  # entries of which scales are sought at a time
+# An entry that is cut off by a fifth loses more than all of its group in rounding to 8 bits.
+CLIPS_OF = {8: CLIPS[:4]}
+BLOCK = 8 * PANEL  # columns, after which it is done by larger products
+SINGLE_DAMPING = 1e-3  # from which on moments are factored in float32
+CHUNK = 2**18  # entries of which scales are sought at a time
 INPUTS = "input second moment"  # in messages
 ITERATIONS = 12  # of k-means; what moves after them is in the third digit of the error
 
 
-# What a column of a weight becomes: by its position in order, and what it should be.
-Snap = Callable[[int, Tensor], Tensor]
+# Writes what a column of a weight becomes: by its position in order, what it should be, which may
+# be overwritten, and where to.
+Snap = Callable[[int, Tensor, Tensor], object]
 
 
 @dataclass(frozen=True)
@@ -45,53 +50,40 @@ class GptqOrder:
         energy = moment.diagonal()
         order = energy.argsort(descending=True, stable=True)
         # What an entry leaves is far larger than its rounding in float32, which is twice as fast.
-        root = upper_root(moment, damping, name, order, torch.float32)
+        # A root is as exact as its dtype allows beside the damping.
+        dtype = torch.float32 if damping >= SINGLE_DAMPING else torch.float64
+        root = upper_root(moment, damping, name, order, dtype).float()
         return cls(energy, order, root.div_(root.diagonal().clone()))
 
-    def round(self, columns: Float[Tensor, "in rows"], snap: Snap) -> None:
-        """Round column after column, and add what each leaves to the columns to come.
+    def round(self, columns: Float[Tensor, "in rows"], snap: Snap) -> Float[Tensor, "in rows"]:
+        """Round column after column, and add what each leaves to those to come.
 
-        Greedily, for the least of ``tr(E H E^T)``. The columns are in order, and what they become
-        is left to ``snap``.
+        Rounded ones are returned, and ``columns`` become what these leave. Greedily, for the least
+        of ``tr(E H E^T)``. The columns are in order, and what they become is left to ``snap``.
 
         References:
             Frantar et al., *GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
             Transformers*, ICLR 2023, algorithm 1, in the form that Chee et al., *QuIP*, NeurIPS
             2023, theorem 6, show to be the same, and that needs no inverse.
         """
-        round_columns(columns, self.moves, snap)
-
-
-def round_columns(
-    columns: Float[Tensor, "in rows"],
-    moves: Float[Tensor, "in in"],
-    snap: Snap,
-    errors: Float[Tensor, "in rows"] | None = None,
-) -> None:
-    """Round column after column, a panel at a time, each to what the errors of others make of it.
-
-    Args:
-        columns: What is rounded, in order.
-        moves: Row by row: of the error of each, what each other one gets. Where there are errors
-            before, its diagonal is zero.
-        snap: What a column becomes.
-        errors: What each leaves so far, updated in place; ``None`` if none is rounded yet.
-    """
-    is_first = errors is None
-    errors = torch.zeros_like(columns) if errors is None else errors
-    for start in range(0, len(columns), PANEL):
-        stop = min(start + PANEL, len(columns))
-        own = slice(start, stop)
-        given, left = columns[own], errors[own]
-        due = torch.addmm(given, moves[:start, own].T, errors[:start])
-        if not is_first:
-            due.addmm_(moves[stop:, own].T, errors[stop:])
-        shares = moves[own, own].T.contiguous()
-        rows = zip(*(each.unbind() for each in (given, due, left, shares)), strict=True)
-        for at, (exact, column, error, share) in enumerate(rows, start):
-            # Those that are still to come have left what they did before, at first nothing.
-            column.addmv_(left.T, share)
-            torch.sub(exact, snap(at, column), out=error)
+        rounded = torch.zeros_like(columns)
+        for first in range(0, len(columns), BLOCK):
+            block = slice(first, first + BLOCK)
+            given = torch.addmm(columns[block], self.moves[:first, block].T, columns[:first])
+            for start in range(first, min(first + BLOCK, len(columns)), PANEL):
+                own = slice(start, min(start + PANEL, first + BLOCK))
+                exact, values = columns[own], rounded[own]
+                shares = self.moves[own, own].triu(1).T
+                due = given[start - first : own.stop - first]
+                due.addmm_(self.moves[first:start, own].T, columns[first:start])
+                # All that exact ones of the panel give each other, of which rounded ones take off.
+                due.addmm_(shares, exact)
+                taken = values.T  # those that are not rounded yet are 0
+                rows = zip(*(each.unbind() for each in (due, values, -shares)), strict=True)
+                for at, (column, value, share) in enumerate(rows, start):
+                    snap(at, column.addmv_(taken, share), value)
+                exact.sub_(values)
+        return rounded
 
 
 @dataclass(frozen=True)
@@ -127,45 +119,45 @@ def scales(
     ``CLIPS``, in float32: it only selects one of a few. Scales are rounded to ``dtype`` first, in
     which they will be stored; both are returned in the dtype of the weight.
     """
+    groups = weight.shape[1] // group_size
+    weights = importance.float().view(groups, 1, group_size)
+    # Groups lie side by side, entry by entry: one scale after the other, as entries do.
     parts = [
-        _scales(rows, form, group_size, importance, dtype)
+        _scales(rows.T.contiguous().view(groups, group_size, -1), form, weights, dtype)
         for rows in torch.split(weight.float(), max(CHUNK // weight.shape[1], 1))
     ]
-    scale, zero = (torch.cat(each) for each in zip(*parts, strict=True))
+    scale, zero = (torch.cat(each, 1).T.contiguous() for each in zip(*parts, strict=True))
     return scale.to(weight), zero.to(weight)
 
 
 def _scales(
-    weight: Float[Tensor, "rows in"],
+    entries: Float[Tensor, "groups size rows"],
     form: Quantized,
-    group_size: int,
-    importance: Float[Tensor, " in"],
+    weights: Float[Tensor, "groups 1 size"],
     dtype: torch.dtype,
-) -> tuple[Float[Tensor, "rows groups"], Float[Tensor, "rows groups"]]:
-    groups = weight.reshape(len(weight), -1, group_size)
-    weights = importance.float().view(-1, group_size)
+) -> tuple[Float[Tensor, "groups rows"], Float[Tensor, "groups rows"]]:
     most = 2**form.bits - 1
-    low = groups.amin(2).clamp_max(0.0)
-    high = groups.amax(2).clamp_min(0.0)
+    low = entries.amin(1, keepdim=True).clamp_max(0.0)
+    high = entries.amax(1, keepdim=True).clamp_min(0.0)
     if form.symmetric:
         high = torch.maximum(high, -low)
         low = -high
     best = torch.full_like(low, torch.inf)
     scale, zero = torch.ones_like(low), torch.zeros_like(low)
-    exact, codes = torch.empty_like(groups), torch.empty_like(groups)
-    for clip in CLIPS:
-        step = ((high - low) * (clip / most)).to(dtype).to(groups)
+    exact, codes = torch.empty_like(entries), torch.empty_like(entries)
+    for clip in CLIPS_OF.get(form.bits, CLIPS):
+        step = ((high - low) * (clip / most)).to(dtype).to(entries)
         step = torch.where(step > 0, step, torch.ones_like(step))
         middle = torch.full_like(step, 2.0 ** (form.bits - 1))
         if not form.symmetric:
             middle = (-low * clip / step).round().clamp(0, most)
-        torch.addcmul(middle[:, :, None], groups, step.reciprocal()[:, :, None], out=exact)
-        torch.round(exact, out=codes).clamp_(0, most).sub_(exact).square_()
-        total = torch.einsum("ogi,gi->og", codes, weights).mul_(step.square())
+        torch.addcmul(middle, entries, step.reciprocal(), out=exact)
+        torch.round(exact, out=codes).clamp_(0, most).sub_(exact)
+        total = torch.bmm(weights, codes.mul_(codes)).mul_(step.square())
         better = total < best
         best = torch.where(better, total, best)
         scale, zero = torch.where(better, step, scale), torch.where(better, middle, zero)
-    return scale, zero
+    return scale[:, 0], zero[:, 0]
 
 
 def round_nearest(
@@ -181,7 +173,7 @@ def round_nearest(
         scale, zero = scales(weight, form, group_size, even, dtype)
         wide = [each.repeat_interleave(group_size, 1) for each in (scale, zero)]
         codes = (weight / wide[0] + wide[1]).round_().clamp_(0, 2**form.bits - 1)
-        made.append(rounded(form, codes - wide[1], scale, zero, dtype))
+        made.append(rounded(form, codes, scale, zero, dtype))
     return made
 
 
@@ -226,58 +218,73 @@ def round_in_order(
     """Round as :func:`round_gptq` does, several weights in one order."""
     order = gptq.order
     steps = [scales(weight, form, size, gptq.energy, dtype) for form, size in grids]
+    lines = SideBySide.of(grids, steps, order)
     rest = weight.float().T.index_select(0, order).repeat(1, len(grids))
-    codes = torch.empty_like(rest)
-    gptq.round(rest, snap_to(grids, steps, order, codes))
-    parts = codes[order.argsort()].T.chunk(len(grids))
+    parts = lines.codes(gptq.round(rest, lines.snap)).chunk(len(grids))
     return [
         rounded(form, part, *step, dtype)
         for (form, _), part, step in zip(grids, parts, steps, strict=True)
     ]
 
 
-def snap_to(
-    grids: Sequence[tuple[Quantized, int]],
-    steps: Sequence[tuple[Tensor, Tensor]],
-    order: Int64[Tensor, " in"],
-    codes: Float[Tensor, "in grids_out"],
-) -> Snap:
-    """Return what rounds a column, in order, to the nearest integers of grids side by side.
+@dataclass(frozen=True)
+class SideBySide:
+    """Grids of several bases side by side, for columns that are rounded in an order.
 
-    Args:
-        grids: Forms and group sizes.
-        steps: Scale and zero point of every group of each grid, ``(out, groups)``.
+    Attributes:
         order: Of the inputs.
-        codes: Where the integers are left, less their zero points, float32.
+        group: Of each column in order, among groups of the finest grid.
+        scale: ``(groups, grids * out)``, float32, as ``zero``, the integer of 0.
+        columns: Of each column in order: scale, and the least and the largest integer less zero.
     """
-    finest = math.gcd(*(size for _, size in grids))
 
-    def groups(index: int) -> Tensor:
-        """Scales or zero points by group of the finest grid: ``(groups, grids * out)``, float32."""
-        wide = [
-            each[index].T.repeat_interleave(size // finest, 0)
-            for each, (_, size) in zip(steps, grids, strict=True)
+    order: Int64[Tensor, " in"]
+    group: Int64[Tensor, " in"]
+    scale: Float[Tensor, "groups rows"]
+    zero: Float[Tensor, "groups rows"]
+    columns: Sequence[tuple[Tensor, ...]]
+
+    @classmethod
+    def of(
+        cls,
+        grids: Sequence[tuple[Quantized, int]],
+        steps: Sequence[tuple[Tensor, Tensor]],
+        order: Int64[Tensor, " in"],
+    ) -> SideBySide:
+        """Return those of forms and group sizes, with scale and zero point of every group."""
+        finest = math.gcd(*(size for _, size in grids))
+
+        def groups(index: int) -> Tensor:
+            wide = [
+                each[index].T.repeat_interleave(size // finest, 0)
+                for each, (_, size) in zip(steps, grids, strict=True)
+            ]
+            return torch.cat(wide, 1).float()
+
+        scale, zero, group = groups(0), groups(1), order // finest
+        largest = [
+            torch.full((len(step),), 2.0**form.bits - 1)
+            for (form, _), (step, _) in zip(grids, steps, strict=True)
         ]
-        return torch.cat(wide, 1).float()
+        lines = [each.unbind() for each in (scale, -zero, torch.cat(largest).to(zero) - zero)]
+        by_group = [*zip(*lines, strict=True)]
+        return cls(order, group, scale, zero, [by_group[index] for index in group.tolist()])
 
-    scale, zero = groups(0), groups(1)
-    most = torch.cat(
-        [
-            torch.full((len(each[0]),), 2.0**form.bits - 1)
-            for (form, _), each in zip(grids, steps, strict=True)
-        ]
-    )
-    lines = [each.unbind() for each in (scale, -zero, most.to(zero) - zero)]
-    by_group = [*zip(*lines, strict=True)]
-    own = [by_group[index] for index in (order // finest).tolist()]
-    rows = codes.unbind()
+    def snap(self, at: int, column: Tensor, value: Tensor) -> None:
+        """Round a column to the nearest numbers of its groups, as of :data:`Snap`."""
+        step, least, largest = self.columns[at]
+        column.div_(step).round_()
+        torch.mul(torch.clamp(column, least, largest, out=column), step, out=value)
 
-    def snap(at: int, column: Tensor) -> Tensor:
-        step, least, largest = own[at]
-        torch.clamp(column.div_(step).round_(), least, largest, out=rows[at])
-        return torch.mul(rows[at], step)
-
-    return snap
+    def codes(self, numbers: Float[Tensor, "in rows"]) -> UInt8[Tensor, "rows in"]:
+        """Return the integers of rounded columns, with inputs as they were; overwrites them."""
+        codes = torch.empty(numbers.shape, dtype=torch.uint8, device=numbers.device)
+        for start in range(0, len(numbers), PANEL):
+            panel = slice(start, start + PANEL)
+            index, columns = self.group[panel], numbers[panel]
+            columns.div_(self.scale[index]).round_().add_(self.zero[index])
+            codes[self.order[panel]] = columns.to(torch.uint8)
+        return codes.T
 
 
 def cluster(
@@ -332,9 +339,9 @@ def round_to_codebook(
         rest = weight.float().T.index_select(0, gptq.order)
         indices = torch.empty(rest.shape, dtype=torch.int64, device=rest.device)
 
-        def snap(at: int, column: Tensor) -> Tensor:
+        def snap(at: int, column: Tensor, value: Tensor) -> None:
             indices[at] = _nearest(column[:, None], table)[:, 0]
-            return table.gather(1, indices[at][:, None])[:, 0]
+            value.copy_(table.gather(1, indices[at][:, None])[:, 0])
 
         gptq.round(rest, snap)
         codes = indices[gptq.order.argsort()].T
@@ -346,12 +353,10 @@ def round_to_codebook(
 def rounded(
     form: Quantized, codes: Tensor, scale: Tensor, zero: Tensor, dtype: torch.dtype
 ) -> Base:
-    """Return the base of integers that are given less their zero points."""
-    shape = (codes.shape[0], codes.shape[1])
-    size = shape[1] // scale.shape[1]
-    whole = codes + zero.to(codes.dtype).repeat_interleave(size, 1)
-    tensors = {"packed": pack(whole.to(torch.uint8).contiguous(), form.bits)}
+    """Return the base of integers, zero points included."""
+    tensors = {"packed": pack(codes.to(torch.uint8).contiguous(), form.bits)}
     tensors["scale"] = scale.to(dtype)
     if not form.symmetric:
         tensors["zero"] = zero.to(torch.uint8)
-    return Base(form, (size,), shape, tensors, dtype)
+    shape = (codes.shape[0], codes.shape[1])
+    return Base(form, (shape[1] // scale.shape[1],), shape, tensors, dtype)

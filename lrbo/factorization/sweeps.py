@@ -10,8 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lrbo.errors import StatisticsError
-from lrbo.factorization.bases import Base
-from lrbo.factorization.rounding import INPUTS, InputMetric, round_columns, rounded, snap_to
+from lrbo.factorization.bases import PANEL, Base
+from lrbo.factorization.rounding import INPUTS, InputMetric, SideBySide, Snap, rounded
 from lrbo.layers.forms import Quantized
 from lrbo.layers.packing import unpack
 
@@ -54,16 +54,40 @@ def swept(
         scales = [each.best_scale() for each in integers]
         pairs = [*zip(integers, scales, strict=True)]
         errors = torch.cat([each.left_by(each.codes, scale).float().T for each, scale in pairs], 1)
-        codes = torch.empty_like(given)
-        snap = snap_to(grids, [(scale, each.zero) for each, scale in pairs], order, codes)
+        lines = SideBySide.of(grids, [(scale, each.zero) for each, scale in pairs], order)
         # What an entry leaves is far larger than its rounding in float32, as of GPTQ.
-        round_columns(given, shares, snap, errors.index_select(0, order))
-        parts = codes[order.argsort()].T.chunk(len(bases))
+        numbers = _decided(given, shares, errors.index_select(0, order), lines.snap)
+        parts = lines.codes(numbers).chunk(len(bases))
         integers = [
-            each.or_better(part.double(), scale)
+            each.or_better(part.double() - each.wide(each.zero), scale)
             for (each, scale), part in zip(pairs, parts, strict=True)
         ]
-    return [rounded(each.form, each.codes, each.scale, each.zero, each.dtype) for each in integers]
+    return [each.base for each in integers]
+
+
+def _decided(
+    columns: Float[Tensor, "in rows"],
+    shares: Float[Tensor, "in in"],
+    errors: Float[Tensor, "in rows"],
+    snap: Snap,
+) -> Float[Tensor, "in rows"]:
+    """Round column after column again, each to what the errors of all others make of it.
+
+    ``errors`` are what each leaves so far, and are updated.
+    """
+    rounded = torch.empty_like(columns)
+    for start in range(0, len(columns), PANEL):
+        own, behind = slice(start, start + PANEL), slice(start + PANEL, None)
+        given, left = columns[own], errors[own]
+        due = torch.addmm(given, shares[:start, own].T, errors[:start])
+        due.addmm_(shares[behind, own].T, errors[behind])
+        within = shares[own, own].T.contiguous()
+        lines = (given, due, left, rounded[own], within)
+        rows = zip(*(each.unbind() for each in lines), strict=True)
+        for at, (exact, column, error, value, share) in enumerate(rows, start):
+            snap(at, column.addmv_(left.T, share), value)
+            torch.sub(exact, value, out=error)
+    return rounded
 
 
 def _shares(metric: InputMetric) -> Float[Tensor, "in in"]:
@@ -121,7 +145,17 @@ class _Integers:
 
     def left_by(self, codes: Float[Tensor, "out in"], scale: Float[Tensor, "out groups"]) -> Tensor:
         """Return ``E`` of other integers and scales."""
-        return self.weight - codes * scale.repeat_interleave(self.size, 1)
+        return self.weight - codes * self.wide(scale)
+
+    def wide(self, groups: Float[Tensor, "out groups"]) -> Float[Tensor, "out in"]:
+        """Repeat what is of groups for each of their inputs."""
+        return groups.repeat_interleave(self.size, 1)
+
+    @property
+    def base(self) -> Base:
+        """The base as it is stored."""
+        codes = self.codes + self.wide(self.zero)
+        return rounded(self.form, codes, self.scale, self.zero, self.dtype)
 
     def or_better(
         self, codes: Float[Tensor, "out in"], scale: Float[Tensor, "out groups"]

@@ -12,6 +12,8 @@ from lrbo.errors import StatisticsError
 from lrbo.factorization.base_plan import BasePlan
 from lrbo.factorization.options import BaseOptions
 from lrbo.factorization.rounding import (
+    BLOCK,
+    GptqOrder,
     cluster,
     round_gptq,
     round_nearest,
@@ -131,6 +133,25 @@ def test_gptq_is_the_textbook_algorithm() -> None:
         left = left[1:]
     differing = (unpack(actual.tensors["packed"], 4).long() != codes).double().mean()
     assert float(differing) < 0.02  # ties, in float32
+
+
+@pytest.mark.parametrize("width", [BLOCK - 40, BLOCK, 2 * BLOCK + 40])
+def test_what_columns_leave_reaches_those_of_later_panels_and_blocks(width: int) -> None:
+    """Column by column in float64, where every one shrinks by a tenth: there are no ties."""
+    moment, columns = correlated(width), drawn(width, 3)
+    order = GptqOrder.of(moment, 0.01, "moment")
+
+    def snap(at: int, column: Tensor, value: Tensor) -> None:
+        torch.mul(column, 0.9, out=value)
+
+    left = columns.float()
+    rounded = order.round(left, snap)
+    moves, due, exact = order.moves.double(), columns.clone(), torch.empty_like(columns)
+    for at in range(width):
+        exact[at] = 0.9 * due[at]
+        due[at + 1 :] += moves[at, at + 1 :, None] * (columns[at] - exact[at])
+    assert float((rounded - exact).abs().max()) < 1e-4 * float(exact.abs().max())
+    assert torch.allclose(left + rounded, columns.float(), atol=1e-5)
 
 
 def test_several_grids_at_once_are_those_one_by_one() -> None:

@@ -16,7 +16,7 @@ from lrbo.factorization.options import BaseOptions
 from lrbo.factorization.prediction import squared_errors
 from lrbo.factorization.prepare_unit import prepared_unit
 from lrbo.factorization.prepared import UnitFactors, prepared_of
-from lrbo.factorization.quantized_factors import FIRST, round_factors
+from lrbo.factorization.quantized_factors import FIRST, _solved, round_factors
 from lrbo.factorization.registry import method_named
 from lrbo.layers.based import Factors
 from lrbo.layers.options import Option
@@ -260,6 +260,24 @@ def test_a_run_mends_what_those_before_it_lost_in_rounding() -> None:
     ).wide(torch.float64)  # fmt: skip
     assert torch.equal(first[0], left[:, :FIRST])
     assert torch.equal(first[1], right[:FIRST])
+
+
+@pytest.mark.parametrize("alike", [False, True])
+def test_a_side_is_solved_for_the_other_also_where_directions_are_alike(alike: bool) -> None:
+    """The residual of least squares, by a library that decomposes nothing."""
+    right, target, inputs = drawn(6, 40, seed=1), drawn(9, 40, seed=2), moment(40, 3)
+    if alike:
+        right[4] = right[1] - 2 * right[3]
+        right[5] = 0
+    left = _solved(right.float(), inputs.float(), target.float()).double().T
+    root = np.linalg.cholesky(inputs.numpy())
+    best = np.linalg.lstsq(root.T @ right.numpy().T, root.T @ target.numpy().T, rcond=1e-6)[0].T
+    errors = [
+        float(np.square((target.numpy() - side @ right.numpy()) @ root).sum())
+        for side in (left.numpy(), best)
+    ]
+    assert errors[0] == pytest.approx(errors[1], rel=1e-6)
+    assert float(left.abs().max()) < 10 * float(np.abs(best).max())  # no copies that cancel
 
 
 def test_directions_of_nothing_are_rounded_to_nothing() -> None:

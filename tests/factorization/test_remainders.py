@@ -72,7 +72,9 @@ def test_the_loss_aware_ones_are_the_best_of_their_rank(
         actual = (factors.left[:, :rank] @ factors.right[:rank]).numpy()
         assert np.abs(actual - best).max() < 100 * EXACT * float(change.abs().max())
         expected = float((s[rank:] ** 2).sum() / 2)
-        assert float(factors.loss[rank]) == pytest.approx(expected, rel=EXACT, abs=1e-9)
+        # Eigenvalues in float32 are as exact as the largest one allows.
+        floor = 1e-6 * float((s**2).sum() / 2)
+        assert float(factors.loss[rank]) == pytest.approx(expected, rel=EXACT, abs=floor)
         if centred:  # the mean output is what it was
             whole = factors.bias_at(rank)
             assert whole is not None
