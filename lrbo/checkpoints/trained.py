@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -79,9 +79,8 @@ def save(
     source: Path,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
-    about: Mapping[str, Any],
+    describe: Callable[[Path], tuple[Mapping[str, Any], str]],
     *,
-    card: str,
     windows: Mapping[Role, TokenWindows],
 ) -> int:
     """Write a model as the checkpoint that it was loaded from, with its present numbers.
@@ -91,8 +90,8 @@ def save(
         source: The checkpoint; what is written has its configuration.
         model: After :func:`round_`.
         tokenizer: Of the checkpoint.
-        about: What is added to what the checkpoint remembers.
-        card: Text of the model card.
+        describe: Called with the folder once it opens as a checkpoint, to score what is written;
+            returns what is added to what the checkpoint remembers, and the text of its card.
         windows: That it was trained and judged on, beside those of the source.
 
     Returns:
@@ -102,7 +101,7 @@ def save(
         CheckpointError: If the folder exists, or a tensor is not as in the source.
     """
     stored, own = stored_in(source), export.stored_tensors(model)
-    with export.checkpoint_folder(folder, model, tokenizer, card, None) as beside:
+    with export.checkpoint_folder(folder, model, tokenizer, None, None) as beside:
         files = export.write_tensors(beside, {name: own[name] for name in stored})
         written = read_headers(files)
         other = [
@@ -116,9 +115,12 @@ def save(
             )
         path = source / export.CONFIG
         values = parse_json(path.read_bytes(), str(path))
+        (beside / export.CONFIG).write_text(json.dumps(values), encoding="utf-8")
+        about, card = describe(beside)
         values["quantization_config"]["provenance"] |= without_infinity(about)
         text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
         (beside / export.CONFIG).write_text(text, encoding="utf-8")
+        (beside / export.CARD).write_text(card, encoding="utf-8")
         save_seen(beside, windows, before=source)
     return sum(tensor.nbytes for tensor in written.values())
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
@@ -40,6 +40,7 @@ from lrbo.tracking.tracker import MlflowTracker
 STAGES: Mapping[str, Stage] = {"blocks": blocks.run}
 TEXTS: tuple[Role, ...] = ("validation", "test")
 MODELS = ("dense", "before", "after")
+CPU = torch.device("cpu")
 
 
 def run(config: RecoverConfig, reporter: Reporter) -> dict[str, Any]:
@@ -67,35 +68,26 @@ def _recovered(
     plan: RecoveryPlan, state: states.State, shown: RecoveryRun, reporter: Reporter
 ) -> dict[str, Any]:
     config, out = plan.config, Path(plan.config.out)
-    dense, model, scores = _models(plan, state, reporter)
-    stored = trained.stored_in(plan.folder)
+    scores = _scored_before(plan, state, reporter)
+    with reporter.waiting("Loading the models"):
+        dense, model = (_load(plan, name, plan.loaded) for name in MODELS[:2])
     trainables = make_trainable(model)
     reports = _trained(plan, state, dense, model, trainables, shown, reporter)
     del dense
     trainables.store_()
-    trained.round_(model, stored)
-    scores["after"] = _scores(plan, model, "after", reporter)
-    table = _table(plan, scores)
-    about = {
-        "validation_as_written": {
-            **scores["after"]["validation"],
-            "dtype": dtype_name(plan.stored),
-        },
-        "recovery": {
-            "settings": plan.settings,
-            "stages": [asdict(report) for report in reports],
-            "scores": scores,
-            "text": {role: each.text for role, each in plan.windows.items()},
-            "versions": versions(),
-        },
-    }
+    trained.round_(model, trained.stored_in(plan.folder))
+
+    def describe(folder: Path) -> tuple[dict[str, Any], str]:
+        written = export.load(folder, dtype=plan.compute, device=plan.device)
+        scores["after"] = _scores(plan, written, "after", reporter)
+        return _about(plan, reports, scores), _card(plan, reports, _table(plan, scores))
+
     size = trained.save(
         out,
         plan.folder,
         model,
         load_tokenizer(ModelSource("hf", str(plan.folder))),
-        about,
-        card=_card(plan, reports, table),
+        describe,
         windows=plan.windows,
     )
     numbers = {
@@ -110,42 +102,55 @@ def _recovered(
     state.remove()
     reporter.say(f"How to open it, what it scored and how it was made: {out / export.CARD}")
     if config.output == "text":
-        print_table(table)
+        print_table(_table(plan, scores))
     return {
         "folder": str(out),
         "bytes": size,
+        "dtype": dtype_name(plan.compute),
         **{text: {name: scores[name][text] for name in MODELS} for text in TEXTS},
         "stages": [asdict(report) for report in reports],
     }
 
 
-def _models(
-    plan: RecoveryPlan, state: states.State, reporter: Reporter
-) -> tuple[PreTrainedModel, PreTrainedModel, dict[str, Any]]:
-    """Load the dense model and the compressed one, and score both once, as they are stored."""
-    scores = state.scores()
-    loaded: list[PreTrainedModel] = []
-    for name in MODELS[:2]:
-        load = _loads(plan)[name]
-        with reporter.waiting(f"Loading the model ({name})"):
-            model = load(plan.stored)
-        if name == "dense":
-            plan.require_dense(model)
-        if name not in scores:
-            scores[name] = _scores(plan, model, name, reporter)
-            state.keep_scores(scores)
-        if plan.loaded != plan.stored:
-            with reporter.waiting(f"Loading the model in {dtype_name(plan.loaded)}"):
-                model = load(plan.loaded)
-        loaded.append(model)
-    return loaded[0], loaded[1], scores
-
-
-def _loads(plan: RecoveryPlan) -> dict[str, Callable[[torch.dtype], PreTrainedModel]]:
+def _about(
+    plan: RecoveryPlan, reports: list[StageReport], scores: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return what the checkpoint remembers of its recovery."""
     return {
-        "dense": lambda dtype: plan.task.load(plan.source, dtype=dtype, device=plan.device),
-        "before": lambda dtype: export.load(plan.folder, dtype=dtype, device=plan.device),
+        "validation_as_written": {
+            **scores["after"]["validation"],
+            "dtype": dtype_name(plan.compute),
+        },
+        "recovery": {
+            "settings": plan.settings,
+            "stages": [asdict(report) for report in reports],
+            "scores": scores,
+            "text": {role: each.text for role, each in plan.windows.items()},
+            "versions": versions(),
+        },
     }
+
+
+def _scored_before(plan: RecoveryPlan, state: states.State, reporter: Reporter) -> dict[str, Any]:
+    """Score the dense model and the compressed one, once, in the dtype that they run in."""
+    scores = state.scores()
+    for name in MODELS[:2]:
+        if name in scores:
+            continue
+        if name == "dense":  # in the dtype of its files, in which its fingerprint is taken
+            with reporter.waiting("Loading the dense model"):
+                plan.require_dense(plan.task.load(plan.source, dtype=None, device=CPU))
+        with reporter.waiting("Loading the model"):
+            model = _load(plan, name, plan.compute)
+        scores[name] = _scores(plan, model, name, reporter)
+        state.keep_scores(scores)
+    return scores
+
+
+def _load(plan: RecoveryPlan, name: str, dtype: torch.dtype) -> PreTrainedModel:
+    if name == "dense":
+        return plan.task.load(plan.source, dtype=dtype, device=plan.device)
+    return export.load(plan.folder, dtype=dtype, device=plan.device)
 
 
 def _scores(
@@ -217,7 +222,8 @@ def _computing(plan: RecoveryPlan) -> Any:
     """Multiply in a narrower dtype than that of the parameters, where that is faster."""
     if plan.compute == plan.loaded:
         return nullcontext()
-    return torch.autocast(plan.device.type, plan.compute)
+    # A cache would hold rounded parameters beyond the step that changes them.
+    return torch.autocast(plan.device.type, plan.compute, cache_enabled=False)
 
 
 def _sentence(report: StageReport) -> str:
@@ -236,7 +242,7 @@ def _table(plan: RecoveryPlan, scores: Mapping[str, Any]) -> Table:
         for name in MODELS
     ]
     heads = [f"{text} {metric.label}" for text in TEXTS]
-    return Table(f"Recovery, scored in {dtype_name(plan.stored)}", columns("model", *heads), rows)
+    return Table(f"Recovery, scored in {dtype_name(plan.compute)}", columns("model", *heads), rows)
 
 
 def _card(plan: RecoveryPlan, reports: list[StageReport], table: Table) -> str:
@@ -272,6 +278,6 @@ def _enter(plan: RecoveryPlan, out: Path, scores: Mapping[str, Any]) -> None:
     stored = saved.continued(study.config, [assigned("studies", plan.config.studies)])
     headline = plan.task.record.headline.name
     tags: dict[str, str] = {text: f"{scores['after'][text][headline]:.4f}" for text in TEXTS}
-    tags |= {"format": "lrbo", "dtype": dtype_name(plan.stored)}
+    tags |= {"format": "lrbo", "dtype": dtype_name(plan.compute)}
     tags |= {"keep_ratio": f"{plan.about['keep_ratio']:.4f}"}
     enter_checkpoint(stored, study, out, trial, plan.config.register, tags)

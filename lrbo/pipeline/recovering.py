@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from lrbo.checkpoints import export
 from lrbo.checkpoints.calibration_text import seen_shares
@@ -129,14 +129,19 @@ def plan_recovery(config: RecoverConfig) -> RecoveryPlan:
             problems += _seen(config, folder, windows, study)
     if source is None or windows is None or skeleton is None or problems:
         raise ConfigError(problems)
-    compute = resolve_dtype(config.model.dtype, device)
+    out = states.folder_of(Path(config.out))
+    with Collecting(problems, CheckpointError):
+        # What is faster is measured: a recovery goes on with what it began with.
+        begun = states.begun(out).get("model.dtype") if config.model.dtype == "auto" else None
+    if problems:
+        raise ConfigError(problems)
+    compute = resolve_dtype(begun or config.model.dtype, device)
     stored = getattr(torch, export.stored_dtype(folder) or "float32")
     task = CausalLM()
     plan = RecoveryPlan(
         config, folder, about, source, study, windows, task, device, compute, stored
     )
     problems += _room(plan, skeleton)
-    out = states.folder_of(Path(config.out))
     with Collecting(problems, CheckpointError):
         problems += states.differences(out, plan.settings)
     if problems:
@@ -162,7 +167,7 @@ def split(windows: TokenWindows, share: float) -> tuple[torch.Tensor, torch.Tens
     return windows.ids[rest], windows.ids[held]
 
 
-def _checkpoint(folder: Path) -> PretrainedConfig:
+def _checkpoint(folder: Path) -> Any:
     """Read the configuration of a checkpoint that can be trained."""
     if (folder / export.CODE).is_file():
         raise CheckpointError(
@@ -182,7 +187,7 @@ def _dense(
     config: RecoverConfig,
     about: Mapping[str, Any],
     folder: Path,
-    checkpoint: PretrainedConfig,
+    checkpoint: Any,
     problems: list[str],
 ) -> tuple[ModelSource | None, PreTrainedModel | None]:
     """Look for the dense model where it is said to be, and build it without its weights."""

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lrbo.errors import CheckpointError, ConfigError, reading
+from lrbo.errors import CheckpointError, ConfigError, LrboError, reading
 from lrbo.files.atomic import remove_whole, replacing, write_text
 from lrbo.files.parsing import parse_json, to_json
 from lrbo.recovery.stage import StageReport
@@ -28,18 +28,28 @@ def folder_of(out: Path) -> Path:
     return out.with_name(f"{out.name}.recovery")
 
 
+def begun(folder: Path) -> dict[str, Any]:
+    """Return the settings of a recovery in progress; none where there is none.
+
+    Raises:
+        CheckpointError: If its file cannot be read.
+    """
+    settings: dict[str, Any] = (_read(folder / SETTINGS) or {}).get("settings", {})
+    return settings
+
+
 def differences(folder: Path, settings: Mapping[str, Any]) -> list[str]:
     """List how a recovery in progress differs from settings; nothing where there is none.
 
     Raises:
         CheckpointError: If its file cannot be read.
     """
-    begun = _read(folder / SETTINGS)
-    if begun is None:
+    content = _read(folder / SETTINGS)
+    if content is None:
         return []
-    if begun.get("format") != FORMAT:
-        return [f"{folder} has format {begun.get('format')!r}, expected {FORMAT}; move it away"]
-    old, new = begun["settings"], json.loads(to_json(settings))
+    if content.get("format") != FORMAT:
+        return [f"{folder} has format {content.get('format')!r}, expected {FORMAT}; move it away"]
+    old, new = content["settings"], json.loads(to_json(settings))
     return [
         f"{key}: the recovery in {folder} has {old.get(key)!r}, the command has {new.get(key)!r}"
         for key in dict.fromkeys([*old, *new])
@@ -60,13 +70,13 @@ class State:
             advice = f"give what it was begun with, remove {folder} to begin anew, or take another "
             raise ConfigError([*problems, f"to go on or not: {advice}out="])
         self.folder = folder
-        begun = _read(folder / SETTINGS)
-        self.is_new = begun is None
-        if begun is None:
+        content = _read(folder / SETTINGS)
+        self.is_new = content is None
+        if content is None:
             folder.mkdir(parents=True, exist_ok=True)
-            begun = {"format": FORMAT, "id": uuid.uuid4().hex, "settings": dict(settings)}
-            write_text(folder / SETTINGS, to_json(begun, indent=2) + "\n")
-        self.identity: str = begun["id"]
+            content = {"format": FORMAT, "id": uuid.uuid4().hex, "settings": dict(settings)}
+            write_text(folder / SETTINGS, to_json(content, indent=2) + "\n")
+        self.identity: str = content["id"]
 
     def stage_folder(self, stage: str) -> Path:
         """Return the folder of a stage's own state, which exists then."""
@@ -126,7 +136,8 @@ def read_tensors(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
 def _read(path: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
-    with reading(CheckpointError, f"{path} cannot be read; move its folder away to begin anew"):
+    what = f"{path} cannot be read; move its folder away to begin anew"
+    with reading(CheckpointError, what, own=LrboError):
         content = parse_json(path.read_bytes(), str(path))
         if not isinstance(content, dict):
             raise ValueError("it is no object of JSON")
