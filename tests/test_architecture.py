@@ -72,7 +72,7 @@ BORDERS = {
 }
 # Of transformers everybody may name these types, and only these rooms do more.
 TRANSFORMERS_TYPES = {"PreTrainedModel", "PreTrainedTokenizerBase"}
-TRANSFORMERS = {"cli", "models", "checkpoints", "evaluation"}
+TRANSFORMERS = {"cli", "models", "checkpoints", "evaluation", "recovery"}
 
 
 @cache

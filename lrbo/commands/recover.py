@@ -27,8 +27,8 @@ from lrbo.models.loading import load_tokenizer
 from lrbo.models.sources import ModelSource
 from lrbo.pipeline.recovering import RecoveryPlan, plan_recovery, split
 from lrbo.progress import Reporter
-from lrbo.recovery import blocks, states
-from lrbo.recovery.stage import Recovery, Stage, StageReport
+from lrbo.recovery import blocks, distill, states
+from lrbo.recovery.stage import Recovery, StageReport
 from lrbo.recovery.trainable import Trainables, make_trainable
 from lrbo.reports.mlflow_view import enter_checkpoint, make_tracker
 from lrbo.reports.terminal import print_table
@@ -37,7 +37,7 @@ from lrbo.tasks.metrics import MISSING
 from lrbo.tracking.recovery_run import MlflowRecoveryRun, RecoveryRun
 from lrbo.tracking.tracker import MlflowTracker
 
-STAGES: Mapping[str, Stage] = {"blocks": blocks.run}
+STAGES: Mapping[str, Any] = {"blocks": blocks, "distill": distill}
 TEXTS: tuple[Role, ...] = ("validation", "test")
 MODELS = ("dense", "before", "after")
 CPU = torch.device("cpu")
@@ -186,9 +186,11 @@ def _trained(
             report, tensors = finished
             trainables.load_state(tensors)
         else:
-            settings = getattr(recover, name)
-            share = 1.0 if number == len(recover.stages) else settings.share
-            end = time.monotonic() + share * left
+            settings, stage = getattr(recover, name), STAGES[name]
+            others = len(recover.stages) - number
+            share = getattr(settings, "share", 1 / (1 + others)) if others else 1.0
+            # What an interrupted run of it has used counts too.
+            end = time.monotonic() + share * left - stage.spent(state.stage_folder(name))
             recovery = Recovery(
                 model=model,
                 trainables=trainables,
@@ -205,7 +207,7 @@ def _trained(
                 tokens=recover.tokens,
             )
             with _computing(plan):
-                report = STAGES[name](recovery)
+                report = stage.run(recovery)
             state.finish(report, trainables.state())
         left = max(left - report.seconds, 0.0)
         reports.append(report)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from lrbo.config import options
+from lrbo.config.distillation import DistillConfig
 from lrbo.config.options import ANY_COUNT, Rule, one_of, option
 
-STAGES = ("blocks",)  # by name, in the order that is the default
+STAGES = ("blocks", "distill")  # by name, in the order that is the default
 STUDY_TEXT = "study"  # data.name where the text is that of the checkpoint's study
 
 
@@ -49,3 +50,4 @@ class RecoverySection:
     )
     held_back: float = option(0.125, Rule("above 0 and below 1", lambda v: 0 < v < 1))
     blocks: BlocksConfig = field(default_factory=BlocksConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +47,12 @@ def run(recovery: Recovery) -> StageReport:
     return _Work(recovery).run()
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Windows of one step: the input of a block, and the output that it should have."""
-
-    entering: Tensor
-    target: Tensor
+def spent(folder: Path) -> float:
+    """Return the seconds that the finished blocks of an interrupted run took."""
+    files = sorted(folder.glob("block_*.safetensors"))
+    return sum(
+        float(read[0]["seconds"]) for file in files if (read := read_tensors(file)) is not None
+    )
 
 
 class BlockLoss:
@@ -92,7 +91,7 @@ class _Work:
 
     def run(self) -> StageReport:
         """Go through the blocks."""
-        start, count = time.perf_counter(), len(self.body)
+        start, count = time.perf_counter() - spent(self.recovery.folder), len(self.body)
         moments = self._moments()
         streams = [self._embedded(body) for body in (self.dense, self.body)]
         rows: list[dict[str, Any]] = []

@@ -47,6 +47,3 @@ class StageReport:
     after: float
     stopped: str | None = None  # why it ended before its last step, if it did
     rows: tuple[dict[str, Any], ...] = ()  # of a stage of several parts
-
-
-Stage = Callable[[Recovery], StageReport]
