@@ -173,3 +173,27 @@ def test_the_learning_rate_rises_and_falls_to_a_tenth() -> None:
     assert rates[0] < 0.2
     assert rates[100] == pytest.approx(0.1)
     assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
+
+
+FORMS = {  # of the layers of two blocks
+    "self_attn.q_proj": ("factored 3", "shared_factored 3"),
+    "self_attn.k_proj": ("pivoted 3", "shared_factored 3"),
+    "self_attn.v_proj": ("lut4 1", "shared_factored 3"),
+    "self_attn.o_proj": ("lut3 2", "factored_int8 5"),
+    "mlp.gate_proj": ("sparse_2_4 1", "neurons 12"),
+    "mlp.up_proj": ("kronecker 12 16 1", "neurons 12"),
+    "mlp.down_proj": ("sparse_rows 20 2", "neurons 12"),
+}
+
+
+def test_a_model_of_many_forms_comes_nearer_and_is_stored_as_it_was(tmp_path: Path) -> None:
+    many = compressed_pair(case="llama_untied", options=FORMS)
+    layout = {n: (t.shape, t.dtype) for n, t in many.model.state_dict().items()}
+    recovery = many.recovery(tmp_path, settings(epochs=4))
+    report = blocks.run(recovery)
+    assert all(row["after"] < row["before"] for row in report.rows)
+    recovery.trainables.store_()
+    after = recovery.model.state_dict()
+    assert {n: (t.shape, t.dtype) for n, t in after.items()} == layout
+    before = divergence(many.dense, many.model, recovery.held_back)
+    assert divergence(many.dense, recovery.model, recovery.held_back) < before

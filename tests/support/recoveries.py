@@ -1,7 +1,7 @@
 """A small compressed model, the dense one that it was made of, and text that the latter wrote."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lrbo.config.recovery import BlocksConfig
+from lrbo.factorization.options import BaseOptions
+from lrbo.layers.options import Option
+from lrbo.models.model_map import map_model
 from lrbo.pipeline.in_memory import calibrate, factorize
 from lrbo.progress import PlainConsole, Reporter
 from lrbo.recovery.stage import Recovery
 from lrbo.recovery.trainable import make_trainable
 from lrbo.tasks.causal_lm import CausalLM
+from tests.support.allocations import decided
 from tests.support.tiny import build
 
 TOKENS, TRAINING, HELD_BACK = 24, 24, 8
@@ -61,17 +65,37 @@ class Pair:
         return Recovery(**values | changes)
 
 
-def compressed_pair(keep: float = 0.5, forms: str = "pivoted", case: str = "llama_tied") -> Pair:
-    """Compress a tiny model whose predictions are sharp enough to be worth something."""
+def compressed_pair(
+    keep: float = 0.5,
+    case: str = "llama_tied",
+    options: Mapping[str, Sequence[str]] | None = None,
+) -> Pair:
+    """Compress a tiny model whose predictions are sharp enough to be worth something.
+
+    All layers alike, or each as ``options`` say, by its path in a block, for every block.
+    """
     dense = build(case)
     with torch.no_grad():  # so that text of it is far from uniform
         dense.model.norm.weight.mul_(8.0)
     text = written_by(dense, TRAINING + HELD_BACK)
     model = copy.deepcopy(dense)
-    factors = factorize(
-        model, calibrate(model, text[:TRAINING], progress=False), forms=forms, progress=False
-    )
-    factors.compress_(model, factors.uniform(keep))
+    calibration = calibrate(model, text[:TRAINING], progress=False)
+    if options is None:
+        factors = factorize(model, calibration, progress=False)
+        allocation = factors.uniform(keep)
+    else:
+        units = {unit.name: unit for unit in map_model(model).compressible}
+        taken = {
+            name: Option.parse(each[unit.block])
+            for path, each in options.items()
+            for name, unit in units.items()
+            if name.endswith(path)
+        }
+        names = [*dict.fromkeys(option.form for option in taken.values())]
+        bases = BaseOptions(group_sizes=(16,), row_percentages=(20,))
+        factors = factorize(model, calibration, forms=names, bases=bases, progress=False)
+        allocation = decided(units.values(), taken)
+    factors.compress_(model, allocation)
     return Pair(dense, model, text)
 
 
