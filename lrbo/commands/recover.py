@@ -56,12 +56,15 @@ def run(config: RecoverConfig, reporter: Reporter) -> dict[str, Any]:
     state = states.State(states.folder_of(Path(config.out)), plan.settings)
     if not state.is_new:
         reporter.say(f"Going on with what is finished in {state.folder}")
-    shown = _shown(plan, state)
-    try:
-        return _recovered(plan, state, shown, reporter)
-    except BaseException as error:
-        shown.finish({}, "FAILED" if isinstance(error, LrboError) else "KILLED")
-        raise
+    with state.locked():
+        shown = _shown(plan, state)
+        try:
+            result = _recovered(plan, state, shown, reporter)
+        except BaseException as error:
+            shown.finish({}, "FAILED" if isinstance(error, LrboError) else "KILLED")
+            raise
+    state.remove()
+    return result
 
 
 def _recovered(
@@ -99,7 +102,6 @@ def _recovered(
     shown.finish(numbers, "FINISHED")
     if plan.study is not None:
         _enter(plan, out, scores)
-    state.remove()
     reporter.say(f"How to open it, what it scored and how it was made: {out / export.CARD}")
     if config.output == "text":
         print_table(_table(plan, scores))

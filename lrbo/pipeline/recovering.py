@@ -37,6 +37,7 @@ from lrbo.models.sources import ModelSource
 from lrbo.models.specs import ModelMap
 from lrbo.pipeline import checks, planning
 from lrbo.recovery import memory, states
+from lrbo.recovery.gradients import windows_for
 from lrbo.study.journal import Study
 from lrbo.study.study_record import study_folder
 from lrbo.tasks.causal_lm import CausalLM
@@ -348,6 +349,7 @@ def _sizes(
         compressed=int(sum(tensor.nbytes for tensor in stored.values()) * wider),
         trained=trained,
         windows=len(training),
+        weighed=windows_for(int(table.shape[1]), *training.shape),
         tokens=training.shape[1],
         features=int(table.shape[1]),
         inside=2 * sum(inside),

@@ -16,7 +16,7 @@ from lrbo.calibration.collect import batches_of
 from lrbo.config.recovery import BlocksConfig
 from lrbo.errors import NonFiniteError
 from lrbo.models.blockwise import Scratch
-from lrbo.recovery.gradients import TOKENS_PER_FEATURE, output_moments, scale_of
+from lrbo.recovery.gradients import output_moments, scale_of, windows_for
 from lrbo.recovery.stage import Recovery, StageReport
 from lrbo.recovery.states import read_tensors, write_tensors
 from lrbo.tasks.model_task import Segments
@@ -24,8 +24,8 @@ from lrbo.tasks.model_task import Segments
 NAME = "blocks"
 LOWEST = 0.1  # of the learning rate, at the last step
 CLIP = 1.0  # largest norm of a gradient, of a loss that begins at 1
-CHECKS = 8  # of a block on the windows held back, at most
-PATIENCE = 3  # checks in a row that are worse than the best
+CHECKS = 5  # of a block on the windows held back, after equal numbers of steps
+PATIENCE = 2  # checks in a row that are worse than the best
 MOMENTS = "gradients.safetensors"
 
 
@@ -85,13 +85,15 @@ class _Work:
         size = self.settings.batch_windows
         self.fitting = batches_of(0, self.seen, size)
         self.judging = batches_of(self.seen, len(self.windows), size)
-        self.step_seconds: float | None = None
-        names = {id(p): name for name, p in recovery.trainables.named_parameters()}
-        self.names = names
+        self.step_seconds: float | None = None  # what parts of the work take, as last measured
+        self.pass_seconds = 0.0
+        self.names = {id(p): name for name, p in recovery.trainables.named_parameters()}
 
     def run(self) -> StageReport:
         """Go through the blocks."""
         start, count = time.perf_counter() - spent(self.recovery.folder), len(self.body)
+        trainables = self.recovery.trainables
+        before_rounding, trainables.rounding = trainables.rounding, True  # as blocks are stored
         moments = self._moments()
         streams = [self._embedded(body) for body in (self.dense, self.body)]
         rows: list[dict[str, Any]] = []
@@ -107,6 +109,7 @@ class _Work:
                 for name in ("before", "after"):
                     self.recovery.log(f"{NAME}/{name}", row[name], index)
                 advance(1)
+        trainables.rounding = before_rounding
         before, after = (sum(row[name] for row in rows) for name in ("before", "after"))
         kept = sum(row["after"] >= row["before"] for row in rows)
         short = sum(row["stopped"] == "minutes" for row in rows)
@@ -134,8 +137,7 @@ class _Work:
             return [read[1][str(index)] for index in range(len(self.body))]
         training = self.recovery.training
         width = self.recovery.dense.get_input_embeddings().weight.shape[1]
-        wanted = math.ceil(TOKENS_PER_FEATURE * int(width) / training.shape[1])
-        count = min(len(training), max(wanted, 1))
+        count = windows_for(int(width), *training.shape)
         chosen = training[[index * len(training) // count for index in range(count)]]
         steps = 2 * len(self.body)
         with self.recovery.reporter.step("Gradients of blocks", steps, "blocks") as advance:
@@ -145,7 +147,7 @@ class _Work:
                 chosen,
                 seed=self.recovery.seed,
                 batch_windows=self.settings.batch_windows,
-                scratch=self.scratch,
+                scratch=Scratch(int(self.settings.memory_gib * 2**30)),
                 on_block=advance,
             )
         tensors = {str(index): moment for index, moment in enumerate(moments)}
@@ -166,9 +168,11 @@ class _Work:
 
     def _advance(self, body: Segments, index: int, states: Tensor) -> None:
         """Replace the states of all windows by what a block makes of them."""
+        start = time.perf_counter()
         with body.open_block(index) as block, torch.no_grad():
             for batch in [*self.fitting, *self.judging]:
                 states[batch] = body.run(block, index, states[batch].to(body.device)).to(states)
+        self.pass_seconds = time.perf_counter() - start
 
     def _resumed(self, index: int) -> dict[str, Any] | None:
         """Take over a block that was finished before an interruption."""
@@ -220,11 +224,12 @@ class _Training:
 
     def run(self) -> dict[str, Any]:
         """Train, and leave the parameters that were best on the windows held back."""
+        start = time.perf_counter()
         before = best = self._judged()
         if before == 0:
             return self._row(before, before, 0, None)
         kept = self._copy()
-        steps, stopped = self._planned(before)
+        steps, stopped = self._planned(before, time.perf_counter() - start)
         matrices = [p for p in self.own.values() if p.dim() > 1]
         vectors = [p for p in self.own.values() if p.dim() <= 1]
         groups = [
@@ -236,19 +241,22 @@ class _Training:
             optimizer, lambda step: rate(step, steps, self.settings.warmup)
         )
         checks = {math.ceil(steps * (at + 1) / CHECKS) for at in range(CHECKS)}
-        worse = 0
-        done = 0
-        start = time.perf_counter()
+        worse = done = 0
+        seconds = 0.0
         for step, windows in enumerate(self._batches(steps), start=1):
+            start = time.perf_counter()
             optimizer.zero_grad()
             torch.autograd.backward(self._loss_of(windows, before, step))
             nn.utils.clip_grad_norm_(self.own.values(), CLIP)
             optimizer.step()
             schedule.step()
             done = step
+            seconds += time.perf_counter() - start
             if step not in checks:
                 continue
             judged = self._judged(step)
+            part = CHECKS * self.index + math.ceil(CHECKS * step / steps)
+            self.work.recovery.log(f"{NAME}/held_back", judged / before, part)
             if judged < best:
                 best, kept, worse = judged, self._copy(), 0
             else:
@@ -257,12 +265,15 @@ class _Training:
                 stopped = "no better"
                 break
         if done:
-            self.work.step_seconds = (time.perf_counter() - start) / done
+            self.work.step_seconds = seconds / done
         self.work.recovery.trainables.load_state(kept)
         return self._row(before, best, done, stopped)
 
-    def _planned(self, before: float) -> tuple[int, str | None]:
-        """Return the number of steps, and why it is less than what was asked for."""
+    def _planned(self, before: float, check_seconds: float) -> tuple[int, str | None]:
+        """Return the number of steps, and why it is less than what was asked for.
+
+        All blocks that are left have as many, with the passes of both streams and the checks.
+        """
         work, settings = self.work, self.settings
         recovery = work.recovery
         each = settings.batch_windows * work.windows.shape[1]
@@ -275,7 +286,10 @@ class _Training:
                 start = time.perf_counter()
                 torch.autograd.backward(self._loss_of(next(self._batches(1)), before, 0))
                 work.step_seconds = time.perf_counter() - start
-        left = recovery.deadline() / (len(work.body) - self.index)
+        blocks = len(work.body) - self.index
+        others = (2 * blocks - 1) * work.pass_seconds
+        others += ((CHECKS + 1) * blocks - 1) * check_seconds
+        left = (recovery.deadline() - others) / blocks
         possible = int(left / max(work.step_seconds or 0.0, 1e-6))
         return (steps, None) if steps <= possible else (max(possible, 1), "minutes")
 
@@ -314,7 +328,7 @@ class _Training:
     def _require_finite(self, loss: Tensor, step: int) -> None:
         if not torch.isfinite(loss):
             raise NonFiniteError(
-                f"stage {NAME}: the loss of block {self.index} is {float(loss)} at step {step}, "
+                f"stage {NAME}: the loss of block {self.index} is {float(loss.detach())} at step {step}, "
                 f"expected a number; the blocks before it are kept in {self.work.recovery.folder}. "
                 "Begin again with a smaller recover.blocks.lr, or model.dtype=float32"
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,11 @@ from lrbo.models.blockwise import Scratch
 from lrbo.tasks.model_task import ModelTask
 
 TOKENS_PER_FEATURE = 8  # of the residual stream, that gradients are taken of
+
+
+def windows_for(features: int, windows: int, tokens: int) -> int:
+    """Return of how many windows gradients are taken."""
+    return min(windows, max(math.ceil(TOKENS_PER_FEATURE * features / tokens), 1))
 
 
 def scale_of(states: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch 1"]:

@@ -28,6 +28,7 @@ class Sizes:
     compressed: int  # likewise
     trained: Mapping[int, int]  # numbers that are trained, by block; -1 for those outside
     windows: int
+    weighed: int  # windows that gradients are taken of
     tokens: int  # of a window
     features: int  # of the residual stream
     inside: int  # outputs of all layers of a block together
@@ -40,7 +41,8 @@ class Sizes:
 def needs(sizes: Sizes, stages: Collection[str], scratch: int) -> dict[str, int]:
     """Return the bytes of memory by what needs them; hidden states take at most ``scratch``."""
     total = sum(sizes.trained.values())
-    states = 2 * sizes.windows * sizes.tokens * sizes.features * sizes.itemsize
+    states = max(2 * sizes.windows, sizes.blocks * sizes.weighed) * sizes.tokens
+    states *= sizes.features * sizes.itemsize
     step = sizes.batch * sizes.tokens
     found = {
         "the dense model": sizes.dense,

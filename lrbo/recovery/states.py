@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -19,7 +21,7 @@ from lrbo.files.parsing import parse_json, to_json
 from lrbo.recovery.stage import StageReport
 
 FORMAT = 1
-SETTINGS, SCORES = "settings.json", "scores.json"
+SETTINGS, SCORES, LOCK = "settings.json", "scores.json", "lock"
 REPORT = "report"  # key of what a file of tensors says beside them
 
 
@@ -77,6 +79,26 @@ class State:
             content = {"format": FORMAT, "id": uuid.uuid4().hex, "settings": dict(settings)}
             write_text(folder / SETTINGS, to_json(content, indent=2) + "\n")
         self.identity: str = content["id"]
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder, unless another process does; the system releases it from a dead one.
+
+        Raises:
+            CheckpointError: If another process works in it.
+        """
+        lock = FileLock(self.folder / LOCK)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise CheckpointError(
+                f"another process is working in {self.folder}; wait for it, stop it, or choose "
+                "another out="
+            ) from error
+        try:
+            yield
+        finally:
+            lock.release()
 
     def stage_folder(self, stage: str) -> Path:
         """Return the folder of a stage's own state, which exists then."""

@@ -281,7 +281,14 @@ def test_a_section_is_put_into_a_card_and_a_command_to_the_others() -> None:
 def test_a_state_that_is_damaged_is_named(tmp_path: Path) -> None:
     state = states.State(tmp_path / "x.recovery", {"a": 1})
     assert state.is_new
-    assert not states.State(tmp_path / "x.recovery", {"a": 1}).is_new
+    again = states.State(tmp_path / "x.recovery", {"a": 1})
+    assert not again.is_new
+    with (
+        state.locked(),
+        pytest.raises(lrbo.LrboError, match="another process is working in"),
+        again.locked(),
+    ):
+        pass
     (tmp_path / "x.recovery" / "settings.json").write_text("{", encoding="utf-8")
     with pytest.raises(lrbo.LrboError, match="cannot be read; move its folder away"):
         states.State(tmp_path / "x.recovery", {"a": 1})

@@ -197,3 +197,21 @@ def test_a_model_of_many_forms_comes_nearer_and_is_stored_as_it_was(tmp_path: Pa
     assert {n: (t.shape, t.dtype) for n, t in after.items()} == layout
     before = divergence(many.dense, many.model, recovery.held_back)
     assert divergence(many.dense, recovery.model, recovery.held_back) < before
+
+
+def test_what_is_judged_is_what_is_stored_of_factors_in_integers(tmp_path: Path) -> None:
+    options = dict.fromkeys(FORMS, ("factored_int4 4", "factored_int4 4"))
+    coarse = compressed_pair(options=options)
+    recovery = coarse.recovery(tmp_path, settings(epochs=2, weighting="none"))
+    report = blocks.run(recovery)
+    assert not recovery.trainables.rounding
+    recovery.trainables.store_()
+    bodies = [CausalLM().segments(each) for each in (coarse.dense, recovery.model)]
+    with torch.no_grad():
+        states = [body.embed(recovery.held_back) for body in bodies]
+        for row in report.rows:
+            for at, body in enumerate(bodies):
+                with body.open_block(row["block"]) as block:
+                    states[at] = body.run(block, row["block"], states[at])
+            error = float((states[0] - states[1]).square().mean())
+            assert row["after"] == pytest.approx(error, rel=1e-3)
