@@ -208,7 +208,7 @@ def _trained(
                 seed=plan.config.seed,
                 tokens=recover.tokens,
             )
-            with _computing(plan):
+            with _computing(plan.device, plan.compute, plan.loaded):
                 report = stage.run(recovery)
             state.finish(report, trainables.state())
         left = max(left - report.seconds, 0.0)
@@ -222,12 +222,12 @@ def _left(end: float) -> float:
     return end - time.monotonic()
 
 
-def _computing(plan: RecoveryPlan) -> Any:
+def _computing(device: torch.device, compute: torch.dtype, loaded: torch.dtype) -> Any:
     """Multiply in a narrower dtype than that of the parameters, where that is faster."""
-    if plan.compute == plan.loaded:
+    if compute == loaded:
         return nullcontext()
     # A cache would hold rounded parameters beyond the step that changes them.
-    return torch.autocast(plan.device.type, plan.compute, cache_enabled=False)
+    return torch.autocast(device.type, compute, cache_enabled=False)
 
 
 def _sentence(report: StageReport) -> str:

@@ -326,9 +326,10 @@ class _Training:
         return total / count
 
     def _require_finite(self, loss: Tensor, step: int) -> None:
-        if not torch.isfinite(loss):
+        value = float(loss.detach())
+        if not math.isfinite(value):
             raise NonFiniteError(
-                f"stage {NAME}: the loss of block {self.index} is {float(loss.detach())} at step {step}, "
+                f"stage {NAME}: the loss of block {self.index} is {value} at step {step}, "
                 f"expected a number; the blocks before it are kept in {self.work.recovery.folder}. "
                 "Begin again with a smaller recover.blocks.lr, or model.dtype=float32"
             )

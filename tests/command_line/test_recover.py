@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -148,9 +147,8 @@ def test_a_recovery_that_is_killed_goes_on_and_ends_as_it_would_have(
 
 def test_half_precision_sees_what_every_step_changes() -> None:
     """Autocast keeps rounded copies of parameters, unless told otherwise."""
-    plan = SimpleNamespace(compute=torch.bfloat16, loaded=torch.float32, device=torch.device("cpu"))
     weight, x = torch.nn.Parameter(torch.ones(4, 4)), torch.ones(2, 4)
-    with recover._computing(plan):  # type: ignore[arg-type]
+    with recover._computing(torch.device("cpu"), torch.bfloat16, torch.float32):
         before = torch.nn.functional.linear(x, weight)
         with torch.no_grad():
             weight.add_(1)
