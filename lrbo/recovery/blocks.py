@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from lrbo.calibration.collect import batches_of
 from lrbo.config.recovery import BlocksConfig
 from lrbo.errors import NonFiniteError
 from lrbo.models.blockwise import Scratch
-from lrbo.recovery.gradients import output_moments, scale_of, windows_for
+from lrbo.recovery.gradients import Metric, output_metrics, windows_for
 from lrbo.recovery.stage import Recovery, StageReport
 from lrbo.recovery.states import read_tensors, write_tensors
 from lrbo.tasks.model_task import Segments
@@ -58,16 +57,15 @@ def spent(folder: Path) -> float:
 class BlockLoss:
     """The mean error of a block's output over tokens, weighed or plain."""
 
-    def __init__(self, moment: Float[Tensor, "d d"] | None, device: torch.device) -> None:
-        self.moment = None if moment is None else moment.to(device)
+    def __init__(self, metric: Metric | None, device: torch.device) -> None:
+        self.metric = None if metric is None else Metric(metric.moment.to(device), metric.most)
 
     def __call__(self, output: Tensor, target: Tensor) -> Tensor:
         """Return the loss in float32."""
         error = output.float() - target.float()
-        if self.moment is None:
+        if self.metric is None:
             return error.square().mean()
-        error = (error / scale_of(target)).flatten(0, -2)
-        return (error @ self.moment * error).sum(-1).mean() / 2
+        return self.metric.cost(error, target).mean()
 
 
 class _Work:
@@ -94,13 +92,13 @@ class _Work:
         start, count = time.perf_counter() - spent(self.recovery.folder), len(self.body)
         trainables = self.recovery.trainables
         before_rounding, trainables.rounding = trainables.rounding, True  # as blocks are stored
-        moments = self._moments()
+        metrics = self._metrics()
         streams = [self._embedded(body) for body in (self.dense, self.body)]
         rows: list[dict[str, Any]] = []
         with self.recovery.reporter.step("Blocks", count, "blocks") as advance:
             for index in range(count):
                 self._advance(self.dense, index, streams[0])
-                loss = BlockLoss(None if moments is None else moments[index], self.body.device)
+                loss = BlockLoss(None if metrics is None else metrics[index], self.body.device)
                 with self.body.open_block(index) as block:
                     row = self._resumed(index) or self._train(block, index, streams, loss)
                 rows.append(row)
@@ -128,20 +126,21 @@ class _Work:
             tuple(rows),
         )
 
-    def _moments(self) -> list[Tensor] | None:
-        """Gather the moments that weigh the errors of outputs, or read them if they were."""
+    def _metrics(self) -> list[Metric] | None:
+        """Gather the metrics that weigh the errors of outputs, or read them if they were."""
         if self.settings.weighting == "none":
             return None
         path = self.recovery.folder / MOMENTS
         if (read := read_tensors(path)) is not None:
-            return [read[1][str(index)] for index in range(len(self.body))]
+            scales = read[0]["scales"]
+            return [Metric(read[1][str(index)], most) for index, most in enumerate(scales)]
         training = self.recovery.training
         width = self.recovery.dense.get_input_embeddings().weight.shape[1]
         count = windows_for(int(width), *training.shape)
         chosen = training[[index * len(training) // count for index in range(count)]]
         steps = 2 * len(self.body)
         with self.recovery.reporter.step("Gradients of blocks", steps, "blocks") as advance:
-            moments = output_moments(
+            metrics = output_metrics(
                 self.recovery.dense,
                 self.recovery.task,
                 chosen,
@@ -150,9 +149,10 @@ class _Work:
                 scratch=Scratch(int(self.settings.memory_gib * 2**30)),
                 on_block=advance,
             )
-        tensors = {str(index): moment for index, moment in enumerate(moments)}
-        write_tensors(path, tensors, {"windows": count})
-        return moments
+        tensors = {str(index): metric.moment for index, metric in enumerate(metrics)}
+        scales = [metric.most for metric in metrics]
+        write_tensors(path, tensors, {"windows": count, "scales": scales})
+        return metrics
 
     def _embedded(self, body: Segments) -> Tensor:
         states: Tensor | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +19,9 @@ from lrbo.models.blockwise import Scratch
 from lrbo.tasks.model_task import ModelTask
 
 TOKENS_PER_FEATURE = 8  # of the residual stream, that gradients are taken of
+LARGEST_SCALE = 8.0  # of a token's state, beside the median
+
+States = Float[Tensor, "*batch d"]
 
 
 def windows_for(features: int, windows: int, tokens: int) -> int:
@@ -25,13 +29,29 @@ def windows_for(features: int, windows: int, tokens: int) -> int:
     return min(windows, max(math.ceil(TOKENS_PER_FEATURE * features / tokens), 1))
 
 
-def scale_of(states: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch 1"]:
+def scale_of(states: States) -> Float[Tensor, "*batch 1"]:
     """Return the root mean square of each token's state, float32; 1 where it is 0."""
     scale = states.float().square().mean(-1, keepdim=True).sqrt()
     return scale.masked_fill(scale == 0, 1.0)
 
 
-def output_moments(
+@dataclass(frozen=True)
+class Metric:
+    """What errors of a block's output cost: ``1/2 (e/s)^T M (e/s)``, nats for a token.
+
+    ``s`` is the scale of the token's state, ``most`` at most.
+    """
+
+    moment: Float[Tensor, "d d"]
+    most: float
+
+    def cost(self, error: States, target: States) -> Float[Tensor, "*batch"]:
+        """Return the cost of each token's error."""
+        scaled = error / scale_of(target).clamp_max(self.most)
+        return (scaled @ self.moment * scaled).sum(-1) / 2
+
+
+def output_metrics(
     dense: PreTrainedModel,
     task: ModelTask,
     windows: Any,
@@ -40,15 +60,15 @@ def output_moments(
     batch_windows: int,
     scratch: Scratch,
     on_block: Callable[[int], object] = lambda _: None,
-) -> list[Float[Tensor, "d d"]]:
-    """Return for each block ``E[s^2 g g^T]``, shrunk, float32 on the CPU.
+) -> list[Metric]:
+    """Return for each block ``M = E[s^2 g g^T]``, shrunk, float32 on the CPU.
 
-    ``g`` is the gradient of a token's loss with respect to the block's output, with labels sampled
-    from the model, and ``s`` the root mean square of that output. What follows reads the stream
-    through norms: an error ``e`` counts by its size beside the token's own state, and
-    ``1/2 (e/s)^T M (e/s)`` is what it costs in nats. Without ``s``, the few tokens whose states
-    are hundreds of times as large (Sun et al., *Massive Activations in Large Language Models*,
-    COLM 2024) are most of the loss, and nothing depends on them so much.
+    ``g`` is the gradient of the loss with respect to the block's output for a token, with labels
+    sampled from the model, and ``s`` the root mean square of that output, 8 times the median at
+    most. What follows reads the stream through norms: an error counts by its size beside the
+    token's own state. The few tokens with states hundreds of times as large (Sun et al., *Massive
+    Activations in Large Language Models*, COLM 2024) would be most of the loss without ``s``, and
+    most of ``M`` without a limit to it.
 
     Args:
         dense: On its device, in evaluation mode.
@@ -77,9 +97,9 @@ def output_moments(
     scored = task.output_gradients(
         body, states, windows, labels="sampled", seed=seed, batch_windows=batch_windows
     )
-    moments: list[Tensor] = []
+    metrics: list[Metric] = []
     for index in reversed(range(len(body))):
-        moments.append(_moment(states, leaving, batches, scored, f"block {index}"))
+        metrics.append(_metric(states, leaving, batches, scored, f"block {index}"))
         on_block(1)
         if index == 0:
             break
@@ -91,7 +111,7 @@ def output_moments(
                     out = body.run(block, index, inputs)
                 (back,) = torch.autograd.grad(out, inputs, states[batch].to(out))
                 states[batch] = back.to(states)
-    return moments[::-1]
+    return metrics[::-1]
 
 
 def _stored(states: Tensor, scratch: Scratch) -> Tensor:
@@ -100,14 +120,16 @@ def _stored(states: Tensor, scratch: Scratch) -> Tensor:
     return copy
 
 
-def _moment(
+def _metric(
     gradient: Tensor, states: Tensor, batches: list[slice], scored: int, name: str
-) -> Float[Tensor, "d d"]:
+) -> Metric:
     width = gradient.shape[-1]
     total = torch.zeros(width, width, dtype=torch.float64, device=float64_device(gradient.device))
+    scale = scale_of(states)
+    most = LARGEST_SCALE * float(scale.median())
     for batch in batches:
-        rows = gradient[batch].float() * scale_of(states[batch])
+        rows = gradient[batch].float() * scale[batch].clamp_max(most)
         require_finite(f"{name}: the gradient of its output", rows)
         add_gram(total, rows.flatten(0, -2).double())
     moment = shrunk(mirror_upper(total) / scored, PREDICTION_SHRINKAGE)
-    return moment.float()
+    return Metric(moment.float(), most)

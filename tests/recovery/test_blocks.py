@@ -14,7 +14,7 @@ from lrbo.errors import NonFiniteError
 from lrbo.models.blockwise import Scratch
 from lrbo.recovery import blocks
 from lrbo.recovery.blocks import BlockLoss, rate
-from lrbo.recovery.gradients import output_moments, scale_of
+from lrbo.recovery.gradients import output_metrics, scale_of
 from lrbo.tasks.causal_lm import CausalLM
 from tests.support.recoveries import TRAINING, Pair, compressed_pair, divergence, settings
 
@@ -119,7 +119,7 @@ def test_a_loss_that_is_no_number_names_block_and_step_and_keeps_what_was_finish
 def test_the_moments_are_those_of_autograd_through_the_whole_model(pair: Pair) -> None:
     """Against hooks on the blocks of the whole model, in one pass."""
     windows = pair.text[:6]
-    moments = output_moments(
+    metrics = output_metrics(
         pair.dense, CausalLM(), windows, seed=3, batch_windows=4, scratch=Scratch()
     )
     outputs: dict[int, Tensor] = {}
@@ -141,19 +141,21 @@ def test_the_moments_are_those_of_autograd_through_the_whole_model(pair: Pair) -
     loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
     gradients = torch.autograd.grad(loss, [outputs[0], outputs[1]])
     for index, gradient in enumerate(gradients):
-        rows = (gradient * scale_of(outputs[index].detach())).flatten(0, 1).double()
+        scale = scale_of(outputs[index].detach())
+        assert metrics[index].most == pytest.approx(8 * float(scale.median()))
+        rows = (gradient * scale).flatten(0, 1).double()
         expected = rows.T @ rows / len(rows)
         mean = expected.diagonal().mean()
         expected = 0.99 * expected + 0.01 * mean * torch.eye(len(expected))
         torch.testing.assert_close(
-            moments[index].double(), expected, rtol=1e-3, atol=1e-4 * float(mean)
+            metrics[index].moment.double(), expected, rtol=1e-3, atol=1e-4 * float(mean)
         )
 
 
 def test_the_weighed_error_predicts_the_divergence_of_a_small_change(pair: Pair) -> None:
     """A change of the last block's output costs about the loss in nats, by its Taylor series."""
     task, windows = CausalLM(), pair.text
-    moments = output_moments(pair.dense, task, windows, seed=0, batch_windows=8, scratch=Scratch())
+    metrics = output_metrics(pair.dense, task, windows, seed=0, batch_windows=8, scratch=Scratch())
     body = task.segments(pair.dense)
     with torch.no_grad():
         states = body.embed(windows)
@@ -162,7 +164,7 @@ def test_the_weighed_error_predicts_the_divergence_of_a_small_change(pair: Pair)
                 states = body.run(block, index, states)
         noise = torch.randn(states.shape, generator=torch.Generator().manual_seed(0))
         other = states + 0.02 * noise * scale_of(states)
-        predicted = float(BlockLoss(moments[-1], torch.device("cpu"))(other, states))
+        predicted = float(BlockLoss(metrics[-1], torch.device("cpu"))(other, states))
         divergence = task.distance(body, body.finish(states), body.finish(other))
     assert predicted == pytest.approx(divergence, rel=0.3)
 
