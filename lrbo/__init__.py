@@ -16,6 +16,7 @@ import wrapt
 if TYPE_CHECKING:
     from lrbo.api import compress as compress
     from lrbo.api import evaluate as evaluate
+    from lrbo.api import recover as recover
     from lrbo.api import search as search
     from lrbo.calibration.collect import Calibration as Calibration
     from lrbo.calibration.collect import CalibrationSettings as CalibrationSettings
@@ -35,7 +36,7 @@ __version__ = "0.1.0"
 _HOMES = {
     name: f"lrbo.{module}"
     for module, names in {
-        "api": ("compress", "evaluate", "search"),
+        "api": ("compress", "evaluate", "recover", "search"),
         "calibration.collect": ("Calibration", "CalibrationSettings"),
         "checkpoints.export": ("load",),
         "errors": ("LrboError",),

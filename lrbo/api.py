@@ -51,6 +51,25 @@ def compress(*overrides: str) -> dict[str, Any]:
     return _result("compress", overrides)
 
 
+def recover(*overrides: str) -> dict[str, Any]:
+    """Train the small parameters of a checkpoint a little, at the same size: ``lrbo recover``.
+
+    A recovery that is interrupted goes on with the same call, after its last finished block.
+
+    Args:
+        *overrides: As on the command line: ``"checkpoint=tiny-best"``, ``"out=tiny-recovered"``,
+            ``"recover.minutes=5"``; ``lrbo recover --help`` lists them.
+
+    Returns:
+        ``folder``, for :func:`lrbo.load`; ``validation`` and ``test``, the scores of the dense
+        model, before and after; and a report of each of the ``stages``.
+
+    Raises:
+        LrboError: As :func:`search` does.
+    """
+    return _result("recover", overrides)
+
+
 def evaluate(*overrides: str) -> dict[str, Any]:
     """Score a checkpoint or a dense model on texts and tasks: ``lrbo evaluate``.
 

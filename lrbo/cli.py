@@ -1,4 +1,4 @@
-"""`lrbo search | transfer | report | compress | evaluate | benchmark | dashboard`."""
+"""`lrbo search | transfer | report | compress | recover | evaluate | benchmark | dashboard`."""
 
 from __future__ import annotations
 
@@ -41,6 +41,7 @@ Bayesian optimization.
   lrbo transfer    use what a study found for another model or budget
   lrbo report      what a study found: baseline, best, Pareto front, figures
   lrbo compress    write a model of a study as a checkpoint
+  lrbo recover     train a little what was compressed, at the same size
   lrbo evaluate    perplexity by a named protocol, and accuracy on tasks
   lrbo benchmark   speed and memory of a checkpoint beside the dense model
   lrbo dashboard   review the trials of all studies in the MLflow UI
@@ -66,7 +67,12 @@ are those of lrbo search, and more trials continue it:
 """
 COMMANDS = tuple(SCHEMAS)
 NAMES = ("search", "transfer", *COMMANDS[1:])  # a transfer runs as a search
-COMPUTING = {"search", "compress", "evaluate"}  # a benchmark times what other programs would run
+COMPUTING = {
+    "search",
+    "compress",
+    "recover",
+    "evaluate",
+}  # a benchmark times what other programs would run
 # With these Hydra only shows something, even where required values are missing.
 SHOWING = {"-h", "--help", "--hydra-help", "-c", "--cfg", "-i", "--info"}
 SWEEPING = {"-m", "--multirun"}
@@ -78,6 +84,7 @@ LEFT = {
     "transfer": _TRIALS_LEFT,
     "report": "The journal is as it was; figures may be from before.",
     "compress": "A folder is written whole or not at all; statistics and factors are kept.",
+    "recover": "Blocks and stages that were finished are kept, beside the folder to write.",
     "evaluate": "Nothing was recorded: that is done when everything is scored.",
     "benchmark": "Nothing was recorded: that is done when everything is timed.",
 }

@@ -22,8 +22,8 @@ PACKAGE = ROOT / "lrbo"
 # From top to bottom, as a model passes through them. A room imports only from rooms further down.
 ROOMS = """
     __main__ cli __init__ api
-    commands pipeline reports optimization tracking study trials evaluation refit checkpoints
-    allocation factorization calibration layers tasks data models config
+    commands pipeline reports optimization tracking study trials evaluation refit recovery
+    checkpoints allocation factorization calibration layers tasks data models config
     files linalg progress cores interrupts errors
 """.split()  # noqa: SIM905
 
@@ -72,7 +72,7 @@ BORDERS = {
 }
 # Of transformers everybody may name these types, and only these rooms do more.
 TRANSFORMERS_TYPES = {"PreTrainedModel", "PreTrainedTokenizerBase"}
-TRANSFORMERS = {"cli", "models", "checkpoints", "evaluation"}
+TRANSFORMERS = {"cli", "models", "checkpoints", "evaluation", "recovery"}
 
 
 @cache

@@ -21,10 +21,35 @@ PART = 64  # windows at a time: a token takes 256 bytes while it is hashed
 ROLES: tuple[Role, ...] = ("calibration", "validation")
 
 
-def save_seen(folder: Path, windows: Mapping[Role, TokenWindows]) -> None:
-    """Write the hashes of what a study calibrated and searched on; the text itself stays out."""
-    hashes = {role: np.unique(_hashes(windows[role].ids)) for role in ROLES}
-    save_file(hashes, folder / FILE, metadata={role: windows[role].text for role in ROLES})
+def save_seen(
+    folder: Path, windows: Mapping[Role, TokenWindows], before: Path | None = None
+) -> None:
+    """Write the hashes of what a study calibrated and searched on; the text itself stays out.
+
+    What a checkpoint ``before`` had seen, if it says so, is added to them.
+    """
+    hashes = {role: _hashes(windows[role].ids).ravel() for role in ROLES}
+    texts = {role: windows[role].text for role in ROLES}
+    if before is not None and (before / FILE).is_file():
+        earlier, seen = _read(before / FILE)
+        for role in ROLES:
+            hashes[role] = np.concatenate([hashes[role], seen[role]])
+            if earlier[role] != texts[role]:
+                texts[role] = f"{earlier[role]} and {texts[role]}"
+    unique = {role: np.unique(each) for role, each in hashes.items()}
+    save_file(unique, folder / FILE, metadata=texts)
+
+
+def _read(path: Path) -> tuple[dict[str, str], dict[str, NDArray[np.uint64]]]:
+    with reading(CheckpointError, f"{path} is damaged"), safe_open(path, framework="np") as file:
+        texts = file.metadata() or {}
+        if set(texts) != set(ROLES):
+            raise ValueError(f"it has hashes of {sorted(texts)}, expected of {sorted(ROLES)}")
+        hashes: dict[str, NDArray[np.uint64]] = {role: file.get_tensor(role) for role in ROLES}
+        for role, each in hashes.items():
+            if each.dtype != np.uint64 or each.ndim != 1:
+                raise ValueError(f"{role} is {each.dtype} of shape {each.shape}")
+    return texts, hashes
 
 
 def seen_shares(folder: Path, ids: Int[Tensor, "windows tokens"]) -> dict[str, float] | None:
@@ -36,17 +61,8 @@ def seen_shares(folder: Path, ids: Int[Tensor, "windows tokens"]) -> dict[str, f
     if not path.is_file():
         return None
     runs = _hashes(ids)
-    shares = {}
-    with reading(CheckpointError, f"{path} is damaged"), safe_open(path, framework="np") as file:
-        texts = file.metadata() or {}
-        if set(texts) != set(ROLES):
-            raise ValueError(f"it has hashes of {sorted(texts)}, expected of {sorted(ROLES)}")
-        for role in ROLES:
-            hashes: NDArray[np.uint64] = file.get_tensor(role)
-            if hashes.dtype != np.uint64 or hashes.ndim != 1:
-                raise ValueError(f"{role} is {hashes.dtype} of shape {hashes.shape}")
-            shares[f"{role} ({texts[role]})"] = float(np.isin(runs, hashes).mean())
-    return shares
+    texts, hashes = _read(path)
+    return {f"{role} ({texts[role]})": float(np.isin(runs, hashes[role]).mean()) for role in ROLES}
 
 
 def _hashes(ids: Int[Tensor, "windows tokens"]) -> NDArray[np.uint64]:

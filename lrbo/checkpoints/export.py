@@ -113,7 +113,7 @@ def save(
         CheckpointError: If the folder exists, cannot be written, or differs from the accountant.
     """
     with checkpoint_folder(folder, model, tokenizer, card, windows) as beside:
-        own = {name: each for name, each in _tensors(model).items() if name not in shared}
+        own = {n: each for n, each in stored_tensors(model).items() if n not in shared}
         stored = tensors.read_headers(write_tensors(beside, own))
         units = {name: str(option) for name, option in allocation.compressed.items()}
         _require_costs(folder, stored, allocation.compressed, costs)
@@ -243,7 +243,7 @@ def checkpoint_folder(
         raise CheckpointError(str(error)) from error
 
 
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
+def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return the tensors of a checkpoint: parameters, and the buffers of form modules."""
     buffers = (
         (f"{name}.{own}", buffer)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import is_dataclass
+from dataclasses import asdict, is_dataclass
 from typing import Any
 
 from lrbo.config import choices, options, schema
+from lrbo.config.distillation import distill_problems
 from lrbo.config.options import Rule, at_least, is_number, mismatch, one_of, rules_of
+from lrbo.config.recovery import STUDY_TEXT
 from lrbo.errors import cut
 
 DIGITS = 40  # characters of a number in a message
@@ -101,15 +103,28 @@ def check_values(config: schema.Config) -> list[str]:
             others += check(config)
     elif isinstance(config, schema.CompressConfig):
         others += [*_candidates(config), *_serving(config)]
+    elif isinstance(config, schema.RecoverConfig):
+        others += [*_texts(config), *distill_problems(config.recover.distill)]
     elif isinstance(config, schema.EvaluateConfig):
         others += [*_texts(config), *_protocols_and_tasks(config)]
     return [*numbers.values(), *(p for p in others if p.partition("=")[0] not in numbers)]
 
 
-def _texts(config: schema.SearchConfig | schema.EvaluateConfig) -> Iterator[str]:
+def _texts(
+    config: schema.SearchConfig | schema.EvaluateConfig | schema.RecoverConfig,
+) -> Iterator[str]:
     """Check the texts: an evaluation needs only that of the test."""
     data = config.data
-    roles = choices.ROLES if isinstance(config, schema.SearchConfig) else choices.ROLES[-1:]
+    if data.name == STUDY_TEXT:
+        default = asdict(schema.DataConfig(name=STUDY_TEXT, source="files"))
+        for key, value in options.flatten(asdict(data), "data.").items():
+            if options.flatten(default, "data.")[key] != value:
+                yield (
+                    f"{key}={value!r}: the text is that of the study, as it is; choose another "
+                    "with data=NAME, or leave it out"
+                )
+        return
+    roles = choices.ROLES[-1:] if isinstance(config, schema.EvaluateConfig) else choices.ROLES
     for index, role in enumerate(roles):
         text: schema.RoleConfig = getattr(data, role)
         paths = schema.role_paths(text)

@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
-import math
-import re
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, get_args
 
 from lrbo.config import choices, options
 from lrbo.config.options import ANY_COUNT, REPEATED, Rule, at_least, flatten, one_of, option
+from lrbo.config.recovery import DenseConfig, RecoverySection
+from lrbo.config.rules import (
+    ALLOCATIONS,
+    CONFIDENCE,
+    DTYPE,
+    FORMAT,
+    HOSTS,
+    INCLUDE,
+    LENGTHS,
+    LIMIT,
+    NAME,
+    OUTPUT,
+    POINT,
+    SEED,
+    SIZE,
+    STARTS,
+    WINDOW,
+)
 
 # A required value; the string that OmegaConf's MISSING stands for.
 MISSING: Any = "???"
@@ -19,41 +35,6 @@ PATHS = (
     "model.base",
     "data.*.path", "protocols.*.path", "tracking.uri", "uri", "warm_start",
 )  # fmt: skip
-
-
-def _is_point(point: object) -> bool:
-    if ceiling := choices.ceiling_of(point):
-        metric, value = ceiling
-        return 0 < value <= (1 if metric == choices.KEEP_RATIO else math.inf)
-    return str(point) == "best" or str(point).isdigit()
-
-
-NAME = Rule("a name", str.strip)
-POINT = Rule(
-    "best, a trial number or keep=RATIO; where it was measured, also "
-    + " or ".join(f"{name}=RATIO" for name in choices.LATENCIES),
-    _is_point,
-)
-SIZE = Rule(
-    f"{' or '.join(choices.SIZES)}, metrics of every trial, or with latency.enabled=true "
-    f"{' or '.join(choices.LATENCIES)}",
-    lambda v: v in (*choices.SIZES, *choices.LATENCIES),
-)
-START = "uniform, analytic, start, paper, study:NAME or study:NAME:TRIAL"
-STARTS = Rule(START, choices.WARM_START.fullmatch, each=True)
-HOST = re.compile(r"[^\s,/@]+")
-HOSTS = Rule("a host as runs.example.org, without http://", HOST.fullmatch, each=True)
-INCLUDE = Rule(
-    f"{choices.BLOCKS}, and beside it {choices.EMBEDDING} or {choices.HEAD} or both, each once",
-    lambda v: {choices.BLOCKS} <= {*v} <= {*choices.PARTS} and len({*v}) == len(v),
-)
-CONFIDENCE = Rule("a confidence above 0.5 and below 1", lambda v: 0.5 < v < 1).or_null()
-ALLOCATIONS = at_least(2, " allocations, for windows to differ on", most=REPEATED)
-LENGTHS = Rule("lengths of at least 1 token", lambda v: len(v) > 0 and min(v) >= 1)
-SEED = replace(options.WHOLE_FROM_0, most=2**32 - 1)  # numpy takes no larger one
-DTYPE, FORMAT = one_of(choices.DTYPES), one_of(choices.FILE_FORMATS)
-OUTPUT = one_of(("text", "json"))
-WINDOW, LIMIT = at_least(2, " tokens"), ANY_COUNT.or_null()
 
 
 @dataclass
@@ -298,6 +279,22 @@ class CompressConfig:
 
 
 @dataclass
+class RecoverConfig:
+    """conf/recover.yaml."""
+
+    checkpoint: str = MISSING
+    out: str = MISSING
+    model: DenseConfig = field(default_factory=DenseConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    recover: RecoverySection = field(default_factory=RecoverySection)
+    allow_seen: bool = False
+    register: str = option("link", one_of(("link", "copy", "none")))
+    studies: str = choices.STUDIES
+    seed: int = option(0, SEED)
+    output: str = option("text", OUTPUT)
+
+
+@dataclass
 class ProtocolConfig:
     """conf/protocols: from which text, and how, the windows of a perplexity are cut."""
 
@@ -368,9 +365,9 @@ class DashboardConfig:
     allowed_hosts: list[str] = option(list, HOSTS)
 
 
-Config = (
-    SearchConfig | ReportConfig | CompressConfig | EvaluateConfig | BenchmarkConfig
-) | DashboardConfig
+Config = (SearchConfig | ReportConfig | CompressConfig | RecoverConfig | EvaluateConfig) | (
+    BenchmarkConfig | DashboardConfig
+)
 SCHEMAS: dict[str, type[Config]] = {  # by command
     schema.__name__.removesuffix("Config").lower(): schema for schema in get_args(Config)
 }

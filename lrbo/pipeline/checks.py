@@ -20,6 +20,7 @@ from lrbo.config.schema import (
     DashboardConfig,
     EvaluateConfig,
     ProtocolConfig,
+    RecoverConfig,
     ReportConfig,
     SearchConfig,
 )
@@ -172,6 +173,14 @@ def _check_machine(config: Config) -> Iterator[str]:
         yield from _check_report(config)
     elif isinstance(config, CompressConfig):
         yield from paths.check_new("out", config.out)
+    elif isinstance(config, RecoverConfig):
+        yield from paths.check_new("out", config.out)
+        problems = _check_model("checkpoint", config.checkpoint)
+        yield from problems
+        if not problems and not Path(config.checkpoint).is_dir():
+            yield f"checkpoint={config.checkpoint!r}: expected a folder of lrbo compress"
+        if config.model.path is not None and not is_source(config.model.path):
+            yield from _check_model("model.path", config.model.path)
     yield from _check_cache(config)
     if isinstance(config, SearchConfig | EvaluateConfig) and config.model.source == "hf":
         yield from _check_model("model.path", config.model.path)

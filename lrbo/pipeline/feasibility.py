@@ -7,7 +7,14 @@ from collections.abc import Sequence
 
 from lrbo.config import saved
 from lrbo.config.choices import KEEP_RATIO, SIZING, STUDY, WARM_START, ceiling_of
-from lrbo.config.schema import BenchmarkConfig, CompressConfig, Config, EvaluateConfig, SearchConfig
+from lrbo.config.schema import (
+    BenchmarkConfig,
+    CompressConfig,
+    Config,
+    EvaluateConfig,
+    RecoverConfig,
+    SearchConfig,
+)
 from lrbo.config.shell import command, key_of
 from lrbo.errors import Collecting, ConfigError, StudyError
 from lrbo.pipeline import checks
@@ -48,6 +55,8 @@ def require_possible(config: Config, typed: Sequence[str] = ()) -> None:
 def _names_more(config: Config) -> bool:
     if isinstance(config, BenchmarkConfig):
         return config.device not in ALWAYS_THERE
+    if isinstance(config, RecoverConfig):
+        return config.model.device not in ALWAYS_THERE
     if isinstance(config, EvaluateConfig):
         return config.model.device not in ALWAYS_THERE or bool(config.tasks)
     if isinstance(config, SearchConfig):

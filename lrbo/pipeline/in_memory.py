@@ -18,7 +18,7 @@ from lrbo.calibration.collect import Calibration, CalibrationSettings
 from lrbo.calibration.statistics import GRADIENT_STATISTICS, Statistic
 from lrbo.checkpoints import export
 from lrbo.config.choices import BLOCKS
-from lrbo.config.schema import INCLUDE
+from lrbo.config.rules import INCLUDE
 from lrbo.errors import BudgetError, ConfigError, ModelError, StatisticsError
 from lrbo.factorization.base import FactorizationMethod
 from lrbo.factorization.base_plan import BasePlan

@@ -252,7 +252,7 @@ def test_without_a_command_the_commands_are_shown() -> None:
 def test_an_unknown_command_is_refused_with_the_known_ones() -> None:
     ran = lrbo_command("serach")
     assert ran.status == 2
-    assert "search, transfer, report, compress, evaluate, benchmark, dashboard" in ran.err
+    assert "search, transfer, report, compress, recover, evaluate, benchmark, dashboard" in ran.err
 
 
 @cache

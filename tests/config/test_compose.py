@@ -47,7 +47,9 @@ def search(*overrides: str) -> SearchConfig:
 
 def test_conf_holds_what_the_tests_look_at() -> None:
     assert len(list(CONF.rglob("*.yaml"))) == len(COMMANDS) + len(OPTIONS)
-    assert COMMANDS == ["benchmark", "compress", "dashboard", "evaluate", "report", "search"]
+    assert COMMANDS == [
+        "benchmark", "compress", "dashboard", "evaluate", "recover", "report", "search",
+    ]  # fmt: skip
     assert len(OPTIONS) >= 22
     assert set(GROUPS) == {
         "model", "data", "method", "space", "budget", "executor", "experiment", "protocols",
@@ -81,6 +83,7 @@ def test_values_of_every_command_have_the_schema_s_keys() -> None:
     required = {
         "report": ["study=x"],
         "compress": ["study=x", "out=y"],
+        "recover": ["checkpoint=x", "out=y"],
         "evaluate": [],
         "benchmark": ["checkpoint=x"],
         "dashboard": [],

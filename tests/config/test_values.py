@@ -27,6 +27,7 @@ REQUIRED = {
     "compress": ["study=tiny", "out=new"],
     "evaluate": ["protocols=[ptb]"],
     "benchmark": ["checkpoint=folder"],
+    "recover": ["checkpoint=folder", "out=other"],
     "dashboard": [],
 }
 

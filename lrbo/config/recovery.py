@@ -1,0 +1,53 @@
+"""The sections of conf/recover.yaml: what is trained after compression, how, and for how long."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from lrbo.config import options
+from lrbo.config.distillation import DistillConfig
+from lrbo.config.options import ANY_COUNT, Rule, one_of, option
+
+STAGES = ("blocks", "distill")  # by name, in the order that is the default
+STUDY_TEXT = "study"  # data.name where the text is that of the checkpoint's study
+
+
+def _are_stages(names: list[str]) -> bool:
+    return {*names} <= {*STAGES} and 0 < len(names) == len({*names})
+
+
+@dataclass
+class DenseConfig:
+    """The dense model, and what everything runs in."""
+
+    path: str | None = None
+    dtype: str = option("auto", one_of(("auto", "float32", "bfloat16")))
+    device: str = "auto"
+
+
+@dataclass
+class BlocksConfig:
+    """How blocks are trained one by one."""
+
+    lr: float = option(5e-4, options.ABOVE_0)
+    epochs: int = option(8, ANY_COUNT)
+    batch_windows: int = option(4, ANY_COUNT)
+    warmup: float = option(0.1, options.BELOW_1)
+    weight_decay: float = option(0.01, options.FROM_0)
+    weighting: str = option("gradient", one_of(("gradient", "none")))
+    share: float = option(0.5, options.ABOVE_0_TO_1)
+    memory_gib: float = option(2.0, options.FROM_0)
+
+
+@dataclass
+class RecoverySection:
+    """What is trained, and for how long."""
+
+    minutes: float = option(10.0, options.ABOVE_0)
+    tokens: int | None = option(None, ANY_COUNT.or_null())
+    stages: list[str] = option(
+        lambda: [*STAGES], Rule(f"some of {', '.join(STAGES)}, each once", _are_stages)
+    )
+    held_back: float = option(0.125, Rule("above 0 and below 1", lambda v: 0 < v < 1))
+    blocks: BlocksConfig = field(default_factory=BlocksConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)

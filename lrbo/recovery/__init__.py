@@ -1,0 +1,1 @@
+"""What a little training gives back to a compressed model."""

@@ -1,0 +1,320 @@
+"""End to end: the whole compressed model is trained towards the dense model's distributions."""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from lrbo.config.distillation import SELF, DistillConfig
+from lrbo.errors import NonFiniteError
+from lrbo.files.atomic import write_text
+from lrbo.files.parsing import parse_json, to_json
+from lrbo.recovery.self_text import sampled_windows
+from lrbo.recovery.stage import Recovery, StageReport
+from lrbo.recovery.states import read_tensors, write_tensors
+from lrbo.recovery.student import Student, Windows
+from lrbo.tasks.model_task import Reference
+
+NAME = "distill"
+LOWEST = 0.1  # of the learning rate, at the last step
+CLIP = 1.0  # largest norm of a gradient
+SAYS_SECONDS = 60.0  # between two lines about how it goes
+BEST, DENSE, OWN_TEXT = "best.safetensors", "dense.safetensors", "text.safetensors"
+CHECKPOINTS, PROGRESS = "checkpoint-", "progress.json"
+
+
+def run(recovery: Recovery) -> StageReport:
+    """Train all parameters towards the distributions of the dense model, and leave the best.
+
+    The loss is ``kl KL(dense || compressed) + ce nll + hidden D`` per token of the training
+    windows, with ``D`` of :func:`lrbo.recovery.divergence.hidden_distance`. Windows held back judge
+    it, without ``D``, and with factors in integers as they will be rounded: that figure is
+    reported, and the state of its least value is what is left, the one before if none is better.
+    It goes on from the last checkpoint in the folder, if there is one.
+
+    Raises:
+        NonFiniteError: With the step, if a loss or a gradient is not finite; the model then has the
+            best state so far.
+    """
+    return Distillation(recovery).run()
+
+
+def spent(folder: Path) -> float:
+    """Return the seconds of an interrupted run, up to its last checkpoint."""
+    files = [*folder.glob(f"{CHECKPOINTS}*/{PROGRESS}")]
+    return max((parse_json(f.read_bytes(), str(f))["spent"] for f in files), default=0.0)
+
+
+class Distillation(TrainerCallback):  # type: ignore[misc]
+    """A training by transformers' Trainer, of which it judges, saves and ends the steps."""
+
+    def __init__(self, recovery: Recovery) -> None:
+        assert isinstance(recovery.settings, DistillConfig)
+        self.recovery = recovery
+        self.settings: DistillConfig = recovery.settings
+        self.student = Student(recovery)
+        self.start = self.saved = self.said = time.perf_counter()
+        self.before_start = 0.0  # seconds of training before an interruption
+        self.rounding = recovery.trainables.rounding
+        self.step_seconds = self.judge_seconds = 0.0
+        self.steps = self.total = self.judged_at = self.best_step = self.worse = 0
+        self.before = self.best = math.inf
+        self.stopped: str | None = None
+        self.best_state: dict[str, Tensor] = {}
+
+    def run(self) -> StageReport:
+        """Train, judge, and put back the best state."""
+        recovery = self.recovery
+        recovery.model.eval()
+        training = self._text()
+        self.reference = self._dense_reference()
+        checkpoint = self._resumed()
+        if checkpoint is None:
+            self.best = self.before = self._judge(0)
+            self.best_state = recovery.trainables.state()
+        self.total = self._steps(training)
+        if recovery.deadline() <= 0:
+            self.stopped = "minutes"
+        elif self.steps < self.total:
+            self._train(training, checkpoint)
+        recovery.trainables.load_state(self.best_state)
+        recovery.trainables.rounding = self.rounding
+        for _, parameter in recovery.trainables.named_parameters():
+            parameter.requires_grad_()
+        if not self.best < self.before:
+            no_better = "no better on the windows held back: the model is as before"
+            self.stopped = "; ".join(filter(None, [self.stopped, no_better]))
+        self._say()
+        return StageReport(
+            NAME,
+            self.spent,
+            self.steps,
+            self.student.tokens,
+            self.before,
+            min(self.best, self.before),
+            self.stopped,
+        )
+
+    @property
+    def spent(self) -> float:
+        """Seconds, those before an interruption included."""
+        return self.before_start + time.perf_counter() - self.start
+
+    def progress(self, step: int) -> float:
+        """The share of the steps that is done with one, or of the time, if that ends first."""
+        left = max(self.recovery.deadline(), 0.0)
+        of_time = self.spent / (self.spent + left) if self.spent else 0.0
+        return min(max((step + 1) / self.total, of_time), 1.0)
+
+    def _train(self, training: Int[Tensor, "windows tokens"], checkpoint: Path | None) -> None:
+        settings = self.settings
+        folder = self.recovery.folder
+        with _own_random_numbers():
+            arguments = TrainingArguments(
+                output_dir=str(folder), max_steps=self.total, learning_rate=settings.lr,
+                per_device_train_batch_size=settings.batch_windows,
+                gradient_accumulation_steps=settings.accumulation, max_grad_norm=CLIP,
+                seed=self.recovery.seed, data_seed=self.recovery.seed,
+                use_cpu=self.recovery.model.device.type == "cpu", disable_tqdm=True, report_to=[],
+                logging_strategy="no", save_strategy="no", save_total_limit=2,
+                logging_nan_inf_filter=False, remove_unused_columns=False,
+                dataloader_pin_memory=False,
+            )  # fmt: skip
+            arguments._n_gpu = min(arguments.n_gpu, 1)  # several by accelerate, in processes
+            optimizer = self._optimizer()
+            schedule = torch.optim.lr_scheduler.LambdaLR(
+                optimizer, lambda step: rate(self.progress(step), settings.warmup)
+            )
+            trainer = Trainer(
+                self.student,
+                arguments,
+                train_dataset=Windows(training),
+                callbacks=[self],
+                optimizers=(optimizer, schedule),
+            )
+            trainer.remove_callback(PrinterCallback)
+            try:
+                trainer.train(
+                    resume_from_checkpoint=None if checkpoint is None else str(checkpoint)
+                )
+                if self.judged_at < self.steps:
+                    self._judge_step()
+            except NonFiniteError as error:
+                self.recovery.trainables.load_state(self.best_state)
+                raise NonFiniteError(self._what_failed(error)) from error
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        matrices = [p for p in self.student.parameters() if p.dim() > 1]
+        vectors = [p for p in self.student.parameters() if p.dim() <= 1]
+        groups = [
+            {"params": matrices, "weight_decay": self.settings.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
+        return torch.optim.AdamW([g for g in groups if g["params"]], lr=self.settings.lr)
+
+    def _steps(self, training: Int[Tensor, "windows tokens"]) -> int:
+        """Return the number of steps, if time does not end them."""
+        settings, tokens = self.settings, self.recovery.tokens
+        size = min(settings.batch_windows, len(training))
+        if tokens is not None:
+            return math.ceil(tokens / (size * settings.accumulation * training.shape[1]))
+        return settings.epochs * math.ceil(math.ceil(len(training) / size) / settings.accumulation)
+
+    def on_step_begin(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
+        """Let the loss see rounding from some step on."""
+        self.began = time.perf_counter()
+        is_late = self.progress(state.global_step) > self.settings.rounding_from
+        self.recovery.trainables.rounding = self.rounding or is_late
+
+    def on_pre_optimizer_step(self, *_args: Any, **_: Any) -> None:
+        """Refuse gradients that are not finite, before they reach a parameter."""
+        gradients = [p.grad for p in self.student.parameters() if p.grad is not None]
+        if not torch.isfinite(torch.stack([each.sum() for each in gradients]).sum()):
+            bad = sum(int((~torch.isfinite(each)).sum()) for each in gradients)
+            if bad:
+                raise NonFiniteError(f"{bad} elements of the gradient are not finite")
+
+    def on_step_end(self, _args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Judge, save and end a step."""
+        self.steps = state.global_step
+        self.step_seconds = time.perf_counter() - self.began
+        for name, value in self.student.last.items():
+            self.recovery.log(f"{NAME}/{name}", value, self.steps)
+        if self.steps % self.settings.evaluate_every == 0:
+            self._judge_step()
+        if time.perf_counter() - self.saved > 60 * self.settings.save_minutes:
+            control.should_save = True
+        if self.worse >= self.settings.patience:
+            self.stopped, control.should_training_stop = "no better", True
+        elif self.steps < self.total and self.recovery.deadline() < self._reserve:
+            self.stopped, control.should_training_stop = "minutes", True
+
+    @property
+    def _reserve(self) -> float:
+        """Seconds that another step takes, and what follows it."""
+        return self.step_seconds + self.judge_seconds
+
+    def on_save(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
+        """Write the best state and, last, what makes a checkpoint whole."""
+        about = {"loss": self.best, "step": self.best_step}
+        write_tensors(self.recovery.folder / BEST, self.best_state, about)
+        progress = {
+            "before": self.before,
+            "worse": self.worse,
+            "spent": self.spent,
+            "tokens": self.student.tokens,
+        }
+        folder = self.recovery.folder / f"{CHECKPOINTS}{state.global_step}"
+        write_text(folder / PROGRESS, to_json(progress))
+        self.saved = time.perf_counter()
+
+    def _judge_step(self) -> None:
+        judged, self.judged_at = self._judge(self.steps), self.steps
+        if judged < self.best:
+            self.best, self.best_step, self.worse = judged, self.steps, 0
+            self.best_state = self.recovery.trainables.state()
+        else:
+            self.worse += 1
+        if time.perf_counter() - self.said > SAYS_SECONDS:
+            self._say()
+
+    def _judge(self, step: int) -> float:
+        """Return the loss on the windows held back, of the model as it would be stored."""
+        start, trainables = time.perf_counter(), self.recovery.trainables
+        before, trainables.rounding = trainables.rounding, True
+        nll, divergence = self.recovery.task.compared(
+            self.recovery.model, self.recovery.held_back, self.reference, 0
+        )
+        trainables.rounding = before
+        parts = {"held_back_kl": float(divergence.mean()), "held_back_nll": float(nll.mean())}
+        loss = self.settings.kl * parts["held_back_kl"] + self.settings.ce * parts["held_back_nll"]
+        for name, value in {**parts, "held_back": loss}.items():
+            self.recovery.log(f"{NAME}/{name}", value, step)
+        self.judge_seconds = time.perf_counter() - start
+        return loss
+
+    def _resumed(self) -> Path | None:
+        """Return the last whole checkpoint, and take over what was known then."""
+        folder = self.recovery.folder
+        whole = [path.parent for path in folder.glob(f"{CHECKPOINTS}*/{PROGRESS}")]
+        best = read_tensors(folder / BEST)
+        if not whole or best is None:
+            return None
+        last = max(whole, key=lambda path: int(path.name.removeprefix(CHECKPOINTS)))
+        progress = parse_json((last / PROGRESS).read_bytes(), str(last / PROGRESS))
+        self.before, self.worse = progress["before"], progress["worse"]
+        self.before_start, self.student.tokens = progress["spent"], progress["tokens"]
+        self.best, self.best_step, self.best_state = best[0]["loss"], best[0]["step"], best[1]
+        self.steps = self.judged_at = int(last.name.removeprefix(CHECKPOINTS))
+        return last
+
+    def _text(self) -> Int[Tensor, "windows tokens"]:
+        """Return what is trained on: the windows, or those that the dense model writes."""
+        recovery, path = self.recovery, self.recovery.folder / OWN_TEXT
+        if self.settings.data != SELF:
+            return recovery.training
+        if (read := read_tensors(path)) is not None:
+            return read[1]["ids"]
+        ids = sampled_windows(
+            recovery.dense,
+            recovery.training,
+            seed=recovery.seed,
+            batch_windows=4 * self.settings.batch_windows,
+            reporter=recovery.reporter,
+        )
+        write_tensors(path, {"ids": ids}, {})
+        return ids
+
+    def _dense_reference(self) -> Reference:
+        """Score the dense model on the windows held back, once."""
+        recovery, path = self.recovery, self.recovery.folder / DENSE
+        if path.exists():
+            return recovery.task.load_reference(path)
+        reference = recovery.task.measure_dense(recovery.dense, recovery.held_back)
+        reference.save(path)
+        return reference
+
+    def _say(self) -> None:
+        self.said = time.perf_counter()
+        self.recovery.reporter.say(
+            f"Distillation: {self.steps:,} steps, {self.student.tokens:,} tokens in "
+            f"{self.spent:,.0f} s; on windows held back {self.before:.4f} before, best "
+            f"{min(self.best, self.before):.4f}"
+        )
+
+    def _what_failed(self, error: NonFiniteError) -> str:
+        return (
+            f"stage {NAME}, step {self.steps + 1}: {error}; the model has the best state so far, "
+            f"of step {self.best_step}. Begin again with a smaller recover.{NAME}.lr, or "
+            "model.dtype=float32"
+        )
+
+
+def rate(progress: float, warmup: float) -> float:
+    """Return the share of the learning rate: a linear rise, then a cosine down to a tenth."""
+    if progress < warmup:
+        return progress / warmup
+    done = (progress - warmup) / (1 - warmup)
+    return LOWEST + (1 - LOWEST) * (1 + math.cos(math.pi * done)) / 2
+
+
+@contextmanager
+def _own_random_numbers() -> Iterator[None]:
+    """Give generators of random numbers back as they were: the Trainer seeds all of them."""
+    before = random.getstate()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(before)
