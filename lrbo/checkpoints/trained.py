@@ -17,6 +17,7 @@ from lrbo.checkpoints.tensors import read_headers
 from lrbo.data.windows import Role, TokenWindows
 from lrbo.errors import CheckpointError, some
 from lrbo.files.parsing import parse_json, without_infinity
+from lrbo.files.rendering import markdown
 from lrbo.models import headers
 from lrbo.models.parameters import not_finite
 
@@ -135,11 +136,11 @@ def with_section(card: str | None, name: str, section: str, command: str) -> str
         command: The command line that did it, which is added to those that make it again.
     """
     if card is None:
-        return f"# {name}\n\n{section}\n{COMMANDS}\n```bash\n{command}\n```\n"
+        return f"# {markdown(name)}\n\n{section}\n{COMMANDS}\n```bash\n{command}\n```\n"
     lines = card.split("\n")
     title = next((at for at, line in enumerate(lines) if line.startswith("# ")), None)
     if title is not None:
-        lines[title] = f"# {name}"
+        lines[title] = f"# {markdown(name)}"
     text = OPENS.sub(lambda _: json.dumps(name, ensure_ascii=False), "\n".join(lines))
     text = text.replace("\n| this model", "\n| before recovery")
     before, heading, after = text.partition(LOADING)
