@@ -157,7 +157,7 @@ class Distillation(TrainerCallback):  # type: ignore[misc]
             matrices,
             lr=self.settings.lr,
             weight_decay=self.settings.weight_decay,
-            dtype=self.recovery.model.dtype,
+            dtype=self.recovery.dense.dtype,
         )
 
     def _steps(self, training: Int[Tensor, "windows tokens"]) -> int:

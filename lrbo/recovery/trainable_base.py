@@ -146,7 +146,8 @@ class TrainableBase(TrainableModule):
         if self.base is not None:
             return dense_of(self.layer.form, shape, self._tensors(), dtype)
         if dtype not in self._held:
-            self._held = {dtype: self.layer.base(dtype)}
+            with torch.inference_mode(False):  # else no gradient could ever pass it
+                self._held = {dtype: self.layer.base(dtype)}
         return self._held[dtype]
 
     def _factors(self, dtype: torch.dtype) -> tuple[Left, Right] | None:
