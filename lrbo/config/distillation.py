@@ -10,6 +10,7 @@ from lrbo.config.options import ANY_COUNT, one_of, option
 TEXT, SELF = "text", "self"
 COMPUTED, CACHED = "computed", "cached"
 ALL, FACTORS = "all", "factors"
+MUON, ADAMW = "muon", "adamw"
 
 
 @dataclass
@@ -17,7 +18,9 @@ class DistillConfig:
     """How a whole model is trained towards the dense one.
 
     Attributes:
-        lr: Peak of AdamW's learning rate: it rises over the share ``warmup`` of the steps, or of
+        optimizer: ``muon`` takes its steps for factors and thin layers, and AdamW's for all other
+            numbers; ``adamw`` takes AdamW's for all.
+        lr: Peak of the learning rate: it rises over the share ``warmup`` of the steps, or of
             the time where that ends first, and falls to a tenth.
         epochs: How often the text is read at most.
         batch_windows: Windows of a forward pass; a step has ``accumulation`` of them.
@@ -38,7 +41,8 @@ class DistillConfig:
         save_minutes: What an interruption loses at most.
     """
 
-    lr: float = option(2e-4, options.ABOVE_0)
+    optimizer: str = option(MUON, one_of((MUON, ADAMW)))
+    lr: float = option(5e-4, options.ABOVE_0)
     weight_decay: float = option(0.01, options.FROM_0)
     warmup: float = option(0.05, options.BELOW_1)
     epochs: int = option(8, ANY_COUNT)

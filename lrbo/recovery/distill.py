@@ -16,10 +16,11 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from lrbo.config.distillation import SELF, DistillConfig
+from lrbo.config.distillation import MUON, SELF, DistillConfig
 from lrbo.errors import NonFiniteError
 from lrbo.files.atomic import write_text
 from lrbo.files.parsing import parse_json, to_json
+from lrbo.recovery.optimizer import optimizer_of
 from lrbo.recovery.self_text import sampled_windows
 from lrbo.recovery.stage import Recovery, StageReport
 from lrbo.recovery.states import read_tensors, write_tensors
@@ -155,13 +156,15 @@ class Distillation(TrainerCallback):  # type: ignore[misc]
                 raise NonFiniteError(self._what_failed(error)) from error
 
     def _optimizer(self) -> torch.optim.Optimizer:
-        matrices = [p for p in self.student.parameters() if p.dim() > 1]
-        vectors = [p for p in self.student.parameters() if p.dim() <= 1]
-        groups = [
-            {"params": matrices, "weight_decay": self.settings.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ]
-        return torch.optim.AdamW([g for g in groups if g["params"]], lr=self.settings.lr)
+        trained = {n.replace("/", "."): p for n, p in self.student.trained.items()}
+        matrices = self.recovery.trainables.matrices if self.settings.optimizer == MUON else ()
+        return optimizer_of(
+            trained,
+            matrices,
+            lr=self.settings.lr,
+            weight_decay=self.settings.weight_decay,
+            dtype=self.recovery.dense.dtype,
+        )
 
     def _steps(self, training: Int[Tensor, "windows tokens"]) -> int:
         """Return the number of steps, if time does not end them."""

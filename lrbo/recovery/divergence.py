@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from lrbo.errors import NonFiniteError
 from lrbo.layers.tables import TiedHead
-from lrbo.tasks.perplexity import DenseReference
+from lrbo.tasks.perplexity import DenseReference, log_rest_of
+
+PIECE = 2**18  # logits at a time on a CPU
 
 
 @dataclass(frozen=True)
@@ -24,25 +26,46 @@ class Weights:
     temperature: float = 1.0
 
 
-Scored = tuple[Tensor, Tensor]  # a loss per row, and its gradient with respect to the logits
-Chunk = slice
+@dataclass(frozen=True)
+class Predicted:
+    """Distributions of the compressed model for some rows."""
+
+    logits: Float[Tensor, "n vocabulary"]
+    q: Float[Tensor, "n vocabulary"]
+    log_normalizer: Float[Tensor, " n"]  # logsumexp of the logits
+
+    @classmethod
+    def of(cls, logits: Float[Tensor, "n vocabulary"]) -> Predicted:
+        """Normalize logits in two passes over them."""
+        log_q = logits.log_softmax(-1)
+        log_normalizer = logits[:, 0] - log_q[:, 0]
+        return cls(logits, log_q.exp_(), log_normalizer)
+
+    def log_of(self, ids: Int[Tensor, "n k"]) -> Float[Tensor, "n k"]:
+        """Return log-probabilities of tokens."""
+        return self.logits.gather(1, ids) - self.log_normalizer[:, None]
+
+
+# Of each row a divergence, and the distribution w with which its gradient is q - w.
+Compared = tuple[Tensor, Tensor]
 
 
 class FullTeacher:
-    """Distributions of the dense model, from its hidden states."""
+    """Distributions of the dense model, from its hidden states or logits."""
 
-    def __init__(self, hidden: Float[Tensor, "n d"], head: nn.Module) -> None:
-        self.hidden, self.head = hidden, head
+    def __init__(self, states: Float[Tensor, "n d"], head: nn.Module) -> None:
+        self.states, self.head = states, head
 
-    def divergence(
-        self, rows: Chunk, log_q: Float[Tensor, "n vocabulary"], temperature: float
-    ) -> Scored:
-        """Return ``T^2 KL(p || q)`` of rows, and its gradient, ``T (q - p)``."""
-        log_p = (self.head(self.hidden[rows]).float() / temperature).log_softmax(-1)
-        gradient = log_q.exp()
-        p = log_p.exp()
-        loss = torch.linalg.vecdot(p, log_p.sub_(log_q)) * temperature**2
-        return loss, gradient.sub_(p).mul_(temperature)
+    def at(self, rows: slice) -> FullTeacher:
+        """Take rows, of which logits are worked out."""
+        return FullTeacher(self.head(self.states[rows]), nn.Identity())
+
+    def compared(self, rows: slice, own: Predicted, temperature: float) -> Compared:
+        """Return ``KL(p || q)`` of rows of both divided by a temperature, and ``p``."""
+        logits = self.head(self.states[rows]).to(own.q, copy=True)
+        dense = Predicted.of(logits if temperature == 1 else logits / temperature)
+        inside = torch.linalg.vecdot(dense.q, dense.logits.sub_(own.logits))
+        return inside - dense.log_normalizer + own.log_normalizer, dense.q
 
 
 class TopTeacher:
@@ -62,25 +85,24 @@ class TopTeacher:
             torch.cat([each.log_rest for each in references]).to(device),
         )
 
-    def divergence(
-        self, rows: Chunk, log_q: Float[Tensor, "n vocabulary"], temperature: float
-    ) -> Scored:
-        r"""Return ``KL`` over the tokens and their rest, and its gradient.
+    def at(self, rows: slice) -> TopTeacher:
+        """Take rows."""
+        return TopTeacher(self.ids[rows], self.log_p[rows], self.log_rest[rows])
 
-        With ``R`` and ``Q`` the rest's probability in the dense model and in this one, the
-        gradient is ``q_j - p_j`` for the tokens and ``q_j (1 - R / Q)`` for all others.
+    def compared(self, rows: slice, own: Predicted, temperature: float) -> Compared:
+        r"""Return ``KL`` over the tokens and their rest, and ``w``.
+
+        That is ``p`` for the tokens and ``q_j R / Q`` for all others, with ``R`` and ``Q`` the
+        rest's probability in the dense model and in this one.
         """
         assert temperature == 1
         ids, log_p, log_rest = self.ids[rows], self.log_p[rows], self.log_rest[rows]
-        top = log_q.gather(1, ids)
-        others = log_q.scatter(1, ids, -torch.inf)
-        log_others = others.logsumexp(-1)
-        p, rest = log_p.exp(), log_rest.exp()
+        top, p, rest = own.log_of(ids), log_p.exp(), log_rest.exp()
+        log_others = log_rest_of(own.logits, own.log_normalizer, ids, top)
         outside = (rest * (log_rest - log_others)).masked_fill(rest == 0, 0.0)
-        loss = torch.linalg.vecdot(p, log_p - top) + outside
         share = torch.where(rest == 0, rest, (log_rest - log_others).exp())
-        gradient = others.exp_().mul_(1 - share[:, None])
-        return loss, gradient.scatter_(1, ids, top.exp() - p)
+        wanted = (own.q * share[:, None]).scatter_(1, ids, p)
+        return torch.linalg.vecdot(p, log_p - top) + outside, wanted
 
 
 Teacher = FullTeacher | TopTeacher
@@ -128,15 +150,12 @@ def chunked_loss(
         rows = slice(start, start + chunk_tokens)
         leaf = hidden[rows].detach().requires_grad_()
         with torch.enable_grad():
-            logits = head(leaf).float()
+            logits = head(leaf)
         with torch.no_grad():
-            loss, own_kl, own_nll, gradient = _scored(
-                logits.detach(), targets[rows], teacher, weights, rows
-            )
-        if bad := int((~torch.isfinite(loss)).sum()):
-            raise NonFiniteError(f"the loss of {bad} of {len(loss)} tokens is not finite")
-        kl, nll = kl + own_kl, nll + own_nll
-        first, *rest = torch.autograd.grad(logits, [leaf, *parameters], gradient / count)
+            own = None if teacher is None else teacher.at(rows)
+            sums, gradient = _scored(logits.detach(), targets[rows], own, weights, 1 / count)
+        kl, nll = kl + sums[0], nll + sums[1]
+        first, *rest = torch.autograd.grad(logits, [leaf, *parameters], gradient)
         parts.append(first)
         for total, more in zip(gathered, rest, strict=True):
             total += more
@@ -151,25 +170,54 @@ def _scored(
     targets: Int[Tensor, " n"],
     teacher: Teacher | None,
     weights: Weights,
-    rows: Chunk,
-) -> tuple[Tensor, float, float, Tensor]:
-    """Return losses, the sums of their two parts, and the gradient with respect to the logits."""
-    log_q = logits.log_softmax(-1)
-    nll = -log_q.gather(1, targets[:, None]).squeeze(1)
-    loss, kl, gradient = weights.ce * nll, 0.0, torch.zeros_like(log_q)
-    if teacher is not None and weights.kl:
-        softer = log_q
-        if weights.temperature != 1:
-            softer = (logits / weights.temperature).log_softmax(-1)
-        divergence, gradient = teacher.divergence(rows, softer, weights.temperature)
-        loss = loss + weights.kl * divergence
-        gradient.mul_(weights.kl)
-        kl = float(divergence.double().sum())
+    scale: float,
+) -> tuple[tuple[float, float], Tensor]:
+    """Return the sums of divergence and nll, and ``scale`` times the gradient of the logits."""
+    gradient, parts = torch.empty_like(logits), list[Tensor]()
+    # On a CPU it takes half of the time where a piece stays in the cache of its core.
+    size = max(PIECE // logits.shape[1], 1) if logits.device.type == "cpu" else len(logits)
+    for start in range(0, len(logits), size):
+        rows = slice(start, start + size)
+        piece = logits[rows].to(torch.promote_types(logits.dtype, torch.float32))
+        losses, gradient[rows] = _piece(piece, targets[rows], teacher, weights, rows, scale)
+        parts.append(losses)
+    both = torch.cat(parts, 1).double()
+    finite = int(torch.isfinite(both).all(0).sum())
+    if finite < len(logits):
+        raise NonFiniteError(
+            f"the loss of {len(logits) - finite} of {len(logits)} tokens is not finite"
+        )
+    kl, nll = both.sum(1).tolist()
+    return (kl, nll), gradient
+
+
+def _piece(
+    logits: Float[Tensor, "n vocabulary"],
+    targets: Int[Tensor, " n"],
+    teacher: Teacher | None,
+    weights: Weights,
+    rows: slice,
+    scale: float,
+) -> tuple[Float[Tensor, "2 n"], Float[Tensor, "n vocabulary"]]:
+    """Return divergences and nll of some rows, and the gradient."""
+    own, kl, t = Predicted.of(logits), weights.kl, weights.temperature
+    nll = -own.log_of(targets[:, None]).squeeze(1)
+    gradient, divergence = own.q, torch.zeros_like(nll)
+    if teacher is None or not kl:
+        gradient.mul_(weights.ce * scale)
+    else:
+        softer = own if t == 1 else Predicted.of(logits / t)
+        divergence, wanted = teacher.compared(rows, softer, t)
+        divergence = divergence * t**2
+        if t == 1:
+            gradient.mul_((weights.ce + kl) * scale)
+        else:
+            gradient.mul_(weights.ce * scale).add_(softer.q, alpha=kl * t * scale)
+        gradient.sub_(wanted, alpha=kl * t * scale)
     if weights.ce:
-        gradient.add_(log_q.exp_(), alpha=weights.ce)
-        one = gradient.new_full((len(targets), 1), -weights.ce)
+        one = gradient.new_full((len(targets), 1), -weights.ce * scale)
         gradient.scatter_add_(1, targets[:, None], one)
-    return loss, kl, float(nll.double().sum()), gradient
+    return torch.stack([divergence, nll]), gradient
 
 
 def parameters_of(head: nn.Module) -> Iterator[nn.Parameter]:

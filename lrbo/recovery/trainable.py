@@ -19,7 +19,7 @@ from lrbo.layers.modules import compressed_layers, replace_module
 from lrbo.layers.pivoted import PivotedLinear
 from lrbo.layers.pivoted import Product as Rows
 from lrbo.layers.shared import SharedLinear
-from lrbo.layers.tables import TiedHead
+from lrbo.layers.tables import TiedHead, is_table
 from lrbo.recovery.trainable_base import TrainableBase
 from lrbo.recovery.trainable_module import Direct, Product, Stored, TrainableModule, wide
 
@@ -68,6 +68,19 @@ class Trainables:
     def names_of(self, prefix: str) -> list[str]:
         """List the parameters below a module, such as a block."""
         return [name for name in self._parameters if name.startswith(f"{prefix}.")]
+
+    @property
+    def matrices(self) -> frozenset[str]:
+        """The names of the parameters that multiply features: factors, and thin layers.
+
+        Tables are none, of which a step reaches few rows; nor are numbers that lie in a rectangle.
+        """
+        return frozenset(
+            f"{name}.{own}"
+            for name, module in self.modules.items()
+            if not is_table(self.model, name)
+            for own in module.matrices
+        )
 
     def state(self) -> dict[str, Tensor]:
         """Copy all parameters to the CPU."""

@@ -17,6 +17,7 @@ from lrbo.layers.low_rank import Left, Right, is_dearer
 from lrbo.layers.packing import pack
 from lrbo.recovery.trainable_module import TrainableModule, put, trained, wide
 
+TRIED = BAND_CLIPS[::3]  # shares of the largest number: each is another pass, at every step
 FLOATS = ("scale", "table", "values")  # the tensors of bases that are no integers
 
 
@@ -59,6 +60,7 @@ class TrainableBase(TrainableModule):
             self.numbers = trained(stored.get_buffer(self.base))
         self.grids: tuple[Grid, ...] = ()  # none of factors in floats
         if stored.factors is not None:
+            self.matrices = ("left", "right")
             self._take_factors(stored.factors)
         self.bias = None if stored.bias is None else trained(stored.bias)
 
@@ -144,7 +146,8 @@ class TrainableBase(TrainableModule):
         if self.base is not None:
             return dense_of(self.layer.form, shape, self._tensors(), dtype)
         if dtype not in self._held:
-            self._held = {dtype: self.layer.base(dtype)}
+            with torch.inference_mode(False):  # else no gradient could ever pass it
+                self._held = {dtype: self.layer.base(dtype)}
         return self._held[dtype]
 
     def _factors(self, dtype: torch.dtype) -> tuple[Left, Right] | None:
@@ -222,7 +225,7 @@ def rounded(
         values, start = rows[run], start + grid.directions
         peak = values.abs().amax(1)
         least = torch.full_like(peak, torch.inf)
-        for clip in (None, *((1.0,) if grid.bits == 8 else BAND_CLIPS)):
+        for clip in (None, *((1.0,) if grid.bits == 8 else TRIED)):
             step = steps[run] if clip is None else peak * (clip / (grid.most / 2))
             step = torch.where(step > 0, step, torch.ones_like(step))
             tried = (values / step[:, None] + grid.middle).round_().clamp_(0, grid.most)

@@ -19,6 +19,7 @@ from lrbo.layers.shared import SharedLinear
 from lrbo.linalg import float64_device, require_finite
 
 Stored: TypeAlias = FormModule | nn.Linear  # a linear layer that has lost neurons is plain
+MATRIX = "matrix"  # the weight of a thin layer
 Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
@@ -30,7 +31,10 @@ class TrainableModule(nn.Module, ABC):
     Attributes:
         name: Of the layer, for messages.
         rounding: Whether the forward pass sees what storing will round, other than to a dtype.
+        matrices: Names of the parameters that multiply features.
     """
+
+    matrices: tuple[str, ...] = ()
 
     def __init__(self, name: str, stored: Stored) -> None:
         super().__init__()
@@ -101,6 +105,7 @@ class Direct(TrainableModule):
         self._paths = {_own_name(path): path for path, _ in stored.named_parameters()}
         for own, path in self._paths.items():
             self.register_parameter(own, trained(stored.get_parameter(path)))
+        self.matrices = (MATRIX,) if MATRIX in self._paths else ()
 
     @override
     def multiply(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
@@ -145,6 +150,7 @@ class Product(TrainableModule):
             self.left = trained(stored.left.weight)
             self.right = None if stored.right is None else trained(stored.right.weight)
         self.bias = None if stored.bias is None else trained(stored.bias)
+        self.matrices = ("left",) if self.right is None else ("left", "right")
         self.peers: tuple[Product, ...] = ()
         self._handed: tuple[Tensor, Tensor] | None = None
 
@@ -202,7 +208,7 @@ class Product(TrainableModule):
 
 def _own_name(path: str) -> str:
     """Name a parameter; ``weight`` is the empty tensor of a layer of a form."""
-    return "matrix" if path == "weight" else path.replace(".", "_")
+    return MATRIX if path == "weight" else path.replace(".", "_")
 
 
 def wide(tensor: Tensor) -> Tensor:

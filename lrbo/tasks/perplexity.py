@@ -146,7 +146,7 @@ class DenseReference:
         ids = self.ids[rows].to(device, torch.int64)
         dense, rest = self.log_probs[rows].to(device), self.log_rest[rows].to(device)
         compressed = chunk.logits.gather(1, ids) - chunk.log_normalizer[:, None]
-        compressed_rest = _log_rest(chunk, ids, compressed)
+        compressed_rest = log_rest_of(chunk.logits, chunk.log_normalizer, ids, compressed)
         inside = (dense.exp() * (dense - compressed)).sum(-1)
         outside = (rest.exp() * (rest - compressed_rest)).masked_fill(rest.isneginf(), 0.0)
         divergence = (inside + outside).clamp_min(0.0)
@@ -186,17 +186,20 @@ def measure_dense(
         total += chunk.perplexity
         best = chunk.logits.topk(min(top, chunk.logits.shape[1]), sorted=False)
         log_probs = best.values - chunk.log_normalizer[:, None]
-        log_rest = _log_rest(chunk, best.indices, log_probs)
+        log_rest = log_rest_of(chunk.logits, chunk.log_normalizer, best.indices, log_probs)
         rows.append((best.indices.int().cpu(), log_probs.cpu(), log_rest.cpu()))
     return DenseReference(total, *map(torch.cat, zip(*rows, strict=True)))
 
 
-def _log_rest(
-    chunk: Chunk, ids: Int[Tensor, "n k"], log_probs: Float[Tensor, "n k"]
+def log_rest_of(
+    logits: Float[Tensor, "n vocabulary"],
+    log_normalizer: Float[Tensor, " n"],
+    ids: Int[Tensor, "n k"],
+    log_probs: Float[Tensor, "n k"],
 ) -> Float[Tensor, " n"]:
     """Log-probability of everything but ``ids``; ``-inf`` if there is nothing else."""
     rest = 1.0 - log_probs.double().exp().sum(-1)
     log_rest = rest.clamp_min(CANCELLED).log().to(log_probs.dtype)
     rows = (rest < CANCELLED).nonzero().squeeze(1)
-    others = chunk.logits[rows].scatter(1, ids[rows], -torch.inf).logsumexp(-1)
-    return log_rest.index_copy(0, rows, others - chunk.log_normalizer[rows])
+    others = logits[rows].scatter(1, ids[rows], -torch.inf).logsumexp(-1)
+    return log_rest.index_copy(0, rows, others - log_normalizer[rows])

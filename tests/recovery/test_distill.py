@@ -28,6 +28,13 @@ QUIET = Reporter(PlainConsole(quiet=True))
 FAST = DistillConfig(lr=5e-3, epochs=1, batch_windows=2, evaluate_every=4, patience=100)
 
 
+def sharpened(model: PreTrainedModel) -> PreTrainedModel:
+    """Let a model of random weights prefer some tokens by far."""
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(5)
+    return model
+
+
 def recovery_of(
     folder: Path,
     settings: DistillConfig = FAST,
@@ -39,7 +46,7 @@ def recovery_of(
     **changes: Any,
 ) -> Recovery:
     """Return a tiny model that was compressed by plain SVD, in training."""
-    dense = build(case).to(dtype)
+    dense = sharpened(build(case)).to(dtype)
     model = copy.deepcopy(dense)
     made = factorize(model, None, "svd", forms=[form], bases=BaseOptions("nearest"), progress=False)
     made.compress_(model, made.uniform(keep, measure="bytes"))
@@ -260,8 +267,7 @@ def test_the_gradient_of_a_step_is_that_of_the_mean_loss_written_out(tmp_path: P
 
 
 def test_text_of_the_dense_model_itself(tmp_path: Path) -> None:
-    dense, windows = build("llama_tied"), token_ids(5, 9)
-    dense = sharpened(dense)
+    dense, windows = sharpened(build("llama_tied")), token_ids(5, 9)
     own = [
         sampled_windows(dense, windows, seed=seed, batch_windows=2, reporter=QUIET)
         for seed in (0, 0, 1)
@@ -280,12 +286,6 @@ def test_text_of_the_dense_model_itself(tmp_path: Path) -> None:
     report = distill.run(recovery_of(tmp_path, replace(FAST, data="self")))
     assert report.tokens == 16 * 12
     assert (tmp_path / "text.safetensors").is_file()
-
-
-def sharpened(model: PreTrainedModel) -> PreTrainedModel:
-    with torch.no_grad():
-        model.get_output_embeddings().weight.mul_(5)
-    return model
 
 
 def test_half_precision_trains_in_single(tmp_path: Path) -> None:

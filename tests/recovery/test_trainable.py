@@ -174,6 +174,17 @@ def test_rounding_is_seen_as_it_is_stored_and_passes_gradients_unchanged(form: s
     assert right.shape == (5, level[-1])
 
 
+def test_a_base_that_is_held_passes_gradients_after_it_was_first_used_without_any() -> None:
+    model = held(FORMS["int4"], (16, 2), bias=False, dtype=torch.float32)
+    trainables = make_trainable(model, bases=False)
+    x = draw(5, SHAPE[1])
+    with torch.inference_mode():
+        expected = model(x)
+    model(x).sum().backward()
+    torch.testing.assert_close(model(x), expected)
+    assert all(parameter.grad is not None for _, parameter in trainables.named_parameters())
+
+
 def test_of_layers_that_share_a_factor_it_is_trained_once() -> None:
     form, generator = FORMS[SharedFactored.name], torch.Generator().manual_seed(0)
     first = module_of(form, SHAPE, (4,), bias=True)
