@@ -12,7 +12,8 @@ from lrbo.config import compose, refusals, saved, schema
 from lrbo.config.choices import FLOATS, FORM_PRESETS, REPAIRED
 from lrbo.config.compose import composed
 from lrbo.config.saved import from_yaml, to_yaml
-from lrbo.config.schema import SCHEMAS, EvaluateConfig, ReportConfig, SearchConfig
+from lrbo.config.recovery import RecoverySection
+from lrbo.config.schema import SCHEMAS, EvaluateConfig, RecoverConfig, ReportConfig, SearchConfig
 from lrbo.errors import ConfigError
 from lrbo.factorization.registry import METHODS
 from lrbo.layers.forms import FORMS, Based
@@ -334,3 +335,9 @@ def test_factors_of_16_bits_are_forms_of_their_own() -> None:
     assert {form.base_name for form in repaired} == {*REPAIRED}
     assert len(repaired) == 2 * len(REPAIRED)
     assert all(form.name.endswith(FLOATS) == form.has_floats for form in repaired)
+
+
+def test_a_recovery_has_the_same_defaults_in_its_file_and_in_a_program() -> None:
+    config = compose.composed("recover", ["checkpoint=x", "out=y"])
+    assert isinstance(config, RecoverConfig)
+    assert config.recover == RecoverySection()
