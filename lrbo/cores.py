@@ -10,6 +10,9 @@ from contextlib import suppress
 from pathlib import Path
 
 CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+# Products of other shapes that oneDNN compiles and keeps, 1024 by itself: a step of training on a
+# model with another rank in each layer has more, and would compile each of them each time.
+KERNELS = "8192"
 BUSY = 2.0  # processes per core, from which on fewer threads are faster
 
 
@@ -37,7 +40,7 @@ def prepare_torch(say: Callable[[str], None]) -> None:
 def prepare_threads(
     environment: MutableMapping[str, str], cores: int, affinity: int, load: float
 ) -> list[str]:
-    """Set in ``environment`` what OpenMP reads when torch is loaded, except what the user has set.
+    """Set in ``environment`` what libraries read when torch is loaded, except what the user set.
 
     A thread that waits for another sleeps. By default it spins and takes the core that the other
     one needs: beside ten busy processes on two cores that made a forward pass 3 to 23 times slower.
@@ -46,6 +49,7 @@ def prepare_threads(
     wait: sums in another order round differently, and a continued search must propose the same.
     """
     environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    environment.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", KERNELS)
     if "OMP_NUM_THREADS" in environment:
         return []
     notes = []

@@ -43,7 +43,7 @@ def test_the_affinity_counts() -> None:
 def test_a_thread_that_waits_sleeps_and_the_number_of_threads_stays_that_of_torch() -> None:
     environment: dict[str, str] = {}
     assert prepare_threads(environment, cores=8, affinity=8, load=1.0) == []
-    assert environment == {"OMP_WAIT_POLICY": "PASSIVE"}
+    assert environment == {"OMP_WAIT_POLICY": "PASSIVE", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "8192"}
 
 
 def test_a_quota_below_the_affinity_sets_the_number_and_says_so() -> None:
@@ -64,9 +64,14 @@ def test_the_load_changes_no_number_and_is_told() -> None:
 
 
 def test_what_the_user_has_set_stays() -> None:
-    environment = {"OMP_NUM_THREADS": "3", "OMP_WAIT_POLICY": "ACTIVE"}
+    environment = {
+        "OMP_NUM_THREADS": "3",
+        "OMP_WAIT_POLICY": "ACTIVE",
+        "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "7",
+    }
+    before = dict(environment)
     assert prepare_threads(environment, cores=2, affinity=64, load=1000.0) == []
-    assert environment == {"OMP_NUM_THREADS": "3", "OMP_WAIT_POLICY": "ACTIVE"}
+    assert environment == before
 
 
 @pytest.mark.parametrize(("before", "expected"), [("", "PASSIVE"), ("import torch", "None")])
