@@ -11,8 +11,8 @@ from omegaconf import OmegaConf
 from lrbo.config import compose, refusals, saved, schema
 from lrbo.config.choices import FLOATS, FORM_PRESETS, REPAIRED
 from lrbo.config.compose import composed
-from lrbo.config.saved import from_yaml, to_yaml
 from lrbo.config.recovery import RecoverySection
+from lrbo.config.saved import from_yaml, to_yaml
 from lrbo.config.schema import SCHEMAS, EvaluateConfig, RecoverConfig, ReportConfig, SearchConfig
 from lrbo.errors import ConfigError
 from lrbo.factorization.registry import METHODS
