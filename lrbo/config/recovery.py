@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from lrbo.config import options
-from lrbo.config.distillation import DistillConfig
+from lrbo.config.distillation import ADAMW, MUON, DistillConfig
 from lrbo.config.options import ANY_COUNT, Rule, one_of, option
 
 STAGES = ("blocks", "distill")  # by name, in the order that is the default
@@ -29,6 +29,7 @@ class DenseConfig:
 class BlocksConfig:
     """How blocks are trained one by one."""
 
+    optimizer: str = option(MUON, one_of((MUON, ADAMW)))
     lr: float = option(5e-4, options.ABOVE_0)
     epochs: int = option(8, ANY_COUNT)
     batch_windows: int = option(4, ANY_COUNT)

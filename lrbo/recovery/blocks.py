@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from lrbo.calibration.collect import batches_of
+from lrbo.config.distillation import MUON
 from lrbo.config.recovery import BlocksConfig
 from lrbo.errors import NonFiniteError
 from lrbo.models.blockwise import Scratch
 from lrbo.recovery.gradients import Metric, output_metrics, windows_for
+from lrbo.recovery.optimizer import optimizer_of
 from lrbo.recovery.stage import Recovery, StageReport
 from lrbo.recovery.states import read_tensors, write_tensors
 from lrbo.tasks.model_task import Segments
@@ -85,6 +87,8 @@ class _Work:
         self.judging = batches_of(self.seen, len(self.windows), size)
         self.step_seconds: float | None = None  # what parts of the work take, as last measured
         self.pass_seconds = 0.0
+        is_muon = self.settings.optimizer == MUON
+        self.matrices = recovery.trainables.matrices if is_muon else frozenset[str]()
         self.names = {id(p): name for name, p in recovery.trainables.named_parameters()}
 
     def run(self) -> StageReport:
@@ -230,13 +234,13 @@ class _Training:
             return self._row(before, before, 0, None)
         kept = self._copy()
         steps, stopped = self._planned(before, time.perf_counter() - start)
-        matrices = [p for p in self.own.values() if p.dim() > 1]
-        vectors = [p for p in self.own.values() if p.dim() <= 1]
-        groups = [
-            {"params": matrices, "weight_decay": self.settings.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ]
-        optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=self.settings.lr)
+        optimizer = optimizer_of(
+            self.own,
+            self.work.matrices,
+            lr=self.settings.lr,
+            weight_decay=self.settings.weight_decay,
+            dtype=self.entering.dtype,
+        )
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: rate(step, steps, self.settings.warmup)
         )

@@ -108,4 +108,4 @@ def divergence(dense: PreTrainedModel, model: PreTrainedModel, text: Tensor) -> 
 
 def settings(**changes: Any) -> BlocksConfig:
     """Return settings of the stage blocks that a tiny model wants."""
-    return BlocksConfig(**{"lr": 0.01, "epochs": 12, "batch_windows": 4} | changes)
+    return BlocksConfig(**{"optimizer": "adamw", "lr": 0.01, "epochs": 12} | changes)
