@@ -29,10 +29,10 @@ class DenseConfig:
 class BlocksConfig:
     """How blocks are trained one by one."""
 
-    optimizer: str = option(MUON, one_of((MUON, ADAMW)))
+    optimizer: str = option(ADAMW, one_of((MUON, ADAMW)))
     lr: float = option(5e-4, options.ABOVE_0)
     epochs: int = option(8, ANY_COUNT)
-    batch_windows: int = option(4, ANY_COUNT)
+    batch_windows: int = option(2, ANY_COUNT)
     warmup: float = option(0.1, options.BELOW_1)
     weight_decay: float = option(0.01, options.FROM_0)
     weighting: str = option("gradient", one_of(("gradient", "none")))

@@ -330,6 +330,7 @@ def _room(plan: RecoveryPlan, skeleton: PreTrainedModel) -> list[str]:
 def _sizes(
     plan: RecoveryPlan, skeleton: PreTrainedModel, layers: ModelMap, stored: Mapping[str, Any]
 ) -> memory.Sizes:
+    recover = plan.config.recover
     units = export.load_config(plan.folder).quantization_config["units"]
     wider = plan.loaded.itemsize / plan.stored.itemsize
     blocks = {spec.name: spec.block for spec in layers.layers}
@@ -356,7 +357,7 @@ def _sizes(
         blocks=count,
         vocabulary=int(table.shape[0]),
         itemsize=plan.loaded.itemsize,
-        batch=plan.config.recover.blocks.batch_windows,
+        batch=max(recover.blocks.batch_windows, recover.distill.batch_windows),
     )
 
 

@@ -108,4 +108,5 @@ def divergence(dense: PreTrainedModel, model: PreTrainedModel, text: Tensor) -> 
 
 def settings(**changes: Any) -> BlocksConfig:
     """Return settings of the stage blocks that a tiny model wants."""
-    return BlocksConfig(**{"optimizer": "adamw", "lr": 0.01, "epochs": 12} | changes)
+    values = {"lr": 0.01, "epochs": 12, "batch_windows": 4}
+    return BlocksConfig(**values | changes)
