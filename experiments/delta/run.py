@@ -1,6 +1,6 @@
 """What is lost of a fine-tuning at equal bytes of its change: rank, bands of bits, signs.
 
-    python experiments/06_delta/run.py [--model NAME_OR_FOLDER]
+    python experiments/delta/run.py [--model NAME_OR_FOLDER]
 
 Makes a pair: a small Llama over bytes that is trained on web text from scratch, or any model, and
 the same after 200 steps on Wikipedia, of which the linear layers of the blocks are trained. Then it
