@@ -41,6 +41,7 @@ SIZES: Mapping[str, list[str]] = {
     "3.25 bits": ["experiment=bytes", "budget.bits_per_parameter=3.25"],
     "2.25 bits": ["experiment=bytes", "budget.bits_per_parameter=2.25"],
 }
+DENSE, STAGES = "dense", "stages.json"
 ITEMS = 50  # of each task
 TASKS = ("arc_easy", "piqa", "hellaswag", "openbookqa")
 TASK = """task: own_{task}
@@ -116,6 +117,7 @@ class Row:
 
 def wanted(options: argparse.Namespace) -> Iterator[Row]:
     """Yield what the experiment is made of."""
+    yield Row(DENSE, "-", None)
     for size in options.sizes:
         all_ways = WAYS if size in ("keep 0.8", "keep 0.6") else EVERYWHERE
         for way in IN_BITS if size.endswith("bits") else all_ways:
@@ -132,7 +134,9 @@ class Bench:
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def measure(self, row: Row) -> dict[str, Any] | None:
-        """Make a model and score it; ``None`` if its text is not at hand."""
+        """Make a model, if there is none yet, and score it; ``None`` if its text is not at hand."""
+        if row.size == DENSE:
+            return {"stages": [], "nll": self.losses(row)}
         way, stages = WAYS[row.way], list[Any]()
         if way.text is not None and self.options.data is None:
             return None
@@ -145,11 +149,19 @@ class Bench:
                     f"recover.minutes={row.minutes:g}", f"seed={row.seed}",
                     *way.recover, *self.text(way), *self.options.recover,
                 )  # fmt: skip
-                (out / "stages.json").write_text(json.dumps(result["stages"]), "utf-8")
-            checkpoint, stages = out, json.loads((out / "stages.json").read_text("utf-8"))
-            for stage in stages:
-                del stage["rows"]
-        return {"stages": stages, **self.scored(f"checkpoint='{checkpoint}'")}
+                stages = [{k: v for k, v in s.items() if k != "rows"} for s in result["stages"]]
+                (out / STAGES).write_text(json.dumps(stages), "utf-8")
+            stages = json.loads((out / STAGES).read_text("utf-8"))
+        return {"stages": stages, "nll": self.losses(row)}
+
+    def model(self, row: Row) -> str:
+        """Return what ``lrbo evaluate`` takes for a row that was measured."""
+        if row.size == DENSE:
+            return "model=tiny" if SMOKE else "model=smollm2_135m"
+        way = WAYS[row.way]
+        if way.recover is not None:
+            return f"checkpoint='{self.folder / row.folder}'"
+        return f"checkpoint='{self.compressed(row.size, refit=way.refit)}'"
 
     def compressed(self, size: str, *, refit: bool) -> Path:
         """Return the folder of the least predicted loss at a size, which is made once."""
@@ -165,25 +177,20 @@ class Bench:
         """Return the settings of other text than the study's."""
         held_out = [f"data.{role}.tokens={HELD_OUT}" for role in ("validation", "test")]
         if way.text is not None:
-            other = f"'{self.options.data / OTHER}'"
-            held_out += [f"data.{role}.path={other}" for role in ("validation", "test")]
-            own = f"data.calibration.path='{self.options.data / way.text}'"
-            return ["data=files", own, "data.calibration.tokens=65536", *held_out]
+            path = f"'{self.options.data / way.text}'"
+            paths = [f"data.{role}.path={path}" for role in ("calibration", "validation", "test")]
+            return ["data=files", *paths, "data.calibration.tokens=65536", *held_out]
         if way.tokens is None:
             return []
         return ["data=packaged", f"data.calibration.tokens={way.tokens}", *held_out]
 
-    def scored(self, model: str) -> dict[str, Any]:
-        """Return the loss on every text, nats per token, and the share of items answered right.
-
-        ``model`` is what ``lrbo evaluate`` takes. On none of the texts anything was trained or
-        decided.
-        """
-        losses = {}
-        for name, settings in self.tests().items():
-            scores = lrbo.evaluate(model, *settings, "record=null", "model.dtype=float32")
-            losses[name] = scores["nll"]
-        return {"nll": losses, "items": self.items(model)}
+    def losses(self, row: Row) -> dict[str, float]:
+        """Return nats per token of every text, on none of which anything was trained or decided."""
+        model, fixed = self.model(row), ["record=null", "model.dtype=float32"]
+        return {
+            name: lrbo.evaluate(model, *settings, *fixed)["nll"]
+            for name, settings in self.tests().items()
+        }
 
     def tests(self) -> dict[str, list[str]]:
         """Return the texts, as they are typed."""
@@ -200,30 +207,31 @@ class Bench:
             texts["WikiText-2"] = ["data=files", path, tokens]
         return texts
 
-    def items(self, model: str) -> float | None:
+    def items(self, row: Row) -> float:
         """Return the share of zero-shot items that are answered right, the mean over the tasks."""
-        if self.options.data is None or not self.options.zeroshot:
-            return None
         folder = (self.folder / "tasks").absolute()
         folder.mkdir(exist_ok=True)
         for task in TASKS:
             file = (self.options.data / "zeroshot" / f"{task}.jsonl").absolute()
             (folder / f"{task}.yaml").write_text(TASK.format(task=task, file=file), "utf-8")
         names = ",".join(f"own_{task}" for task in TASKS)
-        scores = lrbo.evaluate(
-            model, f"tasks=[{names}]", f"task_folder='{folder}'", f"limit={ITEMS}", "record=null"
-        )
+        settings = f"tasks=[{names}]", f"task_folder='{folder}'", f"limit={ITEMS}", "record=null"
+        scores = lrbo.evaluate(self.model(row), *settings)
         shares = [metric["value"] for s in scores["tasks"].values() for metric in s["metrics"]]
         return statistics.mean(shares)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Return nats above dense, perplexity over that of the dense model, and items, by size."""
-    dense = next(row["result"] for row in rows if row["size"] == "dense")
+    last = {(row["size"], row["way"], row["minutes"], row["seed"]): row for row in rows}
+    dense = next(row["result"] for row in last.values() if row["size"] == DENSE)
     names = [name for name in TEXTS if name in dense["nll"]]
     heads = ["size", "what", "minutes", "tokens", *names, "zero-shot", "CPU"]
-    lines = [f"| {' | '.join(heads)} |", "|---|---|---:|---:" + "|---:" * (len(names) + 1) + "|---|"]
-    for row in sorted(rows, key=lambda each: ["dense", *SIZES].index(each["size"])):
+    lines = [
+        f"| {' | '.join(heads)} |",
+        "|---|---|---:|---:" + "|---:" * (len(names) + 1) + "|---|",
+    ]
+    for row in sorted(last.values(), key=lambda each: [DENSE, *SIZES].index(each["size"])):
         result, stages = row["result"], row["result"]["stages"]
         above = {name: result["nll"][name] - dense["nll"][name] for name in names}
         cells = [
@@ -232,7 +240,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             f"{sum(stage['seconds'] for stage in stages) / 60:.1f}" if stages else "-",
             f"{sum(stage['tokens'] for stage in stages):,}" if stages else "-",
             *(f"{nats:.3f} ({math.exp(nats):.2f})" for nats in above.values()),
-            "-" if result["items"] is None else f"{result['items']:.3f}",
+            f"{result['items']:.3f}" if "items" in result else "-",
             row["cpu"],
         ]
         lines.append(f"| {' | '.join(cells)} |")
@@ -249,7 +257,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="what is measured, by name")
     parser.add_argument("--minutes", type=float, default=10.0, help="of training, for each row")
     parser.add_argument("--test-tokens", type=int, default=8192, help="of each text")
-    parser.add_argument("--zeroshot", action="store_true", help="answer items, too")
+    parser.add_argument("--zeroshot", action="store_true", help="items of rows that are there")
     parser.add_argument("--table-only", action="store_true")
     parser.add_argument("--recover", nargs="*", default=[], help="further settings of lrbo recover")
     parser.add_argument("overrides", nargs="*", help="further settings of the search")
@@ -267,23 +275,22 @@ def main() -> None:
     lines = file.read_text("utf-8").splitlines() if file.is_file() else []
     rows = [json.loads(line) for line in lines]
 
-    def write(row: dict[str, Any]) -> None:
-        row["cpu"] = f"{torch.get_num_threads()} x {torch.backends.cpu.get_cpu_capability()}"
-        rows.append(row)
+    def write(row: Row, result: dict[str, Any], old: dict[str, Any] | None = None) -> None:
+        cpu = f"{torch.get_num_threads()} x {torch.backends.cpu.get_cpu_capability()}"
+        rows.append({"cpu": cpu, **(old or {}), **asdict(row), "result": result})
         with file.open("a", encoding="utf-8") as out:
-            out.write(json.dumps(row) + "\n")
-        print(row, flush=True)
+            out.write(json.dumps(rows[-1]) + "\n")
+        print(rows[-1], flush=True)
 
-    if not options.table_only:
-        if not any(row["size"] == "dense" for row in rows):
-            model = "model=tiny" if SMOKE else "model=smollm2_135m"
-            write({"size": "dense", "way": "-", "result": {"stages": [], **bench.scored(model)}})
-        for row in wanted(options):
-            if any(asdict(row).items() <= other.items() for other in rows):
-                continue
+    for row in () if options.table_only else wanted(options):
+        # The last line of a row is the one that counts.
+        old = next((r for r in reversed(rows) if asdict(row).items() <= r.items()), None)
+        if old is None:
             result = bench.measure(row)
             if result is not None:
-                write({**asdict(row), "result": result})
+                write(row, result)
+        elif options.zeroshot and options.data is not None and "items" not in old["result"]:
+            write(row, {**old["result"], "items": bench.items(row)}, old)
     print(table(rows))
 
 
