@@ -27,7 +27,7 @@ from lrbo.models.loading import load_tokenizer
 from lrbo.models.sources import ModelSource
 from lrbo.pipeline.recovering import RecoveryPlan, plan_recovery, split
 from lrbo.progress import Reporter
-from lrbo.recovery import blocks, distill, states
+from lrbo.recovery import adapter, blocks, distill, mixed_rank, states
 from lrbo.recovery.stage import Recovery, StageReport
 from lrbo.recovery.trainable import Trainables, make_trainable
 from lrbo.reports.mlflow_view import enter_checkpoint, make_tracker
@@ -37,7 +37,12 @@ from lrbo.tasks.metrics import MISSING
 from lrbo.tracking.recovery_run import MlflowRecoveryRun, RecoveryRun
 from lrbo.tracking.tracker import MlflowTracker
 
-STAGES: Mapping[str, Any] = {"blocks": blocks, "distill": distill}
+STAGES: Mapping[str, Any] = {
+    "blocks": blocks,
+    "distill": distill,
+    "adapter": adapter,
+    "mixed_rank": mixed_rank,
+}
 TEXTS: tuple[Role, ...] = ("validation", "test")
 MODELS = ("dense", "before", "after")
 CPU = torch.device("cpu")
