@@ -89,7 +89,7 @@ FORMS: Mapping[str, Form] = {
     LORA: Form(1e-3, 8, 16.0, None),
     DIAGONAL: Form(1e-2, 256, None, None),
     LORA_SPARSE: Form(1e-3, 8, 16.0, 0.01),
-    TENSOR_TRAIN: Form(5e-3, 5, 1.0, None),
+    TENSOR_TRAIN: Form(1e-2, 5, 1.0, None),
 }
 
 

@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
@@ -93,11 +94,11 @@ class MixedStudent(Student):
         self.probability, self.drawn = probability, []
         if not probability:
             return
-        generator = torch.Generator().manual_seed(2**32 * self.seed + step)
-        for _ in range(2 if self.settings.consistency else 1):
-            chances = torch.rand(len(self.units), generator=generator).tolist()
-            pairs = zip(self.units, chances, strict=True)
-            self.drawn.append([n for unit, chance in pairs if chance < probability for n in unit])
+        passes = 2 if self.settings.consistency else 1
+        draws = np.random.default_rng((self.seed, step)).random((passes, len(self.units)))
+        for row in draws < probability:
+            pairs = zip(self.units, row, strict=True)
+            self.drawn.append([name for unit, is_dense in pairs if is_dense for name in unit])
 
     @override
     def loss(self, ids: Int[Tensor, "b tokens"], target: Target) -> Tensor:

@@ -14,10 +14,11 @@ from lrbo.recovery.distill import rate
 from lrbo.recovery.self_text import sampled_windows
 from lrbo.recovery.student import Student
 from lrbo.tasks.causal_lm import CausalLM
-from tests.support.recoveries import (
+from tests.support.distillations import (
     FAST,
     QUIET,
     held_back_kl,
+    interrupted,
     parameters,
     recovery_of,
     sharpened,
@@ -78,15 +79,7 @@ def test_an_interrupted_training_ends_with_the_weights_of_an_uninterrupted_one(
     whole = recovery_of(tmp_path / "whole", settings)
     expected = distill.run(whole)
 
-    class Killed(BaseException):
-        """Ends the process."""
-
-    def die(name: str, _: float, step: int) -> None:
-        if (name, step) == ("distill/kl", 6):
-            raise Killed
-
-    with pytest.raises(Killed):
-        distill.run(recovery_of(tmp_path / "killed", settings, log=die))
+    interrupted(distill.run, recovery_of(tmp_path / "killed", settings), 6)
     steps: list[int] = []
     resumed = recovery_of(
         tmp_path / "killed", settings, log=lambda name, _, step: steps.append(step)
