@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from lrbo.checkpoints import export, trained
 from lrbo.config import saved, schema
+from lrbo.config.recovery import BlocksConfig
 from lrbo.config.saved import command_line
 from lrbo.config.schema import RecoverConfig
 from lrbo.config.shell import assigned
@@ -195,7 +196,8 @@ def _trained(
         else:
             settings, stage = getattr(recover, name), STAGES[name]
             others = len(recover.stages) - number
-            share = getattr(settings, "share", 1 / (1 + others)) if others else 1.0
+            own = settings.share if isinstance(settings, BlocksConfig) else 1 / (1 + others)
+            share = own if others else 1.0
             # What an interrupted run of it has used counts too.
             end = time.monotonic() + share * left - stage.spent(state.stage_folder(name))
             recovery = Recovery(

@@ -82,7 +82,7 @@ class Form(NamedTuple):
     lr: float
     rank: int
     alpha: float | None  # None where it has no such option
-    share: float | None
+    entries: float | None
 
 
 FORMS: Mapping[str, Form] = {
@@ -103,7 +103,7 @@ class AdapterConfig(TrainingConfig):
         rank: Of the update; of ``diagonal`` the directions that it may scale, of ``tensor_train``
             the rank between two cores. A matrix of a smaller side has that.
         alpha: The update is multiplied by ``alpha / rank``, a tensor train by ``alpha``.
-        share: Of the entries of a matrix that ``lora_sparse`` trains one by one.
+        entries: Share of those of a matrix that ``lora_sparse`` trains one by one.
         sides: ``left`` or ``right`` alone, of the two thin matrices of a layer, or ``all``.
     """
 
@@ -112,7 +112,7 @@ class AdapterConfig(TrainingConfig):
     form: str = option(LORA, one_of(FORMS))
     rank: int | None = option(None, ANY_COUNT.or_null())
     alpha: float | None = option(None, options.ABOVE_0.or_null())
-    share: float | None = option(None, options.ABOVE_0_TO_1.or_null())
+    entries: float | None = option(None, options.ABOVE_0_TO_1.or_null())
     sides: str = option(ALL, one_of((ALL, *SIDES)))
 
 
@@ -126,7 +126,7 @@ class MixedRankConfig(DistillConfig):
         consistency: Weight of the divergence between two passes of other layers; 0 takes one.
     """
 
-    probability: float = option(0.5, options.BELOW_1)
+    probability: float = option(0.2, options.BELOW_1)
     decay: float = option(0.5, options.ABOVE_0_TO_1)
     consistency: float = option(1.0, options.FROM_0)
 
@@ -148,7 +148,7 @@ def training_problems(config: TrainingConfig, prefix: str) -> list[str]:
         )
     if isinstance(config, AdapterConfig) and config.form in FORMS:
         form = FORMS[config.form]
-        for name in ("alpha", "share"):
+        for name in ("alpha", "entries"):
             value = getattr(config, name)
             if value is not None and getattr(form, name) is None:
                 others = " or ".join(n for n, f in FORMS.items() if getattr(f, name) is not None)

@@ -190,13 +190,13 @@ def make_update(
     """Return the update of a matrix, which may be on the meta device, by the name of its side."""
     form = FORMS[settings.form]
     rank = settings.rank or form.rank
-    alpha, share = settings.alpha or form.alpha, settings.share or form.share
+    alpha, entries = settings.alpha or form.alpha, settings.entries or form.entries
     if settings.form == DIAGONAL:
         return Diagonal(matrix, rank, generator, rows=name.endswith(".right"))
     assert alpha is not None
     if settings.form == LORA:
         return LowRank(matrix, min(rank, *matrix.shape), alpha, generator)
     if settings.form == LORA_SPARSE:
-        assert share is not None
-        return LowRankSparse(matrix, min(rank, *matrix.shape), alpha, share, generator)
+        assert entries is not None
+        return LowRankSparse(matrix, min(rank, *matrix.shape), alpha, entries, generator)
     return TensorTrain(matrix, rank, alpha, generator)

@@ -247,9 +247,9 @@ def test_what_cannot_be_is_said_with_the_layer_and_its_size(tmp_path: Path) -> N
 
 
 def test_options_of_other_forms_are_refused() -> None:
-    config = AdapterConfig(form="diagonal", alpha=2.0, share=0.1, kl=0, ce=0)
+    config = AdapterConfig(form="diagonal", alpha=2.0, entries=0.1, kl=0, ce=0)
     first, *others = training_problems(config, "recover.adapter.")
     assert "kl, ce and hidden are all 0" in first
     assert others[0].startswith("recover.adapter.alpha=2.0: expected null with form=diagonal")
     assert others[1].endswith("leave it out, or take form=lora_sparse")
-    assert training_problems(AdapterConfig(form="lora_sparse", share=0.1), "") == []
+    assert training_problems(AdapterConfig(form="lora_sparse", entries=0.1), "") == []
