@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from lrbo.checkpoints import export, quantizer
 from lrbo.checkpoints.calibration_text import seen_shares
@@ -324,9 +324,7 @@ def _seen(
     return problems
 
 
-def _trainable(
-    skeleton: PreTrainedModel, checkpoint: PretrainedConfig
-) -> tuple[Shapes, list[tuple[str, ...]]]:
+def _trainable(skeleton: PreTrainedModel, checkpoint: Any) -> tuple[Shapes, list[tuple[str, ...]]]:
     """Return the matrices of a checkpoint, and its layers that the dense model has as well."""
     with torch.device("meta"):
         model = type(skeleton)(checkpoint)
