@@ -117,18 +117,18 @@ class Distillation(TrainerCallback):  # type: ignore[misc]
         Raises:
             ModelError: If nothing is left to train.
         """
-        settings, all_of_them = self.settings, dict(self.recovery.trainables.named_parameters())
-        if not isinstance(settings, DistillConfig) or settings.train != FACTORS:
-            return all_of_them
-        factors = {n: p for n, p in all_of_them.items() if n.rpartition(".")[2] in SIDES}
-        if not factors:
+        settings, every = self.settings, dict(self.recovery.trainables.named_parameters())
+        assert isinstance(settings, DistillConfig)
+        is_all = settings.train != FACTORS
+        own = {n: p for n, p in every.items() if is_all or n.rpartition(".")[2] in SIDES}
+        if not own:
             raise ModelError(
                 f"nothing to train: no layer has what train={settings.train} trains, expected "
                 "low ranks; take train=all"
             )
-        for name, parameter in all_of_them.items():
-            parameter.requires_grad_(name in factors)
-        return factors
+        for name, parameter in every.items():
+            parameter.requires_grad_(name in own)
+        return own
 
     def _student(self, trained: dict[str, nn.Parameter]) -> Student:
         """Return the loss of what is trained."""

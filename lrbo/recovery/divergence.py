@@ -186,7 +186,10 @@ def chunked_consistency(
         rows = slice(start, start + chunk_tokens)
         leaves = [each[rows].detach().requires_grad_() for each in (first, second)]
         with torch.enable_grad():
-            log_p, log_q = (head(leaf).float().log_softmax(-1) for leaf in leaves)
+            log_p, log_q = (
+                logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+                for logits in map(head, leaves)
+            )
             each = ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(-1) / 2
         sums.append(each.detach())
         (*own,) = torch.autograd.grad(each.sum() / count, [*leaves, *parameters])
