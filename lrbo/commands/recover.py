@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from lrbo.checkpoints import export, trained
 from lrbo.config import saved, schema
+from lrbo.config.recovery import BlocksConfig
 from lrbo.config.saved import command_line
 from lrbo.config.schema import RecoverConfig
 from lrbo.config.shell import assigned
@@ -27,7 +28,7 @@ from lrbo.models.loading import load_tokenizer
 from lrbo.models.sources import ModelSource
 from lrbo.pipeline.recovering import RecoveryPlan, plan_recovery, split
 from lrbo.progress import Reporter
-from lrbo.recovery import blocks, distill, states
+from lrbo.recovery import adapter, blocks, distill, mixed_rank, states
 from lrbo.recovery.stage import Recovery, StageReport
 from lrbo.recovery.trainable import Trainables, make_trainable
 from lrbo.reports.mlflow_view import enter_checkpoint, make_tracker
@@ -37,7 +38,12 @@ from lrbo.tasks.metrics import MISSING
 from lrbo.tracking.recovery_run import MlflowRecoveryRun, RecoveryRun
 from lrbo.tracking.tracker import MlflowTracker
 
-STAGES: Mapping[str, Any] = {"blocks": blocks, "distill": distill}
+STAGES: Mapping[str, Any] = {
+    "blocks": blocks,
+    "distill": distill,
+    "adapter": adapter,
+    "mixed_rank": mixed_rank,
+}
 TEXTS: tuple[Role, ...] = ("validation", "test")
 MODELS = ("dense", "before", "after")
 CPU = torch.device("cpu")
@@ -190,7 +196,8 @@ def _trained(
         else:
             settings, stage = getattr(recover, name), STAGES[name]
             others = len(recover.stages) - number
-            share = getattr(settings, "share", 1 / (1 + others)) if others else 1.0
+            own = settings.share if isinstance(settings, BlocksConfig) else 1 / (1 + others)
+            share = own if others else 1.0
             # What an interrupted run of it has used counts too.
             end = time.monotonic() + share * left - stage.spent(state.stage_folder(name))
             recovery = Recovery(

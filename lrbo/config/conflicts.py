@@ -8,9 +8,8 @@ from dataclasses import asdict, is_dataclass
 from typing import Any
 
 from lrbo.config import choices, options, schema
-from lrbo.config.distillation import distill_problems
 from lrbo.config.options import Rule, at_least, is_number, mismatch, one_of, rules_of
-from lrbo.config.recovery import STUDY_TEXT
+from lrbo.config.recovery import STUDY_TEXT, stage_problems
 from lrbo.errors import cut
 
 DIGITS = 40  # characters of a number in a message
@@ -104,7 +103,7 @@ def check_values(config: schema.Config) -> list[str]:
     elif isinstance(config, schema.CompressConfig):
         others += [*_candidates(config), *_serving(config)]
     elif isinstance(config, schema.RecoverConfig):
-        others += [*_texts(config), *distill_problems(config.recover.distill)]
+        others += [*_texts(config), *stage_problems(config.recover)]
     elif isinstance(config, schema.EvaluateConfig):
         others += [*_texts(config), *_protocols_and_tasks(config)]
     return [*numbers.values(), *(p for p in others if p.partition("=")[0] not in numbers)]

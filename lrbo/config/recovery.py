@@ -5,10 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from lrbo.config import options
-from lrbo.config.distillation import ADAMW, MUON, DistillConfig
+from lrbo.config.distillation import (
+    ADAMW,
+    MUON,
+    AdapterConfig,
+    DistillConfig,
+    MixedRankConfig,
+    TrainingConfig,
+    training_problems,
+)
 from lrbo.config.options import ANY_COUNT, Rule, one_of, option
 
-STAGES = ("blocks", "distill")  # by name, in the order that is the default
+STAGES = ("blocks", "distill", "adapter", "mixed_rank")  # by name
+DEFAULT_STAGES = STAGES[:2]
 STUDY_TEXT = "study"  # data.name where the text is that of the checkpoint's study
 
 
@@ -47,8 +56,20 @@ class RecoverySection:
     minutes: float = option(10.0, options.ABOVE_0)
     tokens: int | None = option(None, ANY_COUNT.or_null())
     stages: list[str] = option(
-        lambda: [*STAGES], Rule(f"some of {', '.join(STAGES)}, each once", _are_stages)
+        lambda: [*DEFAULT_STAGES], Rule(f"some of {', '.join(STAGES)}, each once", _are_stages)
     )
     held_back: float = option(0.125, Rule("above 0 and below 1", lambda v: 0 < v < 1))
     blocks: BlocksConfig = field(default_factory=BlocksConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    mixed_rank: MixedRankConfig = field(default_factory=MixedRankConfig)
+
+
+def stage_problems(config: RecoverySection) -> list[str]:
+    """List what options of a stage cannot be together."""
+    return [
+        problem
+        for name in STAGES
+        if isinstance(settings := getattr(config, name), TrainingConfig)
+        for problem in training_problems(settings, f"recover.{name}.")
+    ]

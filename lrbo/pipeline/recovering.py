@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from lrbo.checkpoints import export
+from lrbo.checkpoints import export, quantizer
 from lrbo.checkpoints.calibration_text import seen_shares
 from lrbo.checkpoints.trained import stored_in
 from lrbo.config.options import flatten
-from lrbo.config.recovery import STUDY_TEXT
+from lrbo.config.recovery import STAGES, STUDY_TEXT
 from lrbo.config.schema import RecoverConfig
 from lrbo.data import documents
 from lrbo.data.windows import Role, TokenWindows, make_windows, overlaps
@@ -28,6 +28,7 @@ from lrbo.errors import (
     ModelError,
     StudyError,
 )
+from lrbo.layers.modules import compressed_layers
 from lrbo.models.devices import dtype_name, resolve_device, resolve_dtype
 from lrbo.models.limits import Limits
 from lrbo.models.loading import load_tokenizer
@@ -37,7 +38,10 @@ from lrbo.models.sources import ModelSource
 from lrbo.models.specs import ModelMap
 from lrbo.pipeline import checks, planning
 from lrbo.recovery import memory, states
+from lrbo.recovery.adapter import Shapes, adapter_problems, count_numbers
 from lrbo.recovery.gradients import windows_for
+from lrbo.recovery.mixed_rank import mixed_rank_problems, units_of
+from lrbo.recovery.trainable import matrix_shapes
 from lrbo.study.journal import Study
 from lrbo.study.study_record import study_folder
 from lrbo.tasks.causal_lm import CausalLM
@@ -142,7 +146,12 @@ def plan_recovery(config: RecoverConfig) -> RecoveryPlan:
     plan = RecoveryPlan(
         config, folder, about, source, study, windows, task, device, compute, stored
     )
-    problems += _room(plan, skeleton)
+    shapes, units = _trainable(skeleton, checkpoint)
+    if "adapter" in config.recover.stages:
+        problems += adapter_problems(config.recover.adapter, shapes)
+    if "mixed_rank" in config.recover.stages:
+        problems += mixed_rank_problems(units)
+    problems += _room(plan, skeleton, shapes)
     with Collecting(problems, CheckpointError):
         problems += states.differences(out, plan.settings)
     if problems:
@@ -315,11 +324,19 @@ def _seen(
     return problems
 
 
-def _room(plan: RecoveryPlan, skeleton: PreTrainedModel) -> list[str]:
+def _trainable(skeleton: PreTrainedModel, checkpoint: Any) -> tuple[Shapes, list[tuple[str, ...]]]:
+    """Return the matrices of a checkpoint, and its layers that the dense model has as well."""
+    with torch.device("meta"):
+        model = type(skeleton)(checkpoint)
+    quantizer.put_in(model, quantizer.LowRankConfig.from_dict(checkpoint.quantization_config))
+    return matrix_shapes(model), units_of(model, compressed_layers(model))
+
+
+def _room(plan: RecoveryPlan, skeleton: PreTrainedModel, shapes: Shapes) -> list[str]:
     """List what memory and disks cannot hold."""
     layers, stored = plan.task.map(skeleton), stored_in(plan.folder)
     recover, scratch = plan.config.recover, int(plan.config.recover.blocks.memory_gib * 2**30)
-    sizes = _sizes(plan, skeleton, layers, stored)
+    sizes = _sizes(plan, skeleton, layers, stored, shapes)
     stages, out = recover.stages, Path(plan.config.out)
     return [
         *memory.memory_problems(sizes, stages, scratch, plan.device),
@@ -328,9 +345,16 @@ def _room(plan: RecoveryPlan, skeleton: PreTrainedModel) -> list[str]:
 
 
 def _sizes(
-    plan: RecoveryPlan, skeleton: PreTrainedModel, layers: ModelMap, stored: Mapping[str, Any]
+    plan: RecoveryPlan,
+    skeleton: PreTrainedModel,
+    layers: ModelMap,
+    stored: Mapping[str, Any],
+    shapes: Shapes,
 ) -> memory.Sizes:
     recover = plan.config.recover
+    batches = {name: int(getattr(recover, name).batch_windows) for name in STAGES}
+    if recover.mixed_rank.consistency:
+        batches["mixed_rank"] *= 2
     units = export.load_config(plan.folder).quantization_config["units"]
     wider = plan.loaded.itemsize / plan.stored.itemsize
     blocks = {spec.name: spec.block for spec in layers.layers}
@@ -357,7 +381,9 @@ def _sizes(
         blocks=count,
         vocabulary=int(table.shape[0]),
         itemsize=plan.loaded.itemsize,
-        batch=max(recover.blocks.batch_windows, recover.distill.batch_windows),
+        batches=batches,
+        matrices=sum(rows * columns for rows, columns in shapes.values()),
+        updates=count_numbers(recover.adapter, shapes) if "adapter" in recover.stages else 0,
     )
 
 

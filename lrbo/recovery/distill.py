@@ -8,16 +8,23 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Int
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from lrbo.config.distillation import MUON, SELF, DistillConfig
-from lrbo.errors import NonFiniteError
+from lrbo.config.distillation import (
+    FACTORS,
+    MUON,
+    SELF,
+    SIDES,
+    DistillConfig,
+    TrainingConfig,
+)
+from lrbo.errors import ModelError, NonFiniteError
 from lrbo.files.atomic import write_text
 from lrbo.files.parsing import parse_json, to_json
 from lrbo.recovery.optimizer import optimizer_of
@@ -27,7 +34,6 @@ from lrbo.recovery.states import read_tensors, write_tensors
 from lrbo.recovery.student import Student, Windows
 from lrbo.tasks.model_task import Reference
 
-NAME = "distill"
 LOWEST = 0.1  # of the learning rate, at the last step
 CLIP = 1.0  # largest norm of a gradient
 SAYS_SECONDS = 60.0  # between two lines about how it goes
@@ -58,13 +64,19 @@ def spent(folder: Path) -> float:
 
 
 class Distillation(TrainerCallback):  # type: ignore[misc]
-    """A training by transformers' Trainer, of which it judges, saves and ends the steps."""
+    """A training by transformers' Trainer, of which it judges, saves and ends the steps.
+
+    Attributes:
+        name: Of the stage.
+    """
+
+    name: ClassVar[str] = "distill"
 
     def __init__(self, recovery: Recovery) -> None:
-        assert isinstance(recovery.settings, DistillConfig)
+        assert isinstance(recovery.settings, TrainingConfig)
         self.recovery = recovery
-        self.settings: DistillConfig = recovery.settings
-        self.student = Student(recovery)
+        self.settings: TrainingConfig = recovery.settings
+        self.student = self._student(self._parameters())
         self.start = self.saved = self.said = time.perf_counter()
         self.before_start = 0.0  # seconds of training before an interruption
         self.rounding = recovery.trainables.rounding
@@ -75,37 +87,82 @@ class Distillation(TrainerCallback):  # type: ignore[misc]
         self.best_state: dict[str, Tensor] = {}
 
     def run(self) -> StageReport:
-        """Train, judge, and put back the best state."""
+        """Train, judge, and put back the best state, also where training fails."""
         recovery = self.recovery
         recovery.model.eval()
-        training = self._text()
-        self.reference = self._dense_reference()
-        checkpoint = self._resumed()
-        if checkpoint is None:
-            self.best = self.before = self._judge(0)
-            self.best_state = recovery.trainables.state()
-        self.total = self._steps(training)
-        if recovery.deadline() <= 0:
-            self.stopped = "minutes"
-        elif self.steps < self.total:
-            self._train(training, checkpoint)
-        recovery.trainables.load_state(self.best_state)
-        recovery.trainables.rounding = self.rounding
-        for _, parameter in recovery.trainables.named_parameters():
-            parameter.requires_grad_()
+        count = sum(parameter.numel() for parameter in self.student.parameters())
+        recovery.reporter.say(f"Stage {self.name} trains {count:,} numbers{self._about()}")
+        try:
+            self._judged_and_trained()
+        finally:
+            self._put_back()
         if not self.best < self.before:
             no_better = "no better on the windows held back: the model is as before"
             self.stopped = "; ".join(filter(None, [self.stopped, no_better]))
         self._say()
         return StageReport(
-            NAME,
+            self.name,
             self.spent,
             self.steps,
             self.student.tokens,
             self.before,
             min(self.best, self.before),
             self.stopped,
+            trained=count,
         )
+
+    def _parameters(self) -> dict[str, nn.Parameter]:
+        """Return what is trained, by name; all other numbers no longer have gradients.
+
+        Raises:
+            ModelError: If nothing is left to train.
+        """
+        settings, every = self.settings, dict(self.recovery.trainables.named_parameters())
+        assert isinstance(settings, DistillConfig)
+        is_all = settings.train != FACTORS
+        own = {n: p for n, p in every.items() if is_all or n.rpartition(".")[2] in SIDES}
+        if not own:
+            raise ModelError(
+                f"nothing to train: no layer has what train={settings.train} trains, expected "
+                "low ranks; take train=all"
+            )
+        for name, parameter in every.items():
+            parameter.requires_grad_(name in own)
+        return own
+
+    def _student(self, trained: dict[str, nn.Parameter]) -> Student:
+        """Return the loss of what is trained."""
+        return Student(self.recovery, trained)
+
+    def _about(self) -> str:
+        """Say what the numbers are that are trained, where it is not all of a kind."""
+        return ""
+
+    def _state(self) -> dict[str, Tensor]:
+        """Copy the parameters that the model has now."""
+        return self.recovery.trainables.state()
+
+    def _put_back(self) -> None:
+        """Leave the best state so far, in a model of which all is trainable again."""
+        trainables = self.recovery.trainables
+        trainables.load_state(self.best_state)
+        trainables.rounding = self.rounding
+        for _, parameter in trainables.named_parameters():
+            parameter.requires_grad_()
+
+    def _judged_and_trained(self) -> None:
+        recovery = self.recovery
+        training = self._text()
+        self.reference = self._dense_reference()
+        checkpoint = self._resumed()
+        if checkpoint is None:
+            self.best = self.before = self._judge(0)
+            self.best_state = self._state()
+        self.total = self._steps(training)
+        if recovery.deadline() <= 0:
+            self.stopped = "minutes"
+        elif self.steps < self.total:
+            self._train(training, checkpoint)
 
     @property
     def spent(self) -> float:
@@ -123,7 +180,7 @@ class Distillation(TrainerCallback):  # type: ignore[misc]
         folder = self.recovery.folder
         with _own_random_numbers():
             arguments = TrainingArguments(
-                output_dir=str(folder), max_steps=self.total, learning_rate=settings.lr,
+                output_dir=str(folder), max_steps=self.total, learning_rate=self._lr,
                 per_device_train_batch_size=settings.batch_windows,
                 gradient_accumulation_steps=settings.accumulation, max_grad_norm=CLIP,
                 seed=self.recovery.seed, data_seed=self.recovery.seed,
@@ -152,19 +209,26 @@ class Distillation(TrainerCallback):  # type: ignore[misc]
                 if self.judged_at < self.steps:
                     self._judge_step()
             except NonFiniteError as error:
-                self.recovery.trainables.load_state(self.best_state)
                 raise NonFiniteError(self._what_failed(error)) from error
 
     def _optimizer(self) -> torch.optim.Optimizer:
         trained = {n.replace("/", "."): p for n, p in self.student.trained.items()}
-        matrices = self.recovery.trainables.matrices if self.settings.optimizer == MUON else ()
         return optimizer_of(
             trained,
-            matrices,
-            lr=self.settings.lr,
+            self._matrices() if self.settings.optimizer == MUON else (),
+            lr=self._lr,
             weight_decay=self.settings.weight_decay,
             dtype=self.recovery.dense.dtype,
         )
+
+    @property
+    def _lr(self) -> float:
+        assert isinstance(self.settings, DistillConfig)
+        return self.settings.lr
+
+    def _matrices(self) -> frozenset[str]:
+        """Name the parameters that take Muon's steps, if it is to take them."""
+        return self.recovery.trainables.matrices
 
     def _steps(self, training: Int[Tensor, "windows tokens"]) -> int:
         """Return the number of steps, if time does not end them."""
@@ -193,7 +257,7 @@ class Distillation(TrainerCallback):  # type: ignore[misc]
         self.steps = state.global_step
         self.step_seconds = time.perf_counter() - self.began
         for name, value in self.student.last.items():
-            self.recovery.log(f"{NAME}/{name}", value, self.steps)
+            self.recovery.log(f"{self.name}/{name}", value, self.steps)
         if self.steps % self.settings.evaluate_every == 0:
             self._judge_step()
         if time.perf_counter() - self.saved > 60 * self.settings.save_minutes:
@@ -226,7 +290,7 @@ class Distillation(TrainerCallback):  # type: ignore[misc]
         judged, self.judged_at = self._judge(self.steps), self.steps
         if judged < self.best:
             self.best, self.best_step, self.worse = judged, self.steps, 0
-            self.best_state = self.recovery.trainables.state()
+            self.best_state = self._state()
         else:
             self.worse += 1
         if time.perf_counter() - self.said > SAYS_SECONDS:
@@ -243,7 +307,7 @@ class Distillation(TrainerCallback):  # type: ignore[misc]
         parts = {"held_back_kl": float(divergence.mean()), "held_back_nll": float(nll.mean())}
         loss = self.settings.kl * parts["held_back_kl"] + self.settings.ce * parts["held_back_nll"]
         for name, value in {**parts, "held_back": loss}.items():
-            self.recovery.log(f"{NAME}/{name}", value, step)
+            self.recovery.log(f"{self.name}/{name}", value, step)
         self.judge_seconds = time.perf_counter() - start
         return loss
 
@@ -291,15 +355,15 @@ class Distillation(TrainerCallback):  # type: ignore[misc]
     def _say(self) -> None:
         self.said = time.perf_counter()
         self.recovery.reporter.say(
-            f"Distillation: {self.steps:,} steps, {self.student.tokens:,} tokens in "
+            f"Stage {self.name}: {self.steps:,} steps, {self.student.tokens:,} tokens in "
             f"{self.spent:,.0f} s; on windows held back {self.before:.4f} before, best "
             f"{min(self.best, self.before):.4f}"
         )
 
     def _what_failed(self, error: NonFiniteError) -> str:
         return (
-            f"stage {NAME}, step {self.steps + 1}: {error}; the model has the best state so far, "
-            f"of step {self.best_step}. Begin again with a smaller recover.{NAME}.lr, or "
+            f"stage {self.name}, step {self.steps + 1}: {error}; the model has the best state so "
+            f"far, of step {self.best_step}. Begin again with a smaller recover.{self.name}.lr, or "
             "model.dtype=float32"
         )
 

@@ -165,6 +165,49 @@ def chunked_loss(
     return Loss(total, kl / count, nll / count)
 
 
+def chunked_consistency(
+    first: Float[Tensor, "n d"],
+    second: Float[Tensor, "n d"],
+    head: nn.Module,
+    chunk_tokens: int = 256,
+) -> Tensor:
+    """Return ``(KL(p || q) + KL(q || p)) / 2`` of two passes, on average over rows.
+
+    Both have gradients; like those of :func:`chunked_loss` they are worked out chunk by chunk.
+
+    Raises:
+        NonFiniteError: If the divergence of a row is not finite, with the number of rows.
+    """
+    parameters = [p for p in parameters_of(head) if p.requires_grad]
+    gathered = [torch.zeros_like(parameter) for parameter in parameters]
+    sides: tuple[list[Tensor], list[Tensor]] = ([], [])
+    count, sums = len(first), list[Tensor]()
+    for start in range(0, count, chunk_tokens):
+        rows = slice(start, start + chunk_tokens)
+        leaves = [each[rows].detach().requires_grad_() for each in (first, second)]
+        with torch.enable_grad():
+            log_p, log_q = (
+                logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+                for logits in map(head, leaves)
+            )
+            each = ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(-1) / 2
+        sums.append(each.detach())
+        (*own,) = torch.autograd.grad(each.sum() / count, [*leaves, *parameters])
+        for side, gradient in zip(sides, own, strict=False):
+            side.append(gradient)
+        for known, more in zip(gathered, own[2:], strict=True):
+            known += more
+    every = torch.cat(sums).double()
+    if bad := int((~torch.isfinite(every)).sum()):
+        raise NonFiniteError(f"the consistency of {bad} of {count} tokens is not finite")
+    value = first.new_tensor(float(every.mean()), dtype=torch.float32)
+    gradients = [*(torch.cat(side) for side in sides), *gathered]
+    total: Tensor = _Known.apply(  # type: ignore[no-untyped-call]
+        value, gradients, first, second, *parameters
+    )
+    return total
+
+
 def _scored(
     logits: Float[Tensor, "n vocabulary"],
     targets: Int[Tensor, " n"],

@@ -35,15 +35,17 @@ class Sizes:
     blocks: int
     vocabulary: int
     itemsize: int
-    batch: int  # windows of a step
+    batches: Mapping[str, int]  # windows that go through together, by stage
+    matrices: int  # numbers of factors and thin layers
+    updates: int  # numbers that adapters train
 
 
 def needs(sizes: Sizes, stages: Collection[str], scratch: int) -> dict[str, int]:
     """Return the bytes of memory by what needs them; hidden states take at most ``scratch``."""
     total = sum(sizes.trained.values())
+    in_training = {"distill": total, "mixed_rank": total, "adapter": sizes.updates}
     states = max(2 * sizes.windows, sizes.blocks * sizes.weighed) * sizes.tokens
     states *= sizes.features * sizes.itemsize
-    step = sizes.batch * sizes.tokens
     found = {
         "the dense model": sizes.dense,
         "the compressed model": sizes.compressed,
@@ -53,10 +55,14 @@ def needs(sizes: Sizes, stages: Collection[str], scratch: int) -> dict[str, int]
     if "blocks" in stages:
         found["hidden states"] = min(states, scratch)
         optimizers.append(max(sizes.trained.values(), default=0) * ADAM)
+        step = sizes.batches["blocks"] * sizes.tokens
         activations.append(3 * step * sizes.inside * sizes.itemsize)
-    if "distill" in stages:
-        optimizers.append(total * ADAM)
+    for stage in in_training.keys() & {*stages}:
+        step = sizes.batches[stage] * sizes.tokens
         logits = LOGITS * step * sizes.vocabulary * WIDE
+        optimizers.append(in_training[stage] * ADAM)
+        if stage == "adapter":  # the best state, and sums for the backward pass
+            optimizers[-1] += (total + sizes.matrices) * WIDE
         activations.append(3 * step * sizes.inside * sizes.itemsize * sizes.blocks + logits)
     found["gradients and optimizer"] = max(optimizers, default=0)
     found["activations of a step"] = max(activations, default=0)
@@ -99,7 +105,8 @@ def disk_problems(
     """Return the problems, with numbers, of disks that cannot hold what is written meanwhile."""
     states = 2 * sizes.windows * sizes.tokens * sizes.features * sizes.itemsize
     weights = sum(tensor.nbytes for tensor in stored.values())
-    kept = sum(sizes.trained.values()) * WIDE * (len(stages) + 3 * ("distill" in stages))
+    total, whole = sum(sizes.trained.values()), len({"distill", "mixed_rank"} & {*stages})
+    kept = total * WIDE * (len(stages) + 3 * whole + 2 * ("adapter" in stages))
     moments = sizes.blocks * sizes.features**2 * WIDE * ("blocks" in stages)
     folder = out.absolute().parent
     while not folder.exists():

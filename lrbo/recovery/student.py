@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from lrbo.config.distillation import CACHED, FACTORS, DistillConfig
-from lrbo.errors import ModelError
+from lrbo.config.distillation import CACHED, TrainingConfig
 from lrbo.models.model_map import body_and_head
 from lrbo.recovery.divergence import (
     FullTeacher,
@@ -23,8 +22,6 @@ from lrbo.recovery.divergence import (
 )
 from lrbo.recovery.stage import Recovery
 from lrbo.tasks.perplexity import DenseReference, measure_dense
-
-SIDES = ("left", "right")  # names of factors among the parameters of a layer
 
 
 class Windows(Dataset[dict[str, Any]]):
@@ -40,6 +37,13 @@ class Windows(Dataset[dict[str, Any]]):
         return {"ids": self.windows[index], "index": index}
 
 
+class Target(NamedTuple):
+    """What the dense model makes of windows."""
+
+    teacher: Teacher | None  # None where its distributions do not count
+    states: Any  # None where they were not worked out
+
+
 class Student(nn.Module):
     """The loss of windows; its parameters are those of the compressed model that are trained.
 
@@ -48,30 +52,16 @@ class Student(nn.Module):
         last: Parts of the loss of the last batch, without their weights.
     """
 
-    def __init__(self, recovery: Recovery) -> None:
-        """Take the parameters; others no longer have gradients.
-
-        Raises:
-            ModelError: If nothing is left to train.
-        """
+    def __init__(self, recovery: Recovery, trained: Mapping[str, nn.Parameter]) -> None:
+        """Take the parameters by name."""
         super().__init__()
         settings = recovery.settings
-        assert isinstance(settings, DistillConfig)
-        trained = dict(recovery.trainables.named_parameters())
-        if settings.train == FACTORS:
-            trained = {n: p for n, p in trained.items() if n.rpartition(".")[2] in SIDES}
-            for name, parameter in recovery.trainables.named_parameters():
-                parameter.requires_grad_(name in trained)
-        if not trained:
-            raise ModelError(
-                f"nothing to train: no layer has what train={settings.train} trains, expected "
-                "low ranks; take train=all"
-            )
+        assert isinstance(settings, TrainingConfig)
         # A name of a parameter has no dots.
         self.trained = nn.ParameterDict({n.replace(".", "/"): p for n, p in trained.items()})
-        self._models = recovery.model, recovery.dense  # in a tuple they are no submodules
-        self._settings = settings
-        self._chunk_tokens: int = getattr(recovery.task, "chunk_tokens", 256)
+        self.models = recovery.model, recovery.dense  # in a tuple they are no submodules
+        self.settings = settings
+        self.chunk_tokens: int = getattr(recovery.task, "chunk_tokens", 256)
         self._stored: dict[int, DenseReference] = {}
         self.tokens, self.last = 0, dict[str, float]()
 
@@ -81,32 +71,53 @@ class Student(nn.Module):
         Raises:
             NonFiniteError: If it is not finite for a token.
         """
-        (model, dense), settings = self._models, self._settings
-        body, head = body_and_head(model)
-        ids = ids.to(model.device)
+        ids = ids.to(self.models[0].device)
         self.tokens += ids.numel()
-        own, wanted = self._states(body, ids), None
-        teacher: Teacher | None = None
-        with torch.no_grad():
-            if settings.teacher == CACHED:
-                teacher = TopTeacher.of(self._references(dense, ids, index.tolist()), ids.device)
-            elif settings.kl or settings.hidden:
-                dense_body, dense_head = body_and_head(dense)
-                wanted = self._states(dense_body, ids)
-                teacher = FullTeacher(_scored(wanted), dense_head)
+        return {"loss": self.loss(ids, self._target(ids, index))}
+
+    def loss(self, ids: Int[Tensor, "b tokens"], target: Target) -> Tensor:
+        """Return the loss of a pass of the compressed model."""
+        return self.compared(self.states(ids), ids, target)
+
+    def states(self, ids: Int[Tensor, "b tokens"]) -> Any:
+        """Run the compressed model up to its head."""
+        return self._run(body_and_head(self.models[0])[0], ids)
+
+    def compared(self, own: Any, ids: Int[Tensor, "b tokens"], target: Target) -> Tensor:
+        """Return the loss of states of the compressed model, and note its parts."""
+        settings = self.settings
         weights = Weights(settings.kl, settings.ce, settings.temperature)
         following = ids[:, 1:].flatten()
-        loss = chunked_loss(_scored(own), head, following, teacher, weights, self._chunk_tokens)
+        loss = chunked_loss(
+            scored(own), self.head, following, target.teacher, weights, self.chunk_tokens
+        )
         self.last, total = {"kl": loss.kl, "nll": loss.nll}, loss.total
-        if settings.hidden and wanted is not None:
-            distance = hidden_distance(own.hidden_states[1:], wanted.hidden_states[1:])
+        if settings.hidden and target.states is not None:
+            distance = hidden_distance(own.hidden_states[1:], target.states.hidden_states[1:])
             self.last["hidden"] = float(distance.detach())
             total = total + settings.hidden * distance
-        return {"loss": total}
+        return total
 
-    def _states(self, body: nn.Module, ids: Int[Tensor, "b tokens"]) -> Any:
-        """Run a model up to its head."""
-        return body(ids, use_cache=False, output_hidden_states=self._settings.hidden > 0)
+    @property
+    def head(self) -> nn.Module:
+        """The compressed model's head."""
+        return body_and_head(self.models[0])[1]
+
+    @torch.no_grad()
+    def _target(self, ids: Int[Tensor, "b tokens"], index: Int[Tensor, " b"]) -> Target:
+        """Return what the dense model makes of windows, as far as the loss counts it."""
+        settings, dense = self.settings, self.models[1]
+        if settings.teacher == CACHED:
+            stored = self._references(dense, ids, index.tolist())
+            return Target(TopTeacher.of(stored, ids.device), None)
+        if not (settings.kl or settings.hidden):
+            return Target(None, None)
+        body, head = body_and_head(dense)
+        states = self._run(body, ids)
+        return Target(FullTeacher(scored(states), head), states)
+
+    def _run(self, body: nn.Module, ids: Int[Tensor, "b tokens"]) -> Any:
+        return body(ids, use_cache=False, output_hidden_states=self.settings.hidden > 0)
 
     def _references(
         self, dense: Any, ids: Int[Tensor, "b tokens"], numbers: Sequence[int]
@@ -115,12 +126,12 @@ class Student(nn.Module):
         for number, window in zip(numbers, ids, strict=True):
             if number not in self._stored:
                 self._stored[number] = measure_dense(
-                    dense, window[None], top=self._settings.top_k, chunk_tokens=self._chunk_tokens
+                    dense, window[None], top=self.settings.top_k, chunk_tokens=self.chunk_tokens
                 )
         return [self._stored[number] for number in numbers]
 
 
-def _scored(states: Any) -> Tensor:
+def scored(states: Any) -> Tensor:
     """Return the finished states that have a next token, window after window."""
     rows: Tensor = states.last_hidden_state[:, :-1].flatten(0, 1)
     return rows

@@ -21,7 +21,7 @@ from lrbo.layers.pivoted import Product as Rows
 from lrbo.layers.shared import SharedLinear
 from lrbo.layers.tables import TiedHead, is_table
 from lrbo.recovery.trainable_base import TrainableBase
-from lrbo.recovery.trainable_module import Direct, Product, Stored, TrainableModule, wide
+from lrbo.recovery.trainable_module import MATRIX, Direct, Product, Stored, TrainableModule, wide
 
 SHOWN = 5  # names in a message
 DIRECT = (KroneckerLinear, GroupedLinear, ThinLinear, SkippedLinear)
@@ -190,6 +190,26 @@ def make_trainable(model: nn.Module, *, rounding: bool = False, bases: bool = Tr
     for name in vectors:
         _train_vector(*_owner(model, name))
     return Trainables(model, modules, vectors)
+
+
+def matrix_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Return the shapes of :attr:`Trainables.matrices` of a model, which may be on the meta device.
+
+    A pivoted layer counts as the product that it is trained as.
+    """
+    shapes: dict[str, tuple[int, int]] = {}
+    for name, layer in compressed_layers(model).items():
+        if is_table(model, name):
+            continue
+        if type(layer) is ThinLinear:
+            shapes[f"{name}.{MATRIX}"] = layer.out_features, layer.in_features
+        elif isinstance(layer, LowRankLinear | SharedLinear | PivotedLinear | BasedLinear):
+            if isinstance(layer, BasedLinear) and layer.factors is None:
+                continue
+            shapes[f"{name}.left"] = layer.out_features, layer.rank
+            if not isinstance(layer, SharedLinear) or layer.right is not None:
+                shapes[f"{name}.right"] = layer.rank, layer.in_features
+    return shapes
 
 
 def _is_known(module: nn.Module) -> bool:

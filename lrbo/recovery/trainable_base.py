@@ -152,25 +152,23 @@ class TrainableBase(TrainableModule):
 
     def _factors(self, dtype: torch.dtype) -> tuple[Left, Right] | None:
         """Return the low rank; of integers, where rounding is seen, as storing will round it."""
-        if self.left is None or self.right is None:
+        left: Tensor | None = self.left
+        right: Tensor | None = self.right
+        if left is None or right is None:
             return None
-        left: Tensor = self.left
-        right: Tensor = self.right
         if self.rounding and self.grids:
             with torch.no_grad():
-                codes, step, scale = self._rounded()
+                codes, step, scale = self._rounded(left, right)
                 left_error = codes[0].T * (scale / step) - left
                 right_error = codes[1] * step[:, None] - right
             left, right = left + left_error, right + right_error
         return left.to(dtype), right.to(dtype)
 
-    def _rounded(self) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
+    def _rounded(self, left: Left, right: Right) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
         """Round both sides: integers by direction, the step of the right one, and the scales."""
-        assert self.left is not None
-        assert self.right is not None
         codes, steps = zip(
-            rounded(self.left.T, self.grids, self.left_step),
-            rounded(self.right, self.grids, self.right_step),
+            rounded(left.T, self.grids, self.left_step),
+            rounded(right, self.grids, self.right_step),
             strict=True,
         )
         scale = (steps[0] * steps[1]).to(self.layer.get_buffer("factor_scale").dtype)
@@ -191,7 +189,7 @@ class TrainableBase(TrainableModule):
                 side.detach().to(self.weight.dtype, copy=True) for side in (self.left, self.right)
             )
             return
-        codes, _, scale = self._rounded()
+        codes, _, scale = self._rounded(self.left, self.right)
         layer.factor_scale = scale.to(layer.get_buffer("factor_scale").dtype)
         layer.left, layer.right = (
             _packed(side, self.grids, is_flat=layer.bands is not None) for side in codes

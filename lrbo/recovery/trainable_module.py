@@ -92,7 +92,7 @@ class TrainableModule(nn.Module, ABC):
 
     def _digest(self) -> str:
         hashed = hashlib.blake2b()
-        for parameter in self.parameters():
+        for _, parameter in sorted(self.named_parameters()):  # an adapter changes their order
             hashed.update(parameter.detach().cpu().numpy().tobytes())
         return hashed.hexdigest()
 
@@ -116,7 +116,7 @@ class Direct(TrainableModule):
         return self._run(ids, self.weight.dtype)
 
     def _run(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        numbers = {path: self.get_parameter(own).to(dtype) for own, path in self._paths.items()}
+        numbers = {path: getattr(self, own).to(dtype) for own, path in self._paths.items()}
         result: Tensor = functional_call(self.stored, numbers, (x,))
         return result
 
@@ -158,8 +158,9 @@ class Product(TrainableModule):
     def multiply(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         left, bias = self.left.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
         tokens, rank = x.numel() // max(x.shape[-1], 1), left.shape[1]
-        if self.right is not None and not self.peers:
-            right = self.right.to(x.dtype)
+        right: Tensor | None = None if self.peers else self.right
+        if right is not None:
+            right = right.to(x.dtype)
             if is_dearer(rank, len(left), x.shape[-1], tokens):
                 return nn.functional.linear(x, left @ right, bias)
             return nn.functional.linear(nn.functional.linear(x, right), left, bias)
@@ -170,10 +171,11 @@ class Product(TrainableModule):
         handed, self._handed = self._handed, None
         if handed is not None and handed[0] is x:
             return handed[1]
-        right = self.peers[0].right if self.right is None else self.right
+        own = self.right
+        right = self.peers[0].right if own is None else own
         assert right is not None
         reduced = nn.functional.linear(x, right.to(x.dtype))
-        if self.right is not None:
+        if own is not None:
             for other in self.peers:
                 other._handed = x, reduced
         return reduced

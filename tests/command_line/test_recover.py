@@ -147,6 +147,47 @@ def test_a_recovery_that_is_killed_goes_on_and_ends_as_it_would_have(
     assert ran.json["validation"] == recovered.json["validation"]
 
 
+def test_all_stages_in_any_order_and_their_numbers_in_the_card(made: str) -> None:
+    names = ["mixed_rank", "adapter", "distill", "blocks"]
+    line = [f"recover.stages=[{','.join(names)}]", "recover.tokens=512", "output=json"]
+    line += ["recover.adapter.form=diagonal"]
+    ran = lrbo_command("recover", f"checkpoint={made}", "out=four", *line)
+    assert ran.status == 0, ran.err
+    assert [stage["name"] for stage in ran.json["stages"]] == names
+    counts = [stage["trained"] for stage in ran.json["stages"]]
+    assert counts[0] == counts[2] > 10 * counts[1] > 0
+    assert f"Stage adapter trains {counts[1]:,} numbers in place of the " in ran.err
+    card = Path("four", "README.md").read_text("utf-8")
+    assert f"{counts[1]:,} numbers trained" in card
+    tensors = [load_file(Path(name, "model.safetensors")) for name in (made, "four")]
+    assert {n: (t.shape, t.dtype) for n, t in tensors[0].items()} == {
+        n: (t.shape, t.dtype) for n, t in tensors[1].items()
+    }
+
+
+def test_what_no_layer_can_have_is_said_before_a_model_is_loaded(made: str) -> None:
+    ran = lrbo_command(
+        "recover", f"checkpoint={made}", "out=new", "recover.stages=[adapter]",
+        "recover.adapter.rank=1000",
+    )  # fmt: skip
+    assert ran.status == 2
+    assert "recover.adapter.rank=1000: expected at most" in ran.err
+    assert "the largest matrix can have, model.layers." in ran.err
+    assert not Path("new.recovery").exists()
+    ran = lrbo_command(
+        "recover", f"checkpoint={made}", "out=new", "recover.stages=[adapter,adapter]",
+        "recover.adapter.entries=0.5", "recover.mixed_rank.decay=0", "recover.adapter.kl=0",
+        "recover.adapter.ce=0",
+    )  # fmt: skip
+    for part in (
+        "recover.stages=['adapter', 'adapter']: expected some of blocks, distill, adapter",
+        "recover.adapter.entries=0.5: expected null with form=lora",
+        "recover.mixed_rank.decay=0",
+        "recover.adapter.kl, ce and hidden are all 0",
+    ):
+        assert part in ran.err, part
+
+
 def test_half_precision_sees_what_every_step_changes() -> None:
     """Autocast keeps rounded copies of parameters, unless told otherwise."""
     weight, x = torch.nn.Parameter(torch.ones(4, 4)), torch.ones(2, 4)

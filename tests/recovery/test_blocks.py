@@ -16,7 +16,7 @@ from lrbo.recovery import blocks
 from lrbo.recovery.blocks import BlockLoss, rate
 from lrbo.recovery.gradients import output_metrics, scale_of
 from lrbo.tasks.causal_lm import CausalLM
-from tests.support.recoveries import TRAINING, Pair, compressed_pair, divergence, settings
+from tests.support.recoveries import FORMS, TRAINING, Pair, compressed_pair, divergence, settings
 
 
 @pytest.fixture(scope="module")
@@ -175,17 +175,6 @@ def test_the_learning_rate_rises_and_falls_to_a_tenth() -> None:
     assert rates[0] < 0.2
     assert rates[100] == pytest.approx(0.1)
     assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
-
-
-FORMS = {  # of the layers of two blocks
-    "self_attn.q_proj": ("factored 3", "shared_factored 3"),
-    "self_attn.k_proj": ("pivoted 3", "shared_factored 3"),
-    "self_attn.v_proj": ("lut4 1", "shared_factored 3"),
-    "self_attn.o_proj": ("lut3 2", "factored_int8 5"),
-    "mlp.gate_proj": ("sparse_2_4 1", "neurons 12"),
-    "mlp.up_proj": ("kronecker 12 16 1", "neurons 12"),
-    "mlp.down_proj": ("sparse_rows 20 2", "neurons 12"),
-}
 
 
 def test_a_model_of_many_forms_comes_nearer_and_is_stored_as_it_was(tmp_path: Path) -> None:

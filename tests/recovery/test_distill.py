@@ -1,75 +1,29 @@
 """A whole model is trained towards the dense one, resumes exactly, and is never left worse."""
 
-import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
 
-from lrbo.config.distillation import DistillConfig, distill_problems
+from lrbo.config.distillation import DistillConfig, training_problems
 from lrbo.errors import ModelError, NonFiniteError
-from lrbo.factorization.options import BaseOptions
-from lrbo.pipeline.in_memory import factorize
-from lrbo.progress import PlainConsole, Reporter
 from lrbo.recovery import distill
 from lrbo.recovery.distill import rate
 from lrbo.recovery.self_text import sampled_windows
-from lrbo.recovery.stage import Recovery
 from lrbo.recovery.student import Student
-from lrbo.recovery.trainable import make_trainable
 from lrbo.tasks.causal_lm import CausalLM
+from tests.support.distillations import (
+    FAST,
+    QUIET,
+    held_back_kl,
+    interrupted,
+    parameters,
+    recovery_of,
+    sharpened,
+)
 from tests.support.tiny import build, token_ids
-
-QUIET = Reporter(PlainConsole(quiet=True))
-FAST = DistillConfig(lr=5e-3, epochs=1, batch_windows=2, evaluate_every=4, patience=100)
-
-
-def sharpened(model: PreTrainedModel) -> PreTrainedModel:
-    """Let a model of random weights prefer some tokens by far."""
-    with torch.no_grad():
-        model.get_output_embeddings().weight.mul_(5)
-    return model
-
-
-def recovery_of(
-    folder: Path,
-    settings: DistillConfig = FAST,
-    *,
-    case: str = "llama_untied",
-    form: str = "factored",
-    keep: float = 0.6,
-    dtype: torch.dtype = torch.float32,
-    **changes: Any,
-) -> Recovery:
-    """Return a tiny model that was compressed by plain SVD, in training."""
-    dense = sharpened(build(case)).to(dtype)
-    model = copy.deepcopy(dense)
-    made = factorize(model, None, "svd", forms=[form], bases=BaseOptions("nearest"), progress=False)
-    made.compress_(model, made.uniform(keep, measure="bytes"))
-    folder.mkdir(exist_ok=True)
-    made_of = Recovery(
-        model, make_trainable(model), dense, CausalLM(), token_ids(16, 12), token_ids(4, 12, 1),
-        settings, lambda: 1000.0, folder, QUIET, lambda *_: None, seed=0,
-    )  # fmt: skip
-    return replace(made_of, **changes)
-
-
-def parameters(recovery: Recovery) -> dict[str, Tensor]:
-    return recovery.trainables.state()
-
-
-def held_back_kl(recovery: Recovery) -> float:
-    """Work out the divergence from all logits at once."""
-    with torch.no_grad():
-        log_p, log_q = (
-            each(recovery.held_back).logits[:, :-1].float().log_softmax(-1)
-            for each in (recovery.dense, recovery.model)
-        )
-    return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
 
 
 @pytest.mark.parametrize(
@@ -125,15 +79,7 @@ def test_an_interrupted_training_ends_with_the_weights_of_an_uninterrupted_one(
     whole = recovery_of(tmp_path / "whole", settings)
     expected = distill.run(whole)
 
-    class Killed(BaseException):
-        """Ends the process."""
-
-    def die(name: str, _: float, step: int) -> None:
-        if (name, step) == ("distill/kl", 6):
-            raise Killed
-
-    with pytest.raises(Killed):
-        distill.run(recovery_of(tmp_path / "killed", settings, log=die))
+    interrupted(distill.run, recovery_of(tmp_path / "killed", settings), 6)
     steps: list[int] = []
     resumed = recovery_of(
         tmp_path / "killed", settings, log=lambda name, _, step: steps.append(step)
@@ -245,7 +191,7 @@ def test_rounding_is_seen_from_its_share_of_the_steps_on(tmp_path: Path) -> None
 
 def test_the_gradient_of_a_step_is_that_of_the_mean_loss_written_out(tmp_path: Path) -> None:
     recovery = recovery_of(tmp_path, replace(FAST, hidden=0.5), case="gpt2")
-    student, ids = Student(recovery), recovery.training[:3]
+    student, ids = Student(recovery, {}), recovery.training[:3]
     student(ids, torch.arange(3))["loss"].backward()
     named = dict(recovery.trainables.named_parameters())
     actual = {name: p.grad.clone() for name, p in named.items()}
@@ -304,7 +250,7 @@ def test_the_rate_rises_and_falls_to_a_tenth() -> None:
 
 def test_values_that_cannot_be_together_are_named() -> None:
     config = DistillConfig(kl=0, ce=0, teacher="cached", temperature=2.0)
-    first, second = distill_problems(config)
+    first, second = training_problems(config, "recover.distill.")
     assert "kl, ce and hidden are all 0" in first
     assert "temperature=2.0: expected 1" in second
-    assert distill_problems(DistillConfig()) == []
+    assert training_problems(DistillConfig(), "") == []

@@ -10,6 +10,7 @@ from lrbo.recovery.divergence import (
     FullTeacher,
     TopTeacher,
     Weights,
+    chunked_consistency,
     chunked_loss,
     hidden_distance,
 )
@@ -116,3 +117,28 @@ def test_the_distance_of_hidden_states_is_a_share_that_scale_does_not_change() -
     assert float(hidden_distance(states, dense)) == pytest.approx(expected, rel=1e-4)
     louder = [[1000 * each for each in side] for side in (states, dense)]
     assert float(hidden_distance(*louder)) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("chunk", [3, 100])
+def test_consistency_and_its_gradients_are_those_of_both_passes_written_out(chunk: int) -> None:
+    head = head_of(0, trained=True)
+    states = [draw(7, WIDTH, seed=seed) for seed in (0, 1)]
+    leaves = [each.clone().requires_grad_() for each in states]
+    total = chunked_consistency(leaves[0], leaves[1], head, chunk)
+    (3 * total).backward()
+    actual = [each.grad for each in (*leaves, *head.parameters())]
+    head.zero_grad()
+    twins = [each.clone().requires_grad_() for each in states]
+    log_p, log_q = (head(each).log_softmax(-1) for each in twins)
+    both = [
+        functional.kl_div(q, p, log_target=True, reduction="batchmean")
+        for p, q in ((log_p, log_q), (log_q, log_p))
+    ]
+    expected = torch.stack(both).mean()
+    (3 * expected).backward()
+    torch.testing.assert_close(total, expected)
+    for own, twin in zip(actual, (*twins, *head.parameters()), strict=True):
+        torch.testing.assert_close(own, twin.grad)
+    assert float(chunked_consistency(states[0], states[0], head).detach()) == 0
+    with pytest.raises(NonFiniteError, match="the consistency of 1 of 7 tokens"):
+        chunked_consistency(states[0].index_fill(0, torch.tensor(2), torch.inf), states[1], head)

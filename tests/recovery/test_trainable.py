@@ -16,7 +16,7 @@ from lrbo.layers.low_rank import LowRankLinear
 from lrbo.layers.modules import replace_modules
 from lrbo.layers.pivoted import GROWTH_BOUND, PivotedLinear
 from lrbo.pipeline.in_memory import calibrate, factorize
-from lrbo.recovery.trainable import Trainables, make_trainable
+from lrbo.recovery.trainable import Trainables, make_trainable, matrix_shapes
 from tests.support.form_modules import (
     both_biases,
     every_module,
@@ -133,6 +133,16 @@ def test_what_was_trained_is_stored_in_the_same_layout_with_the_same_integers(
                 assert torch.equal(tensor, was[name])
             elif name == "norm.bias":  # beside a change of a base model it may be the base's
                 assert torch.equal(tensor, was[name]) == isinstance(form, Delta)
+
+
+@every_module
+def test_the_shapes_of_matrices_are_known_before_they_are_trained(form: Form) -> None:
+    for level in some_levels(form):
+        model = held(form, level, bias=False, dtype=torch.float32)
+        shapes = matrix_shapes(model)
+        trainables = make_trainable(model)
+        trained = dict(trainables.named_parameters())
+        assert shapes == {name: tuple(trained[name].shape) for name in trainables.matrices}
 
 
 def test_the_gradient_of_a_scale_is_that_of_the_weight_summed_over_its_group() -> None:

@@ -23,6 +23,15 @@ from tests.support.allocations import decided
 from tests.support.tiny import build
 
 TOKENS, TRAINING, HELD_BACK = 24, 24, 8
+FORMS = {  # of the layers of two blocks
+    "self_attn.q_proj": ("factored 3", "shared_factored 3"),
+    "self_attn.k_proj": ("pivoted 3", "shared_factored 3"),
+    "self_attn.v_proj": ("lut4 1", "shared_factored 3"),
+    "self_attn.o_proj": ("lut3 2", "factored_int8 5"),
+    "mlp.gate_proj": ("sparse_2_4 1", "neurons 12"),
+    "mlp.up_proj": ("kronecker 12 16 1", "neurons 12"),
+    "mlp.down_proj": ("sparse_rows 20 2", "neurons 12"),
+}
 
 
 def written_by(model: PreTrainedModel, windows: int, tokens: int = TOKENS) -> Tensor:
