@@ -46,14 +46,14 @@ def needs(sizes: Sizes, stages: Collection[str], scratch: int) -> dict[str, int]
     in_training = {"distill": total, "mixed_rank": total, "adapter": sizes.updates}
     states = max(2 * sizes.windows, sizes.blocks * sizes.weighed) * sizes.tokens
     states *= sizes.features * sizes.itemsize
-    found = {
+    parts = {
         "the dense model": sizes.dense,
         "the compressed model": sizes.compressed,
         "its numbers in float32": total * WIDE,
     }
     optimizers, activations = [], []
     if "blocks" in stages:
-        found["hidden states"] = min(states, scratch)
+        parts["hidden states"] = min(states, scratch)
         optimizers.append(max(sizes.trained.values(), default=0) * ADAM)
         step = sizes.batches["blocks"] * sizes.tokens
         activations.append(3 * step * sizes.inside * sizes.itemsize)
@@ -64,9 +64,9 @@ def needs(sizes: Sizes, stages: Collection[str], scratch: int) -> dict[str, int]
         if stage == "adapter":  # the best state, and sums for the backward pass
             optimizers[-1] += (total + sizes.matrices) * WIDE
         activations.append(3 * step * sizes.inside * sizes.itemsize * sizes.blocks + logits)
-    found["gradients and optimizer"] = max(optimizers, default=0)
-    found["activations of a step"] = max(activations, default=0)
-    return found
+    parts["gradients and optimizer"] = max(optimizers, default=0)
+    parts["activations of a step"] = max(activations, default=0)
+    return parts
 
 
 def free_memory(device: torch.device) -> int:
