@@ -111,7 +111,8 @@ def calibrate(
         on_block: Called with 1 after each block, in each direction.
 
     Yields:
-        Statistics of a block's sites, float64 on the CPU; then of its layers, last block first.
+        Statistics of a block's sites on the CPU; then of its layers, last block first. All are
+        float64 but gradients of weights, float32.
         Those of embedding and head, if the map covers them, come before, between and after these.
 
     Raises:
@@ -181,7 +182,7 @@ def calibrate(
         on_block(1)
     for name, rows in ends.rows.items():
         for batch in batches_of(0, len(gradient), settings.batch_windows):
-            part = gradient[batch].to(body.device).flatten(0, 1)
+            part = gradient[batch].to(body.device)
             rows.update(part, part)
         gathered = rows.statistics(name, tokens, scored)
         yield {name: {Statistic.ROW_GRADIENT: gathered[Statistic.OUTPUT_GRADIENT]}}
@@ -258,9 +259,12 @@ class _Blocks:
         device = self.body.device
         moments = {spec.name: GradientMoments(needs, spec, device) for spec in self._specs(index)}
 
+        def by_window(rows: Tensor) -> Tensor:
+            return rows.detach().reshape(-1, entering.shape[1], rows.shape[-1])
+
         def watch(name: str, inputs: Tensor, output: Any) -> None:
-            x = inputs.detach().flatten(0, -2)
-            output.register_hook(lambda g: moments[name].update(x, g.detach().flatten(0, -2)))
+            x = by_window(inputs)
+            output.register_hook(lambda g: moments[name].update(x, by_window(g)))
 
         def step(batch: slice) -> Tensor:
             inputs = entering[batch].to(device).requires_grad_()

@@ -185,23 +185,35 @@ class GradientMoments:
     """Running moments of the output gradients of a layer."""
 
     def __init__(self, needs: Collection[Statistic], spec: LayerSpec, device: torch.device) -> None:
-        upper, importance = Statistic.OUTPUT_GRADIENT in needs, Statistic.INPUT_IMPORTANCE in needs
-        self.tokens = 0
-        # The upper triangle of sum g g^T, and sum |g|^2 x_j^2.
-        self.upper = _zeros(spec.out_features, spec.out_features, device=device) if upper else None
-        self.importance = _zeros(spec.in_features, device=device) if importance else None
+        out, width, self.tokens = spec.out_features, spec.in_features, 0
 
-    def update(self, inputs: Float[Tensor, "n in"], gradients: Float[Tensor, "n out"]) -> None:
-        """Add some tokens, any floating dtype; products run in float32, sums in float64."""
+        def sums(statistic: Statistic, *shape: int) -> Tensor | None:
+            return _zeros(*shape, device=device) if statistic in needs else None
+
+        # The upper triangle of sum g g^T, sum |g|^2 x_j^2, and sum over windows |sum g x^T|.
+        self.upper = sums(Statistic.OUTPUT_GRADIENT, out, out)
+        self.importance = sums(Statistic.INPUT_IMPORTANCE, width)
+        self.weight = sums(Statistic.WEIGHT_GRADIENT, out, width)
+
+    def update(
+        self,
+        inputs: Float[Tensor, "windows tokens in"],
+        gradients: Float[Tensor, "windows tokens out"],
+    ) -> None:
+        """Add whole windows, any floating dtype; products run in float32, sums in float64."""
         wide = torch.promote_types(gradients.dtype, torch.float32)
-        rows = gradients.to(wide)
+        inputs, gradients = inputs.to(wide), gradients.to(wide)
+        rows = gradients.flatten(0, 1)
         self.tokens += len(rows)
         if self.upper is not None:
             add_gram(self.upper, rows)
         if self.importance is not None:
             lengths = rows.square().sum(1, keepdim=True)
-            weighted = inputs.to(wide).square() * lengths
+            weighted = inputs.flatten(0, 1).square() * lengths
             self.importance += weighted.to(self.importance.device).sum(0, dtype=torch.float64)
+        if self.weight is not None:
+            for x, g in zip(inputs, gradients, strict=True):
+                self.weight += (g.T @ x).abs_().to(self.weight.device)
 
     def statistics(self, layer: str, tokens: int, scored: int) -> dict[Statistic, Tensor]:
         """Return means over the tokens with a loss, float64, on the CPU; refuse unsound ones."""
@@ -211,6 +223,8 @@ class GradientMoments:
             statistics[Statistic.OUTPUT_GRADIENT] = mirror_upper(self.upper).div_(scored).cpu()
         if self.importance is not None:
             statistics[Statistic.INPUT_IMPORTANCE] = self.importance.cpu() / scored
+        if self.weight is not None:
+            statistics[Statistic.WEIGHT_GRADIENT] = (self.weight.cpu() / scored).float()
         _require_sound(layer, "gradients", statistics, seen=self.tokens, tokens=tokens)
         return statistics
 

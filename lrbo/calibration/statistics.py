@@ -19,6 +19,9 @@ class Statistic(StrEnum):
     OUTPUT_GRADIENT = "output_gradient"  # E[g g^T], (out, out), nats^2
     # E[|g|^2 x_j^2], (in,): the Fisher information of the weights that read feature j, by token.
     INPUT_IMPORTANCE = "input_importance"
+    # E[|sum_t g_i x_j|], (out, in), nats: the size of the weight's gradient, window by window, over
+    # the tokens of a window; float32, as it is as large as the weight.
+    WEIGHT_GRADIENT = "weight_gradient"
     # Of an embedding, whose rows are looked up, and of the head, whose label v has probability p_v.
     TOKEN_FREQUENCY = "token_frequency"  # of each row, (out,), smoothed
     ROW_GRADIENT = "row_gradient"  # E[g g^T] of a row that is looked up, (in, in), nats^2
@@ -30,6 +33,7 @@ GRADIENT_STATISTICS = frozenset(
     {
         Statistic.OUTPUT_GRADIENT,
         Statistic.INPUT_IMPORTANCE,
+        Statistic.WEIGHT_GRADIENT,
         Statistic.ROW_GRADIENT,
         Statistic.LABEL_VARIANCE,
     }

@@ -1,4 +1,4 @@
-"""The methods: svd, fwsvd, asvd, drone, svd_llm, bolaco and loss_aware, each with its metric."""
+"""The methods, from plain svd to loss_aware, each with its metric."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lrbo.calibration.statistics import Statistic
 from lrbo.errors import StatisticsError
 from lrbo.factorization.base import FactorizationMethod, Remainders, Statistics, Weight
 from lrbo.factorization.factors import LowRankFactors
-from lrbo.factorization.options import AsvdOptions, LossAwareOptions
+from lrbo.factorization.options import AsvdOptions, FirstOrderOptions, LossAwareOptions
 from lrbo.factorization.prediction import PREDICTION_SHRINKAGE, shrunk
 from lrbo.layers.low_rank import Bias
 from lrbo.linalg import (
@@ -96,6 +96,40 @@ class Fwsvd(WeightedSvd):
     @override
     def right_root(self, statistics: Statistics) -> Float[Tensor, " in"]:
         return statistics[Statistic.INPUT_IMPORTANCE].sqrt()
+
+
+@dataclass(frozen=True)
+class FirstOrder(FirstOrderOptions, FactorizationMethod):
+    r"""Sparsity-aware SVD: every output weighs as much as its most important weights do.
+
+    A weight's importance is that of first-order pruning, ``S_ij = |W_ij dL/dW_ij|``: what setting
+    it to 0 does to the loss, to first order. The ``kept`` share of a layer's weights with the
+    largest importances, at least one, is what pruning would keep, and with ``D = diag(sqrt(I_i))``
+    for the sums ``I_i`` of the importances that are kept in row ``i``, ``||D (W - W_r)||_F^2`` is
+    the error. A row that keeps none weighs as its most important weight alone: otherwise nothing
+    would order the directions of all such rows.
+
+    References:
+        Ren and Zhu, *Low-Rank Prune-And-Factorize for Language Model Compression*, LREC-COLING
+        2024 (arXiv 2306.14152), sparsity-aware SVD. Its importances are signed sums over the steps
+        of a fine-tuning that prunes. There are no such steps here: the dense model alone is seen,
+        whose gradients of labels that it gives itself cancel in the sum, so absolute values are
+        averaged over windows of text. For the same reason the dense weight is factored, and not the
+        pruned one, which only training can repair. Rows are the outputs, as torch stores weights.
+    """
+
+    name: str = "first_order"
+    needs: frozenset[Statistic] = frozenset({Statistic.WEIGHT_GRADIENT})
+
+    @override
+    def factor(self, weight: Weight, bias: Bias, statistics: Statistics) -> LowRankFactors:
+        importance = weight.abs() * statistics[Statistic.WEIGHT_GRADIENT]
+        pruned = min(round((1 - self.kept) * weight.numel()), weight.numel() - 1)
+        is_kept = importance >= importance.flatten().kthvalue(pruned + 1).values
+        sums = (importance * is_kept).sum(1)
+        rows = torch.where(is_kept.any(1), sums, importance.amax(1))
+        right, values, left = weighted_svd(weight.T, rows.sqrt())
+        return LowRankFactors(*balanced(left.T, right.T), tail_sums(values.square()), bias)
 
 
 @dataclass(frozen=True)

@@ -66,6 +66,13 @@ class AsvdOptions(Options):
 
 
 @dataclass(frozen=True)
+class FirstOrderOptions(Options):
+    """Options of ``first_order``."""
+
+    kept: float = option(0.25, ABOVE_0_TO_1)  # share of the weights whose importance counts
+
+
+@dataclass(frozen=True)
 class LossAwareOptions(Options):
     """Options of ``loss_aware``, whose input moment is ``C`` and output-gradient moment ``G``.
 
@@ -131,6 +138,7 @@ class BaseOptions(Options):
 METHOD_OPTIONS: Mapping[str, type[Options]] = {
     "svd": Options,
     "fwsvd": Options,
+    "first_order": FirstOrderOptions,
     "asvd": AsvdOptions,
     "drone": Options,
     "svd_llm": Options,

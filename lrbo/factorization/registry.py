@@ -8,11 +8,29 @@ from typing import Any
 from lrbo.config.options import no_such_option, rules_of, with_options
 from lrbo.errors import ConfigError
 from lrbo.factorization.base import FactorizationMethod
-from lrbo.factorization.methods import Asvd, Bolaco, Drone, Fwsvd, LossAware, Svd, SvdLlm
+from lrbo.factorization.methods import (
+    Asvd,
+    Bolaco,
+    Drone,
+    FirstOrder,
+    Fwsvd,
+    LossAware,
+    Svd,
+    SvdLlm,
+)
 
 METHODS: dict[str, FactorizationMethod] = {
     method.name: method
-    for method in (Svd(), Fwsvd(), Asvd(), Drone(), SvdLlm(), Bolaco(), LossAware())
+    for method in (
+        Svd(),
+        Fwsvd(),
+        FirstOrder(),
+        Asvd(),
+        Drone(),
+        SvdLlm(),
+        Bolaco(),
+        LossAware(),
+    )
 }
 
 

@@ -138,4 +138,7 @@ def stacked(
     if Statistic.INPUT_IMPORTANCE in result:
         own = [each[Statistic.INPUT_IMPORTANCE] for each in statistics]
         result[Statistic.INPUT_IMPORTANCE] = torch.stack(own).sum(0)
+    if Statistic.WEIGHT_GRADIENT in result:
+        own = [each[Statistic.WEIGHT_GRADIENT] for each in statistics]
+        result[Statistic.WEIGHT_GRADIENT] = torch.cat(own)
     return result

@@ -48,7 +48,9 @@ def check_statistics(
         )
     for statistic, tensor in gathered.items():
         size = spec.out_features if statistic in OF_OUTPUTS else spec.in_features
-        expected = (size, size) if statistic in MATRICES else (size,)
+        expected: tuple[int, ...] = (size, size) if statistic in MATRICES else (size,)
+        if statistic is Statistic.WEIGHT_GRADIENT:
+            expected = spec.out_features, spec.in_features
         if tensor.shape != expected:
             raise StatisticsError(
                 f"{spec.name}: the calibration has {statistic.value} of shape "

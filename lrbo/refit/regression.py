@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -28,14 +29,17 @@ class PairMoments:
     a linear map (:meth:`mapped`): the drift ``d = x_dense - x`` of the input. Its moments are
     exactly 0 where nothing upstream is compressed; differences of large moments would not be.
 
-    All are float64. ``cross`` is ``E[(t - mean)(x - mean)^T]``.
+    All are float64. ``cross`` is ``E[(t - mean)(x - mean)^T]``. Where ``t`` is a ``share`` of
+    ``W v``, ``target_covariance`` is that of ``v``, as only what errors weigh of it is ever asked
+    for.
     """
 
     mean: Float[Tensor, " in"]
     target_mean: Float[Tensor, " k"]
     covariance: Float[Tensor, "in in"]
     cross: Float[Tensor, "k in"]
-    target_covariance: Float[Tensor, "k k"]
+    target_covariance: Float[Tensor, "v v"]
+    share: float | None = None
 
     @classmethod
     def of(cls, moments: Moments, size: int) -> PairMoments:
@@ -44,13 +48,13 @@ class PairMoments:
         x, t = slice(size), slice(size, None)
         return cls(moments.mean[x], moments.mean[t], both[x, x], both[t, x], both[t, t])
 
-    def mapped(self, matrix: Float[Tensor, "out k"]) -> PairMoments:
-        """Return the moments of ``x`` and ``M t``."""
+    def mapped(self, weight: Float[Tensor, "out k"], share: float) -> PairMoments:
+        """Return the moments of ``x`` and the share of ``W t``, of a layer with this weight."""
         return replace(
             self,
-            target_mean=matrix @ self.target_mean,
-            cross=matrix @ self.cross,
-            target_covariance=matrix @ self.target_covariance @ matrix.T,
+            target_mean=share * (weight @ self.target_mean),
+            cross=share * (weight @ self.cross),
+            share=share,
         )
 
     def mean_output(self, weight: Tensor, bias: Tensor | None) -> Float[Tensor, " out"]:
@@ -139,8 +143,9 @@ def solve(
         second = second + moments.mean.outer(moments.mean)
         cross = cross + moments.target_mean.outer(moments.mean)
     lower = _cholesky(second, ridge, name)
-    step = torch.cholesky_solve(cross.T, lower).T
-    product = metric.to_plain((weight + step) @ lower)
+    # W_ols B = W B + T B^-T, as (S + lam I)^-1 B = B^-T.
+    step = torch.linalg.solve_triangular(lower, cross.T, upper=False).T
+    product = metric.to_plain(weight @ lower + step)
     # Eigenvectors of the smaller Gram matrix, not an SVD: forty times as fast for a wide layer,
     # and less exact only for directions 1e-8 below the first, which no useful rank reaches.
     is_wide = product.shape[0] <= product.shape[1]
@@ -162,38 +167,77 @@ def solve(
     )
 
 
-class OutputError:
-    """Mean squared output error of layers with the target ``W x + b + t``, from moments alone."""
+class OutputErrors:
+    """Mean squared output errors of layers with the target ``W x + b + t``, from moments alone.
+
+    There is one for each of several texts, whose moments are ``pairs``. What the metric weighs is
+    weighed once for all of them.
+    """
 
     def __init__(
         self,
         weight: Float[Tensor, "out in"],
         bias: Float[Tensor, " out"] | None,
-        moments: PairMoments,
+        pairs: Sequence[PairMoments],
         metric: OutputMetric,
     ) -> None:
-        self._moments, self._metric = moments, metric
-        self._mean = moments.mean_output(weight, bias)
-        self._weighed, self._plain = metric.weigh(weight), weight @ moments.covariance
-        self._constant = metric.energy(moments.target_covariance)
-        self.energy = self._energy(self._weighed, self._plain, self._mean)
+        self._metric, self._weighed = metric, metric.weigh(weight)
+        self._texts = [_Text.of(weight, bias, self._weighed, each, metric) for each in pairs]
 
-    def of(self, factors: LowRankFactors, rank: int) -> float:
-        """Return the error at a rank as a share of the target's mean square."""
-        left, right = factors.left[:, :rank].to(self._plain), factors.right[:rank].to(self._plain)
-        output = left @ (right @ self._moments.mean)
+    @property
+    def energies(self) -> list[float]:
+        """Return the targets' mean squares, by text."""
+        return [each.energy for each in self._texts]
+
+    def of(self, factors: LowRankFactors, rank: int) -> list[float]:
+        """Return the errors at a rank, by text, as shares of the target's mean square."""
+        like = self._weighed
+        left, right = factors.left[:, :rank].to(like), factors.right[:rank].to(like)
         bias = factors.bias_at(rank)
-        error = self._energy(
-            self._weighed - self._metric.weigh(left) @ right,
-            self._plain - left @ (right @ self._moments.covariance),
-            self._mean - (output if bias is None else output + bias.to(output)),
-        )
-        return max(error, 0.0) / (self.energy if self.energy > 0 else 1.0)
+        weighed = like - self._metric.weigh(left) @ right
+        errors = []
+        for text in self._texts:
+            output = left @ (right @ text.moments.mean)
+            plain = text.plain - left @ (right @ text.moments.covariance)
+            mean = text.mean - (output if bias is None else output + bias.to(output))
+            error = text.error(weighed, plain, mean, self._metric)
+            errors.append(max(error, 0.0) / (text.energy if text.energy > 0 else 1.0))
+        return errors
 
-    def _energy(self, weighed: Tensor, plain: Tensor, mean: Tensor) -> float:
+
+@dataclass(frozen=True)
+class _Text:
+    """What the errors on one text have in common."""
+
+    moments: PairMoments
+    mean: Float[Tensor, " out"]  # of the target
+    plain: Float[Tensor, "out in"]  # W Cov(x)
+    constant: float  # E[t^T G t] around the mean
+    energy: float
+
+    @classmethod
+    def of(
+        cls,
+        weight: Tensor,
+        bias: Tensor | None,
+        weighed: Tensor,
+        moments: PairMoments,
+        metric: OutputMetric,
+    ) -> _Text:
+        """Work it out for a dense layer, whose weight the metric has ``weighed``."""
+        mean, plain = moments.mean_output(weight, bias), weight @ moments.covariance
+        if moments.share is None:
+            constant = metric.energy(moments.target_covariance)
+        else:
+            constant = float((weighed * (weight @ moments.target_covariance)).sum())
+            constant *= moments.share**2
+        text = cls(moments, mean, plain, constant, 0.0)
+        return replace(text, energy=text.error(weighed, plain, mean, metric))
+
+    def error(self, weighed: Tensor, plain: Tensor, mean: Tensor, metric: OutputMetric) -> float:
         """Return ``E[e^T G e]`` of ``e = M x + t``, from ``G M``, ``M Cov(x)`` and ``E[e]``."""
-        of_mean = float(mean @ self._metric.weigh(mean[:, None])[:, 0])
-        return float((weighed * (plain + 2 * self._moments.cross)).sum()) + self._constant + of_mean
+        of_mean = float(mean @ metric.weigh(mean[:, None])[:, 0])
+        return float((weighed * (plain + 2 * self.moments.cross)).sum()) + self.constant + of_mean
 
 
 def _cholesky(second: Tensor, ridge: float, name: str) -> Tensor:

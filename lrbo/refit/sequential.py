@@ -31,7 +31,7 @@ from lrbo.models.families import writers_of
 from lrbo.models.model_map import linear_bias, linear_weight
 from lrbo.models.specs import LayerSpec, ModelMap
 from lrbo.refit.hidden_states import Streams
-from lrbo.refit.regression import OutputError, OutputMetric, PairMoments, solve
+from lrbo.refit.regression import OutputErrors, OutputMetric, PairMoments, solve
 from lrbo.tasks.model_task import Segments
 
 # A layer's name -> the weights of its output errors, (out, out), or None for plain squares.
@@ -150,10 +150,11 @@ def refit(
         StatisticsError: If an input is not finite, naming the site.
 
     Note:
-        The time is that of about three passes of the dense model, and as much again for second
-        moments. ``memory_bytes`` hold the hidden states of all windows twice, one block's site
-        inputs once and its residual stream twice; moments take up to twice ``(2 in)^2`` float64
-        elements, or ``(in + out)^2`` where a layer has a target of its own.
+        The time is that of about two passes of the dense model, as much again for second moments,
+        and one to two seconds per layer of a thousand features for its metric and solution.
+        ``memory_bytes`` hold the hidden states of all windows twice, one block's site inputs once
+        and its residual stream twice; moments take up to twice ``(2 in)^2`` float64 elements, or
+        ``(in + out)^2`` where a layer has a target of its own.
     """
     settings = settings or RefitSettings()
     options = allocation.compressed
@@ -278,8 +279,8 @@ class _Work:
         for spec in members:
             module, pairs = dense[spec.name], moments
             if own is None:
-                matrix = self.settings.blend * linear_weight(module).to(moments[0].mean)
-                pairs = [each.mapped(matrix) for each in moments]
+                weight = linear_weight(module).to(moments[0].mean)
+                pairs = [each.mapped(weight, self.settings.blend) for each in moments]
             factors, row = self._refit_layer(spec, module, pairs)
             if row.accepted:
                 replace_module(block, _inside(spec), self._module(spec, factors, module))
@@ -307,8 +308,8 @@ class _Work:
             restore_means=old.center is not None,
             name=spec.name,
         ).to(dtype=torch.float32, device=cpu)
-        errors = [OutputError(weight, bias, each, metric) for each in pairs]
-        fitted, *judged = [(each.of(old, rank), each.of(new, rank)) for each in errors]
+        errors = OutputErrors(weight, bias, pairs, metric)
+        fitted, *judged = zip(errors.of(old, rank), errors.of(new, rank), strict=True)
         before, after = judged[0] if judged else (None, None)
         accepted = before is None or after is None or after < before
         row = RefitRow(spec.name, rank, *fitted, before, after, accepted)

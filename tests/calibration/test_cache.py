@@ -45,7 +45,7 @@ def test_statistics_come_back_bit_by_bit(
         expected, actual = in_memory.of(spec), stored.of(spec)
         assert actual.keys() == expected.keys() == ALL
         for statistic, tensor in expected.items():
-            assert actual[statistic].dtype == torch.float64
+            assert actual[statistic].dtype == tensor.dtype
             assert torch.equal(actual[statistic], tensor), (spec.name, statistic)
 
 

@@ -79,7 +79,9 @@ def plain_gradients(
 
 
 def largest_difference(
-    actual: dict[str, dict[Statistic, Tensor]], plain: dict[str, tuple[Tensor, Tensor]]
+    actual: dict[str, dict[Statistic, Tensor]],
+    plain: dict[str, tuple[Tensor, Tensor]],
+    windows: int,
 ) -> float:
     """Compare all statistics with the printed formulas, relative to the largest entry."""
     assert actual.keys() == plain.keys()
@@ -90,11 +92,15 @@ def largest_difference(
         expected = {
             Statistic.OUTPUT_GRADIENT: reference.second_moment(slopes),
             Statistic.INPUT_IMPORTANCE: reference.importance(rows, slopes),
+            Statistic.WEIGHT_GRADIENT: reference.weight_gradient(
+                np.split(rows, windows), np.split(slopes, windows)
+            ),
         }
         assert actual[name].keys() == expected.keys()
         for statistic, value in expected.items():
             tensor = actual[name][statistic]
-            assert tensor.dtype == torch.float64
+            is_large = statistic is Statistic.WEIGHT_GRADIENT
+            assert tensor.dtype == (torch.float32 if is_large else torch.float64)
             assert np.abs(value).max() > 0
             differences.append(np.abs(tensor.numpy() - value).max() / np.abs(value).max())
     return float(max(differences))
@@ -144,7 +150,7 @@ def test_gradients_of_the_data_are_those_of_the_whole_model(case: str) -> None:
     model, windows = build(case).double(), token_ids(5, 9)
     actual = gathered(model, windows, labels="data", batch_windows=2)
     plain = scored(plain_gradients(model, windows, next_token_loss(windows)), windows)
-    assert largest_difference(actual, plain) <= TOLERANCE["autograd"]
+    assert largest_difference(actual, plain, len(windows)) <= TOLERANCE["autograd"]
 
 
 @every_family
@@ -154,7 +160,7 @@ def test_gradients_of_sampled_labels_are_those_of_labels_sampled_by_hand(case: s
     uniform = torch.rand(windows.shape, generator=torch.Generator().manual_seed(3))
     labels = sampled_by_hand(model(windows).logits, uniform)
     plain = plain_gradients(model, windows, label_loss(labels))
-    assert largest_difference(actual, plain) <= TOLERANCE["autograd"]
+    assert largest_difference(actual, plain, len(windows)) <= TOLERANCE["autograd"]
 
 
 @pytest.mark.parametrize("labels", ["data", "sampled"])
@@ -217,7 +223,7 @@ def test_only_the_chosen_windows_enter() -> None:
     actual = gathered(model, windows, labels="data", gradient_share=0.4)
     windows = windows[indices]
     plain = scored(plain_gradients(model, windows, next_token_loss(windows)), windows)
-    assert largest_difference(actual, plain) <= TOLERANCE["autograd"]
+    assert largest_difference(actual, plain, len(windows)) <= TOLERANCE["autograd"]
 
 
 @pytest.mark.filterwarnings("error")

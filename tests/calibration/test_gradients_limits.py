@@ -58,12 +58,14 @@ def test_moments_of_half_precision_gradients_are_summed_in_more() -> None:
     rows, slopes = torch.full((4096, 2), 3.0), torch.full((4096, 2), 300.0)
     spec = LayerSpec("layer", "kind", 0, 2, 2, has_bias=False, site="layer")
     moments = GradientMoments(GRADIENT_STATISTICS, spec, torch.device("cpu"))
+    rows, slopes = rows.unflatten(0, (8, 512)), slopes.unflatten(0, (8, 512))
     for part in range(4):
-        half = slice(part * 1024, (part + 1) * 1024)
+        half = slice(part * 2, (part + 1) * 2)
         moments.update(rows[half].half(), slopes[half].half())
     actual = moments.statistics("layer", 4096, 4096)
     assert actual[Statistic.OUTPUT_GRADIENT].tolist() == [[90_000.0] * 2] * 2
     assert actual[Statistic.INPUT_IMPORTANCE].tolist() == [180_000.0 * 9] * 2
+    assert actual[Statistic.WEIGHT_GRADIENT].tolist() == [[900.0] * 2] * 2
 
 
 def test_layers_of_the_map_are_those_that_get_gradients(

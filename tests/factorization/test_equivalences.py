@@ -12,7 +12,16 @@ from torch import Tensor
 from lrbo.calibration.statistics import Statistic
 from lrbo.factorization.base import FactorizationMethod
 from lrbo.factorization.factors import LowRankFactors
-from lrbo.factorization.methods import Asvd, Bolaco, Drone, Fwsvd, LossAware, Svd, SvdLlm
+from lrbo.factorization.methods import (
+    Asvd,
+    Bolaco,
+    Drone,
+    FirstOrder,
+    Fwsvd,
+    LossAware,
+    Svd,
+    SvdLlm,
+)
 from lrbo.factorization.prediction import PREDICTION_SHRINKAGE, predicted_loss, shrunk
 from tests.support import reference
 from tests.support.methods import CASES, SHAPES, Layer, make_layer
@@ -59,6 +68,8 @@ def white(layer: Layer) -> dict[Statistic, Tensor]:
     """Return statistics in which all features and outputs are alike."""
     rows, columns = layer.weight.shape
     identity = torch.eye(columns, dtype=torch.float64)
+    gradients = torch.zeros_like(layer.weight)
+    gradients[:, 0] = 1 / layer.weight[:, 0].abs()  # one weight of each row matters, and as much
     return {
         Statistic.INPUT_MEAN: torch.zeros(columns, dtype=torch.float64),
         Statistic.INPUT_COVARIANCE: identity,
@@ -66,6 +77,7 @@ def white(layer: Layer) -> dict[Statistic, Tensor]:
         Statistic.INPUT_MAGNITUDE: torch.ones(columns, dtype=torch.float64),
         Statistic.INPUT_IMPORTANCE: torch.full((columns,), 1.0, dtype=torch.float64),
         Statistic.OUTPUT_GRADIENT: torch.eye(rows, dtype=torch.float64),
+        Statistic.WEIGHT_GRADIENT: gradients,
     }
 
 
@@ -101,6 +113,30 @@ def test_fwsvd_with_equal_importances_is_plain_svd(shape: str, importance: float
     equal = torch.full((layer.weight.shape[1],), importance, dtype=torch.float64)
     actual = factor(Fwsvd(), layer, {Statistic.INPUT_IMPORTANCE: equal})
     assert_same(actual, factor(Svd(), layer), 1 / importance)
+
+
+@cases
+@pytest.mark.parametrize("kept", [0.02, 0.25, 1.0])
+def test_first_order_of_gradients_a_hundred_times_as_large_is_the_same(
+    shape: str, kept: float
+) -> None:
+    layer, method = draw(shape), FirstOrder(kept=kept)
+    larger = {Statistic.WEIGHT_GRADIENT: 100 * layer.statistics[Statistic.WEIGHT_GRADIENT]}
+    assert_same(factor(method, layer, larger), factor(method, layer), 1 / 100)
+
+
+@cases
+def test_first_order_looks_at_the_kept_weights_alone(shape: str) -> None:
+    """Gradients of weights that pruning removes change nothing, as long as it removes them."""
+    layer = draw(shape)
+    gradients = layer.statistics[Statistic.WEIGHT_GRADIENT].clone()
+    importance = layer.weight.abs() * gradients
+    least = importance.flatten().sort().values[importance.numel() // 2]
+    lower = torch.where(importance < least, gradients / 10, gradients)
+    lower[~(importance >= least).any(1)] = gradients[~(importance >= least).any(1)]
+    moved = factor(FirstOrder(kept=0.5), layer, {Statistic.WEIGHT_GRADIENT: lower})
+    assert_same(moved, factor(FirstOrder(kept=0.5), layer))
+    assert not torch.equal(lower, gradients)
 
 
 @cases

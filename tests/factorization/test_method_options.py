@@ -25,6 +25,7 @@ from tests.support.methods import SHAPES, make_layer
 
 OPTIONS = [
     ("asvd", "alpha"),
+    ("first_order", "kept"),
     ("loss_aware", "input_shrinkage"),
     ("loss_aware", "output_shrinkage"),
     ("loss_aware", "output_power"),

@@ -33,7 +33,7 @@ TOLERANCE = {
 
 
 def test_every_method_is_under_contract() -> None:
-    assert len(METHODS) == 7
+    assert len(METHODS) == 8
     assert {case.method.name for case in CASES.values()} == set(METHODS)
     assert all(CASES[name].method is method for name, method in METHODS.items())
     assert all(name == method.name for name, method in METHODS.items())
@@ -235,7 +235,8 @@ def test_a_layer_scaled_by_3_gives_layers_scaled_by_3(
     method: FactorizationMethod, layer: Layer
 ) -> None:
     """The loss sees outputs three times as large: its gradients are what they were."""
-    assert_scaled(method, layer, layer.gradients, 9)
+    has_weight_in_it = method.name == "first_order"  # its metric
+    assert_scaled(method, layer, layer.gradients, 27 if has_weight_in_it else 9)
 
 
 @pytest.mark.parametrize("name", ["fwsvd", "loss_aware", "loss_aware-kfac", "loss_aware-centred"])
@@ -322,10 +323,20 @@ def test_help_for_a_root_by_cholesky_is_announced(shape: str) -> None:
 
 # --- layers without effect -----------------------------------------------------------------------
 
+
+def by_magnitude(layer: Layer, rank: int) -> Affine:
+    """Weigh rows by the largest of their weights, where no gradient says how they matter."""
+    weight, bias = layer.dense
+    rows = reference.importance_of_rows(abs(weight), METHODS["first_order"].kept)
+    return reference.diagonally_weighted_svd(weight.T, np.sqrt(rows), rank).T, bias
+
+
 # What is left of a metric in which inputs or gradients weigh all alike.
 LEFT = {
     ("fwsvd", "gradients"): plain_svd,
     ("loss_aware", "gradients"): CASES["drone"].direct,
+    ("first_order", "gradients"): by_magnitude,
+    ("first_order", "inputs"): by_magnitude,
     ("fwsvd", "inputs"): plain_svd,
     ("asvd", "inputs"): plain_svd,
     ("drone", "inputs"): plain_svd,

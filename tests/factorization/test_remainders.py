@@ -36,6 +36,7 @@ def statistics_of(shape: tuple[int, int]) -> dict[Statistic, Tensor]:
         Statistic.POOLED_INPUT_COVARIANCE: covariance,
         Statistic.OUTPUT_GRADIENT: moment(out_features, 3),
         Statistic.INPUT_IMPORTANCE: drawn(in_features, seed=4).square(),
+        Statistic.WEIGHT_GRADIENT: drawn(*shape, seed=6).abs(),
         Statistic.INPUT_MAGNITUDE: drawn(in_features, seed=5).abs(),
     }
 

@@ -52,6 +52,7 @@ def layers(biased: Mapping[str, bool]) -> tuple[list[LayerSpec], list[nn.Linear]
                 Statistic.POOLED_INPUT_COVARIANCE: covariance,
                 Statistic.OUTPUT_GRADIENT: slopes.T @ slopes / len(slopes),
                 Statistic.INPUT_IMPORTANCE: rows.square().mean(0) * seed,
+                Statistic.WEIGHT_GRADIENT: draw(out, IN, seed=40 + seed).abs(),
             }
         )
     return specs, modules, statistics
@@ -114,6 +115,18 @@ def test_without_data_it_is_the_truncated_svd_of_the_stacked_weight() -> None:
         expected = reference.truncated_svd(weight, rank)
         assert np.abs(rows - expected).max() <= SINGLE * np.abs(weight).max()
     assert all(own.rest.loss is None for own in made.values())
+
+
+def test_first_order_weighs_each_row_of_the_stack_by_its_own_gradients() -> None:
+    specs, modules, statistics = layers(BIASED)
+    made = prepare_shared(specs, modules, method_named("first_order"), statistics, CPU)
+    weight = torch.cat([module.weight for module in modules]).numpy()
+    own = torch.cat([each[Statistic.WEIGHT_GRADIENT] for each in statistics]).numpy()
+    scale = np.sqrt(reference.importance_of_rows(abs(weight) * own, 0.25))
+    for rank in range(1, 6):
+        rows = torch.cat([each.dense_weight() for each in stored(made, rank).values()]).numpy()
+        expected = reference.diagonally_weighted_svd(weight.T, scale, rank).T
+        assert np.abs(rows - expected).max() <= SINGLE * np.abs(weight).max()
 
 
 def test_with_gradients_no_other_shared_factor_loses_less() -> None:

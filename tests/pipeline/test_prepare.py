@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from lrbo.calibration.collect import Calibration, CalibrationSettings
-from lrbo.calibration.statistics import GRADIENT_STATISTICS, Statistic
+from lrbo.calibration.statistics import Statistic
 from lrbo.factorization.factors import PARTS, LowRankFactors
 from lrbo.factorization.methods import Asvd, Bolaco, LossAware, Svd
 from lrbo.factorization.registry import METHODS
@@ -217,7 +217,7 @@ def test_loss_curves_need_gradients_and_one_covariance(method: object) -> None:
     covariances = {Statistic.INPUT_COVARIANCE, Statistic.POOLED_INPUT_COVARIANCE}
     assert len(needs & covariances) == 1
     extra = needs - method.needs - {Statistic.INPUT_MEAN, Statistic.INPUT_COVARIANCE}
-    assert extra <= GRADIENT_STATISTICS - {Statistic.INPUT_IMPORTANCE}
+    assert extra <= {Statistic.OUTPUT_GRADIENT}
     assert (Statistic.POOLED_INPUT_COVARIANCE in needs) == (method == Bolaco())
 
 

@@ -57,6 +57,18 @@ def test_batches_and_files_change_nothing(tmp_path: Path, monkeypatch: pytest.Mo
             assert row.fitted_after == pytest.approx(same.fitted_after, rel=1e-3)
 
 
+def test_no_pass_runs_an_attention_again_whose_inputs_are_known() -> None:
+    model, layers = build("llama_untied"), map_model(build("llama_untied"))
+    plan, old = allocation(layers), old_factors(model, layers)
+    begun: list[int] = []
+    for index, block in enumerate(model.model.layers):
+        block.self_attn.register_forward_pre_hook(lambda *_, index=index: begun.append(index))
+    refit(model, layers, plan, old, token_ids(9, WIDTH), RefitSettings(batch_windows=9))
+    fitting_and_judging = 2
+    # Once in the dense model, for the inputs of q, k and v, and for those of o.
+    assert begun == [index for index in (0, 1) for _ in range(3 * fitting_and_judging)]
+
+
 def test_the_same_call_gives_the_same_bits() -> None:
     model, layers = build("llama_biased"), map_model(build("llama_biased"))
     old = old_factors(model, layers, centred=True)

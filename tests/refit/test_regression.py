@@ -10,7 +10,7 @@ from lrbo.calibration.moments import Moments
 from lrbo.errors import StatisticsError
 from lrbo.factorization.factors import LowRankFactors
 from lrbo.linalg import JitterWarning
-from lrbo.refit.regression import OutputError, OutputMetric, PairMoments, solve
+from lrbo.refit.regression import OutputErrors, OutputMetric, PairMoments, solve
 
 OUT, IN, TOKENS = 5, 7, 60
 EXACT = 1e-9  # everything is float64; the systems have condition numbers of a few hundred
@@ -59,10 +59,9 @@ def pair_moments(
     target: Target, x: torch.Tensor, dense: torch.Tensor, lacks: torch.Tensor | None = None
 ) -> PairMoments:
     """Gather what is asked for beyond the dense answer: from the drift, or token by token."""
-    matrix = target.blend * target.weight
     if lacks is None:
-        return stream(x, dense - x).mapped(matrix)
-    return stream(x, (dense - x) @ matrix.T + target.feedback * lacks)
+        return stream(x, dense - x).mapped(target.weight, target.blend)
+    return stream(x, target.blend * (dense - x) @ target.weight.T + target.feedback * lacks)
 
 
 def lacking(x: torch.Tensor, dense: torch.Tensor, out: int) -> torch.Tensor:
@@ -94,14 +93,16 @@ def test_moments_are_those_of_the_rows() -> None:
     target, x, dense, _ = case()
     for beside, moments in (
         (dense - x, stream(x, dense - x)),
-        ((dense - x) @ target.weight.T, stream(x, dense - x).mapped(target.weight)),
+        (0.7 * (dense - x) @ target.weight.T, stream(x, dense - x).mapped(target.weight, 0.7)),
     ):
         both = torch.cov(torch.cat([x, beside], 1).T, correction=0)
         torch.testing.assert_close(moments.mean, x.mean(0))
         torch.testing.assert_close(moments.target_mean, beside.mean(0))
         torch.testing.assert_close(moments.covariance, both[:IN, :IN])
         torch.testing.assert_close(moments.cross, both[IN:, :IN])
-        torch.testing.assert_close(moments.target_covariance, both[IN:, IN:])
+        beside = dense - x if moments.share else beside
+        expected = torch.cov(beside.T, correction=0)
+        torch.testing.assert_close(moments.target_covariance, expected)
 
 
 @shapes
@@ -216,25 +217,33 @@ def test_outputs_that_do_not_count_are_not_paid_for() -> None:
     assert not matrix(factors)[2:].any()
 
 
-@pytest.mark.parametrize("feedback", [0.0, 0.8])
+@pytest.mark.parametrize("feedback", [None, 0.0, 0.8])
 @pytest.mark.parametrize("with_metric", [False, True])
-def test_the_error_from_moments_is_the_error_over_tokens(
-    with_metric: bool, feedback: float
+def test_the_errors_from_moments_are_the_errors_over_tokens(
+    with_metric: bool, feedback: float | None
 ) -> None:
+    """Of two texts, and of targets from the drift alone or token by token."""
     target, x, dense, metric = case()
-    target, lacks = replace(target, feedback=feedback), lacking(x, dense, OUT)
+    target = replace(target, feedback=feedback or 0.0)
     weight = metric if with_metric else torch.eye(OUT, dtype=torch.float64)
-    output_metric = OutputMetric(metric if with_metric else None)
-    error = OutputError(*target.dense, pair_moments(target, x, dense, lacks), output_metric)
-    y = answers(target, x, dense, lacks)
-    assert error.energy == pytest.approx(weighed(weight, y))
+    texts, pairs = [], []
+    for rows, dense_rows in ((x, dense), (x[::3] + 1, dense[::3])):
+        lacks = None if feedback is None else lacking(rows, dense_rows, OUT)
+        pairs.append(pair_moments(target, rows, dense_rows, lacks))
+        texts.append((rows, answers(target, rows, dense_rows, 0.0 if lacks is None else lacks)))
+    errors = OutputErrors(*target.dense, pairs, OutputMetric(metric if with_metric else None))
+    energies = [weighed(weight, y) for _, y in texts]
+    assert errors.energies == pytest.approx(energies)
     left, right = target.weight[:, :3], torch.eye(IN, dtype=torch.float64)[:3]
+    y = texts[0][1]
     for offset, center in ((None, None), (y.mean(0), None), (y.mean(0), x.mean(0))):
         factors = LowRankFactors(left, right, torch.zeros(4), offset, center)
         for rank in (0, 1, 3):
             with torch.no_grad():
-                miss = y - factors.at_rank(rank)(x)
-            assert error.of(factors, rank) == pytest.approx(weighed(weight, miss) / error.energy)
+                misses = [y - factors.at_rank(rank)(rows) for rows, y in texts]
+            pairs_of = zip(misses, energies, strict=True)
+            expected = [weighed(weight, miss) / energy for miss, energy in pairs_of]
+            assert errors.of(factors, rank) == pytest.approx(expected)
 
 
 def test_a_singular_second_moment_is_announced() -> None:
@@ -271,11 +280,9 @@ def test_an_input_that_is_always_zero_leaves_the_weight_alone() -> None:
     moments = pair_moments(target, 0 * x, 0 * x)
     factors = solve(*target.dense, moments, OUT, ridge=1e-2)
     torch.testing.assert_close(matrix(factors), target.weight, rtol=0, atol=EXACT)
-    assert OutputError(target.weight, None, moments, OutputMetric(None)).of(
-        factors, OUT
-    ) == pytest.approx(
-        float(target.bias @ target.bias)  # the bias is all that is answered, where 0 is asked for
-    )
+    errors = OutputErrors(target.weight, None, [moments], OutputMetric(None))
+    # The bias is all that is answered, where 0 is asked for.
+    assert errors.of(factors, OUT) == pytest.approx([float(target.bias @ target.bias)])
 
 
 def test_a_metric_that_is_zero_throughout_weighs_all_outputs_alike() -> None:

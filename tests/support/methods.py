@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lrbo.calibration.statistics import TABLE_STATISTICS, Statistic
 from lrbo.factorization.base import FactorizationMethod
-from lrbo.factorization.methods import Asvd, LossAware
+from lrbo.factorization.methods import Asvd, FirstOrder, LossAware
 from lrbo.factorization.registry import METHODS
 from lrbo.models.specs import LayerSpec
 from tests.support import reference
@@ -55,6 +55,10 @@ class Layer:
             Statistic.POOLED_INPUT_COVARIANCE: reference.pooled_covariance(self.inputs),
             Statistic.OUTPUT_GRADIENT: reference.second_moment(gradients),
             Statistic.INPUT_IMPORTANCE: reference.importance(self.rows, gradients),
+            Statistic.WEIGHT_GRADIENT: reference.weight_gradient(
+                self.inputs,
+                np.split(gradients, np.cumsum([len(each) for each in self.groups])[:-1]),
+            ),
         }
         assert set(values) == set(Statistic) - TABLE_STATISTICS, (
             "a new statistic needs its plain formula here"
@@ -114,6 +118,7 @@ class RandomStatistics:
         if self.gradients:
             actual[Statistic.OUTPUT_GRADIENT] = slopes.T @ slopes / len(slopes)
             actual[Statistic.INPUT_IMPORTANCE] = rows.square().mean(0)
+            actual[Statistic.WEIGHT_GRADIENT] = slopes.abs().mean(0).outer(rows.abs().mean(0))
         return actual
 
 
@@ -130,6 +135,17 @@ def _svd_error(layer: Layer, compressed: Affine) -> float:
 
 def _fwsvd_error(layer: Layer, compressed: Affine) -> float:
     return _weighted_error(layer, compressed, layer.number(Statistic.INPUT_IMPORTANCE))
+
+
+def _first_order_error(kept: float) -> Callable[[Layer, Affine], float]:
+    return lambda layer, compressed: _weighted_error(
+        layer, compressed, _first_order_rows(layer, kept)[:, None]
+    )
+
+
+def _first_order_rows(layer: Layer, kept: float) -> Matrix:
+    importance = abs(layer.dense[0]) * layer.number(Statistic.WEIGHT_GRADIENT)
+    return reference.importance_of_rows(importance, kept)
 
 
 def _asvd_error(alpha: float) -> Callable[[Layer, Affine], float]:
@@ -172,6 +188,14 @@ def plain_svd(layer: Layer, rank: int) -> Affine:
 def _fwsvd_direct(layer: Layer, rank: int) -> Affine:
     scale = np.sqrt(layer.number(Statistic.INPUT_IMPORTANCE))
     return reference.diagonally_weighted_svd(layer.dense[0], scale, rank), layer.dense[1]
+
+
+def _first_order_direct(kept: float) -> Callable[[Layer, int], Affine]:
+    def direct(layer: Layer, rank: int) -> Affine:
+        weight, scale = layer.dense[0], np.sqrt(_first_order_rows(layer, kept))
+        return reference.diagonally_weighted_svd(weight.T, scale, rank).T, layer.dense[1]
+
+    return direct
 
 
 def _asvd_direct(alpha: float) -> Callable[[Layer, int], Affine]:
@@ -245,6 +269,9 @@ class Case:
 CASES = {
     "svd": Case(METHODS["svd"], _svd_error, plain_svd),
     "fwsvd": Case(METHODS["fwsvd"], _fwsvd_error, _fwsvd_direct),
+    "first_order": Case(
+        METHODS["first_order"], _first_order_error(0.25), _first_order_direct(0.25)
+    ),
     "asvd": Case(METHODS["asvd"], _asvd_error(0.5), _asvd_direct(0.5)),
     "drone": Case(METHODS["drone"], _output_error, _drone_direct),
     "svd_llm": Case(METHODS["svd_llm"], _output_error, _whitened_direct),
@@ -253,6 +280,12 @@ CASES = {
         METHODS["loss_aware"],
         _flattened_error(0.75, centred=False),
         _flattened_direct(0.75, centred=False),
+    ),
+    "first_order-few": Case(
+        FirstOrder(kept=0.03), _first_order_error(0.03), _first_order_direct(0.03)
+    ),
+    "first_order-all": Case(
+        FirstOrder(kept=1.0), _first_order_error(1.0), _first_order_direct(1.0)
     ),
     "asvd-alpha": Case(Asvd(alpha=1.0), _asvd_error(1.0), _asvd_direct(1.0)),
     "loss_aware-kfac": Case(LossAware(output_power=1.0), _kfac_error, _kfac_direct),

@@ -61,6 +61,17 @@ def importance(rows: Matrix, gradients: Matrix) -> Matrix:
     return total / len(rows)
 
 
+def weight_gradient(windows: list[Matrix], gradients: list[Matrix]) -> Matrix:
+    """``1/n sum_w |sum_{i in w} g_i x_i^T|``: gradients of the weight, added up by window."""
+    total = np.zeros((gradients[0].shape[1], windows[0].shape[1]))
+    for rows, slopes in zip(windows, gradients, strict=True):
+        own = np.zeros_like(total)
+        for row, slope in zip(rows, slopes, strict=True):
+            own += np.outer(slope, row)
+        total += abs(own)
+    return total / sum(map(len, windows))
+
+
 def numpy_of(tensor: torch.Tensor) -> Matrix:
     """Copy a tensor of any dtype into float64."""
     return tensor.detach().to(torch.float64).numpy().copy()
@@ -87,6 +98,14 @@ def whitened_svd(weight: Matrix, second_moment: Matrix, rank: int) -> Matrix:
 def diagonally_weighted_svd(weight: Matrix, scale: Matrix, rank: int) -> Matrix:
     """``SVD_r(W S) S^-1`` with a diagonal ``S`` without zeros: FWSVD, ASVD."""
     return truncated_svd(weight * scale, rank) / scale
+
+
+def importance_of_rows(importance: Matrix, kept: float) -> Matrix:
+    """Sums by row of the largest entries, of which ``kept`` is the share; or its largest alone."""
+    pruned = round((1 - kept) * importance.size)
+    least = np.sort(importance, axis=None)[min(pruned, importance.size - 1)]
+    sums = [row[row >= least].sum() if row.max() >= least else row.max() for row in importance]
+    return np.array(sums)
 
 
 def power(matrix: Matrix, exponent: float) -> Matrix:
