@@ -44,6 +44,7 @@ from lrbo.tasks.causal_lm import CausalLM
 from lrbo.tasks.model_task import ModelTask
 
 SEEN_LIMIT = 0.01  # share of a text, as of lrbo evaluate
+TEXTS: tuple[Role, ...] = ("validation", "test")
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ class RecoveryPlan:
     device: torch.device
     compute: torch.dtype
     stored: torch.dtype
+    texts: tuple[Role, ...] = TEXTS  # that are scored
 
     @property
     def loaded(self) -> torch.dtype:
@@ -102,8 +104,12 @@ class RecoveryPlan:
             )
 
 
-def plan_recovery(config: RecoverConfig) -> RecoveryPlan:
+def plan_recovery(
+    config: RecoverConfig, study: Study | None = None, texts: tuple[Role, ...] = TEXTS
+) -> RecoveryPlan:
     """Check everything that can be checked before a model is loaded.
+
+    Without a ``study``, that of the checkpoint is looked for in the folder of studies.
 
     Raises:
         ConfigError: Listing every problem.
@@ -119,7 +125,7 @@ def plan_recovery(config: RecoverConfig) -> RecoveryPlan:
         raise ConfigError(problems)
     about = checkpoint.quantization_config["provenance"]
     source, skeleton = _dense(config, about, folder, checkpoint, problems)
-    study = _study(config, about)
+    study = study or _study(config, about)
     windows = None
     with Collecting(problems, DataError, StudyError, ModelError):
         windows = _windows(config, folder, about, source, study)
@@ -140,7 +146,7 @@ def plan_recovery(config: RecoverConfig) -> RecoveryPlan:
     stored = getattr(torch, export.stored_dtype(folder) or "float32")
     task = CausalLM()
     plan = RecoveryPlan(
-        config, folder, about, source, study, windows, task, device, compute, stored
+        config, folder, about, source, study, windows, task, device, compute, stored, texts
     )
     problems += _room(plan, skeleton)
     with Collecting(problems, CheckpointError):
