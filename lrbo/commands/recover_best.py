@@ -175,7 +175,7 @@ def _recover_all(
         out = folder / f"trial-{trial:03d}"
         reporter.say(
             f"Recovery {number} of {len(records)}: trial {trial}, for up to "
-            f"{plan.config.recover.minutes:g} minutes"
+            f"{plan.config.recover.minutes:g} min"
         )
         try:
             if not out.exists():  # else it was interrupted just before it was noted

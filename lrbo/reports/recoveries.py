@@ -19,26 +19,34 @@ class Recoveries:
     """Trials that were recovered with the same settings, so that they compare."""
 
     settings: Mapping[str, Any]
+    loss: str  # the metric that they are ranked by, on the validation text
     events: Sequence[Mapping[str, Any]]  # Recovered, the best after it first
-    before: Sequence[int]  # their trials, the best before it first
+    events_before: Sequence[Mapping[str, Any]]  # the same, the best before it first
     tests: Mapping[int, Mapping[str, Any]]  # Reranked, by trial
 
     @property
     def after(self) -> list[int]:
-        """Their trials, the best first."""
+        """Their trials, the best after recovery first."""
         return [event["trial"] for event in self.events]
+
+    @property
+    def before(self) -> list[int]:
+        """Their trials, the best before recovery first."""
+        return [event["trial"] for event in self.events_before]
 
     @property
     def sentence(self) -> str:
         """Which trial is the best now, and what became of the order."""
-        best, first = self.after[0], self.before[0]
-        text = f"trial {best} is the best after recovery"
-        text += ", as before" if best == first else f"; before it was trial {first}"
-        if len(self.after) > 2 or best != first:
+        best, first = self.events[0], self.events_before[0]
+        text = f"trial {best['trial']} is the best after recovery"
+        text += ", as before" if best is first else f"; before it was trial {first['trial']}"
+        if self.after != self.before:
             orders = (", ".join(map(str, order)) for order in (self.before, self.after))
-            is_same = self.after == [*self.before]
-            text += "; the order is the same" if is_same else "; order {} before, {} after"
-            text = text.format(*orders)
+            text += "; order {} before, {} after".format(*orders)
+        elif len(self.after) > 1:
+            text += "; the order is the same"
+        if best["validation"]["after"][self.loss] >= first["validation"]["before"][self.loss]:
+            text += f"; none is better than trial {first['trial']} was before it"
         return text
 
 
@@ -55,7 +63,7 @@ def recoveries(study: StudyRecord) -> list[Recoveries]:
             for model in ("before", "after")
         )
         tests = {test["trial"]: test for test in state.reranked if test["settings"] == settings}
-        sets.append(Recoveries(settings, after, [event["trial"] for event in before], tests))
+        sets.append(Recoveries(settings, loss, after, before, tests))
     return sets
 
 
@@ -115,7 +123,7 @@ def recovery_tables(study: StudyRecord) -> list[Table]:
         folder = Column("folder", is_text=True, folds=True)
         tables.append(
             Table(
-                f"Recovered, {' and '.join(stages)}, {minutes:g} minutes each",
+                f"Recovered, {' and '.join(stages)}, {minutes:g} min each",
                 columns("trial", *heads, folder),
                 rows,
                 [
