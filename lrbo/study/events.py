@@ -257,6 +257,13 @@ class RecoveryScores(TypedDict):
     after: Metrics
 
 
+# Values of `recover` and the seed, by dotted key; others with these come and go with versions.
+RecoverySettings = TypedDict(
+    "RecoverySettings", {"recover.minutes": Number, "recover.stages": NonEmpty[str]}
+)
+with_config(ConfigDict(extra="allow"))(RecoverySettings)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Recovered(Event):
     """The model of a trial was written and trained."""
@@ -264,7 +271,7 @@ class Recovered(Event):
     id: str  # of its run in MLflow, and of its checkpoint
     trial: Count
     folder: str  # in that of the study
-    settings: dict[str, Any]  # which make those of one set comparable
+    settings: RecoverySettings  # which make those of one set comparable
     validation: RecoveryScores
     stages: list[dict[str, Any]]
 
@@ -274,7 +281,7 @@ class Reranked(Event):
     """The best of recovered trials was scored on the test text."""
 
     trial: Count
-    settings: dict[str, Any]
+    settings: RecoverySettings
     text: str
     test: RecoveryScores
 
