@@ -1,5 +1,6 @@
 """lrbo search recover.enabled=true: the best trials are trained, each once, and ranked again."""
 
+import gc
 import json
 import os
 import shutil
@@ -9,36 +10,47 @@ from typing import Any
 
 import pytest
 import torch
-from mlflow import MlflowClient
 from safetensors.torch import load_file
 
 from lrbo.commands import recover, recover_best
 from lrbo.config.compose import composed
 from lrbo.config.recovery import RecoverySection
-from lrbo.config.saved import from_yaml, to_yaml
-from lrbo.config.schema import SearchConfig, flat
+from lrbo.config.saved import continued, from_yaml, to_yaml
+from lrbo.config.schema import RecoverConfig, SearchConfig, flat
 from lrbo.data.windows import TokenWindows
 from lrbo.models.tiny import tiny_model
 from lrbo.pipeline import planning
-from lrbo.pipeline.recovering import RecoveryPlan
+from lrbo.pipeline.recovering import RecoveryPlan, plan_recovery
 from lrbo.recovery import blocks
+from lrbo.reports.results import summary
 from lrbo.study.journal import Study
 from tests.command_line.test_recover import until_a_block_is_written
 from tests.support.commands import Ran, lrbo_command, searched
-from tests.support.small_search import small_config
+from tests.support.small_search import RecordingReporter, small_config
 
 __all__ = ["searched"]  # a fixture
 
 STAGES = ["recover.stages=[blocks]", "recover.blocks.epochs=1"]
-LINE = ["search", "study=tiny", "recover.enabled=true", "recover.candidates=2", *STAGES]
+WANTED = ["recover.enabled=true", "recover.candidates=2", "tracking.enabled=false", *STAGES]
 
 
 @pytest.fixture
 def copied(searched: tuple[Path, Ran], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Study:
-    """Stand beside a copy of the tiny study, which MLflow does not know."""
+    """Stand beside a copy of the tiny study, which is recovered without drawing its figures."""
     shutil.copytree(searched[0] / "studies" / "tiny", tmp_path / "studies" / "tiny")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(recover_best, "show_if_possible", lambda *_: None)
+    monkeypatch.setattr(recover_best, "free", lambda: None)  # which looks at all that pytest holds
     return Study(Path("studies/tiny"))
+
+
+def recovered(*overrides: str) -> tuple[Study, str]:
+    """Do what a search does after its trials; the study, and what was said."""
+    study, reporter = Study(Path("studies/tiny")), RecordingReporter()
+    with study.locked():
+        config = continued(study.config, [*WANTED, *overrides])
+        recover_best.recover_best(config, study, reporter)
+    return study, "\n".join(reporter.lines)
 
 
 def events(kind: str) -> list[dict[str, Any]]:
@@ -46,13 +58,18 @@ def events(kind: str) -> list[dict[str, Any]]:
     return [event for event in map(json.loads, lines) if event["event"] == kind]
 
 
-def killed(*line: str, **patches: Any) -> None:
-    """Run a command in a process that a patch kills."""
+def ranked(study: Study) -> list[int]:
+    """Return the completed trials, the best first."""
+    records = sorted(study.state.completed, key=lambda record: record.metrics["objective"])
+    return [record.request.trial_index for record in records]
+
+
+def killed(owner: Any, name: str, patch: Any) -> None:
+    """Recover in a process that a patch kills."""
     process = os.fork()  # a process of its own would take ten seconds to import
     if not process:
-        for name, patch in patches.items():
-            setattr({"write_tensors": blocks, "record": Study}[name], name, patch)
-        lrbo_command(*line)
+        setattr(owner, name, patch)
+        recovered()
         os._exit(1)
     assert os.WTERMSIG(os.waitpid(process, 0)[1]) == signal.SIGKILL
 
@@ -66,83 +83,50 @@ def until_the_second_is_to_be_noted(
     _write(study, event, **fields)
 
 
-def test_a_search_that_is_killed_goes_on_with_the_candidate_and_the_block(copied: Study) -> None:
-    """In the end every checkpoint is what lrbo compress and lrbo recover make of the trial."""
-    killed(*LINE, write_tensors=until_a_block_is_written)
+def test_what_is_killed_goes_on_with_the_candidate_and_the_block(copied: Study) -> None:
+    """In the end a checkpoint is what lrbo compress and lrbo recover make of its trial."""
+    killed(blocks, "write_tensors", until_a_block_is_written)
     (state,) = Path("studies/tiny/recovered").glob("*/*.recovery")
-    assert [path.name for path in sorted((state / "blocks").glob("block*"))] == [
-        "block_000.safetensors"
-    ]
+    assert [path.name for path in (state / "blocks").glob("block*")] == ["block_000.safetensors"]
     assert events("recovered") == []
-    killed(*LINE, record=until_the_second_is_to_be_noted)
+    killed(Study, "record", until_the_second_is_to_be_noted)
     (first,) = events("recovered")
-    second = sorted(state.parent.glob("trial-???"))[-1]
-    written = (second / "model.safetensors").stat().st_mtime_ns
-    ran = lrbo_command(*LINE, "output=json")
-    assert ran.status == 0, ran.err
-    assert "Recovery 1 of 1" in ran.err
-    assert "Stage blocks" not in ran.err  # all of them had been trained
-    assert (second / "model.safetensors").stat().st_mtime_ns == written
-    assert events("recovered")[0] == first
+    checkpoints = sorted(state.parent.glob("trial-???"))
+    written = {each: (each / "model.safetensors").stat().st_mtime_ns for each in checkpoints}
+    assert len(written) == 2
+    study, said = recovered()
+    assert "Recovery 1 of 1" in said
+    assert "Stage blocks" not in said  # all of them had been trained
+    assert {each: (each / "model.safetensors").stat().st_mtime_ns for each in written} == written
     assert [*state.parent.glob("*.*")] == []  # what only an interruption needs
+    assert events("recovered")[0] == first
     trials = [event["trial"] for event in events("recovered")]
-    ranked = sorted(copied.state.completed, key=lambda record: record.metrics["objective"])
-    assert trials == [record.request.trial_index for record in ranked[:2]]
+    assert trials == ranked(study)[:2]
 
-    trial = str(trials[0])
-    assert lrbo_command("compress", "study=tiny", f"point={trial}", "out=made").status == 0
-    exact = ["checkpoint=made", "out=better", "model.dtype=float32", *STAGES]
-    by_hand = lrbo_command("recover", *exact, "output=json").json
-    own = Path("studies/tiny", first["folder"])
-    new, old = (load_file(folder / "model.safetensors") for folder in (own, Path("better")))
-    assert new.keys() == old.keys()
-    assert all(torch.equal(new[name], old[name]) for name in old)
-    rows = {row["trial"]: row for row in ran.json["recovered"]}
+    line = ("compress", "study=tiny", f"point={trials[0]}", "out=made", "register=none")
+    assert lrbo_command(*line).status == 0
+    config = composed("recover", ["checkpoint=made", "out=better", "model.dtype=float32", *STAGES])
+    assert isinstance(config, RecoverConfig)
+    by_hand = recover.recover(plan_recovery(config), RecordingReporter(), None)
+    own, better = (load_file(Path(f, "model.safetensors")) for f in (checkpoints[0], "better"))
+    assert Path(first["folder"]).name == checkpoints[0].name == f"trial-{trials[0]:03d}"
+    assert own.keys() == better.keys()
+    assert all(torch.equal(own[name], better[name]) for name in own)
+    rows = {row["trial"]: row for row in summary(study)["recovered"]}
     for model in ("dense", "before", "after"):
         assert rows[trials[0]]["validation"][model] == pytest.approx(by_hand["validation"][model])
 
     best = min(rows, key=lambda each: rows[each]["validation"]["after"]["nll"])
-    assert [row["trial"] for row in ran.json["recovered"] if row["is_best"]] == [best]
-    assert [row["trial"] for row in ran.json["recovered"] if row["test"]] == [best]
-    if best == trials[0]:
-        for model in ("before", "after"):
-            assert rows[best]["test"][model] == pytest.approx(by_hand["test"][model])
-    (entered,) = (e for e in events("compressed") if "recovered" in e["folder"])
+    assert [each for each, row in rows.items() if row["is_best"]] == [best]
+    assert [each for each, row in rows.items() if row["test"]] == [best]
+    assert all(row["exists"] for row in rows.values())
+    (entered,) = (event for event in events("compressed") if "recovered" in event["folder"])
     assert entered["trial"] == best
-    assert f"trial {best} is the best after recovery" in ran.err
-    assert str(Path("studies/tiny", rows[best]["folder"])) in ran.err or rows[best]["folder"]
-
-    journal = copied.journal.read_bytes()
-    again = lrbo_command(*LINE, "output=json")  # typed once more
-    assert copied.journal.read_bytes() == journal
-    assert again.json["recovered"] == ran.json["recovered"]
-    shown = recovery_runs()
-    assert {name: test for name, _, test in shown} == {
-        f"recovery-trial-{each:03d}": each == best for each in trials
-    }
-    for path in Path("studies").glob("mlflow.db*"):
-        path.unlink()
-    for _ in range(2):
-        assert lrbo_command("report", "study=tiny", "sync=true", "figures=false").status == 0
-        assert recovery_runs() == shown
-
-
-def recovery_runs() -> list[tuple[str, float, bool]]:
-    """List the finished runs of recoveries by name, with a score, and whether they were tested."""
-    client = MlflowClient(f"sqlite:///{Path('studies/mlflow.db').absolute()}")
-    (experiment,) = (e for e in client.search_experiments() if e.name == "lrbo")
-    runs = client.search_runs([experiment.experiment_id], "tags.`lrbo.role` = 'recovery'")
-    (parent,) = client.search_runs([experiment.experiment_id], "tags.`lrbo.role` = 'study'")
-    assert {run.data.tags["mlflow.parentRunId"] for run in runs} == {parent.info.run_id}
-    assert {run.info.status for run in runs} == {"FINISHED"}
-    return sorted(
-        (
-            run.info.run_name,
-            run.data.metrics["validation_after_nll"],
-            "test_after_nll" in run.data.metrics,
-        )
-        for run in runs
-    )
+    assert f"trial {best} is the best after recovery" in said
+    assert f"It is in {Path(rows[best]['folder'])}" in said
+    journal = study.journal.read_bytes()
+    assert recovered()[1].startswith("Recovered: ")  # once more, where nothing is left to do
+    assert study.journal.read_bytes() == journal
 
 
 def test_new_candidates_are_added_and_all_are_ranked_again(
@@ -169,44 +153,38 @@ def test_new_candidates_are_added_and_all_are_ranked_again(
         Path(plan.config.out, "config.json").write_text(json.dumps(config), encoding="utf-8")
 
     monkeypatch.setattr(recover, "recover", made_up)
-    ranked = sorted(copied.state.completed, key=lambda record: record.metrics["objective"])
-    trials = [record.request.trial_index for record in ranked]
-    line = [*LINE, "tracking.enabled=false"]
-    assert lrbo_command(*line).status == 0
+    trials = ranked(copied)
+    recovered()
     assert trained == trials[:2]
-    ran = lrbo_command(*line, "recover.candidates=3")
+    study, said = recovered("recover.candidates=3")
     assert trained == trials[:3]
     before, after = (", ".join(map(str, order)) for order in (trials[:3], trials[2::-1]))
     sentence = f"trial {trials[2]} is the best after recovery; before it was trial {trials[0]}; "
     sentence += f"order {before} before, {after} after"
-    assert sentence in " ".join(ran.err.split())
-    assert sentence in ran.out
+    assert sentence in said
     assert [event["trial"] for event in events("reranked")] == [trials[1], trials[2]]
     folders = [Path(event["folder"]).name for event in events("compressed")]
     assert folders == [f"trial-{trial:03d}" for trial in (trials[1], trials[2])]
-    lrbo_command(*line, "recover.minutes=1")  # a set of its own beside it
-    assert trained == [*trials[:3], *trials[:2]]
-    sets = {Path(event["folder"]).parent for event in events("recovered")}
-    assert len(sets) == 2
-    assert len([*copied.folder.glob("recovered/*/trial-???")]) == 5
-    about = json.loads((copied.folder / "study.json").read_text("utf-8"))
-    assert about["format"] == 6  # of which an lrbo that does not know the lines says so
+    recovered("recover.candidates=1", "recover.minutes=1")  # a set of its own beside it
+    assert trained == [*trials[:3], trials[0]]
+    assert len({Path(event["folder"]).parent for event in events("recovered")}) == 2
+    assert len([*study.folder.glob("recovered/*/trial-???")]) == 4
+    about = json.loads((study.folder / "study.json").read_text("utf-8"))
+    assert about["format"] == 6  # so that an lrbo that does not know the lines says it
 
 
 def test_no_model_of_the_search_is_left_where_training_begins(
     searched: tuple[Path, Ran], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import gc
-
     def models() -> int:
         gc.collect()
         kind, cpu = type(tiny_model()), torch.device("cpu")
-        return sum(isinstance(each, kind) and each.device == cpu for each in gc.get_objects())
+        return sum(type(each) is kind and each.device == cpu for each in gc.get_objects())
 
     monkeypatch.chdir(searched[0])
     before, left = models(), []
     monkeypatch.setattr(recover_best, "recover_best", lambda *_: left.append(models()))
-    ran = lrbo_command(*LINE, "tracking.enabled=false")
+    ran = lrbo_command("search", "study=tiny", *WANTED)
     assert ran.status == 0, ran.err
     assert left == [before]
 
@@ -242,7 +220,7 @@ def test_everything_that_is_wrong_is_said_at_once(
     )
     assert ran.status == 2
     assert "data.calibration has 1 window, and 1 is held back" in ran.err
-    assert not Path("studies").exists()
+    assert not Path("studies/tiny").exists()
 
 
 def test_text_that_is_scored_is_not_trained_on(
