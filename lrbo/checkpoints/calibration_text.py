@@ -65,5 +65,10 @@ def seen_shares(folder: Path, ids: Int[Tensor, "windows tokens"]) -> dict[str, f
     return {f"{role} ({texts[role]})": float(np.isin(runs, hashes[role]).mean()) for role in ROLES}
 
 
+def shared_runs(ids: Int[Tensor, "windows tokens"], others: Int[Tensor, "others length"]) -> float:
+    """Return the share of the runs of 32 tokens in windows that other windows have too."""
+    return float(np.isin(_hashes(ids), _hashes(others)).mean())
+
+
 def _hashes(ids: Int[Tensor, "windows tokens"]) -> NDArray[np.uint64]:
     return np.concatenate([run_hashes(part, RUN) for part in torch.split(ids, PART)])

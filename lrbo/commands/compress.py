@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ from lrbo.reports.results import covered_text, score_rows
 from lrbo.study.study_record import StudyRecord
 from lrbo.study.versions import versions
 from lrbo.tasks.metrics import MISSING
+from lrbo.trials.records import TrialRecord
 
 
 def run(config: CompressConfig, reporter: Reporter) -> dict[str, Any]:
@@ -58,7 +59,6 @@ def run(config: CompressConfig, reporter: Reporter) -> dict[str, Any]:
     if config.format == "adapter" and (problem := missing_packages()) is not None:
         raise ConfigError([problem])
     study = study_of(config)
-    about = study.about
     if config.vllm and study.config.model.base is not None:
         raise ConfigError(
             [
@@ -90,7 +90,35 @@ def run(config: CompressConfig, reporter: Reporter) -> dict[str, Any]:
             f"point={point}: trial {lowest.request.trial_index} has the lowest loss up to there, "
             f"with {metric} {lowest.metrics[metric]:.4f} of {limit:g}"
         )
-    best = finalist(plan, study, records, config.refit, reporter, bases=config.bases)
+    result, trial, tags = write(config, plan, study, records, reporter)
+    out = Path(config.out)
+    enter_checkpoint(stored, study, out, trial, config.register, tags)
+    reporter.say(f"How to open it, what it scored and how it was made: {out / export.CARD}")
+    return result
+
+
+def write(
+    config: CompressConfig,
+    plan: planning.Plan,
+    study: StudyRecord,
+    records: Sequence[TrialRecord],
+    reporter: Reporter,
+    *,
+    tests: bool = True,
+) -> tuple[dict[str, Any], int, dict[str, str]]:
+    """Solve completed trials again as is asked for, and write the best as a checkpoint.
+
+    Returns:
+        What the command returns, the trial that was written, and tags of the checkpoint for the
+        journal. Without ``tests`` what was solved again is not scored on the test text.
+
+    Raises:
+        ModelError: If a number of the model is beyond the dtype that it is to be written in.
+        CheckpointError: If a format of dense layers has no parameter for biases that the method
+            adds.
+    """
+    about = study.about
+    best = finalist(plan, study, records, config.refit, reporter, bases=config.bases, tests=tests)
     record, allocation = best.record, best.record.request.allocation
     model = _stored_model(plan, study, config.dtype)
     difference = Difference.of(plan, model)
@@ -129,7 +157,7 @@ def run(config: CompressConfig, reporter: Reporter) -> dict[str, Any]:
     }
     tokens = {role: w for role, w in plan.windows.items() if isinstance(w, TokenWindows)} or None
     out, tokenizer = Path(config.out), plan.task.tokenizer(plan.source)
-    *commands, measuring = _commands(config, stored, about.dtype, trial)
+    *commands, measuring = _commands(config, plan.config, about.dtype, trial)
     stock = None
     adapter = None
     if config.format == "adapter" and difference is None:
@@ -222,9 +250,7 @@ def run(config: CompressConfig, reporter: Reporter) -> dict[str, Any]:
     }
     if best.test_loss is not None:
         tags["test"] = f"{plan.task.record.measured(best.test_loss)[headline]:.4f}"
-    enter_checkpoint(stored, study, out, trial, config.register, tags)
-    reporter.say(f"How to open it, what it scored and how it was made: {out / export.CARD}")
-    return {
+    result = {
         "folder": str(out),
         "parameters": parameters,
         "parameters_in_file": in_file,
@@ -234,6 +260,7 @@ def run(config: CompressConfig, reporter: Reporter) -> dict[str, Any]:
         "bases": best.bases,
         **sizes,
     }
+    return result, trial, tags
 
 
 def _totals(best: Finalist) -> dict[str, Any] | None:

@@ -19,14 +19,14 @@ from lrbo.config.recovery import BlocksConfig
 from lrbo.config.saved import command_line
 from lrbo.config.schema import RecoverConfig
 from lrbo.config.shell import assigned
-from lrbo.data.windows import Role
 from lrbo.errors import LrboError
 from lrbo.files.rendering import render
 from lrbo.files.tables import Table, columns
 from lrbo.models.devices import dtype_name
 from lrbo.models.loading import load_tokenizer
 from lrbo.models.sources import ModelSource
-from lrbo.pipeline.recovering import RecoveryPlan, plan_recovery, split
+from lrbo.pipeline.recovering import RecoveryPlan, plan_recovery
+from lrbo.pipeline.recovery_text import TEXTS, split
 from lrbo.progress import Reporter
 from lrbo.recovery import adapter, blocks, distill, mixed_rank, states
 from lrbo.recovery.stage import Recovery, StageReport
@@ -36,7 +36,7 @@ from lrbo.reports.terminal import print_table
 from lrbo.study.versions import versions
 from lrbo.tasks.metrics import MISSING
 from lrbo.tracking.recovery_run import MlflowRecoveryRun, RecoveryRun
-from lrbo.tracking.tracker import MlflowTracker
+from lrbo.tracking.tracker import MlflowTracker, Tracker
 
 STAGES: Mapping[str, Any] = {
     "blocks": blocks,
@@ -44,7 +44,6 @@ STAGES: Mapping[str, Any] = {
     "adapter": adapter,
     "mixed_rank": mixed_rank,
 }
-TEXTS: tuple[Role, ...] = ("validation", "test")
 MODELS = ("dense", "before", "after")
 CPU = torch.device("cpu")
 
@@ -59,11 +58,33 @@ def run(config: RecoverConfig, reporter: Reporter) -> dict[str, Any]:
     """
     with reporter.waiting("Reading texts"):
         plan = plan_recovery(config)
+    result = recover(plan, reporter, _tracker(plan))
+    scores = {model: {text: result[text][model] for text in TEXTS} for model in MODELS}
+    if plan.study is not None:
+        _enter(plan, scores)
+    if config.output == "text":
+        print_table(_table(plan, scores))
+    return result
+
+
+def recover(plan: RecoveryPlan, reporter: Reporter, tracker: Tracker | None) -> dict[str, Any]:
+    """Train a checkpoint, going on where that was interrupted, and write it.
+
+    Returns:
+        ``folder``, ``bytes``, ``dtype``, by each text that is scored the scores of the dense
+        model, before and after, and the reports of the ``stages``.
+
+    Raises:
+        ConfigError: If it was begun with other settings.
+        ModelError: If the dense model is another one, or a layer cannot be trained.
+        NonFiniteError: If a loss is not finite; what was finished before it is kept.
+    """
+    config = plan.config
     state = states.State(states.folder_of(Path(config.out)), plan.settings)
     if not state.is_new:
         reporter.say(f"Going on with what is finished in {state.folder}")
     with state.locked():
-        shown = _shown(plan, state)
+        shown = _shown(plan, state, tracker)
         try:
             result = _recovered(plan, state, shown, reporter)
         except BaseException as error:
@@ -76,7 +97,7 @@ def run(config: RecoverConfig, reporter: Reporter) -> dict[str, Any]:
 def _recovered(
     plan: RecoveryPlan, state: states.State, shown: RecoveryRun, reporter: Reporter
 ) -> dict[str, Any]:
-    config, out = plan.config, Path(plan.config.out)
+    out = Path(plan.config.out)
     scores = _scored_before(plan, state, reporter)
     with reporter.waiting("Loading the models"):
         dense, model = (_load(plan, name, plan.loaded) for name in MODELS[:2])
@@ -89,7 +110,8 @@ def _recovered(
     def describe(folder: Path) -> tuple[dict[str, Any], str]:
         written = export.load(folder, dtype=plan.compute, device=plan.device)
         scores["after"] = _scores(plan, written, "after", reporter)
-        return _about(plan, reports, scores), _card(plan, reports, _table(plan, scores))
+        about = _about(plan, state.identity, reports, scores)
+        return about, _card(plan, reports, _table(plan, scores))
 
     size = trained.save(
         out,
@@ -106,22 +128,18 @@ def _recovered(
         for metric, value in values.items()
     }
     shown.finish(numbers, "FINISHED")
-    if plan.study is not None:
-        _enter(plan, out, scores)
     reporter.say(f"How to open it, what it scored and how it was made: {out / export.CARD}")
-    if config.output == "text":
-        print_table(_table(plan, scores))
     return {
         "folder": str(out),
         "bytes": size,
         "dtype": dtype_name(plan.compute),
-        **{text: {name: scores[name][text] for name in MODELS} for text in TEXTS},
+        **{text: {name: scores[name][text] for name in MODELS} for text in plan.texts},
         "stages": [asdict(report) for report in reports],
     }
 
 
 def _about(
-    plan: RecoveryPlan, reports: list[StageReport], scores: Mapping[str, Any]
+    plan: RecoveryPlan, identity: str, reports: list[StageReport], scores: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return what the checkpoint remembers of its recovery."""
     return {
@@ -130,6 +148,7 @@ def _about(
             "dtype": dtype_name(plan.compute),
         },
         "recovery": {
+            "id": identity,
             "settings": plan.settings,
             "stages": [asdict(report) for report in reports],
             "scores": scores,
@@ -164,9 +183,9 @@ def _load(plan: RecoveryPlan, name: str, dtype: torch.dtype) -> PreTrainedModel:
 def _scores(
     plan: RecoveryPlan, model: PreTrainedModel, name: str, reporter: Reporter
 ) -> dict[str, Any]:
-    """Score a model on validation and test text."""
+    """Score a model on each text that is to be scored."""
     scores: dict[str, Any] = {}
-    for text in TEXTS:
+    for text in plan.texts:
         windows = plan.windows[text]
         step = f"{text.capitalize()} text, {name}"
         with reporter.step(step, windows.scored, plan.task.record.counted) as advance:
@@ -249,16 +268,20 @@ def _sentence(report: StageReport) -> str:
 def _table(plan: RecoveryPlan, scores: Mapping[str, Any]) -> Table:
     metric = plan.task.record.headline
     rows = [
-        [name, *(metric.of(scores[name][text]) if name in scores else MISSING for text in TEXTS)]
+        [
+            name,
+            *(metric.of(scores[name][text]) if name in scores else MISSING for text in plan.texts),
+        ]
         for name in MODELS
     ]
-    heads = [f"{text} {metric.label}" for text in TEXTS]
+    heads = [f"{text} {metric.label}" for text in plan.texts]
     return Table(f"Recovery, scored in {dtype_name(plan.compute)}", columns("model", *heads), rows)
 
 
 def _card(plan: RecoveryPlan, reports: list[StageReport], table: Table) -> str:
     path, name = plan.folder / export.CARD, Path(plan.config.out).name
-    text = {role: each.text for role, each in plan.windows.items()}
+    roles = ("calibration", *plan.texts)
+    text = {role: each.text for role, each in plan.windows.items() if role in roles}
     section = render("recovery.md", stages=reports, text=text, table=table)
     skipped = ("studies", "output")
     values = {k: v for k, v in schema.flat(plan.config).items() if k not in skipped}
@@ -268,20 +291,25 @@ def _card(plan: RecoveryPlan, reports: list[StageReport], table: Table) -> str:
     return trained.with_section(card, name, section, line)
 
 
-def _shown(plan: RecoveryPlan, state: states.State) -> RecoveryRun:
-    """Show the recovery below the study's run, if the study is at hand and tracked."""
+def _tracker(plan: RecoveryPlan) -> Tracker | None:
+    """Return that of the study, if the study is at hand."""
     if plan.study is None:
-        return RecoveryRun()
+        return None
     stored = saved.continued(plan.study.config, [assigned("studies", plan.config.studies)])
-    tracker = make_tracker(stored, plan.study)
+    return make_tracker(stored, plan.study)
+
+
+def _shown(plan: RecoveryPlan, state: states.State, tracker: Tracker | None) -> RecoveryRun:
+    """Show the recovery below the study's run, if that is tracked."""
     if not isinstance(tracker, MlflowTracker):
         return RecoveryRun()
     name = f"recovery-{Path(plan.config.out).name}"
     return MlflowRecoveryRun(tracker, state.identity, name, plan.settings)
 
 
-def _enter(plan: RecoveryPlan, out: Path, scores: Mapping[str, Any]) -> None:
+def _enter(plan: RecoveryPlan, scores: Mapping[str, Any]) -> None:
     """Make what was written a version of the study's registered model."""
+    out = Path(plan.config.out)
     study, trial = plan.study, plan.about.get("trial")
     assert study is not None
     if not isinstance(trial, int):

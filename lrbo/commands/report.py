@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from lrbo.config import saved, schema
+from lrbo.config import saved
 from lrbo.config.schema import ReportConfig
 from lrbo.config.shell import assigned
 from lrbo.errors import Collecting, StudyError, listed
@@ -94,12 +94,13 @@ def _sync(config: ReportConfig, study: StudyRecord, reporter: Reporter) -> None:
     changes = [assigned("studies", config.studies), "tracking.enabled=true"]
     stored = saved.continued(study.config, changes)
     tracker = mlflow_view.make_tracker(stored, study, strict=True)
-    tracker.start(schema.flat(stored) | mlflow_view.digests(study))
+    tracker.start(mlflow_view.params(stored, study))
     tracker.present(mlflow_view.presentation(study))
     written = tracker.sync(study.state.records)
     if study.state.dense:
         mlflow_view.show(study, tracker)
     for event in study.state.checkpoints:
         mlflow_view.show_checkpoint(tracker, event)
+    mlflow_view.show_recoveries(study, tracker)
     tracker.finish(completed=len(study.state.searched) >= stored.search.trials)
     reporter.say(f"MLflow: {written} trials were missing and are there now")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -10,9 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lrbo.allocation.apply import compressed
+from lrbo.commands import recover_best
 from lrbo.config import saved
 from lrbo.config.choices import LATENCIES
 from lrbo.config.schema import SearchConfig
@@ -70,12 +68,15 @@ def search(config: SearchConfig, typed: Sequence[str], reporter: Reporter) -> St
                 plan = planning.plan_search(config, study, problems)
         except ConfigError as error:
             raise ConfigError([*error.problems, *elsewhere]) from error
-        if elsewhere:
+        if elsewhere := [*elsewhere, *recover_best.problems_of(plan)]:
             raise ConfigError(elsewhere)
         if study.exists:
             versions.note_changes(study)
         with _executor(plan, study) as executor:
             _search(plan, study, executor, reporter)
+        if config.recover.enabled:
+            recover_best.free()
+            recover_best.recover_best(config, study, reporter)
     return study
 
 
@@ -131,9 +132,7 @@ def _search(plan: planning.Plan, study: Study, executor: Executor, reporter: Rep
                 # Actors have model and factors of their own, which may be on the same device.
                 loop.worker = _nowhere
                 del worker
-                gc.collect()  # models hold themselves in circles
-                if torch.cuda.is_available():
-                    torch.cuda.empty_cache()
+                recover_best.free()
             loop.run()
         _test(plan, study, here, reporter)
 

@@ -98,7 +98,9 @@ def check_values(config: schema.Config) -> list[str]:
         problem for key, value, rule in _ruled(config) for problem in rule.problems(key, value)
     ]
     if isinstance(config, schema.SearchConfig):
-        for check in (_texts, _front, _thresholds, _latency, _pool, _curves, _sweeps, _executor):
+        for check in (
+            _texts, _front, _thresholds, _latency, _pool, _curves, _sweeps, _executor, _recovery,
+        ):  # fmt: skip
             others += check(config)
     elif isinstance(config, schema.CompressConfig):
         others += [*_candidates(config), *_serving(config)]
@@ -287,6 +289,24 @@ def _executor(config: schema.SearchConfig) -> Iterator[str]:
             f"{' and '.join(settings)}: the inline executor runs one trial at a time in this "
             "process; choose executor=ray"
         )
+
+
+def _recovery(config: schema.SearchConfig) -> Iterator[str]:
+    recover, trials = config.recover, config.search.trials
+    yield from stage_problems(recover)
+    if not recover.enabled:
+        return
+    if recover.candidates > trials:
+        yield mismatch("recover.candidates", recover.candidates, f"at most search.trials={trials}")
+    if config.budget.lowest is not None:
+        yield (
+            "recover.enabled=True: trials of a front have different sizes, of which the largest "
+            "would be the best; expected one budget. Of a front, write the points that you want "
+            "with lrbo compress point=keep=RATIO, and train each with lrbo recover"
+        )
+    if config.model.dtype not in ("auto", "float32", "bfloat16"):
+        expected = "auto, float32 or bfloat16 with recover.enabled=true, which trains in it"
+        yield mismatch("model.dtype", config.model.dtype, expected)
 
 
 def _candidates(config: schema.CompressConfig) -> Iterator[str]:

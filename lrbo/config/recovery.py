@@ -1,8 +1,8 @@
-"""The sections of conf/recover.yaml: what is trained after compression, how, and for how long."""
+"""The section recover: what is trained after compression, how, and for how long."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from lrbo.config import options
 from lrbo.config.distillation import (
@@ -73,3 +73,17 @@ def stage_problems(config: RecoverySection) -> list[str]:
         if isinstance(settings := getattr(config, name), TrainingConfig)
         for problem in training_problems(settings, f"recover.{name}.")
     ]
+
+
+@dataclass
+class SearchRecovery(RecoverySection):
+    """What is trained of each of the best trials of a search, and for how long."""
+
+    enabled: bool = False
+    candidates: int = option(3, ANY_COUNT)
+
+    @property
+    def section(self) -> RecoverySection:
+        """How each of them is trained."""
+        names = [each.name for each in fields(RecoverySection)]
+        return RecoverySection(**{name: getattr(self, name) for name in names})

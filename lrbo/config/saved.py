@@ -14,15 +14,19 @@ from omegaconf import DictConfig, OmegaConf
 
 from lrbo.config.compose import MAPPINGS, composed, conf_folder, groups, read_value, to_object
 from lrbo.config.options import flatten
+from lrbo.config.recovery import SearchRecovery
 from lrbo.config.schema import MISSING, SCHEMAS, Config, EvaluateConfig, SearchConfig, flat
 from lrbo.config.shell import assigned, key_of, literal
 from lrbo.errors import ConfigError, StudyError, reading
 from lrbo.files.parsing import SHOWN, ContentError, checked, shown
 
+RECOVER = "recover"  # section of what is done after the trials
+
 # What may differ when a study is continued: where and how long it runs, not what it measures.
 FREE_KEYS = (
     "search.trials",
     "search.other_versions",
+    RECOVER,
     "tracking",
     "executor",
     "model.device",
@@ -72,6 +76,8 @@ def from_yaml(text: str, where: str) -> SearchConfig:
         group, _, name = key.partition(".")
         if isinstance(values, dict) and isinstance(values.get(group), dict):
             values[group].setdefault(name, value)
+    if isinstance(values, dict):  # which a study that recovers nothing does not have
+        values.setdefault(RECOVER, asdict(SearchRecovery()))
     advice = "use the version of lrbo that wrote it"
     try:
         config: SearchConfig = checked(values, SearchConfig, where)
@@ -91,8 +97,11 @@ def from_yaml(text: str, where: str) -> SearchConfig:
 
 
 def to_yaml(config: Config) -> str:
-    """Return a configuration as YAML, each text as it is."""
-    return str(OmegaConf.to_yaml(OmegaConf.create(_escaped(asdict(config))), resolve=True))
+    """Return a configuration as YAML, each text as it is; of a recovery only one that is wanted."""
+    values = asdict(config)
+    if isinstance(config, SearchConfig) and not config.recover.enabled:
+        del values[RECOVER]
+    return str(OmegaConf.to_yaml(OmegaConf.create(_escaped(values)), resolve=True))
 
 
 def _escaped(node: Any) -> Any:

@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 from lrbo.config import choices, options
 from lrbo.config.options import ANY_COUNT, REPEATED, Rule, at_least, flatten, one_of, option
-from lrbo.config.recovery import DenseConfig, RecoverySection
+from lrbo.config.recovery import DenseConfig, RecoverySection, SearchRecovery
 from lrbo.config.rules import (
     ALLOCATIONS,
     CONFIDENCE,
@@ -220,6 +220,7 @@ class SearchConfig:
     sensitivity: SensitivityConfig = field(default_factory=SensitivityConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     latency: LatencyConfig = field(default_factory=LatencyConfig)
+    recover: SearchRecovery = field(default_factory=SearchRecovery)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     executor: ExecutorConfig = field(default_factory=ExecutorConfig)
     study: str = MISSING

@@ -52,12 +52,13 @@ def finalist(
     reporter: Reporter,
     *,
     bases: RefinementConfig | None = None,
+    tests: bool = True,
 ) -> Finalist:
     """Return the trial of least loss on the validation text after each was solved again.
 
     First ``bases`` are made again, with the low ranks over them, then comes the refit. What neither
     improves competes as it was scored. Without a refit, it is the first of the records, which are
-    completed trials.
+    completed trials. Without ``tests`` the test text is not scored.
 
     Raises:
         StudyError: If the model is another one by now.
@@ -66,11 +67,11 @@ def finalist(
     digest, dtype = study.about.model_fingerprint, plan.dtype
     device = resolve_device(plan.config.model.device)
     name = study.task.minimized.name
-    tests = {test["trial"]: test["metrics"][name] for test in study.state.tests.values()}
+    scored = {test["trial"]: test["metrics"][name] for test in study.state.tests.values()}
     again = bases if bases is not None and (bases.alternations or bases.sweeps) else None
     if not config.enabled and again is None:
         factors, best = plan.preparation.factors(digest, dtype, device, reporter), records[0]
-        test_loss = tests.get(best.request.trial_index)
+        test_loss = scored.get(best.request.trial_index)
         return Finalist(best, factors, best.metrics[name], test_loss, None)
     model = plan.task.load(plan.source, dtype=dtype, device=device)
     build_worker.require_same_model(study, model)
@@ -98,8 +99,10 @@ def finalist(
             loss, record, solved = its_loss, candidate, its_factors
     if len(records) > 1:
         reporter.say(f"Trial {record.request.trial_index} is the best after refits")
-    test_loss = tests.get(record.request.trial_index)  # of the factors of the trial
+    test_loss = scored.get(record.request.trial_index)  # of the factors of the trial
     if solved is not factors:
+        test_loss = None
+    if solved is not factors and tests:
         last = "refit" if config.enabled else AGAIN
         allocation = record.request.allocation
         test_loss = loss_of(plan, model, allocation, solved, reporter, "test", last)

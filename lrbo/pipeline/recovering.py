@@ -13,13 +13,11 @@ import torch
 from transformers import PreTrainedModel
 
 from lrbo.checkpoints import export, quantizer
-from lrbo.checkpoints.calibration_text import seen_shares
 from lrbo.checkpoints.trained import stored_in
 from lrbo.config.options import flatten
-from lrbo.config.recovery import STAGES, STUDY_TEXT
+from lrbo.config.recovery import STAGES
 from lrbo.config.schema import RecoverConfig
-from lrbo.data import documents
-from lrbo.data.windows import Role, TokenWindows, make_windows, overlaps
+from lrbo.data.windows import Role, TokenWindows
 from lrbo.errors import (
     CheckpointError,
     Collecting,
@@ -31,12 +29,12 @@ from lrbo.errors import (
 from lrbo.layers.modules import compressed_layers
 from lrbo.models.devices import dtype_name, resolve_device, resolve_dtype
 from lrbo.models.limits import Limits
-from lrbo.models.loading import load_tokenizer
 from lrbo.models.pairs import base_source, other_settings
 from lrbo.models.parameters import fingerprint
 from lrbo.models.sources import ModelSource
 from lrbo.models.specs import ModelMap
-from lrbo.pipeline import checks, planning
+from lrbo.pipeline import checks
+from lrbo.pipeline.recovery_text import TEXTS, seen_problems, windows_of
 from lrbo.recovery import memory, states
 from lrbo.recovery.adapter import Shapes, adapter_problems, count_numbers
 from lrbo.recovery.gradients import windows_for
@@ -46,8 +44,6 @@ from lrbo.study.journal import Study
 from lrbo.study.study_record import study_folder
 from lrbo.tasks.causal_lm import CausalLM
 from lrbo.tasks.model_task import ModelTask
-
-SEEN_LIMIT = 0.01  # share of a text, as of lrbo evaluate
 
 
 @dataclass(frozen=True)
@@ -68,6 +64,7 @@ class RecoveryPlan:
     device: torch.device
     compute: torch.dtype
     stored: torch.dtype
+    texts: tuple[Role, ...] = TEXTS  # that are scored
 
     @property
     def loaded(self) -> torch.dtype:
@@ -106,8 +103,12 @@ class RecoveryPlan:
             )
 
 
-def plan_recovery(config: RecoverConfig) -> RecoveryPlan:
+def plan_recovery(
+    config: RecoverConfig, study: Study | None = None, texts: tuple[Role, ...] = TEXTS
+) -> RecoveryPlan:
     """Check everything that can be checked before a model is loaded.
+
+    Without a ``study``, that of the checkpoint is looked for in the folder of studies.
 
     Raises:
         ConfigError: Listing every problem.
@@ -123,15 +124,15 @@ def plan_recovery(config: RecoverConfig) -> RecoveryPlan:
         raise ConfigError(problems)
     about = checkpoint.quantization_config["provenance"]
     source, skeleton = _dense(config, about, folder, checkpoint, problems)
-    study = _study(config, about)
+    study = study or _study(config, about)
     windows = None
     with Collecting(problems, DataError, StudyError, ModelError):
-        windows = _windows(config, folder, about, source, study)
+        windows = windows_of(config, folder, about, source, study)
     if windows is not None:
         limits = Limits.of(checkpoint, str(folder))
         problems += limits.of_windows({f"data.{r}": each.ids for r, each in windows.items()})
         if not config.allow_seen:
-            problems += _seen(config, folder, windows, study)
+            problems += seen_problems(config, folder, windows, study)
     if source is None or windows is None or skeleton is None or problems:
         raise ConfigError(problems)
     out = states.folder_of(Path(config.out))
@@ -144,7 +145,7 @@ def plan_recovery(config: RecoverConfig) -> RecoveryPlan:
     stored = getattr(torch, export.stored_dtype(folder) or "float32")
     task = CausalLM()
     plan = RecoveryPlan(
-        config, folder, about, source, study, windows, task, device, compute, stored
+        config, folder, about, source, study, windows, task, device, compute, stored, texts
     )
     shapes, units = _trainable(skeleton, checkpoint)
     if "adapter" in config.recover.stages:
@@ -157,24 +158,6 @@ def plan_recovery(config: RecoverConfig) -> RecoveryPlan:
     if problems:
         raise ConfigError(problems)
     return plan
-
-
-def split(windows: TokenWindows, share: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Part windows into those to train on and, spread evenly over all texts, those held back.
-
-    Raises:
-        DataError: If there is only one.
-    """
-    count = len(windows.ids)
-    back = max(1, int(count * share))
-    if count <= back:
-        raise DataError(
-            f"data.calibration has {count} window, and {back} is held back to judge by, which "
-            "leaves none to train on; give it at least 2"
-        )
-    held = sorted({(2 * index + 1) * count // (2 * back) for index in range(back)})
-    rest = [index for index in range(count) if index not in {*held}]
-    return windows.ids[rest], windows.ids[held]
 
 
 def _checkpoint(folder: Path) -> Any:
@@ -254,74 +237,6 @@ def _study(config: RecoverConfig, about: Mapping[str, Any]) -> Study | None:
         if study.exists and study.about.model_fingerprint == about.get("base_fingerprint"):
             return study
     return None
-
-
-def _windows(
-    config: RecoverConfig,
-    folder: Path,
-    about: Mapping[str, Any],
-    source: ModelSource | None,
-    study: Study | None,
-) -> dict[Role, TokenWindows]:
-    """Return the text that is asked for: that of the study, or new text.
-
-    Raises:
-        DataError: If a text is missing, too short or another one.
-        StudyError: If the tokens of the study cannot be had.
-    """
-    if config.data.name != STUDY_TEXT:
-        if config.data.source == "packaged" and (missing := documents.missing_package()):
-            raise DataError(missing)
-        tokenizer = load_tokenizer(ModelSource("hf", str(folder)))
-        return make_windows(config.data, tokenizer, seed=config.seed)
-    if study is None:
-        name = about.get("study")
-        what = (
-            f"{folder} is of the study {name}, which is not in {config.studies} with the same "
-            "model; say where with studies=FOLDER, or"
-            if isinstance(name, str)
-            else f"{folder} is of no study;"
-        )
-        raise DataError(f"no text to train on: {what} choose text with data=NAME")
-    assert source is not None
-    examples = planning.examples_of(study.config, source, study)
-    windows = {role: each for role, each in examples.items() if isinstance(each, TokenWindows)}
-    stated = about.get("data", {})
-    if others := [r for r, w in windows.items() if stated.get(r, {}).get("digest") != w.digest]:
-        raise DataError(
-            f"the study {study.name} has other text now than {folder} says, for "
-            f"{', '.join(others)}; choose text with data=NAME"
-        )
-    return windows
-
-
-def _seen(
-    config: RecoverConfig, folder: Path, windows: Mapping[Role, TokenWindows], study: Study | None
-) -> list[str]:
-    """List text that would be scored and was seen, or trained on and is to be scored."""
-    problems = []
-    for role in ("validation", "test"):
-        for own, share in (seen_shares(folder, windows[role].ids) or {}).items():
-            is_expected = role == "validation" and own.startswith("validation")
-            if share > SEEN_LIMIT and not is_expected:
-                problems.append(
-                    f"data.{role}: {share:.1%} of {windows[role].text} is in what {folder} used "
-                    f"for {own}, so its score would mean nothing; choose another text, or "
-                    "allow_seen=true to score it nevertheless, which the result states"
-                )
-    if study is not None and config.data.name != STUDY_TEXT:
-        with suppress(DataError, StudyError):
-            test = planning.examples_of(
-                study.config, planning.model_source(study.config.model), study
-            )["test"]
-            assert isinstance(test, TokenWindows)
-            shared = overlaps({"calibration": windows["calibration"], "test": test})
-            problems += [
-                f"data.calibration: {sentence}; choose another text, or allow_seen=true to train "
-                "on it nevertheless"
-                for sentence in shared
-            ]
-    return problems
 
 
 def _trainable(skeleton: PreTrainedModel, checkpoint: Any) -> tuple[Shapes, list[tuple[str, ...]]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from lrbo.config import schema
 from lrbo.config.choices import KEEP_RATIO, THRESHOLD
 from lrbo.errors import ConfigError
 from lrbo.optimization.budgets import FrontSpace
@@ -12,7 +11,7 @@ from lrbo.optimization.space import Point
 from lrbo.optimization.thresholds import ThresholdSpace
 from lrbo.pipeline import build_worker, planning
 from lrbo.progress import Reporter
-from lrbo.reports.mlflow_view import digests, make_tracker, presentation, show_if_possible
+from lrbo.reports.mlflow_view import make_tracker, params, presentation, show_if_possible
 from lrbo.study import versions
 from lrbo.study.front import pareto_front
 from lrbo.study.journal import Study
@@ -31,7 +30,7 @@ def search_loop(
     space = build_worker.informed_space(plan, study, worker.model, worker.prepared, reporter)
     tracker = make_tracker(config, study)
     with reporter.waiting("Opening MLflow"):
-        tracker.start(schema.flat(config) | digests(study))
+        tracker.start(params(config, study))
         tracker.present(presentation(study))
         tracker.sync(study.state.records)
     loop = SearchLoop(

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lrbo.config import saved, schema
 from lrbo.config.choices import KEEP_RATIO
 from lrbo.config.schema import SearchConfig
 from lrbo.config.shell import command
@@ -18,6 +19,7 @@ from lrbo.files.rendering import render
 from lrbo.progress import imported
 from lrbo.reports.gains import gains
 from lrbo.reports.pictures import draw_figures
+from lrbo.reports.recoveries import recovered_rows, recoveries
 from lrbo.reports.results import described, hypervolume_of, score_rows, summary
 from lrbo.reports.study_tables import head_tables
 from lrbo.study.journal import Study
@@ -52,6 +54,14 @@ def digests(study: StudyRecord) -> dict[str, Any]:
     digests = {f"data.{role}.digest": used["digest"] for role, used in study.data.items()}
     versions = {f"version.{name}": version for name, version in study.about.versions.items()}
     return digests | versions | {"model.fingerprint": study.about.model_fingerprint}
+
+
+def params(config: SearchConfig, study: StudyRecord) -> dict[str, Any]:
+    """Params of a study's run: its values, of a recovery only those of one that is wanted."""
+    values = schema.flat(config)
+    if not config.recover.enabled:
+        values = {key: v for key, v in values.items() if not key.startswith(f"{saved.RECOVER}.")}
+    return values | digests(study)
 
 
 def presentation(study: StudyRecord) -> Presentation:
@@ -97,6 +107,23 @@ def show_checkpoint(tracker: Tracker, event: Mapping[str, Any]) -> None:
         tracker.checkpoint(Checkpoint(event["id"], event["trial"], folder, copied, event["tags"]))
 
 
+def show_recoveries(study: StudyRecord, tracker: Tracker) -> None:
+    """Show what was recovered after the search as the journal has it: scores, but no curves."""
+    for each in recoveries(study):
+        for event in each.events:
+            scores = {"validation": event["validation"]}
+            if (test := each.tests.get(event["trial"])) is not None:
+                scores["test"] = test["test"]
+            numbers = {
+                f"{text}_{model}_{name}": value
+                for text, models in scores.items()
+                for model, metrics in models.items()
+                for name, value in metrics.items()
+            }
+            run, own = f"recovery-{Path(event['folder']).name}", {"trial": event["trial"]}
+            tracker.recovery(event["id"], run, own | {**each.settings}, numbers)
+
+
 def write_page(study: StudyRecord) -> Path:
     """Write the page of a study, and return its path."""
     path = study.folder / "report.html"
@@ -133,6 +160,10 @@ def show(study: StudyRecord, tracker: Tracker) -> None:
             numbers[f"gain_{text}"] = difference.mean
             if difference.error is not None:
                 numbers[f"gain_{text}_error"] = difference.error
+    for best in filter(lambda each: each["is_best"], recovered_rows(study)):
+        numbers["recovered_trial"] = best["trial"]
+        numbers |= {f"recovered_{name}": v for name, v in best["validation"]["after"].items()}
+        numbers |= {f"test_recovered_{name}": v for name, v in best["test"]["after"].items()}
     artifacts = [*figures, front, study.folder / "config.yaml", study.folder / "study.json"]
     if not isinstance(tracker, NullTracker):
         artifacts.append(write_page(study))

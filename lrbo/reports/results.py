@@ -17,6 +17,7 @@ from lrbo.files.paths import model_folder
 from lrbo.layers.options import UNITS, dense_cost
 from lrbo.reports.allocations import dense_size
 from lrbo.reports.gains import gains
+from lrbo.reports.recoveries import recovered_rows
 from lrbo.study.front import hypervolume, pareto_front, reference_point
 from lrbo.study.state import StudyState
 from lrbo.study.study_record import StudyRecord
@@ -50,7 +51,9 @@ def summary(study: StudyRecord) -> dict[str, Any]:
           each trial on it, from small to large; at one budget there is none;
         - ``hypervolume``: area that a front dominates below its ``reference``, loss times ``size``;
         - ``seconds``: sums over all trials, by stage;
-        - ``checkpoints``: the models that were written, and whether each ``exists`` still.
+        - ``checkpoints``: the models that were written, and whether each ``exists`` still;
+        - ``recovered``: trials that were trained after the search, as
+          :func:`lrbo.reports.recoveries.recovered_rows` says.
     """
     state, task, size = study.state, study.task, size_metric(study) or KEEP_RATIO
     scores = [metric.name for metric in task.scores]
@@ -77,6 +80,7 @@ def summary(study: StudyRecord) -> dict[str, Any]:
         ],
         "hypervolume": hypervolume_of(study),
         "checkpoints": checkpoints(study),
+        "recovered": recovered_rows(study),
         "seconds": seconds_by_stage(state),
         "test": {
             label: {"trial": test["trial"], "text": test["text"], **_pick(test["metrics"], *scores)}

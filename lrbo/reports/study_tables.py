@@ -10,6 +10,7 @@ from lrbo.layers.form import DENSE_FORM
 from lrbo.layers.options import UNITS
 from lrbo.reports import allocations, results
 from lrbo.reports.gains import MEANING, gains
+from lrbo.reports.recoveries import recovery_tables
 from lrbo.study.state import StudyState
 from lrbo.study.study_record import StudyRecord
 from lrbo.tasks.metrics import COSTS, KEEP_RATIO, LATENCIES, MISSING, PARAMETERS, SIZES
@@ -33,6 +34,7 @@ def detail_tables(study: StudyRecord) -> list[Table]:
     tables = [
         *([] if (size := results.size_metric(study)) is None else [_front(study, size)]),
         *([] if best is None else [_allocation(study, best), _weights(study, best)]),
+        *recovery_tables(study),
         _checkpoints(study),
         _failures(study.state),
         _seconds(study.state),

@@ -15,8 +15,17 @@ from lrbo.errors import StudyError
 from lrbo.files.parsing import ContentError, Count, Flag, Number, Positive, Whole, checked, shown
 from lrbo.layers.options import Budget
 from lrbo.models.specs import LayerSpec
-from lrbo.study.events import FORMAT, BudgetFields, NonEmpty, exact, made_of
+from lrbo.study.events import (
+    FORMAT,
+    RECOVERED_FORMAT,
+    BudgetFields,
+    NonEmpty,
+    exact,
+    made_of,
+)
 from lrbo.tasks.metrics import TASKS, Task
+
+READ = f"{FORMAT} and {RECOVERED_FORMAT}"
 
 
 @exact
@@ -139,15 +148,15 @@ def about_of(value: object, where: str) -> About:
         raise ContentError(f"{where}: it is {shown(value)}, expected an object")
     version = value.get("format")
     if type(version) is not int:
-        raise ContentError(f"{where} has format {shown(version)}, this lrbo reads {FORMAT}")
-    if version != FORMAT:
+        raise ContentError(f"{where} has format {shown(version)}, this lrbo reads {READ}")
+    if version not in (FORMAT, RECOVERED_FORMAT):
         todo = "a newer lrbo began it: upgrade lrbo"
         if version < FORMAT:
             todo = (
                 "an older lrbo began it: go on with that version, or begin again under another "
                 "study=NAME"
             )
-        raise StudyError(f"{where} has format {version}, this lrbo reads {FORMAT}; {todo}")
+        raise StudyError(f"{where} has format {version}, this lrbo reads {READ}; {todo}")
     about: About = checked(value, About, where)
     about.fields = value
     return about

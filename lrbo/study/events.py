@@ -37,6 +37,7 @@ from lrbo.tasks.metrics import Task
 from lrbo.trials.records import Origin
 
 FORMAT = 5  # of study.json and the journal beside it
+RECOVERED_FORMAT = 6  # from the first line on that says that a trial was recovered
 
 Element = TypeVar("Element")
 NonEmpty = Annotated[list[Element], Field(min_length=1)]
@@ -247,10 +248,48 @@ class Versions(Event):
     versions: dict[str, str]
 
 
+@exact
+class RecoveryScores(TypedDict):
+    """What a model scored before and after it was recovered, and the dense one if it was scored."""
+
+    dense: NotRequired[Metrics]
+    before: Metrics
+    after: Metrics
+
+
+# Values of `recover` and the seed, by dotted key; others with these come and go with versions.
+RecoverySettings = TypedDict(
+    "RecoverySettings", {"recover.minutes": Number, "recover.stages": NonEmpty[str]}
+)
+with_config(ConfigDict(extra="allow"))(RecoverySettings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recovered(Event):
+    """The model of a trial was written and trained."""
+
+    id: str  # of its run in MLflow, and of its checkpoint
+    trial: Count
+    folder: str  # in that of the study
+    settings: RecoverySettings  # which make those of one set comparable
+    validation: RecoveryScores
+    stages: list[dict[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reranked(Event):
+    """The best of recovered trials was scored on the test text."""
+
+    trial: Count
+    settings: RecoverySettings
+    text: str
+    test: RecoveryScores
+
+
 EVENTS: Mapping[str, type[Event]] = {
     kind.__name__.lower(): kind
     for kind in (Dense, Suggested, Started, Ended, Logged, Tested, Pooled, Chosen, Compressed,
-                 Versions)
+                 Versions, Recovered, Reranked)
 }  # fmt: skip
 
 
@@ -269,6 +308,12 @@ def event_of(value: object, where: str, task: Task) -> Event:
             needed = (*(metric.name for metric in task.metrics), *needed)
     elif isinstance(event, Dense | Tested):
         needed, whose = tuple(metric.name for metric in task.scores), ""
+    elif isinstance(event, Recovered | Reranked):
+        text = "validation" if isinstance(event, Recovered) else "test"
+        for model, scores in getattr(event, text).items():
+            if lacking := [m.name for m in task.scores if m.name not in scores]:
+                raise ContentError(f"{where}: {text}.{model} lacks {', '.join(lacking)}")
+        return event
     else:
         return event
     metrics = event.metrics

@@ -16,7 +16,7 @@ from lrbo.errors import StudyError
 from lrbo.files.atomic import write_text
 from lrbo.files.parsing import parse_json, to_json
 from lrbo.study.about import about_of
-from lrbo.study.events import FORMAT, event_of, fields_of
+from lrbo.study.events import FORMAT, RECOVERED_FORMAT, Recovered, event_of, fields_of
 from lrbo.study.study_record import StudyRecord
 from lrbo.trials.records import TrialRequest
 
@@ -67,6 +67,8 @@ class Study(StudyRecord):
         checked = event_of(parse_json(text, where), where, self.task)
         if (problem := self.state.problem(checked)) is not None:
             raise StudyError(f"{self.journal}: {where} cannot come here: {problem}")
+        if isinstance(checked, Recovered):
+            self._raise_format()
         # Unbuffered: a buffer would write its rest after the repair, when the file is closed.
         with self.journal.open("ab", buffering=0) as file:
             before = file.tell()
@@ -91,6 +93,13 @@ class Study(StudyRecord):
             rival=request.rival,
             seconds=dict(seconds),
         )
+
+    def _raise_format(self) -> None:
+        """Let an lrbo that does not know the lines to come refuse the study by its version."""
+        if self.about.format < RECOVERED_FORMAT:
+            whole = {**self.about.fields, "format": RECOVERED_FORMAT}
+            write_text(self._file, json.dumps(whole, indent=2, allow_nan=False) + "\n")
+            vars(self).pop("about")
 
     def _repair(self) -> None:
         """Cut off a torn last line; its bytes stay in ``journal.torn``."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +28,8 @@ class StudyState:
     trials: dict[int, TrialRecord] = field(default_factory=dict)
     tests: dict[str, dict[str, Any]] = field(default_factory=dict)  # Tested, by label
     checkpoints: list[dict[str, Any]] = field(default_factory=list)  # Compressed, in order
+    recovered: list[dict[str, Any]] = field(default_factory=list)  # Recovered, in order
+    reranked: list[dict[str, Any]] = field(default_factory=list)  # Reranked, likewise
     versions: dict[str, str] = field(default_factory=dict)  # where other than those of the start
     about: About | None = field(default=None, compare=False, repr=False)
 
@@ -78,6 +81,12 @@ class StudyState:
         """Return the completed trial with the lowest objective, the first of equals."""
         return min(self.completed, key=lambda r: r.metrics["objective"], default=None)
 
+    def recovery(self, trial: int, settings: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Return how a trial was recovered with settings, if it was."""
+        return next(
+            (r for r in self.recovered if r["trial"] == trial and r["settings"] == settings), None
+        )
+
     def apply(self, event: events.Event) -> None:
         """Take in one event of the journal, for which :meth:`problem` has none."""
         match event:
@@ -93,6 +102,10 @@ class StudyState:
                 self.tests[event.label] = _fields(event)
             case events.Compressed():
                 self.checkpoints.append(_fields(event))
+            case events.Recovered():
+                self.recovered.append(_fields(event))
+            case events.Reranked():
+                self.reranked.append(_fields(event))
             case events.Suggested():
                 allocation = events.allocation_of(event.allocation)
                 request = TrialRequest(
@@ -139,6 +152,12 @@ class StudyState:
                 return self._problem_of_test(event)
             case events.Compressed():
                 return self._problem_of_value(event.trial)
+            case events.Recovered() if self.recovery(event.trial, event.settings):
+                return f"trial {event.trial} was recovered with these settings already"
+            case events.Recovered():
+                return self._problem_of_value(event.trial)
+            case events.Reranked() if not self.recovery(event.trial, event.settings):
+                return f"no line before it recovers trial {event.trial} with these settings"
             case events.Pooled() | events.Chosen() if self.selection:
                 return "windows were chosen already"
             case events.Pooled() if event.allocation in self.pooled:

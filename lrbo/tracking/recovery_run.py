@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lrbo.tracking import mlflow_store as store
-from lrbo.tracking.mlflow_runs import StudyEntry, StudyRuns
+from lrbo.tracking.mlflow_runs import StudyEntry, StudyRuns, key_of
 from lrbo.tracking.mlflow_store import first_line, store_errors
 
 log = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ class MlflowRecoveryRun(RecoveryRun):
         """Find or make the run with the identity of a recovery; ``params`` are its settings."""
         self._study, self._identity, self._name = study, identity, name
         self._params = dict(params)
-        self._run: _Run | None = None
+        self._run: RecoveryRuns | None = None
         self._is_lost = False
         self._attempt(self._opened)
 
@@ -43,9 +43,9 @@ class MlflowRecoveryRun(RecoveryRun):
         """Show the last numbers, and close the run."""
         self._attempt(lambda: self._opened().close(metrics, status))
 
-    def _opened(self) -> _Run:
+    def _opened(self) -> RecoveryRuns:
         if self._run is None:
-            self._run = _Run(self._study)
+            self._run = RecoveryRuns(self._study)
             self._run.open(self._identity, self._name, self._params)
         return self._run
 
@@ -63,10 +63,11 @@ class MlflowRecoveryRun(RecoveryRun):
             )
 
 
-class _Run(StudyRuns):
-    """Writes the run of a recovery."""
+class RecoveryRuns(StudyRuns):
+    """Writes the run of one recovery."""
 
     def open(self, identity: str, name: str, params: Mapping[str, Any]) -> None:
+        """Find the run with the identity of a recovery, or make it below the study's."""
         own = store.with_tags(study_id=self._study.study_id, role="recovery", recovery=identity)
         if runs := self._search(own):
             run = runs[0]
@@ -81,11 +82,24 @@ class _Run(StudyRuns):
             self._log(run.info.run_id, {}, 0, 0, params)
         self._run_id, self._started = run.info.run_id, run.info.start_time
 
+    def complete(
+        self, identity: str, name: str, params: Mapping[str, Any], metrics: Mapping[str, float]
+    ) -> None:
+        """Write the run of a recovery that ended, unless all of its numbers are there."""
+        own = store.with_tags(study_id=self._study.study_id, role="recovery", recovery=identity)
+        for run in self._search(own):
+            if run.info.status == "FINISHED" and run.data.metrics.keys() >= {*map(key_of, metrics)}:
+                return
+        self.open(identity, name, params)
+        self.close(metrics, "FINISHED")
+
     def put(self, metrics: Mapping[str, float], step: int) -> None:
+        """Write numbers at a step."""
         self._check_free()
         self._log(self._run_id, metrics, _now(), step)
 
     def close(self, metrics: Mapping[str, float], status: str) -> None:
+        """Write the last numbers, and close the run."""
         self.put(metrics, 0)
         self._client.set_terminated(
             self._run_id, status=status, end_time=max(self._started, _now())

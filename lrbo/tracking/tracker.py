@@ -15,6 +15,7 @@ from lrbo.config.shell import command as command_line
 from lrbo.errors import TrackingError
 from lrbo.tracking.mlflow_runs import Checkpoint, Presentation, StudyEntry, StudyRuns
 from lrbo.tracking.mlflow_store import first_line, other_version, store_errors
+from lrbo.tracking.recovery_run import RecoveryRuns
 from lrbo.trials.records import TrialRecord
 
 log = logging.getLogger(__name__)
@@ -43,6 +44,11 @@ class Tracker:
 
     def checkpoint(self, checkpoint: Checkpoint) -> None:
         """Show a compressed model that was written, once; needs no :meth:`start`."""
+
+    def recovery(
+        self, identity: str, name: str, params: Mapping[str, Any], metrics: Mapping[str, float]
+    ) -> None:
+        """Show a recovery that ended, unless all of its numbers are shown already."""
 
     def summary(self, metrics: Mapping[str, float], artifacts: Iterable[Path]) -> None:
         """Put study-wide numbers, figures and tables on the parent run."""
@@ -105,6 +111,12 @@ class MlflowTracker(StudyEntry, Tracker):
         """Make a checkpoint a version of the study's registered model, unless it is one."""
         # The parent run stays as it is: a search may be going on.
         self._insist(lambda: (self._view or StudyRuns(self)).register(checkpoint))
+
+    def recovery(
+        self, identity: str, name: str, params: Mapping[str, Any], metrics: Mapping[str, float]
+    ) -> None:
+        """Write the run of a recovery that ended, unless all of its numbers are there."""
+        self._insist(lambda: RecoveryRuns(self).complete(identity, name, params, metrics))
 
     def summary(self, metrics: Mapping[str, float], artifacts: Iterable[Path]) -> None:
         """Put study-wide numbers and files on the parent run, PNG files under ``figures/``."""

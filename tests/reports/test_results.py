@@ -79,6 +79,7 @@ def test_a_study_that_only_began_has_every_key_and_no_value(journal: Journal) ->
         "front": [],
         "hypervolume": None,
         "checkpoints": [],
+        "recovered": [],
         "seconds": dict.fromkeys(SECONDS, 0.0),
         "test": {},
     }
@@ -115,6 +116,7 @@ def test_summary_says_what_was_written(full: Journal) -> None:
         "front": [],  # of one budget there is none
         "hypervolume": None,
         "checkpoints": [],
+        "recovered": [],
         # The trial that runs was suggested and allocated, so its seconds count too.
         "seconds": {"suggestion": 3.0, "allocation": 1.5, "scoring": 10.0, "logging": 0.625},
         "test": {

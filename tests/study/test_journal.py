@@ -16,7 +16,8 @@ import pytest
 
 from lrbo.errors import StudyError
 from lrbo.study import journal as module
-from lrbo.study.events import FORMAT, event_of
+from lrbo.study.about import READ
+from lrbo.study.events import FORMAT, RECOVERED_FORMAT, event_of
 from lrbo.study.journal import Study
 from lrbo.study.state import StudyState
 from lrbo.tasks.metrics import CAUSAL_LM
@@ -324,13 +325,13 @@ OLD_LINE = {
     [
         (
             OLD_ABOUT,
-            f"has format 2, this lrbo reads {FORMAT}; an older lrbo began it: "
-            ".* another study=NAME",
+            f"has format 2, this lrbo reads {READ}; an older lrbo began it: .* another study=NAME",
         ),
-        ({"format": 3}, f"has format 3, this lrbo reads {FORMAT}; an older lrbo began it: .*"),
+        ({"format": 3}, f"has format 3, this lrbo reads {READ}; an older lrbo began it: .*"),
         (
-            {"format": FORMAT + 1},
-            f"has format {FORMAT + 1}, this lrbo reads {FORMAT}; a newer lrbo began it: upgrade",
+            {"format": RECOVERED_FORMAT + 1},
+            f"has format {RECOVERED_FORMAT + 1}, this lrbo reads {READ}; a newer lrbo began it: "
+            "upgrade",
         ),
     ],
 )
