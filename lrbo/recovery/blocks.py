@@ -16,6 +16,7 @@ from lrbo.config.distillation import MUON
 from lrbo.config.recovery import BlocksConfig
 from lrbo.errors import NonFiniteError
 from lrbo.models.blockwise import Scratch
+from lrbo.recovery.block_windows import windows_in_time
 from lrbo.recovery.gradients import Metric, output_metrics, windows_for
 from lrbo.recovery.optimizer import optimizer_of
 from lrbo.recovery.stage import Recovery, StageReport
@@ -79,12 +80,7 @@ class _Work:
         self.dense, self.body = (
             recovery.task.segments(model) for model in (recovery.dense, recovery.model)
         )
-        self.windows = torch.cat([recovery.training, recovery.held_back])
-        self.seen = len(recovery.training)
         self.scratch = Scratch(int(self.settings.memory_gib * 2**30))
-        size = self.settings.batch_windows
-        self.fitting = batches_of(0, self.seen, size)
-        self.judging = batches_of(self.seen, len(self.windows), size)
         self.step_seconds: float | None = None  # what parts of the work take, as last measured
         self.pass_seconds = 0.0
         is_muon = self.settings.optimizer == MUON
@@ -97,6 +93,11 @@ class _Work:
         trainables = self.recovery.trainables
         before_rounding, trainables.rounding = trainables.rounding, True  # as blocks are stored
         metrics = self._metrics()
+        parts = windows_in_time(self.recovery, self.dense, CHECKS)
+        self.windows, self.seen = torch.cat(parts), len(parts[0])
+        size = self.settings.batch_windows
+        self.fitting = batches_of(0, self.seen, size)
+        self.judging = batches_of(self.seen, len(self.windows), size)
         streams = [self._embedded(body) for body in (self.dense, self.body)]
         rows: list[dict[str, Any]] = []
         with self.recovery.reporter.step("Blocks", count, "blocks") as advance:
