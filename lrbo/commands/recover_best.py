@@ -89,7 +89,8 @@ def recover_best(config: SearchConfig, study: Study, reporter: Reporter) -> None
     """Recover the best trials of a locked study that are not yet, and test the best of them all.
 
     A trial is recovered once with the same settings. One that was interrupted goes on after its
-    last finished block, stage or distillation checkpoint. Nothing of a search may be in memory.
+    last finished block or stage, or the last checkpoint of one. Nothing of a search may be in
+    memory.
 
     Raises:
         ConfigError: If memory or a disk cannot hold what is needed, with the sizes.
