@@ -25,7 +25,7 @@ from lrbo.config.schema import (
     SearchConfig,
 )
 from lrbo.data.windows import TokenWindows
-from lrbo.errors import Collecting, DataError
+from lrbo.errors import CheckpointError, Collecting, DataError
 from lrbo.files.atomic import remove_whole
 from lrbo.files.parsing import to_json
 from lrbo.models.devices import dtype_name, resolve_device
@@ -42,7 +42,7 @@ from lrbo.reports.mlflow_view import (
     show_if_possible,
     show_recoveries,
 )
-from lrbo.reports.recoveries import recoveries
+from lrbo.reports.recoveries import is_there, recoveries
 from lrbo.study.journal import Study
 from lrbo.tasks.causal_lm import CausalLM
 from lrbo.tracking.tracker import Tracker
@@ -89,11 +89,13 @@ def recover_best(config: SearchConfig, study: Study, reporter: Reporter) -> None
     """Recover the best trials of a locked study that are not yet, and test the best of them all.
 
     A trial is recovered once with the same settings. One that was interrupted goes on after its
-    last finished block, stage or distillation checkpoint. Nothing of a search may be in memory.
+    last finished block or stage, or the last checkpoint of one. Nothing of a search may be in
+    memory.
 
     Raises:
         ConfigError: If memory or a disk cannot hold what is needed, with the sizes.
-        CheckpointError: If what an interruption left is damaged.
+        CheckpointError: If what an interruption left is damaged, or the best is to be tested and
+            its checkpoint was removed.
         ModelError: If a layer cannot be trained, or the dense model changed.
         NonFiniteError: If a loss is not finite; what was finished before it is kept.
     """
@@ -114,7 +116,8 @@ def recover_best(config: SearchConfig, study: Study, reporter: Reporter) -> None
     for each in recoveries(study):
         if each.settings == settings:
             best = study.folder / each.events[0]["folder"]
-            reporter.say(f"Recovered: {each.sentence}. It is in {best}")
+            where = "It is in" if is_there(best) else "It is no longer in"
+            reporter.say(f"Recovered: {each.sentence}. {where} {best}")
 
 
 def _settings(config: SearchConfig) -> dict[str, Any]:
@@ -186,10 +189,10 @@ def _recover_all(
                 recovery = plan_recovery(config, study, ("validation",))
                 recover.recover(recovery, reporter, tracker)
         except KeyboardInterrupt:
-            reporter.say(
-                f"Stopping: {number - 1} of {len(records)} recoveries are in {study.journal}, and "
-                f"what is finished of trial {trial} lies in {states.folder_of(out)}"
-            )
+            text = f"Stopping: {number - 1} of {len(records)} recoveries are in {study.journal}"
+            if (begun := states.folder_of(out)).exists():
+                text += f", and what is finished of trial {trial} lies in {begun}"
+            reporter.say(text)
             raise
         about = _about(out)["recovery"]
         study.record(
@@ -248,6 +251,13 @@ def _test_best(
     trial, folder = best["trial"], study.folder / best["folder"]
     if trial in own.tests:
         return
+    if not is_there(folder):
+        raise CheckpointError(
+            f"trial {trial} is the best after recovery and is to be scored on the test text, and "
+            f"its checkpoint is no longer in {folder}: put it back there, give another value of "
+            "recover, such as recover.minutes, to recover the best trials into a set of their own, "
+            "or give recover.enabled=false"
+        )
     start = folder.with_name(f"{folder.name}.start")
     _write_start(plan, study, study.state.trials[trial], start, reporter)
     device, record = resolve_device(plan.config.model.device), plan.task.record

@@ -89,14 +89,16 @@ class MixedStudent(Student):
         self.probability, self.drawn = 0.0, list[list[str]]()
 
     def draw(self, step: int, probability: float) -> None:
-        """Draw the layers of a step."""
+        """Draw the layers of a step, at least one of which stays: else there is no gradient."""
         assert isinstance(self.settings, MixedRankConfig)
         self.probability, self.drawn = probability, []
         if not probability:
             return
+        generator = np.random.default_rng((self.seed, step))
         passes = 2 if self.settings.consistency else 1
-        draws = np.random.default_rng((self.seed, step)).random((passes, len(self.units)))
-        for row in draws < probability:
+        for row in generator.random((passes, len(self.units))) < probability:
+            if row.all():
+                row[generator.integers(len(row))] = False
             pairs = zip(self.units, row, strict=True)
             self.drawn.append([name for unit, is_dense in pairs if is_dense for name in unit])
 

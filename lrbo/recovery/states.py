@@ -22,6 +22,7 @@ from lrbo.recovery.stage import StageReport
 
 FORMAT = 1
 SETTINGS, SCORES, LOCK = "settings.json", "scores.json", "lock"
+PATH = "checkpoint"  # key of a path, which may change: the digest of the files is what counts
 REPORT = "report"  # key of what a file of tensors says beside them
 
 
@@ -55,7 +56,7 @@ def differences(folder: Path, settings: Mapping[str, Any]) -> list[str]:
     return [
         f"{key}: the recovery in {folder} has {old.get(key)!r}, the command has {new.get(key)!r}"
         for key in dict.fromkeys([*old, *new])
-        if old.get(key) != new.get(key)
+        if key != PATH and old.get(key) != new.get(key)
     ]
 
 

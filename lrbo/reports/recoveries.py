@@ -67,6 +67,11 @@ def recoveries(study: StudyRecord) -> list[Recoveries]:
     return sets
 
 
+def is_there(folder: Path) -> bool:
+    """Whether the checkpoint of a recovered trial is still in its folder."""
+    return (Path(model_folder(str(folder))) / "config.json").is_file()
+
+
 def recovered_rows(study: StudyRecord) -> list[dict[str, Any]]:
     """Return a row per recovered trial as plain values, those of one set best first.
 
@@ -94,7 +99,7 @@ def recovered_rows(study: StudyRecord) -> list[dict[str, Any]]:
                     "trial": trial,
                     "is_best": trial == each.after[0] and test is not None,
                     "folder": str(folder),
-                    "exists": (Path(model_folder(str(folder))) / "config.json").is_file(),
+                    "exists": is_there(folder),
                     "validation": scores(event["validation"]),
                     "test": None if test is None else scores(test["test"]),
                     "stages": event["stages"],

@@ -18,9 +18,12 @@ import lrbo
 from lrbo.checkpoints.trained import OPENS, with_section
 from lrbo.commands import recover
 from lrbo.data.windows import load_windows
+from lrbo.files.rendering import render
+from lrbo.files.tables import Table, columns
 from lrbo.models.tiny import byte_tokenizer, tiny_model
 from lrbo.pipeline.planning import tokens_file
 from lrbo.recovery import blocks, memory, states
+from lrbo.recovery.stage import StageReport
 from lrbo.study.journal import Study
 from tests.support.commands import Ran, in_folder, lrbo_command, project, searched
 
@@ -318,6 +321,29 @@ def test_a_section_is_put_into_a_card_and_a_command_to_the_others() -> None:
     assert 'from_pretrained("b")' in new
     assert "lrbo compress out=a\nlrbo recover out=b\n```\n\nWith python." in new
     assert "## Recovery" in with_section(None, "b", "## Recovery", "lrbo recover out=b")
+
+
+@pytest.mark.parametrize("names", [["adapter"], ["adapter", "distill"]])
+def test_the_card_says_what_was_trained(names: list[str]) -> None:
+    stages = [StageReport(name, 60.0, 3, 96, 2.0, 1.5, trained=1234) for name in names]
+    table = Table("Recovery", columns("model"), [["dense"]])
+    text = {"calibration": "mine", "validation": "yours"}
+    section = render("recovery.md", stages=stages, text=text, table=table)
+    own = "\nIts factors and thin layers were trained after compression by small updates alone, "
+    every = "\nIts small numbers (factors, scales, norms, biases) were trained after compression, "
+    assert (own in section, every in section) == (len(names) == 1, len(names) == 2)
+    assert "towards the dense model:\n- `adapter`: 3 steps on 96 tokens" in section
+    assert section.count("1,234 numbers trained\n") == len(names)
+
+
+def test_a_recovery_goes_on_where_its_checkpoint_was_moved(tmp_path: Path) -> None:
+    folder = tmp_path / "x.recovery"
+    states.State(folder, {"checkpoint": "/old/x", "checkpoint.digest": "a"})
+    assert not states.State(folder, {"checkpoint": "/new/x", "checkpoint.digest": "a"}).is_new
+    with pytest.raises(
+        lrbo.LrboError, match=r"checkpoint\.digest: .* has 'a', the command has 'b'"
+    ):
+        states.State(folder, {"checkpoint": "/old/x", "checkpoint.digest": "b"})
 
 
 def test_a_state_that_is_damaged_is_named(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from lrbo.config.recovery import RecoverySection
 from lrbo.config.saved import continued, from_yaml, to_yaml
 from lrbo.config.schema import RecoverConfig, SearchConfig, flat
 from lrbo.data.windows import TokenWindows
+from lrbo.errors import CheckpointError
 from lrbo.models.tiny import tiny_model
 from lrbo.pipeline import planning
 from lrbo.pipeline.recovering import RecoveryPlan, plan_recovery
@@ -129,13 +130,10 @@ def test_what_is_killed_goes_on_with_the_candidate_and_the_block(copied: Study) 
     assert study.journal.read_bytes() == journal
 
 
-def test_new_candidates_are_added_and_all_are_ranked_again(
-    copied: Study, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With what training would make of them made up: the worse a trial was, the better it is."""
-    trained = []
+def made_up(trained: list[int]) -> Any:
+    """Make up what training makes of trials: the worse one was, the better it is."""
 
-    def made_up(plan: RecoveryPlan, *_: Any) -> None:
+    def recover_one(plan: RecoveryPlan, *_: Any) -> None:
         config = json.loads((plan.folder / "config.json").read_text("utf-8"))
         about = config["quantization_config"]["provenance"]
         trained.append(about["trial"])
@@ -152,7 +150,14 @@ def test_new_candidates_are_added_and_all_are_ranked_again(
         shutil.copytree(plan.folder, plan.config.out)
         Path(plan.config.out, "config.json").write_text(json.dumps(config), encoding="utf-8")
 
-    monkeypatch.setattr(recover, "recover", made_up)
+    return recover_one
+
+
+def test_new_candidates_are_added_and_all_are_ranked_again(
+    copied: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained: list[int] = []
+    monkeypatch.setattr(recover, "recover", made_up(trained))
     trials = ranked(copied)
     recovered()
     assert trained == trials[:2]
@@ -171,6 +176,22 @@ def test_new_candidates_are_added_and_all_are_ranked_again(
     assert len([*study.folder.glob("recovered/*/trial-???")]) == 4
     about = json.loads((study.folder / "study.json").read_text("utf-8"))
     assert about["format"] == 6  # so that an lrbo that does not know the lines says it
+
+
+def test_a_checkpoint_that_was_removed_is_missed_where_it_is_needed(
+    copied: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recover, "recover", made_up([]))
+    study, said = recovered()
+    (best,) = (row for row in summary(study)["recovered"] if row["is_best"])
+    assert f"It is in {best['folder']}" in said
+    shutil.rmtree(best["folder"])
+    assert f"It is no longer in {best['folder']}" in recovered()[1]
+    lines = study.journal.read_text("utf-8").splitlines(keepends=True)
+    study.journal.write_text("".join(each for each in lines if "reranked" not in each), "utf-8")
+    with pytest.raises(CheckpointError, match=rf"no longer in {best['folder']}: put it back"):
+        recovered()
+    assert recovered("recover.minutes=1")[1].count("It is in") == 1
 
 
 def test_no_model_of_the_search_is_left_where_training_begins(

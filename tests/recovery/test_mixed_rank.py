@@ -132,6 +132,21 @@ def test_layers_that_share_a_factor_are_drawn_together(tmp_path: Path) -> None:
     assert report.after < report.before
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_each_pass_has_a_layer_to_train(count: int, tmp_path: Path) -> None:
+    """Without one there would be no gradient: of factors alone, in a model of few that are low."""
+    names = [*SHARED][::3][:count]
+    options = dict.fromkeys(names, ("factored 3", "dense"))
+    settings = replace(FAST, train="factors", probability=0.95, decay=1.0, consistency=0.0)
+    recovery = compressed_pair(options=options).recovery(tmp_path, settings)
+    student = student_of(recovery)
+    assert len(student.units) == count
+    for step in range(50):
+        student.draw(step, 0.95)
+        assert all(len(names) < count for names in student.drawn)
+    assert mixed_rank.run(recovery).steps > 0
+
+
 def test_thin_and_skipped_layers_have_no_counterpart(tmp_path: Path) -> None:
     for option in ("neurons 12", "skip"):
         options = {name: (option, option) for name in FORMS if "mlp" in name}

@@ -47,6 +47,11 @@ families = pytest.mark.parametrize(
         ("qwen2", False),  # grouped queries, biases on q, k, v alone
         ("phi", False),  # attention and MLP read the same
         ("gpt_neox", False),
+        ("phi3", False),  # q, k, v in one layer
+        ("opt", False),  # flattens the tokens of all windows before its MLP
+        ("mistral", False),
+        ("qwen3", False),  # norms of queries and keys
+        ("smollm3", False),
     ],
 )
 

@@ -85,7 +85,7 @@ def inputs_of(model: PreTrainedModel, name: str, windows: Tensor) -> np.ndarray:
     """Run the whole body and return what a module reads."""
     read: list[Tensor] = []
     handle = model.get_submodule(name).register_forward_pre_hook(
-        lambda module, inputs: read.append(inputs[0].flatten(0, 1))
+        lambda module, inputs: read.append(inputs[0].flatten(0, -2))
     )
     with torch.no_grad():
         body_and_head(model)[0](windows, use_cache=False)
