@@ -6,7 +6,6 @@ import gc
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,7 @@ import torch
 from lrbo.checkpoints import export
 from lrbo.checkpoints.calibration_text import shared_runs
 from lrbo.commands import compress, recover
-from lrbo.config.options import flatten
 from lrbo.config.recovery import STUDY_TEXT, DenseConfig
-from lrbo.config.saved import RECOVER
 from lrbo.config.schema import (
     CompressConfig,
     DataConfig,
@@ -122,7 +119,7 @@ def recover_best(config: SearchConfig, study: Study, reporter: Reporter) -> None
 
 def _settings(config: SearchConfig) -> dict[str, Any]:
     """Return what makes recovered trials of a study comparable."""
-    return {**flatten(asdict(config.recover.section), f"{RECOVER}."), "seed": config.seed}
+    return {**config.recover.section.effective, "seed": config.seed}
 
 
 def _name_of(settings: Mapping[str, Any]) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
 
 from lrbo.config import options
 from lrbo.config.distillation import (
@@ -63,6 +64,13 @@ class RecoverySection:
     distill: DistillConfig = field(default_factory=DistillConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     mixed_rank: MixedRankConfig = field(default_factory=MixedRankConfig)
+
+    @property
+    def effective(self) -> dict[str, Any]:
+        """Values by key, without the options of stages that are not among ``stages``."""
+        unused = {*STAGES} - {*self.stages}
+        values = {k: v for k, v in asdict(self).items() if k not in unused}
+        return options.flatten(values, "recover.")
 
 
 def stage_problems(config: RecoverySection) -> list[str]:

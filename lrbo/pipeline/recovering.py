@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 
 from lrbo.checkpoints import export, quantizer
 from lrbo.checkpoints.trained import stored_in
-from lrbo.config.options import flatten
 from lrbo.config.recovery import STAGES
 from lrbo.config.schema import RecoverConfig
 from lrbo.data.windows import Role, TokenWindows
@@ -80,7 +79,7 @@ class RecoveryPlan:
             "model.path": self.source.path,
             "model.dtype": dtype_name(self.compute),
             **{f"data.{role}": each.digest for role, each in self.windows.items()},
-            **flatten(asdict(self.config.recover), "recover."),
+            **self.config.recover.effective,
             "seed": self.config.seed,
         }
 

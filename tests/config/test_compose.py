@@ -341,3 +341,13 @@ def test_a_recovery_has_the_same_defaults_in_its_file_and_in_a_program() -> None
     config = compose.composed("recover", ["checkpoint=x", "out=y"])
     assert isinstance(config, RecoverConfig)
     assert config.recover == RecoverySection()
+
+
+def test_options_of_stages_that_are_not_run_decide_nothing_of_a_recovery() -> None:
+    own = RecoverySection(stages=["blocks"])
+    own.distill.lr = 1.0
+    assert own.effective == RecoverySection(stages=["blocks"]).effective
+    assert "recover.distill.lr" not in own.effective
+    own.blocks.lr = 1.0
+    assert own.effective["recover.blocks.lr"] == 1.0
+    assert own.effective != RecoverySection(stages=["blocks"]).effective
