@@ -389,11 +389,11 @@ def test_a_sweep_makes_a_study_per_job_goes_on_when_typed_again_and_is_compared(
     def lrbo_process(*arguments: str) -> Ran:
         return Ran(*forks.ended(forks.start_lrbo(arguments, tmp_path), tmp_path, seconds=240))
 
-    sweep = ["search", "-m", "experiment=tiny", "method=svd_llm,bolaco", "seed=0,1"]
+    sweep = ["search", "-m", "experiment=tiny", "method=svd_llm,bolaco", "seed=1"]
     sweep += ["search.trials=4", "study=sweep_${method.name}_${seed}"]
     first = lrbo_process(*sweep)
     assert first.status == 0, first.err
-    names = {f"sweep_{method}_{seed}" for method in ("svd_llm", "bolaco") for seed in (0, 1)}
+    names = {"sweep_svd_llm_1", "sweep_bolaco_1"}
     studies = {path.parent.name for path in tmp_path.glob("studies/*/study.json")}
     assert studies == names
     # One of them was killed before its last trial ended.
@@ -406,12 +406,12 @@ def test_a_sweep_makes_a_study_per_job_goes_on_when_typed_again_and_is_compared(
     assert len([line for line in second.err.splitlines() if line.startswith("Trial ")]) == 1
     ran = lrbo_process("report", "study=sweep_*", "output=json")
     assert ran.status == 0, ran.err
-    assert "Perplexity of 4 studies" in ran.out
+    assert "Perplexity of 2 studies" in ran.out
     assert (tmp_path / "studies" / "comparison.png").read_bytes().startswith(b"\x89PNG")
     summaries = ran.json["studies"]
     assert [study["study"] for study in summaries] == sorted(names)
     assert all(study["trials_completed"] == 4 for study in summaries)
-    two = lrbo_process("report", "study=[sweep_bolaco_0,sweep_svd_llm_1]", "sync=true")
+    two = lrbo_process("report", "study=[sweep_bolaco_1,sweep_svd_llm_1]", "sync=true")
     assert two.status == 0, two.err
     assert "Perplexity of 2 studies" in two.out
     assert two.err.count("trials were missing and are there now") == 2

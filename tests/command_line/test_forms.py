@@ -10,7 +10,7 @@ import lrbo
 from lrbo.layers.options import DENSE, MEASURES, Option
 from lrbo.models.loading import tiny_model
 from lrbo.models.model_map import map_model
-from lrbo.study.events import FORMAT
+from lrbo.study.about import READ
 from lrbo.study.journal import Study
 from tests.support.commands import SMALL_SEARCH, Ran, in_folder, lrbo_command, searched_in
 
@@ -178,6 +178,6 @@ def test_a_study_of_an_earlier_format_is_refused_by_version(
         ran = lrbo_command(*command, "study=old")
         assert ran.status == 2
         output = " ".join(ran.err.split())
-        refusal = f"this lrbo reads {FORMAT}; an older lrbo began it: go on with that version"
+        refusal = f"this lrbo reads {READ}; an older lrbo began it: go on with that version"
         assert refusal in output
     assert {name: (old / name).read_bytes() for name in before} == before

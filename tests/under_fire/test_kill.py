@@ -16,7 +16,7 @@ from experiments.bench_kill import kills
 pytestmark = pytest.mark.slow
 
 SEED = 20
-KILLS = int(os.environ.get("LRBO_KILLS", "12"))  # experiments/bench_kill does 1,000
+KILLS = int(os.environ.get("LRBO_KILLS", "8"))  # experiments/bench_kill does 1,000
 COMMAND = "from lrbo.cli import main; main()"
 
 
