@@ -99,13 +99,14 @@ class _Work:
         self.fitting = batches_of(0, self.seen, size)
         self.judging = batches_of(self.seen, len(self.windows), size)
         streams = [self._embedded(body) for body in (self.dense, self.body)]
-        rows: list[dict[str, Any]] = []
+        rows, trained = list[dict[str, Any]](), 0
         with self.recovery.reporter.step("Blocks", count, "blocks") as advance:
             for index in range(count):
                 self._advance(self.dense, index, streams[0])
                 loss = BlockLoss(None if metrics is None else metrics[index], self.body.device)
                 with self.body.open_block(index) as block:
                     row = self._resumed(index) or self._train(block, index, streams, loss)
+                    trained += sum(p.numel() for p in block.parameters() if id(p) in self.names)
                 rows.append(row)
                 if index < count - 1:
                     self._advance(self.body, index, streams[1])
@@ -129,6 +130,7 @@ class _Work:
             after,
             "; ".join(stopped) or None,
             tuple(rows),
+            trained,
         )
 
     def _metrics(self) -> list[Metric] | None:

@@ -63,7 +63,8 @@ class MixedRank(Distillation):
     def on_step_begin(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
         super().on_step_begin(_args, state, _control)
         assert isinstance(self.settings, MixedRankConfig)
-        left = max(1 - self.progress(state.global_step) / self.settings.decay, 0.0)
+        done = self.progress(state.global_step - 1)  # before this step
+        left = max(1 - done / self.settings.decay, 0.0)
         self.student.draw(state.global_step, self.settings.probability * left)
 
 

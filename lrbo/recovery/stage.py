@@ -47,4 +47,4 @@ class StageReport:
     after: float
     stopped: str | None = None  # why it ended before its last step, if it did
     rows: tuple[dict[str, Any], ...] = ()  # of a stage of several parts
-    trained: int = 0  # numbers, of a stage that says it
+    trained: int = 0  # numbers

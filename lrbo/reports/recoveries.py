@@ -124,11 +124,13 @@ def recovery_tables(study: StudyRecord) -> list[Table]:
             for text, short in (("validation", ""), ("test", "test "))
             for model in ("before", "after")
         ]
-        minutes, stages = each.settings["recover.minutes"], each.settings["recover.stages"]
+        stages, tokens = each.settings["recover.stages"], each.settings["recover.tokens"]
+        length = f"{each.settings['recover.minutes']:g} min each"
+        length += "" if tokens is None else f", at most {tokens:,} tokens a stage"
         folder = Column("folder", is_text=True, folds=True)
         tables.append(
             Table(
-                f"Recovered, {' and '.join(stages)}, {minutes:g} min each",
+                f"Recovered, {' and '.join(stages)}, {length}",
                 columns("trial", *heads, folder),
                 rows,
                 [

@@ -36,6 +36,9 @@ def test_blocks_come_nearer_to_the_dense_model_on_text_that_none_was_trained_on(
         assert all(row["after"] <= row["before"] for row in report.rows)
         assert [row["block"] for row in report.rows] == [0, 1]
         assert report.steps == 2 * 12 * TRAINING // 4
+        inside = recovery.trainables.names_of("model.layers")
+        every = dict(recovery.trainables.named_parameters())
+        assert report.trained == sum(every[name].numel() for name in inside)
         assert [row[0] for row in pair.logged[-2:]] == ["blocks/before", "blocks/after"]
         recovery.trainables.store_()
         after[weighting] = divergence(pair.dense, recovery.model, recovery.held_back)

@@ -42,7 +42,7 @@ def test_it_comes_nearer_to_the_dense_model_which_stays(consistency: float, tmp_
         assert torch.equal(tensor, dense[name])
     chances = logged["mixed_rank/probability"]
     assert chances == sorted(chances, reverse=True)
-    assert 0 < chances[0] < 0.5
+    assert chances[0] == pytest.approx(FAST.probability, rel=0.1)  # time counts too
     assert chances[8:] == [0.0] * 8
     assert ("mixed_rank/consistency" in logged) == (consistency > 0)
 

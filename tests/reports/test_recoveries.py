@@ -14,8 +14,8 @@ from lrbo.reports.terminal import print_report
 from lrbo.tracking.tracker import Tracker
 from tests.support.journal import Journal
 
-MINUTE = {"recover.minutes": 1.0, "recover.stages": ["blocks", "distill"], "seed": 0}
-LONGER = MINUTE | {"recover.minutes": 10.0}
+MINUTE = {"recover.minutes": 1.0, "recover.tokens": None, "recover.stages": ["blocks", "distill"]}
+LONGER = MINUTE | {"recover.minutes": 10.0, "recover.tokens": 4096}
 
 
 def scores(nll: float) -> dict[str, float]:
@@ -102,8 +102,9 @@ def test_the_report_has_a_table_per_set(journal: Journal) -> None:
     recover(journal, 2, 5.0, 2.0, LONGER)
     titles = [table.title for table in recovery_tables(journal.study)]
     assert titles == [
-        "Recovered, blocks and distill, 1 min each", "Recovered, blocks and distill, 10 min each",
-    ]  # fmt: skip
+        "Recovered, blocks and distill, 1 min each",
+        "Recovered, blocks and distill, 10 min each, at most 4,096 tokens a stage",
+    ]
     out = io.StringIO()
     print_report(journal.study, Console(file=out))
     lines = out.getvalue().splitlines()
