@@ -165,7 +165,7 @@ def save(
 
 
 def base_fields(base: BaseModel) -> quantizer.BaseFields:
-    """Return what ``config.json`` says of a base, a folder by its whole path.
+    """Return the entry of a base for ``config.json``, a folder by its whole path.
 
     Raises:
         CheckpointError: If it has no folder and no id.

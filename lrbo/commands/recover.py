@@ -141,7 +141,7 @@ def _recovered(
 def _about(
     plan: RecoveryPlan, identity: str, reports: list[StageReport], scores: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return what the checkpoint remembers of its recovery."""
+    """Return the record of a recovery for the checkpoint."""
     return {
         "validation_as_written": {
             **scores["after"]["validation"],
@@ -215,8 +215,8 @@ def _trained(
         else:
             settings, stage = getattr(recover, name), STAGES[name]
             others = len(recover.stages) - number
-            own = settings.share if isinstance(settings, BlocksConfig) else 1 / (1 + others)
-            share = own if others else 1.0
+            has_own = others and isinstance(settings, BlocksConfig)
+            share = settings.share if has_own else 1 / (1 + others)
             # What an interrupted run of it has used counts too.
             end = time.monotonic() + share * left - stage.spent(state.stage_folder(name))
             recovery = Recovery(

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import gc
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from lrbo.checkpoints import export
 from lrbo.checkpoints.calibration_text import shared_runs
@@ -25,7 +22,7 @@ from lrbo.data.windows import TokenWindows
 from lrbo.errors import CheckpointError, Collecting, DataError
 from lrbo.files.atomic import remove_whole
 from lrbo.files.parsing import to_json
-from lrbo.models.devices import dtype_name, resolve_device
+from lrbo.models.devices import dtype_name, release_memory, resolve_device
 from lrbo.pipeline import planning
 from lrbo.pipeline.recovering import plan_recovery
 from lrbo.pipeline.recovery_text import SEEN_LIMIT, split
@@ -118,7 +115,7 @@ def recover_best(config: SearchConfig, study: Study, reporter: Reporter) -> None
 
 
 def _settings(config: SearchConfig) -> dict[str, Any]:
-    """Return what makes recovered trials of a study comparable."""
+    """Return the settings of a set: recovered trials with the same ones compare."""
     return {**config.recover.section.effective, "seed": config.seed}
 
 
@@ -182,7 +179,7 @@ def _recover_all(
             if not out.exists():  # else it was interrupted just before it was noted
                 config = _recover_config(plan, study, out)
                 _write_start(plan, study, record, Path(config.checkpoint), reporter)
-                free()
+                release_memory()
                 recovery = plan_recovery(config, study, ("validation",))
                 recover.recover(recovery, reporter, tracker)
         except KeyboardInterrupt:
@@ -191,7 +188,7 @@ def _recover_all(
                 text += f", and what is finished of trial {trial} lies in {begun}"
             reporter.say(text)
             raise
-        about = _about(out)["recovery"]
+        about = _provenance(out)["recovery"]
         study.record(
             "recovered",
             id=about["id"],
@@ -203,7 +200,7 @@ def _recover_all(
         )
         if (left := states.folder_of(out)).exists():
             remove_whole(left)
-        free()
+        release_memory()
 
 
 def _recover_config(plan: planning.Plan, study: Study, out: Path) -> RecoverConfig:
@@ -265,12 +262,12 @@ def _test_best(
         losses = plan.losses(model, "test", f"Test text, {name} recovery", reporter)
         test[name] = record.measured(float(losses.mean()))
         del model, losses
-        free()
+        release_memory()
     headline = record.headline.name
     scores = {"validation": best["validation"]["after"], "test": test["after"]}
     tags = {text: f"{values[headline]:.4f}" for text, values in scores.items()}
     tags |= {"format": "lrbo", "dtype": study.about.dtype}
-    tags |= {"keep_ratio": f"{_about(folder)['keep_ratio']:.4f}"}
+    tags |= {"keep_ratio": f"{_provenance(folder)['keep_ratio']:.4f}"}
     event = {"id": best["id"], "trial": trial, "folder": str(folder.absolute())}
     event |= {"register": "link", "tags": tags}
     if all(other["id"] != event["id"] for other in study.state.checkpoints):
@@ -280,13 +277,6 @@ def _test_best(
     study.record("reranked", trial=trial, settings=settings, text=text, test=test)
 
 
-def _about(folder: Path) -> Any:
-    """Return what a checkpoint remembers of how it was made."""
+def _provenance(folder: Path) -> Any:
+    """Return the record in a checkpoint of how it was made."""
     return export.load_config(folder).quantization_config["provenance"]
-
-
-def free() -> None:
-    """Free the memory of models, which hold themselves in circles."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -18,7 +18,7 @@ from lrbo.config.shell import command
 from lrbo.errors import ConfigError
 from lrbo.files import paths
 from lrbo.files.atomic import cache_folder
-from lrbo.models.devices import resolve_device
+from lrbo.models.devices import release_memory, resolve_device
 from lrbo.pipeline import build_worker, planning
 from lrbo.pipeline.feasibility import search_asked, study_of
 from lrbo.pipeline.trial_loop import search_loop
@@ -75,7 +75,7 @@ def search(config: SearchConfig, typed: Sequence[str], reporter: Reporter) -> St
         with _executor(plan, study) as executor:
             _search(plan, study, executor, reporter)
         if config.recover.enabled:
-            recover_best.free()
+            release_memory()
             recover_best.recover_best(config, study, reporter)
     return study
 
@@ -132,7 +132,7 @@ def _search(plan: planning.Plan, study: Study, executor: Executor, reporter: Rep
                 # Actors have model and factors of their own, which may be on the same device.
                 loop.worker = _nowhere
                 del worker
-                recover_best.free()
+                release_memory()
             loop.run()
         _test(plan, study, here, reporter)
 

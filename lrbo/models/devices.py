@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import timeit
 
 import torch
@@ -54,3 +55,10 @@ def _matmul_seconds(dtype: torch.dtype, device: torch.device, tokens: int) -> fl
     weight = torch.ones(1024, 1024, dtype=dtype, device=device)
     # item() waits for the device.
     return min(timeit.repeat(lambda: (batch @ weight)[0, 0].item(), number=1, repeat=5))
+
+
+def release_memory() -> None:
+    """Release the memory of models that nothing refers to any more but they themselves."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -144,13 +144,13 @@ class _Work:
         training = self.recovery.training
         width = self.recovery.dense.get_input_embeddings().weight.shape[1]
         count = windows_for(int(width), *training.shape)
-        chosen = training[[index * len(training) // count for index in range(count)]]
+        sample = training[[index * len(training) // count for index in range(count)]]
         steps = 2 * len(self.body)
         with self.recovery.reporter.step("Gradients of blocks", steps, "blocks") as advance:
             metrics = output_metrics(
                 self.recovery.dense,
                 self.recovery.task,
-                chosen,
+                sample,
                 seed=self.recovery.seed,
                 batch_windows=self.settings.batch_windows,
                 scratch=Scratch(int(self.settings.memory_gib * 2**30)),

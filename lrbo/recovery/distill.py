@@ -112,7 +112,7 @@ class Distillation(TrainerCallback):  # type: ignore[misc]
         )
 
     def _parameters(self) -> dict[str, nn.Parameter]:
-        """Return what is trained, by name; all other numbers no longer have gradients.
+        """Select the parameters to train, by name, and freeze all others.
 
         Raises:
             ModelError: If nothing is left to train.
@@ -327,7 +327,7 @@ class Distillation(TrainerCallback):  # type: ignore[misc]
         return last
 
     def _text(self) -> Int[Tensor, "windows tokens"]:
-        """Return what is trained on: the windows, or those that the dense model writes."""
+        """Return the training windows, or windows that the dense model writes."""
         recovery, path = self.recovery, self.recovery.folder / OWN_TEXT
         if self.settings.data != SELF:
             return recovery.training

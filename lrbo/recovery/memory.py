@@ -111,13 +111,13 @@ def disk_problems(
     folder = out.absolute().parent
     while not folder.exists():
         folder = folder.parent
-    places = {folder: weights + kept + moments}
+    disks = {folder: weights + kept + moments}
     if "blocks" in stages and states > scratch:
         spill = Path(tempfile.gettempdir())
-        places[spill] = places.get(spill, 0) + states - scratch
+        disks[spill] = disks.get(spill, 0) + states - scratch
     return [
-        f"recovery writes about {wanted / GIB:.1f} GiB to {place}, where {free / GIB:.1f} GiB are "
+        f"recovery writes about {wanted / GIB:.1f} GiB to {disk}, where {free / GIB:.1f} GiB are "
         "free; make room, or choose another folder"
-        for place, wanted in places.items()
-        if wanted > (free := shutil.disk_usage(place).free)
+        for disk, wanted in disks.items()
+        if wanted > (free := shutil.disk_usage(disk).free)
     ]

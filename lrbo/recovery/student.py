@@ -105,7 +105,7 @@ class Student(nn.Module):
 
     @torch.no_grad()
     def _target(self, ids: Int[Tensor, "b tokens"], index: Int[Tensor, " b"]) -> Target:
-        """Return what the dense model makes of windows, as far as the loss counts it."""
+        """Run the dense model on windows, as far as the loss counts it."""
         settings, dense = self.settings, self.models[1]
         if settings.teacher == CACHED:
             stored = self._references(dense, ids, index.tolist())

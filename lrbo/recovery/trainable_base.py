@@ -132,7 +132,7 @@ class TrainableBase(TrainableModule):
         return bool(self.layer.names) or isinstance(self.layer.form, Delta)
 
     def _tensors(self) -> dict[str, Tensor]:
-        """Return the tensors of the base, with what is trained in its place."""
+        """Return the tensors of the base, the trained one among them."""
         tensors = {name: self.layer.get_buffer(name) for name in self.layer.names}
         if self.gain is not None:
             tensors["scale"] = tensors["scale"] * (1 + self.gain)

@@ -51,7 +51,7 @@ class Recoveries:
 
 
 def recoveries(study: StudyRecord) -> list[Recoveries]:
-    """Return what was recovered, together what has the same settings, in order of the first."""
+    """Group recovered trials by their settings, in order of the first of each."""
     state, loss, sets = study.state, study.task.minimized.name, list[Recoveries]()
     for first in state.recovered:
         settings = first["settings"]

@@ -41,7 +41,9 @@ def copied(searched: tuple[Path, Ran], tmp_path: Path, monkeypatch: pytest.Monke
     shutil.copytree(searched[0] / "studies" / "tiny", tmp_path / "studies" / "tiny")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(recover_best, "show_if_possible", lambda *_: None)
-    monkeypatch.setattr(recover_best, "free", lambda: None)  # which looks at all that pytest holds
+    monkeypatch.setattr(
+        recover_best, "release_memory", lambda: None
+    )  # which looks at all that pytest holds
     return Study(Path("studies/tiny"))
 
 
