@@ -16,7 +16,7 @@ from lrbo.reports.studies import StudyResults
 
 
 def search(*overrides: str) -> StudyResults:
-    """Find the best low-rank model at a budget, or continue a study: ``lrbo search``.
+    """Find the best model at a budget, or continue a study: ``lrbo search``.
 
     Progress is on stderr. A search that is interrupted loses nothing: the same call continues.
 

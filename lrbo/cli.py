@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shlex
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -21,7 +20,7 @@ from lrbo import __version__
 from lrbo.config import compose
 from lrbo.config.choices import STUDY
 from lrbo.config.schema import SCHEMAS, DashboardConfig, SearchConfig
-from lrbo.config.shell import text
+from lrbo.config.shell import joined, text
 from lrbo.cores import prepare_torch
 from lrbo.errors import ConfigError, LrboError
 from lrbo.files.atomic import naming_system_errors
@@ -34,10 +33,10 @@ from lrbo.progress import LineHandler, Reporter, imported
 log = logging.getLogger(__name__)
 
 USAGE = """\
-lrbo: compress language models by low-rank factorization, with ranks chosen by
-Bayesian optimization.
+lrbo: compress language models to a budget, with an option per layer (rank,
+bits, sparsity and more) by Bayesian optimization.
 
-  lrbo search      find the best low-rank model at a parameter budget, or go on
+  lrbo search      find the best model at a budget, or go on
   lrbo transfer    use what a study found for another model or budget
   lrbo report      what a study found: baseline, best, Pareto front, figures
   lrbo compress    write a model of a study as a checkpoint
@@ -107,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         except KeyboardInterrupt as error:
             Reporter().console.show_cursor()  # it may have come while a bar was put away
             if arguments and arguments[0] in LEFT:
-                again = shlex.join(["lrbo", *arguments])
+                again = joined(["lrbo", *arguments])
                 Reporter().say(f"Stopped. {LEFT[arguments[0]]} Go on with:\n  {again}")
             raise SystemExit(status_of(error)) from None
 

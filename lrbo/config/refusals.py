@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import re
-import shlex
 from collections.abc import Sequence
 from dataclasses import is_dataclass
 from itertools import product
@@ -19,7 +18,7 @@ from hydra.errors import HydraException
 from lrbo.config.compose import MAPPINGS, cause_of, error_of, groups, hydra_at_conf, register
 from lrbo.config.options import flatten, no_such_option
 from lrbo.config.schema import SCHEMAS, flat
-from lrbo.config.shell import assigned, key_of
+from lrbo.config.shell import assigned, key_of, quoted
 from lrbo.errors import ConfigError
 
 
@@ -113,9 +112,9 @@ def _unreadable(override: str) -> str | None:
         key, _, value = override.partition("=")
         if not value or value[0] in "'\"[{":
             return cause_of(error)
-        quoted = f"\"{key}='{value}'\"" if "'" not in value else shlex.quote(assigned(key, value))
+        typed = f"{key}='{value}'" if "'" not in value else assigned(key, value)
         apart = "; if it is several, give each by itself" if re.search(r"\s\S+=", value) else ""
-        return f"Hydra cannot read it; if that is one value, quote it: {quoted}{apart}"
+        return f"Hydra cannot read it; if that is one value, quote it: {quoted(typed)}{apart}"
     return None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import lru_cache, reduce
@@ -16,7 +15,7 @@ from lrbo.config.compose import MAPPINGS, composed, conf_folder, groups, read_va
 from lrbo.config.options import flatten
 from lrbo.config.recovery import SearchRecovery
 from lrbo.config.schema import MISSING, SCHEMAS, Config, EvaluateConfig, SearchConfig, flat
-from lrbo.config.shell import assigned, key_of, literal
+from lrbo.config.shell import assigned, joined, key_of, literal
 from lrbo.errors import ConfigError, StudyError, reading
 from lrbo.files.parsing import SHOWN, ContentError, checked, shown
 
@@ -162,7 +161,7 @@ def repeating(searched: SearchConfig) -> dict[str, Any]:
 def command_line(command: str, values: Mapping[str, Any], study: str) -> str:
     """Return the line to type in a shell, or a remark where an older version took other values."""
     try:
-        return shlex.join(["lrbo", command, *overrides_for(command, values)])
+        return joined(["lrbo", command, *overrides_for(command, values)])
     except ConfigError:
         return f"# lrbo {command} with the config.yaml of the study {study}"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from lrbo.config.choices import STUDIES
 
 # A text that is typed so is quoted for Hydra by the command itself.
 TYPED = re.compile(r"(\w+=)?[\w.]+|[\w./-]+", re.ASCII)
+SPECIAL = re.compile(r'["$`\\!\n]')  # also in double quotes
 
 
 def command(name: str, **values: Any) -> str:
@@ -19,7 +21,23 @@ def command(name: str, **values: Any) -> str:
     for key, value in values.items():
         is_plain = isinstance(value, str) and TYPED.fullmatch(value)
         line.append(f"{key}={value}" if is_plain else assigned(key, value))
-    return shlex.join(line)
+    return joined(line)
+
+
+def joined(words: Iterable[str]) -> str:
+    r"""Write a command line as a person would.
+
+    Example:
+        >>> joined(["lrbo", "search", "study='7'", "space.forms=[int4,int8]"])
+        'lrbo search "study=\'7\'" \'space.forms=[int4,int8]\''
+    """
+    return " ".join(map(quoted, words))
+
+
+def quoted(word: str) -> str:
+    """Quote a word for a shell: in double quotes if it has single ones."""
+    has_single = "'" in word and not SPECIAL.search(word)
+    return f'"{word}"' if has_single else shlex.quote(word)
 
 
 def assigned(key: str, value: Any) -> str:

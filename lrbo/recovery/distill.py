@@ -27,6 +27,7 @@ from lrbo.config.distillation import (
 from lrbo.errors import ModelError, NonFiniteError
 from lrbo.files.atomic import write_text
 from lrbo.files.parsing import parse_json, to_json
+from lrbo.recovery.judging import windows_in_time
 from lrbo.recovery.optimizer import optimizer_of
 from lrbo.recovery.self_text import sampled_windows
 from lrbo.recovery.stage import Recovery, StageReport
@@ -153,12 +154,13 @@ class Distillation(TrainerCallback):  # type: ignore[misc]
     def _judged_and_trained(self) -> None:
         recovery = self.recovery
         training = self._text()
+        self.total = self._steps(training)
+        self.judging = windows_in_time(recovery, None if recovery.tokens is None else self.total)
         self.reference = self._dense_reference()
         checkpoint = self._resumed()
         if checkpoint is None:
             self.best = self.before = self._judge(0)
             self.best_state = self._state()
-        self.total = self._steps(training)
         if recovery.deadline() <= 0:
             self.stopped = "minutes"
         elif self.steps < self.total:
@@ -301,7 +303,7 @@ class Distillation(TrainerCallback):  # type: ignore[misc]
         start, trainables = time.perf_counter(), self.recovery.trainables
         before, trainables.rounding = trainables.rounding, True
         nll, divergence = self.recovery.task.compared(
-            self.recovery.model, self.recovery.held_back, self.reference, 0
+            self.recovery.model, self.judging, self.reference, 0
         )
         trainables.rounding = before
         parts = {"held_back_kl": float(divergence.mean()), "held_back_nll": float(nll.mean())}
@@ -344,11 +346,11 @@ class Distillation(TrainerCallback):  # type: ignore[misc]
         return ids
 
     def _dense_reference(self) -> Reference:
-        """Score the dense model on the windows held back, once."""
+        """Score the dense model on the windows that judge, once."""
         recovery, path = self.recovery, self.recovery.folder / DENSE
         if path.exists():
             return recovery.task.load_reference(path)
-        reference = recovery.task.measure_dense(recovery.dense, recovery.held_back)
+        reference = recovery.task.measure_dense(recovery.dense, self.judging)
         reference.save(path)
         return reference
 
