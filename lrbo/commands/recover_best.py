@@ -19,7 +19,7 @@ from lrbo.config.schema import (
     SearchConfig,
 )
 from lrbo.data.windows import TokenWindows
-from lrbo.errors import CheckpointError, Collecting, DataError
+from lrbo.errors import CheckpointError, Collecting, DataError, NonFiniteError
 from lrbo.files.atomic import remove_whole
 from lrbo.files.parsing import to_json
 from lrbo.models.devices import dtype_name, release_memory, resolve_device
@@ -91,9 +91,10 @@ def recover_best(config: SearchConfig, study: Study, reporter: Reporter) -> None
         CheckpointError: If what an interruption left is damaged, or the best is to be tested and
             its checkpoint was removed.
         ModelError: If a layer cannot be trained, or the dense model changed.
-        NonFiniteError: If a loss is not finite; what was finished before it is kept.
+        NonFiniteError: If a loss is not finite, after the other trials were recovered; what was
+            finished before it is kept.
     """
-    settings = _settings(config)
+    settings, failed = _settings(config), dict[int, str]()
     folder = study.folder / FOLDER / _name_of(settings)
     records = _candidates(study, config.recover.candidates, reporter)
     new = [r for r in records if study.state.recovery(r.request.trial_index, settings) is None]
@@ -101,8 +102,9 @@ def recover_best(config: SearchConfig, study: Study, reporter: Reporter) -> None
         with _shown(config, study) as tracker:
             with reporter.waiting("Reading texts"):
                 plan = planning.plan_search(config, study, [])  # with windows that were selected
-            _recover_all(plan, study, new, settings, folder, tracker, reporter)
-            _test_best(plan, study, settings, tracker, reporter)
+            failed = _recover_all(plan, study, new, settings, folder, tracker, reporter)
+            if len(failed) < len(records):
+                _test_best(plan, study, settings, tracker, reporter)
             show_recoveries(study, tracker)
             show_if_possible(study, tracker)
     for start in sorted(folder.glob("*.start")):  # which the best no longer needs
@@ -112,6 +114,9 @@ def recover_best(config: SearchConfig, study: Study, reporter: Reporter) -> None
             best = study.folder / each.events[0]["folder"]
             where = "It is in" if is_there(best) else "It is no longer in"
             reporter.say(f"Recovered: {each.sentence}. {where} {best}")
+    if failed:
+        why = "; ".join(f"trial {trial}: {error}" for trial, error in failed.items())
+        raise NonFiniteError(f"{len(failed)} of {len(new)} trials could not be recovered: {why}")
 
 
 def _settings(config: SearchConfig) -> dict[str, Any]:
@@ -166,8 +171,13 @@ def _recover_all(
     folder: Path,
     tracker: Tracker,
     reporter: Reporter,
-) -> None:
-    """Recover trials one at a time, and note each in the journal when its checkpoint is there."""
+) -> dict[int, str]:
+    """Recover trials one at a time, and note each in the journal when its checkpoint is there.
+
+    Returns:
+        Why trials have none, by number: a loss was not finite.
+    """
+    failed: dict[int, str] = {}
     for number, record in enumerate(records, start=1):
         trial = record.request.trial_index
         out = folder / f"trial-{trial:03d}"
@@ -188,6 +198,11 @@ def _recover_all(
                 text += f", and what is finished of trial {trial} lies in {begun}"
             reporter.say(text)
             raise
+        except NonFiniteError as error:
+            failed[trial] = str(error)
+            reporter.say(f"Trial {trial} could not be recovered: {error}")
+            release_memory()
+            continue
         about = _provenance(out)["recovery"]
         study.record(
             "recovered",
@@ -201,6 +216,7 @@ def _recover_all(
         if (left := states.folder_of(out)).exists():
             remove_whole(left)
         release_memory()
+    return failed
 
 
 def _recover_config(plan: planning.Plan, study: Study, out: Path) -> RecoverConfig:
@@ -268,11 +284,11 @@ def _test_best(
     tags = {text: f"{values[headline]:.4f}" for text, values in scores.items()}
     tags |= {"format": "lrbo", "dtype": study.about.dtype}
     tags |= {"keep_ratio": f"{_provenance(folder)['keep_ratio']:.4f}"}
-    event = {"id": best["id"], "trial": trial, "folder": str(folder.absolute())}
+    event = {"id": best["id"], "trial": trial, "folder": best["folder"]}
     event |= {"register": "link", "tags": tags}
     if all(other["id"] != event["id"] for other in study.state.checkpoints):
         study.record("compressed", **event)
-    show_checkpoint(tracker, event)
+    show_checkpoint(study, tracker, event)
     text = plan.windows["test"].text
     study.record("reranked", trial=trial, settings=settings, text=text, test=test)
 

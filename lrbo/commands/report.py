@@ -100,7 +100,7 @@ def _sync(config: ReportConfig, study: StudyRecord, reporter: Reporter) -> None:
     if study.state.dense:
         mlflow_view.show(study, tracker)
     for event in study.state.checkpoints:
-        mlflow_view.show_checkpoint(tracker, event)
+        mlflow_view.show_checkpoint(study, tracker, event)
     mlflow_view.show_recoveries(study, tracker)
     tracker.finish(completed=len(study.state.searched) >= stored.search.trials)
     reporter.say(f"MLflow: {written} trials were missing and are there now")

@@ -96,12 +96,12 @@ def enter_checkpoint(
             folder,
             error,
         )
-    show_checkpoint(make_tracker(config, study), event)
+    show_checkpoint(study, make_tracker(config, study), event)
 
 
-def show_checkpoint(tracker: Tracker, event: Mapping[str, Any]) -> None:
+def show_checkpoint(study: StudyRecord, tracker: Tracker, event: Mapping[str, Any]) -> None:
     """Show a checkpoint as the journal has it, where it is wanted and still there."""
-    folder = Path(event["folder"])
+    folder = (study.folder / event["folder"]).absolute()
     if event["register"] != "none" and folder.is_dir():
         copied = event["register"] == "copy"
         tracker.checkpoint(Checkpoint(event["id"], event["trial"], folder, copied, event["tags"]))

@@ -197,7 +197,7 @@ def checkpoints(study: StudyRecord) -> list[dict[str, Any]]:
     tag_of = {KEEP_RATIO: KEEP_RATIO} | {f"{text}_{headline}": text for text in texts}
     written = {}
     for event in study.state.checkpoints:
-        folder, tags = event["folder"], event["tags"]
+        folder, tags = str((study.folder / event["folder"]).absolute()), event["tags"]
         written[folder] = {
             "trial": event["trial"],
             "folder": folder,

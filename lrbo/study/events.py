@@ -236,7 +236,7 @@ class Compressed(Event):
 
     id: str
     trial: Count
-    folder: str
+    folder: str  # absolute, or in that of the study
     register: Literal["link", "copy", "none"]
     tags: TagFields
 

@@ -18,7 +18,7 @@ from lrbo.config.recovery import RecoverySection
 from lrbo.config.saved import continued, from_yaml, to_yaml
 from lrbo.config.schema import RecoverConfig, SearchConfig, flat
 from lrbo.data.windows import TokenWindows
-from lrbo.errors import CheckpointError
+from lrbo.errors import CheckpointError, NonFiniteError
 from lrbo.models.tiny import tiny_model
 from lrbo.pipeline import planning
 from lrbo.pipeline.recovering import RecoveryPlan, plan_recovery
@@ -130,6 +130,11 @@ def test_what_is_killed_goes_on_with_the_candidate_and_the_block(copied: Study) 
     journal = study.journal.read_bytes()
     assert recovered()[1].startswith("Recovered: ")  # once more, where nothing is left to do
     assert study.journal.read_bytes() == journal
+    shutil.move("studies/tiny", "studies/moved")
+    shown = summary(Study(Path("studies/moved")))["checkpoints"]
+    (checkpoint,) = (each for each in shown if "recovered" in each["folder"])
+    assert Path(checkpoint["folder"]) == Path("studies/moved", entered["folder"]).absolute()
+    assert checkpoint["exists"]
 
 
 def made_up(trained: list[int]) -> Any:
@@ -194,6 +199,29 @@ def test_a_checkpoint_that_was_removed_is_missed_where_it_is_needed(
     with pytest.raises(CheckpointError, match=rf"no longer in {best['folder']}: put it back"):
         recovered()
     assert recovered("recover.minutes=1")[1].count("It is in") == 1
+
+
+def test_a_trial_that_cannot_be_trained_does_not_keep_others_from_it(
+    copied: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained: list[int] = []
+    make, (first, second, *_) = made_up(trained), ranked(copied)
+
+    def recover_one(plan: RecoveryPlan, *rest: Any) -> None:
+        if plan.folder.name == f"trial-{first:03d}.start":
+            raise NonFiniteError("step 3: a loss is not finite")
+        make(plan, *rest)
+
+    monkeypatch.setattr(recover, "recover", recover_one)
+    problem = f"1 of 2 trials could not be recovered: trial {first}: step 3: a loss is not finite"
+    for _ in range(2):  # the second time that one alone is tried
+        with pytest.raises(NonFiniteError, match=problem.replace("2", "[12]")):
+            recovered()
+        assert trained == [second]
+        assert [event["trial"] for event in events("reranked")] == [second]
+    monkeypatch.setattr(recover, "recover", make)
+    recovered()
+    assert [event["trial"] for event in events("recovered")] == [second, first]
 
 
 def test_no_model_of_the_search_is_left_where_training_begins(
