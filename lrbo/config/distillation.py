@@ -37,8 +37,6 @@ class TrainingConfig:
             distributions ``top_k`` tokens are stored and the rest as one.
         data: ``self`` trains on text that the dense model writes after the first token of each
             window.
-        rounding_from: Share of the steps, or of the time, from which the loss sees factors in
-            integers as they will be rounded; 1 is never.
         evaluate_every: Steps between two looks at the windows held back, which decide what is left.
         patience: Looks in a row without improvement that end it.
         save_minutes: What an interruption loses at most.
@@ -57,7 +55,6 @@ class TrainingConfig:
     teacher: str = option(COMPUTED, one_of((COMPUTED, CACHED)))
     top_k: int = option(64, ANY_COUNT)
     data: str = option(TEXT, one_of((TEXT, SELF)))
-    rounding_from: float = option(0.5, options.FROM_0_TO_1)
     evaluate_every: int = option(16, ANY_COUNT)
     patience: int = option(4, ANY_COUNT)
     save_minutes: float = option(5.0, options.ABOVE_0)

@@ -90,8 +90,6 @@ class _Work:
     def run(self) -> StageReport:
         """Go through the blocks."""
         start, count = time.perf_counter() - spent(self.recovery.folder), len(self.body)
-        trainables = self.recovery.trainables
-        before_rounding, trainables.rounding = trainables.rounding, True  # as blocks are stored
         metrics = self._metrics()
         parts = windows_in_time(self.recovery, self.dense, CHECKS)
         self.windows, self.seen = torch.cat(parts), len(parts[0])
@@ -113,7 +111,6 @@ class _Work:
                 for name in ("before", "after"):
                     self.recovery.log(f"{NAME}/{name}", row[name], index)
                 advance(1)
-        trainables.rounding = before_rounding
         before, after = (sum(row[name] for row in rows) for name in ("before", "after"))
         kept = sum(row["after"] >= row["before"] for row in rows)
         short = sum(row["stopped"] == "minutes" for row in rows)

@@ -47,8 +47,8 @@ def run(recovery: Recovery) -> StageReport:
 
     The loss is ``kl KL(dense || compressed) + ce nll + hidden D`` per token of the training
     windows, with ``D`` of :func:`lrbo.recovery.divergence.hidden_distance`. Windows held back judge
-    it, without ``D``, and with factors in integers as they will be rounded: that figure is
-    reported, and the state of its least value is what is left, the one before if none is better.
+    it, without ``D``: that figure is reported, and the state of its least value is what is left,
+    the one before if none is better. Factors in integers are always seen as they will be rounded.
     It goes on from the last checkpoint in the folder, if there is one.
 
     Raises:
@@ -80,7 +80,6 @@ class Distillation(TrainerCallback):  # type: ignore[misc]
         self.student = self._student(self._parameters())
         self.start = self.saved = self.said = time.perf_counter()
         self.before_start = 0.0  # seconds of training before an interruption
-        self.rounding = recovery.trainables.rounding
         self.step_seconds = self.judge_seconds = 0.0
         self.steps = self.total = self.judged_at = self.best_step = self.worse = 0
         self.before = self.best = math.inf
@@ -147,7 +146,6 @@ class Distillation(TrainerCallback):  # type: ignore[misc]
         """Leave the best state so far, in a model of which all is trainable again."""
         trainables = self.recovery.trainables
         trainables.load_state(self.best_state)
-        trainables.rounding = self.rounding
         for _, parameter in trainables.named_parameters():
             parameter.requires_grad_()
 
@@ -240,11 +238,9 @@ class Distillation(TrainerCallback):  # type: ignore[misc]
             return math.ceil(tokens / (size * settings.accumulation * training.shape[1]))
         return settings.epochs * math.ceil(math.ceil(len(training) / size) / settings.accumulation)
 
-    def on_step_begin(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
-        """Let the loss see rounding from some step on."""
+    def on_step_begin(self, *_args: Any, **_: Any) -> None:
+        """Note when a step begins."""
         self.began = time.perf_counter()
-        is_late = self.progress(state.global_step) > self.settings.rounding_from
-        self.recovery.trainables.rounding = self.rounding or is_late
 
     def on_pre_optimizer_step(self, *_args: Any, **_: Any) -> None:
         """Refuse gradients that are not finite, before they reach a parameter."""
@@ -300,12 +296,10 @@ class Distillation(TrainerCallback):  # type: ignore[misc]
 
     def _judge(self, step: int) -> float:
         """Return the loss on the windows held back, of the model as it would be stored."""
-        start, trainables = time.perf_counter(), self.recovery.trainables
-        before, trainables.rounding = trainables.rounding, True
+        start = time.perf_counter()
         nll, divergence = self.recovery.task.compared(
             self.recovery.model, self.judging, self.reference, 0
         )
-        trainables.rounding = before
         parts = {"held_back_kl": float(divergence.mean()), "held_back_nll": float(nll.mean())}
         loss = self.settings.kl * parts["held_back_kl"] + self.settings.ce * parts["held_back_nll"]
         for name, value in {**parts, "held_back": loss}.items():

@@ -106,16 +106,6 @@ class Trainables:
             for name, tensor in state.items():
                 self._parameters[name].copy_(tensor)
 
-    @property
-    def rounding(self) -> bool:
-        """Whether the forward pass sees factors in integers as they will be rounded."""
-        return any(module.rounding for module in self.modules.values())
-
-    @rounding.setter
-    def rounding(self, value: bool) -> None:
-        for module in self.modules.values():
-            module.rounding = value
-
     def store_(self) -> None:
         """Put the stored layers back, with what was trained: the same options, shapes and dtypes.
 
@@ -143,7 +133,7 @@ class Trainables:
         return module.get_parameter(own)
 
 
-def make_trainable(model: nn.Module, *, rounding: bool = False, bases: bool = True) -> Trainables:
+def make_trainable(model: nn.Module, *, bases: bool = True) -> Trainables:
     """Replace the layers that are not dense by trainable ones of the same function, in place.
 
     Trained are all small floats: factors, Kronecker terms, scales, tables, sparse values, means,
@@ -153,7 +143,6 @@ def make_trainable(model: nn.Module, *, rounding: bool = False, bases: bool = Tr
 
     Args:
         model: Compressed, in memory on its device; changed until :meth:`Trainables.store_`.
-        rounding: Whether the forward pass sees factors in integers rounded; gradients pass.
         bases: Whether scales, tables and values of bases are trained; without it a base is
             unpacked once and held.
 
@@ -173,7 +162,6 @@ def make_trainable(model: nn.Module, *, rounding: bool = False, bases: bool = Tr
         )
     modules = {name: _trainable(name, module, bases) for name, module in layers.items()}
     for trainable in modules.values():
-        trainable.rounding = rounding
         trainable.remember()
     _link(modules)
     model.requires_grad_(False)

@@ -151,12 +151,12 @@ class TrainableBase(TrainableModule):
         return self._held[dtype]
 
     def _factors(self, dtype: torch.dtype) -> tuple[Left, Right] | None:
-        """Return the low rank; of integers, where rounding is seen, as storing will round it."""
+        """Return the low rank; of integers, as storing will round it, and gradients pass."""
         left: Tensor | None = self.left
         right: Tensor | None = self.right
         if left is None or right is None:
             return None
-        if self.rounding and self.grids:
+        if self.grids:
             with torch.no_grad():
                 codes, step, scale = self._rounded(left, right)
                 left_error = codes[0].T * (scale / step) - left

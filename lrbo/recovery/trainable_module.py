@@ -30,7 +30,6 @@ class TrainableModule(nn.Module, ABC):
 
     Attributes:
         name: Of the layer, for messages.
-        rounding: Whether the forward pass sees what storing will round, other than to a dtype.
         matrices: Names of the parameters that multiply features.
     """
 
@@ -38,7 +37,7 @@ class TrainableModule(nn.Module, ABC):
 
     def __init__(self, name: str, stored: Stored) -> None:
         super().__init__()
-        self.name, self.rounding = name, False
+        self.name = name
         self._stored = (stored,)  # in a tuple it is no submodule, whose tensors would count twice
         self._before = ""
 

@@ -60,7 +60,6 @@ def test_it_begins_with_the_function_of_the_model_and_leaves_that_of_the_sums(
     form: str, many: Pair, tmp_path: Path
 ) -> None:
     recovery = many.recovery(tmp_path, replace(FAST, form=form))
-    recovery.trainables.rounding = True  # factors in integers are seen as they will be stored
     before, at_first = parameters(recovery), logits(recovery)
     stage = Adaptation(recovery)
     assert torch.equal(logits(recovery), at_first)

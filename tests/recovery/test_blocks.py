@@ -198,7 +198,6 @@ def test_what_is_judged_is_what_is_stored_of_factors_in_integers(tmp_path: Path)
     coarse = compressed_pair(options=options)
     recovery = coarse.recovery(tmp_path, settings(epochs=2, weighting="none"))
     report = blocks.run(recovery)
-    assert not recovery.trainables.rounding
     recovery.trainables.store_()
     bodies = [CausalLM().segments(each) for each in (coarse.dense, recovery.model)]
     with torch.no_grad():

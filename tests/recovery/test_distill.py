@@ -165,19 +165,9 @@ def test_factors_alone_are_trained_if_asked(
         distill.run(recovery)
 
 
-def test_rounding_is_seen_from_its_share_of_the_steps_on(tmp_path: Path) -> None:
-    recovery = recovery_of(
-        tmp_path, replace(FAST, rounding_from=0.5), form="factored_int8", keep=0.3
-    )
-    seen = []
-
-    def note(name: str, _: float, step: int) -> None:
-        if name == "distill/kl":
-            seen.append(recovery.trainables.rounding)
-
-    report = distill.run(replace(recovery, log=note))
-    assert seen == [step >= 4 for step in range(8)]
-    assert not recovery.trainables.rounding
+def test_what_is_reported_of_factors_in_integers_is_what_is_stored(tmp_path: Path) -> None:
+    recovery = recovery_of(tmp_path, form="factored_int4", keep=0.2)
+    report = distill.run(recovery)
     assert report.after < report.before
     recovery.trainables.store_()
     nll, divergence = CausalLM().compared(
