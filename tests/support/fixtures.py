@@ -35,7 +35,7 @@ from lrbo.models.tiny import byte_tokenizer, tiny_model
 from lrbo.reports import page
 from lrbo.study.study_record import StudyRecord
 from lrbo.tracking import mlflow_store
-from tests.support.tiny import build
+from tests.support.tiny import CASES, build
 
 # deadline=None: the machines that run this are shared. derandomize: a failure is the same for
 # everybody who runs the same commit.
@@ -160,6 +160,14 @@ def family_model() -> Callable[[str], PreTrainedModel]:
 def model() -> PreTrainedModel:
     """Build a fresh tiny Llama model in float64, in evaluation mode."""
     return tiny_model().double().eval().requires_grad_(False)
+
+
+@pytest.fixture
+def one_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have a case of one block: compiling takes a second for each."""
+    config = copy.deepcopy(CASES["llama_tied"])
+    config.num_hidden_layers = 1
+    monkeypatch.setitem(CASES, "one block", config)
 
 
 @pytest.fixture
