@@ -14,7 +14,12 @@ from lrbo.models.loading import load_tokenizer
 from lrbo.models.sources import ModelSource
 from tests.support.commands import Ran, in_folder, lrbo_command
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings(
+        "ignore:1024 .*singular:lrbo.calibration.collect.CalibrationWarning"
+    ),
+]
 
 SMALL = [
     "model=smollm2_135m",
