@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from lrbo.optimization.proposals import Observation, SearchClient
 from lrbo.optimization.space import LinearConstraint, Problem, Space, sobol_point
 from lrbo.optimization.variables import SpaceSettings, build_ratio_space, build_weight_space
 
-INITIAL = 7
+INITIAL = 2 if os.environ.get("LRBO_SMOKE") else 7
 GROUPS = {
     "qk": ["q_proj", "k_proj"], "o": ["o_proj"], "gate": ["gate_proj"], "up": ["up_proj"],
     "down": ["down_proj"],

@@ -14,19 +14,26 @@ from lrbo.models.loading import load_tokenizer
 from lrbo.models.sources import ModelSource
 from tests.support.commands import Ran, in_folder, lrbo_command
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings(
+        "ignore:1024 .*singular:lrbo.calibration.collect.CalibrationWarning"
+    ),
+]
 
 SMALL = [
     "model=smollm2_135m",
     "model.dtype=float32",
     "model.device=cpu",
     "data.window=256",
-    "data.calibration.tokens=2048",
+    "data.calibration.tokens=1024",
     "calibration.gradient_share=1.0",
-    "data.validation.tokens=1024",
+    "method.input_shrinkage=0.1",  # 1,024 tokens do not span 1,536 features
+    "method.output_shrinkage=0.1",
+    "data.validation.tokens=512",
     "data.test.tokens=512",
     "sensitivity.windows=1",
-    "sensitivity.layers_per_kind=2",
+    "sensitivity.layers_per_kind=1",
     "sensitivity.ranks=2",
     "study=smollm2",
     "search.trials=3",
@@ -98,7 +105,7 @@ def test_the_least_predicted_loss_is_less_than_that_of_uniform_ratios(
 
 def test_predicted_losses_rank_like_measured_ones(answer: dict[str, Any]) -> None:
     content = json.loads(Path("studies/smollm2/sensitivity.json").read_text(encoding="utf-8"))
-    assert len(content["measurements"]) == 7 * 2 * 2  # kinds, layers, ranks
+    assert len(content["measurements"]) == 7 * 2  # kinds, ranks
     assert content["rank_correlation"] > 0.8
 
 

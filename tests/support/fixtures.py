@@ -4,7 +4,7 @@ import copy
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 # Before lrbo: what is first imported below jaxtyping's import hook is compiled anew.
 import ax.api.client  # noqa: F401
@@ -14,8 +14,17 @@ import pydantic  # noqa: F401
 import pytest
 import rich.console  # noqa: F401
 import torch
+from hydra._internal import config_loader_impl
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.config_repository import (
+    CachingConfigRepository,
+    ConfigRepository,
+    IConfigRepository,
+)
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.default_element import ResultDefault
 from hydra.core.utils import JobRuntime
+from hydra.plugins.config_source import ConfigResult
 from hypothesis import settings
 from omegaconf import DictConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -26,7 +35,7 @@ from lrbo.models.tiny import byte_tokenizer, tiny_model
 from lrbo.reports import page
 from lrbo.study.study_record import StudyRecord
 from lrbo.tracking import mlflow_store
-from tests.support.tiny import build
+from tests.support.tiny import CASES, build
 
 # deadline=None: the machines that run this are shared. derandomize: a failure is the same for
 # everybody who runs the same commit.
@@ -45,27 +54,58 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+class _LoadedOnce(CachingConfigRepository):
+    """Keeps files that were read for the next composition; Hydra copies sources and forgets."""
+
+    _of_sources: ClassVar[dict[str, dict[str, ConfigResult | None]]] = {}
+
+    def __init__(self, delegate: ConfigRepository) -> None:
+        self.delegate = copy.copy(delegate)
+        self.cache = self._of_sources.setdefault(_sources_of(delegate), {})
+
+    def initialize_sources(self, config_search_path: ConfigSearchPath) -> None:
+        self.cache = self.cache.copy()  # what is read from now on has other sources
+        super().initialize_sources(config_search_path)
+
+
+def _sources_of(repository: IConfigRepository) -> str:
+    return repr([(source.provider, source.path) for source in repository.get_sources()])
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _composed_once() -> Iterator[None]:
     """Compose the same values once: Hydra takes a tenth of a second, and did a quarter of the time.
 
-    Everybody gets a copy. What a composition depends on is in its key, and conf/ does not change.
+    Groups are put together once, whatever else is typed. Everybody gets a copy. What a composition
+    depends on is in its key, and conf/ does not change.
     """
-    compose = ConfigLoaderImpl.load_configuration
+    load, put_together = (
+        ConfigLoaderImpl.load_configuration,
+        ConfigLoaderImpl._compose_config_from_defaults_list,
+    )
     composed: dict[str, DictConfig] = {}
 
     def load_configuration(self: ConfigLoaderImpl, *args: Any, **options: Any) -> DictConfig:
-        sources = [(source.provider, source.path) for source in self.repository.get_sources()]
         job = JobRuntime.instance().get("name")
-        key = repr((args, options, sources, job, hydra.version.getbase()))
+        key = repr((args, options, _sources_of(self.repository), job, hydra.version.getbase()))
         if key not in composed:
-            composed[key] = compose(self, *args, **options)
+            composed[key] = load(self, *args, **options)
         config = copy.deepcopy(composed[key])
         config.hydra.runtime.cwd = str(Path.cwd())
         return config
 
+    def of_groups(
+        self: ConfigLoaderImpl, defaults: list[ResultDefault], repo: _LoadedOnce
+    ) -> DictConfig:
+        key = repr((defaults, _sources_of(repo), hydra.version.getbase()))
+        if key not in composed:  # from files of its own: it does not copy what it takes from them
+            composed[key] = put_together(self, defaults, CachingConfigRepository(repo.delegate))
+        return copy.deepcopy(composed[key])
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ConfigLoaderImpl, "load_configuration", load_configuration)
+        patch.setattr(ConfigLoaderImpl, "_compose_config_from_defaults_list", of_groups)
+        patch.setattr(config_loader_impl, "CachingConfigRepository", _LoadedOnce)
         yield
 
 
@@ -120,6 +160,14 @@ def family_model() -> Callable[[str], PreTrainedModel]:
 def model() -> PreTrainedModel:
     """Build a fresh tiny Llama model in float64, in evaluation mode."""
     return tiny_model().double().eval().requires_grad_(False)
+
+
+@pytest.fixture
+def one_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have a case of one block: compiling takes a second for each."""
+    config = copy.deepcopy(CASES["llama_tied"])
+    config.num_hidden_layers = 1
+    monkeypatch.setitem(CASES, "one block", config)
 
 
 @pytest.fixture

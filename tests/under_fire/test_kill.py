@@ -16,13 +16,17 @@ from experiments.bench_kill import kills
 pytestmark = pytest.mark.slow
 
 SEED = 20
-KILLS = int(os.environ.get("LRBO_KILLS", "8"))  # experiments/bench_kill does 1,000
+KILLS = int(os.environ.get("LRBO_KILLS", "6"))  # experiments/bench_kill does 1,000
+TRIALS, INITIAL = 12, 6
+LAST = f"trial {TRIALS - 1}"
 COMMAND = "from lrbo.cli import main; main()"
 
 
 @pytest.fixture(scope="module")
 def nest() -> Iterator[kills.Nursery]:
-    with kills.nursery() as nursery:
+    with kills.nursery() as nursery, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kills, "TRIALS", TRIALS)
+        patch.setattr(kills, "INITIAL", INITIAL)
         yield nursery
 
 
@@ -75,16 +79,16 @@ def of(kind: str, **fields: Any) -> Callable[[list[dict[str, Any]]], None]:
 
 DIFFERENCES: dict[str, Callable[[list[dict[str, Any]]], None]] = {
     "losses differ by": of("ended", metrics={"nll": 1.0}),
-    "MLflow has other metrics of trial 25: perplexity": of("ended", metrics={"perplexity": 1.0}),
+    f"MLflow has other metrics of {LAST}: perplexity": of("ended", metrics={"perplexity": 1.0}),
     "the journal's 1.0": of("ended", metrics={"nll": 1.0}),
-    "trial 25 failed, not completed": of("ended", outcome="failed"),
+    f"{LAST} failed, not completed": of("ended", outcome="failed"),
     "ended: trials [": lambda events: events.append(
         next(event for event in events if event["event"] == "ended")
     ),
     "tested: labels ['dense', 'uniform', 'analytic'] instead": lambda events: events.pop() and None,
-    "trial 25, seed: 1 instead of": of("suggested", seed=1),
-    "trial 25, origin: sobol instead of model": of("suggested", origin="sobol"),
-    "trial 25 has other variables": of("suggested", variables={"another": 0.5}),
+    f"{LAST}, seed: 1 instead of": of("suggested", seed=1),
+    f"{LAST}, origin: sobol instead of model": of("suggested", origin="sobol"),
+    f"{LAST} has other variables": of("suggested", variables={"another": 0.5}),
     "variables differ by": of("suggested", variables={"qk": 0.123}),
 }
 
