@@ -284,7 +284,7 @@ def _test_best(
     tags = {text: f"{values[headline]:.4f}" for text, values in scores.items()}
     tags |= {"format": "lrbo", "dtype": study.about.dtype}
     tags |= {"keep_ratio": f"{_provenance(folder)['keep_ratio']:.4f}"}
-    event = {"id": best["id"], "trial": trial, "folder": best["folder"]}
+    event = {"id": best["id"], "trial": trial, "folder": str(folder.absolute())}
     event |= {"register": "link", "tags": tags}
     if all(other["id"] != event["id"] for other in study.state.checkpoints):
         study.record("compressed", **event)

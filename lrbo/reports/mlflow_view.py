@@ -19,7 +19,7 @@ from lrbo.files.rendering import render
 from lrbo.progress import imported
 from lrbo.reports.gains import gains
 from lrbo.reports.pictures import draw_figures
-from lrbo.reports.recoveries import recovered_rows, recoveries
+from lrbo.reports.recoveries import checkpoint_folder, recovered_rows, recoveries
 from lrbo.reports.results import described, hypervolume_of, score_rows, summary
 from lrbo.reports.study_tables import head_tables
 from lrbo.study.journal import Study
@@ -101,7 +101,7 @@ def enter_checkpoint(
 
 def show_checkpoint(study: StudyRecord, tracker: Tracker, event: Mapping[str, Any]) -> None:
     """Show a checkpoint as the journal has it, where it is wanted and still there."""
-    folder = (study.folder / event["folder"]).absolute()
+    folder = Path(checkpoint_folder(study, event))
     if event["register"] != "none" and folder.is_dir():
         copied = event["register"] == "copy"
         tracker.checkpoint(Checkpoint(event["id"], event["trial"], folder, copied, event["tags"]))

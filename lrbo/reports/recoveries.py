@@ -67,6 +67,15 @@ def recoveries(study: StudyRecord) -> list[Recoveries]:
     return sets
 
 
+def checkpoint_folder(study: StudyRecord, event: Mapping[str, Any]) -> str:
+    """Return the folder that a checkpoint is in: of a recovered trial, where its study is now."""
+    own = {each["id"]: each["folder"] for each in study.state.recovered}
+    if event["id"] in own:
+        return str((study.folder / own[event["id"]]).absolute())
+    folder: str = event["folder"]
+    return folder
+
+
 def is_there(folder: Path) -> bool:
     """Whether the checkpoint of a recovered trial is still in its folder."""
     return (Path(model_folder(str(folder))) / "config.json").is_file()

@@ -17,7 +17,7 @@ from lrbo.files.paths import model_folder
 from lrbo.layers.options import UNITS, dense_cost
 from lrbo.reports.allocations import dense_size
 from lrbo.reports.gains import gains
-from lrbo.reports.recoveries import recovered_rows
+from lrbo.reports.recoveries import checkpoint_folder, recovered_rows
 from lrbo.study.front import hypervolume, pareto_front, reference_point
 from lrbo.study.state import StudyState
 from lrbo.study.study_record import StudyRecord
@@ -197,7 +197,7 @@ def checkpoints(study: StudyRecord) -> list[dict[str, Any]]:
     tag_of = {KEEP_RATIO: KEEP_RATIO} | {f"{text}_{headline}": text for text in texts}
     written = {}
     for event in study.state.checkpoints:
-        folder, tags = str((study.folder / event["folder"]).absolute()), event["tags"]
+        folder, tags = checkpoint_folder(study, event), event["tags"]
         written[folder] = {
             "trial": event["trial"],
             "folder": folder,

@@ -236,7 +236,7 @@ class Compressed(Event):
 
     id: str
     trial: Count
-    folder: str  # absolute, or in that of the study
+    folder: str
     register: Literal["link", "copy", "none"]
     tags: TagFields
 

@@ -16,7 +16,7 @@ from experiments.bench_kill import kills
 pytestmark = pytest.mark.slow
 
 SEED = 20
-KILLS = int(os.environ.get("LRBO_KILLS", "6"))  # experiments/bench_kill does 1,000
+KILLS = int(os.environ.get("LRBO_KILLS", "8"))  # experiments/bench_kill does 1,000
 TRIALS, INITIAL = 12, 6
 LAST = f"trial {TRIALS - 1}"
 COMMAND = "from lrbo.cli import main; main()"
@@ -59,7 +59,8 @@ def test_a_search_killed_again_and_again_is_the_one_that_was_left_alone(
     plan = kills.moments(random.Random(SEED), KILLS, pace)
     places = kills.killed(nest, tmp_path, SEED, plan)
     assert len(places) >= 0.8 * KILLS  # one that comes when the search is over kills nothing
-    assert {"set-up", "trials"} <= set(places)
+    assert "set-up" in places
+    assert len(set(places)) >= 2  # and later, at moments that the machine decides
     # The last one is continued by the plain command, to its end.
     answer = command(tmp_path, *kills.search(SEED))
     assert command(tmp_path, "report", "study=tiny") == answer
