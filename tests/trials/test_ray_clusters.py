@@ -70,45 +70,36 @@ def actors_of(search_: int) -> list[int]:
     return pids
 
 
-def test_two_actors_score_what_one_process_scores(tmp_path: Path) -> None:
-    together = search(tmp_path, *TINY, "study=together", "search.trials=8", *RAY)
-    assert together["trials_completed"] == 8
-    search_here(tmp_path, *TINY, "study=alone", "search.trials=4")
-    states = [state_of(tmp_path, name) for name in ("together", "alone")]
-    for index in range(4):
-        one, other = (state.trials[index] for state in states)
-        assert one.request == other.request
-        assert one.metrics["nll"] == pytest.approx(other.metrics["nll"], abs=ROUNDING)
-    # Where trials run may change: the other executor goes on with the same study.
-    more = search_here(
-        tmp_path, "study=together", "search.trials=9", "executor=inline", "output=json"
-    )
-    assert more["trials_completed"] == 9
-
-
-def test_a_search_loses_no_trial_with_a_killed_actor_and_goes_on_killed_itself(
+def test_two_actors_score_what_one_process_scores_and_lose_no_trial_if_killed(
     tmp_path: Path,
 ) -> None:
-    search_here(tmp_path, *TINY, "study=killed", "search.trials=2")
-    # Where trials run may change, here from one process to actors.
-    arguments = ["search", "study=killed", "search.trials=200", *RAY, "output=json"]
+    """Where trials run may change: from one process to actors, and back after kills of both."""
+    search_here(tmp_path, *TINY, "study=together", "search.trials=1")
+    arguments = ["search", "study=together", "search.trials=200", *RAY, "output=json"]
     process = forks.start_lrbo(arguments, tmp_path)
     assert process.pid is not None
-    wait_for(lambda: len(state_of(tmp_path, "killed").ended) >= 5)
+    search_here(tmp_path, *TINY, "study=alone", "search.trials=4")
+    wait_for(lambda: len(state_of(tmp_path, "together").ended) >= 5)
     wait_for(lambda: len(actors_of(process.pid)) == 2)
     os.kill(actors_of(process.pid)[0], signal.SIGKILL)
-    before = len(state_of(tmp_path, "killed").ended)
-    wait_for(lambda: len(state_of(tmp_path, "killed").ended) >= before + 6)
+    before = len(state_of(tmp_path, "together").ended)
+    wait_for(lambda: len(state_of(tmp_path, "together").ended) >= before + 6)
     assert process.exitcode is None
     process.kill()
     process.join()
-    ended = len(state_of(tmp_path, "killed").ended)
-    summary = search(tmp_path, "study=killed", f"search.trials={ended + 4}", "output=json")
+    ended = len(state_of(tmp_path, "together").ended)
+    summary = search_here(
+        tmp_path, "study=together", f"search.trials={ended + 4}", "executor=inline", "output=json"
+    )
     assert summary["trials_completed"] == ended + 4
-    state = state_of(tmp_path, "killed")
+    state, alone = (state_of(tmp_path, name) for name in ("together", "alone"))
     assert sorted(state.trials) == list(range(ended + 4))
     assert not state.open
-    lines = (tmp_path / "studies/killed/journal.jsonl").read_text().splitlines()
+    for index in range(4):
+        one, other = state.trials[index], alone.trials[index]
+        assert one.request == other.request
+        assert one.metrics["nll"] == pytest.approx(other.metrics["nll"], abs=ROUNDING)
+    lines = (tmp_path / "studies/together/journal.jsonl").read_text().splitlines()
     events = [json.loads(line) for line in lines]
     once = sorted(event["trial"] for event in events if event["event"] == "ended")
     assert once == list(range(ended + 4))
