@@ -26,7 +26,7 @@ from lrbo.models.devices import dtype_name
 from lrbo.models.loading import load_tokenizer
 from lrbo.models.sources import ModelSource
 from lrbo.pipeline.recovering import RecoveryPlan, plan_recovery
-from lrbo.pipeline.recovery_text import TEXTS, split
+from lrbo.pipeline.recovery_text import TEXTS
 from lrbo.progress import Reporter
 from lrbo.recovery import adapter, blocks, distill, mixed_rank, states
 from lrbo.recovery.stage import Recovery, StageReport
@@ -205,7 +205,11 @@ def _trained(
 ) -> list[StageReport]:
     """Run the stages that are not finished yet; the minutes are for all of them."""
     recover = plan.config.recover
-    training, held_back = split(plan.windows["calibration"], recover.held_back)
+    training, held_back = plan.parts()
+    if plan.is_solved:
+        reporter.say(
+            "The validation text judges: a refit has solved on all of the calibration text"
+        )
     left = 60.0 * recover.minutes
     reports: list[StageReport] = []
     for number, name in enumerate(recover.stages, start=1):
@@ -282,7 +286,9 @@ def _card(plan: RecoveryPlan, reports: list[StageReport], table: Table) -> str:
     path, name = plan.folder / export.CARD, Path(plan.config.out).name
     roles = ("calibration", *plan.texts)
     text = {role: each.text for role, each in plan.windows.items() if role in roles}
-    section = render("recovery.md", stages=reports, text=text, table=table)
+    section = render(
+        "recovery.md", stages=reports, text=text, table=table, is_solved=plan.is_solved
+    )
     skipped = ("studies", "output")
     values = {k: v for k, v in schema.flat(plan.config).items() if k not in skipped}
     values |= {"checkpoint": plan.folder.name, "out": name}

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from lrbo.checkpoints import export, quantizer
 from lrbo.checkpoints.trained import stored_in
-from lrbo.config.recovery import STAGES
+from lrbo.config.recovery import STAGES, STUDY_TEXT
 from lrbo.config.schema import RecoverConfig
 from lrbo.data.windows import Role, TokenWindows
 from lrbo.errors import (
@@ -33,7 +33,7 @@ from lrbo.models.parameters import fingerprint
 from lrbo.models.sources import ModelSource
 from lrbo.models.specs import ModelMap
 from lrbo.pipeline import checks
-from lrbo.pipeline.recovery_text import TEXTS, seen_problems, windows_of
+from lrbo.pipeline.recovery_text import TEXTS, seen_problems, split, windows_of
 from lrbo.recovery import memory, states
 from lrbo.recovery.adapter import Shapes, adapter_problems, count_numbers
 from lrbo.recovery.gradients import windows_for
@@ -82,6 +82,25 @@ class RecoveryPlan:
             **self.config.recover.effective,
             "seed": self.config.seed,
         }
+
+    @property
+    def is_solved(self) -> bool:
+        """Whether a refit has solved layers on all of the text to train on."""
+        trials = (self.about.get("refit") or {"trials": []})["trials"]
+        return self.config.data.name == STUDY_TEXT and any(each["taken"] for each in trials)
+
+    def parts(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the windows to train on, and those to judge by, which no step or refit has seen.
+
+        After a refit on all of the calibration text these are of the validation text, which judged
+        the refit as well.
+
+        Raises:
+            DataError: If there is one window alone.
+        """
+        if self.is_solved:
+            return self.windows["calibration"].ids, self.windows["validation"].ids
+        return split(self.windows["calibration"], self.config.recover.held_back)
 
     def require_dense(self, dense: PreTrainedModel) -> None:
         """Refuse another dense model than that which was compressed, if the checkpoint says which.
@@ -151,7 +170,8 @@ def plan_recovery(
         problems += adapter_problems(config.recover.adapter, shapes)
     if "mixed_rank" in config.recover.stages:
         problems += mixed_rank_problems(units)
-    problems += _room(plan, skeleton, shapes)
+    with Collecting(problems, DataError):
+        problems += _room(plan, skeleton, shapes)
     with Collecting(problems, CheckpointError):
         problems += states.differences(out, plan.settings)
     if problems:
@@ -282,7 +302,7 @@ def _sizes(
     count = 1 + max((spec.block for spec in layers.layers if spec.block is not None), default=0)
     inside = [spec.out_features for spec in layers.layers if spec.block == 0]
     table = skeleton.get_input_embeddings().weight
-    training = plan.windows["calibration"].ids
+    training = torch.cat(plan.parts())
     return memory.Sizes(
         dense=int(layers.parameters * plan.loaded.itemsize),
         compressed=int(sum(tensor.nbytes for tensor in stored.values()) * wider),

@@ -328,7 +328,7 @@ def test_the_card_says_what_was_trained(names: list[str]) -> None:
     stages = [StageReport(name, 60.0, 3, 96, 2.0, 1.5, trained=1234) for name in names]
     table = Table("Recovery", columns("model"), [["dense"]])
     text = {"calibration": "mine", "validation": "yours"}
-    section = render("recovery.md", stages=stages, text=text, table=table)
+    section = render("recovery.md", stages=stages, text=text, table=table, is_solved=False)
     own = "\nIts factors and thin layers were trained after compression by small updates alone, "
     every = "\nIts small numbers (factors, scales, norms, biases) were trained after compression, "
     assert (own in section, every in section) == (len(names) == 1, len(names) == 2)
@@ -363,3 +363,25 @@ def test_a_state_that_is_damaged_is_named(tmp_path: Path) -> None:
     (tmp_path / "y.safetensors").write_bytes(b"no")
     with pytest.raises(lrbo.LrboError, match="damaged, remove it to do that part again"):
         states.read_tensors(tmp_path / "y.safetensors")
+
+
+@pytest.mark.parametrize("taken", [True, False])
+def test_after_a_refit_on_all_of_the_text_the_validation_text_judges(
+    made: str, taken: bool, tmp_path: Path
+) -> None:
+    start, out = tmp_path / "start", tmp_path / "out"
+    shutil.copytree(made, start)
+    config: Any = config_of(made)
+    config["quantization_config"]["provenance"]["refit"] = {"trials": [{"taken": taken}]}
+    (start / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    ran = lrbo_command(
+        "recover", f"checkpoint={start}", f"out={out}", "recover.stages=[distill]",
+        "recover.tokens=64", "recover.distill.kl=0", "recover.distill.ce=1", "output=json",
+        "model.dtype=float32",
+    )  # fmt: skip
+    assert ran.status == 0, ran.err
+    (stage,) = ran.json["stages"]
+    judged = stage["before"] == pytest.approx(ran.json["validation"]["before"]["nll"], abs=1e-5)
+    assert judged == taken
+    assert ("The validation text judges" in ran.err) == taken
+    assert ("judged the training" in (out / "README.md").read_text("utf-8")) == taken
