@@ -1,4 +1,4 @@
-"""Compress language models by feature-based low-rank factorization, ranks found by search."""
+"""Compress language models to a budget, an option per layer, by Bayesian optimization."""
 
 import importlib
 import sys

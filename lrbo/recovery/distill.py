@@ -97,7 +97,7 @@ class Distillation(TrainerCallback):  # type: ignore[misc]
         finally:
             self._put_back()
         if not self.best < self.before:
-            no_better = "no better on the windows held back: the model is as before"
+            no_better = "no better on the windows that judge: the model is as before"
             self.stopped = "; ".join(filter(None, [self.stopped, no_better]))
         self._say()
         return StageReport(
@@ -352,7 +352,7 @@ class Distillation(TrainerCallback):  # type: ignore[misc]
         self.said = time.perf_counter()
         self.recovery.reporter.say(
             f"Stage {self.name}: {self.steps:,} steps, {self.student.tokens:,} tokens in "
-            f"{self.spent:,.0f} s; on windows held back {self.before:.4f} before, best "
+            f"{self.spent:,.0f} s; on the windows that judge {self.before:.4f} before, best "
             f"{min(self.best, self.before):.4f}"
         )
 

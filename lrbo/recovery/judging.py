@@ -38,8 +38,7 @@ def windows_in_time(recovery: Recovery, count: int | None) -> Int[Tensor, "windo
         write_tensors(path, {NAME: rows}, {})
     if len(rows) < len(every):
         recovery.reporter.say(
-            f"{len(rows)} of {len(every)} windows held back judge the model: there is no time for "
-            "more"
+            f"{len(rows)} of {len(every)} windows judge the model: there is no time for more"
         )
     return every[rows]
 
