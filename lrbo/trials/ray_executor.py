@@ -217,9 +217,11 @@ def connected(settings: RaySettings) -> Iterator[Any]:
         _require_answer(address)
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
     local = {"include_dashboard": False, "num_cpus": available_cores()}
+    # Without an address Ray would join whatever cluster runs on this machine, or RAY_ADDRESS names.
+    where = {"address": "local", **local} if address is None else {"address": address}
     try:
         with handlers_restored():  # Ray takes SIGTERM, and would exit before the run is ended
-            ray.init(address=address, **quiet, **(local if address is None else {}))
+            ray.init(**where, **quiet)
     except (ConnectionError, ValueError, RuntimeError, SystemExit) as error:
         # Ray exits where something other than a cluster listens.
         reason = "no Ray answers" if isinstance(error, SystemExit) else str(error).splitlines()[0]

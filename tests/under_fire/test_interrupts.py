@@ -266,7 +266,10 @@ def test_commands_on_a_study_that_are_stopped_leave_nothing_half_done(tmp_path: 
 
 
 @pytest.mark.slow
-def test_a_search_on_ray_is_stopped_by_its_scheduler(tmp_path: Path) -> None:
+def test_a_search_on_ray_is_stopped_by_its_scheduler(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")  # a cluster that was not asked for
     search = [*SEARCH, "executor=ray", "executor.workers=1", "search.trials=400"]
     status, written = on_terminal(tmp_path, search, r"\(1/400\)", signal.SIGTERM)
     assert status == 143, written
