@@ -86,6 +86,7 @@ WAYS: Mapping[str, Way] = {
     "refit, blocks, distill": Way(refit=True, recover=_stages("blocks", "distill")),
     "distill, 16k tokens of text": Way(recover=DISTILL, tokens=16384),
     "distill, 256k tokens of text": Way(recover=DISTILL, tokens=262144),
+    "refit, distill, 256k tokens of text": Way(refit=True, recover=DISTILL, tokens=262144),
     "distill, WikiText-2 alone": Way(recover=DISTILL, text="text/wikitext2.train.first1MB.raw"),
     "factors alone": Way(recover=_stages("distill", distill__train="factors")),
     "adapter, lora": Way(recover=_stages("adapter", adapter__form="lora")),

@@ -17,6 +17,8 @@ from lrbo.data.windows import RUN, Role, TokenWindows, run_hashes
 from lrbo.errors import CheckpointError, reading
 
 FILE = "lrbo_text.safetensors"
+# Share of a text that may occur in what was calibrated on: licences and page frames recur.
+SEEN_LIMIT = 0.01
 PART = 64  # windows at a time: a token takes 256 bytes while it is hashed
 ROLES: tuple[Role, ...] = ("calibration", "validation")
 

@@ -12,7 +12,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lrbo.checkpoints import export, lora, stock
-from lrbo.checkpoints.calibration_text import FILE, seen_shares
+from lrbo.checkpoints.calibration_text import FILE, SEEN_LIMIT, seen_shares
 from lrbo.config import saved
 from lrbo.config.schema import EvaluateConfig
 from lrbo.data.windows import Role, TokenWindows, make_windows, protocol_windows
@@ -31,8 +31,6 @@ from lrbo.reports.terminal import print_table
 from lrbo.tasks.perplexity import score
 
 TEST: Role = "test"
-# Share of a text that may occur in what was calibrated on: licences and page frames recur.
-SEEN_LIMIT = 0.01
 RULES = ("documents", "join", "bos", "max_windows")  # by which a protocol cuts its text
 # How the numbers of a protocol are printed.
 NUMBERS = {"perplexity": ".4f", "nll": ".5f"} | dict.fromkeys(

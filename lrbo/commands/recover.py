@@ -208,7 +208,7 @@ def _trained(
     training, held_back = plan.parts()
     if plan.is_solved:
         reporter.say(
-            "The validation text judges: a refit has solved on all of the calibration text"
+            "The validation text judges: a refit has solved on text that would be held back"
         )
     left = 60.0 * recover.minutes
     reports: list[StageReport] = []

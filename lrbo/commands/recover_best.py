@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lrbo.checkpoints import export
-from lrbo.checkpoints.calibration_text import shared_runs
+from lrbo.checkpoints.calibration_text import SEEN_LIMIT, shared_runs
 from lrbo.commands import compress, recover
 from lrbo.config.recovery import STUDY_TEXT, DenseConfig
 from lrbo.config.schema import (
@@ -25,7 +25,7 @@ from lrbo.files.parsing import to_json
 from lrbo.models.devices import dtype_name, release_memory, resolve_device
 from lrbo.pipeline import planning
 from lrbo.pipeline.recovering import plan_recovery
-from lrbo.pipeline.recovery_text import SEEN_LIMIT, split
+from lrbo.pipeline.recovery_text import split
 from lrbo.progress import Reporter
 from lrbo.recovery import states
 from lrbo.reports.mlflow_view import (

@@ -69,7 +69,7 @@ class DistillConfig(TrainingConfig):
         train: ``factors`` leaves norms, biases, scales and other numbers as they are.
     """
 
-    lr: float = option(5e-4, options.ABOVE_0)
+    lr: float = option(1e-3, options.ABOVE_0)
     train: str = option(ALL, one_of((ALL, FACTORS)))
 
 

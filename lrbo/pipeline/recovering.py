@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from lrbo.checkpoints import export, quantizer
+from lrbo.checkpoints.calibration_text import SEEN_LIMIT, seen_shares
 from lrbo.checkpoints.trained import stored_in
 from lrbo.config.recovery import STAGES, STUDY_TEXT
 from lrbo.config.schema import RecoverConfig
@@ -83,17 +85,21 @@ class RecoveryPlan:
             "seed": self.config.seed,
         }
 
-    @property
+    @cached_property
     def is_solved(self) -> bool:
-        """Whether a refit has solved layers on all of the text to train on."""
+        """Whether a refit has solved layers on text to train on, all of it or some."""
         trials = (self.about.get("refit") or {"trials": []})["trials"]
-        return self.config.data.name == STUDY_TEXT and any(each["taken"] for each in trials)
+        if not any(each["taken"] for each in trials):
+            return False
+        if self.config.data.name == STUDY_TEXT:
+            return True
+        shares = seen_shares(self.folder, self.windows["calibration"].ids) or {}
+        return any(s > SEEN_LIMIT for name, s in shares.items() if name.startswith("calibration"))
 
     def parts(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the windows to train on, and those to judge by, which no step or refit has seen.
 
-        After a refit on all of the calibration text these are of the validation text, which judged
-        the refit as well.
+        After a refit these are of the validation text, which judged the refit as well.
 
         Raises:
             DataError: If there is one window alone.

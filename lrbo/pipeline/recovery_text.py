@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from lrbo.checkpoints.calibration_text import seen_shares
+from lrbo.checkpoints.calibration_text import SEEN_LIMIT, seen_shares
 from lrbo.config.recovery import STUDY_TEXT
 from lrbo.config.schema import RecoverConfig
 from lrbo.data import documents
@@ -20,7 +20,6 @@ from lrbo.models.sources import ModelSource
 from lrbo.pipeline import planning
 from lrbo.study.journal import Study
 
-SEEN_LIMIT = 0.01  # share of a text, as of lrbo evaluate
 TEXTS: tuple[Role, ...] = ("validation", "test")  # that are scored
 
 

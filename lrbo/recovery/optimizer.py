@@ -1,4 +1,4 @@
-"""Muon for factors, whose directions are of very unlike sizes; AdamW for all other numbers."""
+"""Muon, cut short, for factors, whose directions are of very unlike sizes; AdamW for the rest."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 MOMENTUM = 0.9
-# Of the iteration whose slope at 0 is steep; it ends with singular values between 0.7 and 1.2.
+# Of an iteration whose slope at 0 is steep. Muon's five end with all singular values between 0.7
+# and 1.2. One leaves the small ones small: of a few thousand tokens these are mostly noise, which
+# adds up over the steps.
 COEFFICIENTS = 3.4445, -4.7750, 2.0315
-ITERATIONS = 5
 RMS = 0.2  # of the elements of an update, before the learning rate: about that of AdamW's
 TINY = 1e-7
 
 
 class Muon(torch.optim.AdamW):
-    """AdamW, and for groups with ``is_matrix`` steps with all singular values about the same.
+    """AdamW, and for groups with ``is_matrix`` steps whose large singular values are much alike.
 
     The gradient of a factor is large along few directions. AdamW, which knows elements alone, goes
     on along them; with few steps the others never move.
@@ -28,7 +29,8 @@ class Muon(torch.optim.AdamW):
     References:
         Jordan, *Muon: An optimizer for hidden layers in neural networks*, 2024, with the size of
         updates of Liu et al., *Muon is Scalable for LLM Training*, 2025, section 2.2; as
-        torch.optim.Muon, in a dtype of choice: CPUs multiply in bfloat16 very slowly or very fast.
+        torch.optim.Muon with ``ns_steps=1``, in a dtype of choice: CPUs multiply in bfloat16 very
+        slowly or very fast.
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]], lr: float, dtype: torch.dtype) -> None:
@@ -51,22 +53,24 @@ class Muon(torch.optim.AdamW):
                 state["step"] += 1
                 state["momentum"].lerp_(matrix.grad, 1 - MOMENTUM)
                 ahead = matrix.grad.lerp(state["momentum"], MOMENTUM)  # Nesterov's
-                update = orthogonal(ahead.to(self.dtype)).to(matrix.dtype)
+                update = evened(ahead.to(self.dtype)).to(matrix.dtype)
                 matrix.mul_(1 - group["lr"] * group["weight_decay"])
                 matrix.add_(update, alpha=-group["lr"] * RMS * math.sqrt(max(matrix.shape)))
                 matrix.grad = None
         return super().step(closure)
 
 
-def orthogonal(matrix: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
-    """Return ``U V^T`` of ``U S V^T``, up to the singular values, by Newton-Schulz iteration."""
+def evened(matrix: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
+    """Return ``U p(S) V^T`` of ``U S V^T``: one iteration of Newton-Schulz.
+
+    ``p(s) = a s + b s^3 + c s^5``, of singular values divided by the Frobenius norm.
+    """
     a, b, c = COEFFICIENTS
     is_tall = matrix.shape[0] > matrix.shape[1]
     wide = matrix.T if is_tall else matrix
     wide = wide / wide.norm().clamp_min(TINY)
-    for _ in range(ITERATIONS):
-        gram = wide @ wide.T
-        wide = torch.addmm(wide, torch.addmm(gram, gram, gram, beta=b, alpha=c), wide, beta=a)
+    gram = wide @ wide.T
+    wide = torch.addmm(wide, torch.addmm(gram, gram, gram, beta=b, alpha=c), wide, beta=a)
     return wide.T if is_tall else wide
 
 

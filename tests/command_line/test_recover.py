@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 import lrbo
 from lrbo.checkpoints.trained import OPENS, with_section
 from lrbo.commands import recover
-from lrbo.data.windows import load_windows
+from lrbo.data.windows import ROLES, load_windows
 from lrbo.files.rendering import render
 from lrbo.files.tables import Table, columns
 from lrbo.models.tiny import byte_tokenizer, tiny_model
@@ -365,9 +365,18 @@ def test_a_state_that_is_damaged_is_named(tmp_path: Path) -> None:
         states.read_tensors(tmp_path / "y.safetensors")
 
 
-@pytest.mark.parametrize("taken", [True, False])
-def test_after_a_refit_on_all_of_the_text_the_validation_text_judges(
-    made: str, taken: bool, tmp_path: Path
+@pytest.mark.parametrize(
+    ("taken", "text", "expected"),
+    [
+        (False, [], False),
+        (True, [], True),
+        (True, ["data=generated", "data.calibration.tokens=4096"], True),
+        (True, ["data=generated", *(f"data.{role}.path=others" for role in ROLES)], False),
+    ],
+    ids=["no_refit", "text_of_the_study", "more_of_it", "other_text"],
+)
+def test_where_a_refit_has_solved_on_the_text_the_validation_text_judges(
+    made: str, taken: bool, text: list[str], expected: bool, tmp_path: Path
 ) -> None:
     start, out = tmp_path / "start", tmp_path / "out"
     shutil.copytree(made, start)
@@ -377,11 +386,11 @@ def test_after_a_refit_on_all_of_the_text_the_validation_text_judges(
     ran = lrbo_command(
         "recover", f"checkpoint={start}", f"out={out}", "recover.stages=[distill]",
         "recover.tokens=64", "recover.distill.kl=0", "recover.distill.ce=1", "output=json",
-        "model.dtype=float32",
+        "model.dtype=float32", *text,
     )  # fmt: skip
     assert ran.status == 0, ran.err
     (stage,) = ran.json["stages"]
     judged = stage["before"] == pytest.approx(ran.json["validation"]["before"]["nll"], abs=1e-5)
-    assert judged == taken
-    assert ("The validation text judges" in ran.err) == taken
-    assert ("judged the training" in (out / "README.md").read_text("utf-8")) == taken
+    assert judged == expected
+    assert ("The validation text judges" in ran.err) == expected
+    assert ("judged the training" in (out / "README.md").read_text("utf-8")) == expected

@@ -5,7 +5,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from lrbo.recovery.optimizer import MOMENTUM, Muon, optimizer_of, orthogonal
+from lrbo.recovery.optimizer import COEFFICIENTS, MOMENTUM, Muon, evened, optimizer_of
 
 
 def draw(*size: int, seed: int) -> Tensor:
@@ -39,6 +39,7 @@ def test_steps_are_those_of_torch() -> None:
             lr=0.02,
             weight_decay=0.1,
             momentum=MOMENTUM,
+            ns_steps=1,
             adjust_lr_fn="match_rms_adamw",
         ),
         torch.optim.AdamW([other["scale"]], lr=0.02, weight_decay=0.1),
@@ -56,12 +57,19 @@ def test_steps_are_those_of_torch() -> None:
         assert float((mine_at - reference_at).norm()) < 0.03 * moved
 
 
-def test_singular_values_of_a_step_are_about_one_whatever_the_gradient() -> None:
+def test_large_singular_values_of_a_step_are_about_one_and_small_ones_stay_below() -> None:
+    a, b, c = COEFFICIENTS
     u, _, vh = torch.linalg.svd(draw(20, 8, seed=0), full_matrices=False)
-    for matrix in (u * torch.logspace(0, -2, 8) @ vh, (u * torch.logspace(0, -2, 8) @ vh).T):
-        values = torch.linalg.svdvals(orthogonal(matrix))
-        assert 0.6 < float(values.min()) <= float(values.max()) < 1.25
-    assert torch.equal(orthogonal(torch.zeros(3, 2)), torch.zeros(3, 2))
+    s = torch.tensor([4.0, 2.0, 2.0, 1.0, 0.3, 0.1, 0.03, 0.01])
+    shares = s / s.norm()
+    expected = a * shares + b * shares**3 + c * shares**5
+    for matrix in (u * s @ vh, (u * s @ vh).T):
+        result = evened(matrix)
+        wide = result if matrix.shape == (20, 8) else result.T
+        torch.testing.assert_close(wide, u * expected @ vh, rtol=0, atol=1e-5)
+    assert 0.9 < float(expected[:3].min()) <= float(expected.max()) < 1.25
+    assert float(expected[-1]) < 0.01
+    assert torch.equal(evened(torch.zeros(3, 2)), torch.zeros(3, 2))
 
 
 def test_it_goes_on_from_its_state() -> None:
