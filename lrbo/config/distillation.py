@@ -38,7 +38,8 @@ class TrainingConfig:
         data: ``self`` trains on text that the dense model writes after the first token of each
             window.
         evaluate_every: Steps between two looks at the windows held back, which decide what is left.
-        patience: Looks in a row without improvement that end it.
+        patience: Looks in a row without improvement that divide the learning rate by three; the
+            fourth time they end it.
         save_minutes: What an interruption loses at most.
     """
 
@@ -56,7 +57,7 @@ class TrainingConfig:
     top_k: int = option(64, ANY_COUNT)
     data: str = option(TEXT, one_of((TEXT, SELF)))
     evaluate_every: int = option(16, ANY_COUNT)
-    patience: int = option(4, ANY_COUNT)
+    patience: int = option(2, ANY_COUNT)
     save_minutes: float = option(5.0, options.ABOVE_0)
 
 
@@ -65,11 +66,12 @@ class DistillConfig(TrainingConfig):
     """What ``distill`` trains.
 
     Attributes:
-        lr: Peak of the learning rate.
+        lr: Peak of the learning rate; null is 0.7 of the step along the gradient of a first batch
+            that lowers the loss on the windows held back most.
         train: ``factors`` leaves norms, biases, scales and other numbers as they are.
     """
 
-    lr: float = option(1e-3, options.ABOVE_0)
+    lr: float | None = option(None, options.ABOVE_0.or_null())
     train: str = option(ALL, one_of((ALL, FACTORS)))
 
 

@@ -18,13 +18,13 @@ from lrbo.errors import NonFiniteError
 from lrbo.models.blockwise import Scratch
 from lrbo.recovery.block_windows import windows_in_time
 from lrbo.recovery.gradients import Metric, output_metrics, windows_for
+from lrbo.recovery.learning_rate import rate_factor
 from lrbo.recovery.optimizer import optimizer_of
 from lrbo.recovery.stage import Recovery, StageReport
 from lrbo.recovery.states import read_tensors, write_tensors
 from lrbo.tasks.model_task import Segments
 
 NAME = "blocks"
-LOWEST = 0.1  # of the learning rate, at the last step
 CLIP = 1.0  # largest norm of a gradient, of a loss that begins at 1
 CHECKS = 5  # of a block on the windows held back, after equal numbers of steps
 PATIENCE = 2  # checks in a row that are worse than the best
@@ -242,7 +242,7 @@ class _Training:
             dtype=self.entering.dtype,
         )
         schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: rate(step, steps, self.settings.warmup)
+            optimizer, lambda step: rate_factor((step + 1) / steps, self.settings.warmup)
         )
         checks = {math.ceil(steps * (at + 1) / CHECKS) for at in range(CHECKS)}
         worse = done = 0
@@ -351,12 +351,3 @@ class _Training:
             "tokens": tokens,
             "stopped": stopped,
         }
-
-
-def rate(step: int, steps: int, warmup: float) -> float:
-    """Return the share of the learning rate at a step: a linear rise, then a cosine to a tenth."""
-    rise = warmup * steps
-    if step < rise:
-        return (step + 1) / (rise + 1)
-    done = (step - rise) / max(steps - rise, 1)
-    return LOWEST + (1 - LOWEST) * (1 + math.cos(math.pi * min(done, 1.0))) / 2

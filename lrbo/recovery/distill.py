@@ -7,6 +7,7 @@ import random
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -28,6 +29,7 @@ from lrbo.errors import ModelError, NonFiniteError
 from lrbo.files.atomic import write_text
 from lrbo.files.parsing import parse_json, to_json
 from lrbo.recovery.judging import windows_in_time
+from lrbo.recovery.learning_rate import CLIP, RUNG, learning_rate, rate_factor
 from lrbo.recovery.optimizer import optimizer_of
 from lrbo.recovery.self_text import sampled_windows
 from lrbo.recovery.stage import Recovery, StageReport
@@ -35,8 +37,7 @@ from lrbo.recovery.states import read_tensors, write_tensors
 from lrbo.recovery.student import Student, Windows
 from lrbo.tasks.model_task import Reference
 
-LOWEST = 0.1  # of the learning rate, at the last step
-CLIP = 1.0  # largest norm of a gradient
+CUTS = 3  # of the learning rate, where looks do not improve
 SAYS_SECONDS = 60.0  # between two lines about how it goes
 BEST, DENSE, OWN_TEXT = "best.safetensors", "dense.safetensors", "text.safetensors"
 CHECKPOINTS, PROGRESS = "checkpoint-", "progress.json"
@@ -81,10 +82,11 @@ class Distillation(TrainerCallback):  # type: ignore[misc]
         self.start = self.saved = self.said = time.perf_counter()
         self.before_start = 0.0  # seconds of training before an interruption
         self.step_seconds = self.judge_seconds = 0.0
-        self.steps = self.total = self.judged_at = self.best_step = self.worse = 0
+        self.steps = self.total = self.judged_at = self.best_step = self.worse = self.cuts = 0
         self.before = self.best = math.inf
         self.stopped: str | None = None
         self.best_state: dict[str, Tensor] = {}
+        self.lr = self._lr
 
     def run(self) -> StageReport:
         """Train, judge, and put back the best state, also where training fails."""
@@ -162,7 +164,12 @@ class Distillation(TrainerCallback):  # type: ignore[misc]
         if recovery.deadline() <= 0:
             self.stopped = "minutes"
         elif self.steps < self.total:
-            self._train(training, checkpoint)
+            try:
+                self._find_rate(training)
+                if self.lr is not None:
+                    self._train(training, self.lr, checkpoint)
+            except NonFiniteError as error:
+                raise NonFiniteError(self._what_failed(error)) from error
 
     @property
     def spent(self) -> float:
@@ -175,12 +182,25 @@ class Distillation(TrainerCallback):  # type: ignore[misc]
         of_time = self.spent / (self.spent + left) if self.spent else 0.0
         return min(max((step + 1) / self.total, of_time), 1.0)
 
-    def _train(self, training: Int[Tensor, "windows tokens"], checkpoint: Path | None) -> None:
-        settings = self.settings
-        folder = self.recovery.folder
+    def _find_rate(self, training: Int[Tensor, "windows tokens"]) -> None:
+        """Set the learning rate where none was given, or say why there is none."""
+        if self.lr is None:
+            judged, trainables = (lambda: self._judged()[0]), self.recovery.trainables
+            restore = partial(trainables.load_state, self.best_state)
+            self.lr = learning_rate(self.student, training, self._optimizer, judged, restore)
+            if self.lr is None:
+                self.stopped = "no step along the first gradient is better"
+                return
+            self.recovery.reporter.say(f"Stage {self.name}: learning rate {self.lr:.2g}")
+            self.recovery.log(f"{self.name}/lr", self.lr, 0)
+
+    def _train(
+        self, training: Int[Tensor, "windows tokens"], lr: float, checkpoint: Path | None
+    ) -> None:
+        settings, folder = self.settings, self.recovery.folder
         with _own_random_numbers():
             arguments = TrainingArguments(
-                output_dir=str(folder), max_steps=self.total, learning_rate=self._lr,
+                output_dir=str(folder), max_steps=self.total, learning_rate=lr,
                 per_device_train_batch_size=settings.batch_windows,
                 gradient_accumulation_steps=settings.accumulation, max_grad_norm=CLIP,
                 seed=self.recovery.seed, data_seed=self.recovery.seed,
@@ -190,9 +210,10 @@ class Distillation(TrainerCallback):  # type: ignore[misc]
                 dataloader_pin_memory=False,
             )  # fmt: skip
             arguments._n_gpu = min(arguments.n_gpu, 1)  # several by accelerate, in processes
-            optimizer = self._optimizer()
+            optimizer = self._optimizer(lr)
             schedule = torch.optim.lr_scheduler.LambdaLR(
-                optimizer, lambda step: rate(self.progress(step), settings.warmup)
+                optimizer,
+                lambda step: rate_factor(self.progress(step), settings.warmup) / RUNG**self.cuts,
             )
             trainer = Trainer(
                 self.student,
@@ -202,27 +223,22 @@ class Distillation(TrainerCallback):  # type: ignore[misc]
                 optimizers=(optimizer, schedule),
             )
             trainer.remove_callback(PrinterCallback)
-            try:
-                trainer.train(
-                    resume_from_checkpoint=None if checkpoint is None else str(checkpoint)
-                )
-                if self.judged_at < self.steps:
-                    self._judge_step()
-            except NonFiniteError as error:
-                raise NonFiniteError(self._what_failed(error)) from error
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            if self.judged_at < self.steps:
+                self._judge_step()
 
-    def _optimizer(self) -> torch.optim.Optimizer:
+    def _optimizer(self, lr: float) -> torch.optim.Optimizer:
         trained = {n.replace("/", "."): p for n, p in self.student.trained.items()}
         return optimizer_of(
             trained,
             self._matrices() if self.settings.optimizer == MUON else (),
-            lr=self._lr,
+            lr=lr,
             weight_decay=self.settings.weight_decay,
             dtype=self.recovery.dense.dtype,
         )
 
     @property
-    def _lr(self) -> float:
+    def _lr(self) -> float | None:
         assert isinstance(self.settings, DistillConfig)
         return self.settings.lr
 
@@ -244,11 +260,7 @@ class Distillation(TrainerCallback):  # type: ignore[misc]
 
     def on_pre_optimizer_step(self, *_args: Any, **_: Any) -> None:
         """Refuse gradients that are not finite, before they reach a parameter."""
-        gradients = [p.grad for p in self.student.parameters() if p.grad is not None]
-        if not torch.isfinite(torch.stack([each.sum() for each in gradients]).sum()):
-            bad = sum(int((~torch.isfinite(each)).sum()) for each in gradients)
-            if bad:
-                raise NonFiniteError(f"{bad} elements of the gradient are not finite")
+        self.student.require_finite_gradients()
 
     def on_step_end(self, _args: Any, state: Any, control: Any, **_: Any) -> None:
         """Judge, save and end a step."""
@@ -260,7 +272,9 @@ class Distillation(TrainerCallback):  # type: ignore[misc]
             self._judge_step()
         if time.perf_counter() - self.saved > 60 * self.settings.save_minutes:
             control.should_save = True
-        if self.worse >= self.settings.patience:
+        if self.worse >= self.settings.patience and self.cuts < CUTS:
+            self.cuts, self.worse = self.cuts + 1, 0
+        elif self.worse >= self.settings.patience:
             self.stopped, control.should_training_stop = "no better", True
         elif self.steps < self.total and self.recovery.deadline() < self._reserve:
             self.stopped, control.should_training_stop = "minutes", True
@@ -277,8 +291,10 @@ class Distillation(TrainerCallback):  # type: ignore[misc]
         progress = {
             "before": self.before,
             "worse": self.worse,
+            "cuts": self.cuts,
             "spent": self.spent,
             "tokens": self.student.tokens,
+            "lr": self.lr,
         }
         folder = self.recovery.folder / f"{CHECKPOINTS}{state.global_step}"
         write_text(folder / PROGRESS, to_json(progress))
@@ -295,17 +311,22 @@ class Distillation(TrainerCallback):  # type: ignore[misc]
             self._say()
 
     def _judge(self, step: int) -> float:
-        """Return the loss on the windows held back, of the model as it would be stored."""
+        """Score, log and time the windows held back."""
         start = time.perf_counter()
-        nll, divergence = self.recovery.task.compared(
-            self.recovery.model, self.judging, self.reference, 0
-        )
-        parts = {"held_back_kl": float(divergence.mean()), "held_back_nll": float(nll.mean())}
-        loss = self.settings.kl * parts["held_back_kl"] + self.settings.ce * parts["held_back_nll"]
+        loss, parts = self._judged()
         for name, value in {**parts, "held_back": loss}.items():
             self.recovery.log(f"{self.name}/{name}", value, step)
         self.judge_seconds = time.perf_counter() - start
         return loss
+
+    def _judged(self) -> tuple[float, dict[str, float]]:
+        """Return the loss on the windows held back, of the model as it would be stored."""
+        nll, divergence = self.recovery.task.compared(
+            self.recovery.model, self.judging, self.reference, 0
+        )
+        parts = {"held_back_kl": float(divergence.mean()), "held_back_nll": float(nll.mean())}
+        settings = self.settings
+        return settings.kl * parts["held_back_kl"] + settings.ce * parts["held_back_nll"], parts
 
     def _resumed(self) -> Path | None:
         """Return the last whole checkpoint, and take over what was known then."""
@@ -316,8 +337,9 @@ class Distillation(TrainerCallback):  # type: ignore[misc]
             return None
         last = max(whole, key=lambda path: int(path.name.removeprefix(CHECKPOINTS)))
         progress = parse_json((last / PROGRESS).read_bytes(), str(last / PROGRESS))
-        self.before, self.worse = progress["before"], progress["worse"]
+        self.before, self.worse, self.cuts = (progress[k] for k in ("before", "worse", "cuts"))
         self.before_start, self.student.tokens = progress["spent"], progress["tokens"]
+        self.lr = progress["lr"]
         self.best, self.best_step, self.best_state = best[0]["loss"], best[0]["step"], best[1]
         self.steps = self.judged_at = int(last.name.removeprefix(CHECKPOINTS))
         return last
@@ -362,14 +384,6 @@ class Distillation(TrainerCallback):  # type: ignore[misc]
             f"far, of step {self.best_step}. Begin again with a smaller recover.{self.name}.lr, or "
             "model.dtype=float32"
         )
-
-
-def rate(progress: float, warmup: float) -> float:
-    """Return the share of the learning rate: a linear rise, then a cosine down to a tenth."""
-    if progress < warmup:
-        return progress / warmup
-    done = (progress - warmup) / (1 - warmup)
-    return LOWEST + (1 - LOWEST) * (1 + math.cos(math.pi * done)) / 2
 
 
 @contextmanager

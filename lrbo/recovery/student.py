@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from lrbo.config.distillation import CACHED, TrainingConfig
+from lrbo.errors import NonFiniteError
 from lrbo.models.model_map import body_and_head
 from lrbo.recovery.divergence import (
     FullTeacher,
@@ -97,6 +98,18 @@ class Student(nn.Module):
             self.last["hidden"] = float(distance.detach())
             total = total + settings.hidden * distance
         return total
+
+    def require_finite_gradients(self) -> None:
+        """Refuse gradients that are not finite, before they reach a parameter.
+
+        Raises:
+            NonFiniteError: With the number of their elements that are not.
+        """
+        gradients = [each.grad for each in self.parameters() if each.grad is not None]
+        if not torch.isfinite(torch.stack([each.sum() for each in gradients]).sum()):
+            bad = sum(int((~torch.isfinite(each)).sum()) for each in gradients)
+            if bad:
+                raise NonFiniteError(f"{bad} elements of the gradient are not finite")
 
     @property
     def head(self) -> nn.Module:

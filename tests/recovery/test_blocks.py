@@ -1,7 +1,6 @@
 """Blocks trained one by one: nearer to the dense model, never worse, resumable, in time."""
 
 import copy
-import itertools
 import math
 import shutil
 from pathlib import Path
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from lrbo.errors import NonFiniteError
 from lrbo.models.blockwise import Scratch
 from lrbo.recovery import blocks
-from lrbo.recovery.blocks import BlockLoss, rate
+from lrbo.recovery.blocks import BlockLoss
 from lrbo.recovery.gradients import output_metrics, scale_of
 from lrbo.tasks.causal_lm import CausalLM
 from tests.support.recoveries import FORMS, TRAINING, Pair, compressed_pair, divergence, settings
@@ -170,14 +169,6 @@ def test_the_weighed_error_predicts_the_divergence_of_a_small_change(pair: Pair)
         predicted = float(BlockLoss(metrics[-1], torch.device("cpu"))(other, states))
         divergence = task.distance(body, body.finish(states), body.finish(other))
     assert predicted == pytest.approx(divergence, rel=0.3)
-
-
-def test_the_learning_rate_rises_and_falls_to_a_tenth() -> None:
-    rates = [rate(step, 100, 0.1) for step in range(101)]
-    assert max(rates) == rates[10] == 1.0
-    assert rates[0] < 0.2
-    assert rates[100] == pytest.approx(0.1)
-    assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
 
 
 def test_a_model_of_many_forms_comes_nearer_and_is_stored_as_it_was(tmp_path: Path) -> None:
