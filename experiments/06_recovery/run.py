@@ -79,7 +79,7 @@ WAYS: Mapping[str, Way] = {
     "blocks": Way(recover=_stages("blocks")),
     "distill": Way(recover=DISTILL),
     "blocks, distill": Way(recover=_stages("blocks", "distill")),
-    "blocks, all errors alike": Way(recover=_stages("blocks", blocks__weighting="none")),
+    "blocks, weighed": Way(recover=_stages("blocks", blocks__weighting="gradient")),
     "refit": Way(refit=True),
     "refit, blocks": Way(refit=True, recover=_stages("blocks")),
     "refit, distill": Way(refit=True, recover=DISTILL),

@@ -45,7 +45,7 @@ class BlocksConfig:
     batch_windows: int = option(2, ANY_COUNT)
     warmup: float = option(0.1, options.BELOW_1)
     weight_decay: float = option(0.01, options.FROM_0)
-    weighting: str = option("gradient", one_of(("gradient", "none")))
+    weighting: str = option("none", one_of(("gradient", "none")))
     share: float = option(0.5, options.ABOVE_0_TO_1)
     memory_gib: float = option(2.0, options.FROM_0)
 

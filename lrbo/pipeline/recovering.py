@@ -308,13 +308,13 @@ def _sizes(
     count = 1 + max((spec.block for spec in layers.layers if spec.block is not None), default=0)
     inside = [spec.out_features for spec in layers.layers if spec.block == 0]
     table = skeleton.get_input_embeddings().weight
-    training = torch.cat(plan.parts())
+    training, weighs = torch.cat(plan.parts()), recover.blocks.weighting == "gradient"
     return memory.Sizes(
         dense=int(layers.parameters * plan.loaded.itemsize),
         compressed=int(sum(tensor.nbytes for tensor in stored.values()) * wider),
         trained=trained,
         windows=len(training),
-        weighed=windows_for(int(table.shape[1]), *training.shape),
+        weighed=windows_for(int(table.shape[1]), *training.shape) if weighs else 0,
         tokens=training.shape[1],
         features=int(table.shape[1]),
         inside=2 * sum(inside),
