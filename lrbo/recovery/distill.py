@@ -187,7 +187,9 @@ class Distillation(TrainerCallback):  # type: ignore[misc]
         if self.lr is None:
             judged, trainables = (lambda: self._judged()[0]), self.recovery.trainables
             restore = partial(trainables.load_state, self.best_state)
-            self.lr = learning_rate(self.student, training, self._optimizer, judged, restore)
+            self.lr = learning_rate(
+                self.student, training, self._optimizer, judged, self.before, restore
+            )
             if self.lr is None:
                 self.stopped = "no step along the first gradient is better"
                 return

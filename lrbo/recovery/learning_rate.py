@@ -65,6 +65,7 @@ def learning_rate(
     windows: Int[Tensor, "windows tokens"],
     optimizer: Callable[[float], torch.optim.Optimizer],
     judged: Callable[[], float],
+    before: float,
     restore: Callable[[], None],
 ) -> float | None:
     """Try first steps of an optimizer, each taken back, and return a share of the best one.
@@ -76,6 +77,7 @@ def learning_rate(
         windows: To train on.
         optimizer: Makes an optimizer of these parameters with a rate.
         judged: The loss that steps are to lower.
+        before: That loss without a step.
         restore: Takes a step back.
 
     Returns:
@@ -93,7 +95,6 @@ def learning_rate(
     student.require_finite_gradients()
     nn.utils.clip_grad_norm_(parameters, CLIP)
     gradients = [parameter.grad for parameter in parameters]
-    before = judged()
 
     def change(rate: float) -> float:
         for parameter, gradient in zip(parameters, gradients, strict=True):

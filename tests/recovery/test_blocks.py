@@ -86,7 +86,7 @@ def test_a_model_that_is_the_dense_one_needs_nothing(pair: Pair, tmp_path: Path)
 
 
 def test_the_minutes_decide_how_many_steps_there_are(pair: Pair, tmp_path: Path) -> None:
-    recovery = pair.recovery(tmp_path, settings(epochs=1000, lr=1e-4), deadline=lambda: 0.2)
+    recovery = pair.recovery(tmp_path, settings(epochs=1000), deadline=lambda: 0.2)
     report = blocks.run(recovery)
     assert report.seconds < 5
     assert 2 <= report.steps < 1000

@@ -1,6 +1,7 @@
 """The learning rate is a share of the best first step, whatever the scale of the model."""
 
 import copy
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -29,6 +30,10 @@ def test_the_rate_rises_and_falls_to_a_tenth() -> None:
     assert rate_factor(0.05, 0.1) == pytest.approx(0.5)
     assert rate_factor(0.1, 0.1) == rate_factor(0.0, 0.0) == 1.0
     assert rate_factor(1.0, 0.1) == pytest.approx(0.1)
+    rates = [rate_factor(step / 100, 0.1) for step in range(1, 101)]
+    assert rates[0] == pytest.approx(0.1)
+    assert all(a < b for a, b in itertools.pairwise(rates[:10]))
+    assert all(a > b for a, b in itertools.pairwise(rates[9:]))
 
 
 @pytest.mark.parametrize("vertex", [2e-7, 3e-5, 4e-4, 0.9e-3, 1.1e-3, 1.7e-3, 0.02, 3.0])
@@ -154,10 +159,14 @@ def test_looks_without_improvement_lower_the_rate_before_they_end_the_stage(
 
 def test_a_gradient_that_is_not_finite_is_refused_before_a_step(tmp_path: Path) -> None:
     recovery = recovery_of(tmp_path, FINDS)
-    with torch.no_grad():
-        next(iter(recovery.trainables.named_parameters()))[1].view(-1)[0] = math.inf
-    with pytest.raises(NonFiniteError):
+    before = parameters(recovery)
+    first = next(iter(recovery.trainables.named_parameters()))[1]
+    first.register_hook(lambda gradient: gradient.index_fill(0, torch.tensor([0]), math.nan))
+    reason = rf"step 1: {first[0].numel()} elements of the gradient are not finite"
+    with pytest.raises(NonFiniteError, match=reason):
         distill.run(recovery)
+    for name, values in parameters(recovery).items():
+        torch.testing.assert_close(values, before[name], rtol=0, atol=0)
 
 
 def test_the_rate_is_said(tmp_path: Path) -> None:

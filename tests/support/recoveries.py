@@ -117,5 +117,5 @@ def divergence(dense: PreTrainedModel, model: PreTrainedModel, text: Tensor) -> 
 
 def settings(**changes: Any) -> BlocksConfig:
     """Return settings of the stage blocks that a tiny model wants."""
-    values = {"lr": 0.01, "epochs": 12, "batch_windows": 4}
+    values = {"lr": 0.01, "epochs": 12, "batch_windows": 4, "weighting": "gradient"}
     return BlocksConfig(**values | changes)
